@@ -1,0 +1,1 @@
+"""Ops on populations of sparse networks. This floor knows tensors, not policies or tickets."""

@@ -1,0 +1,100 @@
+"""Which backend runs an op, and why: `use_backend`, `resolve_backend` and the `Plan` record."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+__all__ = ["BACKENDS", "Plan", "has_triton", "interpreting", "resolve_backend", "use_backend"]
+
+Backend = Literal["reference", "cpu", "triton"]
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+_chosen: ContextVar[str | None] = ContextVar("sparse_tickets_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an op does on a given input, and why.
+
+    Attributes:
+        op: name of the op.
+        backend: ``reference`` (plain torch), ``cpu`` (Numba) or ``triton``.
+        format: how the weight lies in memory: ``dense``, ``dense+mask``, ``csr``, ``blocked``...
+        reason: one sentence a user can act on.
+    """
+
+    op: str
+    backend: Backend
+    format: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.backend}/{self.format} ({self.reason})"
+
+
+def has_triton() -> bool:
+    """Whether the Triton compiler is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op in this context on the backend ``name``.
+
+    Args:
+        name: ``auto``, ``reference``, ``cpu`` or ``triton``. The environment variable
+            ``SPARSE_TICKETS_BACKEND`` sets the same outside any such context.
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    token = _chosen.set(_check(name, "backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def resolve_backend(device: torch.device) -> Backend:
+    """The backend an op uses for tensors on ``device``.
+
+    Raises:
+        ValueError: the chosen backend cannot run on ``device``; the message says what can.
+    """
+    name = _chosen.get()
+    if name is None:
+        name = _check(os.environ.get("SPARSE_TICKETS_BACKEND", "auto"), "SPARSE_TICKETS_BACKEND")
+    if name == "auto":
+        if device.type == "cpu":
+            return "cpu"
+        return "triton" if device.type == "cuda" and has_triton() else "reference"
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs CPU tensors, got {device}")
+    if name == "triton":
+        if not has_triton():
+            raise ValueError("backend 'triton' needs the triton package, which is not installed")
+        if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+            raise ValueError(
+                f"backend 'triton' needs CUDA tensors, got {device} "
+                "(on CPU tensors set TRITON_INTERPRET=1 before the first import)"
+            )
+    return name  # type: ignore[return-value]
