@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all a newcomer needs; both create .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test test-slow check format clean
+
+help:
+	@echo "make demo       a small lottery-ticket study of CartPole-v1: table and figures"
+	@echo "make test       the tests"
+	@echo "make test-slow  the tests that take long"
+	@echo "make check      ruff and mypy"
+	@echo "make format     format the code"
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test,bench]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/sparse-tickets sweep --env CartPole-v1 --algos ppo bc --seeds 3 --levels 8 \
+		--ppo.steps 98304 --bc.expert-steps 196608 --evaluation.points 8 \
+		--evaluation.episodes 8 --evaluation.final-episodes 40 --out runs/demo
+	$(BIN)/sparse-tickets show runs/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

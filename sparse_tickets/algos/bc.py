@@ -1,0 +1,233 @@
+"""Behavioural cloning of PPO experts by a population of tickets, with PPO's own budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_tickets.algos import ppo
+from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.envs import make_env
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
+from sparse_tickets.kernels.random import Stream, derive_key
+from sparse_tickets.kernels.rollout import demonstrate
+from sparse_tickets.population import Population, initialise
+
+__all__ = ["BC", "Dataset", "ExpertError", "Experts", "demonstrations", "train", "train_experts"]
+
+FIRST_EXPERT_SEED = 1_000_000
+"""Experts are trained from seeds no ticket uses."""
+
+
+class ExpertError(RuntimeError):
+    """Too few PPO experts reached the return gate."""
+
+
+@dataclass(frozen=True)
+class BC:
+    """Behavioural cloning; updates, minibatch, optimiser and schedule are PPO's."""
+
+    experts: int = 5
+    """PPO experts per environment; student s imitates expert s mod experts."""
+    expert_gate: float | None = None
+    """Return an expert's final weights must reach; default: where the environment counts as solved."""
+    expert_steps: int | None = None
+    """Environment steps each expert is trained for; default: PPO's budget."""
+    expert_tries: int = 4
+    """Rounds of training before giving up on finding enough experts."""
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise ValueError(f"experts must be at least 1, got {self.experts}")
+        if self.expert_tries < 1:
+            raise ValueError(f"expert_tries must be at least 1, got {self.expert_tries}")
+
+
+class Experts(NamedTuple):
+    """Trained experts that passed the gate.
+
+    Attributes:
+        weight: ``[D, size]`` final weights in the arena with a critic.
+        returns: ``[D]`` mean greedy return over fresh episodes.
+        seeds: ``[D]`` int64, the seeds they were trained from.
+    """
+
+    weight: Tensor
+    returns: Tensor
+    seeds: Tensor
+
+
+class Dataset(NamedTuple):
+    """Transitions of D experts, frozen for all levels and conditions.
+
+    Attributes:
+        obs: ``[D, n, features]`` normalised observations.
+        target: ``[D, n, A]`` expert log-probabilities, or ``[D, n, 2A]`` mean and log_std.
+    """
+
+    obs: Tensor
+    target: Tensor
+
+
+def train_experts(
+    settings: BC,
+    budget: ppo.PPO,
+    env_name: str,
+    arena: Arena,
+    gate: float,
+    *,
+    scheme: str = "lecun",
+    evaluation: Evaluation | None = None,
+    on_iteration: Callable[[int], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> Experts:
+    """The first experts, in order of seed, whose final weights reach the return gate.
+
+    Args:
+        settings: how many experts and how many rounds of tries.
+        budget: the experts' PPO settings.
+        env_name: the environment.
+        arena: a layout with a critic.
+        gate: the return an expert must reach.
+        scheme: initialisation.
+        evaluation: how returns are measured.
+        on_iteration: called after each iteration with the agent-steps taken in it.
+        device: where to train.
+
+    Raises:
+        ExpertError: fewer experts than asked for passed after all tries.
+    """
+    passed: list[tuple[int, float, Tensor]] = []
+    seen: list[float] = []
+    for round_ in range(settings.expert_tries):
+        first = FIRST_EXPERT_SEED + round_ * settings.experts
+        seeds = range(first, first + settings.experts)
+        initial_key = torch.tensor([derive_key("init", env_name, s) for s in seeds], device=device)
+        key = torch.tensor([derive_key("expert", env_name, s) for s in seeds], device=device)
+        population = Population.create(arena, initialise(arena, initial_key, scheme))
+        result = ppo.train(
+            budget, env_name, population, key, evaluation=evaluation, on_iteration=on_iteration
+        )
+        returns = result.return_final.tolist()
+        seen += returns
+        passed += [
+            (seed, value, weight)
+            for seed, value, weight in zip(seeds, returns, result.final, strict=True)
+            if value >= gate
+        ]
+        if len(passed) >= settings.experts:
+            chosen = passed[: settings.experts]
+            return Experts(
+                weight=torch.stack([weight for _, _, weight in chosen]),
+                returns=torch.tensor([value for _, value, _ in chosen]),
+                seeds=torch.tensor([seed for seed, _, _ in chosen]),
+            )
+    reached = ", ".join(f"{value:.1f}" for value in sorted(seen, reverse=True))
+    raise ExpertError(
+        f"only {len(passed)} of {settings.experts} PPO experts on {env_name} reached a return of "
+        f"{gate:g} (returns: {reached}); raise --bc.expert-steps, or lower --bc.expert-gate"
+    )
+
+
+def demonstrations(
+    experts: Experts, env_name: str, arena: Arena, steps: int, copies: int = 16
+) -> Dataset:
+    """A frozen data set of ``steps`` transitions per expert, its actions sampled.
+
+    Args:
+        experts: the experts, weights laid out by ``arena``.
+        env_name: the environment they act in.
+        arena: a layout with a critic.
+        steps: transitions per expert; rounded up to a multiple of ``copies``.
+        copies: environment copies acted in side by side.
+    """
+    population = Population.create(arena, experts.weight)
+    key = torch.tensor(
+        [derive_key("dataset", env_name, seed) for seed in experts.seeds.tolist()],
+        device=experts.weight.device,
+    )
+    env = make_env(env_name, len(key), copies, device=key.device)
+    obs, target, _ = demonstrate(
+        population.parameters,
+        arena,
+        env,
+        env.reset(key),
+        key,
+        -(-steps // copies),
+        stream=Stream.DATASET_ACTION,
+    )
+    return Dataset(obs.flatten(1, 2), target.flatten(1, 2))
+
+
+def train(
+    budget: ppo.PPO,
+    env_name: str,
+    population: Population,
+    key: Tensor,
+    dataset: Dataset,
+    assignment: Tensor,
+    *,
+    evaluation: Evaluation | None = None,
+    first_iteration: int = 0,
+    rewind_iteration: int | None = None,
+    on_iteration: Callable[[int], None] | None = None,
+) -> Result:
+    """Train every ticket to imitate its expert by minimising KL(expert || student).
+
+    Iterations, updates per iteration, minibatch size, Adam and the learning-rate schedule are
+    those of ``budget``; minibatches are drawn from the expert's whole data set. Judged, like PPO,
+    by its return in the environment.
+
+    Args:
+        budget: the PPO settings whose budget is matched.
+        env_name: where the students are evaluated.
+        population: changed in place.
+        key: ``[P]`` int64; all randomness of a ticket's training comes from its key.
+        dataset: the experts' transitions.
+        assignment: ``[P]`` int64, which expert each ticket imitates.
+        evaluation: how returns are measured; the protocol's by default.
+        first_iteration: where the schedule starts, for tickets rewound to a later step.
+        rewind_iteration: snapshot the parameters before this iteration.
+        on_iteration: called after each iteration with the transitions imitated in it.
+    """
+    if tuple(key.shape) != (len(population),):
+        raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
+    evaluator = Evaluator(
+        evaluation or Evaluation(),
+        env_name,
+        population,
+        key,
+        first_iteration,
+        budget.iterations,
+        rewind_iteration,
+    )
+    updates = budget.epochs * budget.minibatches
+    config = CloneConfig(
+        updates=updates, batch=budget.batch // budget.minibatches, max_norm=budget.max_norm
+    )
+    for iteration in range(first_iteration, budget.iterations):
+        evaluator.before(iteration)
+        learning_rate = torch.full(
+            (len(population),), budget.learning_rate_at(iteration), device=key.device
+        )
+        clone_update_(
+            population.parameters,
+            population.arena,
+            dataset.obs,
+            dataset.target,
+            assignment,
+            key,
+            iteration * updates,
+            learning_rate,
+            config,
+            density=population.density,
+        )
+        evaluator.after(iteration)
+        if on_iteration is not None:
+            on_iteration(len(population) * budget.batch)
+    return evaluator.result((budget.iterations - first_iteration) * budget.batch)

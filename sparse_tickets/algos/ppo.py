@@ -1,0 +1,157 @@
+"""Proximal policy optimisation (Schulman et al., 2017) of a population of tickets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.envs import make_env
+from sparse_tickets.kernels.ppo import PPOConfig, ppo_update_
+from sparse_tickets.kernels.returns import gae
+from sparse_tickets.kernels.rollout import rollout
+from sparse_tickets.population import Population
+
+__all__ = ["PPO", "train"]
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Hyper-parameters of PPO, as in CleanRL; the learning rate falls linearly to zero."""
+
+    steps: int = 500_000
+    """Environment steps per ticket."""
+    copies: int = 4
+    """Environment copies a ticket acts in side by side."""
+    horizon: int = 128
+    """Steps per copy between updates."""
+    epochs: int = 4
+    """Passes over each batch of copies x horizon samples."""
+    minibatches: int = 4
+    """Minibatches per pass."""
+    learning_rate: float = 2.5e-4
+    gamma: float = 0.99
+    """Discount."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip: float = 0.2
+    """Clip range of the probability ratio."""
+    clip_value: bool = True
+    """Clip the value loss as well."""
+    entropy_coef: float = 0.01
+    value_coef: float = 0.5
+    max_norm: float = 0.5
+    """Each ticket's gradient is clipped to this norm, actor and critic jointly."""
+
+    def __post_init__(self) -> None:
+        for name in ("copies", "horizon", "epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps < self.batch:
+            raise ValueError(
+                f"steps must be at least copies * horizon = {self.batch}, got {self.steps}"
+            )
+        if self.batch % self.minibatches:
+            raise ValueError(
+                f"minibatches must divide copies * horizon = {self.batch}, got {self.minibatches}"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Samples per iteration."""
+        return self.copies * self.horizon
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of rollout and update."""
+        return self.steps // self.batch
+
+    def learning_rate_at(self, iteration: int) -> float:
+        """Linear from `learning_rate` to zero over the whole budget."""
+        return self.learning_rate * (1.0 - iteration / self.iterations)
+
+    def config(self) -> PPOConfig:
+        """What one update needs to know."""
+        return PPOConfig(
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+            clip=self.clip,
+            clip_value=self.clip_value,
+            value_coef=self.value_coef,
+            entropy_coef=self.entropy_coef,
+            max_norm=self.max_norm,
+        )
+
+
+def train(
+    settings: PPO,
+    env_name: str,
+    population: Population,
+    key: Tensor,
+    *,
+    evaluation: Evaluation | None = None,
+    first_iteration: int = 0,
+    rewind_iteration: int | None = None,
+    on_iteration: Callable[[int], None] | None = None,
+) -> Result:
+    """Train every ticket of a population by PPO; nothing is computed across tickets.
+
+    Args:
+        settings: the hyper-parameters.
+        env_name: a registered environment or any gymnasium id.
+        population: changed in place.
+        key: ``[P]`` int64; all randomness of a ticket's training comes from its key.
+        evaluation: how returns are measured; the protocol's by default.
+        first_iteration: where the schedule starts, for tickets rewound to a later step.
+        rewind_iteration: snapshot the parameters before this iteration.
+        on_iteration: called after each iteration with the agent-steps taken in it.
+
+    Returns:
+        Curves, returns, final and best weights.
+
+    Raises:
+        ValueError: an unknown environment, or a key that does not fit the population.
+    """
+    if tuple(key.shape) != (len(population),):
+        raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
+    arena, parameters, density = population.arena, population.parameters, population.density
+    env = make_env(env_name, len(population), settings.copies, device=key.device)
+    evaluator = Evaluator(
+        evaluation or Evaluation(),
+        env_name,
+        population,
+        key,
+        first_iteration,
+        settings.iterations,
+        rewind_iteration,
+    )
+    config = settings.config()
+    obs = env.reset(key)
+    for iteration in range(first_iteration, settings.iterations):
+        evaluator.before(iteration)
+        experience, obs = rollout(
+            parameters, arena, env, obs, key, settings.horizon, density=density
+        )
+        advantage, target = gae(
+            experience.reward,
+            experience.value,
+            experience.next_value,
+            experience.terminated,
+            experience.truncated,
+            settings.gamma,
+            settings.lam,
+        )
+        batch = experience.batch(advantage, target)
+        learning_rate = torch.full(
+            (len(population),), settings.learning_rate_at(iteration), device=key.device
+        )
+        ppo_update_(
+            parameters, arena, batch, key, iteration, learning_rate, config, density=density
+        )
+        evaluator.after(iteration)
+        if on_iteration is not None:
+            on_iteration(len(population) * settings.batch)
+    return evaluator.result((settings.iterations - first_iteration) * settings.batch)

@@ -1,0 +1,196 @@
+"""From a run's folder to its table and figures: what `report` and `show` do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from rich.table import Table
+
+from sparse_tickets.analysis.figures import (
+    contribution_figure,
+    mask_figure,
+    return_figure,
+    save,
+    ticket_figure,
+)
+from sparse_tickets.analysis.table import markdown_table, summary_table
+from sparse_tickets.files import StoreError, write_atomic
+from sparse_tickets.kernels.arena import Net
+from sparse_tickets.sweep.spec import Sweep, Track, protocol
+from sparse_tickets.sweep.store import Store, Unit, load_results
+from sparse_tickets.ticket import Ticket
+
+__all__ = ["find_ticket", "report", "show", "stamp"]
+
+OBSERVATIONS = {
+    "CartPole-v1": ("position", "velocity", "angle", "angular velocity"),
+    "Acrobot-v1": ("cos 1", "sin 1", "cos 2", "sin 2", "velocity 1", "velocity 2"),
+    "MountainCar-v0": ("position", "velocity"),
+    "Pendulum-v1": ("cos", "sin", "velocity"),
+}
+
+
+def stamp(spec: Sweep) -> str | None:
+    """``toy budget`` where a sweep trains or evaluates less than the protocol asks for."""
+    full = protocol(spec.env)
+    short = (
+        spec.ppo.steps < full.ppo.steps
+        or spec.seeds < 5
+        or spec.evaluation.final_episodes < full.evaluation.final_episodes
+    )
+    return "toy budget" if short else None
+
+
+def report(out: str | Path, metric: str = "return_final") -> tuple[Table, list[Path]]:
+    """Summarise a run and draw its figures into ``<out>/figures``.
+
+    Args:
+        out: the run's folder, finished or not.
+        metric: the return to report.
+
+    Returns:
+        A table for the terminal and the files written.
+
+    Raises:
+        StoreError: there is no run, or nothing is finished yet.
+        ValueError: an unknown metric.
+    """
+    out = Path(out)
+    frame = load_results(out)
+    spec = Sweep.from_dict(Store(out).spec)
+    mark = stamp(spec)
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    files: list[Path] = []
+    files += save(return_figure(frame, mark, metric=metric), folder / "returns.png")
+    effective = return_figure(frame, mark, metric=metric, effective_density=True)
+    files += save(effective, folder / "returns-effective-density.png")
+    files += save(contribution_figure(frame, mark, metric=metric), folder / "contributions.png")
+    kept = _input_masks(spec, Store(out), frame)
+    if kept:
+        figure = mask_figure(kept, OBSERVATIONS.get(spec.env), mark)
+        files += save(figure, folder / "input-masks.png")
+    table = out / "table.md"
+    write_atomic(table, markdown_table(frame, metric).encode())
+    return summary_table(frame, metric), [table, *(file for file in files if file.suffix == ".png")]
+
+
+def _input_masks(
+    spec: Sweep, store: Store, frame: pl.DataFrame
+) -> list[tuple[str, np.ndarray]]:
+    """Per algorithm, how often seeds keep each input weight of the ticket at half the levels."""
+    masks = []
+    for algo in spec.algos:
+        rows = frame.filter((pl.col("algo") == algo) & (pl.col("condition") == "mask/weights"))
+        if rows.is_empty():
+            continue
+        sparsest = rows["level"].max()
+        tickets = [
+            ticket
+            for unit in store.units()
+            if unit.algo == algo and unit.level == sparsest and store.has(unit)
+            for ticket in store.read_tickets(unit)
+            if ticket.condition == "mask/weights"
+        ]
+        density = rows.filter(pl.col("level") == sparsest)["density"][0]
+        layers = [ticket.arena.actor.weight(ticket.mask[None], 0)[0] for ticket in tickets]
+        share = torch.stack(layers).double().mean(0).numpy()
+        masks.append((f"{algo.upper()}, {density:.1%} of weights", share))
+    return masks
+
+
+def find_ticket(
+    store: Store, spec: Sweep, algo: str, track: Track, level: int | None
+) -> Ticket:
+    """One stored ticket; ``level`` None means the sparsest finished.
+
+    Raises:
+        StoreError: no such finished cell; the message says what there is.
+    """
+    wanted = {"condition": track.condition, "controls": track.controls, "seed": track.seed}
+    found = []
+    for unit in store.units():
+        if unit.algo != algo or (level is not None and unit.level != level):
+            continue
+        if unit.level == 0 and level == 0:
+            wanted |= {"condition": "dense", "controls": "shared"}
+        for ticket in store.read_tickets(unit):
+            if all(getattr(ticket, name) == value for name, value in wanted.items()):
+                found.append(ticket)
+    if not found:
+        algos = ", ".join(sorted({unit.algo for unit in store.units()})) or "none"
+        raise StoreError(
+            f"no finished {algo} ticket of {track.condition} ({track.controls} controls), seed "
+            f"{track.seed}, level {'any' if level is None else level} in {store.path} (finished "
+            f"algos: {algos}; conditions: {', '.join(spec.conditions)}; seeds 0 to {spec.seeds - 1})"
+        )
+    return max(found, key=lambda ticket: ticket.level)
+
+
+def show(
+    out: str | Path,
+    *,
+    algo: str = "ppo",
+    condition: str = "mask/weights",
+    controls: str = "own",
+    seed: int = 0,
+    level: int | None = None,
+    export: Path | None = None,
+) -> list[Path]:
+    """Draw a ticket's masks, and its input layer over the levels; optionally export its policy.
+
+    Returns:
+        The files written, into ``<out>/figures``.
+
+    Raises:
+        StoreError: there is no such finished ticket.
+    """
+    out = Path(out)
+    store = Store(out)
+    spec = Sweep.from_dict(store.spec)
+    track = Track(seed, condition, controls)
+    ticket = find_ticket(store, spec, algo, track, level)
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    name = f"{algo}-{condition.replace('/', '-')}-seed-{seed}-level-{ticket.level:02d}"
+    net = ticket.arena.actor
+    layers = [
+        (
+            _layer_name(net, layer),
+            net.weight(ticket.mask[None], layer)[0].numpy(),
+            net.weight(ticket.final[None], layer)[0].numpy(),
+        )
+        for layer in range(net.depth)
+    ]
+    files = [save(ticket_figure(layers, stamp(spec)), folder / f"ticket-{name}.png")[0]]
+    steps = [
+        find_ticket(store, spec, algo, track, each)
+        for each in sorted({0, ticket.level // 2, ticket.level})
+    ]
+    inputs = [
+        (
+            f"level {step.level}, {step.density:.1%}",
+            net.weight(step.mask[None], 0)[0].numpy().astype(float),
+        )
+        for step in steps
+    ]
+    figure = mask_figure(inputs, OBSERVATIONS.get(spec.env), stamp(spec))
+    files.append(save(figure, folder / f"inputs-{name}.png")[0])
+    if export is not None:
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(ticket.to_sequential(), buffer)
+        write_atomic(Path(export), buffer.getvalue())
+        files.append(Path(export))
+    return files
+
+
+def _layer_name(net: Net, layer: int) -> str:
+    out, inp = net.shape(layer)
+    if layer == 0:
+        return f"input {inp} → {out}"
+    return f"{'head' if layer == net.depth - 1 else f'hidden {layer}'} {inp} → {out}"

@@ -1,0 +1,233 @@
+"""The command line: `sparse-tickets sweep | report | show | verify`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+from rich.console import Console
+
+from sparse_tickets.algos.bc import ExpertError
+from sparse_tickets.files import StoreError
+from sparse_tickets.sweep.progress import SweepProgress
+from sparse_tickets.sweep.run import run
+from sparse_tickets.sweep.spec import Sweep, protocol
+
+__all__ = ["main"]
+
+Command = TypeVar("Command")
+
+
+@dataclass(frozen=True)
+class SweepCommand:
+    """Train, prune, rewind, retrain: every seed, condition and level, resumable at any moment."""
+
+    out: Path
+    """Folder for results; running the same command again resumes it."""
+    spec: Annotated[Sweep, tyro.conf.arg(name="")] = field(default_factory=Sweep)
+    dry_run: bool = False
+    """Print the cells, the time and the disk the sweep will take, and stop."""
+    overwrite: bool = False
+    """Discard what the folder holds for another specification."""
+    plugin: tuple[Path, ...] = ()
+    """Python files that register your own environments, criteria or conditions."""
+    device: str = "cpu"
+    """Where to train."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Print a run's table and draw its figures."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder given to sweep as --out."""
+    metric: str = "return_final"
+    """return_final, return_best, return_final_sampled or return_auc."""
+
+
+@dataclass(frozen=True)
+class ShowCommand:
+    """Draw one ticket's masks, and which inputs its tracks keep, as pictures."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder given to sweep as --out."""
+    algo: str = "ppo"
+    """Training algorithm."""
+    condition: str = "mask/weights"
+    """Condition of the track."""
+    controls: str = "own"
+    """Kind of controls of the track."""
+    seed: int = 0
+    """Seed of the track."""
+    level: int | None = None
+    """Level; default: the sparsest finished."""
+    export: Path | None = None
+    """Also save the trained policy as a plain nn.Sequential (torch.save) to this file."""
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Retrain some cells of a run in plain torch (the reference ops) and compare."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder given to sweep as --out."""
+    cells: int = 5
+    """How many cells, spread over algorithms and levels."""
+    plugin: tuple[Path, ...] = ()
+    """Python files that register your own environments, criteria or conditions."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 0 if all went well, 130 if interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console()
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in _COMMANDS:
+        return _usage(arguments, console)
+    name, rest = arguments[0], arguments[1:]
+    try:
+        return _COMMANDS[name][1](rest, console)
+    except (ValueError, TypeError, StoreError, ExpertError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 1
+
+
+def _usage(arguments: list[str], console: Console) -> int:
+    known = bool(arguments) and arguments[0] not in ("-h", "--help")
+    if known:
+        console = Console(stderr=True)
+        names = ", ".join(_COMMANDS)
+        console.print(f"[red]error:[/red] no command {arguments[0]!r}, there are: {names}\n")
+    console.print("[bold]sparse-tickets[/bold]: lottery-ticket research on policies\n")
+    for name, (about, _) in _COMMANDS.items():
+        console.print(f"  [bold]{name:8}[/bold] {about}")
+    console.print("\n  sparse-tickets COMMAND --help  explains a command", highlight=False)
+    return 2 if known else 0
+
+
+def _parse(kind: type[Command], name: str, rest: list[str], default: Command | None = None):
+    return tyro.cli(
+        kind,
+        prog=f"sparse-tickets {name}",
+        args=rest,
+        **({} if default is None else {"default": default}),
+    )
+
+
+def _sweep(rest: list[str], console: Console) -> int:
+    # The protocol's defaults depend on the environment, so that --help shows the right ones.
+    _load_plugins(_option(rest, "--plugin"))
+    env = _option(rest, "--env")
+    default = SweepCommand(out=tyro.MISSING, spec=protocol(env[0] if env else Sweep.env))
+    command = _parse(SweepCommand, "sweep", rest, default)
+    spec, out = command.spec, command.out
+    if command.dry_run:
+        from sparse_tickets.sweep.estimate import estimate
+
+        console.print(estimate(spec))
+        return 0
+    try:
+        with SweepProgress(spec, console) as progress:
+            run(
+                spec,
+                out,
+                overwrite=command.overwrite,
+                device=command.device,
+                on_progress=progress.advance,
+            )
+    except KeyboardInterrupt:
+        console.print(
+            f"\n[yellow]stopped.[/yellow] Finished units are safe in {out}; "
+            "run the same command again to resume."
+        )
+        return 130
+    return _print_report(out, console, "return_final")
+
+
+def _report(rest: list[str], console: Console) -> int:
+    command = _parse(ReportCommand, "report", rest)
+    return _print_report(command.run, console, command.metric)
+
+
+def _print_report(out: Path, console: Console, metric: str) -> int:
+    from sparse_tickets.analysis.report import report
+
+    table, files = report(out, metric=metric)
+    console.print(table)
+    for file in files:
+        console.print(f"  {file}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _show(rest: list[str], console: Console) -> int:
+    from sparse_tickets.analysis.report import show
+
+    command = _parse(ShowCommand, "show", rest)
+    files = show(
+        command.run,
+        algo=command.algo,
+        condition=command.condition,
+        controls=command.controls,
+        seed=command.seed,
+        level=command.level,
+        export=command.export,
+    )
+    for file in files:
+        console.print(f"  {file}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _verify(rest: list[str], console: Console) -> int:
+    from sparse_tickets.analysis.verify import verify
+
+    command = _parse(VerifyCommand, "verify", rest)
+    _load_plugins([str(path) for path in command.plugin])
+    table, agree = verify(command.run, command.cells, console)
+    console.print(table)
+    return 0 if agree else 1
+
+
+def _option(arguments: list[str], name: str) -> list[str]:
+    """The values given to an option, read before parsing proper."""
+    values: list[str] = []
+    taking = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            taking = argument == name
+            if argument.startswith(f"{name}="):
+                values.append(argument.split("=", 1)[1])
+        elif taking:
+            values.append(argument)
+    return values
+
+
+def _load_plugins(paths: Sequence[str]) -> None:
+    """Run the user's own Python files, which register what they define."""
+    for path in paths:
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"--plugin must be a Python file, got {path}")
+        module_name = f"sparse_tickets_plugin_{file.stem}"
+        if module_name in sys.modules:
+            continue
+        specification = importlib.util.spec_from_file_location(module_name, file)
+        if specification is None or specification.loader is None:
+            raise ValueError(f"--plugin must be a Python file, got {path}")
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[module_name] = module
+        specification.loader.exec_module(module)
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
+    "sweep": ("train every seed, condition and level; resumable", _sweep),
+    "report": ("print a run's table and draw its figures", _report),
+    "show": ("draw a ticket's masks; export its policy", _show),
+    "verify": ("retrain some cells in plain torch and compare", _verify),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""A population of policies: one arena, its parameters, named initialisations, forward and export."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_tickets.envs import EnvSpec
+from sparse_tickets.kernels.arena import Arena, Net, Parameters
+from sparse_tickets.kernels.mlp import mlp
+from sparse_tickets.kernels.random import Stream, normal
+
+__all__ = ["INITIALISATIONS", "Population", "initialise", "policy_arena"]
+
+INITIALISATIONS = ("lecun", "kaiming", "orthogonal")
+
+
+def policy_arena(
+    env: EnvSpec,
+    hidden: tuple[int, ...] = (64, 64),
+    *,
+    activation: str = "tanh",
+    critic: bool = True,
+    prune_critic: bool = False,
+) -> Arena:
+    """The arena of an actor (and critic) of equal hidden sizes for an environment's spaces.
+
+    Raises:
+        ValueError: an unknown activation or a hidden size below 1.
+    """
+    actor_sizes = (env.observation_dim, *hidden, env.action_dim)
+    critic_sizes = (env.observation_dim, *hidden, 1) if critic else None
+    return Arena.build(
+        actor_sizes,
+        critic_sizes,
+        activation=activation,
+        continuous=not env.discrete,
+        prune_critic=prune_critic,
+    )
+
+
+def initialise(arena: Arena, key: Tensor, scheme: str = "lecun") -> Tensor:
+    """Initial weights ``[P, size]`` float32, one Philox key per ticket; biases and log_std zero.
+
+    ``lecun`` (Klambauer et al., 2017) and ``kaiming`` (He et al., 2015) draw normals of variance
+    1/in and 2/in for every layer, heads included; ``orthogonal`` (Saxe et al., 2014) has gain
+    sqrt(2), 0.01 for the actor's head and 1 for the critic's, as PPO codebases use it.
+
+    Args:
+        arena: the layout.
+        key: ``[P]`` int64, one key per ticket.
+        scheme: one of `INITIALISATIONS`.
+
+    Raises:
+        ValueError: an unknown scheme.
+    """
+    if scheme not in INITIALISATIONS:
+        raise ValueError(f"scheme must be one of {INITIALISATIONS}, got {scheme!r}")
+    flat = torch.zeros(len(key), arena.size, device=key.device)
+    for index, net in enumerate(arena.nets):
+        for layer in range(net.depth):
+            out, inp = net.shape(layer)
+            draw = normal(key, out * inp, stream=Stream.INIT, step=64 * index + layer)
+            draw = draw.unflatten(1, (out, inp))
+            if scheme == "orthogonal":
+                head_gain = 0.01 if net is arena.actor else 1.0
+                gain = head_gain if layer == net.depth - 1 else math.sqrt(2.0)
+                weight = gain * _orthogonal(draw)
+            else:
+                weight = draw * math.sqrt((1.0 if scheme == "lecun" else 2.0) / inp)
+            net.weight(flat, layer).copy_(weight)
+    return flat
+
+
+def _orthogonal(draw: Tensor) -> Tensor:
+    tall = draw if draw.shape[1] >= draw.shape[2] else draw.mT
+    q, r = torch.linalg.qr(tall.double())
+    # The sign of R's diagonal makes the distribution uniform (Mezzadri, 2007).
+    q = q * torch.diagonal(r, dim1=1, dim2=2).sign().unsqueeze(1)
+    return (q if tall is draw else q.mT).to(draw.dtype)
+
+
+@dataclass
+class Population:
+    """P policies of one architecture, every mask different, trained together.
+
+    Attributes:
+        arena: where each parameter lies in a row.
+        parameters: weights, masks, Adam moments and step counts (changed in place by training).
+        density: the level's nominal density; with the shapes it fixes which kernels run.
+    """
+
+    arena: Arena
+    parameters: Parameters
+    density: float = 1.0
+
+    @classmethod
+    def create(
+        cls, arena: Arena, weight: Tensor, mask: Tensor | None = None, density: float = 1.0
+    ) -> Population:
+        """A population at the start of training: moments and step counts zero.
+
+        Args:
+            arena: the layout.
+            weight: ``[P, size]`` float32, copied; zeroed off the mask.
+            mask: ``[P, prunable]`` bool, or None for dense.
+            density: the nominal density of the masks, in [0, 1].
+
+        Raises:
+            ValueError: shapes that do not fit the arena, or a density outside [0, 1].
+        """
+        if weight.ndim != 2 or weight.shape[1] != arena.size:
+            raise ValueError(
+                f"weight must have shape (P, {arena.size}), got {tuple(weight.shape)}"
+            )
+        if not 0.0 <= density <= 1.0:
+            raise ValueError(f"density must be in [0, 1], got {density}")
+        shape = (weight.shape[0], arena.prunable)
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=weight.device)
+        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be bool of shape {shape}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        weight = weight.clone(memory_format=torch.contiguous_format)
+        weight[:, : arena.prunable].masked_fill_(~mask, 0.0)
+        parameters = Parameters(
+            weight=weight,
+            mask=mask.clone(memory_format=torch.contiguous_format),
+            m=torch.zeros_like(weight),
+            v=torch.zeros_like(weight),
+            step=torch.zeros(shape[0], dtype=torch.int64, device=weight.device),
+        )
+        return cls(arena, parameters, density)
+
+    def __len__(self) -> int:
+        return self.parameters.weight.shape[0]
+
+    def actor(self, obs: Tensor) -> Tensor:
+        """Action logits (discrete) or means (continuous): ``[P, B, obs] -> [P, B, act]``."""
+        return self._forward(self.arena.actor, obs)
+
+    def critic(self, obs: Tensor) -> Tensor:
+        """State values: ``[P, B, obs] -> [P, B]``.
+
+        Raises:
+            ValueError: the arena has no critic.
+        """
+        if self.arena.critic is None:
+            raise ValueError("this population has no critic: build its arena with critic=True")
+        return self._forward(self.arena.critic, obs).squeeze(2)
+
+    def _forward(self, net: Net, obs: Tensor) -> Tensor:
+        weight, mask = self.parameters.weight, self.parameters.mask
+        return mlp(obs, weight, net, mask, density=self.density)
+
+    def with_weight(self, weight: Tensor) -> Parameters:
+        """The parameters with other weights ``[P, size]``, e.g. a checkpoint to evaluate."""
+        return self.parameters._replace(weight=weight)

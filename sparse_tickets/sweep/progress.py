@@ -1,0 +1,75 @@
+"""A sweep's progress bar: what is trained, how fast, how long it still takes."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from sparse_tickets.sweep.spec import Sweep
+
+__all__ = ["SweepProgress", "total_steps"]
+
+
+def total_steps(spec: Sweep) -> int:
+    """Agent-steps of a whole sweep, experts included (those of one round of tries)."""
+    steps = sum(
+        len(tracks) * spec.train_steps(level)
+        for algo in spec.algos
+        for level, _, tracks in spec.units(algo)
+    )
+    if "bc" in spec.algos:
+        steps += spec.bc.experts * (spec.bc.expert_steps or spec.ppo.steps)
+    return steps
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.speed or task.finished_speed
+        if not speed:
+            return Text("starting, kernels compile on the first run", style="dim")
+        return Text(f"{speed / 1000:,.0f}k agent-steps/s", style="cyan")
+
+
+class SweepProgress:
+    """Shows a bar while its context is open; `advance` is what `run` calls."""
+
+    def __init__(self, spec: Sweep, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description:32}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:3.0f}%"),
+            _Speed(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps(spec))
+
+    def __enter__(self) -> SweepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, description: str, steps: int) -> None:
+        """Say what is under way and add the agent-steps just done."""
+        self._bar.update(self._task, description=description, advance=steps)

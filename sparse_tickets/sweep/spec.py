@@ -1,0 +1,256 @@
+"""What a sweep is: a frozen, hashed specification; the protocol's defaults per environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+from sparse_tickets.algos.bc import BC
+from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.conditions import find_condition
+from sparse_tickets.envs import EnvSpec, env_spec
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.random import derive_key
+from sparse_tickets.population import INITIALISATIONS, policy_arena
+from sparse_tickets.prune import CRITERIA, kept
+
+__all__ = ["ALGOS", "CONTROLS", "Sweep", "Track", "protocol"]
+
+ALGOS = ("ppo", "bc")
+CONTROLS = ("own", "ticket")
+TICKET = "mask/weights"
+
+
+@dataclass(frozen=True)
+class Track:
+    """One chain over the levels: a seed under a condition.
+
+    Attributes:
+        seed: index of the repetition; fixes the initial weights.
+        condition: a name in the conditions registry, or ``dense`` at level 0.
+        controls: ``own`` if the track prunes by its own trained network, ``ticket`` if it takes
+            masks from the same seed's mask/weights track, ``shared`` at level 0.
+    """
+
+    seed: int
+    condition: str
+    controls: str
+
+    @property
+    def source(self) -> Track:
+        """The track whose trained network decides this track's next mask."""
+        return Track(self.seed, TICKET, "own") if self.controls == "ticket" else self
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A lottery-ticket study: every condition, seed and level of one environment."""
+
+    env: str = "CartPole-v1"
+    """A built-in or registered environment, or any gymnasium id."""
+    algos: tuple[str, ...] = ALGOS
+    """Training algorithms: ppo, bc."""
+    conditions: tuple[str, ...] = (
+        TICKET,
+        "mask/permuted",
+        "permuted/permuted",
+        "random/re-init",
+    )
+    """Which mask and which initial weights a track trains with."""
+    controls: tuple[str, ...] = ("own",)
+    """own: a condition prunes by its own trained network; ticket: by its seed's mask/weights track."""
+    seeds: int = 15
+    """Repetitions, numbered from 0."""
+    levels: int = 20
+    """Trainings per track, the dense one included."""
+    rate: float = 0.2
+    """Fraction of the remaining weights pruned per level."""
+    criterion: str = "magnitude"
+    """Which weights are pruned."""
+    rewind_step: int = 0
+    """Environment step of dense training to rewind to; 0 is initialisation."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Hidden sizes of actor, critic and student."""
+    activation: str = "tanh"
+    """tanh or relu."""
+    init: str = "lecun"
+    """Initialisation: lecun, kaiming or orthogonal."""
+    prune_critic: bool = False
+    """Prune the critic's weights too, jointly with the actor's."""
+    chunk: int = 64
+    """Most tracks trained together; results do not depend on it."""
+    ppo: PPO = field(default_factory=PPO)
+    bc: BC = field(default_factory=BC)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        for name, chosen, allowed in (
+            ("algos", self.algos, ALGOS),
+            ("controls", self.controls, CONTROLS),
+        ):
+            unknown = [value for value in chosen if value not in allowed]
+            if unknown or not chosen:
+                raise ValueError(f"{name} must be among {', '.join(allowed)}, got {chosen}")
+        for name in ("seeds", "levels", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.rate < 1.0:
+            raise ValueError(f"rate must be in (0, 1), got {self.rate}")
+        if self.init not in INITIALISATIONS:
+            raise ValueError(f"init must be one of {INITIALISATIONS}, got {self.init!r}")
+        if not 0 <= self.rewind_step < self.ppo.steps:
+            raise ValueError(
+                f"rewind_step must be in [0, steps = {self.ppo.steps}), got {self.rewind_step}"
+            )
+        if self.rewind_step % self.ppo.batch:
+            raise ValueError(
+                f"rewind_step must be a multiple of copies * horizon = {self.ppo.batch}, "
+                f"got {self.rewind_step}"
+            )
+        if self.criterion not in CRITERIA:
+            raise ValueError(
+                f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}"
+            )
+        for condition in self.conditions:
+            find_condition(condition)
+        if "ticket" in self.controls and TICKET not in self.conditions:
+            raise ValueError(f"controls 'ticket' need the condition {TICKET!r} in conditions")
+
+    @property
+    def env_spec(self) -> EnvSpec:
+        """Spaces and observation scale of the environment."""
+        return env_spec(self.env)
+
+    @property
+    def rewind_iteration(self) -> int:
+        """The iteration of training that `rewind_step` falls on."""
+        return self.rewind_step // self.ppo.batch
+
+    def train_steps(self, level: int) -> int:
+        """Environment steps (or imitated transitions) a ticket is trained for at a level."""
+        skipped = 0 if level == 0 else self.rewind_iteration
+        return (self.ppo.iterations - skipped) * self.ppo.batch
+
+    def arena(self, algo: str) -> Arena:
+        """The parameter layout of an algorithm's tickets; a cloned student has no critic."""
+        critic = algo != "bc"
+        return policy_arena(
+            self.env_spec,
+            self.hidden,
+            activation=self.activation,
+            critic=critic,
+            prune_critic=self.prune_critic and critic,
+        )
+
+    def density(self, level: int) -> float:
+        """The nominal density of a level, (1 - rate)^level."""
+        return (1.0 - self.rate) ** level
+
+    def kept(self, algo: str, level: int) -> int:
+        """The exact number of weights a ticket keeps at a level."""
+        return kept(self.arena(algo).prunable, level, self.rate)
+
+    def tracks(self, level: int) -> list[Track]:
+        """All tracks trained at a level, in a fixed order."""
+        seeds = range(self.seeds)
+        if level == 0:
+            return [Track(seed, "dense", "shared") for seed in seeds]
+        tracks = []
+        for controls in CONTROLS:
+            for name in self.conditions:
+                # Without a chain, or being the ticket itself, both kinds of controls coincide.
+                single = name == TICKET or not find_condition(name).chained
+                wanted = controls == "own" if single else controls in self.controls
+                if wanted:
+                    tracks += [Track(seed, name, controls) for seed in seeds]
+        return tracks
+
+    def units(self, algo: str) -> Iterator[tuple[int, int, list[Track]]]:
+        """Yield ``(level, chunk index, tracks)`` in the order of training."""
+        for level in range(self.levels):
+            tracks = self.tracks(level)
+            for begin in range(0, len(tracks), self.chunk):
+                yield level, begin // self.chunk, tracks[begin : begin + self.chunk]
+
+    def key(self, algo: str, track: Track, level: int) -> int:
+        """The random key of a cell: everything but the initial weights is drawn from it."""
+        return derive_key(
+            "cell", self.env, algo, track.seed, track.condition, track.controls, level
+        )
+
+    def initial_key(self, seed: int) -> int:
+        """The random key of a seed's initial weights, the same for every algorithm."""
+        return derive_key("init", self.env, seed)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types, observation scale included, as stored and hashed."""
+        spec = self.env_spec
+        scale = {"offset": list(spec.offset), "scale": list(spec.scale)}
+        return json.loads(json.dumps(asdict(self) | {"observations": scale}))
+
+    @classmethod
+    def from_dict(cls, stored: dict) -> Sweep:
+        """The sweep a stored dictionary describes.
+
+        Raises:
+            ValueError: a field is missing or unknown.
+        """
+        fields = {name: value for name, value in stored.items() if name != "observations"}
+        try:
+            nested = {
+                "ppo": PPO(**fields.pop("ppo")),
+                "bc": BC(**fields.pop("bc")),
+                "evaluation": Evaluation(**fields.pop("evaluation")),
+            }
+            values = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in fields.items()
+            }
+            return cls(**values, **nested)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the specification of a sweep: {error}") from error
+
+
+# Budgets and hyper-parameters: CleanRL's for CartPole, rl-zoo3's tuned ones elsewhere.
+_PROTOCOL: dict[str, PPO] = {
+    "CartPole-v1": PPO(),
+    "Acrobot-v1": PPO(
+        copies=16,
+        horizon=256,
+        minibatches=64,
+        learning_rate=3e-4,
+        lam=0.94,
+        clip_value=False,
+        entropy_coef=0.0,
+    ),
+    "Pendulum-v1": PPO(
+        steps=400_000,
+        copies=4,
+        horizon=1024,
+        minibatches=64,
+        epochs=10,
+        learning_rate=1e-3,
+        gamma=0.9,
+        clip_value=False,
+        entropy_coef=0.0,
+    ),
+    "MountainCar-v0": PPO(
+        steps=1_000_000,
+        copies=16,
+        horizon=16,
+        learning_rate=3e-4,
+        lam=0.98,
+        clip_value=False,
+        entropy_coef=0.0,
+    ),
+}
+
+
+def protocol(env: str) -> Sweep:
+    """The protocol's sweep for an environment: its budget and tuned hyper-parameters.
+
+    Environments without a tuned entry get CleanRL's defaults.
+    """
+    return replace(Sweep(), env=env, ppo=_PROTOCOL.get(env, PPO()))
