@@ -1,0 +1,316 @@
+"""The linear layer of a population, ``y = x wᵀ + b``, differentiable twice: `linear` and `plan`.
+
+Three ops, each the derivative of the other two, are registered with torch: ``linear``,
+``linear_dx`` and ``linear_dw``. The weight is zero off the mask already, so the first two never
+look at the mask on a backend that stores zeros; ``linear_dw`` computes the gradient on the mask
+alone. Without a mask nothing of this runs: it is one ``torch.baddbmm``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sparse_tickets.kernels.dispatch import Plan, resolve_backend, use_backend
+from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
+from sparse_tickets.kernels.linear import reference
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import Library
+
+__all__ = ["PRECISIONS", "linear", "plan"]
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+"""How a GPU multiplies float32: exactly, rounded to 10 bits of mantissa, or as three of these."""
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_CPU_DTYPES = (torch.float32, torch.float64)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    precision: str = "ieee",
+) -> Tensor:
+    """``y[p] = x[p] weight[p]ᵀ + bias[p]`` for every ticket p, with dW on the mask only.
+
+    Differentiable any number of times in reverse mode, traceable by ``torch.compile``, and under
+    autocast computed in its dtype. All inputs may be strided or expanded.
+
+    Args:
+        x: ``[P, B, I]`` float32, float64, float16 or bfloat16.
+        weight: ``[P, O, I]``, dtype of `x`; must be zero where the mask is False, which is not
+            checked. A backend may or may not read what lies there.
+        mask: ``[P, O, I]`` bool, or None if all weights count; then torch's own product runs. It
+            must not change before the backward pass: that raises.
+        bias: ``[P, O]``, dtype of `x`, or None.
+        precision: ``ieee``, ``tf32`` or ``tf32x3``: float32 products of the Triton backend. Other
+            backends and the unmasked product follow torch's own setting.
+
+    Returns:
+        ``[P, B, O]``, dtype of `x`.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape, a device or the precision is not as above.
+        RuntimeError: from the backward pass, if an input was changed in place in between.
+        NotImplementedError: from forward-mode differentiation.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    _validate(x, weight, mask, bias, precision)
+    if mask is not None:
+        return _LINEAR(x, weight, mask, bias, precision)
+    if bias is None:
+        return torch.bmm(x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+
+def plan(
+    out: int, inp: int, batch: int, density: float, dtype: torch.dtype, device: torch.device
+) -> Plan:
+    """What a masked `linear` does with such inputs now, and why.
+
+    Args:
+        out: O.
+        inp: I.
+        batch: B, rows per ticket.
+        density: share of the weights under the mask.
+        dtype: of `x` and the weight.
+        device: where they live.
+
+    Raises:
+        ValueError: the density is not in [0, 1], or the chosen backend cannot run on the device.
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must be in [0, 1], got {density}")
+    device = torch.device(device)
+    backend = _backend(device, dtype)
+    if backend == "cpu":
+        from sparse_tickets.kernels.linear import cpu
+
+        return cpu.plan(out, inp, batch, density, dtype)
+    if backend == "triton":
+        reason = "dense products over explicit zeros, the mask fused into the weight gradient"
+    elif resolve_backend(device) == "cpu":
+        reason = "torch's dense product: the CPU kernels know float32 and float64 only"
+    else:
+        reason = "torch's dense product, the weight gradient masked afterwards"
+    return Plan("linear", backend, "dense+mask", reason)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as torch's autocast does, which leaves float64 alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _validate(
+    x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, precision: str
+) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape (P, B, I), got {tuple(x.shape)}")
+    if weight.dim() != 3:
+        raise ValueError(f"weight must have shape (P, O, I), got {tuple(weight.shape)}")
+    tickets, out = weight.shape[0], weight.shape[1]
+    check_shape("weight", weight, (x.shape[0], out, x.shape[2]))
+    check_dtype("x", x, *_DTYPES)
+    check_dtype("weight", weight, x.dtype)
+    check_device("weight", weight, x)
+    if mask is not None:
+        check_shape("mask", mask, tuple(weight.shape))
+        check_dtype("mask", mask, torch.bool)
+        check_device("mask", mask, x)
+    if bias is not None:
+        check_shape("bias", bias, (tickets, out))
+        check_dtype("bias", bias, x.dtype)
+        check_device("bias", bias, x)
+
+
+def _backend(device: torch.device, dtype: torch.dtype) -> str:
+    backend = resolve_backend(device)
+    return "reference" if backend == "cpu" and dtype not in _CPU_DTYPES else backend
+
+
+# Registration. `Library.impl` instead of `custom_op`, which costs ten times as much per call.
+
+_library = Library("sparse_tickets", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias, str p) -> Tensor")
+_library.define("linear_dx(Tensor dy, Tensor weight, Tensor mask, str p) -> Tensor")
+_library.define("linear_dw(Tensor dy, Tensor x, Tensor mask, str p) -> Tensor")
+_LINEAR = torch.ops.sparse_tickets.linear.default
+_DX = torch.ops.sparse_tickets.linear_dx.default
+_DW = torch.ops.sparse_tickets.linear_dw.default
+
+
+def _forward(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, precision: str
+) -> Tensor:
+    backend = _backend(x.device, x.dtype)
+    if backend == "triton":
+        from sparse_tickets.kernels.linear import gpu
+
+        return gpu.forward(x, weight, bias, precision)
+    if backend == "cpu":
+        from sparse_tickets.kernels.linear import cpu
+
+        return cpu.forward(x, weight, mask, bias)
+    return reference.linear(x, weight, mask, bias)
+
+
+def _dx(dy: Tensor, weight: Tensor, mask: Tensor, precision: str) -> Tensor:
+    backend = _backend(dy.device, dy.dtype)
+    if backend == "triton":
+        from sparse_tickets.kernels.linear import gpu
+
+        return gpu.dx(dy, weight, precision)
+    if backend == "cpu":
+        from sparse_tickets.kernels.linear import cpu
+
+        return cpu.dx(dy, weight, mask)
+    return reference.linear_dx(dy, weight, mask)
+
+
+def _dw(dy: Tensor, x: Tensor, mask: Tensor, precision: str) -> Tensor:
+    backend = _backend(dy.device, dy.dtype)
+    if backend == "triton":
+        from sparse_tickets.kernels.linear import gpu
+
+        return gpu.dw(dy, x, mask, precision)
+    if backend == "cpu":
+        from sparse_tickets.kernels.linear import cpu
+
+        return cpu.dw(dy, x, mask)
+    return reference.linear_dw(dy, x, mask)
+
+
+class _Differentiable(torch.autograd.Function):
+    """An op with its inputs saved; the three subclasses differentiate it by the other two.
+
+    The backward pass runs on the backend of the forward pass: on a GPU it is another thread, which
+    does not see `use_backend`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *args: Any) -> Tensor:
+        ctx.backend = resolve_backend(args[0].device)
+        ctx.precision = args[-1]
+        # The mask too: autograd then raises if it is changed before the backward pass.
+        ctx.save_for_backward(*args[:3])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise NotImplementedError(
+            "sparse_tickets linear has no forward-mode derivative; use reverse mode "
+            "(backward, torch.autograd.grad)"
+        )
+
+
+class _Linear(_Differentiable):
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mask = ctx.saved_tensors
+        _, *needs = ctx.needs_input_grad
+        with use_backend(ctx.backend):
+            return (
+                None,
+                _DX(dy, weight, mask, ctx.precision) if needs[0] else None,
+                _DW(dy, x, mask, ctx.precision) if needs[1] else None,
+                None,
+                dy.sum(1) if needs[3] else None,
+                None,
+            )
+
+
+class _LinearDX(_Differentiable):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dy, weight, mask = ctx.saved_tensors
+        _, *needs = ctx.needs_input_grad
+        with use_backend(ctx.backend):
+            return (
+                None,
+                _LINEAR(grad, weight, mask, None, ctx.precision) if needs[0] else None,
+                _DW(dy, grad, mask, ctx.precision) if needs[1] else None,
+                None,
+                None,
+            )
+
+
+class _LinearDW(_Differentiable):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dy, x, mask = ctx.saved_tensors
+        _, *needs = ctx.needs_input_grad
+        on_mask = grad.masked_fill(~mask, 0)
+        with use_backend(ctx.backend):
+            return (
+                None,
+                _LINEAR(x, on_mask, mask, None, ctx.precision) if needs[0] else None,
+                _DX(dy, on_mask, mask, ctx.precision) if needs[1] else None,
+                None,
+                None,
+            )
+
+
+def _register(
+    name: str, op: Any, compute: Any, function: type[_Differentiable], shape: Any
+) -> None:
+    """Register an op's kernels: of the devices, autograd, shape inference and vmap."""
+
+    def differentiable(*args: Any) -> Tensor:
+        # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return function.apply(op, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    def fake(*args: Any) -> Tensor:
+        return args[0].new_empty(shape(*args))
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        """Another batch of tickets is just more tickets."""
+
+        def fold(arg: Any, dim: int | None) -> Any:
+            if not isinstance(arg, Tensor):
+                return arg
+            if dim is None:
+                return arg.expand(info.batch_size, *arg.shape).flatten(0, 1)
+            return arg.movedim(dim, 0).flatten(0, 1)
+
+        folded = [fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
+        result = op(*folded)
+        tickets = result.shape[0] // max(info.batch_size, 1)
+        return result.unflatten(0, (info.batch_size, tickets)), 0
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, compute, device)
+    _library.impl(name, differentiable, "Autograd")
+    torch.library.register_fake(f"sparse_tickets::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"sparse_tickets::{name}", batched, lib=_library)
+
+
+_register(
+    "linear",
+    _LINEAR,
+    _forward,
+    _Linear,
+    lambda x, weight, mask, bias, p: (x.shape[0], x.shape[1], weight.shape[1]),
+)
+_register(
+    "linear_dx",
+    _DX,
+    _dx,
+    _LinearDX,
+    lambda dy, weight, mask, p: (dy.shape[0], dy.shape[1], weight.shape[2]),
+)
+_register("linear_dw", _DW, _dw, _LinearDW, lambda dy, x, mask, p: tuple(mask.shape))

@@ -1,0 +1,247 @@
+"""The linear layer of a population in Triton: three products, one tiled GEMM kernel.
+
+The weight stays dense with explicit zeros, so the forward product and dX are plain GEMMs; the mask
+enters in the epilogue of dW. One program computes one output tile of one ticket and walks its whole
+inner dimension: no atomics, no split sums, so a result depends neither on P nor on timing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from sparse_tickets.kernels.compile import Case
+from torch import Tensor
+
+__all__ = ["COMPILE_CASES", "Tiles", "choose_tiles", "dw", "dx", "forward"]
+
+
+@triton.jit
+def _gemm_kernel(
+    a,
+    b,
+    bias,
+    mask,
+    c,
+    rows,
+    cols,
+    depth,
+    a_ticket,
+    a_row,
+    a_depth,
+    b_ticket,
+    b_depth,
+    b_col,
+    bias_ticket,
+    bias_col,
+    mask_ticket,
+    mask_row,
+    mask_col,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``c[p] = mask[p] ∘ (a[p] b[p] + bias[p])``; c is contiguous, all else strided.
+
+    A ticket takes 2 rows·cols·depth FLOPs and moves at least (rows·depth + depth·cols + rows·cols)
+    elements, and rows·cols bytes of mask; `a` is read once per tile of columns, `b` once per tile
+    of rows.
+    """
+    col_tiles = tl.cdiv(cols, BLOCK_COLS)
+    tiles = tl.cdiv(rows, BLOCK_ROWS) * col_tiles
+    program = tl.program_id(0)
+    ticket = (program // tiles).to(tl.int64)
+    tile = program % tiles
+    row = (tile // col_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    col = (tile % col_tiles) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    inner = tl.arange(0, BLOCK_DEPTH)
+
+    a_tile = a + ticket * a_ticket + row * a_row + inner[None, :] * a_depth
+    b_tile = b + ticket * b_ticket + inner[:, None] * b_depth + col * b_col
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=ACCUMULATOR)
+    for start in range(0, depth, BLOCK_DEPTH):
+        left = depth - start
+        a_values = tl.load(a_tile, mask=(row < rows) & (inner[None, :] < left), other=0.0)
+        b_values = tl.load(b_tile, mask=(inner[:, None] < left) & (col < cols), other=0.0)
+        total = tl.dot(a_values, b_values, total, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        a_tile += BLOCK_DEPTH * a_depth
+        b_tile += BLOCK_DEPTH * b_depth
+
+    if bias is not None:
+        bias_values = tl.load(bias + ticket * bias_ticket + col * bias_col, mask=col < cols)
+        total += bias_values.to(ACCUMULATOR)
+    inside = (row < rows) & (col < cols)
+    if mask is not None:
+        mask_tile = mask + ticket * mask_ticket + row * mask_row + col * mask_col
+        total = tl.where(tl.load(mask_tile, mask=inside, other=0) != 0, total, 0.0)
+    c_tile = c + ticket * rows * cols + row * cols + col
+    tl.store(c_tile, total.to(c.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernel cuts a product, and the launch it takes.
+
+    Attributes:
+        rows: of an output tile.
+        cols: of an output tile.
+        depth: of the inner dimension per step.
+        warps: per program.
+        stages: of the software pipeline.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        """The kernel's block sizes."""
+        return {"BLOCK_ROWS": self.rows, "BLOCK_COLS": self.cols, "BLOCK_DEPTH": self.depth}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def choose_tiles(rows: int, cols: int, dtype: torch.dtype, precision: str) -> Tiles:
+    """Tiles for a ``[rows, cols]`` output: a fixed function of shape, dtype and precision.
+
+    IEEE float32 and float64 compute in registers, and tf32x3 keeps three copies there: they take
+    short steps, or they would spill. So would narrow half-precision tiles of depth 64.
+    """
+    block_rows = min(64, max(16, triton.next_power_of_2(rows)))
+    block_cols = min(64, max(16, triton.next_power_of_2(cols)))
+    if dtype == torch.float64:
+        return Tiles(min(32, block_rows), min(32, block_cols), 16, 8, 2)
+    if dtype == torch.float32:
+        return Tiles(block_rows, block_cols, 32 if precision == "tf32" else 16, 4, 3)
+    return Tiles(block_rows, block_cols, 64 if block_rows == block_cols == 64 else 32, 4, 3)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
+    """``[P, B, I], [P, O, I], [P, O] -> [P, B, O]``; see `reference.linear`."""
+    return _gemm(x, weight.mT, bias, None, precision)
+
+
+def dx(dy: Tensor, weight: Tensor, precision: str) -> Tensor:
+    """``[P, B, O], [P, O, I] -> [P, B, I]``; see `reference.linear_dx`."""
+    return _gemm(dy, weight, None, None, precision)
+
+
+def dw(dy: Tensor, x: Tensor, mask: Tensor, precision: str) -> Tensor:
+    """``[P, B, O], [P, B, I], [P, O, I] -> [P, O, I]``; see `reference.linear_dw`."""
+    return _gemm(dy.mT, x, None, mask.view(torch.uint8), precision)
+
+
+def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, mask: Tensor | None, precision: str) -> Tensor:
+    tickets, rows, depth = a.shape
+    cols = b.shape[2]
+    c = a.new_empty(tickets, rows, cols)
+    for name, operand in (("first", a), ("second", b), ("output", c), ("mask", mask)):
+        if operand is not None and _span(operand) >= 2**31:
+            raise ValueError(
+                f"one ticket's {name} operand must span fewer than 2**31 elements, "
+                f"got shape {tuple(operand.shape[1:])} with strides {operand.stride()[1:]}"
+            )
+    if c.numel() == 0:
+        return c
+    exact = precision if a.dtype == torch.float32 else "ieee"
+    tiles = choose_tiles(rows, cols, a.dtype, exact)
+    programs = tickets * triton.cdiv(rows, tiles.rows) * triton.cdiv(cols, tiles.cols)
+    if programs >= 2**31:
+        raise ValueError(f"the product must take fewer than 2**31 tiles, got {programs}")
+    with torch.cuda.device_of(a):
+        _gemm_kernel[(programs,)](
+            a,
+            b,
+            bias,
+            mask,
+            c,
+            rows,
+            cols,
+            depth,
+            *a.stride(),
+            *b.stride(),
+            *(bias.stride() if bias is not None else (0, 0)),
+            *(mask.stride() if mask is not None else (0, 0, 0)),
+            ACCUMULATOR=_accumulator(a.dtype),
+            PRECISION=exact,
+            **tiles.constexprs,
+            **tiles.options,
+        )
+    return c
+
+
+def _span(matrices: Tensor) -> int:
+    """Elements between the first and the last entry of one ticket's matrix."""
+    _, rows, cols = matrices.shape
+    _, row_stride, col_stride = matrices.stride()
+    return rows * row_stride + cols * col_stride
+
+
+def _accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _case(product: str, dtype: torch.dtype, precision: str, rows: int, cols: int) -> Case:
+    """A launch as `forward`, `dx` and `dw` make it: aligned, row-major, and of even sizes if wide.
+
+    Sizes known to be multiples of 16 let the loads be wide and the pipeline asynchronous.
+    """
+    kind = {
+        torch.float64: "*fp64:16",
+        torch.float32: "*fp32:16",
+        torch.bfloat16: "*bf16:16",
+    }[dtype]
+    tiles = choose_tiles(rows, cols, dtype, precision)
+    size = "i32:16" if rows % 16 == cols % 16 == 0 else "i32"
+    signature = {"a": kind, "b": kind, "c": kind, "rows": size, "cols": size, "depth": size}
+    constexprs = {
+        "ACCUMULATOR": _accumulator(dtype),
+        "PRECISION": precision,
+        **tiles.constexprs,
+    }
+
+    def operand(name: str, unit: str, strided: str) -> None:
+        signature.update({f"{name}_ticket": "i32:16", f"{name}_{strided}": "i32:16"})
+        constexprs[f"{name}_{unit}"] = 1
+
+    operand("a", *(("row", "depth") if product == "dw" else ("depth", "row")))
+    operand("b", *(("depth", "col") if product == "forward" else ("col", "depth")))
+    if product == "forward":
+        signature |= {"bias": kind, "bias_ticket": "i32:16"}
+        constexprs |= {"bias_col": 1}
+    else:
+        constexprs |= {"bias": None}
+        signature |= {"bias_ticket": "i32", "bias_col": "i32"}
+    if product == "dw":
+        signature |= {"mask": "*u8:16"}
+        operand("mask", "col", "row")
+    else:
+        constexprs |= {"mask": None}
+        signature |= {"mask_ticket": "i32", "mask_row": "i32", "mask_col": "i32"}
+    name = f"{product}_{kind[1:5]}_{precision}_{tiles.rows}x{tiles.cols}x{tiles.depth}"
+    return Case(name, _gemm_kernel, signature, constexprs, tiles.options)
+
+
+COMPILE_CASES = [
+    _case(product, dtype, precision, rows, cols)
+    for product in ("forward", "dx", "dw")
+    for dtype, precision, rows, cols in (
+        (torch.float64, "ieee", 256, 256),
+        (torch.float32, "ieee", 256, 256),
+        (torch.float32, "ieee", 4, 63),
+        (torch.float32, "tf32", 256, 256),
+        (torch.float32, "tf32x3", 256, 256),
+        (torch.bfloat16, "ieee", 256, 256),
+        (torch.bfloat16, "ieee", 4, 63),
+    )
+]
