@@ -1,0 +1,156 @@
+"""The look of every figure: colours, typography, headline and stamp; and how a figure is saved."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sparse_tickets.files import write_atomic
+
+__all__ = [
+    "CONDITION_COLOURS",
+    "DPI",
+    "GREY",
+    "INK",
+    "PALE",
+    "dash",
+    "head",
+    "note",
+    "put_stamp",
+    "save",
+    "styled",
+]
+
+# Okabe and Ito's colours; the last is a brown, since their yellow vanishes on white.
+CONDITION_COLOURS = {
+    "mask/weights": "#0072B2",
+    "mask/permuted": "#E69F00",
+    "permuted/permuted": "#009E73",
+    "random/re-init": "#D55E00",
+    "mask/re-init": "#CC79A7",
+    "permuted/re-init": "#56B4E9",
+    "erk-random/re-init": "#7A5C3E",
+}
+INK, GREY, PALE = "#222222", "#767676", "#D9D9D9"
+DPI = 200
+
+_DASHED = ("mask/re-init", "permuted/re-init", "erk-random/re-init")
+_WARNING = "#A03000"
+_STYLE: dict[Any, Any] = {
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8.0,
+    "xtick.labelsize": 7.0,
+    "ytick.labelsize": 7.0,
+    "legend.fontsize": 7.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "svg.hashsalt": "sparse_tickets",
+}
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw under the house style without leaving it behind in matplotlib's global settings."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.style.context(["default", _STYLE]):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
+    """Write the figure as PNG and as SVG, each complete or not at all.
+
+    Equal figures are equal files: no date is written, and identifiers have a fixed salt.
+
+    Args:
+        figure: The figure.
+        path: Where to; an ending .png or .svg is left off. The folder is made if it is missing.
+
+    Returns:
+        The paths of the PNG and of the SVG.
+
+    Raises:
+        StoreError: The disk is full.
+    """
+    path = Path(path)
+    stem = path.name.removesuffix(".png").removesuffix(".svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png, svg = path.parent / f"{stem}.png", path.parent / f"{stem}.svg"
+    for file, metadata in ((png, None), (svg, {"Date": None})):
+        kind = file.suffix.removeprefix(".")
+        buffer = io.BytesIO()
+        with matplotlib.style.context(["default", _STYLE]):
+            figure.savefig(buffer, format=kind, dpi=DPI, facecolor="white", metadata=metadata)
+        write_atomic(file, buffer.getvalue())
+    return png, svg
+
+
+def dash(condition: str) -> Any:
+    """Line style of a condition: solid for the literature's four, dashed for the further ones."""
+    return (0, (3.5, 1.2)) if condition in _DASHED else "-"
+
+
+def note(panel: Axes, text: str) -> None:
+    """Say in the middle of an empty panel why it is empty."""
+    panel.text(
+        0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=GREY, fontsize=7
+    )
+
+
+def head(figure: Figure, title: str, detail: str, stamp: str | None) -> None:
+    """A bold line, below it a grey one, above the area left to the layout."""
+    inches = figure.get_figheight()
+    room = (0.45 if detail else 0.3) / inches
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - room))
+    left = 0.06 / figure.get_figwidth()
+    figure.text(left, 1 - 0.07 / inches, title, va="top", fontsize=9, weight="bold")
+    figure.text(left, 1 - 0.26 / inches, detail, va="top", fontsize=7, color=GREY)
+    put_stamp(figure, stamp)
+
+
+def put_stamp(figure: Figure, stamp: str | None) -> None:
+    """A small framed warning in the upper right corner; nothing for None."""
+    if stamp is None:
+        return
+    box = {
+        "boxstyle": "round,pad=0.3",
+        "facecolor": "white",
+        "edgecolor": _WARNING,
+        "linewidth": 0.7,
+    }
+    figure.text(
+        1 - 0.08 / figure.get_figwidth(),
+        1 - 0.09 / figure.get_figheight(),
+        stamp,
+        ha="right",
+        va="top",
+        fontsize=7,
+        color=_WARNING,
+        bbox=box,
+    )

@@ -1,0 +1,524 @@
+"""The analysis: statistics against closed forms, tables and figures on a synthetic sweep."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from sparse_tickets.analysis import (
+    CONDITIONS,
+    bootstrap_interval,
+    compare,
+    contributions,
+    degradation,
+    degradation_level,
+    figures,
+    holm,
+    iqm,
+    markdown_table,
+    normalised_return,
+    restricted_mean,
+    summary,
+    summary_table,
+)
+from sparse_tickets.analysis.frame import tracks
+from sparse_tickets.analysis.statistics import mean
+
+FOUR = CONDITIONS[:4]
+COLLAPSE = dict(zip(CONDITIONS, (0.02, 0.035, 0.11, 0.2, 0.03, 0.13, 0.08), strict=True))
+
+
+def sweep(
+    algos=("ppo", "bc"), conditions=FOUR, kinds=("own",), seeds=4, levels=8, env="CartPole-v1"
+) -> pl.DataFrame:
+    """A synthetic results frame: each condition's return collapses around its own density."""
+    rng = np.random.default_rng(0)
+    rows = []
+    cells = itertools.product(algos, range(seeds), kinds, conditions, range(1, levels))
+    dense = ((a, s, "shared", "dense", 0) for a in algos for s in range(seeds))
+    for algo, seed, kind, condition, level in (*dense, *cells):
+        density = 0.8**level
+        half = 0.0 if level == 0 else 3 * COLLAPSE[condition] * (0.7 if algo == "bc" else 1.0)
+        value = 22.0 + 478.0 / (1 + (half / density) ** 3) - abs(rng.normal()) * (level > 0)
+        rows.append(
+            {
+                "env": env,
+                "algo": algo,
+                "condition": condition,
+                "controls": kind,
+                "seed": seed,
+                "level": level,
+                "density": density,
+                "effective_density": 0.0 if level > 6 and "random" in condition else density**1.2,
+                "has_path": True,
+                "dead_inputs": 0,
+                "dead_units": 0,
+                "reachable_actions": 2,
+                "return_final": value,
+                "return_best": value + 1,
+                "return_final_sampled": 0.9 * value,
+                "return_auc": 0.7 * value,
+                "curve": [22.0, value],
+                "train_steps": 1000,
+                "wall_s": 1.0,
+                "random_return": 22.0,
+            }
+        )
+    return pl.DataFrame(rows)
+
+
+class TestInterquartileMean:
+    def test_equals_the_trimmed_mean_when_four_divides_the_count(self):
+        x = np.random.default_rng(0).normal(size=(5, 16))
+        expected = np.sort(x, axis=1)[:, 4:12].mean(axis=1)
+        np.testing.assert_allclose(iqm(x, 1), expected, rtol=1e-14)
+
+    def test_weighs_three_seeds_by_the_part_inside_the_quartiles(self):
+        np.testing.assert_allclose(iqm([30.0, 0.0, 6.0]), 0 / 6 + 6 * 2 / 3 + 30 / 6)
+
+    @pytest.mark.parametrize(("x", "expected"), [([7.0], 7.0), ([1.0, 3.0], 2.0)])
+    def test_of_one_or_two_values_is_their_mean(self, x, expected):
+        assert iqm(x) == pytest.approx(expected)
+
+    def test_leaves_missing_values_out(self):
+        assert iqm([np.nan, 30.0, 0.0, 6.0]) == iqm([30.0, 0.0, 6.0])
+        assert np.isnan(iqm([np.nan, np.nan]))
+        assert np.isnan(iqm(np.empty((0,))))
+
+    @settings(deadline=None, max_examples=30, derandomize=True)
+    @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9), st.floats(-1e3, 1e3))
+    def test_is_ordered_between_extremes_and_moves_with_the_data(self, x, shift):
+        middle = float(iqm(x))
+        assert min(x) - 1e-6 <= middle <= max(x) + 1e-6
+        np.testing.assert_allclose(iqm(np.array(x) + shift), middle + shift, atol=1e-6)
+        np.testing.assert_allclose(iqm(x[::-1]), middle, atol=1e-9)
+
+    def test_reduces_any_axis(self):
+        x = np.random.default_rng(1).normal(size=(3, 4, 5))
+        np.testing.assert_array_equal(iqm(x, 0), iqm(np.moveaxis(x, 0, 2)))
+
+
+class TestBootstrap:
+    values = np.random.default_rng(2).normal(np.array([0.0, 5.0, 10.0]), size=(12, 3))
+
+    def test_is_deterministic_and_brackets_the_statistic(self):
+        low, high = bootstrap_interval(self.values)
+        again = bootstrap_interval(self.values)
+        np.testing.assert_array_equal((low, high), again)
+        assert np.all(low < iqm(self.values, 0))
+        assert np.all(iqm(self.values, 0) < high)
+
+    def test_resamples_whole_tracks(self):
+        """Columns that differ by a constant keep differing by it in every resample."""
+        column = self.values[:, :1]
+        low, high = bootstrap_interval(np.hstack([column, column + 3.0]), mean)
+        np.testing.assert_allclose([low[1] - low[0], high[1] - high[0]], 3.0)
+
+    def test_approaches_the_normal_interval_of_a_mean(self):
+        x = np.random.default_rng(3).normal(size=(400, 1))
+        low, high = bootstrap_interval(x, mean, resamples=4000)
+        half = 1.96 * x.std() / 20
+        np.testing.assert_allclose([low[0], high[0]], x.mean() + np.array([-half, half]), atol=0.01)
+
+    def test_has_no_interval_below_two_tracks(self):
+        assert np.isnan(bootstrap_interval(self.values[:1])).all()
+        assert np.isnan(bootstrap_interval(np.empty((0, 3)))).all()
+        holed = self.values.copy()
+        holed[1:, 2] = np.nan
+        low, _ = bootstrap_interval(holed)
+        assert np.isfinite(low[:2]).all()
+        assert np.isnan(low[2])
+
+    def test_survives_resamples_without_any_value(self):
+        sparse = np.full((6, 1), np.nan)
+        sparse[:2] = [[1.0], [2.0]]
+        low, high = bootstrap_interval(sparse)
+        assert (low, high) == (1.0, 2.0)
+
+    def test_rejects_bad_arguments(self):
+        with pytest.raises(ValueError, match=r"\[tracks, levels\], got \(3,\)"):
+            bootstrap_interval(np.zeros(3))
+        with pytest.raises(ValueError, match="confidence must be in"):
+            bootstrap_interval(self.values, confidence=95)
+        with pytest.raises(ValueError, match="resamples must be at least 1, got 0"):
+            bootstrap_interval(self.values, resamples=0)
+
+
+class TestDegradation:
+    @pytest.mark.parametrize(
+        ("track", "expected"),
+        [
+            ([1.0, 0.9, 0.9, 1.0], (1, False)),
+            ([1.0, 0.9, 1.0, 0.9, 0.8], (3, False)),
+            ([1.0, 0.95, 0.95], (2, True)),
+            ([1.0, 1.0, 0.2], (2, True)),
+            ([0.1, 0.1], (0, False)),
+            ([1.0], (0, True)),
+            ([1.0, 0.9, np.nan, 0.9], (1, True)),
+        ],
+    )
+    def test_is_the_first_of_two_successive_levels_below(self, track, expected):
+        assert degradation_level(track) == expected
+
+    def test_needs_a_dense_level(self):
+        with pytest.raises(ValueError, match="level 0"):
+            degradation_level([np.nan, 1.0])
+        with pytest.raises(ValueError, match=r"\[levels\]"):
+            degradation_level([[1.0]])
+
+    def test_normalised_return_spans_random_to_dense(self):
+        np.testing.assert_allclose(normalised_return([20, 260, 500], 20, 500), [0, 0.5, 1])
+        with pytest.raises(ValueError, match=r"above random, got 20.0 and 20.0"):
+            normalised_return(1.0, 20.0, 20.0)
+
+
+def falls_at(level: int, levels: int = 10) -> np.ndarray:
+    return np.where(np.arange(levels) < level, 1.0, 0.0)
+
+
+class TestRestrictedMean:
+    def test_pairs_seeds(self):
+        """A constant difference within seeds is certain however much the seeds differ."""
+        ppo = np.array([falls_at(level) for level in (1, 3, 5, 7, 2, 4)])
+        bc = np.array([falls_at(level + 1) for level in (1, 3, 5, 7, 2, 4)])
+        result = restricted_mean(bc, ppo)
+        assert (result.difference, result.low, result.high) == (1.0, 1.0, 1.0)
+        assert result.p_value < 0.01
+        assert (result.pairs, result.horizon, result.censored) == (6, 9, (0, 0))
+
+    def test_restricts_both_groups_to_the_shortest_observation(self):
+        bc = np.array([np.ones(10), np.ones(10)])
+        ppo = np.array([falls_at(3), [*np.ones(6), *np.full(4, np.nan)]])
+        result = restricted_mean(bc, ppo)
+        assert (result.horizon, result.first, result.second) == (5, 5.0, 4.0)
+        assert result.censored == (2, 1)
+
+    def test_of_equal_groups_finds_nothing(self):
+        same = np.array([falls_at(level) for level in (1, 3, 5)])
+        result = restricted_mean(same, same)
+        assert (result.difference, result.p_value) == (0.0, 1.0)
+
+    def test_of_one_pair_has_no_interval(self):
+        result = restricted_mean(falls_at(4)[None], falls_at(3)[None])
+        assert result.difference == 1.0
+        assert np.isnan([result.low, result.high, result.p_value]).all()
+
+    def test_rejects_unpaired_groups(self):
+        with pytest.raises(ValueError, match=r"same number of seeds, got \(2, 3\) and \(3, 3\)"):
+            restricted_mean(np.ones((2, 3)), np.ones((3, 3)))
+        with pytest.raises(ValueError, match="same number of seeds"):
+            restricted_mean(np.ones((0, 3)), np.ones((0, 3)))
+
+
+class TestHolm:
+    def test_steps_down_and_never_decreases(self):
+        np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+
+    def test_handles_none_one_and_saturation(self):
+        assert holm([]).shape == (0,)
+        np.testing.assert_array_equal(holm([0.2]), [0.2])
+        np.testing.assert_array_equal(holm([0.9, 0.8]), [1.0, 1.0])
+
+    @pytest.mark.parametrize("bad", [[1.2], [-0.1], [float("nan")]])
+    def test_rejects_what_is_no_probability(self, bad):
+        with pytest.raises(ValueError, match=r"pvalues must be in \[0, 1\]"):
+            holm(bad)
+
+
+class TestTracks:
+    def test_begin_with_the_shared_dense_level(self):
+        frame = sweep(seeds=3)
+        track = tracks(frame, "CartPole-v1", "ppo", "mask/weights")
+        assert track.values.shape == (3, 8)
+        dense = frame.filter((pl.col("level") == 0) & (pl.col("algo") == "ppo")).sort("seed")
+        np.testing.assert_array_equal(track.values[:, 0], dense["return_final"])
+        np.testing.assert_allclose(track.density, 0.8 ** np.arange(8))
+
+    def test_do_not_depend_on_the_order_of_rows(self):
+        frame = sweep()
+        shuffled = frame.sample(fraction=1.0, shuffle=True, seed=1)
+        assert summary(frame).equals(summary(shuffled))
+
+    def test_mark_missing_and_infinite_cells(self):
+        frame = sweep(seeds=2).with_columns(
+            pl.when((pl.col("level") == 2) & (pl.col("seed") == 1))
+            .then(float("inf"))
+            .otherwise("return_final")
+            .alias("return_final")
+        )
+        frame = frame.filter(~((pl.col("level") == 5) & (pl.col("seed") == 0)))
+        values = tracks(frame, "CartPole-v1", "bc", "mask/permuted").values
+        np.testing.assert_array_equal(np.argwhere(np.isnan(values)), [[0, 5], [1, 2]])
+
+    def test_serve_both_kinds_of_controls_where_the_cells_are_the_same(self):
+        own = sweep(conditions=("mask/weights", "random/re-init"))
+        controls = sweep(conditions=("mask/permuted", "permuted/permuted"), kinds=("ticket",))
+        frame = pl.concat([own, controls.filter(pl.col("level") > 0)])
+        assert set(summary(frame)["controls"]) == {"shared", "ticket"}
+        assert contributions(frame)["contribution"].n_unique() == 3
+        assert compare(frame).height == 4
+
+
+class TestSummary:
+    def test_holds_every_level_of_every_condition(self):
+        table = summary(sweep(kinds=("own", "ticket")))
+        assert table.filter(pl.col("condition") != "dense").height == 2 * 2 * 4 * 8
+        row = table.row(
+            by_predicate=(pl.col("algo") == "bc")
+            & (pl.col("controls") == "own")
+            & (pl.col("condition") == "random/re-init")
+            & (pl.col("level") == 7),
+            named=True,
+        )
+        assert row["seeds"] == 4
+        assert row["low"] <= row["iqm"] <= row["high"]
+        assert 0 < row["normalised_iqm"] < 0.5
+        assert row["retained"] == 0.0
+
+    def test_the_ticket_degrades_last_and_bc_after_ppo(self):
+        table = degradation(sweep(levels=20, seeds=5))
+        for algo in ("ppo", "bc"):
+            levels = table.filter(pl.col("algo") == algo)["level"].to_list()
+            assert levels == sorted(levels, reverse=True)
+        claims = compare(sweep(levels=20, seeds=5))
+        assert claims["condition"].to_list() == list(FOUR)
+        assert (claims["difference"] >= 0).all()
+        assert claims["difference"][0] > 0
+        assert (claims["p_holm"] >= claims["p_value"]).all()
+
+    def test_counts_tracks_that_never_degrade(self):
+        table = degradation(sweep(levels=3, conditions=("mask/weights",), algos=("ppo",)))
+        assert table.select("level", "horizon", "censored").row(0) == (2.0, 2, 4)
+        assert "≥ 2.0" in markdown_table(sweep(levels=3, conditions=("mask/weights",)))
+
+    def test_says_nothing_of_degradation_without_a_scale(self):
+        frame = sweep().with_columns(random_return=pl.lit(500.0))
+        assert degradation(frame).is_empty()
+        assert compare(frame).is_empty()
+        assert summary(frame)["normalised_iqm"].is_null().all()
+
+    def test_tables_agree_and_fit_a_terminal(self):
+        frame = sweep(levels=20)
+        console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(summary_table(frame))
+        console.file.close()
+        text, markdown = console.export_text(), markdown_table(frame)
+        assert "…" not in text
+        for word in (*FOUR, "ppo", "bc", "degrades at", "51%", "1.4%"):
+            assert word in text
+            assert word in markdown
+        assert markdown.endswith("|\n")
+        assert len({line.count("|") for line in markdown.splitlines()[2:]}) == 1
+
+
+class TestContributions:
+    def test_are_differences_within_seeds(self):
+        frame = sweep()
+        table = contributions(frame)
+        at = (pl.col("algo") == "ppo") & (pl.col("level") == 5)
+        values = {
+            name: frame.filter(at & (pl.col("condition") == name)).sort("seed")["return_final"]
+            for name in FOUR
+        }
+        expected = [(values[a] - values[b]).mean() for a, b in itertools.pairwise(FOUR)]
+        np.testing.assert_allclose(table.filter(at)["mean"], expected)
+
+    def test_vanish_at_level_0(self):
+        zero = contributions(sweep()).filter(pl.col("level") == 0)
+        assert (zero["mean"] == 0).all()
+        assert zero.height == 6
+
+    def test_pair_only_the_seeds_of_both(self):
+        frame = sweep().filter(~((pl.col("condition") == "mask/permuted") & (pl.col("seed") > 0)))
+        table = contributions(frame)
+        assert set(table.filter(pl.col("contribution") == "mask")["seeds"]) == {1}
+        assert table.filter(pl.col("contribution") == "mask")["low"].is_null().all()
+        assert set(table.filter(pl.col("contribution") == "layerwise ratio")["seeds"]) == {4}
+
+    def test_leave_out_what_was_not_run(self):
+        table = contributions(sweep(conditions=FOUR[:2]))
+        assert table["contribution"].unique().to_list() == ["initialisation"]
+        assert contributions(sweep(conditions=())).is_empty()
+
+
+FRAME_FUNCTIONS = (
+    summary,
+    degradation,
+    compare,
+    contributions,
+    summary_table,
+    markdown_table,
+    figures.return_figure,
+    figures.contribution_figure,
+)
+
+
+@pytest.mark.parametrize("function", FRAME_FUNCTIONS)
+def test_bad_frames_raise(function):
+    frame = sweep()
+    with pytest.raises(ValueError, match="at least one trained cell"):
+        function(frame.clear())
+    with pytest.raises(ValueError, match="must have the columns density, return_final, got"):
+        function(frame.drop("density", "return_final"))
+    with pytest.raises(ValueError, match="each cell once"):
+        function(pl.concat([frame, frame]))
+    with pytest.raises(ValueError, match=r"condition must be one of .*\['magic'\]"):
+        function(frame.with_columns(condition=pl.lit("magic")))
+    with pytest.raises(ValueError, match="metric must be one of"):
+        function(frame, metric="reward")
+
+
+def nothing_finite(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.with_columns(return_final=pl.lit(float("nan")))
+
+
+UNUSUAL = {
+    "one algorithm": sweep(algos=("bc",)),
+    "level 0 only": sweep(conditions=()),
+    "one seed": sweep(seeds=1),
+    "two conditions": sweep(conditions=("mask/weights", "random/re-init")),
+    "all conditions, both kinds": sweep(conditions=CONDITIONS, kinds=("own", "ticket"), levels=3),
+    "nothing finite": nothing_finite(sweep()),
+    "nothing finite at level 0": nothing_finite(sweep(conditions=())),
+    "no dense level": sweep().filter(pl.col("level") > 0),
+    "unfinished tracks": sweep().filter(pl.col("level") < 3 + pl.col("seed")),
+    "no random return": sweep().with_columns(random_return=pl.lit(None, dtype=pl.Float64)),
+}
+
+
+@pytest.mark.parametrize("frame", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_unusual_frames_give_tables_and_figures(frame):
+    for function in FRAME_FUNCTIONS:
+        result = function(frame)
+        if isinstance(result, figures.Figure):
+            result.draw_without_rendering()
+    figures.return_figure(frame, "toy budget", effective_density=True).draw_without_rendering()
+
+
+class TestFigures:
+    def test_return_figure_has_a_panel_per_algorithm_dense_at_the_left(self):
+        figure = figures.return_figure(sweep())
+        left, right = figure.axes
+        assert left.get_xscale() == "log"
+        assert left.get_xlim()[0] > 1 > left.get_xlim()[1]
+        assert left.get_ylim() == right.get_ylim()
+        legend = [text.get_text() for text in right.get_legend().get_texts()]
+        assert legend == list(FOUR)
+
+    def test_a_condition_keeps_its_colour(self):
+        def colours(frame):
+            legend = figures.return_figure(frame).axes[-1].get_legend()
+            handles = legend.get_lines()
+            return {handle.get_label(): handle.get_color() for handle in handles}
+
+        few, many = colours(sweep(conditions=FOUR[1:3], levels=3)), colours(sweep(levels=3))
+        assert few.items() <= many.items()
+        assert len(set(figures.CONDITION_COLOURS.values())) == len(CONDITIONS)
+
+    def test_stamp_is_written_on_every_figure(self):
+        mask = np.ones((3, 2), bool)
+        for figure in (
+            figures.return_figure(sweep(levels=3), "toy budget"),
+            figures.contribution_figure(sweep(levels=3), "toy budget"),
+            figures.mask_figure([("a", mask)], stamp="toy budget"),
+            figures.ticket_figure([("a", mask, mask)], stamp="toy budget"),
+        ):
+            assert "toy budget" in [text.get_text() for text in figure.texts]
+
+    def test_several_environments_must_be_filtered_first(self):
+        frame = pl.concat([sweep(), sweep(env="Acrobot-v1")])
+        for function in (figures.return_figure, figures.contribution_figure):
+            with pytest.raises(ValueError, match="one env, filter it first, got Acrobot-v1, Cart"):
+                function(frame)
+        assert summary(frame)["env"].n_unique() == 2
+
+    def test_unknown_controls_raise(self):
+        with pytest.raises(ValueError, match="controls must be one of own, got 'ticket'"):
+            figures.return_figure(sweep(), controls="ticket")
+
+    def test_mask_figure_takes_fractions_and_masks(self):
+        mask = np.array([[True, False], [True, True], [True, False]])
+        figure = figures.mask_figure(
+            [("one seed", mask), ("seeds", mask / 2), ("inputs", [0.5, 0.0])], ["x", "angle"]
+        )
+        figure.draw_without_rendering()
+        bars = [panel.patches for panel in figure.axes if panel.patches]
+        np.testing.assert_allclose([bar.get_height() for bar in bars[0]], [1, 1 / 3])
+        figures.mask_figure([("inputs", [0.5, 0.0])]).draw_without_rendering()
+
+    @pytest.mark.parametrize(
+        ("masks", "names", "message"),
+        [
+            ([], None, "at least one"),
+            ([("a", [1.0, 2.0])], None, r"'a' must be in \[0, 1\]"),
+            ([("a", [1.0]), ("b", [1.0, 1.0])], None, r"same number of inputs, got \[1, 2\]"),
+            ([("a", 1.0)], None, r"\[in\] or \[out, in\], got shape \(\)"),
+            ([("a", [1.0])], ["x", "y"], "must name 1 inputs"),
+        ],
+    )
+    def test_mask_figure_rejects(self, masks, names, message):
+        with pytest.raises(ValueError, match=message):
+            figures.mask_figure(masks, names)
+
+    @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+    def test_ticket_figure_draws_any_density(self, density):
+        rng = np.random.default_rng(0)
+        shapes = {"input": (64, 4), "hidden": (64, 64), "output": (1, 64)}
+        layers = [
+            (name, rng.random(shape) < density, rng.normal(size=shape))
+            for name, shape in shapes.items()
+        ]
+        figure = figures.ticket_figure(layers)
+        figure.draw_without_rendering()
+        kept = sum(int(mask.sum()) for _, mask, _ in layers)
+        assert any(text.get_text().startswith(f"{kept} of 4416") for text in figure.texts)
+
+    def test_ticket_figure_rejects(self):
+        with pytest.raises(ValueError, match="at least one"):
+            figures.ticket_figure([])
+        with pytest.raises(ValueError, match=r"'a' must have .* got \(2, 2\) and \(3, 2\)"):
+            figures.ticket_figure([("a", np.ones((2, 2)), np.ones((3, 2)))])
+
+    def test_leaves_global_settings_alone(self):
+        import matplotlib
+
+        before = dict(matplotlib.rcParams)
+        figures.return_figure(sweep(levels=3))
+        assert dict(matplotlib.rcParams) == before
+
+    def test_save_writes_both_formats_reproducibly(self, tmp_path):
+        def written(name):
+            return figures.save(figures.return_figure(sweep(levels=3)), tmp_path / "new" / name)
+
+        png, svg = written("level.0.8.png")
+        assert [path.name for path in (png, svg)] == ["level.0.8.png", "level.0.8.svg"]
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+        again = written("again")
+        assert again[1].read_bytes() == svg.read_bytes()
+        assert sorted(path.name for path in png.parent.iterdir()) == sorted(
+            path.name for path in (png, svg, *again)
+        )
+
+    def test_save_leaves_the_old_file_when_drawing_fails(self, tmp_path):
+        old = tmp_path / "figure.png"
+        old.write_bytes(b"old")
+        with pytest.raises(ValueError, match=r"nonsense"):
+            figures.save(figures.return_figure(sweep(levels=3), r"$\nonsense$"), old)
+        assert old.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [old]
+
+
+def test_importing_the_package_brings_no_plotting_or_data_frames():
+    code = "import sys, sparse_tickets; print({'matplotlib', 'polars'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
