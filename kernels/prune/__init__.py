@@ -1,0 +1,97 @@
+"""Pruning of a population: keep exactly k entries of every ticket, those with the largest scores.
+
+A threshold would prune the wrong number where scores tie. Here ties are broken by position, so
+that the density of a level is exact and the same scores give the same mask on every backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import resolve_backend
+from ..errors import check_device, check_dtype, check_shape
+from . import cpu, reference
+
+__all__ = ["prune"]
+
+
+def prune(scores: Tensor, mask: Tensor, k: Tensor | int, *, check: bool = True) -> Tensor:
+    """Keep the ``min(k, mask.sum())`` largest scores inside every ticket's mask.
+
+    Equal scores (``-0.0`` equals ``0.0``) keep the lowest position; a pruned entry never returns,
+    whatever its score. Infinite scores are ordered like any other.
+
+    Args:
+        scores: ``[P, N]`` float32 or float64; ignored off the mask, where NaN is allowed.
+        mask: ``[P, N]`` bool, the entries that may be kept.
+        k: ``[P]`` int64, or one integer for all, each in [0, N].
+        check: look at the values of `scores` and `k`. On a GPU this waits for the device; with
+            False nothing waits, and the caller vouches for the values.
+
+    Returns:
+        ``[P, N]`` bool, a new mask.
+
+    Raises:
+        ValueError: a shape, a device, `k` out of range, or a NaN score inside the mask.
+        TypeError: a dtype; the Triton backend takes float32 only.
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"scores must have shape [P, N], got {tuple(scores.shape)}")
+    check_dtype("scores", scores, torch.float32, torch.float64)
+    check_shape("mask", mask, tuple(scores.shape))
+    check_dtype("mask", mask, torch.bool)
+    check_device("mask", mask, scores)
+    tickets, prunable = scores.shape
+    if isinstance(k, Tensor):
+        check_shape("k", k, (tickets,))
+        check_dtype("k", k, torch.int64)
+        check_device("k", k, scores)
+        if check:
+            _check_counts(k, prunable)
+    else:
+        if not isinstance(k, int):
+            raise TypeError(f"k must be an int or an int64 tensor, got {type(k).__name__}")
+        if not 0 <= k <= prunable:
+            raise ValueError(f"k must be in [0, {prunable}], got {k}")
+        k = torch.full((tickets,), k, dtype=torch.int64, device=scores.device)
+    if check:
+        _check_no_nan(scores, mask)
+    return torch.ops.sparse_tickets.prune(scores.detach(), mask, k)
+
+
+def _check_counts(k: Tensor, prunable: int) -> None:
+    wrong = ((k < 0) | (k > prunable)).nonzero()
+    if len(wrong):
+        ticket = int(wrong[0])
+        raise ValueError(f"k must be in [0, {prunable}], got {int(k[ticket])} for ticket {ticket}")
+
+
+def _check_no_nan(scores: Tensor, mask: Tensor) -> None:
+    wrong = (scores.isnan() & mask).nonzero()
+    if len(wrong):
+        ticket, entry = wrong[0].tolist()
+        raise ValueError(
+            f"scores must not be NaN inside the mask, got NaN for ticket {ticket} at entry {entry}"
+        )
+
+
+def _prune_impl(scores: Tensor, mask: Tensor, k: Tensor) -> Tensor:
+    arguments = (scores.contiguous(), mask.contiguous(), k.contiguous())
+    backend = resolve_backend(scores.device)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.prune(*arguments)
+    return (cpu if backend == "cpu" else reference).prune(*arguments)
+
+
+_library = torch.library.Library("sparse_tickets", "FRAGMENT")
+_library.define("prune(Tensor scores, Tensor mask, Tensor k) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    _library.impl("prune", _prune_impl, _key)
+
+
+@torch.library.register_fake("sparse_tickets::prune", lib=_library)
+def _prune_fake(scores, mask, k):
+    return torch.empty_like(mask, memory_format=torch.contiguous_format)

@@ -1,0 +1,152 @@
+"""Advantages and returns of a population's rollouts, bootstrapped where an episode was cut short.
+
+A *terminated* episode has no future. A *truncated* one has, and its value is that of the true
+successor observation, not of the observation after the reset (Pardo et al. 2018, "Time limits in
+reinforcement learning"): therefore `next_value` is an argument and not `value` shifted by one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import resolve_backend
+from ..errors import check_device, check_dtype, check_shape
+from . import cpu, reference
+
+__all__ = ["discounted_returns", "gae"]
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016), per ticket and environment.
+
+    With ``done = terminated | truncated`` and A = 0 after the last step::
+
+        delta[t] = reward[t] + gamma * next_value[t] * (1 - terminated[t]) - value[t]
+        A[t]     = delta[t] + gamma * lam * (1 - done[t]) * A[t+1]
+        target   = A + value
+
+    What an episode's end cuts off is left out, not multiplied by zero: a NaN there does no harm.
+    The results are constants to autograd.
+
+    Args:
+        reward: ``[P, T, E]`` float32 or float64; axis 1 is time.
+        value: ``[P, T, E]``, V of the observation acted on.
+        next_value: ``[P, T, E]``, V of the true successor, at a truncation the final observation;
+            ignored where terminated.
+        terminated: ``[P, T, E]`` bool.
+        truncated: ``[P, T, E]`` bool; a step may be both.
+        gamma: discount in [0, 1].
+        lam: in [0, 1]; 0 gives one-step advantages, 1 Monte-Carlo ones.
+
+    Returns:
+        ``(advantage [P, T, E], target [P, T, E])``.
+
+    Raises:
+        ValueError: a shape, a device, or a number out of its range.
+        TypeError: a dtype; the Triton backend takes float32 only.
+    """
+    if reward.ndim != 3:
+        raise ValueError(f"reward must have shape [P, T, E], got {tuple(reward.shape)}")
+    check_dtype("reward", reward, torch.float32, torch.float64)
+    for name, tensor, dtype in (
+        ("value", value, reward.dtype),
+        ("next_value", next_value, reward.dtype),
+        ("terminated", terminated, torch.bool),
+        ("truncated", truncated, torch.bool),
+    ):
+        check_shape(name, tensor, tuple(reward.shape))
+        check_dtype(name, tensor, dtype)
+        check_device(name, tensor, reward)
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {number}")
+    return torch.ops.sparse_tickets.gae(
+        reward.detach(),
+        value.detach(),
+        next_value.detach(),
+        terminated,
+        truncated,
+        float(gamma),
+        float(lam),
+    )
+
+
+def discounted_returns(
+    reward: Tensor, terminated: Tensor, truncated: Tensor, bootstrap: Tensor, gamma: float
+) -> Tensor:
+    """Discounted sum of rewards to the end of the episode, or to a bootstrapped cut.
+
+    ``R[t] = reward[t] + gamma * next``, where ``next`` is nothing after a termination,
+    ``bootstrap[t]`` after a truncation and after the last step, and ``R[t+1]`` elsewhere.
+
+    Args:
+        reward: ``[P, T, E]`` float32 or float64; axis 1 is time.
+        terminated: ``[P, T, E]`` bool.
+        truncated: ``[P, T, E]`` bool.
+        bootstrap: ``[P, T, E]``, V of the true successor; used at cuts only.
+        gamma: discount in [0, 1].
+
+    Returns:
+        ``[P, T, E]``.
+
+    Raises:
+        ValueError, TypeError: as `gae`.
+    """
+    check_shape("bootstrap", bootstrap, tuple(reward.shape))
+    check_shape("truncated", truncated, tuple(reward.shape))
+    check_dtype("truncated", truncated, torch.bool)
+    cut = truncated.clone()
+    cut[:, -1:] = True
+    # With V = 0 except at the cuts, the advantage for lam = 1 is the return itself.
+    zero = torch.zeros_like(reward)
+    next_value = torch.where(cut, bootstrap, zero)
+    return gae(reward, zero, next_value, terminated, truncated, gamma, 1.0)[0]
+
+
+def _gae_impl(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    arguments = (
+        reward.contiguous(),
+        value.contiguous(),
+        next_value.contiguous(),
+        terminated.contiguous(),
+        truncated.contiguous(),
+        gamma,
+        lam,
+    )
+    backend = resolve_backend(reward.device)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.gae(*arguments)
+    return (cpu if backend == "cpu" else reference).gae(*arguments)
+
+
+_library = torch.library.Library("sparse_tickets", "FRAGMENT")
+_library.define(
+    "gae(Tensor reward, Tensor value, Tensor next_value, Tensor terminated, Tensor truncated, "
+    "float gamma, float lam) -> (Tensor, Tensor)"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("gae", _gae_impl, _key)
+
+
+@torch.library.register_fake("sparse_tickets::gae", lib=_library)
+def _gae_fake(reward, value, next_value, terminated, truncated, gamma, lam):
+    return reward.new_empty(reward.shape), reward.new_empty(reward.shape)

@@ -1,0 +1,82 @@
+"""Exact-k pruning in Numba: a radix select over the bits of the scores, one ticket per thread.
+
+Four passes of eight bits (eight for float64) find the k-th largest score without sorting: each
+counts the candidates by digit, and only those with the digit in question stay candidates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from ..threads import launch
+
+__all__ = ["prune"]
+
+
+def _ordered_image(scores: Tensor) -> Tensor:
+    """Signed integers in the order of the floats; adding 0.0 makes -0.0 and 0.0 one."""
+    integer = torch.int32 if scores.dtype == torch.float32 else torch.int64
+    bits = (scores + 0.0).view(integer)
+    limit = torch.iinfo(integer)
+    return bits ^ ((bits >> (limit.bits - 1)) & limit.max)
+
+
+@njit(cache=True)
+def _kth_largest(keys, count, k, bits):
+    """The k-th largest of ``keys[:count]``, and how many equal to it are among the k largest.
+
+    Overwrites `keys`; needs ``1 <= k <= count``.
+    """
+    digits = np.empty(256, np.int64)
+    for shift in range(bits - 8, -1, -8):
+        # Of a signed number the top digit counts from -128.
+        sign = 128 if shift == bits - 8 else 0
+        digits[:] = 0
+        for i in range(count):
+            digits[((keys[i] >> shift) & 255) ^ sign] += 1
+        digit = 255
+        while digits[digit] < k:
+            k -= digits[digit]
+            digit -= 1
+        kept = 0
+        for i in range(count):
+            if ((keys[i] >> shift) & 255) ^ sign == digit:
+                keys[kept] = keys[i]
+                kept += 1
+        count = kept
+    return keys[0], k
+
+
+@njit(cache=True, parallel=True)
+def _prune_rows(keys, mask, k, bits, out):
+    for ticket in prange(mask.shape[0]):
+        key, inside, kept = keys[ticket], mask[ticket], out[ticket]
+        kept[:] = False
+        candidates = np.empty(key.shape[0], np.int64)
+        count = 0
+        for i in range(key.shape[0]):
+            if inside[i]:
+                candidates[count] = key[i]
+                count += 1
+        wanted = min(k[ticket], count)
+        if wanted > 0:
+            threshold, ties = _kth_largest(candidates, count, wanted, bits)
+            for i in range(key.shape[0]):
+                if inside[i]:
+                    if key[i] > threshold:
+                        kept[i] = True
+                    elif key[i] == threshold and ties > 0:
+                        kept[i] = True
+                        ties -= 1
+
+
+def prune(scores: Tensor, mask: Tensor, k: Tensor) -> Tensor:
+    out = torch.empty_like(mask)
+    keys = _ordered_image(scores)
+    bits = torch.iinfo(keys.dtype).bits
+    with launch():
+        _prune_rows(keys.numpy(), mask.numpy(), k.numpy(), bits, out.numpy())
+    return out

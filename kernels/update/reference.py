@@ -1,0 +1,82 @@
+"""Rewind, Adam and SGD as plain torch, one line per formula."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["adam_", "rewind_", "sgd_"]
+
+
+def _support(mask: Tensor, width: int) -> Tensor:
+    """The mask ``[P, N]`` continued with True to ``[P, width]``."""
+    return torch.cat([mask, mask.new_ones(mask.shape[0], width - mask.shape[1])], dim=1)
+
+
+def _clipped(grad: Tensor, support: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Masked gradient scaled as `torch.nn.utils.clip_grad_norm_` does, and its norm before."""
+    grad = torch.where(support, grad, 0)
+    norm = torch.linalg.vector_norm(grad, dim=1)
+    if max_norm == float("inf"):
+        return grad, norm
+    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None], norm
+
+
+def rewind_(
+    weight: Tensor,
+    initial: Tensor,
+    m: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    initial_m: Tensor | None,
+    initial_v: Tensor | None,
+) -> None:
+    support = _support(mask, weight.shape[1])
+    for target, source in ((weight, initial), (m, initial_m), (v, initial_v)):
+        target.zero_() if source is None else target.copy_(torch.where(support, source, 0))
+
+
+def adam_(
+    weight: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    mask: Tensor,
+    max_norm: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> Tensor:
+    support = _support(mask, weight.shape[1])
+    grad, norm = _clipped(grad, support, max_norm)
+    step += 1
+    new_m = m.lerp(grad, 1 - beta1)
+    new_v = beta2 * v + (1 - beta2) * grad * grad
+    count = step.to(torch.float64)[:, None]
+    size = (lr.to(torch.float64)[:, None] / (1 - beta1**count)).to(weight.dtype)
+    root = (1 - beta2**count).sqrt().to(weight.dtype)
+    new_weight = weight - size * new_m / (new_v.sqrt() / root + eps)
+    for target, new in ((weight, new_weight), (m, new_m), (v, new_v)):
+        target.copy_(torch.where(support, new, 0))
+    return norm
+
+
+def sgd_(
+    weight: Tensor,
+    grad: Tensor,
+    buffer: Tensor,
+    lr: Tensor,
+    mask: Tensor,
+    max_norm: float,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    support = _support(mask, weight.shape[1])
+    grad, norm = _clipped(grad, support, max_norm)
+    new_buffer = momentum * buffer + grad + weight_decay * weight
+    new_weight = weight - lr.to(weight.dtype)[:, None] * new_buffer
+    for target, new in ((weight, new_weight), (buffer, new_buffer)):
+        target.copy_(torch.where(support, new, 0))
+    return norm
