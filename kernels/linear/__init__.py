@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sparse_tickets.kernels.dispatch import Plan, resolve_backend, use_backend
-from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
-from sparse_tickets.kernels.linear import reference
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
+
+from sparse_tickets.kernels.dispatch import Plan, resolve_backend, use_backend
+from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
+from sparse_tickets.kernels.linear import reference
 
 __all__ = ["PRECISIONS", "linear", "plan"]
 
@@ -56,7 +57,8 @@ def linear(
     Raises:
         TypeError: a dtype is not as above.
         ValueError: a shape, a device or the precision is not as above.
-        RuntimeError: from the backward pass, if an input was changed in place in between.
+        RuntimeError: from the backward pass, if an input was changed in place in between; from
+            ``torch.func`` transforms other than ``vmap``.
         NotImplementedError: from forward-mode differentiation.
     """
     device = x.device.type
@@ -73,7 +75,7 @@ def linear(
 
 
 def plan(
-    out: int, inp: int, batch: int, density: float, dtype: torch.dtype, device: torch.device
+    out: int, inp: int, batch: int, density: float, dtype: torch.dtype, device: torch.device | str
 ) -> Plan:
     """What a masked `linear` does with such inputs now, and why.
 
@@ -142,9 +144,11 @@ def _backend(device: torch.device, dtype: torch.dtype) -> str:
 # Registration. `Library.impl` instead of `custom_op`, which costs ten times as much per call.
 
 _library = Library("sparse_tickets", "FRAGMENT")
-_library.define("linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias, str p) -> Tensor")
-_library.define("linear_dx(Tensor dy, Tensor weight, Tensor mask, str p) -> Tensor")
-_library.define("linear_dw(Tensor dy, Tensor x, Tensor mask, str p) -> Tensor")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias, str precision) -> Tensor"
+)
+_library.define("linear_dx(Tensor dy, Tensor weight, Tensor mask, str precision) -> Tensor")
+_library.define("linear_dw(Tensor dy, Tensor x, Tensor mask, str precision) -> Tensor")
 _LINEAR = torch.ops.sparse_tickets.linear.default
 _DX = torch.ops.sparse_tickets.linear_dx.default
 _DW = torch.ops.sparse_tickets.linear_dw.default
@@ -304,13 +308,13 @@ _register(
     _LINEAR,
     _forward,
     _Linear,
-    lambda x, weight, mask, bias, p: (x.shape[0], x.shape[1], weight.shape[1]),
+    lambda x, weight, mask, bias, precision: (x.shape[0], x.shape[1], weight.shape[1]),
 )
 _register(
     "linear_dx",
     _DX,
     _dx,
     _LinearDX,
-    lambda dy, weight, mask, p: (dy.shape[0], dy.shape[1], weight.shape[2]),
+    lambda dy, weight, mask, precision: (dy.shape[0], dy.shape[1], weight.shape[2]),
 )
-_register("linear_dw", _DW, _dw, _LinearDW, lambda dy, x, mask, p: tuple(mask.shape))
+_register("linear_dw", _DW, _dw, _LinearDW, lambda dy, x, mask, precision: tuple(mask.shape))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from sparse_tickets.kernels.compile import Case
 from torch import Tensor
+
+from sparse_tickets.kernels.compile import Case
 
 __all__ = ["COMPILE_CASES", "Tiles", "choose_tiles", "dw", "dx", "forward"]
 

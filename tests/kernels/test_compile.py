@@ -4,6 +4,7 @@ from functools import cache
 from importlib import import_module
 
 import pytest
+
 from sparse_tickets.kernels.compile import (
     CAPABILITIES,
     Case,

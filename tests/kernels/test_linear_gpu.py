@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from sparse_tickets.kernels.linear import reference
 from torch import Tensor
+
+from sparse_tickets.kernels.linear import reference
 
 pytest.importorskip("triton")
 
