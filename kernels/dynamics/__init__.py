@@ -1,0 +1,103 @@
+"""Classic control as pure functions: `initial`, `step` and `observe` on float64 states.
+
+CPU tensors go through Numba, one copy at a time, so that a copy's bits depend on nothing beside
+it. CUDA tensors go through the plain torch of `reference`, a dozen elementwise launches a step;
+there is no Triton kernel.
+
+The physics is gymnasium's in float64 throughout. gymnasium itself drops to float32 in two places:
+Acrobot's initial state, and Pendulum's torque terms when the action is a float32 array.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import resolve_backend
+from ..errors import check_device, check_dtype, check_shape
+from .reference import TASKS, Task
+
+__all__ = ["TASKS", "Task", "initial", "observe", "step"]
+
+
+def initial(task: Task, u: Tensor) -> Tensor:
+    """Initial states, uniform between the task's reset bounds.
+
+    Args:
+        task: one of `TASKS`.
+        u: ``[..., S]`` float32 uniforms in ``[0, 1)``.
+
+    Returns:
+        ``[..., S]`` float64: low + (high - low) u.
+
+    Raises:
+        TypeError: `u` is not float32.
+        ValueError: its last size is not the task's `state_dim`.
+    """
+    check_dtype("u", u, torch.float32)
+    check_shape("u", u, (*u.shape[:-1], task.state_dim))
+    if resolve_backend(u.device) == "cpu":
+        from . import cpu
+
+        return cpu.initial(task, u)
+    return task.initial(u)
+
+
+def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of every copy, as gymnasium's ``step`` without the time limit.
+
+    Args:
+        task: one of `TASKS`.
+        state: ``[..., S]`` float64; not changed.
+        action: ``[...]`` int64 if the task is discrete, else ``[..., A]`` float32, clipped to the
+            task's bounds.
+
+    Returns:
+        ``(state [..., S] float64, reward [...] float32, terminated [...] bool)``.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device, or an action outside ``[0, n)`` (looked at on CPU
+            tensors only: on a GPU that would wait for it).
+    """
+    check_dtype("state", state, torch.float64)
+    check_shape("state", state, (*state.shape[:-1], task.state_dim))
+    check_device("action", action, state)
+    check_dtype("action", action, torch.int64 if task.discrete else torch.float32)
+    copies = tuple(state.shape[:-1])
+    check_shape("action", action, copies if task.discrete else (*copies, task.action_dim))
+    if task.discrete and action.device.type == "cpu" and action.numel():
+        low, high = (int(bound) for bound in action.aminmax())
+        if low < 0 or high >= task.action_dim:
+            raise ValueError(
+                f"action must be in [0, {task.action_dim}) for {task.name}, "
+                f"got {low if low < 0 else high}"
+            )
+    if resolve_backend(state.device) == "cpu":
+        from . import cpu
+
+        return cpu.step(task, state, action)
+    return task.step(state, action)
+
+
+def observe(task: Task, state: Tensor) -> Tensor:
+    """What a policy sees of each copy, before any normalisation.
+
+    Args:
+        task: one of `TASKS`.
+        state: ``[..., S]`` float64.
+
+    Returns:
+        ``[..., D]`` float32.
+
+    Raises:
+        TypeError: `state` is not float64.
+        ValueError: its last size is not the task's `state_dim`.
+    """
+    check_dtype("state", state, torch.float64)
+    check_shape("state", state, (*state.shape[:-1], task.state_dim))
+    if resolve_backend(state.device) == "cpu":
+        from . import cpu
+
+        return cpu.observe(task, state)
+    return task.observe(state)

@@ -1,0 +1,246 @@
+"""Classic control in Numba: scalars on one copy's state, to inline into a fused rollout.
+
+`task_reset`, `task_step` and `task_observe` work in place on 1-D slices and branch on an integer
+task id; the batched ops below call them once per copy. Same equations as `reference`, operation
+by operation, in float64. Every copy is computed alone, so its bits depend on nothing beside it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from ..threads import launch
+from .reference import ACROBOT, CARTPOLE, MOUNTAIN_CAR, TASKS, Task
+
+__all__ = ["initial", "observe", "step", "task_observe", "task_reset", "task_step"]
+
+_CARTPOLE, _ACROBOT, _MOUNTAIN_CAR = CARTPOLE.id, ACROBOT.id, MOUNTAIN_CAR.id
+_STATE_DIM = np.array([task.state_dim for task in TASKS.values()])
+_RESET_LOW = np.zeros((len(TASKS), _STATE_DIM.max()))
+_RESET_SPAN = np.zeros_like(_RESET_LOW)
+for _task in TASKS.values():
+    _low, _high = np.array(_task.reset_low), np.array(_task.reset_high)
+    _RESET_LOW[_task.id, : _task.state_dim] = _low
+    _RESET_SPAN[_task.id, : _task.state_dim] = _high - _low
+_ANGLE_LIMIT = 12 * 2 * math.pi / 360
+_TURN = 2 * math.pi
+_COPIES_PER_CHUNK = 256
+# Copies up to which waking another thread costs more than it saves.
+_SERIAL = 1024
+
+
+@njit(cache=True)
+def task_reset(task_id, u, state):
+    """Write the initial state of uniforms ``u [S]`` to ``state [S]``."""
+    for i in range(_STATE_DIM[task_id]):
+        state[i] = _RESET_LOW[task_id, i] + _RESET_SPAN[task_id, i] * np.float64(u[i])
+
+
+@njit(cache=True, forceinline=True)
+def _clamp(x, low, high):
+    return min(max(x, low), high)
+
+
+@njit(cache=True)
+def _cartpole_step(state, action):
+    x, x_dot, theta, theta_dot = state[0], state[1], state[2], state[3]
+    force = 10.0 if action == 1.0 else -10.0
+    cos, sin = math.cos(theta), math.sin(theta)
+    push = (force + 0.05 * (theta_dot * theta_dot) * sin) / 1.1
+    theta_acc = (9.8 * sin - cos * push) / (0.5 * (4.0 / 3.0 - 0.1 * (cos * cos) / 1.1))
+    x_acc = push - 0.05 * theta_acc * cos / 1.1
+    state[0] = x + 0.02 * x_dot
+    state[1] = x_dot + 0.02 * x_acc
+    state[2] = theta + 0.02 * theta_dot
+    state[3] = theta_dot + 0.02 * theta_acc
+    terminated = abs(state[0]) > 2.4 or abs(state[2]) > _ANGLE_LIMIT
+    return np.float32(1.0), terminated
+
+
+@njit(cache=True)
+def _acrobot_accelerations(theta1, theta2, rate1, rate2, torque):
+    cos2, sin2 = math.cos(theta2), math.sin(theta2)
+    d1 = 0.25 + (1.25 + cos2) + 2.0
+    d2 = (0.25 + 0.5 * cos2) + 1.0
+    phi2 = 0.5 * 9.8 * math.cos(theta1 + theta2 - math.pi / 2)
+    phi1 = (
+        -0.5 * (rate2 * rate2) * sin2
+        - rate2 * rate1 * sin2
+        + 1.5 * 9.8 * math.cos(theta1 - math.pi / 2)
+        + phi2
+    )
+    acc2 = (torque + d2 / d1 * phi1 - 0.5 * (rate1 * rate1) * sin2 - phi2) / (1.25 - d2 * d2 / d1)
+    return -(d2 * acc2 + phi1) / d1, acc2
+
+
+@njit(cache=True, forceinline=True)
+def _wrap(angle):
+    above = max(math.ceil((angle - math.pi) / _TURN), 0.0)
+    below = min(math.floor((angle + math.pi) / _TURN), 0.0)
+    return angle - (above + below) * _TURN
+
+
+@njit(cache=True)
+def _acrobot_step(state, action):
+    torque = action - 1.0
+    a, b, c, d = state[0], state[1], state[2], state[3]
+    c1, d1 = _acrobot_accelerations(a, b, c, d, torque)
+    a2, b2 = c + 0.1 * c1, d + 0.1 * d1
+    c2, d2 = _acrobot_accelerations(a + 0.1 * c, b + 0.1 * d, a2, b2, torque)
+    a3, b3 = c + 0.1 * c2, d + 0.1 * d2
+    c3, d3 = _acrobot_accelerations(a + 0.1 * a2, b + 0.1 * b2, a3, b3, torque)
+    a4, b4 = c + 0.2 * c3, d + 0.2 * d3
+    c4, d4 = _acrobot_accelerations(a + 0.2 * a3, b + 0.2 * b3, a4, b4, torque)
+    sixth = 0.2 / 6.0
+    state[0] = _wrap(a + sixth * (c + 2.0 * a2 + 2.0 * a3 + a4))
+    state[1] = _wrap(b + sixth * (d + 2.0 * b2 + 2.0 * b3 + b4))
+    state[2] = _clamp(c + sixth * (c1 + 2.0 * c2 + 2.0 * c3 + c4), -4 * math.pi, 4 * math.pi)
+    state[3] = _clamp(d + sixth * (d1 + 2.0 * d2 + 2.0 * d3 + d4), -9 * math.pi, 9 * math.pi)
+    terminated = -math.cos(state[0]) - math.cos(state[1] + state[0]) > 1.0
+    return np.float32(0.0) if terminated else np.float32(-1.0), terminated
+
+
+@njit(cache=True)
+def _mountain_car_step(state, action):
+    velocity = state[1] + ((action - 1.0) * 0.001 + math.cos(3.0 * state[0]) * -0.0025)
+    velocity = _clamp(velocity, -0.07, 0.07)
+    position = _clamp(state[0] + velocity, -1.2, 0.6)
+    if position == -1.2 and velocity < 0.0:
+        velocity = 0.0
+    state[0] = position
+    state[1] = velocity
+    return np.float32(-1.0), position >= 0.5 and velocity >= 0.0
+
+
+@njit(cache=True)
+def _pendulum_step(state, action):
+    theta, theta_dot = state[0], state[1]
+    torque = _clamp(action, -2.0, 2.0)
+    angle = (theta + math.pi) % _TURN - math.pi
+    cost = angle * angle + 0.1 * (theta_dot * theta_dot) + 0.001 * (torque * torque)
+    theta_dot = _clamp(theta_dot + (15.0 * math.sin(theta) + 3.0 * torque) * 0.05, -8.0, 8.0)
+    state[0] = theta + theta_dot * 0.05
+    state[1] = theta_dot
+    return np.float32(-cost), False
+
+
+@njit(cache=True)
+def task_step(task_id, state, action):
+    """Advance ``state [S]`` in place by one step.
+
+    Args:
+        task_id: `Task.id`.
+        state: ``[S]`` float64.
+        action: float64, the action's index or its one component.
+
+    Returns:
+        ``(reward float32, terminated bool)``.
+    """
+    if task_id == _CARTPOLE:
+        return _cartpole_step(state, action)
+    if task_id == _ACROBOT:
+        return _acrobot_step(state, action)
+    if task_id == _MOUNTAIN_CAR:
+        return _mountain_car_step(state, action)
+    return _pendulum_step(state, action)
+
+
+@njit(cache=True)
+def task_observe(task_id, state, out):
+    """Write the observation of ``state [S]`` to ``out [D]`` float32."""
+    if task_id == _CARTPOLE:
+        for i in range(4):
+            out[i] = np.float32(state[i])
+    elif task_id == _ACROBOT:
+        out[0] = np.float32(math.cos(state[0]))
+        out[1] = np.float32(math.sin(state[0]))
+        out[2] = np.float32(math.cos(state[1]))
+        out[3] = np.float32(math.sin(state[1]))
+        out[4] = np.float32(state[2])
+        out[5] = np.float32(state[3])
+    elif task_id == _MOUNTAIN_CAR:
+        out[0] = np.float32(state[0])
+        out[1] = np.float32(state[1])
+    else:
+        out[0] = np.float32(math.cos(state[0]))
+        out[1] = np.float32(math.sin(state[0]))
+        out[2] = np.float32(state[1])
+
+
+@njit(cache=True, parallel=True)
+def _initial(task_id, u, state):
+    copies = state.shape[0]
+    for chunk in prange((copies + _COPIES_PER_CHUNK - 1) // _COPIES_PER_CHUNK):
+        begin = chunk * _COPIES_PER_CHUNK
+        for copy in range(begin, min(begin + _COPIES_PER_CHUNK, copies)):
+            task_reset(task_id, u[copy], state[copy])
+
+
+@njit(cache=True, parallel=True)
+def _step(task_id, state, action, reward, terminated):
+    copies = state.shape[0]
+    for chunk in prange((copies + _COPIES_PER_CHUNK - 1) // _COPIES_PER_CHUNK):
+        begin = chunk * _COPIES_PER_CHUNK
+        for copy in range(begin, min(begin + _COPIES_PER_CHUNK, copies)):
+            reward[copy], terminated[copy] = task_step(
+                task_id, state[copy], np.float64(action[copy])
+            )
+
+
+@njit(cache=True, parallel=True)
+def _observe(task_id, state, out):
+    copies = state.shape[0]
+    for chunk in prange((copies + _COPIES_PER_CHUNK - 1) // _COPIES_PER_CHUNK):
+        begin = chunk * _COPIES_PER_CHUNK
+        for copy in range(begin, min(begin + _COPIES_PER_CHUNK, copies)):
+            task_observe(task_id, state[copy], out[copy])
+
+
+def initial(task: Task, u: Tensor) -> Tensor:
+    """See `sparse_tickets.kernels.dynamics.initial`."""
+    state = torch.empty(u.shape, dtype=torch.float64)
+    with launch():
+        _fit_threads(state)
+        _initial(task.id, _rows(u), _rows(state))
+    return state
+
+
+def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `sparse_tickets.kernels.dynamics.step`."""
+    successor = state.clone(memory_format=torch.contiguous_format)
+    reward = torch.empty(state.shape[:-1], dtype=torch.float32)
+    terminated = torch.empty(state.shape[:-1], dtype=torch.bool)
+    with launch():
+        _fit_threads(state)
+        _step(
+            task.id,
+            _rows(successor),
+            action.contiguous().view(-1).numpy(),
+            reward.view(-1).numpy(),
+            terminated.view(-1).numpy(),
+        )
+    return successor, reward, terminated
+
+
+def observe(task: Task, state: Tensor) -> Tensor:
+    """See `sparse_tickets.kernels.dynamics.observe`."""
+    out = torch.empty((*state.shape[:-1], task.observation_dim), dtype=torch.float32)
+    with launch():
+        _fit_threads(state)
+        _observe(task.id, _rows(state), _rows(out))
+    return out
+
+
+def _fit_threads(state: Tensor) -> None:
+    if state.numel() <= _SERIAL * state.shape[-1]:
+        numba.set_num_threads(1)
+
+
+def _rows(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().view(-1, tensor.shape[-1]).numpy()

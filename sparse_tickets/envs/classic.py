@@ -1,0 +1,166 @@
+"""Classic control for a population, in batched tensors: physics, restarts and time limit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_tickets.kernels import dynamics
+from sparse_tickets.kernels.dynamics import TASKS
+from sparse_tickets.kernels.errors import check_dtype, check_shape
+from sparse_tickets.kernels.random import Stream, uniform
+
+from .spec import EnvSpec, Step
+
+__all__ = ["CLASSIC_SPECS", "ClassicEnv"]
+
+
+def _spec(
+    name: str,
+    offset: tuple[float, ...],
+    scale: tuple[float, ...],
+    solved: float,
+    random_return: float,
+) -> EnvSpec:
+    task = TASKS[name]
+    return EnvSpec(
+        name=name,
+        observation_dim=task.observation_dim,
+        discrete=task.discrete,
+        action_dim=task.action_dim,
+        action_low=task.action_low,
+        action_high=task.action_high,
+        time_limit=task.time_limit,
+        offset=offset,
+        scale=scale,
+        solved=solved,
+        random_return=random_return,
+    )
+
+
+# Offsets, scales and random returns are those that experiments/pilot.py prints. Solved is
+# gymnasium's reward threshold; for Pendulum, which has none, the protocol's gate.
+CLASSIC_SPECS = {
+    spec.name: spec
+    for spec in (
+        _spec("CartPole-v1", (0.0,) * 4, (0.57, 0.44, 0.066, 0.58), 475.0, 22.2),
+        _spec(
+            "Acrobot-v1",
+            (0.74, 0.0, 0.0, 0.0, 0.0, 0.0),
+            (0.4, 0.54, 0.61, 0.64, 1.8, 3.3),
+            -100.0,
+            -498.3,
+        ),
+        _spec("MountainCar-v0", (-0.51, 0.0), (0.27, 0.02), -110.0, -200.0),
+        _spec("Pendulum-v1", (0.0,) * 3, (0.82, 0.53, 2.8), -250.0, -1216.7),
+    )
+}
+"""The built-in environments by name."""
+
+
+class ClassicEnv:
+    """E copies of a classic control task for each of P tickets.
+
+    Random numbers: `reset` draws ``E * S`` uniforms per ticket with step 0 on `reset_stream`, and
+    the restarts after step t (counted from 0) draw as many with step t + 1; copy e takes uniforms
+    ``[e * S, (e + 1) * S)``, used or not. A fused kernel may read and write `state`, `elapsed` and
+    `clock` directly, if it keeps to this.
+
+    Args:
+        task_name: one of `TASKS`.
+        tickets: P.
+        copies: E.
+        device: where tensors live.
+        spec: observation scale, by default the frozen one of the task.
+        reset_stream: stream of the initial states; evaluation uses another than training.
+
+    Attributes:
+        state: ``[P, E, S]`` float64.
+        elapsed: ``[P, E]`` int32, steps since each copy's last restart.
+        clock: steps since `reset`.
+        key: ``[P]`` int64, as given to `reset`.
+        offset: ``[D]`` float32.
+        scale: ``[D]`` float32.
+
+    Raises:
+        ValueError: an unknown task, no tickets or no copies, or a spec of another task's shape.
+    """
+
+    def __init__(
+        self,
+        task_name: str,
+        tickets: int,
+        copies: int,
+        device: torch.device | str = "cpu",
+        *,
+        spec: EnvSpec | None = None,
+        reset_stream: Stream = Stream.RESET,
+    ) -> None:
+        if task_name not in TASKS:
+            raise ValueError(f"task_name must be one of {', '.join(TASKS)}, got {task_name!r}")
+        for name, count in (("tickets", tickets), ("copies", copies)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        self.task = TASKS[task_name]
+        self.spec = CLASSIC_SPECS[task_name] if spec is None else spec
+        if self.spec.observation_dim != self.task.observation_dim:
+            raise ValueError(
+                f"spec must have observation_dim {self.task.observation_dim} for {task_name}, "
+                f"got {self.spec.observation_dim}"
+            )
+        self.tickets = tickets
+        self.copies = copies
+        self.device = torch.device(device)
+        self.reset_stream = reset_stream
+        self.offset = torch.tensor(self.spec.offset, dtype=torch.float32, device=self.device)
+        self.scale = torch.tensor(self.spec.scale, dtype=torch.float32, device=self.device)
+        self.clock = 0
+        self.key: Tensor | None = None
+        shape = (tickets, copies)
+        self.state = torch.zeros(
+            (*shape, self.task.state_dim), dtype=torch.float64, device=self.device
+        )
+        self.elapsed = torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+    def reset(self, key: Tensor) -> Tensor:
+        """Start every copy afresh; see `Env.reset`."""
+        check_dtype("key", key, torch.int64)
+        check_shape("key", key, (self.tickets,))
+        self.key = key.to(self.device)
+        self.clock = 0
+        self.state = self._initial(self.key)
+        self.elapsed = torch.zeros_like(self.elapsed)
+        return self.observe(self.state)
+
+    def step(self, action: Tensor) -> Step:
+        """Act once in every copy; see `Env.step`.
+
+        Raises:
+            RuntimeError: `reset` was never called.
+            TypeError, ValueError: see `sparse_tickets.kernels.dynamics.step`.
+        """
+        if self.key is None:
+            raise RuntimeError("reset must be called before step")
+        state, reward, terminated = dynamics.step(self.task, self.state, action)
+        elapsed = self.elapsed + 1
+        truncated = (elapsed >= self.task.time_limit) & ~terminated
+        done = terminated | truncated
+        final_obs = obs = self.observe(state)
+        self.clock += 1
+        # On a GPU looking would wait for the device; drawing in vain costs less there.
+        if self.device.type != "cpu" or bool(done.any()):
+            restart = self._initial(self.key)
+            state = torch.where(done[..., None], restart, state)
+            elapsed = elapsed.masked_fill(done, 0)
+            obs = torch.where(done[..., None], self.observe(restart), final_obs)
+        self.state, self.elapsed = state, elapsed
+        return Step(obs, reward, terminated, truncated, final_obs)
+
+    def observe(self, state: Tensor) -> Tensor:
+        """Scaled observations ``[..., D]`` float32 of states ``[..., S]`` float64."""
+        return (dynamics.observe(self.task, state) - self.offset) / self.scale
+
+    def _initial(self, key: Tensor) -> Tensor:
+        draw = self.copies * self.task.state_dim
+        u = uniform(key, draw, stream=self.reset_stream, step=self.clock)
+        return dynamics.initial(self.task, u.unflatten(1, (self.copies, self.task.state_dim)))

@@ -1,0 +1,114 @@
+"""Environments by name: the built-in ones, your own, and whatever gymnasium knows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import gymnasium
+import torch
+
+from sparse_tickets.kernels.random import Stream
+
+from .classic import CLASSIC_SPECS, ClassicEnv
+from .gym_adapter import GymEnv, gym_spec
+from .spec import Env, EnvSpec
+
+__all__ = ["EnvFactory", "env_spec", "make_env", "register_env"]
+
+
+class EnvFactory(Protocol):
+    """Makes an environment; `ClassicEnv` and `GymEnv` with their first argument bound are two."""
+
+    def __call__(
+        self,
+        tickets: int,
+        copies: int,
+        device: torch.device | str,
+        *,
+        spec: EnvSpec,
+        reset_stream: Stream,
+    ) -> Env:
+        """P tickets times E copies on a device."""
+        ...
+
+
+_registry: dict[str, tuple[EnvFactory, EnvSpec]] = {
+    name: (partial(ClassicEnv, name), spec) for name, spec in CLASSIC_SPECS.items()
+}
+
+
+def register_env(name: str, factory: EnvFactory, spec: EnvSpec, *, overwrite: bool = False) -> None:
+    """Make an environment known to `make_env`, sweeps and the command line.
+
+    A gymnasium class needs one line::
+
+        register_env("Corridor", partial(GymEnv, Corridor), gym_spec(Corridor, "Corridor"))
+
+    Args:
+        name: what `make_env` will be asked for.
+        factory: see `EnvFactory`.
+        spec: spaces and observation scale; handed to the factory.
+        overwrite: replace an environment of the same name.
+
+    Raises:
+        ValueError: the name is taken and `overwrite` is False, or the spec bears another name.
+    """
+    if name in _registry and not overwrite:
+        raise ValueError(f"name must be new (or pass overwrite=True), got {name!r}")
+    if spec.name != name:
+        raise ValueError(f"spec must be named {name!r}, got {spec.name!r}")
+    _registry[name] = (factory, spec)
+
+
+def env_spec(name: str) -> EnvSpec:
+    """Spaces and observation scale of an environment.
+
+    Args:
+        name: a built-in or registered environment, or any gymnasium id (offset 0, scale 1).
+
+    Raises:
+        ValueError: nobody knows the name; the message lists the known ones.
+    """
+    return _find(name)[1]
+
+
+def make_env(
+    name: str,
+    tickets: int,
+    copies: int,
+    device: torch.device | str = "cpu",
+    *,
+    spec: EnvSpec | None = None,
+    reset_stream: Stream = Stream.RESET,
+) -> Env:
+    """Make an environment for a population.
+
+    Args:
+        name: a built-in or registered environment, or any gymnasium id.
+        tickets: P.
+        copies: E, per ticket.
+        device: where its tensors live.
+        spec: another observation scale than ``env_spec(name)``, e.g. ``env_spec(name).raw()``.
+        reset_stream: stream of the initial states.
+
+    Raises:
+        ValueError: nobody knows the name; the message lists the known ones.
+    """
+    factory, frozen = _find(name)
+    return factory(
+        tickets, copies, device, spec=frozen if spec is None else spec, reset_stream=reset_stream
+    )
+
+
+def _find(name: str) -> tuple[EnvFactory, EnvSpec]:
+    if name in _registry:
+        return _registry[name]
+    try:
+        gymnasium.spec(name)
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        raise ValueError(
+            f"env must be one of {', '.join(sorted(_registry))}, one registered with "
+            f"register_env, or any gymnasium id, got {name!r} (gymnasium: {error})"
+        ) from error
+    return partial(GymEnv, name), gym_spec(name)
