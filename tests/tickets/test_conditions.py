@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-from sparse_tickets.kernels.arena import Arena
-from sparse_tickets.kernels.random import Stream, permutation
 
 from sparse_tickets import conditions
 from sparse_tickets.conditions import (
@@ -15,6 +13,8 @@ from sparse_tickets.conditions import (
     find_condition,
     register_condition,
 )
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.random import Stream, permutation
 from sparse_tickets.prune import erk_counts, random_mask
 
 ARENA = Arena.build((6, 16, 16, 3))

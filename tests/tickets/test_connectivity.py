@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from sparse_tickets.kernels.arena import Arena
 
 from sparse_tickets.connectivity import connectivity
+from sparse_tickets.kernels.arena import Arena
 
 
 def search(mask, arena):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_tickets.kernels.arena import Arena
 
+from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.prune import (
     CRITERIA,
     erk_counts,

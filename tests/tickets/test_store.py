@@ -12,10 +12,10 @@ import time
 import polars as pl
 import pytest
 import torch
-from sparse_tickets.kernels.arena import Arena
 
 from sparse_tickets import files
 from sparse_tickets.files import StoreError
+from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.sweep import store as store_module
 from sparse_tickets.sweep.store import COLUMNS, Store, Unit, load_results, spec_hash
 from sparse_tickets.ticket import ROWS, Ticket

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from sparse_tickets.kernels.arena import Arena
 from torch import nn
 
 from sparse_tickets.files import StoreError
+from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.ticket import (
     ROWS,
     Normalise,
