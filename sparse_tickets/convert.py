@@ -1,0 +1,392 @@
+"""Make an existing policy sparse in place, dense again, or smaller: `sparsify_`, `compact`.
+
+Conversion changes the class of a layer, not the layer: names, hooks, Parameters and every other
+reference to it (a second name in the tree, an optimiser's parameter group) stay valid.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Literal, TypeGuard, get_args
+
+import torch
+import torch.nn.utils.prune as torch_prune
+from torch import Tensor, nn
+
+from sparse_tickets.kernels.prune import prune
+from sparse_tickets.linear import SparseLinear, count_kept, make_dense_, make_sparse_
+
+__all__ = ["ELEMENTWISE", "Compact", "compact", "densify_", "from_torch_prune", "sparsify_"]
+
+Scope = Literal["global", "layer"]
+
+ELEMENTWISE: tuple[type[nn.Module], ...] = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.Identity,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+    nn.Threshold,
+)
+"""Activations known to act on each feature alone; `compact` takes further ones as an argument."""
+
+
+@torch.no_grad()
+def sparsify_(
+    module: nn.Module, density: float, scope: Scope = "global", exclude: Iterable[str] = ()
+) -> nn.Module:
+    """Turn every linear layer of a module into a `SparseLinear` and prune it by magnitude.
+
+    Layers of class ``nn.Linear`` exactly, and layers that are sparse already; a subclass may use
+    its weight in ways that we cannot know. Weights that a layer has pruned stay pruned. A weight
+    shared by two layers counts once.
+
+    Args:
+        module: any module, changed in place. Its Parameters stay the same objects.
+        density: fraction of weights to keep: exactly ``floor(density * N + 0.5)`` of all N under
+            the scope ``global``, of each layer's own under ``layer``. Ties keep the earlier layer
+            and the lower position.
+        scope: rank the magnitudes of all layers together, or within each layer.
+        exclude: names, as in ``named_modules()``, of layers or of modules whose layers stay dense.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        ValueError: the density is outside [0, 1]; the scope is unknown; a name to exclude is no
+            module or holds no linear layer; no linear layer is left; or a layer's weight is
+            recomputed by a hook (weight norm, ``torch.nn.utils.prune``).
+
+    Example:
+        >>> policy = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
+        >>> optimizer = torch.optim.Adam(policy.parameters())
+        >>> sparsify_(policy, density=0.2, exclude=["2"])[0].density
+        0.19921875
+    """
+    count_kept(density, 0)
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
+    layers = _select(module, exclude)
+    for name, layer in layers.items():
+        if "weight" not in layer._parameters:
+            raise ValueError(
+                f"layer {name!r} must own its weight as a Parameter, got one that a hook "
+                "recomputes (for torch.nn.utils.prune use from_torch_prune)"
+            )
+    sharing: dict[int, list[SparseLinear]] = {}
+    for layer in layers.values():
+        sparse = layer if isinstance(layer, SparseLinear) else make_sparse_(layer)
+        sharing.setdefault(id(sparse.weight), []).append(sparse)
+    groups = list(sharing.values())
+    for pool in [groups] if scope == "global" else [[group] for group in groups]:
+        _prune_jointly(pool, density)
+    return module
+
+
+def _select(module: nn.Module, exclude: Iterable[str]) -> dict[str, nn.Linear]:
+    """The layers to convert by their first name, each once."""
+    named = dict(module.named_modules(remove_duplicate=False))
+    linear = {name: layer for name, layer in named.items() if _is_convertible(layer)}
+    if not linear:
+        raise ValueError(f"module must hold an nn.Linear, got {type(module).__name__} with none")
+    done: set[nn.Module] = set()
+    for name in [exclude] if isinstance(exclude, str) else exclude:
+        if name not in named:
+            raise ValueError(f"exclude must name modules among {sorted(linear)}, got {name!r}")
+        below = {layer for layer in named[name].modules() if _is_convertible(layer)}
+        if not below:
+            raise ValueError(
+                f"exclude must name linear layers {sorted(linear)} or a module that holds some, "
+                f"got {name!r}"
+            )
+        done |= below
+    chosen = {}
+    for name, layer in linear.items():
+        if layer not in done:
+            chosen[name] = layer
+            done.add(layer)
+    if not chosen:
+        raise ValueError(f"exclude must leave a linear layer, got all of {sorted(linear)}")
+    return chosen
+
+
+def _is_convertible(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(layer) is nn.Linear or isinstance(layer, SparseLinear)
+
+
+def _prune_jointly(groups: Sequence[Sequence[SparseLinear]], density: float) -> None:
+    """Prune a pool of weights by their common magnitude order; a group shares one weight."""
+    weights = [group[0].weight for group in groups]
+    masks = [torch.stack([layer.mask for layer in group]).all(0).flatten() for group in groups]
+    device = weights[0].device
+    scores = torch.cat([weight.abs().float().flatten().to(device) for weight in weights])
+    mask = torch.cat([mask.to(device) for mask in masks])
+    kept = prune(scores[None], mask[None], count_kept(density, mask.numel()))[0]
+    for group, weight, part in zip(
+        groups, weights, kept.split([weight.numel() for weight in weights]), strict=True
+    ):
+        for layer in group:
+            layer.set_mask_(part.reshape(weight.shape))
+
+
+def densify_(module: nn.Module) -> nn.Module:
+    """Turn every `SparseLinear` of a module back into ``nn.Linear``, pruned weights being zero.
+
+    From then on nothing holds them there. Parameters stay the same objects.
+
+    Args:
+        module: any module, changed in place.
+
+    Returns:
+        The module itself.
+
+    Example:
+        >>> type(densify_(sparsify_(nn.Sequential(nn.Linear(4, 2)), 0.5))[0])
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    for layer in list(module.modules()):
+        if isinstance(layer, SparseLinear):
+            make_dense_(layer)
+    return module
+
+
+def from_torch_prune(module: nn.Module) -> nn.Module:
+    """Turn linear layers pruned with ``torch.nn.utils.prune`` into `SparseLinear`, in place.
+
+    ``weight_orig`` becomes ``weight``, the same Parameter object, and ``weight_mask`` the mask.
+    Other layers stay as they are, pruned or not.
+
+    Args:
+        module: any module, changed in place.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        ValueError: no linear layer has a pruned weight, or one has a pruned bias.
+
+    Example:
+        >>> layer = torch_prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
+        >>> from_torch_prune(layer).density
+        0.5
+    """
+    pruned = {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear and "weight_mask" in layer._buffers
+    }
+    if not pruned:
+        raise ValueError(
+            "module must hold an nn.Linear whose weight torch.nn.utils.prune has pruned, "
+            f"got {type(module).__name__} with none"
+        )
+    for name, layer in pruned.items():
+        if "bias_mask" in layer._buffers:
+            raise ValueError(
+                f"layer {name!r} must have an unpruned bias, got a pruned one: SparseLinear masks "
+                "weights only; torch.nn.utils.prune.remove(layer, 'bias') makes it plain"
+            )
+    for layer in pruned.values():
+        mask = layer.get_buffer("weight_mask") != 0
+        torch_prune.remove(layer, "weight")
+        make_sparse_(layer).set_mask_(mask)
+    return module
+
+
+class Compact(nn.Module):
+    """A smaller dense network and the inputs that it reads: ``net(x[..., kept_inputs])``.
+
+    Attributes:
+        in_features: features of the input, dead ones included.
+        kept_inputs: ``[k]`` int64 buffer, ascending indices of the inputs that matter.
+        net: an ``nn.Sequential`` of plain ``nn.Linear`` and activations.
+    """
+
+    kept_inputs: Tensor
+
+    def __init__(self, in_features: int, kept_inputs: Tensor, net: nn.Sequential) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.register_buffer("kept_inputs", kept_inputs)
+        self.net = net
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``.
+
+        Raises:
+            ValueError: the last dimension of the input is not ``in_features``.
+        """
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input must have shape [..., {self.in_features}], got {tuple(input.shape)}"
+            )
+        return self.net(input[..., self.kept_inputs])
+
+    def extra_repr(self) -> str:
+        """How many inputs remain."""
+        return f"kept_inputs={self.kept_inputs.numel()}/{self.in_features}"
+
+
+@torch.no_grad()
+def compact(module: nn.Sequential, elementwise: tuple[type[nn.Module], ...] = ()) -> Compact:
+    """A smaller dense network that computes the same function, to float tolerance.
+
+    Removed are inputs and units without outgoing weights, and units without incoming weights:
+    the latter are constants ``activation(bias)``, which move into the next layer's bias. A weight
+    is absent where a `SparseLinear`'s mask says so, or where an ``nn.Linear``'s weight is zero.
+    The result is a copy; inputs are taken to be finite.
+
+    Args:
+        module: linear layers and activations, possibly in nested ``nn.Sequential``; whatever
+            follows the last linear layer is kept as it is.
+        elementwise: further activation classes that act on each feature alone, besides
+            `ELEMENTWISE` and ``nn.PReLU`` with one parameter.
+
+    Returns:
+        A module with attributes ``net`` and ``kept_inputs``.
+
+    Raises:
+        TypeError: the module is no ``nn.Sequential``, or holds before its last linear layer
+            something that is neither linear nor a known activation.
+        ValueError: it holds no linear layer, or its widths do not match.
+
+    Example:
+        >>> net = nn.Sequential(SparseLinear(8, 64), nn.Tanh(), SparseLinear(64, 2))
+        >>> small = compact(sparsify_(net, density=0.02))
+        >>> torch.allclose(small(torch.ones(8)), net(torch.ones(8)))
+        True
+    """
+    if not isinstance(module, nn.Sequential):
+        raise TypeError(f"module must be an nn.Sequential, got {type(module).__name__}")
+    stages, tail = _parse(module, elementwise)
+    _fold_constants(stages)
+    kept = _drop_unused(stages)
+    # Everything before a layer without inputs computes nothing.
+    first = max([i for i, stage in enumerate(stages) if not stage.weight.shape[1]], default=0)
+    modules: list[nn.Module] = []
+    for stage in stages[first:]:
+        if stage.weight.shape[1]:
+            modules += stage.before
+        modules.append(_dense_layer(stage.weight, stage.bias))
+    net = nn.Sequential(*modules, *tail).train(module.training)
+    return Compact(stages[0].in_features, kept, net)
+
+
+class _Stage:
+    """One linear layer, the activations before it, and where its weights are."""
+
+    def __init__(self, layer: nn.Linear, before: list[nn.Module]) -> None:
+        self.before = copy.deepcopy(before)
+        self.in_features = layer.in_features
+        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        if isinstance(layer, SparseLinear):
+            layer.apply_mask_()
+            self.support = layer.mask.clone()
+        else:
+            self.support = layer.weight != 0
+        self.weight = layer.weight.detach().clone()
+
+    def activate(self, features: Tensor) -> Tensor:
+        for activation in self.before:
+            features = activation(features)
+        return features
+
+    def keep_inputs(self, index: Tensor) -> None:
+        self.weight, self.support = self.weight[:, index], self.support[:, index]
+
+    def keep_units(self, index: Tensor) -> None:
+        self.weight, self.support = self.weight[index], self.support[index]
+        self.bias = None if self.bias is None else self.bias[index]
+
+
+def _parse(
+    module: nn.Sequential, elementwise: tuple[type[nn.Module], ...]
+) -> tuple[list[_Stage], list[nn.Module]]:
+    """Stages up to the last linear layer, and copies of the modules after it."""
+    stages: list[_Stage] = []
+    pending: list[nn.Module] = []
+    for layer in _flatten(module):
+        if not isinstance(layer, nn.Linear):
+            pending.append(layer)
+            continue
+        for activation in pending:
+            scalar = isinstance(activation, nn.PReLU) and activation.num_parameters == 1
+            if not (scalar or type(activation) in (*ELEMENTWISE, *elementwise)):
+                raise TypeError(
+                    "module must hold linear layers and elementwise activations, got "
+                    f"{type(activation).__name__} (declare your own by elementwise=...)"
+                )
+        if stages and stages[-1].weight.shape[0] != layer.in_features:
+            raise ValueError(
+                f"module must chain layers of matching widths, got {stages[-1].weight.shape[0]} "
+                f"features into a layer of {layer.in_features}"
+            )
+        stages.append(_Stage(layer, pending))
+        pending = []
+    if not stages:
+        raise ValueError("module must hold a linear layer, got none")
+    return stages, copy.deepcopy(pending)
+
+
+def _flatten(module: nn.Sequential) -> Iterable[nn.Module]:
+    for child in module:
+        if isinstance(child, nn.Sequential):
+            yield from _flatten(child)
+        else:
+            yield child
+
+
+def _fold_constants(stages: list[_Stage]) -> None:
+    """From the input on: move units without incoming weights into the next layer's bias."""
+    for stage, following in pairwise(stages):
+        constant = ~stage.support.any(1)
+        bias = stage.weight.new_zeros(len(constant)) if stage.bias is None else stage.bias
+        value = following.activate(bias.clone())
+        # In float64, or the sum over many folded units would cost digits of the bias.
+        folded = following.weight[:, constant].double() @ value[constant].double()
+        if following.bias is not None:
+            following.bias = (following.bias.double() + folded).to(following.bias.dtype)
+        elif folded.any():
+            following.bias = folded.to(following.weight.dtype)
+        alive = (~constant).nonzero().flatten()
+        stage.keep_units(alive)
+        following.keep_inputs(alive)
+
+
+def _drop_unused(stages: list[_Stage]) -> Tensor:
+    """From the output back: drop units, and name the inputs, without outgoing weights."""
+    for following, stage in pairwise(reversed(stages)):
+        used = following.support.any(0).nonzero().flatten()
+        following.keep_inputs(used)
+        stage.keep_units(used)
+    kept = stages[0].support.any(0).nonzero().flatten()
+    stages[0].keep_inputs(kept)
+    return kept
+
+
+def _dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    # nn.Linear warns about widths of zero when it initialises itself: give it its widths after.
+    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer

@@ -1,0 +1,470 @@
+"""SparseLinear: an nn.Linear whose pruned weights are exactly zero, whatever trains it.
+
+A masked gradient is not enough: weight decay, momentum and moments gathered before pruning still
+move pruned weights. So one hook, common to all optimisers, zeroes the pruned weights and the
+optimiser's state for them after every step. Forward never writes: where the weight may have been
+written since it was last known to be zero off the mask, forward works on a masked copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from threading import Lock
+from typing import Any, NamedTuple, Self, cast
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.errors import check_dtype, check_shape
+from sparse_tickets.kernels.linear import linear, plan
+from sparse_tickets.kernels.prune import prune
+
+__all__ = ["SparseLinear", "count_kept", "make_dense_", "make_sparse_"]
+
+
+def count_kept(density: float, total: int) -> int:
+    """How many of ``total`` weights a density keeps: ``density * total``, halves rounded up.
+
+    Raises:
+        ValueError: density is outside [0, 1] or not a number.
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must be in [0, 1], got {density}")
+    return math.floor(density * total + 0.5)
+
+
+class _Seen(NamedTuple):
+    """The tensors in which the weight was last zero off the mask, and how many weights it kept."""
+
+    weight: Tensor
+    weight_version: int
+    storage: int
+    mask: Tensor
+    mask_version: int
+    kept: int | None
+
+
+class SparseLinear(nn.Linear):
+    """A linear layer with a fixed set of pruned weights: ``y = x (weight * mask)^T + bias``.
+
+    It is an ``nn.Linear`` in every other way: same constructor, same Parameters, and it survives
+    deepcopy, pickle, ``state_dict`` in and out, DDP, autocast, ``torch.compile(fullgraph=True)``,
+    ``torch.export`` and ``torch.func``.
+
+    After every public call the weight is exactly zero off the mask, and so are its gradient and
+    the state (tensors of the weight's shape) of every ``torch.optim.Optimizer`` that has stepped
+    the layer. `forward` never writes, and masks what others wrote. Two things are out of torch's sight, and therefore of ours: a write through
+    ``weight.data``, which moves no version counter (call `apply_mask_` after it), and an
+    optimiser that is no ``torch.optim.Optimizer`` (its pruned weights read as zero in `forward`
+    and are reset by the next public call).
+
+    Args:
+        in_features: features of the input.
+        out_features: features of the output.
+        bias: add a bias, which is never pruned.
+        device: of the parameters and the mask.
+        dtype: of the parameters.
+        mask: ``[out_features, in_features]`` bool, True where a weight is kept; all True if None.
+
+    Attributes:
+        weight: ``[out_features, in_features]``, zero off the mask.
+        bias: ``[out_features]`` or None.
+        mask: persistent bool buffer like the weight; always updated in place.
+
+    Raises:
+        TypeError: the mask is not bool.
+        ValueError: the mask has another shape than the weight.
+
+    Example:
+        >>> layer = SparseLinear(64, 64).prune_(density=0.2)
+        >>> layer.density
+        0.199951171875
+        >>> layer(torch.zeros(8, 64)).shape
+        torch.Size([8, 64])
+    """
+
+    mask: Tensor
+    _seen: _Seen | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._attach_mask(mask)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> Self:
+        """A sparse layer on the very Parameters of ``linear``, so its optimiser stays valid.
+
+        Args:
+            linear: any linear layer. Its hooks stay with it (`sparsify_` keeps them).
+            mask: ``[out, in]`` bool; None keeps the mask of a `SparseLinear`, else everything.
+
+        Raises:
+            ValueError: the weight is not a Parameter but recomputed by a hook.
+
+        Example:
+            >>> dense = nn.Linear(4, 2)
+            >>> SparseLinear.from_linear(dense).weight is dense.weight
+            True
+        """
+        if "weight" not in linear._parameters:
+            raise ValueError(
+                "linear must own its weight as a Parameter, got one that a hook or parametrization "
+                "recomputes (for torch.nn.utils.prune use sparse_tickets.convert.from_torch_prune)"
+            )
+        if mask is None and isinstance(linear, SparseLinear):
+            mask = linear.mask
+        has_bias = linear.bias is not None
+        # On the meta device: no memory, and no draw from the global random generator.
+        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.train(linear.training)
+        layer._attach_mask(mask)
+        return layer
+
+    def _attach_mask(self, mask: Tensor | None) -> None:
+        """Make the layer sparse: buffer, registration with the optimiser hook, zeroed weights."""
+        kept = torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
+        self.register_buffer("mask", kept)
+        _track(self)
+        if mask is None:
+            self._remember(self.mask.numel())
+        else:
+            self.set_mask_(mask)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``.
+
+        Raises:
+            ValueError: the last dimension of the input is not ``in_features``.
+        """
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input must have shape [..., {self.in_features}], got {tuple(input.shape)}"
+            )
+        weight = self.weight
+        if weight.is_meta or torch._C._are_functorch_transforms_active():
+            # What the op does not know, torch's own operations do.
+            return F.linear(input, torch.where(self.mask, weight, 0), self.bias)
+        batch = math.prod(input.shape[:-1])
+        if torch.compiler.is_compiling() or not self._is_clean(weight):
+            weight = torch.where(self.mask, weight, 0)
+        elif self._runs_dense(batch):
+            return self._forward_dense(input)
+        bias = None if self.bias is None else self.bias[None]
+        rows = input.reshape(1, batch, self.in_features)
+        output = linear(rows, weight[None], self.mask[None], bias)
+        return output.reshape(*input.shape[:-1], self.out_features)
+
+    def _forward_dense(self, input: Tensor) -> Tensor:
+        """Torch's own linear with nothing in between but a hook: zeros in the weight are zeros."""
+        weight = self.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            weight = weight.view_as(weight)
+            dense = self._kept() == weight.numel()
+            weight.register_hook(partial(_mask_gradient, self.mask, self.mask._version, dense))
+        return F.linear(input, weight, self.bias)
+
+    def prune_(self, density: float, scores: Tensor | None = None) -> Self:
+        """Keep the weights of largest score, ``floor(density * N + 0.5)`` of all N; in place.
+
+        Pruned weights are never revived: where fewer are left than asked for, all of them stay.
+        Scores are compared in float32; ties keep the lowest position.
+
+        Args:
+            density: fraction of all weights to keep, in [0, 1].
+            scores: ``[out_features, in_features]``; the weights' magnitudes if None.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ValueError: density is outside [0, 1], or the scores have another shape or are NaN.
+
+        Example:
+            >>> SparseLinear(10, 10).prune_(0.8).prune_(0.64).density
+            0.64
+        """
+        kept = count_kept(density, self.weight.numel())
+        if scores is None:
+            scores = self.weight.detach().abs()
+        check_shape("scores", scores, tuple(self.weight.shape))
+        flat = scores.detach().float().reshape(1, -1)
+        return self.set_mask_(prune(flat, self.mask.reshape(1, -1), kept).reshape(self.mask.shape))
+
+    @torch.no_grad()
+    def set_mask_(self, mask: Tensor) -> Self:
+        """Replace the mask, in place. A weight that it revives starts at zero.
+
+        Args:
+            mask: ``[out_features, in_features]`` bool, on any device.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            TypeError: the mask is not bool.
+            ValueError: the mask has another shape than the weight.
+        """
+        check_dtype("mask", mask, torch.bool)
+        check_shape("mask", mask, tuple(self.weight.shape))
+        self.apply_mask_()
+        self.mask.copy_(mask)
+        return self.apply_mask_()
+
+    @torch.no_grad()
+    def apply_mask_(self) -> Self:
+        """Zero the pruned weights, their gradients and their optimiser state, in place.
+
+        Every public method does this; call it yourself after writing through ``weight.data``.
+        A weight that is already zero off the mask is left alone, so a backward pass that still
+        needs it is not disturbed.
+
+        Returns:
+            The layer itself.
+        """
+        if self.weight.is_meta:
+            return self
+        kept = int(self.mask.sum())
+        if kept < self.mask.numel():
+            for tensor in (self.weight, self.weight.grad):
+                if tensor is not None and tensor.masked_fill(self.mask, 0).count_nonzero():
+                    _keep_(tensor, self.mask)
+            for optimizer in _snapshot(_optimizers):
+                _keep_state_(optimizer, self.weight, self.mask)
+        self._remember(kept)
+        return self
+
+    @property
+    def density(self) -> float:
+        """The fraction of weights the mask keeps (1.0 of none)."""
+        self.apply_mask_()
+        return float(self.mask.sum()) / self.mask.numel() if self.mask.numel() else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights the mask prunes, ``1 - density``."""
+        return 1.0 - self.density
+
+    def plan(self, batch: int = 1) -> Plan:
+        """What runs now for a batch of this many rows, and why.
+
+        Args:
+            batch: rows, all leading dimensions of the input together.
+
+        Raises:
+            ValueError: the batch is negative, or the chosen backend cannot run on this device.
+
+        Example:
+            >>> SparseLinear(64, 64).plan(batch=8).format
+            'dense'
+        """
+        if batch < 0:
+            raise ValueError(f"batch must be >= 0, got {batch}")
+        self.apply_mask_()
+        return self._plan(batch, int(self.mask.sum()))
+
+    def extra_repr(self) -> str:
+        """nn.Linear's, and the number of weights kept."""
+        if self.mask.is_meta:
+            return super().extra_repr()
+        return f"{super().extra_repr()}, kept={int(self.mask.sum())}/{self.mask.numel()}"
+
+    def _is_clean(self, weight: Tensor) -> bool:
+        """Whether nobody wrote weight or mask since the weight was zero off the mask."""
+        seen, mask = self._seen, self.mask
+        return (
+            seen is not None
+            and seen.weight is weight
+            and seen.mask is mask
+            and seen.weight_version == weight._version
+            and seen.mask_version == mask._version
+            and seen.storage == weight.data_ptr()
+        )
+
+    def _kept(self) -> int | None:
+        """How many weights the mask keeps, if that is known without asking the device."""
+        seen, mask = self._seen, self.mask
+        known = seen is not None and seen.mask is mask and seen.mask_version == mask._version
+        return seen.kept if seen is not None and known else None
+
+    def _plan(self, batch: int, kept: int) -> Plan:
+        weight = self.weight
+        if kept == weight.numel():
+            return Plan("linear", "reference", "dense", "nothing is pruned: torch's own linear")
+        device = weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        return plan(*weight.shape, batch, kept / weight.numel(), dtype, device)
+
+    def _runs_dense(self, batch: int) -> bool:
+        """Whether torch's own linear is what the plan comes to, on a weight zero off the mask."""
+        kept = self._kept()
+        if kept is None or kept == self.mask.numel():
+            return kept is not None
+        chosen = self._plan(batch, kept)
+        return chosen.backend != "triton" and chosen.format in ("dense", "dense+mask")
+
+    def _remember(self, kept: int | None) -> None:
+        """Note that the weight now is zero off the mask.
+
+        The note lives outside the tensors, and forward under a compiler never reads it, so
+        levels of pruning do not recompile. Inference tensors have no version, fake ones no
+        storage: nothing to note.
+        """
+        weight, mask = self.weight, self.mask
+        if weight.is_inference() or mask.is_inference() or type(mask) is not Tensor:
+            self._seen = None
+        else:
+            self._seen = _Seen(
+                weight, weight._version, weight.data_ptr(), mask, mask._version, kept
+            )
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Undo what an optimiser step did to the pruned weights; asks nothing of the device."""
+        kept = self._kept()
+        if kept != self.mask.numel():
+            _keep_(self.weight, self.mask)
+            _keep_state_(optimizer, self.weight, self.mask)
+        self._remember(kept)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        self.apply_mask_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """A dense layer's state has no mask: it loads, and the present mask is applied to it."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if f"{prefix}mask" in missing_keys:
+            missing_keys.remove(f"{prefix}mask")
+        _track(self)
+        self.apply_mask_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_seen"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _track(self)
+
+
+def make_sparse_(linear: nn.Linear) -> SparseLinear:
+    """Turn this very ``nn.Linear`` into a `SparseLinear` with nothing pruned.
+
+    Its class changes, not its identity, so every name, hook and optimiser that refers to it or to
+    its Parameters stays valid. The caller has checked that its class is ``nn.Linear`` and that
+    its weight is a Parameter.
+    """
+    linear.__class__ = SparseLinear
+    sparse = cast(SparseLinear, linear)
+    sparse._attach_mask(None)
+    return sparse
+
+
+def make_dense_(layer: SparseLinear) -> nn.Linear:
+    """Turn this very layer into a plain ``nn.Linear`` whose pruned weights are zero, but free."""
+    layer.apply_mask_()
+    _untrack(layer)
+    del layer.mask
+    layer.__dict__.pop("_seen", None)
+    dense = cast(nn.Linear, layer)
+    dense.__class__ = nn.Linear
+    return dense
+
+
+_layers: WeakSet[SparseLinear] = WeakSet()
+_optimizers: WeakSet[Optimizer] = WeakSet()
+_hook: RemovableHandle | None = None
+_lock = Lock()
+
+
+def _track(layer: SparseLinear) -> None:
+    """Put a layer under the optimiser hook, registering the hook with the first one."""
+    global _hook
+    with _lock:
+        _layers.add(layer)
+        if _hook is None:
+            _hook = register_optimizer_step_post_hook(_after_any_step)
+
+
+def _untrack(layer: SparseLinear) -> None:
+    with _lock:
+        _layers.discard(layer)
+
+
+def _snapshot(references: WeakSet[Any]) -> tuple[Any, ...]:
+    with _lock:
+        return tuple(references)
+
+
+@torch.no_grad()
+def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """The global hook: visit the sparse layers whose weight this optimiser owns."""
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in _snapshot(_layers):
+        if id(layer._parameters.get("weight")) in owned:
+            with _lock:
+                _optimizers.add(optimizer)
+            layer._after_step(optimizer)
+
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _keep(tensor: Tensor, mask: Tensor) -> Tensor:
+    """A copy of ``tensor`` that is zero off the mask, whatever lay there: NaN as well.
+
+    On a CPU the bitwise product is 20 times as fast as ``masked_fill`` on an irregular mask.
+    """
+    integer = _INTEGER[tensor.element_size()]
+    return (tensor.view(integer) & mask.to(integer).neg_()).view(tensor.dtype)
+
+
+def _keep_(tensor: Tensor, mask: Tensor) -> None:
+    """Zero ``tensor`` off the mask, in place."""
+    integer = _INTEGER[tensor.element_size()]
+    tensor.view(integer).bitwise_and_(mask.to(integer).neg_())
+
+
+def _keep_state_(optimizer: Optimizer, weight: Tensor, mask: Tensor) -> None:
+    for value in optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            _keep_(value, mask)
+
+
+def _mask_gradient(mask: Tensor, version: int, dense: bool, gradient: Tensor) -> Tensor:
+    if mask._version != version:
+        raise RuntimeError(
+            "mask was changed between forward and backward: run forward again after pruning"
+        )
+    if dense:
+        return gradient
+    return gradient.masked_fill(~mask, 0) if gradient.requires_grad else _keep(gradient, mask)

@@ -1,0 +1,423 @@
+"""Conversion keeps the policy: same Parameters, same function, exactly the weights asked for."""
+
+import copy
+import doctest
+import math
+
+import pytest
+import torch
+import torch.nn.utils.prune as torch_prune
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sparse_tickets.convert as convert
+import sparse_tickets.linear as linear
+from sparse_tickets.convert import Compact, compact, densify_, from_torch_prune, sparsify_
+from sparse_tickets.linear import SparseLinear
+
+
+class ActorCritic(nn.Module):
+    """As libraries build it: two bodies from a helper, two heads, orthogonal initialisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actor = create_mlp(4, 2, [16, 16])
+        self.critic = create_mlp(4, 1, [16])
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.actor(obs), self.critic(obs)
+
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.orthogonal_(module.weight, gain=math.sqrt(2))
+                module.bias.data.fill_(0.0)
+
+
+def create_mlp(inputs: int, outputs: int, hidden: list[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), nn.Tanh()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+@pytest.fixture
+def policy() -> ActorCritic:
+    torch.manual_seed(0)
+    return ActorCritic()
+
+
+def sparse_layers(module: nn.Module) -> list[SparseLinear]:
+    return [layer for layer in module.modules() if isinstance(layer, SparseLinear)]
+
+
+def kept(module: nn.Module) -> int:
+    return sum(int(layer.mask.sum()) for layer in sparse_layers(module))
+
+
+def assert_zero_off_masks(module: nn.Module) -> None:
+    for layer in sparse_layers(module):
+        assert not layer.weight.detach()[~layer.mask].any()
+
+
+@pytest.mark.parametrize("module", [linear, convert])
+def test_docstring_examples(module):
+    torch.manual_seed(0)
+    names = {"torch": torch, "nn": nn, **vars(convert)}
+    assert doctest.testmod(module, extraglobs=names).failed == 0
+
+
+# sparsify_
+
+
+@pytest.mark.parametrize("density", [0.0, 0.013, 0.2, 0.5, 1.0])
+def test_global_pruning_keeps_exactly_k_of_largest_magnitude(policy, density):
+    parameters = list(policy.parameters())
+    weights = [p.detach().clone() for p in parameters if p.dim() == 2]
+    total = sum(w.numel() for w in weights)
+    assert sparsify_(policy, density) is policy
+    assert len(sparse_layers(policy)) == 5
+    assert all(a is b for a, b in zip(parameters, policy.parameters(), strict=True))
+    k = math.floor(total * density + 0.5)
+    assert kept(policy) == k
+    magnitudes = torch.cat([w.abs().flatten() for w in weights]).sort(descending=True).values
+    masks = torch.cat([layer.mask.flatten() for layer in sparse_layers(policy)])
+    chosen = torch.cat([w.abs().flatten() for w in weights])[masks].sort(descending=True).values
+    assert torch.equal(chosen, magnitudes[:k])
+    assert_zero_off_masks(policy)
+
+
+def test_layer_scope_keeps_k_of_each(policy):
+    sparsify_(policy, 0.3, scope="layer")
+    for layer in sparse_layers(policy):
+        assert int(layer.mask.sum()) == math.floor(0.3 * layer.mask.numel() + 0.5)
+
+
+def test_exclude_by_layer_and_by_module(policy):
+    sparsify_(policy, 0.2, exclude=["critic", "actor.4"])
+    assert [type(layer) for layer in policy.critic] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert type(policy.actor[4]) is nn.Linear
+    assert kept(policy) == math.floor(0.2 * (4 * 16 + 16 * 16) + 0.5)
+
+
+def test_again_prunes_inside_the_masks(policy):
+    sparsify_(policy, 0.5)
+    before = [layer.mask.clone() for layer in sparse_layers(policy)]
+    sparsify_(policy, 0.3)
+    for layer, mask in zip(sparse_layers(policy), before, strict=True):
+        assert not (layer.mask & ~mask).any()
+    count = kept(policy)
+    sparsify_(policy, 0.9)
+    assert kept(policy) == count
+
+
+def test_optimizer_and_hooks_of_the_dense_policy_stay_valid(policy):
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.5)
+    calls = []
+    policy.actor[0].register_forward_hook(lambda *args: calls.append(1))
+    held = policy.actor[0]
+    train(policy, optimizer)
+    sparsify_(policy, 0.2)
+    train(policy, optimizer)
+    assert isinstance(held, SparseLinear)
+    assert held is policy.actor[0]
+    assert len(calls) == 6
+    assert_zero_off_masks(policy)
+    for layer in sparse_layers(policy):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not optimizer.state[layer.weight][moment][~layer.mask].any()
+            assert optimizer.state[layer.weight][moment].any() or not layer.mask.any()
+
+
+def train(policy: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> float:
+    obs = torch.linspace(-1, 1, 32).reshape(8, 4)
+    for _ in range(steps):
+        logits, value = policy(obs)
+        loss = nn.functional.cross_entropy(logits, torch.arange(8) % 2) + value.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
+        optimizer.step()
+    return loss.item()
+
+
+def test_orthogonal_init_after_sparsify_and_training(policy):
+    sparsify_(policy, 0.3)
+    policy.init_weights()
+    twin = copy.deepcopy(policy)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    first = train(policy, optimizer, steps=1)
+    assert_zero_off_masks(policy)
+    assert train(policy, optimizer, steps=30) < first
+    assert_zero_off_masks(policy)
+    twin.load_state_dict(policy.state_dict())
+    obs = torch.randn(3, 4)
+    torch.testing.assert_close(twin(obs), policy(obs))
+
+
+def test_one_layer_under_two_names():
+    shared = nn.Linear(4, 4)
+    module = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
+    sparsify_(module, 0.5)
+    assert module["a"][0] is module["b"] is shared
+    assert kept(module) == 8
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(4, 4)})
+    module["c"] = module["b"]
+    sparsify_(module, 0.5, exclude=["c"])
+    assert type(module["b"]) is nn.Linear
+
+
+def test_two_layers_on_one_weight_count_once():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = module[0].weight
+    sparsify_(module, 0.5)
+    assert torch.equal(module[0].mask, module[1].mask)
+    assert int(module[0].mask.sum()) == 8
+
+
+def test_a_linear_itself_and_subclasses():
+    layer = nn.Linear(4, 4)
+    assert sparsify_(layer, 0.5) is layer
+    assert type(layer) is SparseLinear
+    with pytest.warns(UserWarning, match="nested"):  # torch on its own fast path
+        attention = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 1, 8), 1)
+    sparsify_(attention, 0.5)
+    assert len(sparse_layers(attention)) == 2
+    assert type(attention.layers[0].self_attn.out_proj) is not SparseLinear
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"density": 1.2}, r"density must be in \[0, 1\], got 1.2"),
+        ({"density": 0.5, "scope": "unit"}, "scope must be one of global, layer, got 'unit'"),
+        ({"density": 0.5, "exclude": ["actor.9"]}, "exclude must name modules .* got 'actor.9'"),
+        ({"density": 0.5, "exclude": ["actor.1"]}, "exclude must name linear .* got 'actor.1'"),
+        ({"density": 0.5, "exclude": ["actor", "critic"]}, "exclude must leave a linear layer"),
+    ],
+)
+def test_sparsify_errors_change_nothing(policy, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify_(policy, **arguments)
+    assert not sparse_layers(policy)
+
+
+def test_sparsify_needs_a_linear_layer_that_owns_its_weight():
+    with pytest.raises(ValueError, match=r"must hold an nn\.Linear, got Sequential with none"):
+        sparsify_(nn.Sequential(nn.Tanh()), 0.5)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    torch_prune.l1_unstructured(module[1], "weight", amount=0.5)
+    with pytest.raises(ValueError, match="layer '1' must own its weight"):
+        sparsify_(module, 0.5)
+    assert type(module[0]) is nn.Linear
+
+
+# densify_, from_torch_prune
+
+
+def test_densify_is_plain_and_equal(policy):
+    parameters = list(policy.parameters())
+    obs = torch.randn(5, 4)
+    sparsify_(policy, 0.3)
+    policy.init_weights()
+    want = policy(obs)
+    assert densify_(policy) is policy
+    assert not sparse_layers(policy)
+    assert type(policy.actor[0]) is nn.Linear
+    assert all(a is b for a, b in zip(parameters, policy.parameters(), strict=True))
+    assert set(policy.state_dict()) == set(ActorCritic().state_dict())
+    torch.testing.assert_close(policy(obs), want)
+    assert kept_nonzero(policy) == math.floor(0.3 * 432 + 0.5)
+    train(policy, torch.optim.Adam(policy.parameters()))
+    assert kept_nonzero(policy) > math.floor(0.3 * 432 + 0.5)
+
+
+def kept_nonzero(policy: nn.Module) -> int:
+    return sum(int(p.count_nonzero()) for p in policy.parameters() if p.dim() == 2)
+
+
+def test_from_torch_prune(policy):
+    weight = policy.actor[0].weight
+    targets = [(policy.actor[0], "weight"), (policy.actor[2], "weight")]
+    torch_prune.global_unstructured(targets, torch_prune.L1Unstructured, amount=0.6)
+    torch_prune.random_unstructured(policy.actor[2], "weight", amount=0.5)
+    obs = torch.randn(5, 4)
+    want = policy(obs)
+    masks = [layer.weight_mask.bool() for layer, _ in targets]
+    assert from_torch_prune(policy) is policy
+    assert policy.actor[0].weight is weight
+    for (layer, _), mask in zip(targets, masks, strict=True):
+        assert type(layer) is SparseLinear
+        assert torch.equal(layer.mask, mask)
+        assert not layer._forward_pre_hooks
+    assert type(policy.actor[4]) is nn.Linear
+    torch.testing.assert_close(policy(obs), want)
+    copy.deepcopy(policy)
+
+
+def test_from_torch_prune_errors():
+    with pytest.raises(ValueError, match=r"torch\.nn\.utils\.prune has pruned"):
+        from_torch_prune(nn.Sequential(nn.Linear(4, 4)))
+    module = nn.Sequential(nn.Linear(4, 4))
+    torch_prune.l1_unstructured(module[0], "weight", amount=0.5)
+    torch_prune.l1_unstructured(module[0], "bias", amount=0.5)
+    with pytest.raises(ValueError, match="layer '0' must have an unpruned bias"):
+        from_torch_prune(module)
+
+
+# compact
+
+
+ACTIVATIONS = [
+    nn.Tanh(),
+    nn.ReLU(inplace=True),
+    nn.Sigmoid(),
+    nn.Softplus(),
+    nn.ELU(),
+    nn.GELU(),
+    nn.PReLU(),
+    nn.Identity(),
+]
+
+
+def random_stack(seed: int, density: float, bias: bool, sparse: bool = True) -> nn.Sequential:
+    """A stack with weights so rare that dead inputs, dead units and constants all occur."""
+    torch.manual_seed(seed)
+    activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
+    module = nn.Sequential(
+        nn.Linear(9, 12, bias=bias),
+        activation,
+        nn.Sequential(nn.Linear(12, 11, bias=bias), nn.Tanh(), activation),
+        nn.Linear(11, 7, bias=bias),
+        nn.Linear(7, 3, bias=bias),
+    )
+    sparsify_(module, density)
+    return module if sparse else densify_(module)
+
+
+def assert_minimal(small: Compact) -> None:
+    """Every unit has a path of weights in and out; every kept input a path out."""
+    layers = [layer for layer in small.net if isinstance(layer, nn.Linear)]
+    for index, layer in enumerate(layers):
+        assert type(layer) is nn.Linear
+        support = layer.weight != 0
+        if layer.weight.shape[1]:
+            assert support.any(0).all()
+            assert index == len(layers) - 1 or support.any(1).all()
+    assert layers[0].in_features == small.kept_inputs.numel()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    density=st.sampled_from([0.0, 0.01, 0.03, 0.08, 0.15, 0.4, 1.0]),
+    bias=st.booleans(),
+    sparse=st.booleans(),
+)
+def test_compact_equals_the_original(seed, density, bias, sparse):
+    module = random_stack(seed, density, bias, sparse)
+    small = compact(module)
+    for shape in [(9,), (5, 9), (2, 3, 9), (0, 9)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(small(x), module(x), rtol=1e-5, atol=1e-5)
+    assert_minimal(small)
+    if density == 1:
+        assert small.kept_inputs.tolist() == list(range(9))
+
+
+def test_compact_folds_constants_and_drops_what_is_dead():
+    """Input 1 is dead, unit 0 constant, unit 1 has no reader: unit 2 alone remains."""
+    module = nn.Sequential(
+        SparseLinear(3, 3, mask=torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1]]).bool()),
+        nn.Tanh(),
+        SparseLinear(3, 2, mask=torch.tensor([[1, 0, 1], [1, 0, 0]]).bool()),
+    )
+    small = compact(module)
+    assert small.kept_inputs.tolist() == [0, 2]
+    assert [tuple(p.shape) for p in small.net.parameters()] == [(1, 2), (1,), (2, 1), (2,)]
+    constant = module[0].bias[0].tanh()
+    want = module[2].bias + module[2].weight[:, 0] * constant
+    torch.testing.assert_close(small.net[2].bias, want)
+    assert "kept_inputs=2/3" in repr(small)
+
+
+def test_compact_cascades():
+    """A unit whose only source is a constant is one too; so is an input read by a dead unit."""
+    first = torch.tensor([[1, 0], [0, 0]]).bool()
+    second = torch.tensor([[0, 1], [1, 0]]).bool()
+    third = torch.tensor([[1, 0]]).bool()
+    module = nn.Sequential(
+        SparseLinear(2, 2, mask=first),
+        nn.Tanh(),
+        SparseLinear(2, 2, mask=second),
+        nn.Tanh(),
+        SparseLinear(2, 1, mask=third),
+        nn.Softmax(-1),
+    )
+    small = compact(module)
+    assert small.kept_inputs.numel() == 0
+    assert [type(layer) for layer in small.net] == [nn.Linear, nn.Softmax]
+    x = torch.randn(4, 2)
+    torch.testing.assert_close(small(x), module(x))
+
+
+def test_compact_with_everything_pruned_without_biases():
+    module = sparsify_(nn.Sequential(nn.Linear(4, 8, bias=False), nn.Sigmoid()), 0.0)
+    torch.testing.assert_close(compact(module)(torch.ones(2, 4)), torch.full((2, 8), 0.5))
+    module = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 2, bias=False))
+    module[0].weight.data.zero_()
+    x = torch.randn(3, 4)
+    small = compact(module)
+    torch.testing.assert_close(small(x), module(x))
+    assert small.net[-1].bias is not None
+
+
+def test_compact_keeps_a_zero_weight_under_the_mask():
+    module = nn.Sequential(SparseLinear(3, 2))
+    nn.init.zeros_(module[0].weight)
+    assert compact(module).kept_inputs.tolist() == [0, 1, 2]
+    assert compact(densify_(module)).kept_inputs.numel() == 0
+
+
+def test_compact_is_a_copy_that_trains_saves_and_compiles():
+    module = random_stack(0, 0.2, bias=True)
+    before = copy.deepcopy(module.state_dict())
+    small = compact(module)
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    small(torch.randn(5, 9)).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    twin = copy.deepcopy(small)
+    twin.load_state_dict(small.state_dict())
+    x = torch.randn(5, 9)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), small(x))
+    with pytest.raises(ValueError, match=r"input must have shape \[\.\.\., 9\]"):
+        small(torch.ones(8))
+
+
+def test_compact_activation_before_the_first_layer_and_own_activation():
+    class Sine(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin()
+
+    module = nn.Sequential(nn.Tanh(), nn.Linear(6, 6), Sine(), nn.Linear(6, 2))
+    sparsify_(module, 0.15)
+    with pytest.raises(TypeError, match="got Sine"):
+        compact(module)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(compact(module, elementwise=(Sine,))(x), module(x))
+
+
+def test_compact_errors():
+    with pytest.raises(TypeError, match=r"must be an nn\.Sequential, got Linear"):
+        compact(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="must hold a linear layer"):
+        compact(nn.Sequential(nn.Tanh()))
+    for module in (nn.LayerNorm(2), nn.Softmax(-1), nn.PReLU(2), nn.Dropout()):
+        with pytest.raises(TypeError, match=f"got {type(module).__name__}"):
+            compact(nn.Sequential(nn.Linear(2, 2), module, nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="matching widths"):
+        compact(nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 2)))

@@ -1,0 +1,760 @@
+"""SparseLinear keeps its contract: zero off the mask whatever trains it, an nn.Linear otherwise."""
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune as torch_prune
+from torch import nn
+
+import sparse_tickets.linear as implementation
+from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.linear import SparseLinear, count_kept
+
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, foreach=False),
+    "adam-l2": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
+    "adam-amsgrad-foreach": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, foreach=True),
+    "adam-fused": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "sgd-nesterov-foreach": lambda p: torch.optim.SGD(
+        p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, foreach=True
+    ),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1),
+}
+
+
+# Nothing pruned; torch's product over zeros; wide and sparse enough for a sparse format.
+PATHS = {"dense": (6, 5, 1.0), "masked": (6, 5, 0.4), "sparse": (48, 40, 0.1)}
+
+
+def pruned_layer(density: float = 0.4, seed: int = 0, **kwargs) -> SparseLinear:
+    torch.manual_seed(seed)
+    return SparseLinear(6, 5, **kwargs).prune_(density)
+
+
+@pytest.fixture(params=PATHS)
+def layer(request) -> SparseLinear:
+    torch.manual_seed(0)
+    inputs, outputs, density = PATHS[request.param]
+    return SparseLinear(inputs, outputs).prune_(density)
+
+
+def assert_zero_off_mask(layer: SparseLinear, *optimizers: torch.optim.Optimizer) -> None:
+    tensors = [layer._parameters["weight"].detach()]
+    if layer.weight.grad is not None:
+        tensors.append(layer.weight.grad)
+    for optimizer in optimizers:
+        state = optimizer.state.get(layer.weight, {}).values()
+        tensors += [t for t in state if torch.is_tensor(t) and t.shape == layer.mask.shape]
+    for tensor in tensors:
+        assert not tensor[~layer.mask].any()
+
+
+def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        layer(torch.randn(7, 6)).square().sum().backward()
+        optimizer.step()
+
+
+def dense_twin(layer: SparseLinear) -> nn.Linear:
+    twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    with torch.no_grad():
+        twin.weight.copy_(layer.weight * layer.mask)
+        if layer.bias is not None:
+            twin.bias.copy_(layer.bias)
+    return twin
+
+
+# Construction
+
+
+def test_constructor_is_that_of_linear_plus_mask():
+    parameters = inspect.signature(SparseLinear).parameters
+    expected = ["in_features", "out_features", "bias", "device", "dtype"]
+    assert list(parameters) == [*expected, "mask"]
+    assert parameters["mask"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert isinstance(SparseLinear(2, 3), nn.Linear)
+
+
+def test_initialises_like_linear():
+    torch.manual_seed(3)
+    dense = nn.Linear(4, 3)
+    torch.manual_seed(3)
+    sparse = SparseLinear(4, 3)
+    assert torch.equal(sparse.weight, dense.weight)
+    assert torch.equal(sparse.bias, dense.bias)
+    assert sparse.mask.all()
+    assert sparse.mask.dtype == torch.bool
+    assert set(sparse.state_dict()) == {"weight", "bias", "mask"}
+
+
+def test_constructor_copies_and_applies_the_mask():
+    mask = torch.eye(3, dtype=torch.bool)
+    layer = SparseLinear(3, 3, bias=False, dtype=torch.float64, mask=mask)
+    mask.fill_(True)
+    assert torch.equal(layer.mask, torch.eye(3, dtype=torch.bool))
+    assert layer.weight.dtype == torch.float64
+    assert layer.bias is None
+    assert_zero_off_mask(layer)
+
+
+def test_rejects_a_wrong_mask():
+    with pytest.raises(TypeError, match="mask must be bool, got float32"):
+        SparseLinear(3, 2, mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"mask must have shape \(2, 3\), got \(3, 2\)"):
+        SparseLinear(3, 2, mask=torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_from_linear_shares_parameters():
+    dense = nn.Linear(6, 5).eval()
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=0.1, weight_decay=0.5)
+    before = torch.random.get_rng_state()
+    layer = SparseLinear.from_linear(dense, torch.rand(5, 6) < 0.5)
+    assert layer.weight is dense.weight
+    assert layer.bias is dense.bias
+    assert not layer.training
+    assert_zero_off_mask(layer)
+    train(layer, optimizer)
+    assert_zero_off_mask(layer, optimizer)
+    torch.random.set_rng_state(before)
+    SparseLinear.from_linear(nn.utils.skip_init(nn.Linear, 2, 2, bias=False))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_from_linear_of_a_sparse_layer_keeps_its_mask():
+    layer = pruned_layer()
+    assert torch.equal(SparseLinear.from_linear(layer).mask, layer.mask)
+
+
+def test_from_linear_rejects_a_recomputed_weight():
+    pruned = torch_prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
+    with pytest.raises(ValueError, match="own its weight"):
+        SparseLinear.from_linear(pruned)
+
+
+def test_meta_device():
+    layer = SparseLinear(4, 3, device="meta")
+    assert layer.mask.is_meta
+    assert layer(torch.empty(2, 4, device="meta")).shape == (2, 3)
+    assert "kept" not in repr(layer)
+    assert "kept=12/12" in repr(SparseLinear(4, 3))
+
+
+# Pruning
+
+
+@pytest.mark.parametrize(
+    ("density", "total", "kept"), [(0.5, 5, 3), (0.5, 4, 2), (0, 9, 0), (1, 9, 9), (0.1, 4, 0)]
+)
+def test_count_rounds_half_up(density, total, kept):
+    assert count_kept(density, total) == kept
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.2, float("nan")])
+def test_density_out_of_range(density):
+    with pytest.raises(ValueError, match=r"density must be in \[0, 1\], got"):
+        SparseLinear(2, 2).prune_(density)
+
+
+def test_prune_keeps_exactly_k_of_largest_magnitude():
+    layer = SparseLinear(6, 5)
+    weight = layer.weight.detach().clone()
+    assert layer.prune_(density=0.25) is layer
+    assert int(layer.mask.sum()) == 8
+    assert weight[layer.mask].abs().min() > weight[~layer.mask].abs().max()
+    assert torch.equal(layer.weight, weight * layer.mask)
+    assert layer.density == 8 / 30
+    assert layer.sparsity == 1 - 8 / 30
+
+
+def test_prune_breaks_ties_by_position_and_takes_scores():
+    layer = SparseLinear(4, 2)
+    nn.init.constant_(layer.weight, 1.0)
+    assert layer.prune_(0.5).mask.tolist() == [[True] * 4, [False] * 4]
+    layer = SparseLinear(4, 2).prune_(0.25, scores=torch.arange(8.0).reshape(2, 4))
+    assert layer.mask.flatten().tolist() == [False] * 6 + [True] * 2
+    with pytest.raises(ValueError, match="scores must have shape"):
+        layer.prune_(0.25, scores=torch.ones(8))
+
+
+def test_prune_never_revives():
+    layer = pruned_layer(0.3)
+    before = layer.mask.clone()
+    layer.prune_(0.9)
+    assert torch.equal(layer.mask, before)
+    layer.prune_(0.1, scores=(~before).float())
+    assert not (layer.mask & ~before).any()
+    assert int(layer.mask.sum()) == 3
+
+
+def test_mask_is_one_tensor_for_life():
+    layer = SparseLinear(6, 5)
+    mask = layer.mask
+    layer.prune_(0.5).set_mask_(torch.rand(5, 6) < 0.5)
+    layer.load_state_dict(pruned_layer().state_dict())
+    assert layer.mask is mask
+
+
+def test_revived_weights_start_at_zero():
+    layer = pruned_layer(0.4)
+    before = layer.mask.clone()
+    layer.set_mask_(torch.ones(5, 6, dtype=torch.bool))
+    assert not layer.weight[~before].any()
+    assert layer.weight[before].all()
+
+
+# The invariant
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_invariant_under_optimizer(name):
+    """Pruning in the middle leaves moments and gradients that would move pruned weights."""
+    torch.manual_seed(0)
+    layer = SparseLinear(6, 5)
+    optimizer = OPTIMIZERS[name](layer.parameters())
+    for density in (1.0, 0.6, 0.2, 0.0):
+        layer.prune_(density)
+        assert_zero_off_mask(layer, optimizer)
+        for _ in range(3):
+            train(layer, optimizer, steps=1)
+            assert_zero_off_mask(layer, optimizer)
+
+
+def test_matches_masked_dense_training():
+    """Kept weights train as if the others did not exist."""
+    layer = pruned_layer().double()
+    twin = dense_twin(layer).double()
+    twin.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "mask"})
+    twin.weight.register_hook(lambda g: g * layer.mask)
+    ours = torch.optim.Adam(layer.parameters(), lr=0.1)
+    theirs = torch.optim.Adam(twin.parameters(), lr=0.1)
+    for _ in range(5):
+        x = torch.randn(7, 6, dtype=torch.float64)
+        for module, optimizer in ((layer, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            module(x).tanh().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(layer.weight, twin.weight)
+    torch.testing.assert_close(layer.bias, twin.bias)
+
+
+def test_two_layers_on_one_weight_are_zero_off_both_masks():
+    dense = nn.Linear(6, 5)
+    a = SparseLinear.from_linear(dense, torch.rand(5, 6) < 0.5)
+    b = SparseLinear.from_linear(dense, torch.rand(5, 6) < 0.5)
+    optimizer = torch.optim.AdamW(dense.parameters(), weight_decay=0.5)
+    optimizer.zero_grad()
+    (a(torch.ones(6)) + b(torch.ones(6))).sum().backward()
+    optimizer.step()
+    assert not dense.weight[~(a.mask & b.mask)].any()
+
+
+def test_hook_leaves_other_parameters_and_optimizers_alone():
+    layer = pruned_layer()
+    other = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    before = layer.weight._version
+    other(torch.ones(3)).sum().backward()
+    optimizer.step()
+    assert layer.weight._version == before
+    assert optimizer not in implementation._optimizers
+
+
+def test_layers_and_optimizers_are_not_kept_alive():
+    layer = pruned_layer()
+    optimizer = torch.optim.Adam(layer.parameters())
+    train(layer, optimizer, steps=1)
+    references = weakref.ref(layer), weakref.ref(optimizer)
+    del layer, optimizer
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_one_hook_for_all_layers():
+    from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+
+    SparseLinear(2, 2), SparseLinear(2, 2), copy.deepcopy(SparseLinear(2, 2))
+    assert list(hooks.values()).count(implementation._after_any_step) == 1
+
+
+def test_zero_even_where_the_pruned_entry_is_not_finite():
+    layer = pruned_layer()
+    with torch.no_grad():
+        layer.weight.fill_(float("nan"))
+    layer.apply_mask_()
+    assert not layer.weight[~layer.mask].any()
+
+
+# Someone else writes the weight
+
+
+READERS = {
+    "density": lambda layer: layer.density,
+    "sparsity": lambda layer: layer.sparsity,
+    "state_dict": lambda layer: layer.state_dict(),
+    "apply_mask_": lambda layer: layer.apply_mask_(),
+    "prune_": lambda layer: layer.prune_(0.3),
+    "set_mask_": lambda layer: layer.set_mask_(layer.mask.clone()),
+    "load_state_dict": lambda layer: layer.load_state_dict(nn.Linear(6, 5).state_dict()),
+    "from_linear": SparseLinear.from_linear,
+    "plan": lambda layer: layer.plan(batch=4),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_public_calls_after_reinitialisation(name):
+    layer = pruned_layer()
+    nn.init.orthogonal_(layer.weight)
+    READERS[name](layer)
+    assert_zero_off_mask(layer)
+    layer.weight.data.normal_()
+    READERS[name](layer)
+    assert_zero_off_mask(layer)
+
+
+def test_forward_after_reinitialisation_is_right_and_does_not_write():
+    layer = pruned_layer()
+    x = torch.randn(3, 6)
+    nn.init.orthogonal_(layer.weight)
+    weight = layer.weight.detach().clone()
+    version = layer.weight._version
+    first, second = layer(x), layer(2 * x)
+    torch.testing.assert_close(first, F.linear(x, weight * layer.mask, layer.bias))
+    assert layer.weight._version == version
+    assert torch.equal(layer.weight, weight)
+    (first + second).sum().backward()
+    assert not layer.weight.grad[~layer.mask].any()
+
+
+@pytest.mark.parametrize("how", ["assign data", "replace", "user writes mask", "to"])
+def test_forward_notices(how):
+    layer = pruned_layer()
+    x = torch.randn(3, 6)
+    if how == "assign data":
+        layer.weight.data = torch.randn(5, 6)
+    elif how == "replace":
+        layer.weight = nn.Parameter(torch.randn(5, 6))
+    elif how == "user writes mask":
+        layer.mask.logical_and_(torch.rand(5, 6) < 0.5)
+    else:
+        layer, x = layer.double(), x.double()
+        layer.weight.data.add_(0)
+    want = F.linear(x, layer.weight * layer.mask, layer.bias)
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_clean_forward_takes_the_weight_itself(monkeypatch):
+    """In a training loop no masked copy is made, and the op runs only where it is sparse."""
+    seen = []
+    op = implementation.linear
+
+    def spy(x, weight, *rest):
+        seen.append(weight._base is layer.weight)
+        return op(x, weight, *rest)
+
+    monkeypatch.setattr(implementation, "linear", spy)
+    for name, calls in (("dense", 0), ("masked", 0), ("sparse", 3)):
+        inputs, outputs, density = PATHS[name]
+        layer = SparseLinear(inputs, outputs).prune_(density)
+        optimizer = torch.optim.Adam(layer.parameters())
+        seen.clear()
+        for _ in range(3):
+            layer(torch.randn(32, inputs)).sum().backward()
+            optimizer.step()
+        assert seen == [True] * calls
+
+
+# Forward and backward
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("path", [*PATHS.values(), (6, 5, 0.0), (48, 40, 0.0)])
+@pytest.mark.parametrize("shape", [(), (1,), (33,), (2, 3), (4, 8), (0,), (2, 0), (1, 1, 1)])
+def test_forward_and_gradients_match_dense(shape, path, bias):
+    inputs, outputs, density = path
+    layer = SparseLinear(inputs, outputs, bias).prune_(density)
+    twin = dense_twin(layer)
+    x = torch.randn(*shape, inputs, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    ours, theirs = layer(x), twin(y)
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.randn_like(ours)
+    ours.backward(grad)
+    theirs.backward(grad)
+    torch.testing.assert_close(x.grad, y.grad)
+    # float32 sums over at most 33 rows
+    torch.testing.assert_close(
+        layer.weight.grad, twin.weight.grad * layer.mask, atol=1e-5, rtol=1e-5
+    )
+    assert_zero_off_mask(layer)
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, twin.bias.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_strided_input_and_inplace_activation():
+    layer = pruned_layer()
+    twin = dense_twin(layer)
+    x = torch.randn(6, 9, 2).permute(2, 1, 0)[:, ::2]
+    torch.testing.assert_close(F.relu(layer(x), inplace=True), F.relu(twin(x)))
+    dense = SparseLinear(6, 5)
+    F.relu(dense(x), inplace=True).sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (6, 5)])
+def test_rejects_a_wrong_input(shape):
+    with pytest.raises(ValueError, match=r"input must have shape \[\.\.\., 6\]"):
+        pruned_layer()(torch.ones(shape))
+
+
+@pytest.mark.parametrize("inputs_need_grad", [True, False])
+def test_mask_changed_between_forward_and_backward_raises(layer, inputs_need_grad):
+    y = layer(torch.randn(32, layer.in_features, requires_grad=inputs_need_grad))
+    layer.prune_(layer.density / 2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace|between forward and backward"):
+        y.sum().backward()
+
+
+def test_two_forwards_one_backward_and_reads_between(layer):
+    x = torch.randn(32, layer.in_features, requires_grad=True)
+    loss = layer(x).sum() + layer(x.tanh()).sum()
+    layer.state_dict(), layer.density, layer.apply_mask_(), layer.plan(batch=3)
+    loss.backward()
+    assert_zero_off_mask(layer)
+
+
+def test_double_backward(layer):
+    twin = dense_twin(layer)
+    penalties = []
+    for module in (layer, twin):
+        x = torch.linspace(-1, 1, 32 * layer.in_features).reshape(32, -1).requires_grad_()
+        (grad,) = torch.autograd.grad(module(x).tanh().sum(), x, create_graph=True)
+        penalties.append(grad.square().sum())
+        penalties[-1].backward()
+    torch.testing.assert_close(*penalties)
+    torch.testing.assert_close(layer.weight.grad, twin.weight.grad * layer.mask)
+
+
+def test_no_grad_and_inference_mode():
+    layer = pruned_layer()
+    x = torch.randn(3, 6)
+    want = dense_twin(layer)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), want)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), want)
+        inside = SparseLinear(6, 5).prune_(0.5)
+        torch.testing.assert_close(inside(x), dense_twin(inside)(x))
+        assert inside.density == 0.5
+
+
+def test_zero_width():
+    with pytest.warns(UserWarning, match="zero-element"):
+        layer = SparseLinear(0, 3)
+    assert layer.density == 1.0
+    torch.testing.assert_close(layer(torch.ones(2, 0)), layer.bias.expand(2, 3))
+
+
+# State
+
+
+def test_dense_state_dict_loads_strictly_and_keeps_the_mask():
+    layer = pruned_layer()
+    mask = layer.mask.clone()
+    dense = nn.Linear(6, 5)
+    layer.load_state_dict(dense.state_dict(), strict=True)
+    assert torch.equal(layer.mask, mask)
+    assert torch.equal(layer.weight, dense.weight * mask)
+    nested = nn.Sequential(layer)
+    nested.load_state_dict(nn.Sequential(dense).state_dict(), strict=True)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict({"bias": dense.bias}, strict=True)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_sparse_state_dict_round_trip(assign):
+    layer, other = pruned_layer(), SparseLinear(6, 5)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.5)
+    state = copy.deepcopy(layer.state_dict())
+    other.load_state_dict(state, strict=True, assign=assign)
+    assert torch.equal(other.mask, layer.mask)
+    assert torch.equal(other.weight, layer.weight)
+    if assign:
+        optimizer = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.5)
+    train(other, optimizer)
+    assert_zero_off_mask(other, optimizer)
+
+
+def clone_by_torch_save(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), clone_by_torch_save],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_are_independent_and_keep_the_invariant(clone):
+    layer = pruned_layer()
+    train(layer, torch.optim.Adam(layer.parameters()), steps=1)
+    other = clone(layer)
+    assert torch.equal(other.mask, layer.mask)
+    assert other.mask is not layer.mask
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(other(x), layer(x))
+    optimizer = OPTIMIZERS["sgd-momentum"](other.parameters())
+    train(other, optimizer)
+    assert_zero_off_mask(other, optimizer)
+    other.prune_(0.1)
+    assert layer.density == 0.4
+
+
+def test_unpickled_in_a_fresh_process_registers_the_hook(monkeypatch):
+    data = pickle.dumps(pruned_layer())
+    monkeypatch.setattr(implementation, "_hook", None)
+    monkeypatch.setattr(implementation, "_layers", weakref.WeakSet())
+    layer = pickle.loads(data)
+    handle = implementation._hook
+    try:
+        assert handle is not None
+        assert layer in implementation._layers
+    finally:
+        handle.remove()
+
+
+def test_polyak_target_and_sequential_use():
+    online = nn.Sequential(pruned_layer(), nn.Tanh())
+    target = copy.deepcopy(online)
+    with torch.no_grad():
+        for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
+            slow.lerp_(fast + 1, 0.5)
+    x = torch.randn(3, 6)
+    want = F.linear(x, target[0].weight * target[0].mask, target[0].bias).tanh()
+    torch.testing.assert_close(target(x), want)
+
+
+# torch around it
+
+
+def test_autocast(layer):
+    twin = dense_twin(layer)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    x = torch.randn(32, layer.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = layer(x), twin(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    ours.float().square().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    optimizer.step()
+    assert_zero_off_mask(layer, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    layer = pruned_layer().to(dtype)
+    twin = dense_twin(layer).to(dtype)
+    x = torch.randn(4, 6, dtype=dtype)
+    torch.testing.assert_close(layer(x), twin(x))
+    layer(x).sum().backward()
+    assert_zero_off_mask(layer)
+
+
+def test_functional_call_and_grad(layer):
+    x = torch.randn(32, layer.in_features)
+    foreign = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+    want = F.linear(x, foreign["weight"] * layer.mask, foreign["bias"])
+    torch.testing.assert_close(torch.func.functional_call(layer, foreign, (x,)), want)
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    def masked(parameters):
+        weight = parameters["weight"] * layer.mask
+        return F.linear(x, weight, parameters["bias"]).square().sum()
+
+    ours, theirs = torch.func.grad(loss)(foreign), torch.func.grad(masked)(foreign)
+    torch.testing.assert_close(ours, theirs)
+    own = dict(layer.named_parameters())
+    torch.testing.assert_close(torch.func.grad(loss)(own), torch.func.grad(masked)(own))
+    twin = dense_twin(layer)
+    for transform in (torch.func.vmap, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
+        torch.testing.assert_close(transform(layer)(x[:2]), transform(twin)(x[:2]))
+
+
+def test_ensemble_by_vmap():
+    layers = [pruned_layer(0.4, seed) for seed in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(4, 6)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+
+    want = torch.stack([layer(x) for layer in layers])
+    torch.testing.assert_close(torch.func.vmap(call)(parameters, buffers), want)
+
+
+def test_compiled_functorch():
+    torch._dynamo.reset()
+    layer = pruned_layer()
+
+    def sensitivity(x):
+        return torch.func.grad(lambda x: layer(x).square().sum())(x)
+
+    x = torch.randn(3, 6)
+    compiled = torch.compile(sensitivity, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), sensitivity(x))
+
+
+def test_fake_tensors():
+    with torch._subclasses.FakeTensorMode():
+        assert SparseLinear(6, 5)(torch.ones(3, 6)).shape == (3, 5)
+
+
+def test_compile_fullgraph_and_no_recompile_over_levels():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    layer = SparseLinear(48, 40)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.5)
+    x = torch.randn(32, 48)
+    compiled(x).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for level in range(22):
+            layer.prune_(0.8**level)
+            optimizer.zero_grad()
+            y = compiled(x)
+            torch.testing.assert_close(y, dense_twin(layer)(x))
+            y.square().sum().backward()
+            assert_zero_off_mask(layer)
+            optimizer.step()
+            assert_zero_off_mask(layer, optimizer)
+        nn.init.orthogonal_(layer.weight)
+        torch.testing.assert_close(compiled(x), dense_twin(layer)(x))
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_compile_inductor():
+    torch._dynamo.reset()
+    layer = pruned_layer()
+    compiled = torch.compile(nn.Sequential(layer, nn.Tanh()), fullgraph=True)
+    x = torch.randn(4, 6)
+    y = compiled(x)
+    torch.testing.assert_close(y, dense_twin(layer)(x).tanh())
+    y.sum().backward()
+    assert_zero_off_mask(layer)
+
+
+def test_compiled_mask_change_between_forward_and_backward_raises():
+    torch._dynamo.reset()
+    layer = pruned_layer()
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(3, 6))
+    layer.prune_(0.2)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        y.sum().backward()
+
+
+def test_compiled_optimizer_step():
+    torch._dynamo.reset()
+    layer = SparseLinear(6, 5)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    train(layer, optimizer, steps=1)
+    layer.prune_(0.4)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.randn(7, 6)).square().sum().backward()
+        step()
+        assert_zero_off_mask(layer, optimizer)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict):
+    layer = pruned_layer()
+    x = torch.randn(4, 6)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        nn.Sequential(layer, nn.Tanh()), (x,), dynamic_shapes=({0: batch},), strict=strict
+    )
+    for rows in (4, 9):
+        x = torch.randn(rows, 6)
+        torch.testing.assert_close(program.module()(x), dense_twin(layer)(x).tanh())
+
+
+def test_ddp(tmp_path):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer = pruned_layer()
+        mask = layer.mask
+        parallel = DistributedDataParallel(layer)
+        optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.1, weight_decay=0.5)
+        train(parallel, optimizer)
+        layer.prune_(0.2)
+        train(parallel, optimizer)
+        assert_zero_off_mask(layer, optimizer)
+        assert layer.mask is mask
+        assert layer.density == 0.2
+    finally:
+        dist.destroy_process_group()
+
+
+# Plan
+
+
+def test_plan_names_the_dense_path_and_the_reason():
+    dense = SparseLinear(6, 5).plan(batch=8)
+    assert isinstance(dense, Plan)
+    assert dense.format == "dense"
+    assert "nothing is pruned" in dense.reason
+    assert pruned_layer().plan(batch=8).format == "dense+mask"
+    inputs, outputs, density = PATHS["sparse"]
+    assert SparseLinear(inputs, outputs).prune_(density).plan(batch=32).format == "csr"
+    with pytest.raises(ValueError, match="batch must be >= 0, got -1"):
+        pruned_layer().plan(batch=-1)
+
+
+# In the style of the libraries that hold policies
+
+
+def create_mlp(sizes, layer_class=nn.Linear, device=None):
+    layers = []
+    for inputs, outputs in pairwise(sizes):
+        takes_device = "device" in inspect.signature(layer_class).parameters
+        kwargs = {"device": device} if takes_device else {}
+        layers += [layer_class(inputs, outputs, bias=True, **kwargs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def test_torchrl_style_layer_class():
+    net = create_mlp((4, 8, 2), layer_class=SparseLinear, device=torch.device("cpu"))
+    assert [type(layer) for layer in net] == [SparseLinear, nn.Tanh, SparseLinear]
+    assert net(torch.ones(3, 4)).shape == (3, 2)
