@@ -1,1 +1,95 @@
-"""Ops on populations of sparse networks. This floor knows tensors, not policies or tickets."""
+"""Ops on populations of sparse networks. This floor knows tensors, not policies or tickets.
+
+The names in ``__all__`` load at first use. The ops `linear`, `prune`, `mlp` and `rollout` are not
+among them: each is named like its folder, and here these names are the folders, always modules
+whatever was imported before. Such an op is imported from its folder, as is everything else:
+
+    from sparse_tickets.kernels.linear import linear
+
+So are `initial`, `step` and `observe` of ``kernels.dynamics``, which say too little out of it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__all__ = [
+    "Arena",
+    "Batch",
+    "CloneConfig",
+    "Net",
+    "PPOConfig",
+    "Parameters",
+    "Plan",
+    "Stream",
+    "adam_",
+    "bits",
+    "categorical",
+    "clone_update_",
+    "demonstrate",
+    "derive_key",
+    "discounted_returns",
+    "evaluate",
+    "gae",
+    "integers",
+    "normal",
+    "permutation",
+    "ppo_update_",
+    "resolve_backend",
+    "rewind_",
+    "sgd_",
+    "uniform",
+    "use_backend",
+]
+
+_EXPORTS = {
+    "arena": ("Arena", "Net", "Parameters"),
+    "dispatch": ("Plan", "resolve_backend", "use_backend"),
+    "imitation": ("CloneConfig", "clone_update_"),
+    "ppo": ("Batch", "PPOConfig", "ppo_update_"),
+    "random": (
+        "Stream",
+        "bits",
+        "categorical",
+        "derive_key",
+        "integers",
+        "normal",
+        "permutation",
+        "uniform",
+    ),
+    "returns": ("discounted_returns", "gae"),
+    "rollout": ("demonstrate", "evaluate"),
+    "update": ("adam_", "rewind_", "sgd_"),
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+
+if TYPE_CHECKING:
+    from .arena import Arena, Net, Parameters
+    from .dispatch import Plan, resolve_backend, use_backend
+    from .imitation import CloneConfig, clone_update_
+    from .ppo import Batch, PPOConfig, ppo_update_
+    from .random import (
+        Stream,
+        bits,
+        categorical,
+        derive_key,
+        integers,
+        normal,
+        permutation,
+        uniform,
+    )
+    from .returns import discounted_returns, gae
+    from .rollout import demonstrate, evaluate
+    from .update import adam_, rewind_, sgd_
+else:
+    # Out of the type checker's sight: it would accept any name of a module with `__getattr__`.
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,81 @@
+"""Lottery tickets of policies: sparse layers, populations of masked networks, pruning sweeps.
+
+Three ways in, each loaded at first use:
+
+- a layer or model of yours: `SparseLinear`, `sparsify_`, `densify_`, `compact`;
+- a study: `Sweep`, `run_sweep`, `load_results`, with `register_env`, `register_criterion` and
+  `register_condition` for what is not built in;
+- the parts of such a study: `Population`, `Ticket`, `make_env`, `use_backend`.
+
+The ops beneath are in `sparse_tickets.kernels`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__all__ = [
+    "Population",
+    "SparseLinear",
+    "Sweep",
+    "Ticket",
+    "__version__",
+    "compact",
+    "densify_",
+    "load_results",
+    "make_env",
+    "register_condition",
+    "register_criterion",
+    "register_env",
+    "run_sweep",
+    "sparsify_",
+    "use_backend",
+]
+
+_HOME = {
+    "Population": ("population", "Population"),
+    "SparseLinear": ("linear", "SparseLinear"),
+    "Sweep": ("sweep.spec", "Sweep"),
+    "Ticket": ("ticket", "Ticket"),
+    "compact": ("convert", "compact"),
+    "densify_": ("convert", "densify_"),
+    "load_results": ("sweep.store", "load_results"),
+    "make_env": ("envs", "make_env"),
+    "register_condition": ("conditions", "register_condition"),
+    "register_criterion": ("prune", "register_criterion"),
+    "register_env": ("envs", "register_env"),
+    "run_sweep": ("sweep.run", "run"),
+    "sparsify_": ("convert", "sparsify_"),
+    "use_backend": ("kernels.dispatch", "use_backend"),
+}
+
+if TYPE_CHECKING:
+    from sparse_tickets.conditions import register_condition
+    from sparse_tickets.convert import compact, densify_, sparsify_
+    from sparse_tickets.envs import make_env, register_env
+    from sparse_tickets.kernels.dispatch import use_backend
+    from sparse_tickets.linear import SparseLinear
+    from sparse_tickets.population import Population
+    from sparse_tickets.prune import register_criterion
+    from sparse_tickets.sweep.run import run as run_sweep
+    from sparse_tickets.sweep.spec import Sweep
+    from sparse_tickets.sweep.store import load_results
+    from sparse_tickets.ticket import Ticket
+
+    __version__: str
+else:
+    # Out of the type checker's sight: it would accept any name of a module with `__getattr__`.
+    def __getattr__(name):
+        if name == "__version__":
+            value = import_module("importlib.metadata").version("sparse-tickets")
+        elif name in _HOME:
+            module, attribute = _HOME[name]
+            value = getattr(import_module(f"{__name__}.{module}"), attribute)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -20,7 +20,7 @@ from sparse_tickets.analysis.table import markdown_table, summary_table
 from sparse_tickets.files import StoreError, write_atomic
 from sparse_tickets.kernels.arena import Net
 from sparse_tickets.sweep.spec import Sweep, Track, protocol
-from sparse_tickets.sweep.store import Store, Unit, load_results
+from sparse_tickets.sweep.store import Store, load_results
 from sparse_tickets.ticket import Ticket
 
 __all__ = ["find_ticket", "report", "show", "stamp"]
@@ -78,9 +78,7 @@ def report(out: str | Path, metric: str = "return_final") -> tuple[Table, list[P
     return summary_table(frame, metric), [table, *(file for file in files if file.suffix == ".png")]
 
 
-def _input_masks(
-    spec: Sweep, store: Store, frame: pl.DataFrame
-) -> list[tuple[str, np.ndarray]]:
+def _input_masks(spec: Sweep, store: Store, frame: pl.DataFrame) -> list[tuple[str, np.ndarray]]:
     """Per algorithm, how often seeds keep each input weight of the ticket at half the levels."""
     masks = []
     for algo in spec.algos:
@@ -102,9 +100,7 @@ def _input_masks(
     return masks
 
 
-def find_ticket(
-    store: Store, spec: Sweep, algo: str, track: Track, level: int | None
-) -> Ticket:
+def find_ticket(store: Store, spec: Sweep, algo: str, track: Track, level: int | None) -> Ticket:
     """One stored ticket; ``level`` None means the sparsest finished.
 
     Raises:
@@ -124,8 +120,9 @@ def find_ticket(
         algos = ", ".join(sorted({unit.algo for unit in store.units()})) or "none"
         raise StoreError(
             f"no finished {algo} ticket of {track.condition} ({track.controls} controls), seed "
-            f"{track.seed}, level {'any' if level is None else level} in {store.path} (finished "
-            f"algos: {algos}; conditions: {', '.join(spec.conditions)}; seeds 0 to {spec.seeds - 1})"
+            f"{track.seed}, level {'any' if level is None else level} in {store.path} "
+            f"(finished algos: {algos}; conditions: {', '.join(spec.conditions)}; "
+            f"seeds 0 to {spec.seeds - 1})"
         )
     return max(found, key=lambda ticket: ticket.level)
 

@@ -60,7 +60,9 @@ def verify(path, cells: int, console: Console) -> tuple[Table, bool]:
     ]
     if not finished:
         raise StoreError(f"{store.path} has no finished unit yet: run the sweep")
-    finished.sort(key=lambda cell: derive_key("verify", cell[0].name, cell[1].condition, cell[1].seed))
+    finished.sort(
+        key=lambda cell: derive_key("verify", cell[0].name, cell[1].condition, cell[1].seed)
+    )
     table = Table(title=f"{spec.env}: {min(cells, len(finished))} cells again, in plain torch")
     for column in ("cell", "start", "stored weights", "stored return", "retrained", "verdict"):
         table.add_column(column, justify="left" if column == "cell" else "right")
@@ -114,9 +116,7 @@ def _started_from(ticket: Ticket):
 def _evaluate(spec: Sweep, population, key, ticket: Ticket) -> float:
     env = make_env(spec.env, 1, spec.evaluation.final_episodes)
     parameters = population.with_weight(ticket.final[None])
-    returns = evaluate(
-        parameters, population.arena, env, key, index=FINAL_INDEX, greedy=True
-    )
+    returns = evaluate(parameters, population.arena, env, key, index=FINAL_INDEX, greedy=True)
     return float(returns.mean())
 
 
