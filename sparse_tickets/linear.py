@@ -60,10 +60,11 @@ class SparseLinear(nn.Linear):
 
     After every public call the weight is exactly zero off the mask, and so are its gradient and
     the state (tensors of the weight's shape) of every ``torch.optim.Optimizer`` that has stepped
-    the layer. `forward` never writes, and masks what others wrote. Two things are out of torch's sight, and therefore of ours: a write through
-    ``weight.data``, which moves no version counter (call `apply_mask_` after it), and an
-    optimiser that is no ``torch.optim.Optimizer`` (its pruned weights read as zero in `forward`
-    and are reset by the next public call).
+    the layer. `forward` never writes, and masks what others wrote. Two things are out of torch's
+    sight, and therefore of ours: a write through ``weight.data``, which moves no version counter
+    (call `apply_mask_` after it), and an optimiser that is no ``torch.optim.Optimizer`` (its
+    pruned weights read as zero in `forward` and are reset by the next public call). Under DDP
+    prune on every rank alike: its broadcast of buffers moves no version counter either.
 
     Args:
         in_features: features of the input.
@@ -338,6 +339,8 @@ class SparseLinear(nn.Linear):
     def _after_step(self, optimizer: Optimizer) -> None:
         """Undo what an optimiser step did to the pruned weights; asks nothing of the device."""
         kept = self._kept()
+        if kept is None and self.mask.device.type == "cpu":
+            kept = int(self.mask.sum())
         if kept != self.mask.numel():
             _keep_(self.weight, self.mask)
             _keep_state_(optimizer, self.weight, self.mask)

@@ -264,6 +264,16 @@ def test_two_layers_on_one_weight_are_zero_off_both_masks():
     assert not dense.weight[~(a.mask & b.mask)].any()
 
 
+def test_hook_learns_a_mask_that_the_user_wrote():
+    layer = pruned_layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    train(layer, optimizer)
+    layer.mask[0] = False
+    train(layer, optimizer, steps=1)
+    assert_zero_off_mask(layer, optimizer)
+    assert layer._kept() == int(layer.mask.sum())
+
+
 def test_hook_leaves_other_parameters_and_optimizers_alone():
     layer = pruned_layer()
     other = nn.Linear(3, 3)
