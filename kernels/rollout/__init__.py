@@ -1,0 +1,204 @@
+"""Acting in environments: `rollout` for training, `evaluate` for scores, `demonstrate` for cloning.
+
+An environment is anything with the attributes and methods of `sparse_tickets.envs.spec.Env`. Where
+its physics is one of `kernels.dynamics` and tensors live on the CPU, policy and physics are fused
+into one Numba call (`cpu.py`); every other environment and device takes the loop of `reference.py`.
+
+Actions are drawn from each ticket's key at the environment's clock: discrete ones by `categorical`
+with ``uniform(key, E, step=clock)``, continuous ones as ``mean + exp(log_std) * noise`` with
+``noise = normal(key, E * A, step=clock)``. So a rollout continued in a second call equals one long
+call bit for bit, and a ticket's rollout does not depend on the tickets beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arena import Arena, Parameters
+from ..dispatch import resolve_backend
+from ..errors import check_device, check_dtype, check_shape
+from ..mlp.checks import check_density
+from ..random import Stream
+from . import reference
+from .reference import Rollout
+
+__all__ = ["Rollout", "demonstrate", "evaluate", "rollout"]
+
+_EVALUATIONS = 1 << 43
+
+
+@torch.no_grad()
+def rollout(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    obs: Tensor,
+    key: Tensor,
+    steps: int,
+    *,
+    density: float = 1.0,
+    stream: int = Stream.ACTION,
+) -> tuple[Rollout, Tensor]:
+    """Act for T steps in every copy of every ticket's environment, restarting ended episodes.
+
+    Args:
+        parameters: of P tickets.
+        arena: their layout; without a critic, values are zero.
+        env: P tickets times E copies, after ``env.reset``; advanced by T steps.
+        obs: ``[P, E, D]`` float32, the observations `env` returned last.
+        key: ``[P]`` int64, for the actions.
+        steps: T, at least 1.
+        density: the population's nominal density; decides dense or sparse products, never bits.
+        stream: of the actions' draws.
+
+    Returns:
+        ``(Rollout, obs [P, E, D])``: what happened, and the observations to continue from.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes, devices or action spaces that do not fit, `steps` below 1, `density`
+            outside ``[0, 1]``, or a ticket whose action probabilities are not finite.
+    """
+    outcome, _, obs = _run(parameters, arena, env, obs, key, steps, density, stream, False)
+    return outcome, obs
+
+
+@torch.no_grad()
+def demonstrate(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    obs: Tensor,
+    key: Tensor,
+    steps: int,
+    *,
+    density: float = 1.0,
+    stream: int = Stream.DATASET_ACTION,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What P experts do: the states their sampled actions visit, and their action distributions.
+
+    Args:
+        parameters: of P experts.
+        arena: their layout; a critic is not run.
+        env: see `rollout`.
+        obs: see `rollout`.
+        key: see `rollout`.
+        steps: see `rollout`.
+        density: see `rollout`.
+        stream: see `rollout`.
+
+    Returns:
+        ``(obs [P, T, E, D], target, obs [P, E, D])``: the observations acted on; the experts'
+        log-probabilities ``[P, T, E, A]``, or if continuous mean and log standard deviation
+        ``[P, T, E, 2A]``; and the observations to continue from.
+
+    Raises:
+        TypeError, ValueError: see `rollout`.
+    """
+    actor = replace(arena, critic=None)
+    outcome, heads, obs = _run(parameters, actor, env, obs, key, steps, density, stream, True)
+    return outcome.obs, reference.targets(parameters, arena, heads), obs
+
+
+@torch.no_grad()
+def evaluate(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    key: Tensor,
+    *,
+    index: int,
+    greedy: bool,
+    density: float = 1.0,
+) -> Tensor:
+    """Undiscounted returns of one complete episode in every copy of ``env``.
+
+    Episodes start from draws on `Stream.EVAL_RESET` with step ``index``, whatever was done with
+    ``env`` before; sampled actions are drawn on `Stream.EVAL_ACTION`, step ``index * 2^20 + t``.
+    The environment is a workplace: reset it before using it for anything else. One of unknown
+    physics is reset with a key of two words drawn like the starts.
+
+    Args:
+        parameters: of P tickets.
+        arena: their layout.
+        env: P tickets times as many copies as episodes are wanted.
+        key: ``[P]`` int64.
+        index: number of this evaluation, in ``[0, 2^43)``.
+        greedy: take the most probable action (of equals the lowest index) or the mean; otherwise
+            sample.
+        density: see `rollout`.
+
+    Returns:
+        ``[P, E]`` float32.
+
+    Raises:
+        TypeError, ValueError: see `rollout`; also an `index` out of range, or an episode that does
+            not end within 2^20 steps.
+    """
+    if not 0 <= index < _EVALUATIONS:
+        raise ValueError(f"index must be in [0, 2**43), got {index}")
+    _check(parameters, arena, env, key, density)
+    if _is_fused(parameters, env):
+        from . import cpu
+
+        return cpu.evaluate(parameters, arena, env, key, index, greedy, density)
+    return reference.evaluate(parameters, arena, env, key, index, greedy)
+
+
+def _run(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    obs: Tensor,
+    key: Tensor,
+    steps: int,
+    density: float,
+    stream: int,
+    keep_heads: bool,
+) -> tuple[Rollout, Tensor, Tensor]:
+    _check(parameters, arena, env, key, density)
+    check_dtype("obs", obs, torch.float32)
+    check_shape("obs", obs, (key.shape[0], env.copies, arena.actor.sizes[0]))
+    check_device("obs", obs, parameters.weight)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if _is_fused(parameters, env):
+        from . import cpu
+
+        return cpu.rollout(parameters, arena, env, obs, key, steps, density, stream, keep_heads)
+    return reference.rollout(parameters, arena, env, obs, key, steps, stream)
+
+
+def _is_fused(parameters: Parameters, env: Any) -> bool:
+    return env.task is not None and resolve_backend(parameters.weight.device) == "cpu"
+
+
+def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density: float) -> None:
+    check_density(density)
+    check_dtype("key", key, torch.int64)
+    if key.dim() != 1:
+        raise ValueError(f"key must have shape [P], got {tuple(key.shape)}")
+    tickets = key.shape[0]
+    for name, tensor, dtype, shape in (
+        ("weight", parameters.weight, torch.float32, (tickets, arena.size)),
+        ("mask", parameters.mask, torch.bool, (tickets, arena.prunable)),
+    ):
+        check_dtype(name, tensor, dtype)
+        check_shape(name, tensor, shape)
+        check_device(name, tensor, key)
+    spec = env.spec
+    if spec.discrete != (arena.log_std is None):
+        kind = "discrete" if spec.discrete else "continuous"
+        raise ValueError(f"arena must be built for {kind} actions to act in {spec.name}")
+    sizes = (spec.observation_dim, spec.action_dim)
+    actor = arena.actor.sizes
+    if (actor[0], actor[-1]) != sizes:
+        raise ValueError(f"actor must map {sizes[0]} features to {sizes[1]} outputs, got {actor}")
+    if arena.critic is not None:
+        critic = arena.critic.sizes
+        if (critic[0], critic[-1]) != (sizes[0], 1):
+            raise ValueError(f"critic must map {sizes[0]} features to 1 output, got {critic}")

@@ -1,0 +1,389 @@
+"""Rollouts and evaluations in Numba: policy and physics fused, one ticket per thread.
+
+A ticket's T steps are one loop over scratch that stays in L1: forward pass, draw, physics,
+autoreset. Nothing is shared between tickets, so the number of threads changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from ..arena import Arena, Parameters
+from ..dynamics.cpu import task_observe, task_reset, task_step
+from ..errors import check_shape
+from ..random import Stream
+from ..random.cpu import fill_normal, fill_uniform, pick
+from ..threads import launch
+from .policy import Network, forward, network, prepare
+from .reference import Rollout
+
+__all__ = ["evaluate", "rollout"]
+
+_EVAL_RESET, _EVAL_ACTION = int(Stream.EVAL_RESET), int(Stream.EVAL_ACTION)
+_HALF_LOG_TWO_PI = np.float32(0.5 * math.log(2 * math.pi))
+
+
+class _World(NamedTuple):
+    """An environment as Numba sees it; ``offset`` and ``scale`` normalise observations."""
+
+    task: int
+    state_dim: int
+    discrete: bool
+    time_limit: int
+    reset_stream: int
+    offset: np.ndarray
+    scale: np.ndarray
+
+
+class _Head(NamedTuple):
+    """The action distribution: A outputs; the offset of ``log_std``, or the row's end if none."""
+
+    actions: int
+    log_std: int
+
+
+@njit(cache=True, error_model="numpy")
+def _observe(world, state, obs):
+    task_observe(world.task, state, obs)
+    for i in range(obs.shape[0]):
+        obs[i] = (obs[i] - world.offset[i]) / world.scale[i]
+
+
+@njit(cache=True, inline="always")
+def _copy_row(target, source):
+    # Numba's slice assignment compiles a formatted error message into every kernel.
+    for i in range(source.shape[0]):
+        target[i] = source[i]
+
+
+@njit(cache=True, error_model="numpy")
+def _sample_discrete(logits, u, probs):
+    """Index and log-probability; the index is -1 where the logits are no distribution."""
+    top = logits[0]
+    for a in range(1, logits.shape[0]):
+        top = max(top, logits[a])
+    total = np.float32(0.0)
+    for a in range(logits.shape[0]):
+        probs[a] = math.exp(logits[a] - top)
+        total += probs[a]
+    for a in range(logits.shape[0]):
+        probs[a] /= total
+    action = pick(probs, u)
+    return action, logits[action] - top - math.log(total)
+
+
+@njit(cache=True, error_model="numpy")
+def _sample_gaussian(mean, log_std, noise, action):
+    """Write a sample to ``action [A]`` from the first A of ``noise``; returns its log-density."""
+    logp = np.float32(0.0)
+    for a in range(mean.shape[0]):
+        std = math.exp(log_std[a])
+        action[a] = mean[a] + std * noise[a]
+        z = (action[a] - mean[a]) / std
+        logp -= np.float32(0.5) * (z * z) + log_std[a] + _HALF_LOG_TWO_PI
+    return logp
+
+
+@njit(cache=True)
+def _greedy(logits):
+    best = 0
+    for a in range(1, logits.shape[0]):
+        if logits[a] > logits[best]:
+            best = a
+    return best
+
+
+@njit(cache=True, error_model="numpy")
+def _rollout_ticket(
+    actor, critic, head, world, row, mask, key, reset_key, stream, clock, state, elapsed, obs, seen,
+    index, vector, logp, value, reward, terminated, truncated, next_value, heads,
+):  # fmt: skip
+    """All steps of one ticket; returns whether every action had a distribution to be drawn from."""
+    steps, copies = seen.shape[:2]
+    has_critic = critic.sizes.size > 0
+    keep_heads = heads.shape[0] > 0
+    policy = prepare(row, mask, actor, copies)
+    judge = prepare(row, mask, critic, copies)
+    log_std = row[head.log_std : head.log_std + head.actions]
+    output = np.empty((copies, head.actions), np.float32)
+    judged = np.zeros((copies, 1), np.float32)
+    probs = np.empty(head.actions, np.float32)
+    u = np.empty(copies, np.float32)
+    noise = np.empty(copies * head.actions, np.float32)
+    draw = np.empty(copies * world.state_dim, np.float32)
+
+    for t in range(steps):
+        for e in range(copies):
+            _copy_row(seen[t, e], obs[e])
+        forward(actor, policy, obs, copies, output)
+        if has_critic:
+            forward(critic, judge, obs, copies, judged)
+        if world.discrete:
+            fill_uniform(u, key, stream, clock + t)
+        else:
+            fill_normal(noise, key, stream, clock + t)
+
+        any_done, any_truncated = False, False
+        for e in range(copies):
+            value[t, e] = judged[e, 0]
+            if t > 0 and not (terminated[t - 1, e] or truncated[t - 1, e]):
+                next_value[t - 1, e] = judged[e, 0]
+            if keep_heads:
+                _copy_row(heads[t, e], output[e])
+            if world.discrete:
+                index[t, e], logp[t, e] = _sample_discrete(output[e], u[e], probs)
+                if index[t, e] < 0:
+                    return False
+                chosen = np.float64(index[t, e])
+            else:
+                logp[t, e] = _sample_gaussian(
+                    output[e], log_std, noise[e * head.actions :], vector[t, e]
+                )
+                chosen = np.float64(vector[t, e, 0])
+            reward[t, e], terminated[t, e] = task_step(world.task, state[e], chosen)
+            elapsed[e] += 1
+            truncated[t, e] = elapsed[e] >= world.time_limit and not terminated[t, e]
+            _observe(world, state[e], obs[e])
+            any_done |= terminated[t, e] or truncated[t, e]
+            any_truncated |= truncated[t, e]
+
+        if any_truncated and has_critic:
+            forward(critic, judge, obs, copies, judged)
+        if any_done:
+            fill_uniform(draw, reset_key, world.reset_stream, clock + t + 1)
+            for e in range(copies):
+                if terminated[t, e] or truncated[t, e]:
+                    next_value[t, e] = np.float32(0.0) if terminated[t, e] else judged[e, 0]
+                    task_reset(world.task, draw[e * world.state_dim :], state[e])
+                    elapsed[e] = 0
+                    _observe(world, state[e], obs[e])
+
+    if has_critic:
+        forward(critic, judge, obs, copies, judged)
+    for e in range(copies):
+        if not (terminated[steps - 1, e] or truncated[steps - 1, e]):
+            next_value[steps - 1, e] = judged[e, 0]
+    return True
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _rollout(
+    actor, critic, head, world, weight, mask, key, reset_key, stream, clock, state, elapsed, obs,
+    seen, index, vector, logp, value, reward, terminated, truncated, next_value, heads, valid,
+):  # fmt: skip
+    for p in prange(weight.shape[0]):
+        valid[p] = _rollout_ticket(
+            actor, critic, head, world, weight[p], mask[p], key[p], reset_key[p], stream, clock,
+            state[p], elapsed[p], obs[p], seen[p], index[p], vector[p], logp[p], value[p],
+            reward[p], terminated[p], truncated[p], next_value[p], heads[p],
+        )  # fmt: skip
+
+
+@njit(cache=True, error_model="numpy")
+def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
+    """One episode per copy; the copies still running stay packed at the front."""
+    copies = total.shape[0]
+    features = world.offset.shape[0]
+    policy = prepare(row, mask, actor, copies)
+    log_std = row[head.log_std : head.log_std + head.actions]
+    output = np.empty((copies, head.actions), np.float32)
+    obs = np.empty((copies, features), np.float32)
+    probs = np.empty(head.actions, np.float32)
+    action = np.empty(head.actions, np.float32)
+    u = np.empty(copies, np.float32)
+    noise = np.empty(copies * head.actions, np.float32)
+    draw = np.empty(copies * world.state_dim, np.float32)
+    state = np.empty((copies, world.state_dim), np.float64)
+    copy = np.arange(copies)
+
+    fill_uniform(draw, key, _EVAL_RESET, index)
+    for e in range(copies):
+        task_reset(world.task, draw[e * world.state_dim :], state[e])
+        total[e] = 0.0
+    running = copies
+    for t in range(world.time_limit):
+        for e in range(running):
+            _observe(world, state[e], obs[e])
+        forward(actor, policy, obs, running, output)
+        if not greedy:
+            if world.discrete:
+                fill_uniform(u, key, _EVAL_ACTION, (index << 20) | t)
+            else:
+                fill_normal(noise, key, _EVAL_ACTION, (index << 20) | t)
+        survivors = 0
+        for e in range(running):
+            c = copy[e]
+            if not world.discrete:
+                chosen = np.float64(output[e, 0])
+                if not greedy:
+                    _sample_gaussian(output[e], log_std, noise[c * head.actions :], action)
+                    chosen = np.float64(action[0])
+            elif greedy:
+                chosen = np.float64(_greedy(output[e]))
+            else:
+                sampled, _ = _sample_discrete(output[e], u[c], probs)
+                if sampled < 0:
+                    return False
+                chosen = np.float64(sampled)
+            reward, terminated = task_step(world.task, state[e], chosen)
+            total[c] += reward
+            if not terminated:
+                copy[survivors] = c
+                _copy_row(state[survivors], state[e])
+                survivors += 1
+        running = survivors
+        if running == 0:
+            break
+    return True
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _evaluate(actor, head, world, weight, mask, key, index, greedy, total, valid):
+    for p in prange(weight.shape[0]):
+        valid[p] = _evaluate_ticket(
+            actor, head, world, weight[p], mask[p], key[p], index, greedy, total[p]
+        )
+
+
+def rollout(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    obs: Tensor,
+    key: Tensor,
+    steps: int,
+    density: float,
+    stream: int,
+    keep_heads: bool,
+) -> tuple[Rollout, Tensor, Tensor]:
+    """See `reference.rollout`; the heads are empty unless ``keep_heads``."""
+    if env.key is None:
+        raise RuntimeError("env.reset must be called before rollout")
+    task = env.task
+    tickets, copies, features = obs.shape
+    check_shape("env.state", env.state, (tickets, copies, task.state_dim))
+    check_shape("env.elapsed", env.elapsed, (tickets, copies))
+    shape = (tickets, steps, copies)
+    actions = arena.actor.sizes[-1]
+    outcome = Rollout(
+        obs=torch.empty((*shape, features)),
+        action=torch.empty(shape, dtype=torch.int64)
+        if task.discrete
+        else torch.empty((*shape, actions)),
+        logp=torch.empty(shape),
+        value=torch.empty(shape),
+        reward=torch.empty(shape),
+        terminated=torch.empty(shape, dtype=torch.bool),
+        truncated=torch.empty(shape, dtype=torch.bool),
+        next_value=torch.empty(shape),
+    )
+    index = outcome.action if task.discrete else torch.empty((tickets, 0, 0), dtype=torch.int64)
+    vector = torch.empty((tickets, 0, 0, 0)) if task.discrete else outcome.action
+    heads = torch.empty((*shape, actions) if keep_heads else (tickets, 0, 0, 0))
+    state, elapsed, obs = (_copy(tensor) for tensor in (env.state, env.elapsed, obs))
+    valid = np.ones(tickets, np.bool_)
+    with launch():
+        _rollout(
+            network(arena.actor, arena, density, copies),
+            _critic(arena, density, copies),
+            _head(arena),
+            _world(env),
+            _array(parameters.weight),
+            _array(parameters.mask),
+            _array(key),
+            _array(env.key),
+            int(stream),
+            int(env.clock),
+            state.numpy(),
+            elapsed.numpy(),
+            obs.numpy(),
+            outcome.obs.numpy(),
+            index.numpy(),
+            vector.numpy(),
+            outcome.logp.numpy(),
+            outcome.value.numpy(),
+            outcome.reward.numpy(),
+            outcome.terminated.numpy(),
+            outcome.truncated.numpy(),
+            outcome.next_value.numpy(),
+            heads.numpy(),
+            valid,
+        )
+    _check(valid)
+    env.state, env.elapsed, env.clock = state, elapsed, env.clock + steps
+    return outcome, heads, obs
+
+
+def evaluate(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    key: Tensor,
+    index: int,
+    greedy: bool,
+    density: float,
+) -> Tensor:
+    """See `reference.evaluate`; ``env`` is left as it was."""
+    copies = env.copies
+    total = torch.empty((key.shape[0], copies))
+    valid = np.ones(key.shape[0], np.bool_)
+    with launch():
+        _evaluate(
+            network(arena.actor, arena, density, copies),
+            _head(arena),
+            _world(env),
+            _array(parameters.weight),
+            _array(parameters.mask),
+            _array(key),
+            index,
+            greedy,
+            total.numpy(),
+            valid,
+        )
+    _check(valid)
+    return total
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
+
+
+def _critic(arena: Arena, density: float, copies: int) -> Network:
+    if arena.critic is not None:
+        return network(arena.critic, arena, density, copies)
+    empty = np.empty(0, np.int64)
+    return Network(empty, empty, empty, 0, relu=False, sparse=False)
+
+
+def _head(arena: Arena) -> _Head:
+    log_std = arena.size if arena.log_std is None else arena.log_std
+    return _Head(arena.actor.sizes[-1], log_std)
+
+
+def _world(env: Any) -> _World:
+    task, spec = env.task, env.spec
+    return _World(
+        task.id,
+        task.state_dim,
+        task.discrete,
+        task.time_limit,
+        int(env.reset_stream),
+        np.array(spec.offset, np.float32),
+        np.array(spec.scale, np.float32),
+    )
+
+
+def _check(valid: np.ndarray) -> None:
+    if not valid.all():
+        ticket = int(np.argmin(valid))
+        raise ValueError(f"action probabilities must be finite, ticket {ticket} has none")

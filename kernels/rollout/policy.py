@@ -1,0 +1,266 @@
+"""The forward pass of one ticket on a few observations, in Numba: what a rollout does every step.
+
+A batch of E environment copies is far smaller than a minibatch, so the two plans differ in what
+fills a register:
+
+- *dense*: `LANES` outputs of one copy. Weights are transposed once to ``[in][out]``, and a tile
+  holds 4 copies x `_COLUMNS` registers of outputs, so 4 copies waste no lane.
+- *sparse*: `LANES` copies of one output. Activations lie as ``[features][copies]`` without gaps;
+  with fewer copies than lanes a row's surplus lanes spill into the next rows, which are written
+  after it, and the activation function still runs over full registers.
+
+Both sum over the inputs in ascending order with one fused multiply-add each, starting from the
+bias, and a copy never leaves its lane: the plans agree bit for bit, for any E.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ..arena import Arena, Net
+from ..mlp.cpu import build_rows
+from ..vector import LANES, load, make_sparse_tile, make_tile, maximum, splat, store, tanh
+
+__all__ = ["Network", "forward", "network", "prefers_sparse", "prepare"]
+
+_ROWS = 4
+# Accumulators, the tile's inputs and a broadcast must fit 32 registers, or AVX2's 16.
+_COLUMNS = 2 if LANES == 8 else 4
+_WIDE = _COLUMNS * LANES
+
+_dense_wide = make_tile(_ROWS, _COLUMNS, accumulate=True)
+_dense_narrow = make_tile(_ROWS, 1, accumulate=True)
+_sparse_wide = make_sparse_tile(2)
+_sparse_narrow = make_sparse_tile(1)
+
+# What a sparse row costs before its first nonzero (its loop ends at an unpredictable length), in
+# fused multiply-adds of the dense tile; a nonzero costs one per register.
+_ROW_COST = 20
+
+
+class Network(NamedTuple):
+    """A `Net` as Numba sees it.
+
+    Attributes:
+        sizes: features from input to output.
+        weights: offset of each layer's weight in a ticket's row.
+        biases: offset of each layer's bias.
+        stride: the largest size, rounded up to whole registers.
+        relu: ReLU between the layers, else tanh.
+        sparse: run the sparse plan.
+    """
+
+    sizes: np.ndarray
+    weights: np.ndarray
+    biases: np.ndarray
+    stride: int
+    relu: bool
+    sparse: bool
+
+
+class Prepared(NamedTuple):
+    """One ticket's network laid out for `forward`, with its activations.
+
+    Attributes:
+        values: dense: ``[in][padded out]`` of every layer; sparse: the nonzeros, row by row.
+        index: sparse: the column of each nonzero.
+        begin: sparse: where each row begins in `values`, over all layers; one more at the end.
+        bias: biases of all layers, padded like the outputs if dense.
+        x: activations of the current layer.
+        y: activations of the next one.
+    """
+
+    values: np.ndarray
+    index: np.ndarray
+    begin: np.ndarray
+    bias: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+
+
+def prefers_sparse(sizes: tuple[int, ...], density: float, copies: int) -> bool:
+    """Whether sparse rows beat dense tiles: a function of shape and nominal density alone."""
+    registers = -(-copies // LANES)
+    dense, sparse = 0.0, 0.0
+    for inp, out in pairwise(sizes):
+        dense += inp * -(-out // LANES) * -(-copies // _ROWS) * _ROWS
+        sparse += out * (_ROW_COST + density * inp * registers)
+    return sparse < dense
+
+
+def network(net: Net, arena: Arena, density: float, copies: int) -> Network:
+    """The record of ``net`` for a population of nominal ``density`` and ``copies`` environments."""
+    prunable = net.weights[0] < arena.prunable
+    return Network(
+        np.array(net.sizes, np.int64),
+        np.array(net.weights, np.int64),
+        np.array(net.biases, np.int64),
+        -(-max(net.sizes) // LANES) * LANES,
+        net.activation == "relu",
+        prunable and prefers_sparse(net.sizes, density, copies),
+    )
+
+
+@njit(cache=True, inline="always")
+def _round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+@njit(cache=True)
+def prepare(row, mask, net, copies):
+    """Lay out one ticket's network for at most ``copies`` observations.
+
+    Args:
+        row: ``[size]`` float32, the ticket's parameters.
+        mask: ``[N]`` bool; read by the sparse plan only.
+        net: `Network`.
+        copies: most observations of any later `forward`.
+
+    Returns:
+        `Prepared`.
+    """
+    # Room for the last row's surplus lanes; zeros, because surplus lanes are computed with.
+    room = net.stride * _round_up(copies, _ROWS) + 2 * LANES
+    x, y = np.zeros(room, np.float32), np.zeros(room, np.float32)
+    if net.sparse:
+        return _prepare_sparse(row, mask, net, x, y)
+    return _prepare_dense(row, net, x, y)
+
+
+@njit(cache=True)
+def _prepare_dense(row, net, x, y):
+    sizes = net.sizes
+    values_size, bias_size = 0, 0
+    for layer in range(sizes.size - 1):
+        width = _round_up(sizes[layer + 1], LANES)
+        values_size += sizes[layer] * width
+        bias_size += width
+    values, bias = np.zeros(values_size, np.float32), np.zeros(bias_size, np.float32)
+    v0, b0 = 0, 0
+    for layer in range(sizes.size - 1):
+        inp, out = sizes[layer], sizes[layer + 1]
+        width = _round_up(out, LANES)
+        weight = row[net.weights[layer] : net.weights[layer] + out * inp]
+        for o in range(out):
+            bias[b0 + o] = row[net.biases[layer] + o]
+            for i in range(inp):
+                values[v0 + i * width + o] = weight[o * inp + i]
+        v0 += inp * width
+        b0 += width
+    return Prepared(values, np.empty(0, np.int32), np.empty(0, np.int64), bias, x, y)
+
+
+@njit(cache=True)
+def _prepare_sparse(row, mask, net, x, y):
+    sizes = net.sizes
+    rows, entries = 0, 0
+    for layer in range(sizes.size - 1):
+        rows += sizes[layer + 1]
+        entries += sizes[layer] * sizes[layer + 1]
+    begin, bias = np.empty(rows + 1, np.int64), np.empty(rows, np.float32)
+    index, positions = np.empty(entries + 1, np.int32), np.empty(entries + 1, np.int32)
+    count, r = 0, 0
+    for layer in range(sizes.size - 1):
+        inp, out = sizes[layer], sizes[layer + 1]
+        pointer = begin[r : r + out + 1]
+        count = build_rows(mask, net.weights[layer], out, inp, pointer, index, positions, count)
+        for o in range(out):
+            bias[r + o] = row[net.biases[layer] + o]
+        r += out
+    values = np.empty(count, np.float32)
+    for j in range(count):
+        values[j] = row[positions[j]]
+    return Prepared(values, index, begin, bias, x, y)
+
+
+@njit(cache=True)
+def _activate(x, begin, end, relu):
+    if relu:
+        zero = splat(np.float32(0.0))
+        for i in range(begin, end, LANES):
+            store(x, i, maximum(load(x, i), zero))
+    else:
+        for i in range(begin, end, LANES):
+            store(x, i, tanh(load(x, i)))
+
+
+@njit(cache=True)
+def forward(net, prepared, obs, count, out):
+    """Run the network on the first ``count`` rows of ``obs [E, I]``, writing ``out [E, O]``."""
+    if net.sparse:
+        _forward_sparse(net, prepared, obs, count, out)
+    else:
+        _forward_dense(net, prepared, obs, count, out)
+
+
+@njit(cache=True)
+def _forward_dense(net, prepared, obs, count, out):
+    sizes, values, bias = net.sizes, prepared.values, prepared.bias
+    x, y = prepared.x, prepared.y
+    stride = net.stride
+    for e in range(count):
+        for i in range(sizes[0]):
+            x[e * stride + i] = obs[e, i]
+    v0, b0 = 0, 0
+    last = sizes.size - 2
+    for layer in range(sizes.size - 1):
+        inp, width = sizes[layer], _round_up(sizes[layer + 1], LANES)
+        for first in range(0, count, _ROWS):
+            for e in range(first, first + _ROWS):
+                for o in range(0, width, LANES):
+                    store(y, e * stride + o, load(bias, b0 + o))
+            x0, y0 = first * stride, first * stride
+            o = 0
+            while o + _WIDE <= width:
+                _dense_wide(
+                    x, x0, stride, 1, values, v0 + o, width, y, y0 + o, stride, inp, bias, 0
+                )
+                o += _WIDE
+            while o < width:
+                _dense_narrow(
+                    x, x0, stride, 1, values, v0 + o, width, y, y0 + o, stride, inp, bias, 0
+                )
+                o += LANES
+        if layer < last:
+            for e in range(count):
+                _activate(y, e * stride, e * stride + width, net.relu)
+        v0 += inp * width
+        b0 += width
+        x, y = y, x
+    for e in range(count):
+        for o in range(sizes[-1]):
+            out[e, o] = x[e * stride + o]
+
+
+@njit(cache=True)
+def _forward_sparse(net, prepared, obs, count, out):
+    sizes, values, index = net.sizes, prepared.values, prepared.index
+    begin, bias = prepared.begin, prepared.bias
+    x, y = prepared.x, prepared.y
+    for i in range(sizes[0]):
+        for e in range(count):
+            x[i * count + e] = obs[e, i]
+    r = 0
+    last = sizes.size - 2
+    for layer in range(sizes.size - 1):
+        rows = sizes[layer + 1]
+        for o in range(rows):
+            y0, e = o * count, 0
+            while e + LANES < count:
+                _sparse_wide(values, index, begin[r], begin[r + 1], x, e, count, y, y0 + e, bias[r])
+                e += 2 * LANES
+            if e < count:
+                _sparse_narrow(
+                    values, index, begin[r], begin[r + 1], x, e, count, y, y0 + e, bias[r]
+                )
+            r += 1
+        if layer < last:
+            _activate(y, 0, rows * count, net.relu)
+        x, y = y, x
+    for e in range(count):
+        for o in range(sizes[-1]):
+            out[e, o] = x[o * count + e]

@@ -1,0 +1,163 @@
+"""Rollouts as a plain loop of act and step: any environment, any device, and the contract.
+
+The policy of every ticket acts on that ticket's E environment copies; nothing crosses tickets.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dynamics
+from ..arena import Arena, Parameters
+from ..mlp.reference import mlp
+from ..random import Stream, bits, categorical, normal, uniform
+
+__all__ = ["Rollout", "evaluate", "rollout", "targets"]
+
+_MAX_EPISODE = 1 << 20
+
+
+class Rollout(NamedTuple):
+    """T steps of P tickets in E environment copies each.
+
+    Attributes:
+        obs: ``[P, T, E, D]`` float32, scaled: what the policy saw.
+        action: ``[P, T, E]`` int64, or ``[P, T, E, A]`` float32 as sampled, not clipped.
+        logp: ``[P, T, E]`` float32, log-probability (density) of the action.
+        value: ``[P, T, E]`` float32, the critic of `obs`; zero without a critic.
+        reward: ``[P, T, E]`` float32.
+        terminated: ``[P, T, E]`` bool.
+        truncated: ``[P, T, E]`` bool.
+        next_value: ``[P, T, E]`` float32, the critic of the true successor: zero where the episode
+            terminated, the value of its last observation where it was only truncated.
+    """
+
+    obs: Tensor
+    action: Tensor
+    logp: Tensor
+    value: Tensor
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    next_value: Tensor
+
+    def flatten(self) -> Rollout:
+        """The same with steps and copies as one axis: ``[P, T * E, ...]``."""
+        return Rollout(*(field.flatten(1, 2) for field in self))
+
+
+def rollout(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    obs: Tensor,
+    key: Tensor,
+    steps: int,
+    stream: int,
+) -> tuple[Rollout, Tensor, Tensor]:
+    """See `sparse_tickets.kernels.rollout.rollout`; also returns the action heads."""
+    policy = _Policy(parameters, arena)
+    records, heads = [], []
+    value = policy.value(obs)
+    for _ in range(steps):
+        head = policy.head(obs)
+        action, logp = policy.sample(head, key, stream, env.clock)
+        next_obs, reward, terminated, truncated, final_obs = env.step(action)
+        next_value = policy.value(next_obs)
+        done = terminated | truncated
+        successor = torch.where(done, policy.value(final_obs), next_value)
+        successor = torch.where(terminated, 0.0, successor)
+        record = (obs, action, logp, value, reward, terminated, truncated, successor)
+        records.append(Rollout(*record))
+        heads.append(head)
+        obs, value = next_obs, next_value
+    fields = (torch.stack(field, dim=1) for field in zip(*records, strict=True))
+    return Rollout(*fields), torch.stack(heads, dim=1), obs
+
+
+def evaluate(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    key: Tensor,
+    index: int,
+    greedy: bool,
+) -> Tensor:
+    """See `sparse_tickets.kernels.rollout.evaluate`."""
+    policy = _Policy(parameters, arena)
+    obs = _reset_for_evaluation(env, key, index)
+    total = torch.zeros(obs.shape[:2], dtype=torch.float32, device=obs.device)
+    running = torch.ones_like(total, dtype=torch.bool)
+    for t in range(_MAX_EPISODE):
+        if not running.any():
+            return total
+        head = policy.head(obs)
+        if greedy:
+            action = head.argmax(-1) if arena.log_std is None else head
+        else:
+            action, _ = policy.sample(head, key, Stream.EVAL_ACTION, (index << 20) | t)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total += torch.where(running, reward, 0.0)
+        running &= ~(terminated | truncated)
+    raise ValueError(
+        f"env must end its episodes within {_MAX_EPISODE} steps, {env.spec.name} ran on"
+    )
+
+
+def targets(parameters: Parameters, arena: Arena, head: Tensor) -> Tensor:
+    """What a student imitates: log-probabilities, or mean and log standard deviation."""
+    if arena.log_std is None:
+        return head.log_softmax(-1)
+    log_std = _log_std(parameters, arena)[:, None, None, :].expand_as(head)
+    return torch.cat([head, log_std], dim=-1)
+
+
+class _Policy:
+    """Actor, critic and action distribution of a population."""
+
+    def __init__(self, parameters: Parameters, arena: Arena) -> None:
+        self.parameters, self.arena = parameters, arena
+
+    def head(self, obs: Tensor) -> Tensor:
+        """Logits ``[P, E, A]``, or means."""
+        return mlp(obs, self.parameters.weight, self.arena.actor, None)
+
+    def value(self, obs: Tensor) -> Tensor:
+        """State values ``[P, E]``; zeros without a critic."""
+        if self.arena.critic is None:
+            return obs.new_zeros(obs.shape[:2], dtype=torch.float32)
+        return mlp(obs, self.parameters.weight, self.arena.critic, None)[..., 0]
+
+    def sample(self, head: Tensor, key: Tensor, stream: int, step: int) -> tuple[Tensor, Tensor]:
+        """An action per copy, and its log-probability ``[P, E]``."""
+        copies = head.shape[1]
+        if self.arena.log_std is None:
+            action = categorical(head.softmax(-1), uniform(key, copies, stream=stream, step=step))
+            return action, head.log_softmax(-1).gather(-1, action[..., None])[..., 0]
+        noise = normal(key, copies * head.shape[2], stream=stream, step=step).view_as(head)
+        log_std = _log_std(self.parameters, self.arena)[:, None]
+        action = head + log_std.exp() * noise
+        surprise = 0.5 * ((action - head) / log_std.exp()) ** 2 + log_std
+        return action, -(surprise + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def _log_std(parameters: Parameters, arena: Arena) -> Tensor:
+    begin = arena.log_std
+    return parameters.weight[:, begin : begin + arena.actor.sizes[-1]]
+
+
+def _reset_for_evaluation(env: Any, key: Tensor, index: int) -> Tensor:
+    """First observations of evaluation ``index``."""
+    if env.task is None:
+        low, high = bits(key, 2, stream=Stream.EVAL_RESET, step=index).unbind(1)
+        return env.reset(low | (high << 32))
+    env.reset(key)
+    size = env.task.state_dim
+    draw = uniform(key, env.copies * size, stream=Stream.EVAL_RESET, step=index)
+    env.state = dynamics.initial(env.task, draw.unflatten(1, (env.copies, size)))
+    obs = dynamics.observe(env.task, env.state)
+    return (obs - obs.new_tensor(env.spec.offset)) / obs.new_tensor(env.spec.scale)
