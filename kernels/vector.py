@@ -1,7 +1,7 @@
 """SIMD registers as Numba values: loads, stores, fused multiply-add, tanh, exp and GEMM tiles.
 
 Numba alone cannot hold a block of accumulators in registers. Here a small custom type maps to
-LLVM's ``<LANES x float>``, so kernels state what lives in a register, and LLVM lowers it to AVX-512,
+LLVM's ``<LANES x float>``: kernels state what lives in a register, and LLVM lowers it to AVX-512,
 AVX2 or NEON: one source, no compiler on the user's machine. `LANES` is the width of the host.
 
 All arrays are one-dimensional, contiguous float32 and indexed in elements, without bounds checks.
@@ -23,14 +23,17 @@ __all__ = [
     "exp",
     "fma",
     "load",
+    "log",
     "make_sparse_tile",
     "make_tile",
     "maximum",
     "minimum",
     "splat",
     "store",
+    "sum_each",
     "sum_lanes",
     "tanh",
+    "transpose",
 ]
 
 
@@ -174,6 +177,70 @@ def sum_lanes(typingctx, a):
     return types.float32(vector), generate
 
 
+def _shuffle(builder, a, b, lanes):
+    """Lanes of the concatenation ``a, b``."""
+    return builder.shuffle_vector(a, b, ir.Constant(_INT_VECTOR, [_INT(lane) for lane in lanes]))
+
+
+@intrinsic
+def sum_each(typingctx, array, index):
+    """Lane l is the lane sum of register l of the `LANES` registers that lie at ``index``.
+
+    A tree of halves as in `sum_lanes`, two registers to one, so that `LANES` sums cost three
+    instructions each.
+    """
+
+    def generate(context, builder, signature, arguments):
+        data = _data(context, builder, signature.args[0], arguments[0])
+        registers = [
+            _load(builder, data, builder.add(arguments[1], _INDEX(r * LANES))) for r in range(LANES)
+        ]
+        block = LANES
+        while len(registers) > 1:
+            half = block // 2
+            low = [lane for lane in range(2 * LANES) if lane % block < half]
+            high = [lane + half for lane in low]
+            registers = [
+                builder.fadd(_shuffle(builder, a, b, low), _shuffle(builder, a, b, high))
+                for a, b in zip(registers[::2], registers[1::2], strict=True)
+            ]
+            block = half
+        return registers[0]
+
+    return vector(array, types.int64), generate
+
+
+@intrinsic
+def transpose(typingctx, x, x0, xs, y, y0, ys):
+    """``y[y0 + c*ys + r] = x[x0 + r*xs + c]`` for r, c < `LANES`, by butterflies of shuffles."""
+
+    def generate(context, builder, signature, arguments):
+        x_data = _data(context, builder, signature.args[0], arguments[0])
+        y_data = _data(context, builder, signature.args[3], arguments[3])
+        x0, xs = arguments[1:3]
+        y0, ys = arguments[4:6]
+        rows = [
+            _load(builder, x_data, builder.add(x0, builder.mul(xs, _INDEX(r))))
+            for r in range(LANES)
+        ]
+        width = LANES // 2
+        while width:
+            even = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
+            odd = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
+            for r in range(LANES):
+                if not r & width:
+                    a, b = rows[r], rows[r + width]
+                    rows[r] = _shuffle(builder, a, b, even)
+                    rows[r + width] = _shuffle(builder, a, b, odd)
+            width //= 2
+        for r, row in enumerate(rows):
+            _store(builder, row, y_data, builder.add(y0, builder.mul(ys, _INDEX(r))))
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(x, i, i, y, i, i), generate
+
+
 def _binary(instruction: str):
     @intrinsic
     def apply(typingctx, a, b):
@@ -281,6 +348,43 @@ def exp(typingctx, a):
         exponent = builder.add(builder.fptosi(whole, _INT_VECTOR), _integers(127))
         power = builder.bitcast(builder.shl(exponent, _integers(23)), _VECTOR)
         return builder.fmul(value, power)
+
+    return vector(vector), generate
+
+
+# Cephes logf: log(1 + r) = r - r^2/2 + r^3 * polynomial(r) on sqrt(1/2) <= 1 + r < sqrt(2).
+_LOG = (
+    3.3333331174e-1,
+    -2.4999993993e-1,
+    2.0000714765e-1,
+    -1.6668057665e-1,
+    1.4249322787e-1,
+    -1.2420140846e-1,
+    1.1676998740e-1,
+    -1.1514610310e-1,
+    7.0376836292e-2,
+)
+
+
+@intrinsic
+def log(typingctx, a):
+    """Natural logarithm of positive normal numbers; relative error below 3e-7."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], _INT_VECTOR)
+        # Shifts the mantissa's range from [1, 2) to [sqrt(1/2), sqrt(2)).
+        bits = builder.add(bits, _integers(0x3F800000 - 0x3F3504F3))
+        whole = builder.sub(builder.lshr(bits, _integers(23)), _integers(127))
+        bits = builder.and_(bits, _integers(0x007FFFFF))
+        mantissa = builder.bitcast(builder.add(bits, _integers(0x3F3504F3)), _VECTOR)
+        whole = builder.sitofp(whole, _VECTOR)
+        rest = builder.fsub(mantissa, _constant(1.0))
+        square = builder.fmul(rest, rest)
+        value = builder.fmul(builder.fmul(rest, square), _horner(builder, _LOG, rest))
+        value = _llvm_fma(builder, whole, _constant(-2.12194440e-4), value)
+        value = _llvm_fma(builder, square, _constant(-0.5), value)
+        value = builder.fadd(rest, value)
+        return _llvm_fma(builder, whole, _constant(0.693359375), value)
 
     return vector(vector), generate
 

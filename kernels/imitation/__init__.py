@@ -1,0 +1,143 @@
+"""Behavioural cloning of a population: consecutive updates of KL(expert || student), in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..arena import Arena, Parameters
+from ..dispatch import Plan, resolve_backend
+from ..errors import check_device, check_dtype, check_shape
+from ..mlp import composition, describe_layers
+from ..mlp.checks import check_density, check_optimiser, check_parameters
+from . import reference
+
+__all__ = ["CloneConfig", "clone_update_", "plan"]
+
+
+@dataclass(frozen=True)
+class CloneConfig:
+    """Hyper-parameters of a run of cloning updates.
+
+    Attributes:
+        updates: Adam steps per call.
+        batch: samples per step, drawn with replacement.
+        max_norm: largest gradient norm of a ticket, or None.
+        beta1: Adam's decay of the first moment.
+        beta2: Adam's decay of the second moment.
+        eps: Adam's, added to the denominator.
+    """
+
+    updates: int
+    batch: int
+    max_norm: float | None = 0.5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)
+
+
+def clone_update_(
+    parameters: Parameters,
+    arena: Arena,
+    obs: Tensor,
+    target: Tensor,
+    dataset: Tensor,
+    key: Tensor,
+    first_update: int,
+    lr: Tensor,
+    config: CloneConfig,
+    *,
+    density: float = 1.0,
+) -> Tensor:
+    """Consecutive cloning updates of every ticket on its own dataset, in place.
+
+    Update u, counted over the whole training, takes the samples
+    ``integers(key, batch, n, stream=MINIBATCH, step=u)`` of the ticket's dataset; the loss is the
+    mean KL divergence from the expert's distribution to the student's. A critic in the arena is no
+    part of this: its weights and moments stay as they are, whatever its moments hold.
+
+    Args:
+        parameters: of P tickets; weight, m, v and step are updated, the mask is not.
+        arena: discrete, or continuous with `log_std`.
+        obs: ``[D, n, I]`` float32, the observations of D datasets, normalised.
+        target: the expert's log-probabilities ``[D, n, A]``, or for continuous actions its means
+            and log standard deviations ``[D, n, 2A]``. Log-probabilities below -87 count as -87.
+        dataset: ``[P]`` int64, which dataset each ticket learns from.
+        key: ``[P]`` int64.
+        first_update: number of the first update of this call.
+        lr: ``[P]`` float32 learning rates.
+        config: see `CloneConfig`.
+        density: nominal density of the level: chooses each layer's format, never its meaning.
+
+    Returns:
+        ``[P]``: each ticket's loss, mean over the updates of this call.
+
+    Raises:
+        ValueError: a shape, a device, an empty dataset, or a number out of range.
+        TypeError: a dtype; the CPU kernel takes float32 only.
+    """
+    weight = parameters.weight
+    backend = resolve_backend(weight.device)
+    floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
+    check_density(density)
+    check_parameters(parameters, arena, key, lr, floats)
+    _check_data(weight, arena, obs, target, dataset)
+    if first_update < 0:
+        raise ValueError(f"first_update must be >= 0, got {first_update}")
+    with torch.no_grad():
+        if backend == "cpu":
+            from . import cpu
+
+            return cpu.clone_update_(
+                parameters,
+                arena,
+                obs,
+                target,
+                dataset,
+                key,
+                first_update,
+                lr,
+                config,
+                float(density),
+            )
+        return reference.clone_update_(
+            parameters, arena, obs, target, dataset, key, first_update, lr, config
+        )
+
+
+def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
+    """What `clone_update_` does on ``device``, and why."""
+    check_density(density)
+    backend = resolve_backend(device)
+    if backend != "cpu":
+        return Plan("clone_update_", "reference", "dense+mask", composition(backend))
+    return Plan("clone_update_", "cpu", *describe_layers((arena.actor,), (density,)))
+
+
+def _check_data(weight: Tensor, arena: Arena, obs: Tensor, target: Tensor, dataset: Tensor) -> None:
+    if obs.dim() != 3:
+        raise ValueError(f"obs must have shape [D, n, I], got {tuple(obs.shape)}")
+    datasets, samples, _ = obs.shape
+    check_shape("obs", obs, (datasets, samples, arena.actor.sizes[0]))
+    if not 1 <= samples <= 2**31:
+        raise ValueError(f"obs must have between 1 and 2**31 samples, got {samples}")
+    numbers = arena.actor.sizes[-1] * (1 if arena.log_std is None else 2)
+    check_shape("target", target, (datasets, samples, numbers))
+    check_shape("dataset", dataset, (weight.shape[0],))
+    check_dtype("obs", obs, weight.dtype)
+    check_dtype("target", target, weight.dtype)
+    check_dtype("dataset", dataset, torch.int64)
+    for name, tensor in (("obs", obs), ("target", target), ("dataset", dataset)):
+        check_device(name, tensor, weight)
+    if len(dataset) and not 0 <= int(dataset.min()) <= int(dataset.max()) < datasets:
+        raise ValueError(
+            f"dataset must be in [0, {datasets}), got {int(dataset.min())}..{int(dataset.max())}"
+        )

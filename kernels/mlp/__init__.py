@@ -1,0 +1,110 @@
+"""A whole network of a population in one call: forward, and gradients on the support."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..arena import Net
+from ..dispatch import Plan, resolve_backend
+from ..errors import check_device, check_dtype, check_shape
+from . import reference
+from .checks import check_density, check_rows
+
+__all__ = ["composition", "describe_layers", "mlp", "plan"]
+
+
+def mlp(
+    x: Tensor, weight: Tensor, net: Net, mask: Tensor | None = None, *, density: float = 1.0
+) -> Tensor:
+    """Apply each ticket's network to its own batch.
+
+    Entries of `weight` off the mask count as zero and get an exactly zero gradient; so do all
+    parameters that do not belong to `net`. On the CPU the backward pass recomputes the forward
+    pass instead of keeping its activations, and is differentiable once; elsewhere this is a
+    composition of torch ops.
+
+    Args:
+        x: ``[P, B, I]`` float32; float64 with the reference backend.
+        weight: ``[P, size]``, rows of an arena; same dtype.
+        net: where the network lies in the row.
+        mask: ``[P, N]`` bool over the first N entries of the row, or None if nothing is pruned.
+        density: nominal density of the level: chooses each layer's format, never its meaning.
+
+    Returns:
+        ``[P, B, O]``: the output layer is linear.
+
+    Raises:
+        ValueError: a shape, a device, a mask that ends inside a layer, or a density not in [0, 1].
+        TypeError: a dtype the backend does not take.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
+    tickets, samples, _ = x.shape
+    check_shape("x", x, (tickets, samples, net.sizes[0]))
+    check_density(density)
+    check_rows(weight, (net,), mask, tickets)
+    check_device("x", x, weight)
+    backend = resolve_backend(x.device)
+    if backend == "cpu":
+        check_dtype("weight", weight, torch.float32)
+        check_dtype("x", x, torch.float32)
+        return _Mlp.apply(x, weight, net, mask, float(density))
+    check_dtype("weight", weight, torch.float32, torch.float64)
+    check_dtype("x", x, weight.dtype)
+    return reference.mlp(x, weight, net, mask)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, net, mask, density):
+        from . import cpu
+
+        ctx.save_for_backward(x, weight, mask)
+        ctx.net, ctx.density = net, density
+        return cpu.mlp(x.detach(), weight.detach(), net, mask, density)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from . import cpu
+
+        x, weight, mask = ctx.saved_tensors
+        dx, dweight = cpu.mlp_backward(
+            x.detach(), weight.detach(), ctx.net, mask, ctx.density, dy, ctx.needs_input_grad[0]
+        )
+        return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def plan(net: Net, device: torch.device, *, density: float = 1.0, masked: bool = True) -> Plan:
+    """What `mlp` does on ``device``, and why; ``masked`` says whether a mask covers the network."""
+    check_density(density)
+    backend = resolve_backend(device)
+    if backend == "cpu":
+        nominal = density if masked else 1.0
+        return Plan("mlp", "cpu", *describe_layers((net,), (nominal,)))
+    return Plan("mlp", "reference", "dense+mask", composition(backend))
+
+
+def describe_layers(nets: tuple[Net, ...], densities: tuple[float, ...]) -> tuple[str, str]:
+    """Format and reason of the CPU kernels for networks of these nominal densities."""
+    from .layout import NARROW, SPARSE_DENSITY, is_sparse
+
+    formats = [
+        "csr" if is_sparse(*net.shape(layer), density) else "dense+mask"
+        for net, density in zip(nets, densities, strict=True)
+        for layer in range(net.depth)
+    ]
+    reason = (
+        f"compressed rows at nominal density <= {SPARSE_DENSITY} or where a layer is at most "
+        f"{NARROW} wide, tiles elsewhere"
+    )
+    return "/".join(formats), reason
+
+
+def composition(backend: str) -> str:
+    """Why an op without a kernel of its own for ``backend`` runs as torch ops."""
+    if backend == "reference":
+        return "the reference backend was chosen"
+    return "no fused GPU kernel: a composition of torch ops on the masked dense weight"

@@ -1,0 +1,192 @@
+"""PPO's update of a population: all epochs and minibatches of one iteration, in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arena import Arena, Parameters
+from ..dispatch import Plan, resolve_backend
+from ..errors import check_device, check_dtype, check_shape
+from ..mlp import composition, describe_layers
+from ..mlp.checks import check_density, check_optimiser, check_parameters
+from . import reference
+
+__all__ = ["Batch", "PPOConfig", "Stats", "plan", "ppo_update_"]
+
+
+class Batch(NamedTuple):
+    """One iteration's samples of every ticket.
+
+    Attributes:
+        obs: ``[P, S, D]`` float32, normalised.
+        action: ``[P, S]`` int64, or ``[P, S, A]`` float32 for continuous actions.
+        logp: ``[P, S]`` log-probability of the action when it was taken.
+        value: ``[P, S]`` the critic's value then.
+        advantage: ``[P, S]``, not normalised.
+        target: ``[P, S]`` of the value.
+    """
+
+    obs: Tensor
+    action: Tensor
+    logp: Tensor
+    value: Tensor
+    advantage: Tensor
+    target: Tensor
+
+
+class Stats(NamedTuple):
+    """Means over the minibatches of the last epoch, each ``[P]``.
+
+    Attributes:
+        policy_loss: the clipped surrogate.
+        value_loss: half the mean (clipped) squared error, before `value_coef`.
+        entropy: of the policy.
+        approx_kl: mean of ``ratio - 1 - log(ratio)``.
+        clip_fraction: share of samples with ``|ratio - 1| > clip``.
+        grad_norm: norm of the ticket's gradient before clipping.
+    """
+
+    policy_loss: Tensor
+    value_loss: Tensor
+    entropy: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    grad_norm: Tensor
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Hyper-parameters of one iteration's update; the defaults are CleanRL's.
+
+    Attributes:
+        epochs: passes over the samples.
+        minibatches: equal parts of each pass; they must divide the samples.
+        clip: of the probability ratio, and of the value's move.
+        clip_value: whether the value's move is clipped.
+        value_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus.
+        max_norm: largest gradient norm of a ticket, actor, critic and log_std together, or None.
+        normalise_advantage: per ticket and minibatch, by the unbiased standard deviation.
+        beta1: Adam's decay of the first moment.
+        beta2: Adam's decay of the second moment.
+        eps: Adam's, added to the denominator.
+    """
+
+    epochs: int = 4
+    minibatches: int = 4
+    clip: float = 0.2
+    clip_value: bool = True
+    value_coef: float = 0.5
+    entropy_coef: float = 0.01
+    max_norm: float | None = 0.5
+    normalise_advantage: bool = True
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be > 0, got {self.clip}")
+        check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)
+
+
+def ppo_update_(
+    parameters: Parameters,
+    arena: Arena,
+    batch: Batch,
+    key: Tensor,
+    iteration: int,
+    lr: Tensor,
+    config: PPOConfig,
+    *,
+    density: float = 1.0,
+) -> Stats:
+    """All epochs and minibatches of one PPO iteration, each ticket on its own, in place.
+
+    The loss is that of CleanRL's ``ppo.py`` and ``ppo_continuous_action.py`` (Huang et al. 2022):
+    policy loss - entropy_coef * entropy + value_coef * value loss. Epoch e of iteration i visits
+    the samples in the order ``permutation(key, S, stream=MINIBATCH, step=i * epochs + e)``, cut
+    into equal consecutive minibatches. A ticket's result depends on its own rows alone.
+
+    Args:
+        parameters: of P tickets; weight, m, v and step are updated, the mask is not.
+        arena: with a critic.
+        batch: S samples of each ticket.
+        key: ``[P]`` int64.
+        iteration: number of this update, from 0.
+        lr: ``[P]`` float32 learning rates.
+        config: see `PPOConfig`.
+        density: nominal density of the level: chooses each layer's format, never its meaning.
+
+    Returns:
+        Statistics of the last epoch.
+
+    Raises:
+        ValueError: an arena without a critic, a shape, a device, S not divisible into minibatches,
+            minibatches of one sample whose advantages should be normalised, or a number out of
+            range.
+        TypeError: a dtype; the CPU kernel takes float32 only.
+    """
+    if arena.critic is None or arena.critic.sizes[-1] != 1:
+        raise ValueError(f"arena must have a critic with one output, got critic={arena.critic}")
+    backend = resolve_backend(parameters.weight.device)
+    floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
+    check_density(density)
+    check_parameters(parameters, arena, key, lr, floats)
+    _check_batch(parameters, arena, batch)
+    if iteration < 0:
+        raise ValueError(f"iteration must be >= 0, got {iteration}")
+    samples = batch.logp.shape[1]
+    if samples == 0 or samples % config.minibatches:
+        raise ValueError(
+            f"minibatches must divide the samples, got {config.minibatches} and {samples} samples"
+        )
+    if config.normalise_advantage and samples == config.minibatches:
+        raise ValueError("normalise_advantage needs minibatches of two samples or more, got 1")
+    with torch.no_grad():
+        if backend == "cpu":
+            from . import cpu
+
+            statistics = cpu.ppo_update_(
+                parameters, arena, batch, key, iteration, lr, config, float(density)
+            )
+        else:
+            statistics = reference.ppo_update_(parameters, arena, batch, key, iteration, lr, config)
+    return Stats(*statistics.unbind())
+
+
+def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
+    """What `ppo_update_` does on ``device``, and why."""
+    check_density(density)
+    backend = resolve_backend(device)
+    if backend != "cpu":
+        return Plan("ppo_update_", "reference", "dense+mask", composition(backend))
+    densities = tuple(density if net.weights[0] < arena.prunable else 1.0 for net in arena.nets)
+    return Plan("ppo_update_", "cpu", *describe_layers(arena.nets, densities))
+
+
+def _check_batch(parameters: Parameters, arena: Arena, batch: Batch) -> None:
+    tickets, weight = parameters.weight.shape[0], parameters.weight
+    if batch.logp.dim() != 2:
+        raise ValueError(f"logp must have shape [{tickets}, S], got {tuple(batch.logp.shape)}")
+    samples = batch.logp.shape[1]
+    check_shape("obs", batch.obs, (tickets, samples, arena.actor.sizes[0]))
+    if arena.log_std is None:
+        check_shape("action", batch.action, (tickets, samples))
+        check_dtype("action", batch.action, torch.int64)
+    else:
+        check_shape("action", batch.action, (tickets, samples, arena.actor.sizes[-1]))
+        check_dtype("action", batch.action, weight.dtype)
+    for name in ("logp", "value", "advantage", "target"):
+        check_shape(name, getattr(batch, name), (tickets, samples))
+    for name, tensor in zip(Batch._fields, batch, strict=True):
+        if name != "action":
+            check_dtype(name, tensor, weight.dtype)
+        check_device(name, tensor, weight)

@@ -1,0 +1,258 @@
+"""Behavioural cloning of a population in Numba: a ticket per thread, all updates in one call.
+
+Per update: draw the minibatch, actor forward, KL loss, actor backward, clipping and Adam on the
+packed parameters. The critic is not packed, so nothing of it can change.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from numba import get_thread_id, njit, prange
+
+from sparse_tickets.kernels.mlp.cpu import (
+    FIRST,
+    backward,
+    clear_gradient,
+    collect_gradient,
+    forward,
+    gather,
+)
+from sparse_tickets.kernels.mlp.layout import (
+    OUT,
+    PANEL,
+    Y,
+    allocate,
+    lay_out,
+    open_scratch,
+    pack,
+    read_row,
+    row_of,
+    turn_values,
+    write_row,
+)
+from sparse_tickets.kernels.random import Stream
+from sparse_tickets.kernels.random.cpu import fill_words
+from sparse_tickets.kernels.threads import launch
+from sparse_tickets.kernels.update.cpu import adam_row
+from sparse_tickets.kernels.vector import (
+    LANES,
+    exp,
+    fma,
+    load,
+    log,
+    maximum,
+    splat,
+    store,
+    sum_lanes,
+)
+
+__all__ = ["clone_update_"]
+
+_ZERO = np.float32(0.0)
+_STREAM = int(Stream.MINIBATCH)
+# Below the logarithm of the smallest normal float32: an action the expert never takes.
+_NEVER = np.float32(-87.0)
+
+
+class Constants(NamedTuple):
+    """`CloneConfig` with plain numbers, as Numba takes it; no clipping is an infinite norm."""
+
+    updates: int
+    batch: int
+    max_norm: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@njit(cache=True)
+def _mask_tail(space, row, columns, width):
+    """Zero a row's tail; returns the sum of what comes before it."""
+    total = 0.0
+    for c in range(row, row + columns):
+        total += space[c]
+    space[row + columns : row + width] = _ZERO
+    return total
+
+
+@njit(cache=True)
+def _categorical_loss(layout, packed, columns, width, scale):
+    """Sum over the panel of sum_a p_a (log p_a - log q_a); the head's rows are log p, then loss."""
+    space, delta, head = packed.space, layout.delta, layout.head
+    last = layout.layers[-1]
+    logits, actions = last[Y], last[OUT]
+    losses = head + actions * PANEL
+    for c in range(0, width, LANES):
+        top = load(space, logits + c)
+        for a in range(1, actions):
+            top = maximum(top, load(space, logits + a * PANEL + c))
+        total, mass = splat(_ZERO), splat(_ZERO)
+        for a in range(actions):
+            total = total + exp(load(space, logits + a * PANEL + c) - top)
+            mass = mass + exp(maximum(load(space, head + a * PANEL + c), splat(_NEVER)))
+        shift = top + log(total)
+        loss = splat(_ZERO)
+        for a in range(actions):
+            expert = maximum(load(space, head + a * PANEL + c), splat(_NEVER))
+            student = load(space, logits + a * PANEL + c) - shift
+            probability = exp(expert)
+            loss = fma(probability, expert - student, loss)
+            # Unless the expert's probabilities sum to one, their sum weighs the student's.
+            gradient = fma(exp(student), mass, splat(_ZERO) - probability)
+            store(space, delta + a * PANEL + c, gradient * splat(scale))
+        store(space, losses + c, loss)
+    for a in range(actions):
+        space[delta + a * PANEL + columns : delta + a * PANEL + width] = _ZERO
+    return _mask_tail(space, losses, columns, width)
+
+
+@njit(cache=True)
+def _gaussian_loss(layout, packed, columns, width, scale):
+    """Sum over the panel of the KL between diagonal Gaussians; the head's rows are the means of
+    the expert, its log standard deviations, then the loss."""
+    space, delta, head = packed.space, layout.delta, layout.head
+    last = layout.layers[-1]
+    mean, actions = last[Y], last[OUT]
+    begin = packed.begin[2 * layout.layers.shape[0]]
+    losses = head + 2 * actions * PANEL
+    space[losses : losses + width] = _ZERO
+    for a in range(actions):
+        log_std = packed.weight[begin + a]
+        precision = splat(np.float32(math.exp(-2.0 * log_std)))
+        excess = splat(_ZERO)
+        for c in range(0, width, LANES):
+            spread = load(space, head + (actions + a) * PANEL + c)
+            error = load(space, mean + a * PANEL + c) - load(space, head + a * PANEL + c)
+            square = fma(error, error, exp(spread + spread)) * precision
+            loss = splat(log_std - np.float32(0.5)) - spread
+            loss = fma(splat(np.float32(0.5)), square, loss)
+            store(space, losses + c, load(space, losses + c) + loss)
+            store(space, delta + a * PANEL + c, error * precision * splat(scale))
+            store(space, head + a * PANEL + c, splat(np.float32(1.0)) - square)
+        space[delta + a * PANEL + columns : delta + a * PANEL + width] = _ZERO
+        _mask_tail(space, head + a * PANEL, columns, width)
+        for c in range(0, width, LANES):
+            excess = excess + load(space, head + a * PANEL + c)
+        packed.grad[begin + a] += sum_lanes(excess) * scale
+    return _mask_tail(space, losses, columns, width)
+
+
+@njit(cache=True)
+def _minibatch(layout, packed, index, obs, target):
+    """Gradient of one minibatch, panel by panel; returns its mean loss."""
+    depth = layout.layers.shape[0]
+    scale = np.float32(1.0 / index.size)
+    loss = 0.0
+    for first in range(0, index.size, PANEL):
+        rows = index[first : first + PANEL]
+        columns = rows.size
+        width = (columns + LANES - 1) // LANES * LANES
+        gather(packed.space, layout.x, obs, rows, columns, width)
+        gather(packed.space, layout.head, target, rows, columns, width)
+        forward(layout, packed, FIRST, depth, width)
+        if layout.actions:
+            loss += _gaussian_loss(layout, packed, columns, width, scale)
+        else:
+            loss += _categorical_loss(layout, packed, columns, width, scale)
+        backward(layout, packed, FIRST, depth, columns, width, False)
+    return loss / index.size
+
+
+@njit(cache=True)
+def _train_ticket(layout, packed, row, obs, target, key, first_update, lr, constants):
+    """All updates of one ticket; returns its mean loss."""
+    weight, mask, m, v, step = row
+    count = pack(layout, packed, mask)
+    read_row(packed, count, mask, weight, packed.weight)
+    read_row(packed, count, mask, m, packed.m)
+    read_row(packed, count, mask, v, packed.v)
+    index = np.empty(constants.batch, np.int64)
+    samples = obs.shape[0]
+    loss = 0.0
+    for update in range(constants.updates):
+        fill_words(index, key, _STREAM, first_update + update)
+        for i in range(index.size):
+            index[i] = (index[i] * samples) >> 32
+        clear_gradient(layout, packed, count)
+        turn_values(layout, packed)
+        loss += _minibatch(layout, packed, index, obs, target)
+        collect_gradient(layout, packed, mask)
+        step[0] += 1
+        adam_row(
+            packed.weight[:count],
+            packed.grad[:count],
+            packed.m[:count],
+            packed.v[:count],
+            mask[:0],
+            lr,
+            step[0],
+            constants.max_norm,
+            constants.beta1,
+            constants.beta2,
+            constants.eps,
+        )
+    write_row(packed, count, mask, packed.weight, weight)
+    write_row(packed, count, mask, packed.m, m)
+    write_row(packed, count, mask, packed.v, v)
+    return loss / constants.updates
+
+
+@njit(cache=True, parallel=True)
+def _update(
+    layout,
+    floats,
+    integers,
+    parameters,
+    obs,
+    target,
+    dataset,
+    key,
+    first_update,
+    lr,
+    constants,
+    losses,
+):
+    for p in prange(key.shape[0]):
+        thread = get_thread_id()
+        packed = open_scratch(layout, floats[thread], integers[thread])
+        row, d = row_of(parameters, p), dataset[p]
+        losses[p] = _train_ticket(
+            layout, packed, row, obs[d], target[d], key[p], first_update, lr[p], constants
+        )
+
+
+def clone_update_(
+    parameters, arena, obs, target, dataset, key, first_update, lr, config, density
+) -> torch.Tensor:
+    """Mean loss ``[P]``; see the op."""
+    rows = target.shape[-1] + 1
+    layout = lay_out((arena.actor,), arena.prunable, density, arena.log_std, rows)
+    constants = Constants(
+        config.updates,
+        config.batch,
+        math.inf if config.max_norm is None else float(config.max_norm),
+        float(config.beta1),
+        float(config.beta2),
+        float(config.eps),
+    )
+    losses = np.zeros(len(key), np.float32)
+    with launch():
+        _update(
+            layout,
+            *allocate(layout, numba.get_num_threads()),
+            tuple(tensor.detach().numpy() for tensor in parameters),
+            obs.detach().contiguous().numpy(),
+            target.detach().contiguous().numpy(),
+            dataset.contiguous().numpy(),
+            key.contiguous().numpy(),
+            first_update,
+            lr.contiguous().numpy(),
+            constants,
+            losses,
+        )
+    return torch.from_numpy(losses)

@@ -1,0 +1,100 @@
+"""Argument checks of the ops that run whole networks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..arena import Arena, Net, Parameters
+from ..errors import check_device, check_dtype, check_shape
+
+__all__ = ["check_density", "check_optimiser", "check_parameters", "check_rows"]
+
+
+def check_density(density: float) -> None:
+    """Raise ``ValueError`` unless ``density`` is in [0, 1]."""
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"density must be in [0, 1], got {density}")
+
+
+def check_rows(weight: Tensor, nets: tuple[Net, ...], mask: Tensor | None, tickets: int) -> None:
+    """Raise unless ``weight [tickets, size]`` and ``mask`` fit the networks."""
+    size = max(
+        begin + length
+        for net in nets
+        for layer in range(net.depth)
+        for begin, length in (
+            (net.weights[layer], net.sizes[layer] * net.sizes[layer + 1]),
+            (net.biases[layer], net.sizes[layer + 1]),
+        )
+    )
+    if weight.dim() != 2 or weight.shape[0] != tickets or weight.shape[1] < size:
+        raise ValueError(
+            f"weight must have shape [{tickets}, at least {size}], got {tuple(weight.shape)}"
+        )
+    if mask is None:
+        return
+    check_dtype("mask", mask, torch.bool)
+    check_device("mask", mask, weight)
+    if mask.dim() != 2 or mask.shape[0] != tickets or mask.shape[1] > weight.shape[1]:
+        raise ValueError(
+            f"mask must have shape [{tickets}, at most {weight.shape[1]}], got {tuple(mask.shape)}"
+        )
+    prunable = mask.shape[1]
+    for net in nets:
+        for layer, begin in enumerate(net.weights):
+            end = begin + net.sizes[layer] * net.sizes[layer + 1]
+            if begin < prunable < end:
+                raise ValueError(
+                    f"mask must not end inside a layer, got {prunable} entries and a layer at "
+                    f"[{begin}, {end})"
+                )
+            if net.biases[layer] < prunable:
+                raise ValueError(
+                    f"mask must not cover biases, got {prunable} entries and a bias at "
+                    f"{net.biases[layer]}"
+                )
+
+
+def check_optimiser(max_norm: float | None, beta1: float, beta2: float, eps: float) -> None:
+    """Raise ``ValueError`` unless the fused kernels can run this Adam."""
+    if max_norm is not None and not max_norm >= 0:
+        raise ValueError(f"max_norm must be >= 0 or None, got {max_norm}")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {beta}")
+    # With eps = 0 a parameter without gradient would become 0 / 0.
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be > 0, got {eps}")
+
+
+def check_parameters(
+    parameters: Parameters,
+    arena: Arena,
+    key: Tensor,
+    lr: Tensor,
+    floats: tuple[torch.dtype, ...],
+) -> None:
+    """Raise unless the tensors of an update fit the arena and each other."""
+    weight, mask, m, v, step = parameters
+    tickets = weight.shape[0]
+    check_shape("weight", weight, (tickets, arena.size))
+    check_rows(weight, arena.nets, mask, tickets)
+    check_shape("mask", mask, (tickets, arena.prunable))
+    check_dtype("weight", weight, *floats)
+    for name, moment in (("m", m), ("v", v)):
+        check_shape(name, moment, (tickets, arena.size))
+        check_dtype(name, moment, weight.dtype)
+    for name, vector in (("step", step), ("key", key), ("lr", lr)):
+        check_shape(name, vector, (tickets,))
+    check_dtype("step", step, torch.int64)
+    check_dtype("key", key, torch.int64)
+    check_dtype("lr", lr, torch.float32, torch.float64)
+    for name, tensor in (("m", m), ("v", v), ("step", step), ("key", key), ("lr", lr)):
+        check_device(name, tensor, weight)
+    # The kernels and `adam_` update these in place, row by row.
+    for name, tensor in (("weight", weight), ("m", m), ("v", v), ("step", step)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

@@ -1,0 +1,103 @@
+"""PPO's update as plain torch: CleanRL's loss for every ticket at once, autograd, clipped Adam."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..arena import Arena, Parameters
+from ..mlp.reference import mlp
+from ..random import Stream, permutation
+from ..update import adam_
+
+if TYPE_CHECKING:
+    from . import Batch, PPOConfig
+
+__all__ = ["log_prob_and_entropy", "loss", "ppo_update_"]
+
+
+def log_prob_and_entropy(
+    output: Tensor, log_std: Tensor | None, action: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of a categorical with logits ``output [P, B, A]``, or of a diagonal Gaussian."""
+    if log_std is None:
+        logp = output.log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, action[..., None]).squeeze(-1), entropy
+    normal = torch.distributions.Normal(output, log_std.exp()[:, None].expand_as(output))
+    return normal.log_prob(action).sum(-1), normal.entropy().sum(-1)
+
+
+def loss(
+    weight: Tensor, mask: Tensor, arena: Arena, batch: Batch, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Total loss ``[P]``, and ``[5, P]``: policy loss, value loss, entropy, KL, clip fraction."""
+    output = mlp(batch.obs, weight, arena.actor, mask)
+    value = mlp(batch.obs, weight, arena.critic, mask).squeeze(-1)
+    log_std = None
+    if arena.log_std is not None:
+        log_std = weight[:, arena.log_std : arena.log_std + arena.actor.sizes[-1]]
+    logp, entropy = log_prob_and_entropy(output, log_std, batch.action)
+
+    log_ratio = logp - batch.logp
+    ratio = log_ratio.exp()
+    advantage = batch.advantage
+    if config.normalise_advantage:
+        mean, std = advantage.mean(1, keepdim=True), advantage.std(1, keepdim=True)
+        advantage = (advantage - mean) / (std + 1e-8)
+    clipped_ratio = ratio.clamp(1 - config.clip, 1 + config.clip)
+    policy_loss = torch.max(-advantage * ratio, -advantage * clipped_ratio).mean(1)
+
+    square = (value - batch.target) ** 2
+    if config.clip_value:
+        clipped = batch.value + (value - batch.value).clamp(-config.clip, config.clip)
+        square = torch.max(square, (clipped - batch.target) ** 2)
+    value_loss = 0.5 * square.mean(1)
+
+    entropy = entropy.mean(1)
+    total = policy_loss - config.entropy_coef * entropy + config.value_coef * value_loss
+    kl = (ratio - 1 - log_ratio).mean(1)
+    clip_fraction = ((ratio - 1).abs() > config.clip).to(ratio.dtype).mean(1)
+    return total, torch.stack([policy_loss, value_loss, entropy, kl, clip_fraction]).detach()
+
+
+def ppo_update_(
+    parameters: Parameters,
+    arena: Arena,
+    batch: Batch,
+    key: Tensor,
+    iteration: int,
+    lr: Tensor,
+    config: PPOConfig,
+) -> Tensor:
+    """Statistics ``[6, P]``: those of `loss` and the gradient norm."""
+    tickets, samples = batch.logp.shape
+    row = torch.arange(tickets, device=key.device)[:, None]
+    statistics = []
+    for epoch in range(config.epochs):
+        statistics.clear()
+        step = iteration * config.epochs + epoch
+        order = permutation(key, samples, stream=Stream.MINIBATCH, step=step)
+        for index in order.split(samples // config.minibatches, dim=1):
+            minibatch = type(batch)(*(field[row, index] for field in batch))
+            with torch.enable_grad():
+                weight = parameters.weight.detach().requires_grad_()
+                total, measured = loss(weight, parameters.mask, arena, minibatch, config)
+                (grad,) = torch.autograd.grad(total.sum(), weight)
+            norm = adam_(
+                parameters.weight,
+                grad,
+                parameters.m,
+                parameters.v,
+                parameters.step,
+                lr,
+                parameters.mask,
+                max_norm=config.max_norm,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                eps=config.eps,
+            )
+            statistics.append(torch.cat([measured, norm[None]]))
+    return torch.stack(statistics).mean(0)
