@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
-from numba import get_thread_id, njit, prange
+from numba import njit
 
 from sparse_tickets.kernels.mlp.cpu import (
     FIRST,
@@ -26,18 +25,16 @@ from sparse_tickets.kernels.mlp.layout import (
     OUT,
     PANEL,
     Y,
-    allocate,
     lay_out,
     open_scratch,
+    over_tickets,
     pack,
     read_row,
-    row_of,
     turn_values,
     write_row,
 )
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.random.cpu import fill_words
-from sparse_tickets.kernels.threads import launch
 from sparse_tickets.kernels.update.cpu import adam_row
 from sparse_tickets.kernels.vector import (
     LANES,
@@ -163,53 +160,15 @@ def _minibatch(layout, packed, index, obs, target):
     return loss / index.size
 
 
-@njit(cache=True)
-def _train_ticket(layout, packed, row, obs, target, key, first_update, lr, constants):
-    """All updates of one ticket; returns its mean loss."""
-    weight, mask, m, v, step = row
-    count = pack(layout, packed, mask)
-    read_row(packed, count, mask, weight, packed.weight)
-    read_row(packed, count, mask, m, packed.m)
-    read_row(packed, count, mask, v, packed.v)
-    index = np.empty(constants.batch, np.int64)
-    samples = obs.shape[0]
-    loss = 0.0
-    for update in range(constants.updates):
-        fill_words(index, key, _STREAM, first_update + update)
-        for i in range(index.size):
-            index[i] = (index[i] * samples) >> 32
-        clear_gradient(layout, packed, count)
-        turn_values(layout, packed)
-        loss += _minibatch(layout, packed, index, obs, target)
-        collect_gradient(layout, packed, mask)
-        step[0] += 1
-        adam_row(
-            packed.weight[:count],
-            packed.grad[:count],
-            packed.m[:count],
-            packed.v[:count],
-            mask[:0],
-            lr,
-            step[0],
-            constants.max_norm,
-            constants.beta1,
-            constants.beta2,
-            constants.eps,
-        )
-    write_row(packed, count, mask, packed.weight, weight)
-    write_row(packed, count, mask, packed.m, m)
-    write_row(packed, count, mask, packed.v, v)
-    return loss / constants.updates
-
-
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def _update(
     layout,
     floats,
     integers,
+    first,
+    last,
     parameters,
-    obs,
-    target,
+    data,
     dataset,
     key,
     first_update,
@@ -217,13 +176,43 @@ def _update(
     constants,
     losses,
 ):
-    for p in prange(key.shape[0]):
-        thread = get_thread_id()
-        packed = open_scratch(layout, floats[thread], integers[thread])
-        row, d = row_of(parameters, p), dataset[p]
-        losses[p] = _train_ticket(
-            layout, packed, row, obs[d], target[d], key[p], first_update, lr[p], constants
-        )
+    weights, masks, ms, vs, steps = parameters
+    packed = open_scratch(layout, floats, integers)
+    index = np.empty(constants.batch, np.int64)
+    for ticket in range(first, last):
+        mask = masks[ticket]
+        obs, target = data[0][dataset[ticket]], data[1][dataset[ticket]]
+        count = pack(layout, packed, mask)
+        read_row(packed, count, mask, weights[ticket], packed.weight)
+        read_row(packed, count, mask, ms[ticket], packed.m)
+        read_row(packed, count, mask, vs[ticket], packed.v)
+        loss = 0.0
+        for update in range(first_update, first_update + constants.updates):
+            fill_words(index, key[ticket], _STREAM, update)
+            for i in range(index.size):
+                index[i] = (index[i] * obs.shape[0]) >> 32
+            clear_gradient(layout, packed, count)
+            turn_values(layout, packed)
+            loss += _minibatch(layout, packed, index, obs, target)
+            collect_gradient(layout, packed, mask)
+            steps[ticket] += 1
+            adam_row(
+                packed.weight[:count],
+                packed.grad[:count],
+                packed.m[:count],
+                packed.v[:count],
+                mask[:0],
+                lr[ticket],
+                steps[ticket],
+                constants.max_norm,
+                constants.beta1,
+                constants.beta2,
+                constants.eps,
+            )
+        losses[ticket] = loss / constants.updates
+        write_row(packed, count, mask, packed.weight, weights[ticket])
+        write_row(packed, count, mask, packed.m, ms[ticket])
+        write_row(packed, count, mask, packed.v, vs[ticket])
 
 
 def clone_update_(
@@ -241,18 +230,20 @@ def clone_update_(
         float(config.eps),
     )
     losses = np.zeros(len(key), np.float32)
-    with launch():
-        _update(
-            layout,
-            *allocate(layout, numba.get_num_threads()),
-            tuple(tensor.detach().numpy() for tensor in parameters),
-            obs.detach().contiguous().numpy(),
-            target.detach().contiguous().numpy(),
-            dataset.contiguous().numpy(),
-            key.contiguous().numpy(),
-            first_update,
-            lr.contiguous().numpy(),
-            constants,
-            losses,
-        )
+    over_tickets(
+        _update,
+        layout,
+        len(key),
+        tuple(
+            tensor.detach().numpy()
+            for tensor in parameters._replace(mask=parameters.mask.contiguous())
+        ),
+        (obs.detach().contiguous().numpy(), target.detach().contiguous().numpy()),
+        dataset.contiguous().numpy(),
+        key.contiguous().numpy(),
+        first_update,
+        lr.contiguous().numpy(),
+        constants,
+        losses,
+    )
     return torch.from_numpy(losses)

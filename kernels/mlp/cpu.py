@@ -8,10 +8,9 @@ one its share of nonzeros. The reduction order depends on shapes and nominal den
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
-from numba import get_thread_id, njit, prange
+from numba import njit
 from torch import Tensor
 
 from sparse_tickets.kernels.arena import Net
@@ -28,16 +27,15 @@ from sparse_tickets.kernels.mlp.layout import (
     WEIGHT,
     X,
     Y,
-    allocate,
     build_rows,
     lay_out,
     open_scratch,
+    over_tickets,
     pack,
     read_row,
     turn_values,
     write_row,
 )
-from sparse_tickets.kernels.threads import launch
 from sparse_tickets.kernels.vector import (
     LANES,
     fma,
@@ -478,12 +476,11 @@ def _write_panel(space, panel, target, begin, columns):
             target[begin + c, feature] = space[panel + feature * PANEL + c]
 
 
-@njit(cache=True, parallel=True)
-def _forward(layout, floats, integers, x, weight, mask, y):
+@njit(cache=True, nogil=True)
+def _forward(layout, floats, integers, first, last, x, weight, mask, y):
     depth = layout.layers.shape[0]
-    for ticket in prange(x.shape[0]):
-        thread = get_thread_id()
-        packed = open_scratch(layout, floats[thread], integers[thread])
+    packed = open_scratch(layout, floats, integers)
+    for ticket in range(first, last):
         count = pack(layout, packed, mask[ticket])
         read_row(packed, count, mask[ticket], weight[ticket], packed.weight)
         for begin in range(0, x.shape[1], PANEL):
@@ -494,12 +491,11 @@ def _forward(layout, floats, integers, x, weight, mask, y):
             _write_panel(packed.space, layout.layers[depth - 1, Y], y[ticket], begin, columns)
 
 
-@njit(cache=True, parallel=True)
-def _backward(layout, floats, integers, x, weight, mask, dy, to_input, dx, dweight):
+@njit(cache=True, nogil=True)
+def _backward(layout, floats, integers, first, last, x, weight, mask, dy, to_input, dx, dweight):
     depth = layout.layers.shape[0]
-    for ticket in prange(x.shape[0]):
-        thread = get_thread_id()
-        packed = open_scratch(layout, floats[thread], integers[thread])
+    packed = open_scratch(layout, floats, integers)
+    for ticket in range(first, last):
         count = pack(layout, packed, mask[ticket])
         read_row(packed, count, mask[ticket], weight[ticket], packed.weight)
         turn_values(layout, packed)
@@ -521,22 +517,13 @@ def _arguments(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None, density
     prunable = 0 if mask is None else mask.shape[1]
     layout = lay_out((net,), prunable, density)
     mask = torch.empty((len(x), 0), dtype=torch.bool) if mask is None else mask.contiguous()
-    floats, integers = allocate(layout, numba.get_num_threads())
-    return (
-        layout,
-        floats,
-        integers,
-        x.contiguous().numpy(),
-        weight.contiguous().numpy(),
-        mask.numpy(),
-    )
+    return layout, len(x), x.contiguous().numpy(), weight.contiguous().numpy(), mask.numpy()
 
 
 def mlp(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None, density: float) -> Tensor:
     """Forward; see the op."""
     y = x.new_empty((*x.shape[:2], net.sizes[-1]))
-    with launch():
-        _forward(*_arguments(x, weight, net, mask, density), y.numpy())
+    over_tickets(_forward, *_arguments(x, weight, net, mask, density), y.numpy())
     return y
 
 
@@ -552,12 +539,12 @@ def mlp_backward(
     """Gradients of `x` (if asked) and `weight`; the forward pass is recomputed, panel by panel."""
     dx = x.new_empty(x.shape if to_input else (len(x), 0, 0))
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    with launch():
-        _backward(
-            *_arguments(x, weight, net, mask, density),
-            dy.contiguous().numpy(),
-            to_input,
-            dx.numpy(),
-            dweight.numpy(),
-        )
+    over_tickets(
+        _backward,
+        *_arguments(x, weight, net, mask, density),
+        dy.contiguous().numpy(),
+        to_input,
+        dx.numpy(),
+        dweight.numpy(),
+    )
     return (dx if to_input else None), dweight

@@ -12,10 +12,13 @@ row streams eight independent chains of fused multiply-adds per nonzero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numba import njit
 
 from sparse_tickets.kernels.arena import Net
@@ -30,9 +33,9 @@ __all__ = [
     "is_sparse",
     "lay_out",
     "open_scratch",
+    "over_tickets",
     "pack",
     "read_row",
-    "row_of",
     "turn_values",
     "write_row",
 ]
@@ -217,6 +220,34 @@ def allocate(layout: Layout, threads: int) -> tuple[np.ndarray, np.ndarray]:
     return _aligned(threads, floats, np.float32), _aligned(threads, integers, np.int32)
 
 
+def over_tickets(kernel: Callable, layout: Layout, tickets: int, *arguments: object) -> None:
+    """Call ``kernel(layout, floats, integers, begin, end, *arguments)`` on one slice per thread.
+
+    The kernel releases the GIL, and each thread brings its own scratch. Plain threads rather than
+    `prange`: Numba optimises everything a parallel loop calls three times more (11 of 29 seconds).
+
+    Args:
+        kernel: a Numba function compiled with ``nogil=True``.
+        layout: see `Layout`.
+        tickets: P; the slices ``[begin, end)`` partition them.
+        *arguments: passed on.
+    """
+    threads = max(1, min(torch.get_num_threads(), tickets))
+    floats, integers = allocate(layout, threads)
+
+    def work(thread: int) -> None:
+        begin, end = thread * tickets // threads, (thread + 1) * tickets // threads
+        kernel(layout, floats[thread], integers[thread], begin, end, *arguments)
+
+    if threads == 1:
+        work(0)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        # Drained, because an exception surfaces only where its result is asked for.
+        for _ in pool.map(work, range(threads)):
+            pass
+
+
 @njit(cache=True)
 def open_scratch(layout, floats, integers):
     """Name the parts of one thread's scratch."""
@@ -237,17 +268,6 @@ def open_scratch(layout, floats, integers):
         integers[5 * n + pointers : 5 * n + 2 * pointers],
         integers[5 * n + 2 * pointers :],
     )
-
-
-@njit(cache=True)
-def row_of(parameters, ticket):
-    """A ticket's rows ``weight, mask, m, v`` and its step count as an array of one entry.
-
-    Numba (0.68) loses what a prange body assigns to an array unpacked from a tuple argument
-    (``step[p] += 1`` does nothing), so the bodies only ever pass such rows on.
-    """
-    weight, mask, m, v, step = parameters
-    return weight[ticket], mask[ticket], m[ticket], v[ticket], step[ticket : ticket + 1]
 
 
 @njit(cache=True)

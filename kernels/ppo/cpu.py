@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
-from numba import get_thread_id, njit, prange
+from numba import njit
 
 from sparse_tickets.kernels.mlp.cpu import (
     FIRST,
@@ -27,18 +26,16 @@ from sparse_tickets.kernels.mlp.layout import (
     OUT,
     PANEL,
     Y,
-    allocate,
     lay_out,
     open_scratch,
+    over_tickets,
     pack,
     read_row,
-    row_of,
     turn_values,
     write_row,
 )
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.random.cpu import fill_permutation
-from sparse_tickets.kernels.threads import launch
 from sparse_tickets.kernels.update.cpu import adam_row
 from sparse_tickets.kernels.vector import (
     LANES,
@@ -259,57 +256,63 @@ def _minibatch(layout, packed, index, batch, constants, statistics):
         backward(layout, packed, actor, depth, columns, width, False)
 
 
-@njit(cache=True)
-def _train_ticket(layout, packed, row, batch, key, iteration, lr, constants, statistics):
-    """All minibatches of one ticket."""
-    weight, mask, m, v, step = row
-    samples = batch[0].shape[0]
-    size = samples // constants.minibatches
-    count = pack(layout, packed, mask)
-    read_row(packed, count, mask, weight, packed.weight)
-    read_row(packed, count, mask, m, packed.m)
-    read_row(packed, count, mask, v, packed.v)
-    index, words = np.empty((2, samples), np.int32), np.empty((2, samples), np.uint32)
-    for epoch in range(constants.epochs):
-        statistics[:] = 0.0
-        draw = iteration * constants.epochs + epoch
-        fill_permutation(index[0], words[0], index[1], words[1], key, _STREAM, draw)
-        for begin in range(0, samples, size):
-            clear_gradient(layout, packed, count)
-            turn_values(layout, packed)
-            rows = index[0, begin : begin + size]
-            _minibatch(layout, packed, rows, batch, constants, statistics)
-            collect_gradient(layout, packed, mask)
-            step[0] += 1
-            statistics[_NORM] += adam_row(
-                packed.weight[:count],
-                packed.grad[:count],
-                packed.m[:count],
-                packed.v[:count],
-                mask[:0],
-                lr,
-                step[0],
-                constants.max_norm,
-                constants.beta1,
-                constants.beta2,
-                constants.eps,
-            )
-    statistics[:_NORM] /= samples
-    statistics[_NORM] /= constants.minibatches
-    write_row(packed, count, mask, packed.weight, weight)
-    write_row(packed, count, mask, packed.m, m)
-    write_row(packed, count, mask, packed.v, v)
-
-
-@njit(cache=True, parallel=True)
-def _update(layout, floats, integers, parameters, batch, key, iteration, lr, constants, statistics):
+@njit(cache=True, nogil=True)
+def _update(
+    layout,
+    floats,
+    integers,
+    first,
+    last,
+    parameters,
+    batch,
+    key,
+    iteration,
+    lr,
+    constants,
+    statistics,
+):
+    weights, masks, ms, vs, steps = parameters
     obs, action, scalars = batch
-    for p in prange(key.shape[0]):
-        thread = get_thread_id()
-        packed = open_scratch(layout, floats[thread], integers[thread])
-        row = row_of(parameters, p)
-        mine = obs[p], action[p], scalars[p]
-        _train_ticket(layout, packed, row, mine, key[p], iteration, lr[p], constants, statistics[p])
+    samples = scalars.shape[1]
+    size = samples // constants.minibatches
+    packed = open_scratch(layout, floats, integers)
+    index, words = np.empty((2, samples), np.int32), np.empty((2, samples), np.uint32)
+    for ticket in range(first, last):
+        mask, measured = masks[ticket], statistics[ticket]
+        mine = obs[ticket], action[ticket], scalars[ticket]
+        count = pack(layout, packed, mask)
+        read_row(packed, count, mask, weights[ticket], packed.weight)
+        read_row(packed, count, mask, ms[ticket], packed.m)
+        read_row(packed, count, mask, vs[ticket], packed.v)
+        for epoch in range(constants.epochs):
+            measured[:] = 0.0
+            draw = iteration * constants.epochs + epoch
+            fill_permutation(index[0], words[0], index[1], words[1], key[ticket], _STREAM, draw)
+            for begin in range(0, samples, size):
+                clear_gradient(layout, packed, count)
+                turn_values(layout, packed)
+                rows = index[0, begin : begin + size]
+                _minibatch(layout, packed, rows, mine, constants, measured)
+                collect_gradient(layout, packed, mask)
+                steps[ticket] += 1
+                measured[_NORM] += adam_row(
+                    packed.weight[:count],
+                    packed.grad[:count],
+                    packed.m[:count],
+                    packed.v[:count],
+                    mask[:0],
+                    lr[ticket],
+                    steps[ticket],
+                    constants.max_norm,
+                    constants.beta1,
+                    constants.beta2,
+                    constants.eps,
+                )
+        measured[:_NORM] /= samples
+        measured[_NORM] /= constants.minibatches
+        write_row(packed, count, mask, packed.weight, weights[ticket])
+        write_row(packed, count, mask, packed.m, ms[ticket])
+        write_row(packed, count, mask, packed.v, vs[ticket])
 
 
 def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -> torch.Tensor:
@@ -334,16 +337,19 @@ def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -
     scalars = torch.stack([batch.advantage, batch.logp, batch.value, batch.target], -1)
     data = (batch.obs, action, scalars)
     statistics = np.zeros((len(key), STATISTICS))
-    with launch():
-        _update(
-            layout,
-            *allocate(layout, numba.get_num_threads()),
-            tuple(tensor.detach().numpy() for tensor in parameters),
-            tuple(tensor.detach().contiguous().numpy() for tensor in data),
-            key.contiguous().numpy(),
-            iteration,
-            lr.contiguous().numpy(),
-            constants,
-            statistics,
-        )
+    over_tickets(
+        _update,
+        layout,
+        len(key),
+        tuple(
+            tensor.detach().numpy()
+            for tensor in parameters._replace(mask=parameters.mask.contiguous())
+        ),
+        tuple(tensor.detach().contiguous().numpy() for tensor in data),
+        key.contiguous().numpy(),
+        iteration,
+        lr.contiguous().numpy(),
+        constants,
+        statistics,
+    )
     return torch.from_numpy(statistics.T.astype(np.float32))

@@ -6,7 +6,8 @@ import torch
 
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.imitation import CloneConfig, clone_update_, cpu, plan, reference
+from sparse_tickets.kernels.imitation import CloneConfig, clone_update_, plan, reference
+from sparse_tickets.kernels.mlp import layout
 
 LR = 1e-3
 EPS = torch.finfo(torch.float32).eps
@@ -41,7 +42,7 @@ def double(tensors):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Scratch starts as NaN and as absurd indices, as the last ticket may have left it."""
-    allocate = cpu.allocate
+    allocate = layout.allocate
 
     def poison(*arguments):
         floats, integers = allocate(*arguments)
@@ -49,7 +50,7 @@ def poisoned(monkeypatch):
         integers.fill(2**30)
         return floats, integers
 
-    monkeypatch.setattr(cpu, "allocate", poison)
+    monkeypatch.setattr(layout, "allocate", poison)
 
 
 def compare(density, config, **options):

@@ -45,7 +45,7 @@ def poisoned(monkeypatch):
         integers.fill(2**30)
         return floats, integers
 
-    monkeypatch.setattr(cpu, "allocate", poison)
+    monkeypatch.setattr(layout, "allocate", poison)
 
 
 @pytest.mark.parametrize("samples", [1, LANES, 5 * LANES + 3, 2 * layout.PANEL + 1])

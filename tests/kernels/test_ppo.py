@@ -6,7 +6,8 @@ import torch
 
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.ppo import Batch, PPOConfig, cpu, plan, ppo_update_, reference
+from sparse_tickets.kernels.mlp import layout
+from sparse_tickets.kernels.ppo import Batch, PPOConfig, plan, ppo_update_, reference
 
 LR = 2.5e-4
 EPS = torch.finfo(torch.float32).eps
@@ -63,7 +64,7 @@ def copy(tensors):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Scratch starts as NaN and as absurd indices, as the last ticket may have left it."""
-    allocate = cpu.allocate
+    allocate = layout.allocate
 
     def poison(*arguments):
         floats, integers = allocate(*arguments)
@@ -71,7 +72,7 @@ def poisoned(monkeypatch):
         integers.fill(2**30)
         return floats, integers
 
-    monkeypatch.setattr(cpu, "allocate", poison)
+    monkeypatch.setattr(layout, "allocate", poison)
 
 
 def compare(arena, parameters, batch, config, density, updates):
