@@ -1,9 +1,9 @@
 """The linear layer on the CPU: compressed rows where a ticket is sparse, torch's product elsewhere.
 
-Activations arrive row-major. A panel of `PANEL` batch rows is transposed to ``[features][PANEL]``,
-so that one weight meets a run of registers; then a row of nonzeros is a chain of fused multiply-adds
-on accumulators that never leave their registers. Per nonzero and panel: PANEL/LANES loads and as
-many multiply-adds, against a dense product's one per LANES weights.
+Activations arrive row-major. A panel of `PANEL` batch rows is transposed to
+``[features][PANEL]``, so that one weight meets a run of registers; then a row of nonzeros is a
+chain of fused multiply-adds on accumulators that never leave their registers. Per nonzero and
+panel: PANEL/LANES loads and as many multiply-adds.
 
 Each ticket takes the format of its own density, so its result does not depend on its batch-mates.
 """
@@ -254,7 +254,7 @@ def _gradient(dy, x, begin, column, position, dw, tickets, batch, inp, out, chun
 
 def _split(mask: Tensor, batch: int, dtype: torch.dtype) -> tuple[_Pattern | None, np.ndarray]:
     """The pattern, and which tickets run on compressed rows."""
-    tickets, out, inp = mask.shape
+    _, out, inp = mask.shape
     if dtype != torch.float32 or not is_sparse(out, inp, batch, 0.0):
         return None, np.zeros(0, np.int64)
     pattern = _pattern(mask)

@@ -43,7 +43,7 @@ def _spec(
 CLASSIC_SPECS = {
     spec.name: spec
     for spec in (
-        _spec("CartPole-v1", (0.0,) * 4, (0.57, 0.44, 0.066, 0.58), 475.0, 22.2),
+        _spec("CartPole-v1", (0.0,) * 4, (1.0,) * 4, 475.0, 22.2),
         _spec(
             "Acrobot-v1",
             (0.74, 0.0, 0.0, 0.0, 0.0, 0.0),
