@@ -21,18 +21,8 @@ from sparse_tickets.kernels.mlp.cpu import (
     forward,
     gather,
 )
-from sparse_tickets.kernels.mlp.layout import (
-    OUT,
-    PANEL,
-    Y,
-    lay_out,
-    open_scratch,
-    over_tickets,
-    pack,
-    read_row,
-    turn_values,
-    write_row,
-)
+from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, over_tickets
+from sparse_tickets.kernels.mlp.packing import open_scratch, pack, read_row, turn_values, write_row
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.random.cpu import fill_words
 from sparse_tickets.kernels.update.cpu import adam_row

@@ -89,7 +89,7 @@ def plan(net: Net, device: torch.device, *, density: float = 1.0, masked: bool =
 
 def describe_layers(nets: tuple[Net, ...], densities: tuple[float, ...]) -> tuple[str, str]:
     """Format and reason of the CPU kernels for networks of these nominal densities."""
-    from .layout import NARROW, SPARSE_DENSITY, is_sparse
+    from .layout import CACHED_WIDTH, NARROW, SPARSE_DENSITY, SPARSE_DENSITY_WIDE, is_sparse
 
     formats = [
         "csr" if is_sparse(*net.shape(layer), density) else "dense+mask"
@@ -97,8 +97,8 @@ def describe_layers(nets: tuple[Net, ...], densities: tuple[float, ...]) -> tupl
         for layer in range(net.depth)
     ]
     reason = (
-        f"compressed rows at nominal density <= {SPARSE_DENSITY} or where a layer is at most "
-        f"{NARROW} wide, tiles elsewhere"
+        f"compressed rows at nominal density <= {SPARSE_DENSITY} ({SPARSE_DENSITY_WIDE} beyond "
+        f"width {CACHED_WIDTH}) or where a layer is at most {NARROW} wide, tiles elsewhere"
     )
     return "/".join(formats), reason
 

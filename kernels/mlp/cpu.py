@@ -27,25 +27,30 @@ from sparse_tickets.kernels.mlp.layout import (
     WEIGHT,
     X,
     Y,
-    build_rows,
     lay_out,
-    open_scratch,
     over_tickets,
+)
+from sparse_tickets.kernels.mlp.packing import (
+    build_rows,
+    open_scratch,
     pack,
     read_row,
     turn_values,
     write_row,
 )
+from sparse_tickets.kernels.mlp.products import (
+    add_product,
+    product,
+    sparse_gradient,
+    sparse_product,
+)
 from sparse_tickets.kernels.vector import (
     LANES,
     fma,
     load,
-    make_sparse_tile,
-    make_tile,
     maximum,
     splat,
     store,
-    sum_each,
     sum_lanes,
     tanh,
     transpose,
@@ -61,201 +66,10 @@ __all__ = [
     "mlp",
 ]
 
-# Accumulators, one row of inputs and a broadcast must fit the registers: 32, but 16 on AVX2.
-_WIDE = 2 if LANES == 8 else 4
 _ZERO = np.float32(0.0)
 # Not the literal 1, which Numba would compile a product of its own for.
 _UNIT = np.int64(1)
 FIRST = np.int64(0)
-
-_tile_6 = make_tile(6, _WIDE)
-_tile_4 = make_tile(4, _WIDE)
-_tile_1 = make_tile(1, _WIDE)
-_tile_6_narrow = make_tile(6, 1)
-_tile_1_narrow = make_tile(1, 1)
-_add_tile_6 = make_tile(6, _WIDE, accumulate=True)
-_add_tile_4 = make_tile(4, _WIDE, accumulate=True)
-_add_tile_1 = make_tile(1, _WIDE, accumulate=True)
-_add_tile_6_narrow = make_tile(6, 1, accumulate=True)
-_add_tile_1_narrow = make_tile(1, 1, accumulate=True)
-_sparse_tile_8 = make_sparse_tile(8)
-_sparse_tile_1 = make_sparse_tile(1)
-
-
-def _make_product(tile_6, tile_4, tile_1, tile_6_narrow, tile_1_narrow):
-    """A product of any size from tiles: arguments of `make_tile`; LANES divides `width`."""
-
-    @njit(cache=True)
-    def product(a, a0, ar, ad, x, x0, xd, y, y0, ys, rows, depth, width, bias, b0):
-        wide = width // (_WIDE * LANES) * (_WIDE * LANES)
-        for c in range(0, wide, _WIDE * LANES):
-            r = 0
-            while r + 6 <= rows:
-                tile_6(
-                    a,
-                    a0 + r * ar,
-                    ar,
-                    ad,
-                    x,
-                    x0 + c,
-                    xd,
-                    y,
-                    y0 + r * ys + c,
-                    ys,
-                    depth,
-                    bias,
-                    b0 + r,
-                )
-                r += 6
-            while r + 4 <= rows:
-                tile_4(
-                    a,
-                    a0 + r * ar,
-                    ar,
-                    ad,
-                    x,
-                    x0 + c,
-                    xd,
-                    y,
-                    y0 + r * ys + c,
-                    ys,
-                    depth,
-                    bias,
-                    b0 + r,
-                )
-                r += 4
-            while r < rows:
-                tile_1(
-                    a,
-                    a0 + r * ar,
-                    ar,
-                    ad,
-                    x,
-                    x0 + c,
-                    xd,
-                    y,
-                    y0 + r * ys + c,
-                    ys,
-                    depth,
-                    bias,
-                    b0 + r,
-                )
-                r += 1
-        for c in range(wide, width, LANES):
-            r = 0
-            while r + 6 <= rows:
-                tile_6_narrow(
-                    a,
-                    a0 + r * ar,
-                    ar,
-                    ad,
-                    x,
-                    x0 + c,
-                    xd,
-                    y,
-                    y0 + r * ys + c,
-                    ys,
-                    depth,
-                    bias,
-                    b0 + r,
-                )
-                r += 6
-            while r < rows:
-                tile_1_narrow(
-                    a,
-                    a0 + r * ar,
-                    ar,
-                    ad,
-                    x,
-                    x0 + c,
-                    xd,
-                    y,
-                    y0 + r * ys + c,
-                    ys,
-                    depth,
-                    bias,
-                    b0 + r,
-                )
-                r += 1
-
-    return product
-
-
-_product = _make_product(_tile_6, _tile_4, _tile_1, _tile_6_narrow, _tile_1_narrow)
-_add_product = _make_product(
-    _add_tile_6, _add_tile_4, _add_tile_1, _add_tile_6_narrow, _add_tile_1_narrow
-)
-
-
-@njit(cache=True)
-def _sparse_product(values, index, begin, rows, x, x0, y, y0, width, bias, b0):
-    """``rows`` compressed rows times a panel."""
-    if width == PANEL:
-        for r in range(rows):
-            _sparse_tile_8(
-                values, index, begin[r], begin[r + 1], x, x0, PANEL, y, y0 + r * PANEL, bias[b0 + r]
-            )
-        return
-    for c in range(0, width, LANES):
-        for r in range(rows):
-            _sparse_tile_1(
-                values,
-                index,
-                begin[r],
-                begin[r + 1],
-                x,
-                x0 + c,
-                PANEL,
-                y,
-                y0 + r * PANEL + c,
-                bias[b0 + r],
-            )
-
-
-@njit(cache=True)
-def _flush(grad, j, partial):
-    """Add the lane sums of the registers in ``partial`` to the `LANES` gradients that end at j."""
-    first = j + 1 - LANES
-    store(grad, first, load(grad, first) + sum_each(partial, 0))
-
-
-@njit(cache=True)
-def _sparse_gradient(grad, column, begin, rows, delta, delta0, x, x0, width, partial):
-    """``grad[j] += delta[row] . x[column]`` over the nonzeros, `LANES` to a reduction."""
-    slot = 0
-    for r in range(rows):
-        d0 = delta0 + r * PANEL
-        if width == PANEL:
-            a, b = load(delta, d0), load(delta, d0 + LANES)
-            c, d = load(delta, d0 + 2 * LANES), load(delta, d0 + 3 * LANES)
-            e, f = load(delta, d0 + 4 * LANES), load(delta, d0 + 5 * LANES)
-            g, h = load(delta, d0 + 6 * LANES), load(delta, d0 + 7 * LANES)
-            for j in range(begin[r], begin[r + 1]):
-                k = x0 + column[j] * PANEL
-                even = fma(c, load(x, k + 2 * LANES), a * load(x, k))
-                odd = fma(d, load(x, k + 3 * LANES), b * load(x, k + LANES))
-                even = fma(e, load(x, k + 4 * LANES), even)
-                odd = fma(f, load(x, k + 5 * LANES), odd)
-                even = fma(g, load(x, k + 6 * LANES), even)
-                odd = fma(h, load(x, k + 7 * LANES), odd)
-                store(partial, slot * LANES, even + odd)
-                slot += 1
-                if slot == LANES:
-                    _flush(grad, j, partial)
-                    slot = 0
-        else:
-            for j in range(begin[r], begin[r + 1]):
-                k = x0 + column[j] * PANEL
-                total = load(delta, d0) * load(x, k)
-                for i in range(LANES, width, LANES):
-                    total = fma(load(delta, d0 + i), load(x, k + i), total)
-                store(partial, slot * LANES, total)
-                slot += 1
-                if slot == LANES:
-                    _flush(grad, j, partial)
-                    slot = 0
-    for s in range(slot):
-        grad[begin[rows] - slot + s] += sum_lanes(load(partial, s * LANES))
 
 
 @njit(cache=True)
@@ -275,7 +89,9 @@ def _deactivate(space, delta, y, rows, width, relu):
     for r in range(0, rows * PANEL, PANEL):
         if relu:
             for c in range(r, r + width):
-                space[delta + c] = space[delta + c] if space[y + c] > _ZERO else _ZERO
+                # Read first: a conditional load would be a branch per element.
+                gradient = space[delta + c]
+                space[delta + c] = gradient if space[y + c] > _ZERO else _ZERO
         else:
             for c in range(r, r + width, LANES):
                 value, gradient = load(space, y + c), load(space, delta + c)
@@ -303,26 +119,10 @@ def forward(layout, packed, first, last, width):
         weight = packed.weight
         if layers[layer, SPARSE]:
             rows = packed.row_begin[layers[layer, ROWS] :]
-            _sparse_product(
-                weight, packed.column, rows, out, space, x, space, y, width, weight, bias
-            )
+            sparse_product(weight, packed.column, rows, out, space, x, y, width, weight, bias)
         else:
-            _product(
-                weight,
-                begin,
-                inp,
-                _UNIT,
-                space,
-                x,
-                PANEL,
-                space,
-                y,
-                PANEL,
-                out,
-                inp,
-                width,
-                weight,
-                bias,
+            product(
+                weight, begin, inp, _UNIT, space, x, PANEL, y, PANEL, out, inp, width, weight, bias
             )
         if layers[layer, HIDDEN]:
             _activate(space, y, out, width, layout.relu)
@@ -347,8 +147,7 @@ def backward(layout, packed, first, last, columns, width, to_input):
             grad[bias + o] += sum_lanes(total)
         if layers[layer, SPARSE]:
             rows = packed.row_begin[layers[layer, ROWS] :]
-            partial = space[layout.turned :]
-            _sparse_gradient(grad, packed.column, rows, out, space, here, space, x, width, partial)
+            sparse_gradient(grad, packed.column, rows, out, space, here, x, width, layout.turned)
         else:
             stride, sums, turned = layers[layer, STRIDE], layers[layer, SUMS], layout.turned
             for i in range(0, inp, LANES):
@@ -356,7 +155,7 @@ def backward(layout, packed, first, last, columns, width, to_input):
                     transpose(
                         space, x + i * PANEL + c, PANEL, space, turned + c * stride + i, stride
                     )
-            _add_product(
+            add_product(
                 space,
                 here,
                 PANEL,
@@ -364,33 +163,24 @@ def backward(layout, packed, first, last, columns, width, to_input):
                 space,
                 turned,
                 stride,
-                space,
                 sums,
                 stride,
                 out,
                 columns,
                 stride,
                 space,
-                0,
+                sums,
             )
         if layer > first or to_input:
+            zeros = layout.zeros
             if layers[layer, SPARSE]:
-                turned_begin = packed.column_begin[layers[layer, COLUMNS] :]
-                _sparse_product(
-                    packed.turned,
-                    packed.turned_row,
-                    turned_begin,
-                    inp,
-                    space,
-                    here,
-                    space,
-                    there,
-                    width,
-                    space,
-                    layout.zeros,
+                values, rows = packed.turned, packed.turned_row
+                columns_begin = packed.column_begin[layers[layer, COLUMNS] :]
+                sparse_product(
+                    values, rows, columns_begin, inp, space, here, there, width, space, zeros
                 )
             else:
-                _product(
+                product(
                     packed.weight,
                     begin,
                     _UNIT,
@@ -398,14 +188,13 @@ def backward(layout, packed, first, last, columns, width, to_input):
                     space,
                     here,
                     PANEL,
-                    space,
                     there,
                     PANEL,
                     inp,
                     out,
                     width,
                     space,
-                    layout.zeros,
+                    zeros,
                 )
             if layer > first:
                 _deactivate(space, there, x, inp, width, layout.relu)
@@ -441,7 +230,9 @@ def collect_gradient(layout, packed, mask_row):
             if masked:
                 keep = mask_row[layers[layer, WEIGHT] + o * inp :]
                 for i in range(inp):
-                    grad[i] = sums[i] if keep[i] else _ZERO
+                    # Read first: a conditional load would be a branch per weight.
+                    total = sums[i]
+                    grad[i] = total if keep[i] else _ZERO
             else:
                 for i in range(inp):
                     grad[i] = sums[i]

@@ -22,18 +22,8 @@ from sparse_tickets.kernels.mlp.cpu import (
     forward,
     gather,
 )
-from sparse_tickets.kernels.mlp.layout import (
-    OUT,
-    PANEL,
-    Y,
-    lay_out,
-    open_scratch,
-    over_tickets,
-    pack,
-    read_row,
-    turn_values,
-    write_row,
-)
+from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, over_tickets
+from sparse_tickets.kernels.mlp.packing import open_scratch, pack, read_row, turn_values, write_row
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.random.cpu import fill_permutation
 from sparse_tickets.kernels.update.cpu import adam_row
@@ -308,7 +298,8 @@ def _update(
                     constants.beta2,
                     constants.eps,
                 )
-        measured[:_NORM] /= samples
+        for column in range(_NORM):
+            measured[column] /= samples
         measured[_NORM] /= constants.minibatches
         write_row(packed, count, mask, packed.weight, weights[ticket])
         write_row(packed, count, mask, packed.m, ms[ticket])

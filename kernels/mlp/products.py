@@ -1,0 +1,131 @@
+"""The three products of a layer over panels: dense, compressed rows, and their weight gradient.
+
+Operands are offsets into the thread's float scratch ``space``; see `layout`. Each function walks
+any size in tiles of registers; tails run on narrower tiles.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from sparse_tickets.kernels.mlp.layout import PANEL
+from sparse_tickets.kernels.vector import (
+    LANES,
+    fma,
+    load,
+    make_sparse_tile,
+    make_tile,
+    store,
+    sum_each,
+    sum_lanes,
+)
+
+__all__ = ["add_product", "product", "sparse_gradient", "sparse_product"]
+
+# Accumulators, one row of inputs and a broadcast must fit the registers: 32, but 16 on AVX2.
+_WIDE = 2 if LANES == 8 else 4
+
+
+def _make_product(accumulate):
+    """``y[r, c] = bias[r] + sum_d a[r, d] x[d, c]``, or ``+=`` and no bias; see `make_tile`.
+
+    ``a`` is any array, by strides; LANES divides ``width``.
+    """
+    tile_6, tile_4, tile_1 = (make_tile(rows, _WIDE, accumulate) for rows in (6, 4, 1))
+    narrow_6, narrow_1 = (make_tile(rows, 1, accumulate) for rows in (6, 1))
+
+    @njit(cache=True)
+    def product(a, a0, ar, ad, space, x0, xd, y0, ys, rows, depth, width, bias, b0):
+        wide = width // (_WIDE * LANES) * (_WIDE * LANES)
+        for c in range(0, wide, _WIDE * LANES):
+            x, r = x0 + c, 0
+            while r + 6 <= rows:
+                i, y = a0 + r * ar, y0 + r * ys + c
+                tile_6(a, i, ar, ad, space, x, xd, space, y, ys, depth, bias, b0 + r)
+                r += 6
+            while r + 4 <= rows:
+                i, y = a0 + r * ar, y0 + r * ys + c
+                tile_4(a, i, ar, ad, space, x, xd, space, y, ys, depth, bias, b0 + r)
+                r += 4
+            while r < rows:
+                i, y = a0 + r * ar, y0 + r * ys + c
+                tile_1(a, i, ar, ad, space, x, xd, space, y, ys, depth, bias, b0 + r)
+                r += 1
+        for c in range(wide, width, LANES):
+            x, r = x0 + c, 0
+            while r + 6 <= rows:
+                i, y = a0 + r * ar, y0 + r * ys + c
+                narrow_6(a, i, ar, ad, space, x, xd, space, y, ys, depth, bias, b0 + r)
+                r += 6
+            while r < rows:
+                i, y = a0 + r * ar, y0 + r * ys + c
+                narrow_1(a, i, ar, ad, space, x, xd, space, y, ys, depth, bias, b0 + r)
+                r += 1
+
+    return product
+
+
+product = _make_product(accumulate=False)
+add_product = _make_product(accumulate=True)
+
+_sparse_tile_8 = make_sparse_tile(8)
+_sparse_tile_1 = make_sparse_tile(1)
+
+
+@njit(cache=True)
+def sparse_product(values, index, begin, rows, space, x0, y0, width, bias, b0):
+    """``y[r] = bias[r] + sum_j values[j] x[index[j]]`` over the nonzeros j of each row."""
+    for r in range(rows):
+        j, end, y = begin[r], begin[r + 1], y0 + r * PANEL
+        if width == PANEL:
+            _sparse_tile_8(values, index, j, end, space, x0, PANEL, space, y, bias[b0 + r])
+        else:
+            for c in range(0, width, LANES):
+                x = x0 + c
+                _sparse_tile_1(values, index, j, end, space, x, PANEL, space, y + c, bias[b0 + r])
+
+
+@njit(cache=True)
+def _flush(grad, j, space, partial):
+    """Add the lane sums of the registers in ``partial`` to the `LANES` gradients that end at j."""
+    first = j + 1 - LANES
+    store(grad, first, load(grad, first) + sum_each(space, partial))
+
+
+@njit(cache=True)
+def sparse_gradient(grad, column, begin, rows, space, delta, x, width, partial):
+    """``grad[j] += delta[row] . x[column]`` over the nonzeros, `LANES` to a reduction."""
+    slot = 0
+    for r in range(rows):
+        d0 = delta + r * PANEL
+        if width == PANEL:
+            a, b = load(space, d0), load(space, d0 + LANES)
+            c, d = load(space, d0 + 2 * LANES), load(space, d0 + 3 * LANES)
+            e, f = load(space, d0 + 4 * LANES), load(space, d0 + 5 * LANES)
+            g, h = load(space, d0 + 6 * LANES), load(space, d0 + 7 * LANES)
+            for j in range(begin[r], begin[r + 1]):
+                k = x + column[j] * PANEL
+                even = fma(c, load(space, k + 2 * LANES), a * load(space, k))
+                odd = fma(d, load(space, k + 3 * LANES), b * load(space, k + LANES))
+                even = fma(e, load(space, k + 4 * LANES), even)
+                odd = fma(f, load(space, k + 5 * LANES), odd)
+                even = fma(g, load(space, k + 6 * LANES), even)
+                odd = fma(h, load(space, k + 7 * LANES), odd)
+                store(space, partial + slot * LANES, even + odd)
+                slot += 1
+                if slot == LANES:
+                    _flush(grad, j, space, partial)
+                    slot = 0
+        else:
+            for j in range(begin[r], begin[r + 1]):
+                k = x + column[j] * PANEL
+                total = load(space, d0) * load(space, k)
+                for i in range(LANES, width, LANES):
+                    total = fma(load(space, d0 + i), load(space, k + i), total)
+                store(space, partial + slot * LANES, total)
+                slot += 1
+                if slot == LANES:
+                    _flush(grad, j, space, partial)
+                    slot = 0
+    for s in range(slot):
+        grad[begin[rows] - slot + s] += sum_lanes(load(space, partial + s * LANES))
