@@ -232,7 +232,7 @@ def clone_update_(
         dataset.contiguous().numpy(),
         key.contiguous().numpy(),
         first_update,
-        lr.contiguous().numpy(),
+        lr.double().contiguous().numpy(),
         constants,
         losses,
     )

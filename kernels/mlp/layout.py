@@ -176,7 +176,7 @@ def lay_out(
 def _aligned(rows: int, length: int, dtype: type) -> np.ndarray:
     # A register that straddles two cache lines costs two loads; NumPy aligns to 16 bytes only.
     line = 64 // np.dtype(dtype).itemsize
-    flat = np.empty(rows * _ceil(length, line) + line, dtype)
+    flat: np.ndarray = np.empty(rows * _ceil(length, line) + line, dtype)
     skip = -(flat.ctypes.data // flat.itemsize) % line
     return flat[skip : skip + rows * _ceil(length, line)].reshape(rows, -1)
 

@@ -181,6 +181,13 @@ def _check_batch(parameters: Parameters, arena: Arena, batch: Batch) -> None:
     if arena.log_std is None:
         check_shape("action", batch.action, (tickets, samples))
         check_dtype("action", batch.action, torch.int64)
+        # On a GPU the check would wait for it, and torch's own gather is guarded.
+        if batch.action.device.type == "cpu" and batch.action.numel():
+            low, high = (int(bound) for bound in batch.action.aminmax())
+            if not 0 <= low <= high < arena.actor.sizes[-1]:
+                raise ValueError(
+                    f"action must be in [0, {arena.actor.sizes[-1]}), got {low}..{high}"
+                )
     else:
         check_shape("action", batch.action, (tickets, samples, arena.actor.sizes[-1]))
         check_dtype("action", batch.action, weight.dtype)

@@ -339,7 +339,7 @@ def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -
         tuple(tensor.detach().contiguous().numpy() for tensor in data),
         key.contiguous().numpy(),
         iteration,
-        lr.contiguous().numpy(),
+        lr.double().contiguous().numpy(),
         constants,
         statistics,
     )

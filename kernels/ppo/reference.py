@@ -75,7 +75,7 @@ def ppo_update_(
     """Statistics ``[6, P]``: those of `loss` and the gradient norm."""
     tickets, samples = batch.logp.shape
     row = torch.arange(tickets, device=key.device)[:, None]
-    statistics = []
+    statistics: list[Tensor] = []
     for epoch in range(config.epochs):
         statistics.clear()
         step = iteration * config.epochs + epoch

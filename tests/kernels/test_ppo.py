@@ -143,29 +143,30 @@ def test_pruned_critic():
 
 @pytest.mark.parametrize("density", [1.0, 0.1])
 def test_a_ticket_does_not_see_its_batch_or_the_threads(density):
-    arena, parameters, batch = problem(density, tickets=7)
-    key, iteration, lr = arguments(7)
+    arena, parameters, batch = problem(density, tickets=60)
+    key, iteration, lr = arguments(60)
 
-    def run(tickets):
+    def run(tickets, threads=2):
         mine = Parameters(*(t[tickets].clone() for t in parameters))
         rows = Batch(*(t[tickets] for t in batch))
         config = PPOConfig(epochs=2)
-        stats = ppo_update_(
-            mine, arena, rows, key[tickets], iteration, lr[tickets], config, density=density
-        )
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            stats = ppo_update_(
+                mine, arena, rows, key[tickets], iteration, lr[tickets], config, density=density
+            )
+        finally:
+            torch.set_num_threads(before)
         return (*mine, *stats)
 
     together = run(slice(None))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        for one, other in zip(run(slice(None)), together, strict=True):
+    for threads in (1, 3):
+        for one, other in zip(run(slice(None), threads), together, strict=True):
             assert torch.equal(one, other)
-    finally:
-        torch.set_num_threads(threads)
-    for ticket in (0, 3, 6):
-        for one, other in zip(run(slice(ticket, ticket + 1)), together, strict=True):
-            assert torch.equal(one[0], other[ticket])
+    for tickets in (slice(0, 1), slice(59, 60), slice(20, 27)):
+        for one, other in zip(run(tickets), together, strict=True):
+            assert torch.equal(one, other[tickets])
     assert run(slice(0, 0))[0].shape == (0, arena.size)
 
 
@@ -232,6 +233,8 @@ def test_refuses_what_it_cannot_do():
         update(batch=batch._replace(obs=batch.obs[..., :3]))
     with pytest.raises(TypeError, match="action must be int64"):
         update(batch=batch._replace(action=batch.action.float()))
+    with pytest.raises(ValueError, match=r"action must be in \[0, 3\), got 1..3"):
+        update(batch=batch._replace(action=batch.action.clamp(min=0) % 2 * 2 + 1))
     with pytest.raises(TypeError, match="weight must be float32"):
         update(parameters=double(parameters))
     with pytest.raises(ValueError, match="m must be contiguous"):
