@@ -136,6 +136,11 @@ def ppo_update_(
     """
     if arena.critic is None or arena.critic.sizes[-1] != 1:
         raise ValueError(f"arena must have a critic with one output, got critic={arena.critic}")
+    if arena.critic.sizes[0] != arena.actor.sizes[0]:
+        raise ValueError(
+            f"actor and critic must read the same observation, got {arena.actor.sizes[0]} and "
+            f"{arena.critic.sizes[0]} features"
+        )
     backend = resolve_backend(parameters.weight.device)
     floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
     check_density(density)

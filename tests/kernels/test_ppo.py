@@ -223,6 +223,8 @@ def test_refuses_what_it_cannot_do():
 
     with pytest.raises(ValueError, match="must have a critic"):
         update(arena=Arena.build((5, 40, 24, 3)))
+    with pytest.raises(ValueError, match="must read the same observation, got 5 and 6"):
+        update(arena=Arena.build((5, 40, 24, 3), (6, 33, 1)))
     with pytest.raises(ValueError, match="minibatches must divide the samples, got 5 and 148"):
         update(config=PPOConfig(minibatches=5))
     with pytest.raises(ValueError, match="minibatches of two samples"):
