@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from ..arena import Arena, Parameters
@@ -19,7 +19,7 @@ from ..dynamics.cpu import task_observe, task_reset, task_step
 from ..errors import check_shape
 from ..random import Stream
 from ..random.cpu import fill_normal, fill_uniform, pick
-from ..threads import launch
+from ..threads import over_tickets
 from .policy import Network, forward, network, prepare
 from .reference import Rollout
 
@@ -172,12 +172,13 @@ def _rollout_ticket(
     return True
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _rollout(
-    actor, critic, head, world, weight, mask, key, reset_key, stream, clock, state, elapsed, obs,
-    seen, index, vector, logp, value, reward, terminated, truncated, next_value, heads, valid,
+    begin, end, actor, critic, head, world, weight, mask, key, reset_key, stream, clock, state,
+    elapsed, obs, seen, index, vector, logp, value, reward, terminated, truncated, next_value,
+    heads, valid,
 ):  # fmt: skip
-    for p in prange(weight.shape[0]):
+    for p in range(begin, end):
         valid[p] = _rollout_ticket(
             actor, critic, head, world, weight[p], mask[p], key[p], reset_key[p], stream, clock,
             state[p], elapsed[p], obs[p], seen[p], index[p], vector[p], logp[p], value[p],
@@ -243,9 +244,9 @@ def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
     return True
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
-def _evaluate(actor, head, world, weight, mask, key, index, greedy, total, valid):
-    for p in prange(weight.shape[0]):
+@njit(cache=True, nogil=True, error_model="numpy")
+def _evaluate(begin, end, actor, head, world, weight, mask, key, index, greedy, total, valid):
+    for p in range(begin, end):
         valid[p] = _evaluate_ticket(
             actor, head, world, weight[p], mask[p], key[p], index, greedy, total[p]
         )
@@ -288,33 +289,33 @@ def rollout(
     heads = torch.empty((*shape, actions) if keep_heads else (tickets, 0, 0, 0))
     state, elapsed, obs = (_copy(tensor) for tensor in (env.state, env.elapsed, obs))
     valid = np.ones(tickets, np.bool_)
-    with launch():
-        _rollout(
-            network(arena.actor, arena, density, copies),
-            _critic(arena, density, copies),
-            _head(arena),
-            _world(env),
-            _array(parameters.weight),
-            _array(parameters.mask),
-            _array(key),
-            _array(env.key),
-            int(stream),
-            int(env.clock),
-            state.numpy(),
-            elapsed.numpy(),
-            obs.numpy(),
-            outcome.obs.numpy(),
-            index.numpy(),
-            vector.numpy(),
-            outcome.logp.numpy(),
-            outcome.value.numpy(),
-            outcome.reward.numpy(),
-            outcome.terminated.numpy(),
-            outcome.truncated.numpy(),
-            outcome.next_value.numpy(),
-            heads.numpy(),
-            valid,
-        )
+    arguments = (
+        network(arena.actor, arena, density, copies),
+        _critic(arena, density, copies),
+        _head(arena),
+        _world(env),
+        _array(parameters.weight),
+        _array(parameters.mask),
+        _array(key),
+        _array(env.key),
+        int(stream),
+        int(env.clock),
+        state.numpy(),
+        elapsed.numpy(),
+        obs.numpy(),
+        outcome.obs.numpy(),
+        index.numpy(),
+        vector.numpy(),
+        outcome.logp.numpy(),
+        outcome.value.numpy(),
+        outcome.reward.numpy(),
+        outcome.terminated.numpy(),
+        outcome.truncated.numpy(),
+        outcome.next_value.numpy(),
+        heads.numpy(),
+        valid,
+    )
+    over_tickets(tickets, lambda _, begin, end: _rollout(begin, end, *arguments))
     _check(valid)
     env.state, env.elapsed, env.clock = state, elapsed, env.clock + steps
     return outcome, heads, obs
@@ -333,19 +334,19 @@ def evaluate(
     copies = env.copies
     total = torch.empty((key.shape[0], copies))
     valid = np.ones(key.shape[0], np.bool_)
-    with launch():
-        _evaluate(
-            network(arena.actor, arena, density, copies),
-            _head(arena),
-            _world(env),
-            _array(parameters.weight),
-            _array(parameters.mask),
-            _array(key),
-            index,
-            greedy,
-            total.numpy(),
-            valid,
-        )
+    arguments = (
+        network(arena.actor, arena, density, copies),
+        _head(arena),
+        _world(env),
+        _array(parameters.weight),
+        _array(parameters.mask),
+        _array(key),
+        index,
+        greedy,
+        total.numpy(),
+        valid,
+    )
+    over_tickets(key.shape[0], lambda _, begin, end: _evaluate(begin, end, *arguments))
     _check(valid)
     return total
 
