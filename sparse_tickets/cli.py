@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from types import FrameType
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -20,12 +23,13 @@ from sparse_tickets.sweep.spec import Sweep, protocol
 
 __all__ = ["main"]
 
-Command = TypeVar("Command")
+
+Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]
 
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """Train, prune, rewind, retrain: every seed, condition and level, resumable at any moment."""
+    """Train, prune, rewind, retrain: every seed, condition and level; resumable."""
 
     out: Path
     """Folder for results; running the same command again resumes it."""
@@ -34,7 +38,7 @@ class SweepCommand:
     """Print the cells, the time and the disk the sweep will take, and stop."""
     overwrite: bool = False
     """Discard what the folder holds for another specification."""
-    plugin: tuple[Path, ...] = ()
+    plugin: Files = ()
     """Python files that register your own environments, criteria or conditions."""
     device: str = "cpu"
     """Where to train."""
@@ -48,6 +52,8 @@ class ReportCommand:
     """The folder given to sweep as --out."""
     metric: str = "return_final"
     """return_final, return_best, return_final_sampled or return_auc."""
+    plugin: Files = ()
+    """Python files that register your own environments, criteria or conditions."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class ShowCommand:
     """Level; default: the sparsest finished."""
     export: Path | None = None
     """Also save the trained policy as a plain nn.Sequential (torch.save) to this file."""
+    plugin: Files = ()
+    """Python files that register your own environments, criteria or conditions."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class VerifyCommand:
     """The folder given to sweep as --out."""
     cells: int = 5
     """How many cells, spread over algorithms and levels."""
-    plugin: tuple[Path, ...] = ()
+    plugin: Files = ()
     """Python files that register your own environments, criteria or conditions."""
 
 
@@ -91,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     try:
         return _COMMANDS[name][1](rest, console)
-    except (ValueError, TypeError, StoreError, ExpertError, FileNotFoundError) as error:
+    except (ValueError, TypeError, StoreError, ExpertError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
 
@@ -109,21 +117,14 @@ def _usage(arguments: list[str], console: Console) -> int:
     return 2 if known else 0
 
 
-def _parse(kind: type[Command], name: str, rest: list[str], default: Command | None = None):
-    return tyro.cli(
-        kind,
-        prog=f"sparse-tickets {name}",
-        args=rest,
-        **({} if default is None else {"default": default}),
-    )
-
-
 def _sweep(rest: list[str], console: Console) -> int:
     # The protocol's defaults depend on the environment, so that --help shows the right ones.
-    _load_plugins(_option(rest, "--plugin"))
+    _load_plugins([Path(value) for value in _option(rest, "--plugin")])
     env = _option(rest, "--env")
     default = SweepCommand(out=tyro.MISSING, spec=protocol(env[0] if env else Sweep.env))
-    command = _parse(SweepCommand, "sweep", rest, default)
+    command = tyro.cli(
+        SweepCommand, prog="sparse-tickets sweep", args=rest, config=_STYLE, default=default
+    )
     spec, out = command.spec, command.out
     if command.dry_run:
         from sparse_tickets.sweep.estimate import estimate
@@ -131,14 +132,13 @@ def _sweep(rest: list[str], console: Console) -> int:
         console.print(estimate(spec))
         return 0
     try:
-        with SweepProgress(spec, console) as progress:
-            run(
-                spec,
-                out,
-                overwrite=command.overwrite,
-                device=command.device,
-                on_progress=progress.advance,
-            )
+        with SweepProgress(spec, console) as progress, _held_interrupt(console) as check:
+
+            def advance(description: str, steps: int) -> None:
+                progress.advance(description, steps)
+                check()
+
+            run(spec, out, overwrite=command.overwrite, device=command.device, on_progress=advance)
     except KeyboardInterrupt:
         console.print(
             f"\n[yellow]stopped.[/yellow] Finished units are safe in {out}; "
@@ -148,8 +148,35 @@ def _sweep(rest: list[str], console: Console) -> int:
     return _print_report(out, console, "return_final")
 
 
+@contextmanager
+def _held_interrupt(console: Console) -> Iterator[Callable[[], None]]:
+    """Hold the first Ctrl-C back until the function yielded is called; a second acts at once.
+
+    Raised at any moment, it may surface from a C extension as another error: a file being read
+    would seem damaged.
+    """
+    interrupted = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, previous)
+        console.print("stopping after this iteration; Ctrl-C again stops at once")
+
+    def check() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, hold)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def _report(rest: list[str], console: Console) -> int:
-    command = _parse(ReportCommand, "report", rest)
+    command = tyro.cli(ReportCommand, prog="sparse-tickets report", args=rest, config=_STYLE)
+    _load_plugins(command.plugin)
     return _print_report(command.run, console, command.metric)
 
 
@@ -166,7 +193,8 @@ def _print_report(out: Path, console: Console, metric: str) -> int:
 def _show(rest: list[str], console: Console) -> int:
     from sparse_tickets.analysis.report import show
 
-    command = _parse(ShowCommand, "show", rest)
+    command = tyro.cli(ShowCommand, prog="sparse-tickets show", args=rest, config=_STYLE)
+    _load_plugins(command.plugin)
     files = show(
         command.run,
         algo=command.algo,
@@ -184,8 +212,8 @@ def _show(rest: list[str], console: Console) -> int:
 def _verify(rest: list[str], console: Console) -> int:
     from sparse_tickets.analysis.verify import verify
 
-    command = _parse(VerifyCommand, "verify", rest)
-    _load_plugins([str(path) for path in command.plugin])
+    command = tyro.cli(VerifyCommand, prog="sparse-tickets verify", args=rest, config=_STYLE)
+    _load_plugins(command.plugin)
     table, agree = verify(command.run, command.cells, console)
     console.print(table)
     return 0 if agree else 1
@@ -205,23 +233,25 @@ def _option(arguments: list[str], name: str) -> list[str]:
     return values
 
 
-def _load_plugins(paths: Sequence[str]) -> None:
-    """Run the user's own Python files, which register what they define."""
-    for path in paths:
-        file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"--plugin must be a Python file, got {path}")
-        module_name = f"sparse_tickets_plugin_{file.stem}"
-        if module_name in sys.modules:
+def _load_plugins(files: Sequence[Path]) -> None:
+    """Run the user's own Python files, each once, which register what they define."""
+    for file in files:
+        specification = importlib.util.spec_from_file_location(str(file.resolve()), file)
+        if not file.is_file() or specification is None or specification.loader is None:
+            raise ValueError(f"--plugin must be a Python file, got {file}")
+        if specification.name in sys.modules:
             continue
-        specification = importlib.util.spec_from_file_location(module_name, file)
-        if specification is None or specification.loader is None:
-            raise ValueError(f"--plugin must be a Python file, got {path}")
         module = importlib.util.module_from_spec(specification)
-        sys.modules[module_name] = module
-        specification.loader.exec_module(module)
+        sys.modules[specification.name] = module
+        try:
+            specification.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[specification.name]
+            raise
 
 
+# A flag is on or not there: no --no-flag beside it.
+_STYLE = (tyro.conf.FlagCreatePairsOff,)
 _COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
     "sweep": ("train every seed, condition and level; resumable", _sweep),
     "report": ("print a run's table and draw its figures", _report),

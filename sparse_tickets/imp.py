@@ -33,15 +33,18 @@ class Trained(NamedTuple):
     mask: Tensor
 
 
-def dense_population(arena: Arena, initial_key: Tensor, scheme: str) -> Population:
+def dense_population(
+    arena: Arena, initial_key: Tensor, scheme: str, log_std: float = 0.0
+) -> Population:
     """Level 0: every weight kept, initialised from each seed's key.
 
     Args:
         arena: the layout.
         initial_key: ``[P]`` int64, keys of (env, seed), the same for every algorithm.
         scheme: a named initialisation.
+        log_std: initial log standard deviation of continuous actions.
     """
-    return Population.create(arena, initialise(arena, initial_key, scheme))
+    return Population.create(arena, initialise(arena, initial_key, scheme, log_std))
 
 
 def next_population(

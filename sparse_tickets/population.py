@@ -1,4 +1,4 @@
-"""A population of policies: one arena, its parameters, named initialisations, forward and export."""
+"""A population of policies: one arena, its parameters, named initialisations, forward."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def policy_arena(
     )
 
 
-def initialise(arena: Arena, key: Tensor, scheme: str = "lecun") -> Tensor:
-    """Initial weights ``[P, size]`` float32, one Philox key per ticket; biases and log_std zero.
+def initialise(arena: Arena, key: Tensor, scheme: str = "lecun", log_std: float = 0.0) -> Tensor:
+    """Initial weights ``[P, size]`` float32, one Philox key per ticket; biases zero.
 
     ``lecun`` (Klambauer et al., 2017) and ``kaiming`` (He et al., 2015) draw normals of variance
     1/in and 2/in for every layer, heads included; ``orthogonal`` (Saxe et al., 2014) has gain
@@ -53,6 +53,7 @@ def initialise(arena: Arena, key: Tensor, scheme: str = "lecun") -> Tensor:
         arena: the layout.
         key: ``[P]`` int64, one key per ticket.
         scheme: one of `INITIALISATIONS`.
+        log_std: log standard deviation of continuous actions.
 
     Raises:
         ValueError: an unknown scheme.
@@ -72,6 +73,8 @@ def initialise(arena: Arena, key: Tensor, scheme: str = "lecun") -> Tensor:
             else:
                 weight = draw * math.sqrt((1.0 if scheme == "lecun" else 2.0) / inp)
             net.weight(flat, layer).copy_(weight)
+    if arena.log_std is not None:
+        flat[:, arena.log_std : arena.log_std + arena.actor.sizes[-1]] = log_std
     return flat
 
 
@@ -113,9 +116,7 @@ class Population:
             ValueError: shapes that do not fit the arena, or a density outside [0, 1].
         """
         if weight.ndim != 2 or weight.shape[1] != arena.size:
-            raise ValueError(
-                f"weight must have shape (P, {arena.size}), got {tuple(weight.shape)}"
-            )
+            raise ValueError(f"weight must have shape (P, {arena.size}), got {tuple(weight.shape)}")
         if not 0.0 <= density <= 1.0:
             raise ValueError(f"density must be in [0, 1], got {density}")
         shape = (weight.shape[0], arena.prunable)
@@ -135,6 +136,11 @@ class Population:
             step=torch.zeros(shape[0], dtype=torch.int64, device=weight.device),
         )
         return cls(arena, parameters, density)
+
+    def to(self, device: torch.device | str) -> Population:
+        """The same policies on a device; tensors that are there already are not copied."""
+        parameters = Parameters(*(value.to(device) for value in self.parameters))
+        return Population(self.arena, parameters, self.density)
 
     def __len__(self) -> int:
         return self.parameters.weight.shape[0]

@@ -35,7 +35,7 @@ class BC:
     experts: int = 5
     """PPO experts per environment; student s imitates expert s mod experts."""
     expert_gate: float | None = None
-    """Return an expert's final weights must reach; default: where the environment counts as solved."""
+    """Return an expert must reach; default: where the environment counts as solved."""
     expert_steps: int | None = None
     """Environment steps each expert is trained for; default: PPO's budget."""
     expert_tries: int = 4
@@ -82,6 +82,7 @@ def train_experts(
     gate: float,
     *,
     scheme: str = "lecun",
+    log_std: float = 0.0,
     evaluation: Evaluation | None = None,
     on_iteration: Callable[[int], None] | None = None,
     device: torch.device | str = "cpu",
@@ -95,6 +96,7 @@ def train_experts(
         arena: a layout with a critic.
         gate: the return an expert must reach.
         scheme: initialisation.
+        log_std: initial log standard deviation of continuous actions.
         evaluation: how returns are measured.
         on_iteration: called after each iteration with the agent-steps taken in it.
         device: where to train.
@@ -109,7 +111,7 @@ def train_experts(
         seeds = range(first, first + settings.experts)
         initial_key = torch.tensor([derive_key("init", env_name, s) for s in seeds], device=device)
         key = torch.tensor([derive_key("expert", env_name, s) for s in seeds], device=device)
-        population = Population.create(arena, initialise(arena, initial_key, scheme))
+        population = Population.create(arena, initialise(arena, initial_key, scheme, log_std))
         result = ppo.train(
             budget, env_name, population, key, evaluation=evaluation, on_iteration=on_iteration
         )

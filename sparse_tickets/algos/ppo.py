@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.envs import make_env
-from sparse_tickets.kernels.ppo import PPOConfig, ppo_update_
+from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population
@@ -40,7 +40,7 @@ class PPO:
     clip: float = 0.2
     """Clip range of the probability ratio."""
     clip_value: bool = True
-    """Clip the value loss as well."""
+    """Clip the value loss as well; --ppo.no-clip-value turns it off."""
     entropy_coef: float = 0.01
     value_coef: float = 0.5
     max_norm: float = 0.5
@@ -144,7 +144,15 @@ def train(
             settings.gamma,
             settings.lam,
         )
-        batch = experience.batch(advantage, target)
+        samples = experience.flatten()
+        batch = Batch(
+            samples.obs,
+            samples.action,
+            samples.logp,
+            samples.value,
+            advantage.flatten(1),
+            target.flatten(1),
+        )
         learning_rate = torch.full(
             (len(population),), settings.learning_rate_at(iteration), device=key.device
         )

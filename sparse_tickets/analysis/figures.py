@@ -20,7 +20,19 @@ from . import frame as results
 from .contributions import CONTRIBUTIONS, contributions
 from .pictures import mask_figure, ticket_figure
 from .statistics import bootstrap_interval, iqm
-from .style import CONDITION_COLOURS, DPI, GREY, INK, PALE, dash, head, note, save, styled
+from .style import (
+    CONDITION_COLOURS,
+    DPI,
+    GREY,
+    INK,
+    PALE,
+    colour_of,
+    dash,
+    head,
+    note,
+    save,
+    styled,
+)
 
 __all__ = [
     "CONDITION_COLOURS",
@@ -106,8 +118,8 @@ def return_figure(
 
     present = {track.condition for each in shown.values() for track in each}
     handles = [
-        Line2D([], [], color=colour, linestyle=dash(name), linewidth=1.6, label=name)
-        for name, colour in CONDITION_COLOURS.items()
+        Line2D([], [], color=colour_of(name), linestyle=dash(name), linewidth=1.6, label=name)
+        for name in dict.fromkeys([*CONDITION_COLOURS, *sorted(present)])
         if name in present
     ]
     _legend(panels[-1], handles)
@@ -230,7 +242,7 @@ def _draw_tracks(
     conditions: int,
 ) -> bool:
     """Band, line and dots of one condition; returns whether there was anything finite to draw."""
-    colour = CONDITION_COLOURS[track.condition]
+    shade = colour_of(track.condition)
     middle = iqm(track.values, 0)
     low, high = bootstrap_interval(track.values)
     x = track.density
@@ -239,12 +251,12 @@ def _draw_tracks(
     there = ~np.isnan(middle)
     there &= np.cumprod((x > 0) | ~there).astype(bool)  # a line ends at its first zero density
     panel.fill_between(
-        x[there], low[there], high[there], color=colour, alpha=0.16, linewidth=0, zorder=2
+        x[there], low[there], high[there], color=shade, alpha=0.16, linewidth=0, zorder=2
     )
     panel.plot(
         x[there],
         middle[there],
-        color=colour,
+        color=shade,
         linewidth=1.5,
         linestyle=dash(track.condition),
         zorder=4,
@@ -259,7 +271,7 @@ def _draw_tracks(
         (dots * np.exp(shift))[:, 1:],
         track.values[:, 1:],
         s=2.2,
-        color=colour,
+        color=shade,
         alpha=0.35,
         linewidths=0,
         zorder=3,

@@ -65,7 +65,7 @@ class Tracks:
     Attributes:
         env: Environment name.
         algo: "ppo" or "bc".
-        condition: One of :data:`CONDITIONS`, or :data:`DENSE`.
+        condition: One of :data:`CONDITIONS`, a registered one, or :data:`DENSE`.
         controls: "own" or "ticket".
         source: The controls its cells carry: another kind's where they are the same in both.
         seeds: ``[seeds]`` in increasing order.
@@ -111,10 +111,6 @@ def check(frame: pl.DataFrame, metric: str = "return_final", *, one_env: bool = 
         raise ValueError(f"frame must have the columns {', '.join(missing)}, got {frame.columns}")
     if frame.is_empty():
         raise ValueError("frame must hold at least one trained cell, got none")
-    unknown = set(frame["condition"].unique()) - {DENSE, *CONDITIONS}
-    if unknown:
-        allowed = ", ".join((DENSE, *CONDITIONS))
-        raise ValueError(f"condition must be one of {allowed}, got {sorted(unknown)}")
     kinds = set(frame["controls"].unique()) - {"shared", *_KINDS}
     if kinds:
         raise ValueError(f"controls must be own, ticket or shared, got {sorted(kinds)}")
@@ -146,8 +142,13 @@ def controls_kinds(frame: pl.DataFrame) -> list[str]:
 
 
 def conditions(frame: pl.DataFrame, env: str, algo: str, controls: str) -> list[str]:
-    """The conditions that have tracks under these controls, in their fixed order."""
-    return [name for name in CONDITIONS if not _cells(frame, env, algo, name, controls).is_empty()]
+    """The conditions with tracks under these controls: ours in a fixed order, then a user's."""
+    others = sorted(set(frame["condition"].unique()) - {DENSE, *CONDITIONS})
+    return [
+        name
+        for name in (*CONDITIONS, *others)
+        if not _cells(frame, env, algo, name, controls).is_empty()
+    ]
 
 
 def tracks(
@@ -167,7 +168,7 @@ def tracks(
         frame: The results frame, already passed through :func:`check`.
         env: Environment name.
         algo: Algorithm name.
-        condition: One of :data:`CONDITIONS`, or :data:`DENSE` for level 0 alone.
+        condition: One of :data:`CONDITIONS`, a registered one, or :data:`DENSE` for level 0 alone.
         controls: "own" or "ticket".
         metric: One of :data:`METRICS`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = [
     "GREY",
     "INK",
     "PALE",
+    "colour_of",
     "dash",
     "head",
     "note",
@@ -41,6 +43,7 @@ CONDITION_COLOURS = {
 INK, GREY, PALE = "#222222", "#767676", "#D9D9D9"
 DPI = 200
 
+_OWN_COLOURS = ("#000000", "#882255", "#999933", "#332288")
 _DASHED = ("mask/re-init", "permuted/re-init", "erk-random/re-init")
 _WARNING = "#A03000"
 _STYLE: dict[Any, Any] = {
@@ -111,9 +114,16 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
     return png, svg
 
 
+def colour_of(condition: str) -> str:
+    """Colour of a condition: for those a user registered one of a few, always the same by name."""
+    own = _OWN_COLOURS[zlib.crc32(condition.encode()) % len(_OWN_COLOURS)]
+    return CONDITION_COLOURS.get(condition, own)
+
+
 def dash(condition: str) -> Any:
     """Line style of a condition: solid for the literature's four, dashed for the further ones."""
-    return (0, (3.5, 1.2)) if condition in _DASHED else "-"
+    solid = condition in CONDITION_COLOURS and condition not in _DASHED
+    return "-" if solid else (0, (3.5, 1.2))
 
 
 def note(panel: Axes, text: str) -> None:

@@ -52,6 +52,11 @@ def verify(path, cells: int, console: Console) -> tuple[Table, bool]:
         raise ValueError(f"cells must be at least 1, got {cells}")
     store = Store(path)
     spec = Sweep.from_dict(store.spec)
+    if spec.to_dict() != store.spec:
+        raise StoreError(
+            f"{spec.env} scales observations otherwise than when {store.path} was run: it cannot "
+            "be retrained with this version or plugin"
+        )
     finished = [
         (unit, ticket, row)
         for unit in store.units()

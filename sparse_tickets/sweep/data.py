@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -45,7 +46,9 @@ def read_data(store: Store, name: str) -> dict[str, Tensor] | None:
         reason = "does not match its checksum"
     except SafetensorError as error:
         reason = f"cannot be read ({error})"
-    path.replace(path.with_name(path.name + ".damaged"))
+    # Another process may have found the damage at the same moment.
+    with suppress(FileNotFoundError):
+        path.replace(path.with_name(path.name + ".damaged"))
     line = f"{path} {reason}"
     store.damaged.append(line)
     warnings.warn(f"{line}: moved aside, it will be made again", stacklevel=2)

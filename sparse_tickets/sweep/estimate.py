@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import torch
@@ -77,7 +76,7 @@ def _seconds_per_step(spec: Sweep, algo: str, tickets: int, density: float) -> f
     dataset = _probe_dataset(spec, budget) if algo == "bc" else None
     train_s = evaluate_s = 0.0
     for _ in range(2):  # the first round compiles
-        weight = initialise(arena, key, spec.init)
+        weight = initialise(arena, key, spec.init, spec.log_std)
         population = Population.create(arena, weight, mask, density)
         if dataset is None:
             result = ppo.train(budget, spec.env, population, key, evaluation=evaluation)
@@ -99,7 +98,7 @@ def _seconds_per_step(spec: Sweep, algo: str, tickets: int, density: float) -> f
 def _probe_dataset(spec: Sweep, budget: ppo.PPO) -> bc.Dataset:
     key = torch.zeros(1, dtype=torch.int64)
     arena = expert_arena(spec)
-    experts = bc.Experts(initialise(arena, key, spec.init), torch.zeros(1), key)
+    experts = bc.Experts(initialise(arena, key, spec.init, spec.log_std), torch.zeros(1), key)
     return bc.demonstrations(experts, spec.env, arena, budget.steps)
 
 

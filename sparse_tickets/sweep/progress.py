@@ -37,8 +37,8 @@ class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.speed or task.finished_speed
         if not speed:
-            return Text("starting, kernels compile on the first run", style="dim")
-        return Text(f"{speed / 1000:,.0f}k agent-steps/s", style="cyan")
+            return Text("compiling", style="dim")
+        return Text(f"{speed / 1000:,.0f}k steps/s", style="cyan")
 
 
 class SweepProgress:
@@ -46,15 +46,15 @@ class SweepProgress:
 
     def __init__(self, spec: Sweep, console: Console) -> None:
         self._bar = Progress(
-            TextColumn("{task.description:32}"),
-            BarColumn(bar_width=30),
+            TextColumn("{task.description:28}"),
+            BarColumn(bar_width=None),
             TextColumn("{task.percentage:3.0f}%"),
             _Speed(),
-            TextColumn("elapsed"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            expand=True,
         )
         self._task = self._bar.add_task("starting", total=total_steps(spec))
 

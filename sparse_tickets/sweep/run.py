@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -15,7 +19,10 @@ from sparse_tickets.algos.evaluation import Evaluation, Result
 from sparse_tickets.conditions import find_condition
 from sparse_tickets.connectivity import connectivity
 from sparse_tickets.imp import Trained, dense_population, next_population
+from sparse_tickets.kernels import imitation
+from sparse_tickets.kernels import ppo as kernels_ppo
 from sparse_tickets.kernels.arena import Arena, Parameters
+from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.sweep.data import read_data, write_data
 from sparse_tickets.sweep.spec import Sweep, Track
@@ -26,6 +33,7 @@ __all__ = ["cell_population", "make_experts", "run", "train_population"]
 
 # Claimed, like a unit, by the process that trains the experts; it never has files of its own.
 _EXPERTS = Unit("experts", 0, 0)
+_DEMONSTRATIONS = "demonstrations"
 _POLL_S = 0.5
 
 Progress = Callable[[str, int], None]
@@ -43,7 +51,8 @@ def run(
     """Train every cell of a sweep that the store does not hold yet.
 
     May be stopped at any moment and started again; several processes may share one store, each
-    taking the units that no other works on.
+    taking the units that no other works on. A unit waits for every unit of its algorithm's level
+    before; algorithms do not wait for each other.
 
     Args:
         spec: what to run.
@@ -58,16 +67,30 @@ def run(
     Raises:
         StoreError: the folder belongs to another specification, or the disk is full.
         ExpertError: behavioural cloning found too few experts.
-        ValueError: an unknown environment.
+        ValueError: an unknown environment, a device that is not there, or an environment to clone
+            experts in that does not say when it is solved.
     """
-    notify = on_progress or (lambda description, steps: None)
-    spec.env_spec  # noqa: B018  an unknown environment is refused before anything is written
-    store = Store.open(out, spec.to_dict(), overwrite=overwrite)
-    runner = _Runner(spec, store, torch.device(device), notify)
-    for algo in spec.algos:
-        for level, chunk, tracks in spec.units(algo):
-            runner.unit(algo, level, chunk, tracks)
+    # What cannot work is refused before anything is written.
+    content = spec.to_dict()
+    if "bc" in spec.algos:
+        _expert_budget(spec), _expert_gate(spec)
+    where = _device(device)
+    store = Store.open(out, content, overwrite=overwrite)
+    runner = _Runner(spec, store, where, on_progress or (lambda description, steps: None))
+    algorithms = [runner.algorithm(algo) for algo in spec.algos]
+    while algorithms:
+        algorithms = [each for each in algorithms if next(each, None) is not None]
+        if algorithms:
+            time.sleep(_POLL_S)
     return store
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one torch has here, got {name!r} ({reason})") from error
 
 
 class _Runner:
@@ -78,51 +101,84 @@ class _Runner:
         self._notify = notify
         self._dataset: bc.Dataset | None = None
 
-    def unit(self, algo: str, level: int, chunk: int, tracks: Sequence[Track]) -> None:
-        """Train one chunk of a level, unless it is finished or another process finishes it."""
-        spec, store = self._spec, self._store
-        unit = Unit(algo, level, chunk)
-        what = f"{algo} level {level}, density {spec.density(level):.1%}"
-        while not store.has(unit):
-            with store.claim(unit) as mine:
-                if mine and not store.has(unit):
-                    if algo == "bc" and self._dataset is None:
-                        self._dataset = self._demonstrations()
-                    population, key = cell_population(spec, store, algo, level, tracks)
-                    result = train_population(
-                        spec,
-                        algo,
-                        population,
-                        key,
-                        level,
-                        tracks,
-                        self._dataset,
-                        on_iteration=lambda steps: self._notify(what, steps),
-                    )
-                    self._write(unit, tracks, population, result)
-                    return
-            self._notify(f"{what}: waiting for another process", 0)
-            time.sleep(_POLL_S)
-        self._notify(what, len(tracks) * spec.train_steps(level))
+    def algorithm(self, algo: str) -> Iterator[Unit]:
+        """Train an algorithm level by level; yields a unit that another process is working on."""
+        for level, units in groupby(self._spec.units(algo), key=itemgetter(0)):
+            left = [(Unit(algo, level, chunk), tracks) for _, chunk, tracks in units]
+            while left := [each for each in left if not self._finish(*each)]:
+                self._notify(f"{self._describe(left[0][0])}: waiting for another process", 0)
+                yield left[0][0]
+
+    def _finish(self, unit: Unit, tracks: Sequence[Track]) -> bool:
+        """Train one chunk of a level if nobody has; False while another process does."""
+        if not self._is_stored(unit):
+            with self._store.claim(unit) as mine:
+                if not mine:
+                    return False
+                # Another process may have finished it a moment ago.
+                if not self._is_stored(unit):
+                    self._train(unit, tracks)
+                    return True
+        self._notify(self._describe(unit), len(tracks) * self._spec.train_steps(unit.level))
+        return True
+
+    def _is_stored(self, unit: Unit) -> bool:
+        """Whether a unit is finished and, at level 0, what later levels rewind to is there."""
+        if not self._store.has(unit):
+            return False
+        needs_rewind = unit.level == 0 and self._spec.rewind_step > 0
+        return not needs_rewind or read_data(self._store, _rewind_name(unit)) is not None
+
+    def _train(self, unit: Unit, tracks: Sequence[Track]) -> None:
+        spec = self._spec
+        if unit.algo == "bc" and self._dataset is None:
+            self._dataset = bc.Dataset(*(part.to(self._device) for part in self._demonstrations()))
+        population, key = cell_population(spec, self._store, unit.algo, unit.level, tracks)
+        population = population.to(self._device)
+        what = self._describe(unit)
+        result = train_population(
+            spec,
+            unit.algo,
+            population,
+            key.to(self._device),
+            unit.level,
+            tracks,
+            self._dataset,
+            on_iteration=lambda steps: self._notify(what, steps),
+        )
+        self._write(unit, tracks, population, result)
+
+    def _describe(self, unit: Unit) -> str:
+        return f"{unit.algo} level {unit.level}, density {self._spec.density(unit.level):.1%}"
 
     def _demonstrations(self) -> bc.Dataset:
         """The experts' data set, from the store or made now."""
         spec, store = self._spec, self._store
-        while (stored := read_data(store, "demonstrations")) is None:
+        while (stored := read_data(store, _DEMONSTRATIONS)) is None:
             with store.claim(_EXPERTS) as mine:
-                if mine:
-                    experts = make_experts(
-                        spec, on_iteration=lambda steps: self._notify("bc experts", steps)
-                    )
-                    write_data(store, "experts", experts._asdict())
+                # Another process may have finished it a moment ago.
+                if mine and read_data(store, _DEMONSTRATIONS) is None:
                     dataset = bc.demonstrations(
-                        experts, spec.env, expert_arena(spec), spec.ppo.steps
+                        self._experts(), spec.env, expert_arena(spec), spec.ppo.steps
                     )
-                    write_data(store, "demonstrations", dataset._asdict())
-                    return dataset
-            self._notify("bc experts: waiting for another process", 0)
-            time.sleep(_POLL_S)
+                    write_data(store, _DEMONSTRATIONS, dataset._asdict())
+            if not mine:
+                self._notify("bc experts: waiting for another process", 0)
+                time.sleep(_POLL_S)
         return bc.Dataset(**stored)
+
+    def _experts(self) -> bc.Experts:
+        stored = read_data(self._store, "experts")
+        if stored is not None:
+            experts = bc.Experts(**stored)
+            return experts._replace(weight=experts.weight.to(self._device))
+        experts = make_experts(
+            self._spec,
+            on_iteration=lambda steps: self._notify("bc experts", steps),
+            device=self._device,
+        )
+        write_data(self._store, "experts", experts._asdict())
+        return experts
 
     def _write(
         self,
@@ -133,12 +189,12 @@ class _Runner:
     ) -> None:
         spec, algo, level = self._spec, unit.algo, unit.level
         if result.rewind is not None:
-            write_data(self._store, f"{unit.name}-rewind", result.rewind._asdict())
+            write_data(self._store, _rewind_name(unit), result.rewind._asdict())
         mask = population.parameters.mask
-        links = connectivity(mask, population.arena)
+        links = connectivity(mask.cpu(), population.arena)
         kept = spec.kept(algo, level)
-        initial_key = torch.tensor([spec.initial_key(track.seed) for track in tracks])
-        initial = initialise(population.arena, initial_key, spec.init)
+        initial = initialise(population.arena, _initial_keys(spec, tracks), spec.init, spec.log_std)
+        how = {"versions": _versions(), "plan": str(_plan(population, algo, self._device))}
         rewind = result.initial if result.rewind is None else result.rewind.weight
         environment = spec.env_spec
         rows, tickets = [], []
@@ -183,6 +239,7 @@ class _Runner:
                     best=result.best[index],
                     offset=tuple(environment.offset),
                     scale=tuple(environment.scale),
+                    metadata=how,
                 )
             )
         self._store.write(unit, rows, tickets)
@@ -194,27 +251,38 @@ def expert_arena(spec: Sweep) -> Arena:
 
 
 def make_experts(
-    spec: Sweep, on_iteration: Callable[[int], None] | None = None, device: str = "cpu"
+    spec: Sweep,
+    on_iteration: Callable[[int], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> bc.Experts:
     """Train the experts that the sweep's students imitate."""
-    settings = spec.bc
-    budget = spec.ppo
-    if settings.expert_steps is not None:
-        budget = replace(budget, steps=settings.expert_steps)
-    gate = spec.env_spec.solved if settings.expert_gate is None else settings.expert_gate
-    # An expert is judged by its final weights alone.
-    evaluation = Evaluation(1, 1, spec.evaluation.final_episodes)
     return bc.train_experts(
-        settings,
-        budget,
+        spec.bc,
+        _expert_budget(spec),
         spec.env,
         expert_arena(spec),
-        gate,
+        _expert_gate(spec),
         scheme=spec.init,
-        evaluation=evaluation,
+        log_std=spec.log_std,
+        # An expert is judged by its final weights alone.
+        evaluation=Evaluation(1, 1, spec.evaluation.final_episodes),
         on_iteration=on_iteration,
         device=device,
     )
+
+
+def _expert_budget(spec: Sweep) -> ppo.PPO:
+    steps = spec.bc.expert_steps
+    return spec.ppo if steps is None else replace(spec.ppo, steps=steps)
+
+
+def _expert_gate(spec: Sweep) -> float:
+    gate = spec.env_spec.solved if spec.bc.expert_gate is None else spec.bc.expert_gate
+    if gate is None:
+        raise ValueError(
+            f"bc.expert_gate must be given for {spec.env}: nobody says when it counts as solved"
+        )
+    return gate
 
 
 def train_population(
@@ -243,7 +311,7 @@ def train_population(
         )
     if dataset is None:
         raise ValueError("dataset must be given to train by behavioural cloning, got None")
-    assignment = torch.tensor([track.seed % spec.bc.experts for track in tracks])
+    assignment = torch.tensor([track.seed % spec.bc.experts for track in tracks], device=key.device)
     return bc.train(
         spec.ppo,
         spec.env,
@@ -265,8 +333,8 @@ def cell_population(
     arena = spec.arena(algo)
     key = torch.tensor([spec.key(algo, track, level) for track in tracks])
     if level == 0:
-        initial_key = torch.tensor([spec.initial_key(track.seed) for track in tracks])
-        return dense_population(arena, initial_key, spec.init), key
+        initial_key = _initial_keys(spec, tracks)
+        return dense_population(arena, initial_key, spec.init, spec.log_std), key
     # Random masks have no chain: any trained network will do, and level 0 is always there.
     sources = [(track.source, level - 1 if _chained(track) else 0) for track in tracks]
     previous = _finished(spec, store, algo, sources)
@@ -288,6 +356,10 @@ def cell_population(
     return population, key
 
 
+def _initial_keys(spec: Sweep, tracks: Sequence[Track]) -> Tensor:
+    return torch.tensor([spec.initial_key(track.seed) for track in tracks])
+
+
 def _chained(track: Track) -> bool:
     return find_condition(track.condition).chained
 
@@ -295,7 +367,7 @@ def _chained(track: Track) -> bool:
 def _finished(
     spec: Sweep, store: Store, algo: str, cells: Sequence[tuple[Track, int]]
 ) -> list[Ticket]:
-    """The tickets of finished (track, level) cells; waits while another process trains them."""
+    """The tickets of finished (track, level) cells."""
     units: dict[Unit, list[Ticket]] = {}
     tickets = []
     for track, level in cells:
@@ -304,12 +376,6 @@ def _finished(
         chunk, index = divmod(spec.tracks(level).index(track), spec.chunk)
         unit = Unit(algo, level, chunk)
         if unit not in units:
-            while not store.has(unit):
-                if store.claimed_by(unit) is None:
-                    raise StoreError(
-                        f"unit {unit.name} is needed but not finished: run the sweep again"
-                    )
-                time.sleep(_POLL_S)
             units[unit] = store.read_tickets(unit)
         tickets.append(units[unit][index])
     return tickets
@@ -324,15 +390,31 @@ def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track])
         mask = torch.stack([ticket.mask for ticket in tickets])
         step = torch.zeros(len(tracks), dtype=torch.int64)
         return Parameters(weight, mask, zeros, zeros.clone(), step)
+    units: dict[Unit, dict[str, Tensor]] = {}
     rows = []
     for track in tracks:
         chunk, index = divmod(track.seed, spec.chunk)
-        name = f"{Unit(algo, 0, chunk).name}-rewind"
-        stored = read_data(store, name)
-        if stored is None:
-            raise StoreError(
-                f"{store.data / name}.safetensors is needed to rewind to step {spec.rewind_step}: "
-                f"delete {Unit(algo, 0, chunk).name}.json in units/ and run the sweep again"
-            )
-        rows.append(Parameters(**{name: value[index] for name, value in stored.items()}))
+        unit = Unit(algo, 0, chunk)
+        if unit not in units:
+            stored = read_data(store, _rewind_name(unit))
+            if stored is None:
+                raise StoreError(
+                    f"{store.path} lacks what {unit.name} is rewound to: run the sweep again"
+                )
+            units[unit] = stored
+        rows.append(Parameters(**{name: value[index] for name, value in units[unit].items()}))
     return Parameters(*(torch.stack(values) for values in zip(*rows, strict=True)))
+
+
+def _rewind_name(unit: Unit) -> str:
+    return f"{unit.name}-rewind"
+
+
+def _plan(population: Population, algo: str, device: torch.device) -> Plan:
+    describe = imitation.plan if algo == "bc" else kernels_ppo.plan
+    return describe(population.arena, device, density=population.density)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("sparse-tickets", "torch", "numpy", "numba")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -371,8 +371,6 @@ def test_bad_frames_raise(function):
         function(frame.drop("density", "return_final"))
     with pytest.raises(ValueError, match="each cell once"):
         function(pl.concat([frame, frame]))
-    with pytest.raises(ValueError, match=r"condition must be one of .*\['magic'\]"):
-        function(frame.with_columns(condition=pl.lit("magic")))
     with pytest.raises(ValueError, match="metric must be one of"):
         function(frame, metric="reward")
 

@@ -1,0 +1,298 @@
+"""The command line: help, errors, dry runs, reports on what is there, export, interruption."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from sparse_tickets import cli
+from sparse_tickets.analysis.report import stamp
+from sparse_tickets.cli import main
+from sparse_tickets.sweep.spec import Sweep, protocol
+from sparse_tickets.sweep.store import Store, load_results
+
+BUDGET = ["--ppo.steps", "512", "--ppo.horizon", "32", "--evaluation.points", "2"]
+FEW = ["--evaluation.episodes", "3", "--evaluation.final-episodes", "4"]
+STUDENTS = ["--bc.experts", "1", "--bc.expert-gate", "0"]
+TINY = ["--seeds", "2", "--levels", "3", "--hidden", "8", "8", *BUDGET, *FEW, *STUDENTS]
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run; tests must not change its units."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["sweep", *TINY, "--out", str(out)]) == 0
+    return out
+
+
+def installed():
+    return os.path.join(os.path.dirname(sys.executable), "sparse-tickets")
+
+
+def helped(command, capsys, monkeypatch, width=80):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as status:
+        main([command, "--help"])
+    assert status.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", list(cli._COMMANDS))
+def test_help_wraps_and_explains_every_option(command, capsys, monkeypatch):
+    text = helped(command, capsys, monkeypatch)
+    assert text.startswith(f"usage: sparse-tickets {command}")
+    assert max(map(len, text.splitlines())) <= 80
+    # Every box entry says something before its default.
+    for option in re.findall(r"│ +(--[a-z.-]+)", text):
+        after = re.sub(r"[│\s]+", " ", text.split(f" {option} ", 1)[1])
+        assert re.match(r"(\S+ )*?[A-Za-z]{3,}", after), option
+    assert "--no-dry-run" not in text
+    # Below 80 columns it still wraps.
+    narrow = helped(command, capsys, monkeypatch, width=60)
+    assert sum(len(line) > 60 for line in narrow.splitlines()) <= 3
+
+
+def test_help_of_sweep_has_every_field_and_the_environments_own_defaults(capsys, monkeypatch):
+    text = helped("sweep", capsys, monkeypatch, width=100)
+    options = ["--out", "--dry-run", "--overwrite", "--plugin", "--device"]
+    for name, value in Sweep().to_dict().items():
+        if name == "observations":
+            continue
+        fields = [f"{name}.{part}" for part in value] if isinstance(value, dict) else [name]
+        options += [f"--{field.replace('_', '-')}" for field in fields]
+    options[options.index("--ppo.clip-value")] = "--ppo.no-clip-value"
+    assert not [option for option in options if f" {option} " not in text.replace("\n", " ")]
+    assert "(default: 500000)" in text
+    with pytest.raises(SystemExit):
+        main(["sweep", "--env", "Pendulum-v1", "--help"])
+    assert "(default: 400000)" in capsys.readouterr().out
+
+
+def test_without_a_command_all_commands_are_listed(capsys):
+    for arguments in ([], ["-h"], ["--help"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert all(f"  {name} " in text for name in ("sweep", "report", "show", "verify"))
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys):
+    assert main(["train"]) == 2
+    error = capsys.readouterr().err
+    assert "no command 'train', there are: sweep, report, show, verify" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env", "CartPool-v1"], "env must be one of Acrobot-v1, CartPole-v1, MountainCar-v0"),
+        (["--conditions", "mask/weihgts"], "condition must be one of mask/weights"),
+        (["--algos", "dqn"], "algos must be among ppo, bc"),
+        (["--criterion", "size"], "criterion must be one of layerwise-magnitude, magnitude"),
+        (["--rate", "1.5"], "rate must be in (0, 1), got 1.5"),
+        (["--device", "cuda:99"], "device must be one torch has here"),
+        (["--plugin", "nowhere.py"], "--plugin must be a Python file, got nowhere.py"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_write_nothing(arguments, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    try:
+        status = main(["sweep", *arguments, "--out", str(out)])
+    except SystemExit as exit_:  # tyro refuses what the dataclass refuses in its own box
+        status = exit_.code
+    assert status not in (0, None)
+    shown = re.sub(r"[\s│]+", " ", "".join(capsys.readouterr()))
+    if arguments[0] == "--criterion":
+        message = "criterion must be one of magnitude"
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not out.exists()
+
+
+def test_a_dry_run_says_cells_time_and_disk_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["sweep", *TINY, "--dry-run", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    for word in ("cells", "agent-steps", "time", "disk", "ppo", "bc", "in all"):
+        assert word in text
+    # 2 dense, then 2 levels of 4 conditions for 2 seeds; for each of two algorithms.
+    assert re.search(r"in all +│? +36 ", text)
+    assert re.search(r"\d+:\d\d:\d\d", text)
+    assert re.search(r"[\d.]+ MB", text)
+    assert not out.exists()
+
+
+def test_sweep_prints_the_table_and_writes_the_figures(finished, capsys):
+    assert main(["sweep", *TINY, "--out", str(finished)]) == 0  # all there: at once
+    text = capsys.readouterr().out
+    assert "mask/weights" in text
+    assert "random/re-init" in text
+    files = re.findall(r"\S+\.(?:md|png)", text)
+    assert len(files) == 5
+    assert all(os.path.getsize(file) > 0 for file in files)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_report_on_an_unfinished_run(levels, finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    for unit in Store(out).units():
+        if unit.algo == "bc" or unit.level >= levels:
+            (out / "units" / f"{unit.name}.json").unlink()
+    assert main(["report", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "ppo" in text
+    assert len(load_results(out)) == (2 if levels == 1 else 10)
+
+
+def test_report_metrics_and_missing_runs(finished, tmp_path, capsys):
+    assert main(["report", str(finished), "--metric", "return_best"]) == 0
+    assert "return_best" in capsys.readouterr().out
+    assert main(["report", str(finished), "--metric", "loss"]) == 1
+    assert "metric must be one of" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    Store.open(tmp_path / "empty", Sweep().to_dict())
+    assert main(["report", str(tmp_path / "empty")]) == 1
+    assert "no finished unit yet" in capsys.readouterr().err
+
+
+def test_small_budgets_are_stamped(finished):
+    assert stamp(Sweep.from_dict(Store(finished).spec)) == "toy budget"
+    assert stamp(protocol("CartPole-v1")) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "level"), [([], 2), (["--level", "1"], 1), (["--level", "0"], 0)]
+)
+def test_the_exported_policy_is_plain_torch_and_acts_like_the_ticket(
+    options, level, finished, tmp_path, capsys
+):
+    file = tmp_path / "policy.pt"
+    arguments = ["--algo", "bc", "--seed", "1", *options, "--export", str(file)]
+    assert main(["show", str(finished), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert f"level-{level:02d}" in shown
+    policy = torch.load(file, weights_only=False)
+    assert isinstance(policy, torch.nn.Sequential)
+    store = Store(finished)
+    (ticket,) = [
+        ticket
+        for unit in store.units()
+        for ticket in store.read_tickets(unit)
+        if (unit.algo, unit.level, ticket.seed) == ("bc", level, 1)
+        and ticket.condition in ("dense", "mask/weights")
+    ]
+    raw = torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
+    scaled = (raw - torch.tensor(ticket.offset)) / torch.tensor(ticket.scale)
+    hidden = scaled
+    for layer, (weight, bias) in enumerate(ticket.arena.actor.layers(ticket.final[None])):
+        hidden = hidden @ weight[0].T + bias[0]
+        hidden = hidden.tanh() if layer < 2 else hidden
+    with torch.no_grad():
+        torch.testing.assert_close(policy(raw), hidden, rtol=1e-5, atol=1e-5)
+        assert torch.equal(policy(raw).argmax(1), hidden.argmax(1))
+    assert len(set(policy(raw).argmax(1).tolist())) == 2
+
+
+def test_the_exported_policy_earns_the_stored_return_in_gymnasium(finished, tmp_path):
+    import gymnasium
+
+    file = tmp_path / "policy.pt"
+    assert main(["show", str(finished), "--export", str(file)]) == 0
+    policy = torch.load(file, weights_only=False)
+    rows = load_results(finished).filter(
+        algo="ppo", condition="mask/weights", seed=0, level=2, controls="own"
+    )
+    env, returns = gymnasium.make("CartPole-v1"), []
+    for episode in range(20):
+        obs, _ = env.reset(seed=episode)
+        total, done = 0.0, False
+        while not done:
+            with torch.no_grad():
+                action = int(policy(torch.from_numpy(obs)).argmax())
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, done = total + reward, terminated or truncated
+        returns.append(total)
+    env.close()
+    mean, deviation = torch.tensor(returns).mean(), torch.tensor(returns).std()
+    stored = rows["return_final"][0]  # of four episodes
+    assert abs(mean - stored) <= 6 * max(deviation, 1) / 2
+
+
+def test_show_says_what_there_is(finished, tmp_path, capsys):
+    assert main(["show", str(finished), "--seed", "7"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "no finished ppo ticket of mask/weights (own controls), seed 7" in error
+    assert "finished algos: bc, ppo" in error
+    assert "seeds 0 to 1" in error
+
+
+def test_overwrite_on_the_command_line(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    other = ["sweep", *TINY, "--algos", "ppo", "--levels", "1", "--out", str(out)]
+    assert main(other) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "holds another run" in error
+    assert "levels is 3 there, 1 here" in error
+    assert "--overwrite" in error
+    assert main([*other, "--overwrite"]) == 0
+    assert len(load_results(out)) == 2
+
+
+def test_options_are_read_in_both_spellings():
+    arguments = ["--out", "x", "--plugin", "a.py", "b.py", "--env=Acrobot-v1", "--seeds", "3"]
+    assert cli._option(arguments, "--plugin") == ["a.py", "b.py"]
+    assert cli._option(arguments, "--env") == ["Acrobot-v1"]
+    assert cli._option(arguments, "--levels") == []
+
+
+def test_the_first_interrupt_waits_for_a_safe_moment_and_the_second_does_not():
+    console = Console(quiet=True)
+    with cli._held_interrupt(console) as check:
+        check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    with cli._held_interrupt(console):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
+def test_ctrl_c_exits_130_and_says_how_to_resume(tmp_path):
+    out = tmp_path / "run"
+    long = ["--env", "CartPole-v1", "--algos", "ppo", "--seeds", "2", "--levels", "40"]
+    child = subprocess.Popen(
+        [installed(), "sweep", *long, *BUDGET, *FEW, "--hidden", "8", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("units/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    text, _ = child.communicate(timeout=60)
+    assert "stopping after this iteration" in text
+    assert child.returncode == 130, text
+    plain = " ".join(text.split())
+    assert "stopped. Finished units are safe in" in plain
+    assert "run the same command again to resume" in plain
+    assert "Traceback" not in text
+    assert not list(out.rglob("*.lock"))
+    assert Store(out).units()

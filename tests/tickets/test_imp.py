@@ -1,0 +1,401 @@
+"""One level of iterative magnitude pruning: what each condition starts from, and what it keeps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.conditions import CONDITIONS
+from sparse_tickets.imp import Trained, dense_population, next_population
+from sparse_tickets.kernels import use_backend
+from sparse_tickets.kernels.arena import Arena, Parameters
+from sparse_tickets.kernels.random import derive_key
+from sparse_tickets.population import initialise
+
+BUILT_IN = tuple(CONDITIONS)
+ARENA = Arena.build((6, 16, 12, 3), (6, 16, 12, 1), continuous=True)
+BOTH = Arena.build((6, 16, 12, 3), (6, 16, 12, 1), continuous=True, prune_critic=True)
+ACTOR = Arena.build((6, 16, 12, 3))
+
+
+@pytest.fixture(autouse=True)
+def _plain_torch():
+    with use_backend("reference"):
+        yield
+
+
+def keys(*parts, count):
+    return torch.tensor([derive_key(*parts, index) for index in range(count)])
+
+
+def rewound(arena, count, generator, *, trained=False):
+    """A dense rewind point: at initialisation, or after some training."""
+    weight = initialise(arena, keys("init", count=count), log_std=-0.5)
+    zeros = torch.zeros_like(weight)
+    step = torch.zeros(count, dtype=torch.int64)
+    mask = torch.ones(count, arena.prunable, dtype=torch.bool)
+    if not trained:
+        return Parameters(weight, mask, zeros, zeros.clone(), step)
+    weight = weight + 0.1 * torch.randn(weight.shape, generator=generator)
+    m = torch.randn(weight.shape, generator=generator)
+    v = torch.rand(weight.shape, generator=generator)
+    return Parameters(weight, mask, m, v, step + 48)
+
+
+def trained_under(mask, generator):
+    return Trained(torch.randn(mask.shape, generator=generator) * mask, mask)
+
+
+def level(arena, conditions, point, generator, *, mask=None, kept=90, number=1, **settings):
+    if mask is None:
+        mask = torch.ones(len(conditions), arena.prunable, dtype=torch.bool)
+    trained = trained_under(mask, generator)
+    key = torch.tensor([derive_key(name, i, number) for i, name in enumerate(conditions)])
+    population = next_population(
+        arena, conditions, trained, point, key, kept=kept, density=0.4, **settings
+    )
+    return population.parameters, trained
+
+
+@pytest.mark.parametrize("arena", [ARENA, BOTH], ids=["actor", "critic too"])
+def test_every_condition_restores_what_pruning_does_not_touch(arena, generator):
+    point = rewound(arena, len(BUILT_IN), generator)
+    parameters, _ = level(arena, BUILT_IN, point, generator)
+    rest = slice(arena.prunable, arena.size)
+    assert torch.equal(parameters.weight[:, rest], point.weight[:, rest])
+    critic = slice(ACTOR.prunable, arena.prunable)
+    expected = point.weight[:, critic] * parameters.mask[:, critic]
+    assert torch.equal(parameters.weight[:, critic], expected)
+    assert not parameters.m.any()
+    assert not parameters.v.any()
+    assert not parameters.step.any()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 90, ARENA.prunable])
+def test_counts_are_exact_and_weights_zero_off_the_mask(kept, generator):
+    point = rewound(ARENA, len(BUILT_IN), generator)
+    parameters, _ = level(ARENA, BUILT_IN, point, generator, kept=kept)
+    assert (parameters.mask.sum(1) == kept).all()
+    assert not parameters.weight[:, : ARENA.prunable][~parameters.mask].any()
+
+
+def test_pruning_the_critic_ranks_both_networks_together(generator):
+    point = rewound(BOTH, 2, generator)
+    parameters, trained = level(BOTH, ["mask/weights"] * 2, point, generator, kept=200)
+    smallest = trained.weight.abs().masked_fill(~parameters.mask, torch.inf).amin(1)
+    largest = trained.weight.abs().masked_fill(parameters.mask, -torch.inf).amax(1)
+    assert (smallest > largest).all()
+    actor = parameters.mask[:, : ACTOR.prunable].sum(1)
+    assert ((actor > 0) & (actor < 200)).all()
+
+
+def test_the_ticket_keeps_the_largest_trained_weights_at_their_initial_values(generator):
+    point = rewound(ARENA, 1, generator)
+    parameters, trained = level(ARENA, ["mask/weights"], point, generator)
+    top = trained.weight.abs().topk(90).indices
+    assert parameters.mask.gather(1, top).all()
+    initial = point.weight[:, : ARENA.prunable]
+    assert torch.equal(parameters.weight[:, : ARENA.prunable], initial * parameters.mask)
+
+
+def test_masks_are_nested_over_levels(generator):
+    point = rewound(ARENA, 2, generator)
+    mask = None
+    for number, kept in enumerate((160, 100, 40, 7, 0), start=1):
+        parameters, _ = level(
+            ARENA, ["mask/weights", "mask/re-init"], point, generator, mask=mask, kept=kept,
+            number=number,
+        )  # fmt: skip
+        if mask is not None:
+            assert not (parameters.mask & ~mask).any()
+        mask = parameters.mask
+
+
+def layer_counts(mask):
+    return [mask[:, begin : begin + o * i].sum(1) for begin, o, i in ARENA.prunable_layers()]
+
+
+def test_permuted_masks_keep_layer_counts_and_change_row_and_column_counts(generator):
+    conditions = ["mask/weights", "permuted/permuted", "permuted/re-init"]
+    point = rewound(ARENA, 3, generator)
+    mask = torch.ones(3, ARENA.prunable, dtype=torch.bool)
+    trained = Trained(torch.randn(1, ARENA.prunable, generator=generator).expand(3, -1), mask)
+    parameters = next_population(
+        ARENA, conditions, trained, point, keys("cell", count=3), kept=90, density=0.4
+    ).parameters
+    for counts in layer_counts(parameters.mask):
+        assert (counts == counts[0]).all()
+    for layer in range(3):
+        masks = ARENA.actor.weight(parameters.mask, layer)
+        for axis in (1, 2):
+            counts = masks.sum(axis)
+            assert not torch.equal(counts[0], counts[1]), f"layer {layer} axis {axis}"
+            assert not torch.equal(counts[0], counts[2]), f"layer {layer} axis {axis}"
+
+
+def test_permuted_weights_are_the_surviving_initial_values(generator):
+    conditions = ["mask/permuted", "permuted/permuted"]
+    point = rewound(ARENA, 2, generator)
+    parameters, trained = level(ARENA, conditions, point, generator)
+    for row in range(2):
+        survivors = trained.weight[row].abs() >= trained.weight[row].abs().topk(90).values[-1]
+        for begin, out, inp in ARENA.prunable_layers():
+            layer = slice(begin, begin + out * inp)
+            values = point.weight[row, layer][survivors[layer]]
+            got = parameters.weight[row, layer][parameters.mask[row, layer]]
+            assert torch.equal(got.sort().values, values.sort().values)
+            assert not torch.equal(got, values)
+
+
+def test_permutations_are_drawn_afresh_at_every_level(generator):
+    point = rewound(ARENA, 1, generator)
+    one, _ = level(ARENA, ["permuted/permuted"], point, torch.Generator().manual_seed(3), number=1)
+    two, _ = level(ARENA, ["permuted/permuted"], point, torch.Generator().manual_seed(3), number=2)
+    assert not torch.equal(one.mask, two.mask)
+    for first, second in zip(layer_counts(one.mask), layer_counts(two.mask), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_reinitialised_weights_are_fresh_draws_of_the_same_scheme(generator):
+    conditions = ["mask/re-init", "random/re-init", "erk-random/re-init"]
+    point = rewound(ARENA, 3, generator)
+    parameters, _ = level(ARENA, conditions, point, generator, kept=ARENA.prunable)
+    got = parameters.weight[:, : ARENA.prunable]
+    assert not (got == point.weight[:, : ARENA.prunable]).any()
+    for layer in range(3):
+        weight = ARENA.actor.weight(parameters.weight, layer)
+        assert weight.var() * weight.shape[2] == pytest.approx(1, rel=0.4)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_later_rewind_point_is_restored_with_its_moments(name, generator):
+    point = rewound(ARENA, 2, generator, trained=True)
+    parameters, _ = level(ARENA, [name] * 2, point, generator)
+    rest = slice(ARENA.prunable, ARENA.size)
+    assert (parameters.step == 48).all()
+    for got, stored in zip(
+        (parameters.weight, parameters.m, parameters.v),
+        (point.weight, point.m, point.v),
+        strict=True,
+    ):
+        assert torch.equal(got[:, rest], stored[:, rest])
+    prunable = slice(0, ARENA.prunable)
+    keeps = 1.0 if name == "mask/weights" else 0.0
+    for got, stored in ((parameters.m, point.m), (parameters.v, point.v)):
+        assert torch.equal(got[:, prunable], keeps * stored[:, prunable] * parameters.mask)
+    if name == "mask/weights":
+        expected = point.weight[:, prunable] * parameters.mask
+        assert torch.equal(parameters.weight[:, prunable], expected)
+
+
+def test_a_tickets_start_depends_on_nothing_beside_it(generator):
+    conditions = list(BUILT_IN)
+    point = rewound(ARENA, len(conditions), generator, trained=True)
+    mask = torch.rand(len(conditions), ARENA.prunable, generator=generator) < 0.9
+    trained = trained_under(mask, generator)
+    key = keys("cell", count=len(conditions))
+    together = next_population(ARENA, conditions, trained, point, key, kept=90, density=0.4)
+    for row, name in enumerate(conditions):
+        one = slice(row, row + 1)
+        alone = next_population(
+            ARENA,
+            [name],
+            Trained(*(value[one] for value in trained)),
+            Parameters(*(value[one] for value in point)),
+            key[one],
+            kept=90,
+            density=0.4,
+        )
+        for got, expected in zip(alone.parameters, together.parameters, strict=True):
+            assert torch.equal(got, expected[one]), name
+
+
+def test_inputs_are_left_alone(generator):
+    point = rewound(ARENA, len(BUILT_IN), generator, trained=True)
+    copies = [value.clone() for value in point]
+    level(ARENA, BUILT_IN, point, generator)
+    assert all(torch.equal(now, before) for now, before in zip(point, copies, strict=True))
+
+
+def test_unknown_names_are_refused(generator):
+    point = rewound(ARENA, 1, generator)
+    with pytest.raises(ValueError, match="condition must be one of"):
+        level(ARENA, ["mask/nothing"], point, generator)
+    with pytest.raises(ValueError, match="criterion must be one of"):
+        level(ARENA, ["mask/weights"], point, generator, criterion="size")
+
+
+def test_dense_populations_start_from_the_seeds_weights():
+    key = keys("init", count=3)
+    population = dense_population(ARENA, key, "kaiming", -1.0)
+    assert population.parameters.mask.all()
+    assert torch.equal(population.parameters.weight, initialise(ARENA, key, "kaiming", -1.0))
+
+
+# The chain through a whole sweep, on the fast kernels.
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Tickets of a small sweep by (condition, controls, seed, level), and its store."""
+    from sparse_tickets.sweep.run import run
+    from sparse_tickets.sweep.spec import Sweep
+
+    spec = Sweep(
+        algos=("ppo",),
+        conditions=("mask/weights", "mask/permuted", "permuted/permuted", "random/re-init"),
+        controls=("own", "ticket"),
+        seeds=2,
+        levels=4,
+        rate=0.6,
+        hidden=(8, 8),
+        rewind_step=256,
+        ppo=PPO(steps=1024, horizon=32),
+        evaluation=Evaluation(2, 2, 4),
+    )
+    with use_backend("auto"):
+        store = run(spec, tmp_path_factory.mktemp("chain"))
+    tickets = [ticket for unit in store.units() for ticket in store.read_tickets(unit)]
+    return spec, store, {(t.condition, t.controls, t.seed, t.level): t for t in tickets}
+
+
+def test_ticket_controls_take_mask_and_values_from_the_same_seeds_ticket(chain):
+    _, _, tickets = chain
+    for seed in range(2):
+        for number in range(1, 4):
+            ticket = tickets["mask/weights", "own", seed, number]
+            permuted = tickets["mask/permuted", "ticket", seed, number]
+            assert torch.equal(permuted.mask, ticket.mask)
+            both = tickets["permuted/permuted", "ticket", seed, number]
+            for begin, out, inp in ticket.arena.prunable_layers():
+                layer = slice(begin, begin + out * inp)
+                values = ticket.rewind[layer][ticket.mask[layer]].sort().values
+                for control in (permuted, both):
+                    got = control.rewind[layer][control.mask[layer]].sort().values
+                    assert torch.equal(got, values)
+    # Own controls prune by their own networks: from the second level on they part ways.
+    assert not torch.equal(
+        tickets["mask/permuted", "own", 0, 2].mask, tickets["mask/weights", "own", 0, 2].mask
+    )
+
+
+def test_each_track_prunes_its_own_final_weights(chain):
+    spec, _, tickets = chain
+    for condition in ("mask/weights", "mask/permuted"):
+        for number in range(2, 4):
+            before = tickets[condition, "own", 1, number - 1]
+            after = tickets[condition, "own", 1, number]
+            kept = spec.kept("ppo", number)
+            scores = before.final[: len(before.mask)].abs().masked_fill(~before.mask, -1)
+            assert int(after.mask.sum()) == kept
+            assert after.mask[scores.topk(kept).indices].all()
+
+
+def test_training_resumes_at_the_rewind_step(chain):
+    spec, store, tickets = chain
+    from sparse_tickets.sweep.data import read_data
+    from sparse_tickets.sweep.store import Unit
+
+    stored = read_data(store, "ppo-level-00-chunk-00-rewind")
+    assert (stored["step"] == 2 * 4 * 4).all()  # 2 iterations of 4 epochs of 4 minibatches
+    assert stored["m"].any()
+    for seed in range(2):
+        dense = tickets["dense", "shared", seed, 0]
+        assert torch.equal(dense.rewind, stored["weight"][seed])
+        assert not torch.equal(dense.rewind, dense.initial)
+        ticket = tickets["mask/weights", "own", seed, 3]
+        prunable = len(ticket.mask)
+        assert torch.equal(ticket.rewind[prunable:], dense.rewind[prunable:])
+        assert torch.equal(ticket.rewind[:prunable], dense.rewind[:prunable] * ticket.mask)
+        assert torch.equal(ticket.initial[:prunable], dense.initial[:prunable] * ticket.mask)
+    assert {row["train_steps"] for row in store.read_rows(Unit("ppo", 1, 0))} == {768}
+    assert spec.train_steps(0) == 1024
+
+
+def test_the_schedule_goes_on_where_it_was(chain, monkeypatch):
+    from sparse_tickets.algos import ppo
+    from sparse_tickets.sweep.run import cell_population, train_population
+
+    spec, store, _ = chain
+    track = spec.tracks(1)[0]
+    population, key = cell_population(spec, store, "ppo", 1, [track])
+    seen = []
+    update = ppo.ppo_update_
+
+    def spy(parameters, arena, batch, key, iteration, lr, config, *, density):
+        seen.append((iteration, float(lr[0]), int(parameters.step[0])))
+        return update(parameters, arena, batch, key, iteration, lr, config, density=density)
+
+    monkeypatch.setattr(ppo, "ppo_update_", spy)
+    train_population(spec, "ppo", population, key, 1, [track], None)
+    assert [iteration for iteration, _, _ in seen] == [2, 3, 4, 5, 6, 7]
+    rates = [rate for _, rate, _ in seen]
+    assert rates == pytest.approx([2.5e-4 * (1 - i / 8) for i in range(2, 8)], rel=1e-6)
+    assert [step for _, _, step in seen] == [16 * i for i in range(2, 8)]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "bc"])
+def test_disconnected_policies_train_and_are_counted(algo, tmp_path):
+    from sparse_tickets.algos.bc import BC
+    from sparse_tickets.sweep.run import run
+    from sparse_tickets.sweep.spec import Sweep
+    from sparse_tickets.sweep.store import load_results
+
+    spec = Sweep(
+        algos=(algo,),
+        conditions=("mask/weights", "random/re-init"),
+        seeds=2,
+        levels=3,
+        rate=0.95,
+        hidden=(8, 8),
+        ppo=PPO(steps=256, horizon=32),
+        bc=BC(experts=1, expert_gate=0.0),
+        evaluation=Evaluation(1, 2, 3),
+    )
+    assert spec.kept(algo, 2) == 0
+    with use_backend("auto"):
+        store = run(spec, tmp_path)
+        results = load_results(tmp_path)
+    assert len(results) == 2 * 5
+    last = results.filter(level=2)
+    assert last["has_path"].to_list() == [False] * 4
+    assert last["effective_density"].to_list() == [0.0] * 4
+    assert last["reachable_actions"].to_list() == [0] * 4
+    assert last["dead_inputs"].to_list() == [4] * 4
+    assert results["return_final"].is_finite().all()
+    assert (results["return_final"] >= 8).all()
+    for ticket in (ticket for unit in store.units() for ticket in store.read_tickets(unit)):
+        assert ticket.final.isfinite().all()
+        # What is left of a policy without weights is its biases, and these learn.
+        assert not torch.equal(
+            ticket.final[head_biases(ticket)], ticket.rewind[head_biases(ticket)]
+        )
+
+
+def head_biases(ticket):
+    net = ticket.arena.actor
+    return slice(net.biases[-1], net.biases[-1] + net.sizes[-1])
+
+
+def test_pruning_the_critic_through_a_sweep(tmp_path):
+    from sparse_tickets.sweep.run import run
+    from sparse_tickets.sweep.spec import Sweep
+
+    spec = Sweep(
+        algos=("ppo",),
+        conditions=("mask/weights", "permuted/permuted"),
+        seeds=1,
+        levels=2,
+        rate=0.5,
+        hidden=(8,),
+        prune_critic=True,
+        ppo=PPO(steps=256, horizon=32),
+        evaluation=Evaluation(1, 2, 2),
+    )
+    with use_backend("auto"):
+        store = run(replace(spec, chunk=1), tmp_path)
+    tickets = [ticket for unit in store.units() for ticket in store.read_tickets(unit)]
+    assert [int(ticket.mask.sum()) for ticket in tickets] == [88, 44, 44]
+    assert all(ticket.prune_critic for ticket in tickets)

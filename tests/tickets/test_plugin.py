@@ -1,0 +1,126 @@
+"""What docs/extending.md shows works as printed: each file through a tiny sweep and its report."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_tickets.cli import main
+from sparse_tickets.conditions import CONDITIONS
+from sparse_tickets.envs.registry import _registry
+from sparse_tickets.prune import CRITERIA
+from sparse_tickets.sweep.store import Store, load_results
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL))
+SMALL = ["--seeds", "1", "--levels", "3", "--hidden", "8"]
+SHORT = ["--ppo.steps", "256", "--ppo.horizon", "32", "--evaluation.points", "1"]
+FEW = ["--evaluation.episodes", "2", "--evaluation.final-episodes", "3"]
+TINY = ["--algos", "ppo", *SMALL, *SHORT, *FEW]
+
+
+@pytest.fixture(autouse=True)
+def _registries():
+    """Plugins register for good: take back what a test registered."""
+    registries = (CONDITIONS, CRITERIA, _registry)
+    copies, modules = [dict(registry) for registry in registries], set(sys.modules)
+    yield
+    for registry, copied in zip(registries, copies, strict=True):
+        registry.clear()
+        registry.update(copied)
+    for name in set(sys.modules) - modules:
+        if name.endswith(".py"):
+            del sys.modules[name]
+
+
+def sweep(name, tmp_path, *options):
+    """Run the doc's file, with the options the doc's command line gives, at a tiny budget."""
+    file = tmp_path / name
+    file.write_text(FILES[name])
+    command = re.search(rf"sparse-tickets sweep --plugin {name} (.*) --out", TEXT)[1].split()
+    out = tmp_path / "run"
+    arguments = ["sweep", "--plugin", str(file), *command, *TINY, *options, "--out", str(out)]
+    assert main(arguments) == 0
+    assert main(["report", str(out), "--plugin", str(file)]) == 0
+    return out, file
+
+
+def test_every_example_is_at_most_twenty_lines():
+    assert sorted(FILES) == ["large_same_sign.py", "mask_sign.py", "stay.py"]
+    assert TEXT.count("```python") == len(FILES)
+    for name, text in FILES.items():
+        lines = [line for line in text.splitlines() if line.strip()]
+        assert len(lines) <= 20, name
+
+
+def test_an_environment_of_ones_own(tmp_path):
+    out, file = sweep(
+        "stay.py", tmp_path, "--algos", "ppo", "bc", "--bc.experts", "1", "--bc.expert-gate", "0"
+    )
+    results = load_results(out)
+    assert set(results["env"]) == {"Stay"}
+    assert set(results["algo"]) == {"ppo", "bc"}
+    assert set(results["random_return"]) == {8.0}
+    assert results["return_final"].is_between(0, 20).all()
+    assert Store(out).spec["observations"] == {"offset": [0.0], "scale": [2.0]}
+    assert main(["verify", str(out), "--cells", "1", "--plugin", str(file)]) == 0
+
+
+def test_a_criterion_of_ones_own(tmp_path):
+    out, _ = sweep("large_same_sign.py", tmp_path)
+    tickets = {
+        (ticket.condition, ticket.level): ticket
+        for unit in Store(out).units()
+        for ticket in Store(out).read_tickets(unit)
+    }
+    dense, ticket = tickets["dense", 0], tickets["mask/weights", 1]
+    final, initial = (row[: len(ticket.mask)] for row in (dense.final, dense.initial))
+    scores = final.abs() * (final * initial).sign()
+    assert scores[ticket.mask].min() >= scores[~ticket.mask].max()
+
+
+def test_a_condition_of_ones_own(tmp_path):
+    out, _ = sweep("mask_sign.py", tmp_path)
+    store = Store(out)
+    tickets = [t for unit in store.units() for t in store.read_tickets(unit)]
+    signed = [ticket for ticket in tickets if ticket.condition == "mask/sign"]
+    assert [ticket.level for ticket in signed] == [1, 2]
+    for ticket in signed:
+        net = ticket.arena.actor
+        for layer in range(net.depth):
+            weight = net.weight(ticket.rewind[None], layer)
+            initial = net.weight(ticket.initial[None], layer)
+            torch.testing.assert_close(weight, initial.sign() / net.sizes[layer] ** 0.5)
+
+
+def test_a_run_needs_its_plugin(tmp_path, capsys):
+    out, _ = sweep("mask_sign.py", tmp_path)
+    del CONDITIONS["mask/sign"]
+    assert main(["report", str(out)]) == 1
+    assert "condition must be one of" in capsys.readouterr().err
+
+
+def test_plugins_of_one_name_in_two_folders_are_both_loaded(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        text = f"register_criterion('from-{folder}')(lambda weight, initial, arena: weight)"
+        text = f"from sparse_tickets import register_criterion\n{text}\n"
+        (tmp_path / folder / "mine.py").write_text(text)
+    files = [str(tmp_path / folder / "mine.py") for folder in "ab"]
+    assert main(["report", str(tmp_path), "--plugin", *files]) == 1  # there is no run
+    assert {"from-a", "from-b"} <= set(CRITERIA)
+
+
+def test_a_broken_plugin_shows_where(tmp_path, capsys):
+    missing = tmp_path / "missing.py"
+    assert main(["report", str(tmp_path), "--plugin", str(missing)]) == 1
+    assert f"--plugin must be a Python file, got {missing}" in capsys.readouterr().err
+    file = tmp_path / "broken.py"
+    file.write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        main(["report", str(tmp_path), "--plugin", str(file)])
+    file.write_text("from sparse_tickets import register_criterion\n")
+    assert main(["report", str(tmp_path), "--plugin", str(file)]) == 1
+    assert "holds no run" in capsys.readouterr().err

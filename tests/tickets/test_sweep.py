@@ -1,0 +1,374 @@
+"""Whole sweeps: the table they leave, killed, shared, damaged, with a full disk, or in chunks."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import polars as pl
+import pytest
+import torch
+
+from sparse_tickets import files
+from sparse_tickets.algos.bc import BC, ExpertError
+from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.files import StoreError
+from sparse_tickets.sweep import run as run_module
+from sparse_tickets.sweep.data import read_data, write_data
+from sparse_tickets.sweep.progress import total_steps
+from sparse_tickets.sweep.run import run
+from sparse_tickets.sweep.spec import Sweep
+from sparse_tickets.sweep.store import Store, Unit, load_results
+
+SPEC = Sweep(
+    conditions=("mask/weights", "mask/permuted", "random/re-init"),
+    controls=("own", "ticket"),
+    seeds=2,
+    levels=3,
+    hidden=(8, 8),
+    rewind_step=128,
+    chunk=3,
+    ppo=PPO(steps=512, horizon=32),
+    bc=BC(experts=2, expert_gate=0.0),
+    evaluation=Evaluation(points=2, episodes=3, final_episodes=4),
+)
+TIMES = ("wall_s", "train_s")
+
+# Runs SPEC in a process of its own; kills itself after so many agent-steps if told to.
+CHILD = """
+import json, os, signal, sys
+from sparse_tickets.sweep.run import run
+from sparse_tickets.sweep.spec import Sweep
+
+spec, out, limit = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+done = 0
+
+def advance(description, steps):
+    global done
+    done += steps
+    if limit and done >= limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run(Sweep.from_dict(spec), out, on_progress=advance)
+"""
+
+
+def start(out, limit=0):
+    arguments = [sys.executable, "-c", CHILD, json.dumps(SPEC.to_dict()), str(out), str(limit)]
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+
+
+def wait(child):
+    """Exit status and what it complained about."""
+    _, complaint = child.communicate(timeout=120)
+    return child.returncode, complaint
+
+
+def table(out):
+    return load_results(out).drop(TIMES)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of one uninterrupted run; tests must not write to it."""
+    out = tmp_path_factory.mktemp("sweep") / "run"
+    run(SPEC, out)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    import shutil
+
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_the_table_has_a_row_per_cell_and_the_promised_columns(finished):
+    results = load_results(finished)
+    promised = [
+        "env",
+        "algo",
+        "condition",
+        "controls",
+        "seed",
+        "level",
+        "density",
+        "effective_density",
+        "return_final",
+        "return_best",
+        "train_steps",
+        "wall_s",
+    ]
+    assert set(promised) <= set(results.columns)
+    assert not any(results[column].is_null().any() for column in promised)
+    # Dense once per seed; the ticket and random masks once, mask/permuted under both controls.
+    assert len(results) == 2 * (2 + 2 * 2 * 4)
+    cells = ["algo", "condition", "controls", "seed", "level"]
+    assert results.select(cells).is_unique().all()
+    for algo in ("ppo", "bc"):
+        for level in range(3):
+            rows = results.filter(algo=algo, level=level)
+            expected = SPEC.kept(algo, level) / SPEC.kept(algo, 0)
+            assert rows["density"].to_list() == [expected] * len(rows)
+            assert (rows["train_steps"] == (512 if level == 0 else 384)).all()
+            assert (rows["effective_density"] <= rows["density"]).all()
+    assert (results["wall_s"] >= results["train_s"]).all()
+    assert (results["curve"].list.len() == 2).all()
+    areas = results["curve"].list.mean()
+    assert (results["return_auc"] - areas).abs().max() < 1e-4
+
+
+def test_everything_needed_later_is_stored(finished):
+    store = Store(finished)
+    for unit in store.units():
+        for ticket, row in zip(store.read_tickets(unit), store.read_rows(unit), strict=True):
+            assert (ticket.algo, ticket.level) == (unit.algo, unit.level)
+            assert (ticket.seed, ticket.condition, ticket.controls) == (
+                row["seed"],
+                row["condition"],
+                row["controls"],
+            )
+            assert int(ticket.mask.sum()) == SPEC.kept(unit.algo, unit.level)
+            assert ticket.offset == SPEC.env_spec.offset
+            assert ticket.scale == SPEC.env_spec.scale
+            assert ticket.metadata["versions"]["torch"] == torch.__version__
+            op = {"ppo": "ppo_update_", "bc": "clone_update_"}[unit.algo]
+            assert ticket.metadata["plan"].startswith(f"{op}: cpu/")
+    assert Sweep.from_dict(store.spec) == SPEC
+
+
+def test_initial_weights_are_shared_by_algorithms_conditions_and_levels(finished):
+    store = Store(finished)
+    tickets = [ticket for unit in store.units() for ticket in store.read_tickets(unit)]
+    dense = {(t.algo, t.seed): t for t in tickets if t.level == 0}
+    prunable = dense["ppo", 0].arena.prunable
+    for seed in range(2):
+        actors = [dense[algo, seed].initial[:prunable] for algo in ("ppo", "bc")]
+        assert torch.equal(*actors)
+    for ticket in tickets:
+        whole = dense[ticket.algo, ticket.seed].initial
+        assert torch.equal(ticket.initial[:prunable], whole[:prunable] * ticket.mask)
+        assert torch.equal(ticket.initial[prunable:], whole[prunable:])
+
+
+def test_the_same_spec_twice_and_in_other_chunks_gives_the_same_table(finished, tmp_path):
+    for chunk in (1, 64):
+        run(replace(SPEC, chunk=chunk), tmp_path / str(chunk))
+        assert table(tmp_path / str(chunk)).equals(table(finished))
+
+
+def test_a_longer_sweep_and_fewer_conditions_agree_where_they_overlap(finished, tmp_path):
+    small = replace(SPEC, conditions=("mask/weights",), controls=("own",), seeds=1, levels=2)
+    run(small, tmp_path)
+    overlap = table(finished).filter(
+        pl.col("condition").is_in(["dense", "mask/weights"]),
+        pl.col("seed") == 0,
+        pl.col("level") < 2,
+    )
+    assert table(tmp_path).equals(overlap)
+
+
+@pytest.mark.parametrize(
+    "share",
+    [pytest.param(0.1, marks=pytest.mark.slow), 0.5, pytest.param(0.8, marks=pytest.mark.slow)],
+)
+def test_a_killed_sweep_resumes_to_the_same_table(share, finished, tmp_path):
+    out = tmp_path / "run"
+    child = start(out, limit=int(share * total_steps(SPEC)))
+    assert wait(child) == (-signal.SIGKILL, "")
+    locks = [file.name for file in (out / "units").glob("*.lock")]
+    assert len(locks) in (1, 2)  # it died at work
+    before = {file: file.stat().st_mtime_ns for file in (out / "units").glob("*.parquet")}
+    assert len(before) < len(list((finished / "units").glob("*.parquet")))
+    run(SPEC, out)
+    assert table(out).equals(table(finished))
+    # What was finished was not done again.
+    assert all(file.stat().st_mtime_ns == written for file, written in before.items())
+    assert not list(out.rglob("*.lock"))
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_two_processes_share_a_store(finished, tmp_path):
+    out = tmp_path / "run"
+    children = [start(out) for _ in range(2)]
+    assert [wait(child) for child in children] == [(0, ""), (0, "")]
+    assert table(out).equals(table(finished))
+    store = Store(out)
+    assert all(store.has(unit) for unit in store.units())
+    assert not list(out.rglob("*.damaged"))
+
+
+def test_a_process_trains_what_no_other_works_on(finished, tmp_path):
+    """While level 0 of PPO is taken, cloning goes on; then PPO is waited for."""
+    spec = replace(SPEC, chunk=64, levels=2)
+    store = Store.open(tmp_path, spec.to_dict())
+    seen = []
+
+    class Enough(Exception):
+        pass
+
+    def advance(description, steps):
+        seen.append(description)
+        if sum("waiting" in each for each in seen) == 3:
+            raise Enough
+
+    lock = tmp_path / "units" / "ppo-level-00-chunk-00.lock"
+    lock.write_text("1-1@another-host")
+    with pytest.raises(Enough):
+        run(spec, tmp_path, on_progress=advance)
+    assert {unit.algo for unit in store.units()} == {"bc"}
+    assert len(store.units()) == 2
+    lock.unlink()
+    run(spec, tmp_path)
+    expected = table(finished).filter(pl.col("level") < 2)
+    assert table(tmp_path).equals(expected)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors", "json"])
+def test_a_damaged_unit_is_named_and_redone(suffix, copy, finished):
+    file = copy / "units" / f"ppo-level-01-chunk-00.{suffix}"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"{file.name} .*: moved aside, the unit will be redone"):
+        store = run(SPEC, copy)
+    assert any(file.name in line for line in store.damaged)
+    assert table(copy).equals(table(finished))
+    assert file.with_name(file.name + ".damaged").exists()
+
+
+@pytest.mark.parametrize("name", ["demonstrations", "experts", "both"])
+def test_damaged_demonstrations_are_made_again(name, copy, finished):
+    names = ("demonstrations", "experts") if name == "both" else (name,)
+    for each in names:
+        file = copy / "data" / f"{each}.safetensors"
+        # Tensors may be the file itself, mapped into memory.
+        before = {key: value.clone() for key, value in read_data(Store(copy), each).items()}
+        file.write_bytes(file.read_bytes()[:-4])
+    for unit in list((copy / "units").glob("bc-level-02*")):
+        unit.unlink()
+    if name == "experts":
+        # The data set is what students need: nobody looks at the experts again.
+        run(SPEC, copy)
+    else:
+        with pytest.warns(UserWarning, match=r"safetensors .*it will be made again"):
+            run(SPEC, copy)
+        again = read_data(Store(copy), names[-1])
+        assert all(torch.equal(again[key], before[key]) for key in before)
+    assert table(copy).equals(table(finished))
+
+
+def test_experts_are_not_trained_twice(copy, monkeypatch):
+    (copy / "data" / "demonstrations.safetensors").unlink()
+    (copy / "units" / "bc-level-02-chunk-00.json").unlink()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("experts were trained again")
+
+    monkeypatch.setattr(run_module, "make_experts", refuse)
+    store = run(SPEC, copy)
+    assert read_data(store, "demonstrations")["obs"].shape == (2, 512, 4)
+    experts = read_data(store, "experts")
+    assert sorted(experts) == ["returns", "seeds", "weight"]
+    assert (experts["seeds"] >= 1_000_000).all()
+
+
+def test_a_lost_rewind_point_is_made_again(copy, finished):
+    file = copy / "data" / "ppo-level-00-chunk-00-rewind.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    (copy / "units" / "ppo-level-02-chunk-00.json").unlink()
+    with pytest.warns(UserWarning, match="rewind.safetensors .*it will be made again"):
+        run(SPEC, copy)
+    assert file.read_bytes() == whole
+    assert table(copy).equals(table(finished))
+
+
+@pytest.mark.parametrize("writes", [0, 3, 8])
+def test_a_full_disk_says_what_to_do_and_the_run_resumes(writes, finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    left = [writes]
+    fsync = os.fsync
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(StoreError, match="free some space and run the same command again"):
+            run(SPEC, out)
+    run(SPEC, out)
+    assert table(out).equals(table(finished))
+
+
+def test_another_spec_is_refused_unless_overwritten(copy):
+    other = replace(SPEC, seeds=1, algos=("ppo",), levels=1)
+    with pytest.raises(StoreError, match="holds another run") as error:
+        run(other, copy)
+    assert "levels is 3 there, 1 here" in str(error.value)
+    assert "--overwrite" in str(error.value)
+    store = run(other, copy, overwrite=True)
+    assert store.units() == [Unit("ppo", 0, 0)]
+    assert len(load_results(copy)) == 1
+    assert not (copy / "data" / "demonstrations.safetensors").exists()
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
+    out = tmp_path / "run"
+    for spec, device, message in (
+        (replace(SPEC, env="CartPool"), "cpu", "env must be one of .*CartPole-v1"),
+        (replace(SPEC, bc=BC(expert_steps=100)), "cpu", "steps must be at least"),
+        # Nobody says when this one is solved.
+        (replace(SPEC, env="CliffWalking-v1", bc=BC()), "cpu", "expert_gate must be given for"),
+        (SPEC, "cpux", "device must be one torch has here, got 'cpux'"),
+        (SPEC, "cuda:99", "device must be one torch has here, got 'cuda:99'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(spec, out, device=device)
+    assert not out.exists()
+
+
+def test_too_few_experts_stop_cloning_but_keep_reinforcement_learning(tmp_path):
+    spec = replace(SPEC, levels=1, bc=BC(experts=1, expert_gate=501.0, expert_tries=1))
+    with pytest.raises(ExpertError, match="only 0 of 1"):
+        run(spec, tmp_path)
+    assert [unit.algo for unit in Store(tmp_path).units()] == ["ppo"]
+
+
+def test_progress_adds_up_to_the_announced_total(finished, tmp_path):
+    for out in (tmp_path / "new", finished):
+        done = {}
+
+        def count(description, steps, done=done):
+            assert steps >= 0
+            what = "experts" if "experts" in description else "tickets"
+            done[what] = done.get(what, 0) + steps
+
+        run(SPEC, out, on_progress=count)
+        experts = 2 * 512 if out != finished else 0
+        assert done.get("experts", 0) == experts
+        assert done["tickets"] + 2 * 512 == total_steps(SPEC)
+
+
+def test_data_is_read_as_written_and_damage_is_moved_aside(copy):
+    store = Store(copy)
+    values = {"a": torch.arange(6).reshape(2, 3), "b": torch.tensor([True, False])}
+    write_data(store, "mine", values)
+    read = read_data(store, "mine")
+    assert all(torch.equal(read[key], values[key]) for key in values)
+    assert read_data(store, "absent") is None
+    file = store.data / "mine.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="does not match its checksum"):
+        assert read_data(store, "mine") is None
+    assert not file.exists()
+    assert read_data(store, "mine") is None

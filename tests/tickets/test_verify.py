@@ -1,0 +1,140 @@
+"""Verification: honest runs agree with plain torch, tampered ones do not."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparse_tickets.algos.bc import BC
+from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.analysis.verify import verify
+from sparse_tickets.cli import main
+from sparse_tickets.envs.registry import _registry
+from sparse_tickets.sweep.run import run
+from sparse_tickets.sweep.spec import Sweep
+from sparse_tickets.sweep.store import Store, Unit
+
+SPEC = Sweep(
+    conditions=("mask/weights", "permuted/permuted"),
+    seeds=1,
+    levels=2,
+    hidden=(8,),
+    rewind_step=64,
+    ppo=PPO(steps=192, copies=2, horizon=32),
+    bc=BC(experts=1, expert_gate=0.0),
+    evaluation=Evaluation(points=1, episodes=2, final_episodes=5),
+)
+CELLS = 6
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Plain torch on tensors this small is slower on two threads, much slower beside others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("verify") / "run"
+    run(SPEC, out)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def tamper(out, unit, change, *, rows=None):
+    """Replace a unit's tickets, or the rows of its table, as someone with the store could."""
+    store = Store(out)
+    tickets = [change(ticket) for ticket in store.read_tickets(unit)]
+    table = store.read_rows(unit)
+    store.write(unit, [rows(row) for row in table] if rows else table, tickets)
+
+
+def test_a_fresh_run_agrees(finished, capsys):
+    assert main(["verify", str(finished), "--cells", "2"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("agrees") == 2
+    assert "disagrees" not in text
+
+
+def test_every_cell_of_both_algorithms_agrees(finished, capsys):
+    assert main(["verify", str(finished), "--cells", "99"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{CELLS} cells again, in plain torch" in text
+    assert text.count("agrees") == CELLS
+
+
+@pytest.mark.parametrize("algo", ["ppo", "bc"])
+def test_replaced_final_weights_disagree(algo, copy, capsys):
+    # Without weights the pole falls at once.
+    tamper(copy, Unit(algo, 1, 0), lambda t: replace(t, final=torch.zeros_like(t.final)))
+    assert main(["verify", str(copy), "--cells", "99"]) == 1
+    assert "disagrees" in capsys.readouterr().out
+
+
+def test_a_replaced_start_disagrees(copy, capsys):
+    def other_mask(ticket):
+        mask = ticket.mask.roll(1)
+        rows = {name: getattr(ticket, name).clone() for name in ("initial", "rewind")}
+        rows |= {name: getattr(ticket, name).clone() for name in ("final", "best")}
+        for row in rows.values():
+            row[: len(mask)] = torch.where(mask, row[: len(mask)], 0.0)
+        return replace(ticket, mask=mask, **rows)
+
+    tamper(copy, Unit("ppo", 1, 0), other_mask)
+    assert main(["verify", str(copy), "--cells", "99"]) == 1
+    assert "differs" in capsys.readouterr().out
+
+
+def test_an_invented_return_disagrees(copy, capsys):
+    tamper(copy, Unit("ppo", 1, 0), lambda t: t, rows=lambda row: row | {"return_final": 499.0})
+    assert main(["verify", str(copy), "--cells", "99"]) == 1
+    assert "disagrees" in capsys.readouterr().out
+
+
+def test_what_cannot_be_verified_says_why(copy, tmp_path, capsys):
+    assert main(["verify", str(copy), "--cells", "0"]) == 1
+    assert "cells must be at least 1" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "nowhere")]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    (copy / "data" / "demonstrations.safetensors").unlink()
+    assert main(["verify", str(copy), "--cells", "99"]) == 1
+    assert "no demonstrations: run the sweep again" in " ".join(capsys.readouterr().err.split())
+    for file in (copy / "units").glob("*.json"):
+        file.unlink()
+    assert main(["verify", str(copy)]) == 1
+    assert "no finished unit" in capsys.readouterr().err
+
+
+def test_another_observation_scale_is_noticed(finished, monkeypatch, capsys):
+    factory, spec = _registry[SPEC.env]
+    monkeypatch.setitem(_registry, SPEC.env, (factory, replace(spec, scale=(3.0,) * 4)))
+    assert main(["verify", str(finished)]) == 1
+    assert "scales observations otherwise" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_reference_backend_is_used_for_training_only(finished, monkeypatch):
+    from rich.console import Console
+
+    from sparse_tickets.analysis import verify as module
+    from sparse_tickets.kernels.dispatch import resolve_backend
+
+    seen = []
+    train = module.train_population
+
+    def spy(*arguments, **settings):
+        seen.append(resolve_backend(torch.device("cpu")))
+        return train(*arguments, **settings)
+
+    monkeypatch.setattr(module, "train_population", spy)
+    verify(finished, 1, Console(quiet=True))
+    assert seen == ["reference"]
+    assert resolve_backend(torch.device("cpu")) != "reference"
