@@ -14,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from sparse_tickets.sweep.spec import Sweep
@@ -49,7 +50,7 @@ class SweepProgress:
             TextColumn("{task.description:28}"),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:3.0f}%"),
-            _Speed(),
+            _Speed(Column(no_wrap=True)),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

@@ -43,7 +43,6 @@ def sweep(name, tmp_path, *options):
     out = tmp_path / "run"
     arguments = ["sweep", "--plugin", str(file), *command, *TINY, *options, "--out", str(out)]
     assert main(arguments) == 0
-    assert main(["report", str(out), "--plugin", str(file)]) == 0
     return out, file
 
 
@@ -81,8 +80,11 @@ def test_a_criterion_of_ones_own(tmp_path):
     assert scores[ticket.mask].min() >= scores[~ticket.mask].max()
 
 
-def test_a_condition_of_ones_own(tmp_path):
-    out, _ = sweep("mask_sign.py", tmp_path)
+def test_a_condition_of_ones_own(tmp_path, capsys):
+    out, file = sweep("mask_sign.py", tmp_path)
+    capsys.readouterr()
+    assert main(["report", str(out), "--plugin", str(file)]) == 0
+    assert "mask/sign" in capsys.readouterr().out
     store = Store(out)
     tickets = [t for unit in store.units() for t in store.read_tickets(unit)]
     signed = [ticket for ticket in tickets if ticket.condition == "mask/sign"]
@@ -96,7 +98,7 @@ def test_a_condition_of_ones_own(tmp_path):
 
 
 def test_a_run_needs_its_plugin(tmp_path, capsys):
-    out, _ = sweep("mask_sign.py", tmp_path)
+    out, _ = sweep("mask_sign.py", tmp_path, "--levels", "2")
     del CONDITIONS["mask/sign"]
     assert main(["report", str(out)]) == 1
     assert "condition must be one of" in capsys.readouterr().err
