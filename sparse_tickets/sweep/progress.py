@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from sparse_tickets.kernels.compiling import on_compile
 from sparse_tickets.sweep.spec import Sweep
 
 __all__ = ["SweepProgress", "total_steps"]
@@ -38,7 +40,7 @@ class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.speed or task.finished_speed
         if not speed:
-            return Text("compiling", style="dim")
+            return Text("")
         return Text(f"{speed / 1000:,.0f}k steps/s", style="cyan")
 
 
@@ -58,9 +60,11 @@ class SweepProgress:
             expand=True,
         )
         self._task = self._bar.add_task("starting", total=total_steps(spec))
+        self._open = ExitStack()
 
     def __enter__(self) -> SweepProgress:
-        self._bar.start()
+        self._open.enter_context(self._bar)
+        self._open.enter_context(on_compile(self._compiling))
         return self
 
     def __exit__(
@@ -69,7 +73,11 @@ class SweepProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._open.close()
+
+    def _compiling(self, kernel: str | None) -> None:
+        if kernel is not None:
+            self._bar.update(self._task, description=f"compiling once: {kernel}")
 
     def advance(self, description: str, steps: int) -> None:
         """Say what is under way and add the agent-steps just done."""

@@ -1,0 +1,103 @@
+"""Do the trainers reach what they must, dense, before anything is pruned?
+
+Trains PPO and behavioural cloning at level 0 by the protocol (five seeds, full budgets) and holds
+them to their gates: PPO's mean return over 100 fresh episodes, and cloning's share of its experts'
+return. Writes ``results/dense_gates.parquet`` and ``figures/dense_gates.png``::
+
+    python experiments/dense_gates.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+
+from sparse_tickets import load_results, run_sweep
+from sparse_tickets.analysis.figures import save
+from sparse_tickets.sweep.data import read_data
+from sparse_tickets.sweep.spec import protocol
+
+HERE = Path(__file__).parent
+SEEDS = 5
+CLONING_SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What dense PPO must reach: a mean return over 100 episodes, in the mean of the seeds."""
+
+    env: str
+    ppo: float
+
+
+GATES = (
+    Gate("CartPole-v1", 475.0),
+    Gate("Acrobot-v1", -100.0),
+    Gate("Pendulum-v1", -250.0),
+    Gate("MountainCar-v0", -120.0),
+)
+
+
+def run_gate(gate: Gate) -> tuple[pl.DataFrame, float]:
+    """The level-0 rows of both algorithms, and the experts' mean return."""
+    out = HERE.parent / "runs" / f"gates-{gate.env}"
+    spec = replace(protocol(gate.env), seeds=SEEDS, levels=1)
+    spec = replace(spec, bc=replace(spec.bc, expert_gate=gate.ppo))
+    store = run_sweep(spec, out)
+    experts = read_data(store, "experts")
+    return load_results(out), float(experts["returns"].mean())
+
+
+def share_reached(student: float, expert: float, random: float) -> float:
+    """A student's return as a share of its expert's, both above the random policy's."""
+    return (student - random) / (expert - random)
+
+
+def draw(frames: dict[str, pl.DataFrame], experts: dict[str, float]) -> Figure:
+    """Greedy return against training progress, a line per seed, one panel per environment."""
+    figure = Figure(figsize=(2.7 * len(frames), 2.9), dpi=200, layout="constrained")
+    for panel, (env, frame) in zip(figure.subplots(1, len(frames)), frames.items(), strict=True):
+        for algo, colour in (("ppo", "#0072B2"), ("bc", "#D55E00")):
+            curves = np.array(frame.filter(pl.col("algo") == algo)["curve"].to_list())
+            steps = frame["train_steps"][0] * (1 + np.arange(curves.shape[1])) / curves.shape[1]
+            panel.plot(steps / 1000, curves.T, color=colour, linewidth=0.6, alpha=0.4)
+            label = {"ppo": "PPO", "bc": "cloning"}[algo]
+            panel.plot(steps / 1000, curves.mean(0), color=colour, linewidth=1.8, label=label)
+        panel.axhline(experts[env], color="#333333", linewidth=0.8, linestyle=":", label="experts")
+        panel.set_title(env, fontsize=9)
+        panel.set_xlabel("thousand steps", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("greedy return", fontsize=8)
+    figure.axes[0].legend(fontsize=7, frameon=False, loc="lower right")
+    return figure
+
+
+def main() -> None:
+    frames, experts = {}, {}
+    print(f"{'environment':16}{'PPO':>9}{'gate':>9}{'experts':>9}{'cloning':>9}{'share':>8}")
+    for gate in GATES:
+        frame, expert = run_gate(gate)
+        frames[gate.env], experts[gate.env] = frame, expert
+        ppo, bc = (
+            frame.filter(pl.col("algo") == algo)["return_final"].mean() for algo in ("ppo", "bc")
+        )
+        share = share_reached(bc, expert, frame["random_return"][0])
+        passed = ppo >= gate.ppo and share >= CLONING_SHARE
+        print(
+            f"{gate.env:16}{ppo:9.1f}{gate.ppo:9.1f}{expert:9.1f}{bc:9.1f}{share:8.1%}"
+            f"  {'passed' if passed else 'FAILED'}",
+            flush=True,
+        )
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "figures").mkdir(exist_ok=True)
+    pl.concat(frames.values()).write_parquet(HERE / "results" / "dense_gates.parquet")
+    save(draw(frames, experts), HERE / "figures" / "dense_gates.png")
+
+
+if __name__ == "__main__":
+    main()
