@@ -1,0 +1,43 @@
+"""The masked policy of `masked_bmm` under `torch.compile`, forward and backward both compiled."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from torch import Tensor
+
+from sparse_tickets.timing import Contender, mismatch
+
+from ..problems import PolicyProblem
+from . import Unavailable
+from .masked_bmm import masked_policy
+
+__all__ = ["NAME", "policy"]
+
+NAME = "torch.compile w*mask"
+
+
+def policy(problem: PolicyProblem) -> Contender:
+    """Compiled before the clock starts.
+
+    Raises:
+        Unavailable: torch.compile needs a C++ compiler on the CPU, or Triton on a GPU.
+    """
+    if torch.device(problem.device).type == "cpu" and not any(
+        map(shutil.which, ("g++", "clang++"))
+    ):
+        raise Unavailable("torch.compile needs g++ or clang++ on the CPU, neither was found")
+    leaves, network = masked_policy(problem)
+    compiled = torch.compile(network, fullgraph=True)
+
+    def run() -> tuple[Tensor, ...]:
+        y = compiled()
+        return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
+
+    def error() -> float:
+        y, *gradients = run()
+        results = (y, problem.gather(gradients))
+        return mismatch(results, problem.forward_backward, problem.terms)
+
+    return Contender(NAME, run, error)

@@ -1,0 +1,68 @@
+"""Torch's dense product on explicit zeros (MKL on a CPU, cuBLAS on a GPU): the baseline."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_tickets.timing import Contender, mismatch
+
+from ..problems import LinearProblem, PolicyProblem
+
+__all__ = ["NAME", "linear_backward", "linear_forward", "policy"]
+
+NAME = "torch dense"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if len(x) == 1:
+        return F.linear(x[0], weight[0], bias[0]).unsqueeze(0)
+    return torch.baddbmm(bias[:, None], x, weight.mT)
+
+
+def linear_forward(problem: LinearProblem) -> Contender:
+    """`F.linear` for one ticket, `torch.baddbmm` for several."""
+
+    def run() -> Tensor:
+        return _linear(problem.x, problem.weight, problem.bias)
+
+    return Contender(NAME, run, lambda: mismatch([run()], problem.forward, problem.terms[:1]))
+
+
+def linear_backward(problem: LinearProblem) -> Contender:
+    """The same with gradients; dW is dense, and masked untimed."""
+    x, weight, bias = problem.leaves()
+
+    def run() -> tuple[Tensor, ...]:
+        y = _linear(x, weight, bias)
+        return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), problem.dy))
+
+    def error() -> float:
+        y, dx, dw, db = run()
+        results = (y, dx, dw.masked_fill(~problem.mask, 0), db)
+        return mismatch(results, problem.forward_backward, problem.terms)
+
+    return Contender(NAME, run, error)
+
+
+def policy(problem: PolicyProblem) -> Contender:
+    """Layer by layer as `torch.baddbmm`, every ticket at once."""
+    layers = problem.layers()
+    leaves = [leaf for weight, bias, _ in layers for leaf in (weight, bias)]
+    activation = torch.tanh if problem.activation == "tanh" else torch.relu
+
+    def run() -> tuple[Tensor, ...]:
+        y = problem.x
+        for index, (weight, bias, _) in enumerate(layers):
+            y = torch.baddbmm(bias[:, None], y, weight.mT)
+            if index < len(layers) - 1:
+                y = activation(y)
+        return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
+
+    def error() -> float:
+        y, *gradients = run()
+        results = (y, problem.gather(gradients))
+        return mismatch(results, problem.forward_backward, problem.terms)
+
+    return Contender(NAME, run, error)

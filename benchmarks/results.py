@@ -1,0 +1,205 @@
+"""Results as data: one JSON file per run, and what machine and code it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from sparse_tickets.files import write_atomic
+from sparse_tickets.timing import Spread
+
+from .measure import Record, Refusal
+
+__all__ = [
+    "BUSY",
+    "RESULTS",
+    "Neighbours",
+    "Run",
+    "device_slug",
+    "load",
+    "newest",
+    "provenance",
+    "save",
+]
+
+RESULTS = Path(__file__).parent / "results"
+BUSY = 0.05
+"""Above this share of the cores in other hands, times are noise and reports say so."""
+
+_LAYOUT = 1
+_PACKAGES = ("torch", "triton", "numba", "numpy", "scipy", "stable-baselines3")
+
+
+@dataclass
+class Run:
+    """One run of a suite.
+
+    Attributes:
+        device: a name for the hardware, e.g. ``cpu-amd-epyc-2c``.
+        suite: ``quick``, ``full`` or ``smoke``.
+        date: when it began, ISO 8601, UTC.
+        threads: of torch and our kernels alike.
+        hardware: model and cores, or GPU.
+        versions: of the packages that matter.
+        commit: of the code, with ``+`` if the tree had changes; None outside a checkout.
+        sgemm: floating-point operations per second, 1024 x 1024 float32.
+        seconds: the run took.
+        busy: share of the cores that other processes used meanwhile.
+        records: verified and timed.
+        refused: not verified, and therefore not timed.
+    """
+
+    device: str
+    suite: str
+    date: str
+    threads: int
+    hardware: str
+    versions: dict[str, str]
+    commit: str | None
+    sgemm: Spread
+    seconds: float = 0.0
+    busy: float = 0.0
+    records: list[Record] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+
+
+def device_slug(device: str, cores: int | None = None) -> str:
+    """A file name for the hardware."""
+    if torch.device(device).type == "cuda":
+        return _slug(torch.cuda.get_device_name(device))
+    count = _cores() if cores is None else cores
+    return _slug(f"cpu {_cpu_model()} {count}c")
+
+
+def provenance(suite: str, device: str, sgemm: Spread) -> Run:
+    """A run without records yet, with everything about here and now."""
+    hardware = f"{_cpu_model()}, {_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.device(device).type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)}; host {hardware}"
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return Run(
+        device=device_slug(device),
+        suite=suite,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        threads=torch.get_num_threads(),
+        hardware=hardware,
+        versions=versions,
+        commit=_commit(),
+        sgemm=sgemm,
+    )
+
+
+def save(run: Run, path: Path | None = None) -> Path:
+    """Write a run whole or not at all; by default ``results/<device>-<date>.json``.
+
+    Suites other than ``quick`` add their name.
+    """
+    if path is None:
+        ending = "" if run.suite == "quick" else f"-{run.suite}"
+        path = RESULTS / f"{run.device}-{run.date[:10]}{ending}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {"layout": _LAYOUT, **asdict(run)}
+    write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+    return path
+
+
+def load(path: Path) -> Run:
+    """Read a run.
+
+    Raises:
+        ValueError: the file is not of this layout; the message names it.
+        FileNotFoundError: there is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("layout") != _LAYOUT:
+            raise ValueError(f"layout must be {_LAYOUT}")
+        records = [Record.from_dict(item) for item in data.pop("records")]
+        refused = [Refusal(**item) for item in data.pop("refused")]
+        sgemm = Spread(**data.pop("sgemm"))
+        return Run(**data, records=records, refused=refused, sgemm=sgemm)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a benchmark result: {error!r}") from error
+
+
+def newest(folder: Path = RESULTS) -> dict[str, Run]:
+    """The latest run of each device; smoke runs do not count."""
+    latest: dict[str, Run] = {}
+    for path in sorted(folder.glob("*.json")):
+        run = load(path)
+        if run.suite != "smoke" and (
+            run.device not in latest or run.date > latest[run.device].date
+        ):
+            latest[run.device] = run
+    return dict(sorted(latest.items()))
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if match:
+            return re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", match[1]).strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Neighbours:
+    """Watches, from its creation on, the share of all cores that other processes use."""
+
+    def __init__(self) -> None:
+        self._total, self._used = self._read()
+
+    def share(self) -> float:
+        """Between 0 and 1; 0 where the system does not say."""
+        total, used = self._read()
+        passed = total - self._total
+        return max(0.0, (used - self._used) / passed) if passed > 0 else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        """Seconds of all cores since boot, and those in which others ran."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0.0, 0.0
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        fields = [int(field) for field in stat.read_text().split(maxsplit=9)[1:9]]
+        ticks = os.sysconf("SC_CLK_TCK")
+        own = sum(os.times()[:4])
+        return sum(fields) / ticks, (sum(fields) - fields[3] - fields[4]) / ticks - own
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # Results and figures lie here and change with every run; the code under test does not.
+        changed = git("status", "--porcelain", "--", "../kernels", "../sparse_tickets")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,203 @@
+"""A run as tables of text, the same for the terminal and for README.md: losses beside wins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sparse_tickets.timing import Spread
+
+from .measure import Record
+from .ppo_job import KFLOP_PER_STEP
+from .results import Run
+from .suites import FUSED_DENSE
+
+__all__ = ["NOISY", "Table", "crossover", "duration", "groups", "significant", "tables"]
+
+NOISY = 0.1
+"""Spreads above this share of the median are marked ``~`` in brief tables."""
+
+_BASELINE = {
+    "linear forward": "torch dense",
+    "linear forward+backward": "torch dense",
+    "policy forward+backward": "torch w*mask",
+    "PPO iteration": FUSED_DENSE,
+}
+_STAGES = "whole job, gains told apart"
+
+
+@dataclass
+class Table:
+    """A titled grid.
+
+    Attributes:
+        title: op and sizes.
+        columns: headings; the first column is text, the others are numbers.
+        rows: cells.
+        bars: a value per row to draw as a bar, or none.
+        bars_are: what the bars show.
+        notes: sentences below it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    bars: list[float] = field(default_factory=list)
+    bars_are: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def tables(run: Run, *, brief: bool = False) -> list[Table]:
+    """Every group of records as a table; ``brief`` ones have no spreads and no plans."""
+    result = []
+    for records in groups(run):
+        if records[0].op == _STAGES:
+            result += [_stages(record, run, brief) for record in records]
+        elif records[0].unit == "agent-step":
+            result.append(_throughput(records, run, brief))
+        else:
+            result.append(_latency(records, brief))
+    if run.refused:
+        refused = Table("Refused: wrong results are not timed", ["configuration", "reason"])
+        refused.rows = [[refusal.label, refusal.reason] for refusal in run.refused]
+        result.append(refused)
+    return result
+
+
+def groups(run: Run) -> list[list[Record]]:
+    """Records of one op and shape, sparsities ascending."""
+    found: dict[tuple, list[Record]] = {}
+    for record in run.records:
+        found.setdefault((record.op, *sorted(record.shape.items())), []).append(record)
+    return [sorted(records, key=lambda record: record.sparsity) for records in found.values()]
+
+
+def crossover(records: Sequence[Record], peer: str) -> str:
+    """From which sparsity on ``records`` beat ``peer``, interpolated between measured levels.
+
+    A level counts as won only if its whole p20-p80 spread lies above 1.
+    """
+    points = [(r.sparsity, r.speedup[peer]) for r in records if peer in r.speedup]
+    if not points:
+        return "not measured"
+    won = [spread.p20 > 1 for _, spread in points]
+    if all(won):
+        return f"faster at every level measured, from {points[0][0]:g}%"
+    if not won[-1]:
+        return f"not reached up to {points[-1][0]:g}%"
+    last_loss = max(index for index, is_won in enumerate(won) if not is_won)
+    (low, slow), (high, fast) = points[last_loss], points[last_loss + 1]
+    below, above = math.log(slow.median), math.log(fast.median)
+    if below >= 0:
+        return f"within noise at {low:g}%, faster from {high:g}%"
+    return f"about {low + (high - low) * -below / (above - below):.0f}%"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{significant(seconds / scale)} {unit}"
+    return f"{significant(seconds / 1e-9)} ns"
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def _ratio(spread: Spread | None, brief: bool) -> str:
+    if spread is None:
+        return "-"
+    if brief:
+        return f"{'~' if spread.noise > NOISY else ''}{spread.median:.2f}x"
+    return f"{spread.median:.2f}x ({spread.p20:.2f}-{spread.p80:.2f})"
+
+
+def _title(record: Record) -> str:
+    sizes = ", ".join(f"{name} = {size}" for name, size in record.shape.items())
+    return f"{record.op}: {sizes}"
+
+
+def _peers(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(peer for record in records for peer in record.speedup))
+
+
+def _latency(records: Sequence[Record], brief: bool) -> Table:
+    peers = _peers(records)
+    plan = [] if brief else ["plan"]
+    table = Table(_title(records[0]), ["pruned", "time", *(f"vs {p}" for p in peers), *plan])
+    baseline = _BASELINE.get(records[0].op, peers[0] if peers else "")
+    for record in records:
+        ours = record.contenders[record.subject]
+        row = [f"{record.sparsity:g}%", duration(ours.wall.median)]
+        row += [_ratio(record.speedup.get(peer), brief) for peer in peers]
+        table.rows.append(row if brief else [*row, ours.plan.split(" (")[0].split(": ")[-1]])
+        table.bars.append(record.speedup[baseline].median if baseline in record.speedup else 0.0)
+    if any(table.bars):
+        table.bars_are = f"vs {baseline}"
+    if len(records) > 1:
+        table.notes += [f"Crossover with {p}: {crossover(records, p)}." for p in peers]
+    table.notes += _skipped(records)
+    return table
+
+
+def _throughput(records: Sequence[Record], run: Run, brief: bool) -> Table:
+    spread = [] if brief else ["p20-p80"]
+    peers = _peers(records)
+    columns = ["actor pruned", "agent-steps/s", *spread, "of sgemm", *(f"vs {p}" for p in peers)]
+    table = Table(_title(records[0]), columns, bars_are="agent-steps/s")
+    for record in records:
+        wall = record.contenders[record.subject].wall
+        row = [f"{record.sparsity:g}%", f"{record.per_second:,.0f}"]
+        row += [] if brief else [f"{1 / wall.p80:,.0f}-{1 / wall.p20:,.0f}"]
+        row += [f"{_efficiency(record.per_second, run):.2f}"]
+        row += [_ratio(record.speedup.get(peer), brief) for peer in peers]
+        table.rows.append(row)
+        table.bars.append(record.per_second)
+    table.notes.append(_yardstick(run))
+    table.notes += _skipped(records)
+    return table
+
+
+def _stages(record: Record, run: Run, brief: bool) -> Table:
+    """Each stage's gain over the one before; the subject, last and sparse, is the final stage."""
+    spread = [] if brief else ["p20-p80"]
+    columns = ["stage", "agent-steps/s", *spread, "gain"]
+    table = Table(_title(record), columns, bars_are="agent-steps/s")
+    names = [*record.speedup, record.subject]
+    previous = None
+    for name in names:
+        wall = record.contenders[name].wall
+        row = [name, f"{1 / wall.median:,.0f}"]
+        row += [] if brief else [f"{1 / wall.p80:,.0f}-{1 / wall.p20:,.0f}"]
+        table.rows.append([*row, "" if previous is None else f"{previous / wall.median:.2f}x"])
+        table.bars.append(1 / wall.median)
+        previous = wall.median
+    table.notes.append(
+        f"Gain: over the stage before. The last stage prunes {record.sparsity:g}% of the actor; "
+        "the loop is timed on one policy, since its policies do not know of each other."
+    )
+    table.notes.append(_yardstick(run))
+    return table
+
+
+def _efficiency(per_second: float, run: Run) -> float:
+    return per_second * KFLOP_PER_STEP * 1e3 / run.sgemm.median
+
+
+def _yardstick(run: Run) -> str:
+    return (
+        f"Measured sgemm of this run: {run.sgemm.median / 1e9:.0f} GFLOP/s "
+        f"({run.sgemm.p20 / 1e9:.0f}-{run.sgemm.p80 / 1e9:.0f}). Of sgemm: agent-steps/s x "
+        f"{KFLOP_PER_STEP} kFLOP, whatever the sparsity, over it."
+    )
+
+
+def _skipped(records: Sequence[Record]) -> list[str]:
+    reasons = {f"{name}: {why}" for record in records for name, why in record.skipped.items()}
+    return [f"Not run - {reason}." for reason in sorted(reasons)]

@@ -1,0 +1,314 @@
+"""The one way things are timed here: interleaved, side by side, and only after they were verified.
+
+Contenders take turns (A B C, B C A, ...), so that a machine that slows down slows all of them, and
+a ratio is taken within each round. Between turns there is a pause and an untimed call: idle threads
+of one contender's pool spin for a while, on the cores that the next one needs. A speed-up is
+reported by `verified_ratio` alone, which first compares every contender's own result with the
+float64 reference and refuses if one is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Budget",
+    "Comparison",
+    "Contender",
+    "Spread",
+    "Timing",
+    "Unverified",
+    "interleave",
+    "mismatch",
+    "pinned_threads",
+    "tolerance",
+    "verified_ratio",
+]
+
+Clock = Callable[[], tuple[float, float]]
+"""Seconds of wall and of CPU time (all threads of the process) since some fixed moment."""
+
+
+class Unverified(RuntimeError):
+    """A contender's result is not the reference's: its time means nothing and is not reported."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 20th and 80th percentile of a sample."""
+
+    median: float
+    p20: float
+    p80: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Percentiles interpolated linearly.
+
+        Raises:
+            ValueError: no values.
+        """
+        if not values:
+            raise ValueError("values must not be empty")
+        ordered = sorted(values)
+
+        def percentile(share: float) -> float:
+            position = share * (len(ordered) - 1)
+            low = math.floor(position)
+            high = min(low + 1, len(ordered) - 1)
+            return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+        return cls(percentile(0.5), percentile(0.2), percentile(0.8), len(ordered))
+
+    @property
+    def noise(self) -> float:
+        """Half of p80 - p20, as a share of the median."""
+        return (self.p80 - self.p20) / (2 * self.median) if self.median else 0.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of computing a result.
+
+    Attributes:
+        name: as tables show it.
+        run: computes the result once; this is timed.
+        error: the result's distance from the float64 reference as a share of what is allowed, so
+            that 1 is the largest error accepted. Called before anything is timed. None for a peer
+            that is a system of its own, whose numbers correspond to nobody else's.
+        units: what one `run` is worth, e.g. agent-steps; times are per unit.
+        plan: which kernels run, for the record.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    error: Callable[[], float] | None
+    units: float = 1.0
+    plan: str = ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much timing is enough.
+
+    Attributes:
+        rounds: samples per contender.
+        sample_seconds: a sample repeats its call until it lasts this long.
+        warmup_seconds: each contender runs at least once, and at least this long, untimed.
+        limit_seconds: no further round starts after this, from the third on.
+        settle_seconds: pause before each sample.
+    """
+
+    rounds: int = 15
+    sample_seconds: float = 0.01
+    warmup_seconds: float = 0.02
+    limit_seconds: float = 12.0
+    settle_seconds: float = 0.005
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per unit, one entry per round.
+
+    Attributes:
+        wall: elapsed time.
+        cpu: time of all threads together.
+        calls: calls per sample.
+    """
+
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `verified_ratio` found.
+
+    Attributes:
+        timings: by contender, the subject first.
+        errors: by contender, see `Contender.error`; without those that cannot be compared.
+        speedup: by peer: the peer's time over the subject's, paired within rounds; above 1 the
+            subject is faster.
+    """
+
+    timings: dict[str, Timing]
+    errors: dict[str, float]
+    speedup: dict[str, Spread]
+
+
+def process_clock() -> tuple[float, float]:
+    """Wall and CPU seconds of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def device_clock(device: torch.device | str) -> Clock:
+    """A clock that waits for the device's work to finish before it is read."""
+    if torch.device(device).type != "cuda":
+        return process_clock
+
+    def read() -> tuple[float, float]:
+        torch.cuda.synchronize(device)
+        return process_clock()
+
+    return read
+
+
+@contextmanager
+def pinned_threads(count: int) -> Iterator[None]:
+    """Give torch, its BLAS and the Numba kernels (which follow torch) the same thread count.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def tolerance(dtype: torch.dtype, terms: int) -> float:
+    """Largest error accepted, relative to the result's largest entry.
+
+    Sums of ``terms`` products accumulate in float32 (float64 for float64) with errors that add up
+    like a random walk; the result is rounded once to `dtype`.
+    """
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    walk = 2 * torch.finfo(accumulator).eps * math.sqrt(max(terms, 1))
+    return walk + torch.finfo(dtype).eps
+
+
+def mismatch(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], terms: Sequence[int] | int
+) -> float:
+    """Largest error of any tensor as a share of its `tolerance`; infinite for NaN.
+
+    Args:
+        actual: results.
+        expected: the same in float64.
+        terms: length of the sums behind each tensor, or one for all.
+
+    Raises:
+        ValueError: the two do not correspond in number or shape.
+    """
+    lengths = [terms] * len(expected) if isinstance(terms, int) else list(terms)
+    if not len(actual) == len(expected) == len(lengths):
+        raise ValueError(
+            f"actual, expected and terms must be equally many, got {len(actual)}, "
+            f"{len(expected)} and {len(lengths)}"
+        )
+    worst = 0.0
+    for index, (got, want, length) in enumerate(zip(actual, expected, lengths, strict=True)):
+        if got.shape != want.shape:
+            raise ValueError(
+                f"actual[{index}] must have shape {tuple(want.shape)}, got {tuple(got.shape)}"
+            )
+        if want.numel() == 0:
+            continue
+        scale = float(want.abs().max()) or 1.0
+        error = float((got.double() - want).abs().max()) / scale
+        if not math.isfinite(error):
+            return math.inf
+        worst = max(worst, error / tolerance(got.dtype, length))
+    return worst
+
+
+def interleave(
+    contenders: Sequence[Contender], budget: Budget, clock: Clock = process_clock
+) -> dict[str, Timing]:
+    """Time contenders in turn, each round starting with the next one.
+
+    Args:
+        contenders: with names of their own.
+        budget: see `Budget`.
+        clock: see `Clock`; on a GPU `device_clock`.
+
+    Raises:
+        ValueError: two contenders share a name.
+    """
+    names = [contender.name for contender in contenders]
+    if len(set(names)) != len(names):
+        raise ValueError(f"contenders must have different names, got {names}")
+    calls = {c.name: _calls(c, budget, clock) for c in contenders}
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    began = clock()[0]
+    for index in range(budget.rounds):
+        if index >= 3 and clock()[0] - began > budget.limit_seconds:
+            break
+        first = index % len(contenders)
+        for contender in (*contenders[first:], *contenders[:first]):
+            count, run = calls[contender.name], contender.run
+            time.sleep(budget.settle_seconds)
+            if count > 1:
+                run()
+            wall_before, cpu_before = clock()
+            for _ in range(count):
+                run()
+            wall_after, cpu_after = clock()
+            units = count * contender.units
+            wall[contender.name].append((wall_after - wall_before) / units)
+            cpu[contender.name].append((cpu_after - cpu_before) / units)
+    return {name: Timing(tuple(wall[name]), tuple(cpu[name]), calls[name]) for name in names}
+
+
+def _calls(contender: Contender, budget: Budget, clock: Clock) -> int:
+    """Warm up, and find how many calls make a sample."""
+    contender.run()
+    done, began = 0, clock()[0]
+    while True:
+        contender.run()
+        done += 1
+        spent = clock()[0] - began
+        if spent >= budget.warmup_seconds:
+            return max(1, math.ceil(budget.sample_seconds * done / spent)) if spent else 1
+
+
+def verified_ratio(
+    subject: Contender, peers: Sequence[Contender], budget: Budget, clock: Clock = process_clock
+) -> Comparison:
+    """Speed-up of ``subject`` over each of ``peers``, once all of them were found correct.
+
+    Raises:
+        Unverified: an error exceeds 1 or is NaN; nothing was timed.
+        ValueError: the subject has no `error`.
+    """
+    if subject.error is None:
+        raise ValueError(f"subject must be comparable with the reference, {subject.name} is not")
+    contenders = (subject, *peers)
+    errors = {}
+    for contender in contenders:
+        if contender.error is None:
+            continue
+        errors[contender.name] = error = contender.error()
+        if not error <= 1:
+            raise Unverified(
+                f"{contender.name} must match the float64 reference, its error is {error:.3g} "
+                "times what is allowed"
+            )
+    timings = interleave(contenders, budget, clock)
+    ours = timings[subject.name].wall
+    speedup = {
+        peer.name: Spread.of(
+            [theirs / own for theirs, own in zip(timings[peer.name].wall, ours, strict=True)]
+        )
+        for peer in peers
+    }
+    return Comparison(timings, errors, speedup)

@@ -1,0 +1,466 @@
+"""The benchmark harness: statistics on fake clocks, refusals, files, comparisons, reports."""
+
+import io
+import json
+import math
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from sparse_tickets.timing import (
+    Budget,
+    Contender,
+    Spread,
+    Timing,
+    Unverified,
+    interleave,
+    mismatch,
+    pinned_threads,
+    tolerance,
+    verified_ratio,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+# At the end, so that the folder `kernels` shadows no installed package of that name.
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from benchmarks import results, suites, tables  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.compare import compare  # noqa: E402
+from benchmarks.console import bar, show_run  # noqa: E402
+from benchmarks.measure import Case, Contest, Measured, Record, Refusal, measure  # noqa: E402
+from benchmarks.peers import Unavailable  # noqa: E402
+from benchmarks.problems import SPARSITIES, LinearProblem, PolicyProblem  # noqa: E402
+from benchmarks.report import markdown, write_report  # noqa: E402
+
+
+class FakeTime:
+    """A clock that only contenders move."""
+
+    def __init__(self):
+        self.seconds, self.log = 0.0, []
+
+    def __call__(self):
+        return self.seconds, 2 * self.seconds
+
+    def contender(self, name, cost, error=0.0, units=1.0):
+        def run():
+            self.seconds += cost() if callable(cost) else cost
+            self.log.append(name)
+
+        return Contender(name, run, lambda: error, units=units)
+
+
+@pytest.fixture
+def clock():
+    return FakeTime()
+
+
+BUDGET = Budget(6, 0.0, 0.0, limit_seconds=math.inf, settle_seconds=0.0)
+
+
+def test_spread_interpolates_percentiles():
+    spread = Spread.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert spread == Spread(3.0, pytest.approx(1.8), pytest.approx(4.2), 5)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 1)
+    assert spread.noise == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="values must not be empty"):
+        Spread.of([])
+
+
+def test_rounds_take_turns_and_begin_with_the_next_contender(clock):
+    interleave([clock.contender(name, 1.0) for name in "abc"], BUDGET, clock)
+    turns = "".join(clock.log[6:])  # after two warm-up calls each
+    assert turns == "abcbcacab" * 2, "each round starts with the next"
+
+
+def test_ratios_are_paired_within_rounds(clock):
+    """A machine that slows down tenfold in the middle changes times but no ratio."""
+
+    def cost(base):
+        return lambda: base * (10.0 if clock.seconds > 20 else 1.0)
+
+    found = verified_ratio(
+        clock.contender("ours", cost(1.0)), [clock.contender("peer", cost(3.0))], BUDGET, clock
+    )
+    assert found.speedup["peer"].median == pytest.approx(3.0)
+    assert max(found.timings["ours"].wall) == pytest.approx(10 * min(found.timings["ours"].wall))
+
+
+def test_times_are_per_unit_and_cpu_time_is_kept_apart(clock):
+    timing = interleave([clock.contender("ours", 6.0, units=3.0)], BUDGET, clock)["ours"]
+    assert timing == Timing((2.0,) * 6, (4.0,) * 6, 1)
+
+
+def test_short_calls_are_repeated_to_fill_a_sample(clock):
+    budget = replace(BUDGET, sample_seconds=1.0, warmup_seconds=0.5)
+    assert interleave([clock.contender("ours", 0.25)], budget, clock)["ours"].calls == 4
+
+
+def test_slow_contenders_stop_early_but_not_before_three_rounds(clock):
+    budget = replace(BUDGET, limit_seconds=1.0)
+    assert len(interleave([clock.contender("ours", 5.0)], budget, clock)["ours"].wall) == 3
+
+
+@pytest.mark.parametrize("error", [1.01, math.inf, math.nan])
+@pytest.mark.parametrize("wrong", ["ours", "peer"])
+def test_no_ratio_without_verification(clock, wrong, error):
+    ours, peer = (
+        clock.contender(name, 1.0, error if name == wrong else 0.0) for name in ("ours", "peer")
+    )
+    with pytest.raises(Unverified, match=f"{wrong} must match the float64 reference"):
+        verified_ratio(ours, [peer], BUDGET, clock)
+    assert not clock.log, "nothing may be timed"
+
+
+def test_a_peer_may_be_incomparable_but_not_the_subject(clock):
+    ours, peer = clock.contender("ours", 1.0), replace(clock.contender("sb3", 2.0), error=None)
+    assert verified_ratio(ours, [peer], BUDGET, clock).errors == {"ours": 0.0}
+    with pytest.raises(ValueError, match="subject must be comparable"):
+        verified_ratio(replace(ours, error=None), [], BUDGET, clock)
+
+
+def test_contenders_need_names_of_their_own(clock):
+    with pytest.raises(ValueError, match="different names"):
+        interleave([clock.contender("a", 1.0)] * 2, BUDGET, clock)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_mismatch_accepts_rounding_and_nothing_else(dtype, generator):
+    x, w = torch.randn(2, 64, 64, generator=generator).to(dtype).unbind()
+    exact = x.double() @ w.double()
+    rounded = (x @ w if dtype != torch.bfloat16 else (x.float() @ w.float())).to(dtype)
+    assert mismatch([rounded], [exact], 64) <= 1
+    off = rounded.clone()
+    off[3, 5] += 4 * tolerance(dtype, 64) * exact.abs().max().to(dtype)
+    assert mismatch([off], [exact], 64) > 1
+    assert mismatch([torch.full_like(rounded, math.nan)], [exact], 64) == math.inf
+    with pytest.raises(ValueError, match=r"actual\[0\] must have shape"):
+        mismatch([rounded[:1]], [exact], 64)
+
+
+def test_threads_are_pinned_and_given_back():
+    before = torch.get_num_threads()
+    with pinned_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="count must be at least 1"), pinned_threads(0):
+        pass
+
+
+def case(error=0.0, skip=False):
+    def build():
+        clock = FakeTime()
+        contest = Contest(clock.contender("ours", 1.0, error), [clock.contender("peer", 1.0)])
+
+        def unavailable():
+            raise Unavailable("not installed")
+
+        if skip:
+            contest.invite("absent", unavailable)
+        return contest
+
+    return Case("op", {"P": 1}, 90.0, build)
+
+
+def test_a_wrong_result_becomes_a_refusal_not_a_record():
+    refusal = measure(case(error=2.0), BUDGET)
+    assert isinstance(refusal, Refusal)
+    assert refusal.label == "op P=1 90%"
+    assert "2 times what is allowed" in refusal.reason
+
+
+def test_an_absent_peer_is_named_with_its_reason():
+    record = measure(case(skip=True), BUDGET)
+    assert record.skipped == {"absent": "not installed"}
+    assert list(record.speedup) == ["peer"]
+
+
+def spread(median, width=0.01):
+    return Spread(median, median * (1 - width), median * (1 + width), 9)
+
+
+def record(sparsity, speedup, op="linear forward", unit="call", width=0.01):
+    """Ours takes a millisecond, torch dense ``speedup`` times that."""
+    contenders = {
+        "sparse_tickets": Measured(spread(1e-3), spread(2e-3), 0.1, "linear: cpu/csr (why)", 3),
+        "torch dense": Measured(spread(1e-3 * speedup), spread(2e-3), 0.1, "", 3),
+    }
+    return Record(
+        op,
+        {"P": 1, "B": 2048},
+        sparsity,
+        unit,
+        "sparse_tickets",
+        contenders,
+        {"torch dense": spread(speedup, width)},
+        {"torch CSR": "one ticket only"},
+    )
+
+
+@pytest.fixture
+def run():
+    curve = [record(s, x) for s, x in ((0.0, 0.9), (50.0, 0.5), (90.0, 2.0), (99.0, 20.0))]
+    jobs = [
+        record(90.0, 3.0, "PPO iteration", "agent-step"),
+        record(90.0, 3.0, "whole job, gains told apart", "agent-step"),
+    ]
+    refused = [Refusal("linear forward P=2 80%", "off by 3")]
+    return results.Run(
+        "cpu-test-2c", "quick", "2026-01-02T03:04:05+00:00", 2, "Test, 2 cores", {"torch": "2"},
+        "abc", spread(1e11), 7.0, 0.01, curve + jobs, refused,
+    )  # fmt: skip
+
+
+def test_results_survive_the_disk(run, tmp_path):
+    path = results.save(run, tmp_path / "deep" / "run.json")
+    assert results.load(path) == run
+    assert [file.name for file in path.parent.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{}", "[1]", '{"layout": 99}', '{"layout": 1, "records": 3}']
+)
+def test_damaged_results_are_named(damage, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(damage)
+    with pytest.raises(ValueError, match=r"run\.json is not a benchmark result"):
+        results.load(path)
+
+
+def test_the_newest_run_of_each_device_counts_and_smoke_runs_do_not(run, tmp_path):
+    later = replace(run, date="2026-02-01T00:00:00+00:00")
+    smoke = replace(run, date="2026-03-01T00:00:00+00:00", suite="smoke")
+    other = replace(run, device="nvidia-test")
+    for index, item in enumerate((later, run, smoke, other)):
+        results.save(item, tmp_path / f"{index}.json")
+    assert results.newest(tmp_path) == {"cpu-test-2c": later, "nvidia-test": other}
+
+
+def test_a_run_knows_where_it_came_from():
+    here = results.provenance("quick", "cpu", spread(1e11))
+    assert here.device.startswith("cpu-")
+    assert here.device == here.device.lower()
+    assert here.versions["torch"] == metadata.version("torch")
+    assert here.threads == torch.get_num_threads()
+
+
+def test_neighbours_use_what_is_neither_idle_nor_ours(monkeypatch):
+    assert 0 <= results.Neighbours().share() <= 1
+    readings = iter([(100.0, 10.0), (110.0, 12.5), (100.0, 10.0)])
+    monkeypatch.setattr(results.Neighbours, "_read", staticmethod(lambda: next(readings)))
+    neighbours = results.Neighbours()
+    assert neighbours.share() == 0.25
+    assert neighbours.share() == 0.0
+
+
+def test_compare_flags_a_planted_regression_and_nothing_else(run):
+    slower = [
+        record(90.0, 1.6) if r.sparsity == 90.0 and r.unit == "call" else r for r in run.records
+    ]
+    changes = compare(run, replace(run, records=slower))
+    assert [c.label for c in changes if c.verdict == "slower"] == ["linear forward P=1 B=2048 90%"]
+    assert not [c for c in changes if c.verdict == "faster"]
+    back = compare(replace(run, records=slower), run)
+    assert [c.label for c in back if c.verdict == "faster"] == ["linear forward P=1 B=2048 90%"]
+
+
+def test_compare_keeps_quiet_within_noise(run):
+    old, new = record(90.0, 2.0, width=0.2), record(90.0, 1.6, width=0.2)
+    assert [
+        c.verdict for c in compare(replace(run, records=[old]), replace(run, records=[new]))
+    ] == ["same"]
+    with pytest.raises(ValueError, match="none in common"):
+        compare(run, replace(run, records=[record(12.0, 1.0)]))
+
+
+def test_times_are_compared_where_no_peer_ran(run):
+    old = replace(record(90.0, 2.0), speedup={})
+    slow = Measured(spread(2e-3), spread(2e-3), 0.1, "", 3)
+    new = replace(old, contenders={**old.contenders, "sparse_tickets": slow})
+    (change,) = compare(replace(run, records=[old]), replace(run, records=[new]))
+    assert (change.measure, change.verdict) == ("time", "slower")
+
+
+def test_compare_command_fails_on_a_regression(run, tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    results.save(run, old)
+    results.save(replace(run, records=[record(90.0, 1.0)]), new)
+    assert main(["compare", str(old), str(old)]) == 0
+    assert main(["compare", str(old), str(new)]) == 1
+    assert "slower linear forward" in capsys.readouterr().out
+    assert main(["compare", str(old), str(tmp_path / "absent.json")]) == 1
+    assert main(["run", "--only", "no such case"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        (((50, 2.0), (90, 4.0)), "faster at every level measured, from 50%"),
+        (((50, 0.2), (90, 0.9)), "not reached up to 90%"),
+        (((50, 0.5), (90, 2.0)), "about 70%"),
+        (((50, 2.0), (80, 0.5), (90, 2.0)), "about 85%"),
+        (((50, 1.005), (90, 2.0)), "within noise at 50%, faster from 90%"),
+    ],
+)
+def test_crossover_is_interpolated_and_counts_the_last_loss(points, said):
+    records = [record(float(sparsity), speedup) for sparsity, speedup in points]
+    assert tables.crossover(records, "torch dense") == said
+    assert tables.crossover(records, "absent") == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (2.5, "2.50 s"),
+        (0.0123, "12.3 ms"),
+        (1e-3, "1.00 ms"),
+        (456e-6, "456 us"),
+        (7e-8, "70.0 ns"),
+    ],
+)
+def test_durations_have_three_digits(seconds, text):
+    assert tables.duration(seconds) == text
+
+
+def test_report_shows_losses_crossovers_refusals_and_figures(run, tmp_path):
+    page = write_report(tmp_path, {run.device: run})
+    text = page.read_text()
+    for said in (
+        "0.50x (0.49-0.51)",
+        "20.00x",
+        "cpu/csr",
+        "Crossover with torch dense: about 70%",
+        "Not run - torch CSR: one ticket only.",
+        "| linear forward P=2 80% | off by 3 |",
+        "233 kFLOP",
+        "Not yet measured",
+    ):
+        assert said in text, said
+    pictures = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert pictures == ["cpu-test-2c-speedup.png", "cpu-test-2c-whole-job.png"]
+    assert all(f"figures/{name}" in text for name in pictures)
+    assert "No results yet" in markdown({}, {})
+
+
+def test_a_busy_machine_is_said_to_be_busy(run):
+    assert "other processes used 300% of the cores: neither" in markdown(
+        {"x": replace(run, busy=3.0)}, {}
+    )
+
+
+def test_console_shows_tables_with_bars(run):
+    console = Console(record=True, width=100, file=io.StringIO())
+    show_run(console, run)
+    text = console.export_text()
+    assert "█" in text
+    assert "20.00x" in text
+    assert bar(1.0, 1.0, 4) == "████"
+    assert bar(0.0, 1.0, 4) == bar(1.0, 0.0, 4) == ""
+
+
+def test_the_target_table_covers_every_target():
+    labels = [case.label for case in suites.suite("quick")]
+    assert len(labels) == len(set(labels))
+    for sparsity in (50, 80, 90, 95, 99):
+        for said in (
+            "linear forward P=1 B=2048",
+            "linear forward+backward",
+            "policy forward+backward",
+        ):
+            assert any(said in label and label.endswith(f" {sparsity}%") for label in labels)
+    assert any("told apart" in label for label in labels)
+    full = [case.label for case in suites.suite("full")]
+    assert set(labels) < set(full)
+    assert SPARSITIES == (0, 50, 80, 90, 95, 98, 99)
+    with pytest.raises(ValueError, match="suite must be one of"):
+        suites.suite("none")
+
+
+def test_problems_keep_exactly_as_many_weights_as_they_say():
+    linear = LinearProblem(3, 5, 20, 10, 90.0)
+    assert linear.mask.sum((1, 2)).tolist() == [20] * 3
+    assert not linear.weight[~linear.mask].any()
+    assert not linear.mask[0].equal(linear.mask[1])
+    policy = PolicyProblem(2, 3, sparsity=99.0)
+    assert policy.mask.sum(1).tolist() == [45, 45]
+    gradients = [torch.ones_like(leaf) for w, b, _ in policy.layers() for leaf in (w, b)]
+    row = policy.gather(gradients)
+    assert row[:, : policy.arena.prunable].equal(policy.mask.float())
+
+
+def test_contenders_compute_the_reference(monkeypatch):
+    """Every contender on a tiny problem, and a sabotaged one is refused."""
+    from benchmarks import ours
+    from benchmarks.peers import loop_dense, masked_bmm, scipy_csr, torch_csr, torch_dense
+
+    problem, policy = LinearProblem(1, 6, 20, 10, 90.0), PolicyProblem(2, 6, (3, 8, 2))
+    contenders = [
+        ours.linear_forward(problem, "reference"),
+        ours.linear_backward(problem, "reference"),
+        ours.policy(policy, "reference"),
+        *(peer.linear_forward(problem) for peer in (torch_dense, masked_bmm, torch_csr, scipy_csr)),
+        *(peer.linear_backward(problem) for peer in (torch_dense, masked_bmm, torch_csr)),
+        *(peer.policy(policy) for peer in (torch_dense, masked_bmm, loop_dense)),
+    ]
+    for contender in contenders:
+        assert contender.error() <= 1, contender.name
+    with pytest.raises(Unavailable, match="one ticket only"):
+        torch_csr.linear_forward(LinearProblem(2, 6, 20, 10, 90.0))
+    monkeypatch.setattr(ours, "linear", lambda x, w, m, b: x @ w.mT + 1.001 * b[:, None])
+    with pytest.raises(Unverified):
+        verified_ratio(ours.linear_forward(problem), [], BUDGET)
+
+
+def test_ppo_job_is_verified_and_a_wrong_update_is_caught(monkeypatch):
+    from benchmarks import ppo_job
+    from sparse_tickets.algos.ppo import PPO
+    from sparse_tickets.kernels import use_backend
+
+    settings = PPO(copies=2, horizon=8, minibatches=2, epochs=2)
+    job = ppo_job.PPOJob(2, 50.0, settings, backend="reference")
+    contender = ppo_job.ppo_contender(job, "ours")
+    assert contender.error() <= 1
+    contender.run()
+    assert job.iteration == 1
+    correct = ppo_job.ppo_update_
+
+    def lazy(parameters, *arguments, **options):
+        correct(parameters, *arguments, **options)
+        if parameters is job.population.parameters:
+            parameters.weight.mul_(1.001)
+
+    monkeypatch.setattr(ppo_job, "ppo_update_", lazy)
+    with use_backend("reference"):
+        assert job.error() > 1
+
+
+def test_bench_command_lines_and_table():
+    from sparse_tickets.bench import bench, bench_table
+    from sparse_tickets.kernels import use_backend
+
+    with use_backend("reference"):
+        lines = bench(16, 8, sparsities=(0.0, 90.0), budget=replace(BUDGET, rounds=2))
+    assert [(line.sparsity, line.direction) for line in lines] == [
+        (0.0, "forward"),
+        (0.0, "forward+backward"),
+        (90.0, "forward"),
+        (90.0, "forward+backward"),
+    ]
+    assert bench_table(lines).row_count == 4
+    with pytest.raises(ValueError, match="width must be at least 1"):
+        bench(0)
+    with pytest.raises(ValueError, match="sparsities must be in"):
+        bench(8, 8, sparsities=(101.0,))
+
+
+def test_stored_results_are_readable():
+    for path in results.RESULTS.glob("*.json"):
+        assert json.loads(path.read_text())["layout"] == 1
+        results.load(path)
