@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow bench bench-full check format clean
 
 help:
 	@echo "make demo       a small lottery-ticket study of CartPole-v1: table and figures"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take long"
+	@echo "make bench      what sparsity gains on this machine, a few minutes; writes benchmarks/"
+	@echo "make bench-full the same with scaling curves, much longer"
 	@echo "make check      ruff and mypy"
 	@echo "make format     format the code"
 
@@ -20,7 +22,7 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/sparse-tickets sweep --env CartPole-v1 --algos ppo bc --seeds 3 --levels 8 \
-		--ppo.steps 98304 --bc.expert-steps 196608 --evaluation.points 8 \
+		--ppo.steps 196608 --evaluation.points 8 \
 		--evaluation.episodes 8 --evaluation.final-episodes 40 --out runs/demo
 	$(BIN)/sparse-tickets show runs/demo
 
@@ -29,6 +31,14 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks run --suite quick
+	$(BIN)/python -m benchmarks report
+
+bench-full: $(INSTALLED)
+	$(BIN)/python -m benchmarks run --suite full
+	$(BIN)/python -m benchmarks report
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

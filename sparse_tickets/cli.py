@@ -1,4 +1,4 @@
-"""The command line: `sparse-tickets sweep | report | show | verify`."""
+"""The command line: `sparse-tickets sweep | report | show | verify | bench`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sparse_tickets.files import StoreError
 from sparse_tickets.sweep.progress import SweepProgress
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep, protocol
+from sparse_tickets.timing import Unverified
 
 __all__ = ["main"]
 
@@ -90,6 +91,18 @@ class VerifyCommand:
     """Python files that register your own environments, criteria or conditions."""
 
 
+@dataclass(frozen=True)
+class BenchCommand:
+    """Measure what sparsity gains on this machine, for a layer of your own size."""
+
+    width: int = 256
+    """Inputs and outputs of the layer."""
+    batch: int = 2048
+    """Rows per call; 1 is a policy acting."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, 0 if all went well, 130 if interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -99,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     try:
         return _COMMANDS[name][1](rest, console)
-    except (ValueError, TypeError, StoreError, ExpertError, OSError) as error:
+    except (ValueError, TypeError, StoreError, ExpertError, Unverified, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
 
@@ -219,6 +232,19 @@ def _verify(rest: list[str], console: Console) -> int:
     return 0 if agree else 1
 
 
+def _bench(rest: list[str], console: Console) -> int:
+    import torch
+
+    from sparse_tickets.bench import bench, bench_table
+
+    command = tyro.cli(BenchCommand, prog="sparse-tickets bench", args=rest, config=_STYLE)
+    device = command.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    console.print(bench_table(bench(command.width, command.batch, device)))
+    return 0
+
+
 def _option(arguments: list[str], name: str) -> list[str]:
     """The values given to an option, read before parsing proper."""
     values: list[str] = []
@@ -257,6 +283,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
     "report": ("print a run's table and draw its figures", _report),
     "show": ("draw a ticket's masks; export its policy", _show),
     "verify": ("retrain some cells in plain torch and compare", _verify),
+    "bench": ("measure what sparsity gains for a layer of your size", _bench),
 }
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ FOLDERS = {"sparse_tickets": ROOT / "sparse_tickets", "sparse_tickets.kernels": 
 # A module imports from its own layer and those before it; every module has a layer.
 LAYERS = (
     ("kernels",),
-    ("connectivity", "conditions", "files", "linear", "prune", "ticket"),
+    ("connectivity", "conditions", "files", "linear", "prune", "ticket", "timing"),
     ("convert", "envs", "population"),
     ("algos",),
     ("imp",),
     ("sweep",),
-    ("analysis",),
+    ("analysis", "bench"),
     ("cli",),
 )
 KERNEL_LIBRARIES = {"torch", "triton", "numba", "llvmlite", "numpy"}
