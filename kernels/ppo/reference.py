@@ -34,6 +34,8 @@ def loss(
     weight: Tensor, mask: Tensor, arena: Arena, batch: Batch, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
     """Total loss ``[P]``, and ``[5, P]``: policy loss, value loss, entropy, KL, clip fraction."""
+    if arena.critic is None:
+        raise ValueError("arena must have a critic for PPO, got none")
     output = mlp(batch.obs, weight, arena.actor, mask)
     value = mlp(batch.obs, weight, arena.critic, mask).squeeze(-1)
     log_std = None

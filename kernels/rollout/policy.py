@@ -67,7 +67,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         values: dense: ``[in][padded out]`` of every layer; sparse: the nonzeros, row by row.
-        index: sparse: the column of each nonzero.
+        column: sparse: the column of each nonzero.
         begin: sparse: where each row begins in `values`, over all layers; one more at the end.
         bias: biases of all layers, padded like the outputs if dense.
         x: activations of the current layer.
@@ -75,7 +75,7 @@ class Prepared(NamedTuple):
     """
 
     values: np.ndarray
-    index: np.ndarray
+    column: np.ndarray
     begin: np.ndarray
     bias: np.ndarray
     x: np.ndarray
@@ -162,19 +162,19 @@ def _prepare_sparse(row, mask, net, x, y):
         rows += sizes[layer + 1]
         entries += sizes[layer] * sizes[layer + 1]
     begin, bias = np.empty(rows + 1, np.int64), np.empty(rows, np.float32)
-    index, positions = np.empty(entries + 1, np.int32), np.empty(entries + 1, np.int32)
+    column, positions = np.empty(entries + 1, np.int32), np.empty(entries + 1, np.int32)
     count, r = 0, 0
     for layer in range(sizes.size - 1):
         inp, out = sizes[layer], sizes[layer + 1]
         pointer = begin[r : r + out + 1]
-        count = build_rows(mask, net.weights[layer], out, inp, pointer, index, positions, count)
+        count = build_rows(mask, net.weights[layer], out, inp, pointer, column, positions, count)
         for o in range(out):
             bias[r + o] = row[net.biases[layer] + o]
         r += out
     values = np.empty(count, np.float32)
     for j in range(count):
         values[j] = row[positions[j]]
-    return Prepared(values, index, begin, bias, x, y)
+    return Prepared(values, column, begin, bias, x, y)
 
 
 @njit(cache=True)
@@ -238,7 +238,7 @@ def _forward_dense(net, prepared, obs, count, out):
 
 @njit(cache=True)
 def _forward_sparse(net, prepared, obs, count, out):
-    sizes, values, index = net.sizes, prepared.values, prepared.index
+    sizes, values, column = net.sizes, prepared.values, prepared.column
     begin, bias = prepared.begin, prepared.bias
     x, y = prepared.x, prepared.y
     for i in range(sizes[0]):
@@ -251,11 +251,13 @@ def _forward_sparse(net, prepared, obs, count, out):
         for o in range(rows):
             y0, e = o * count, 0
             while e + LANES < count:
-                _sparse_wide(values, index, begin[r], begin[r + 1], x, e, count, y, y0 + e, bias[r])
+                _sparse_wide(
+                    values, column, begin[r], begin[r + 1], x, e, count, y, y0 + e, bias[r]
+                )
                 e += 2 * LANES
             if e < count:
                 _sparse_narrow(
-                    values, index, begin[r], begin[r + 1], x, e, count, y, y0 + e, bias[r]
+                    values, column, begin[r], begin[r + 1], x, e, count, y, y0 + e, bias[r]
                 )
             r += 1
         if layer < last:

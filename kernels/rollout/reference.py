@@ -147,6 +147,8 @@ class _Policy:
 
 def _log_std(parameters: Parameters, arena: Arena) -> Tensor:
     begin = arena.log_std
+    if begin is None:
+        raise ValueError("arena must be continuous to have a log_std, got a discrete one")
     return parameters.weight[:, begin : begin + arena.actor.sizes[-1]]
 
 

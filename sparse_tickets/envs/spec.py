@@ -103,7 +103,6 @@ class Env(Protocol):
 
     Attributes:
         spec: spaces and observation scale.
-        task: the physics, where fused kernels know it; None otherwise.
         tickets: P.
         copies: E.
         device: where tensors live.
@@ -111,11 +110,15 @@ class Env(Protocol):
     """
 
     spec: EnvSpec
-    task: Task | None
     tickets: int
     copies: int
     device: torch.device
     clock: int
+
+    @property
+    def task(self) -> Task | None:
+        """The physics, where fused kernels know it."""
+        ...
 
     def reset(self, key: Tensor) -> Tensor:
         """Start every copy afresh.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.prune import prune
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.threads import follow_torch, launch
 from sparse_tickets.kernels.update import adam_, rewind_, sgd_
