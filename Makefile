@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/sparse-tickets sweep --env CartPole-v1 --algos ppo bc --seeds 3 --levels 8 \
-		--ppo.steps 196608 --evaluation.points 8 \
+		--rate 0.4 --ppo.steps 196608 --evaluation.points 8 \
 		--evaluation.episodes 8 --evaluation.final-episodes 40 --out runs/demo
 	$(BIN)/sparse-tickets show runs/demo
 
