@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 from sparse_tickets.algos import bc
-from sparse_tickets.algos.evaluation import FINAL_INDEX, Result
+from sparse_tickets.algos.evaluation import FINAL_INDEX, Evaluation
 from sparse_tickets.envs import make_env
 from sparse_tickets.files import StoreError
 from sparse_tickets.kernels import use_backend
+from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.kernels.rollout import evaluate
+from sparse_tickets.population import Population
 from sparse_tickets.sweep.data import read_data
 from sparse_tickets.sweep.run import cell_population, train_population
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import Store
+from sparse_tickets.sweep.store import Store, Unit
 from sparse_tickets.ticket import Ticket
 
 __all__ = ["verify"]
@@ -28,7 +37,36 @@ RETURN_TOLERANCE = 0.25
 EVALUATION_TOLERANCE = 0.02
 
 
-def verify(path, cells: int, console: Console) -> tuple[Table, bool]:
+class _Cell(NamedTuple):
+    """A finished training: where it is stored, its ticket, and its row of the results."""
+
+    unit: Unit
+    ticket: Ticket
+    row: dict[str, Any]
+
+    @property
+    def track(self) -> Track:
+        return Track(self.ticket.seed, self.ticket.condition, self.ticket.controls)
+
+    @property
+    def start(self) -> Tensor:
+        """The row training started from; at level 0 `rewind` may be a later snapshot."""
+        return self.ticket.initial if self.unit.level == 0 else self.ticket.rewind
+
+    def __str__(self) -> str:
+        ticket = self.ticket
+        return f"{self.unit.algo} {ticket.condition} seed {ticket.seed} level {self.unit.level}"
+
+
+class _Again(NamedTuple):
+    """What plain torch makes of a cell."""
+
+    same_start: bool
+    stored_weights: float
+    retrained: float
+
+
+def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]:
     """Retrain some finished cells by the reference ops and compare with what is stored.
 
     Three comparisons per cell: the mask and the weights training started from are drawn again and
@@ -58,54 +96,45 @@ def verify(path, cells: int, console: Console) -> tuple[Table, bool]:
             "be retrained with this version or plugin"
         )
     finished = [
-        (unit, ticket, row)
+        _Cell(unit, ticket, row)
         for unit in store.units()
         if store.has(unit)
         for ticket, row in zip(store.read_tickets(unit), store.read_rows(unit), strict=True)
     ]
     if not finished:
         raise StoreError(f"{store.path} has no finished unit yet: run the sweep")
+    dense = max(cell.row["return_final"] for cell in finished)
     finished.sort(
-        key=lambda cell: derive_key("verify", cell[0].name, cell[1].condition, cell[1].seed)
+        key=lambda cell: derive_key("verify", cell.unit.name, cell.track.condition, cell.track.seed)
     )
+    # Plain torch takes as long for one ticket as for several: what trains alike trains together.
+    groups: dict[tuple[str, bool], list[_Cell]] = {}
+    for cell in finished[:cells]:
+        groups.setdefault((cell.unit.algo, cell.unit.level == 0), []).append(cell)
+
     table = Table(title=f"{spec.env}: {min(cells, len(finished))} cells again, in plain torch")
     for column in ("cell", "start", "stored weights", "stored return", "retrained", "verdict"):
         table.add_column(column, justify="left" if column == "cell" else "right")
-    dense = max(row["return_final"] for _, _, row in finished)
     agree = True
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("", total=min(cells, len(finished)))
-        for unit, ticket, row in finished[:cells]:
-            name = f"{unit.algo} {ticket.condition} seed {ticket.seed} level {unit.level}"
-            progress.update(bar, description=name)
-            track = Track(ticket.seed, ticket.condition, ticket.controls)
-            population, key = cell_population(spec, store, unit.algo, unit.level, [track])
-            start = population.parameters
-            same_start = torch.equal(start.mask[0], ticket.mask) and torch.equal(
-                start.weight[0], _started_from(ticket)
-            )
-            lowest = row["random_return"] if row["random_return"] is not None else 0.0
-            range_ = max(abs(dense - lowest), 1e-9)
-            with use_backend("reference"):
-                again = _evaluate(spec, population, key, ticket)
-                result = _retrain(spec, store, unit.algo, population, key, unit.level, track)
-            stored = row["return_final"]
-            retrained = float(result.return_final[0])
-            holds = (
-                same_start
-                and abs(again - stored) <= EVALUATION_TOLERANCE * range_
-                and abs(retrained - stored) <= RETURN_TOLERANCE * range_
-            )
-            agree &= holds
-            table.add_row(
-                name,
-                "equal" if same_start else "[red]differs[/red]",
-                f"{again:.1f}",
-                f"{stored:.1f}",
-                f"{retrained:.1f}",
-                "agrees" if holds else "[red]disagrees[/red]",
-            )
-            progress.advance(bar)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
+        console=console, transient=True,
+    ) as progress:  # fmt: skip
+        for (algo, _), group in groups.items():
+            steps = len(group) * spec.train_steps(group[0].unit.level)
+            bar = progress.add_task(f"{len(group)} {algo} cells in plain torch", total=steps)
+            again = _again(spec, store, group, partial(progress.advance, bar))
+            for cell, found in zip(group, again, strict=True):
+                holds = _holds(cell, found, dense)
+                agree &= holds
+                table.add_row(
+                    str(cell),
+                    "equal" if found.same_start else "[red]differs[/red]",
+                    f"{found.stored_weights:.1f}",
+                    f"{cell.row['return_final']:.1f}",
+                    f"{found.retrained:.1f}",
+                    "agrees" if holds else "[red]disagrees[/red]",
+                )
     table.caption = (
         f"stored weights: evaluated again, within {EVALUATION_TOLERANCE:.0%} of the range; "
         f"retrained: within {RETURN_TOLERANCE:.0%}, since rounding alone changes a training run"
@@ -113,23 +142,51 @@ def verify(path, cells: int, console: Console) -> tuple[Table, bool]:
     return table, agree
 
 
-def _started_from(ticket: Ticket):
-    """The row training started from; at level 0 the `rewind` row may be a later snapshot."""
-    return ticket.initial if ticket.level == 0 else ticket.rewind
+def _holds(cell: _Cell, found: _Again, dense: float) -> bool:
+    lowest = cell.row["random_return"]
+    range_ = max(abs(dense - (0.0 if lowest is None else lowest)), 1e-9)
+    stored = cell.row["return_final"]
+    return (
+        found.same_start
+        and abs(found.stored_weights - stored) <= EVALUATION_TOLERANCE * range_
+        and abs(found.retrained - stored) <= RETURN_TOLERANCE * range_
+    )
 
 
-def _evaluate(spec: Sweep, population, key, ticket: Ticket) -> float:
-    env = make_env(spec.env, 1, spec.evaluation.final_episodes)
-    parameters = population.with_weight(ticket.final[None])
-    returns = evaluate(parameters, population.arena, env, key, index=FINAL_INDEX, greedy=True)
-    return float(returns.mean())
+def _again(
+    spec: Sweep, store: Store, cells: list[_Cell], on_iteration: Callable[[int], None]
+) -> list[_Again]:
+    """Draw, evaluate and train the cells of one algorithm again, as one population."""
+    algo, level = cells[0].unit.algo, cells[0].unit.level
+    drawn = [cell_population(spec, store, algo, cell.unit.level, [cell.track]) for cell in cells]
+    arena = drawn[0][0].arena
+    key = torch.cat([each for _, each in drawn])
+    rows = zip(*(population.parameters for population, _ in drawn), strict=True)
+    # The reference ops do not look at the nominal density.
+    population = Population(arena, Parameters(*(torch.cat(values) for values in rows)))
+    start = population.parameters
+    same = [
+        torch.equal(start.mask[index], cell.ticket.mask)
+        and torch.equal(start.weight[index], cell.start)
+        for index, cell in enumerate(cells)
+    ]
+    with use_backend("reference"):
+        env = make_env(spec.env, len(cells), spec.evaluation.final_episodes)
+        stored = population.with_weight(torch.stack([cell.ticket.final for cell in cells]))
+        returns = evaluate(stored, arena, env, key, index=FINAL_INDEX, greedy=True).mean(1)
+        # Evaluations on the way change nothing in training.
+        brief = replace(spec, evaluation=Evaluation(1, 1, spec.evaluation.final_episodes))
+        tracks = [cell.track for cell in cells]
+        dataset = _demonstrations(store) if algo == "bc" else None
+        result = train_population(
+            brief, algo, population, key, level, tracks, dataset, on_iteration
+        )
+    values = zip(same, returns.tolist(), result.return_final.tolist(), strict=True)
+    return [_Again(*value) for value in values]
 
 
-def _retrain(spec: Sweep, store: Store, algo: str, population, key, level: int, track) -> Result:
-    dataset = None
-    if algo == "bc":
-        stored = read_data(store, "demonstrations")
-        if stored is None:
-            raise StoreError(f"{store.data} has no demonstrations: run the sweep again")
-        dataset = bc.Dataset(**stored)
-    return train_population(spec, algo, population, key, level, [track], dataset)
+def _demonstrations(store: Store) -> bc.Dataset:
+    stored = read_data(store, "demonstrations")
+    if stored is None:
+        raise StoreError(f"{store.data} has no demonstrations: run the sweep again")
+    return bc.Dataset(**stored)
