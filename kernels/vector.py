@@ -24,6 +24,7 @@ __all__ = [
     "fma",
     "load",
     "log",
+    "make_block_tile",
     "make_sparse_tile",
     "make_tile",
     "maximum",
@@ -500,3 +501,62 @@ def make_sparse_tile(columns: int, accumulate: bool = False):
         return types.void(values, index, i, i, x, i, i, y, i, types.float32), generate
 
     return sparse_tile
+
+
+def make_block_tile(rows: int, columns: int):
+    """``rows`` dense rows times the kept rows of ``columns * LANES`` columns, held in registers.
+
+    The returned function computes, over the depths d = index[j], j in ``[begin, end)``,
+
+        y[y0 + r*ys + l] = bias[b0 + l] + sum_j a[a0 + r*ar + index[j]] * x[x0 + index[j]*xd + l]
+
+    for every row r and l < columns * LANES. With activations row-major and weights that are zero
+    but for full blocks, a block column shares one index: no activation is transposed. Per j: rows
+    broadcasts and columns loads for rows * columns fused multiply-adds.
+    """
+
+    @intrinsic
+    def block_tile(typingctx, a, a0, ar, index, begin, end, x, x0, xd, y, y0, ys, bias, b0):
+        def generate(context, builder, signature, arguments):
+            types_ = signature.args
+            a_data = _data(context, builder, types_[0], arguments[0])
+            a0, ar = arguments[1:3]
+            index_data = _data(context, builder, types_[3], arguments[3])
+            begin, end = arguments[4:6]
+            x_data = _data(context, builder, types_[6], arguments[6])
+            x0, xd = arguments[7:9]
+            y_data = _data(context, builder, types_[9], arguments[9])
+            y0, ys = arguments[10:12]
+            bias_data = _data(context, builder, types_[12], arguments[12])
+            b0 = arguments[13]
+            row_a = [builder.add(a0, builder.mul(ar, _INDEX(r))) for r in range(rows)]
+            row_y = [builder.add(y0, builder.mul(ys, _INDEX(r))) for r in range(rows)]
+            slots = {}
+            for c in range(columns):
+                start = _load(builder, bias_data, builder.add(b0, _INDEX(c * LANES)))
+                for r in range(rows):
+                    slots[r, c] = cgutils.alloca_once(builder, _VECTOR)
+                    builder.store(start, slots[r, c])
+            with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
+                j = builder.add(begin, loop.index)
+                depth = builder.zext(builder.load(builder.gep(index_data, [j])), _INDEX)
+                x_row = builder.add(x0, builder.mul(depth, xd))
+                xs = [
+                    _load(builder, x_data, builder.add(x_row, _INDEX(c * LANES)))
+                    for c in range(columns)
+                ]
+                for r in range(rows):
+                    at = builder.gep(a_data, [builder.add(row_a[r], depth)])
+                    value = _broadcast(builder, builder.load(at))
+                    for c in range(columns):
+                        slot = slots[r, c]
+                        builder.store(_llvm_fma(builder, value, xs[c], builder.load(slot)), slot)
+            for (r, c), slot in slots.items():
+                at = builder.add(row_y[r], _INDEX(c * LANES))
+                _store(builder, builder.load(slot), y_data, at)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(a, i, i, index, i, i, x, i, i, y, i, i, bias, i), generate
+
+    return block_tile

@@ -21,9 +21,17 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.dispatch import Plan, resolve_backend
 from sparse_tickets.kernels.errors import check_dtype, check_shape
-from sparse_tickets.kernels.linear import linear, plan
+from sparse_tickets.kernels.linear import (
+    find_single,
+    is_overridden,
+    is_plain,
+    is_watched,
+    linear,
+    plan,
+    plan_for,
+)
 from sparse_tickets.kernels.prune import prune
 
 __all__ = ["SparseLinear", "count_kept", "make_dense_", "make_sparse_"]
@@ -41,7 +49,10 @@ def count_kept(density: float, total: int) -> int:
 
 
 class _Seen(NamedTuple):
-    """The tensors in which the weight was last zero off the mask, and how many weights it kept."""
+    """The tensors in which the weight was last zero off the mask, and how many weights it kept.
+
+    ``choices`` holds what was chosen for this version of the mask, to be asked for only once.
+    """
 
     weight: Tensor
     weight_version: int
@@ -49,6 +60,7 @@ class _Seen(NamedTuple):
     mask: Tensor
     mask_version: int
     kept: int | None
+    choices: dict[Any, Any]
 
 
 class SparseLinear(nn.Linear):
@@ -154,6 +166,10 @@ class SparseLinear(nn.Linear):
         Raises:
             ValueError: the last dimension of the input is not ``in_features``.
         """
+        if not torch.is_grad_enabled():
+            acted = self._act(input)
+            if acted is not None:
+                return acted
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input must have shape [..., {self.in_features}], got {tuple(input.shape)}"
@@ -165,12 +181,49 @@ class SparseLinear(nn.Linear):
         batch = math.prod(input.shape[:-1])
         if torch.compiler.is_compiling() or not self._is_clean(weight):
             weight = torch.where(self.mask, weight, 0)
-        elif self._runs_dense(batch):
+        elif self._runs_dense(batch, torch.is_grad_enabled() and weight.requires_grad):
             return self._forward_dense(input)
         bias = None if self.bias is None else self.bias[None]
         rows = input.reshape(1, batch, self.in_features)
         output = linear(rows, weight[None], self.mask[None], bias)
         return output.reshape(*input.shape[:-1], self.out_features)
+
+    def _act(self, input: Tensor) -> Tensor | None:
+        """One row without gradients by the shortest way, or None where that is not the plan.
+
+        Acting is bound by overhead: `nn.Module` finds ``self.weight`` in half a microsecond, the
+        dictionary in a twentieth.
+        """
+        seen = self._seen
+        # First, because under a compiler all that follows would become guards.
+        if is_watched() or seen is None or input.shape != (1, self.in_features):
+            return None
+        parameters = self._parameters
+        weight, bias, mask = parameters.get("weight"), parameters.get("bias"), seen.mask
+        if (
+            seen.weight is not weight
+            or seen.weight_version != weight._version
+            or seen.storage != weight.data_ptr()
+            or self._buffers.get("mask") is not mask
+            or seen.mask_version != mask._version
+            or type(input) is not Tensor
+            or is_overridden()
+            or torch._C._is_any_autocast_enabled()
+            or not input.is_contiguous()
+            or not input.is_cpu
+            or not input.dtype is weight.dtype is torch.float32
+        ):
+            return None
+        single = seen.choices.get("single")
+        if single is None:
+            ordinary = seen.kept is not None and is_plain(weight, bias) and weight.is_contiguous()
+            if not ordinary or (bias is not None and not bias.is_contiguous()):
+                return None
+            sparse = seen.kept != weight.numel()
+            single = seen.choices["single"] = (sparse and find_single(mask)) or F.linear
+        if bias is not None and not (bias.is_cpu and bias.dtype is torch.float32):
+            return None
+        return single(input, weight, bias)
 
     def _forward_dense(self, input: Tensor) -> Tensor:
         """Torch's own linear with nothing in between but a hook: zeros in the weight are zeros."""
@@ -262,11 +315,12 @@ class SparseLinear(nn.Linear):
         """The fraction of weights the mask prunes, ``1 - density``."""
         return 1.0 - self.density
 
-    def plan(self, batch: int = 1) -> Plan:
+    def plan(self, batch: int = 1, *, training: bool = False) -> Plan:
         """What runs now for a batch of this many rows, and why.
 
         Args:
             batch: rows, all leading dimensions of the input together.
+            training: forward and backward, rather than forward alone.
 
         Raises:
             ValueError: the batch is negative, or the chosen backend cannot run on this device.
@@ -278,7 +332,7 @@ class SparseLinear(nn.Linear):
         if batch < 0:
             raise ValueError(f"batch must be >= 0, got {batch}")
         self.apply_mask_()
-        return self._plan(batch, int(self.mask.sum()))
+        return self._plan(batch, int(self.mask.sum()), training)
 
     def extra_repr(self) -> str:
         """nn.Linear's, and the number of weights kept."""
@@ -288,9 +342,10 @@ class SparseLinear(nn.Linear):
 
     def _is_clean(self, weight: Tensor) -> bool:
         """Whether nobody wrote weight or mask since the weight was zero off the mask."""
-        seen, mask = self._seen, self.mask
+        seen, mask = self._seen, self._buffers.get("mask")
         return (
             seen is not None
+            and mask is not None
             and seen.weight is weight
             and seen.mask is mask
             and seen.weight_version == weight._version
@@ -304,22 +359,33 @@ class SparseLinear(nn.Linear):
         known = seen is not None and seen.mask is mask and seen.mask_version == mask._version
         return seen.kept if seen is not None and known else None
 
-    def _plan(self, batch: int, kept: int) -> Plan:
-        weight = self.weight
-        if kept == weight.numel():
-            return Plan("linear", "reference", "dense", "nothing is pruned: torch's own linear")
-        device = weight.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        return plan(*weight.shape, batch, kept / weight.numel(), dtype, device)
+    def _dtype(self) -> torch.dtype:
+        """What the product is computed in."""
+        device = self.weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self.weight.dtype
 
-    def _runs_dense(self, batch: int) -> bool:
+    def _plan(self, batch: int, kept: int, training: bool) -> Plan:
+        if kept == self.weight.numel():
+            return Plan("linear", "reference", "dense", "nothing is pruned: torch's own linear")
+        device, dtype = self.mask.device, self._dtype()
+        if device.type == "cpu":
+            return plan_for(self.mask, batch, dtype, training)
+        # Asks nothing of the device.
+        return plan(*self.weight.shape, batch, kept / self.weight.numel(), dtype, device)
+
+    def _runs_dense(self, batch: int, training: bool) -> bool:
         """Whether torch's own linear is what the plan comes to, on a weight zero off the mask."""
         kept = self._kept()
         if kept is None or kept == self.mask.numel():
             return kept is not None
-        chosen = self._plan(batch, kept)
-        return chosen.backend != "triton" and chosen.format in ("dense", "dense+mask")
+        choices = cast(_Seen, self._seen).choices
+        backend = resolve_backend(self.mask.device)
+        key = (backend, self._dtype(), training, (batch - 1).bit_length() if batch else -1)
+        if key not in choices:
+            chosen = self._plan(batch, kept, training)
+            choices[key] = chosen.backend != "triton" and chosen.format == "dense+mask"
+        return choices[key]
 
     def _remember(self, kept: int | None) -> None:
         """Note that the weight now is zero off the mask.
@@ -332,8 +398,11 @@ class SparseLinear(nn.Linear):
         if weight.is_inference() or mask.is_inference() or type(mask) is not Tensor:
             self._seen = None
         else:
+            # What was chosen for this version of the mask stays chosen when an optimiser steps.
+            same = self._seen is not None and self._kept() == kept is not None
+            choices = cast(_Seen, self._seen).choices if same else {}
             self._seen = _Seen(
-                weight, weight._version, weight.data_ptr(), mask, mask._version, kept
+                weight, weight._version, weight.data_ptr(), mask, mask._version, kept, choices
             )
 
     def _after_step(self, optimizer: Optimizer) -> None:

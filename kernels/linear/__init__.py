@@ -8,24 +8,43 @@ alone. Without a mask nothing of this runs: it is one ``torch.baddbmm``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
+from torch.nn import Parameter
 
-from sparse_tickets.kernels.dispatch import Plan, resolve_backend, use_backend
+from sparse_tickets.kernels.dispatch import Plan, _chosen, resolve_backend, use_backend
 from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
 from sparse_tickets.kernels.linear import reference
 
-__all__ = ["PRECISIONS", "linear", "plan"]
+if TYPE_CHECKING:
+    from sparse_tickets.kernels.linear.single import SingleRow
+
+__all__ = [
+    "PRECISIONS",
+    "find_single",
+    "is_overridden",
+    "is_plain",
+    "is_watched",
+    "linear",
+    "plan",
+    "plan_for",
+]
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 """How a GPU multiplies float32: exactly, rounded to 10 bits of mantissa, or as three of these."""
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float32, torch.float64)
+_PLAIN = (Tensor, Parameter)
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def linear(
@@ -68,7 +87,11 @@ def linear(
         bias = None if bias is None else _autocast(bias, dtype)
     _validate(x, weight, mask, bias, precision)
     if mask is not None:
-        return _LINEAR(x, weight, mask, bias, precision)
+        if is_watched() or not is_plain(x, weight, mask, bias):
+            return _LINEAR(x, weight, mask, bias, precision)
+        if _needs_grad(x, weight, bias):
+            return _Linear.apply(_forward, x, weight, mask, bias, precision)
+        return _forward(x, weight, mask, bias, precision)
     if bias is None:
         return torch.bmm(x, weight.mT)
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
@@ -107,6 +130,41 @@ def plan(
     return Plan("linear", backend, "dense+mask", reason)
 
 
+def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = False) -> Plan:
+    """`plan` for one CPU layer's mask, whose pattern counts: full blocks have their own format.
+
+    Args:
+        mask: ``[O, I]`` bool, on the CPU.
+        batch: B.
+        dtype: of the input and the weight.
+        training: forward and backward, rather than forward alone.
+
+    Raises:
+        ValueError: the chosen backend cannot run on the device.
+    """
+    if _backend(mask.device, dtype) == "cpu":
+        from sparse_tickets.kernels.linear import cpu
+
+        return cpu.plan_for(mask, batch, dtype, training)
+    density = int(mask.sum()) / max(mask.numel(), 1)
+    return plan(*mask.shape, batch, density, dtype, mask.device)
+
+
+def find_single(mask: Tensor) -> SingleRow | None:
+    """How one row passes through one CPU layer without gradients, if that beats torch's product.
+
+    It is called directly, not through `linear`: at one row the overhead is most of the time.
+
+    Args:
+        mask: ``[O, I]`` bool, on the CPU.
+    """
+    if resolve_backend(mask.device) != "cpu":
+        return None
+    from sparse_tickets.kernels.linear import cpu
+
+    return cpu.single(mask) if cpu.wins_single(mask) else None
+
+
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast as torch's autocast does, which leaves float64 alone."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
@@ -139,6 +197,35 @@ def _validate(
 def _backend(device: torch.device, dtype: torch.dtype) -> str:
     backend = resolve_backend(device)
     return "reference" if backend == "cpu" and dtype not in _CPU_DTYPES else backend
+
+
+def is_watched() -> bool:
+    """Whether someone watches ops: a compiler, a transform, a mode or a tracer.
+
+    If not, a kernel may be called directly, which saves the dispatcher's 10 us.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _functorch_active()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors, with data and without a subclass."""
+    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+
+
+def is_overridden() -> bool:
+    """Whether `use_backend` is in force here."""
+    return _chosen.get() is not None
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # Registration. `Library.impl` instead of `custom_op`, which costs ten times as much per call.
@@ -225,6 +312,13 @@ class _Linear(_Differentiable):
         x, weight, mask = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
         with use_backend(ctx.backend):
+            together = needs[0] and needs[1] and _backend(dy.device, dy.dtype) == "cpu"
+            eager = not (torch.is_grad_enabled() or is_watched())
+            if together and eager and is_plain(dy, x, weight, mask):
+                from sparse_tickets.kernels.linear import cpu
+
+                dx, dw, db = cpu.backward(dy, x, weight, mask)
+                return None, dx, dw, None, db if needs[3] else None, None
             return (
                 None,
                 _DX(dy, weight, mask, ctx.precision) if needs[0] else None,

@@ -1,0 +1,143 @@
+"""Where a population's masks are True: compressed rows and columns, blocks, kept per mask version.
+
+Building costs about a pass over the mask, so a pattern is remembered until its mask is written or
+goes away. A write through ``mask.data`` moves no version counter and stays unseen.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+__all__ = ["BLOCKS", "Compressed", "Pattern", "find_pattern"]
+
+BLOCKS = (64, 32, 16)
+"""Sizes of square blocks looked for, largest first."""
+
+
+class Compressed(NamedTuple):
+    """Nonzeros of all tickets' rows: of row r those in ``begin[r]:begin[r + 1]``.
+
+    Attributes:
+        begin: ``[P * rows + 1]`` int64.
+        column: ``[nonzeros]`` int32, within the row, ascending.
+        position: ``[nonzeros]`` int64, in the flat weight.
+    """
+
+    begin: np.ndarray
+    column: np.ndarray
+    position: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The masks of a population.
+
+    Attributes:
+        out: O.
+        inp: I.
+        density: ``[P]`` float64, share of True entries.
+        block: ``[P]`` int64, the largest of `BLOCKS` in whose full blocks the mask is made, or 0.
+        rows: compressed by output, for all tickets.
+        columns: compressed by input, for all tickets.
+        choices: formats already chosen for this pattern, by whoever chooses.
+    """
+
+    out: int
+    inp: int
+    density: np.ndarray
+    block: np.ndarray
+    rows: Compressed
+    columns: Compressed
+    choices: dict[Any, Any] = field(default_factory=dict)
+
+
+@njit(cache=True, nogil=True)
+def _compress(mask, tickets, rows, columns, row_stride, column_stride):
+    """Compressed form of ``[P, rows, columns]`` read by strides of one ticket's matrix."""
+    size = rows * columns
+    begin = np.empty(tickets * rows + 1, np.int64)
+    begin[0] = 0
+    for p in range(tickets):
+        for r in range(rows):
+            count = 0
+            for c in range(columns):
+                count += mask[p * size + r * row_stride + c * column_stride]
+            begin[p * rows + r + 1] = begin[p * rows + r] + count
+    # One spare entry: the loop below writes ahead and then keeps or overwrites.
+    column = np.empty(begin[-1] + 1, np.int32)
+    position = np.empty(begin[-1] + 1, np.int64)
+    j = 0
+    for p in range(tickets):
+        for r in range(rows):
+            for c in range(columns):
+                at = p * size + r * row_stride + c * column_stride
+                column[j] = c
+                position[j] = at
+                j += mask[at]
+    return begin, column[:j], position[:j]
+
+
+@njit(cache=True, nogil=True)
+def _is_blocked(mask, start, rows, columns, size):
+    """Whether the mask is constant on every square block of this size."""
+    if rows % size or columns % size:
+        return False
+    for r in range(rows):
+        for c in range(columns):
+            corner = start + r // size * size * columns + c // size * size
+            if mask[start + r * columns + c] != mask[corner]:
+                return False
+    return True
+
+
+# By identity of the tensor that owns the memory, and the view of it.
+_patterns: dict[tuple, tuple[weakref.ref, int, Pattern]] = {}
+_lock = threading.Lock()
+
+
+def find_pattern(mask: Tensor) -> Pattern:
+    """The pattern of ``mask [P, O, I]``, built where the mask is new or was written.
+
+    Thread-safe: two threads may both build, and either result serves.
+    """
+    if mask.is_inference():
+        return _build(mask)
+    owner = mask if mask._base is None else mask._base
+    key = (id(owner), mask.storage_offset(), mask.shape, mask.stride())
+    known = _patterns.get(key)
+    if known is not None and known[0]() is owner and known[1] == owner._version:
+        return known[2]
+    version = owner._version
+    pattern = _build(mask)
+
+    def forget(gone: weakref.ref) -> None:
+        # The identity may belong to a newer tensor by now.
+        current = _patterns.get(key)
+        if current is not None and current[0] is gone:
+            _patterns.pop(key, None)
+
+    with _lock:
+        _patterns[key] = (weakref.ref(owner, forget), version, pattern)
+    return pattern
+
+
+def _build(mask: Tensor) -> Pattern:
+    tickets, out, inp = mask.shape
+    flat = mask.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
+    rows = Compressed(*_compress(flat, tickets, out, inp, inp, 1))
+    columns = Compressed(*_compress(flat, tickets, inp, out, 1, inp))
+    counts = np.diff(rows.begin[:: max(out, 1)]) if tickets and out else np.zeros(tickets)
+    size = out * inp
+    block = np.zeros(tickets, np.int64)
+    for p in range(tickets):
+        fitting = (s for s in BLOCKS if size and _is_blocked(flat, p * size, out, inp, s))
+        block[p] = next(fitting, 0)
+    return Pattern(out, inp, counts / max(size, 1), block, rows, columns)
