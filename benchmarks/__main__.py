@@ -15,6 +15,7 @@ from sparse_tickets.timing import Budget, pinned_threads
 
 from .compare import compare
 from .console import show_line, show_run, warn_if_busy
+from .first_screen import rewrite
 from .instructions import count_instructions
 from .measure import Refusal, measure, sgemm_flops
 from .report import write_report
@@ -54,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     report.add_argument("--results", type=Path, default=RESULTS)
     report.add_argument("--out", type=Path, default=Path(__file__).parent)
+    report.add_argument(
+        "--readme",
+        type=Path,
+        default=Path(__file__).parents[1] / "README.md",
+        help="whose measured and losses markers are filled in",
+    )
 
     two = commands.add_parser("compare", help="what became slower beyond noise")
     two.set_defaults(command=_compare)
@@ -97,7 +104,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:
-    console.print(f"written to {write_report(options.out, newest(options.results))}")
+    runs = newest(options.results)
+    pages = rewrite(options.readme, runs), write_report(options.out, runs)
+    console.print(f"written to {pages[0]} and {pages[1]}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -9,7 +9,7 @@ from sparse_tickets.files import write_atomic
 
 from .figures import draw
 from .results import BUSY, Run
-from .tables import Table, tables
+from .tables import Table, grid, tables
 
 __all__ = ["markdown", "write_report"]
 
@@ -23,8 +23,11 @@ fared, are in [NOTES.md](NOTES.md).
   median (p20-p80). Above 1 we are faster, below 1 slower.
 - Nothing is timed before the same process compared its result, in this very configuration, with the
   float64 reference.
-- All contenders have the same threads (SciPy knows one only) and the same inputs, row-major. Peers
-  get sparse formats built, and weight gradients masked, outside the clock.
+- All contenders have the same threads (SciPy knows one only; SparseProp and JAX take every core
+  they may run on) and the same inputs, row-major. Peers get sparse formats built, programs
+  compiled, and weight gradients masked, outside the clock.
+- JAX and Stable-Baselines3 are systems with random numbers of their own: no float64 reference
+  corresponds. `tests/test_peers.py` holds the JAX program's equations to ours.
 - Three gains are kept apart: batching and fusion (against a loop of dense policies), sparsity
   (against the same code run dense), and the whole job.
 
@@ -34,8 +37,12 @@ fared, are in [NOTES.md](NOTES.md).
 | torch w*mask | the mask multiplied in on every call, then `torch.baddbmm` |
 | torch CSR | `F.linear` with a CSR weight |
 | scipy CSR | `scipy.sparse.csr_array @ x`, one thread |
+| SparseProp | Nikdan et al., 2023: AVX2 kernels on compressed rows |
 | loop of torch dense | one policy after the other |
+| torch.compile w*mask | the mask multiplied in, compiled |
 | sparse_tickets, run dense | our own fused kernels told that nothing is pruned |
+| JAX PPO, vmap of w*mask | one compiled [program](peers/jax_trainer.py) in PureJaxRL's style |
+| SB3 PPO (1 agent, 1 core) | Stable-Baselines3 as installed; one such process per core adds up |
 
 Run it: `make bench`, or `python -m benchmarks run --suite full`.
 """
@@ -86,9 +93,5 @@ def _device(run: Run) -> str:
 
 
 def _grid(table: Table) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rules = ["---", *("---:" for _ in table.columns[1:])]
-    lines = [f"### {table.title}\n", line(table.columns), line(rules), *map(line, table.rows)]
-    return "\n".join(lines) + "\n\n" + "".join(f"- {note}\n" for note in table.notes)
+    notes = "".join(f"- {note}\n" for note in table.notes)
+    return f"### {table.title}\n\n{grid(table.columns, table.rows)}\n\n{notes}"

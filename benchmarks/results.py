@@ -36,7 +36,7 @@ BUSY = 0.05
 """Above this share of the cores in other hands, times are noise and reports say so."""
 
 _LAYOUT = 1
-_PACKAGES = ("torch", "triton", "numba", "numpy", "scipy", "stable-baselines3")
+_PACKAGES = ("torch", "triton", "numba", "numpy", "scipy", "jax", "sparseprop", "stable-baselines3")
 
 
 @dataclass

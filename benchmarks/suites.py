@@ -11,10 +11,12 @@ from sparse_tickets.algos.ppo import PPO
 from . import ours
 from .measure import Case, Contest
 from .peers import (
+    jax_ppo,
     loop_dense,
     masked_bmm,
     sb3,
     scipy_csr,
+    sparseprop,
     torch_compile,
     torch_csr,
     torch_dense,
@@ -28,7 +30,8 @@ FUSED_DENSE = "sparse_tickets, run dense"
 """Our own fused kernels told that nothing is pruned: what sparsity alone gains is over this."""
 
 _TARGETS = (0.0, 50.0, 80.0, 90.0, 95.0, 99.0)
-_ACTOR_DENSITIES = (0.0, 50.0, 75.0, 90.0, 95.0, 99.0)
+_ACTOR_SPARSITIES = (0.0, 50.0, 75.0, 90.0, 95.0, 99.0)
+_SYSTEMS = (0.0, 90.0)
 
 
 def linear_forward(
@@ -39,7 +42,7 @@ def linear_forward(
     def build() -> Contest:
         problem = LinearProblem(tickets, batch, inp, out, sparsity, device=device)
         contest = Contest(ours.linear_forward(problem))
-        for peer in (torch_dense, masked_bmm, torch_csr, scipy_csr):
+        for peer in (torch_dense, masked_bmm, torch_csr, scipy_csr, sparseprop):
             contest.invite(peer.NAME, partial(peer.linear_forward, problem))
         return contest
 
@@ -55,7 +58,7 @@ def linear_backward(
     def build() -> Contest:
         problem = LinearProblem(tickets, batch, inp, out, sparsity, device=device)
         contest = Contest(ours.linear_backward(problem))
-        for peer in (torch_dense, masked_bmm, torch_csr):
+        for peer in (torch_dense, masked_bmm, torch_csr, sparseprop):
             contest.invite(peer.NAME, partial(peer.linear_backward, problem))
         contest.skipped[scipy_csr.NAME] = "SciPy has no product sampled at a mask, which dW is"
         return contest
@@ -95,8 +98,13 @@ def policy(
     return Case("policy forward+backward", shape, sparsity, build)
 
 
-def ppo_iteration(sparsity: float, *, tickets: int = 60, device: str = "cpu") -> Case:
-    """A whole PPO iteration on CartPole, the actor pruned, against the same code run dense."""
+def ppo_iteration(
+    sparsity: float, *, tickets: int = 60, device: str = "cpu", systems: bool = False
+) -> Case:
+    """A whole PPO iteration on CartPole, the actor pruned, against the same code run dense.
+
+    ``systems`` adds other people's: JAX and Stable-Baselines3.
+    """
 
     def build() -> Contest:
         job = PPOJob(tickets, sparsity, device=device)
@@ -104,9 +112,9 @@ def ppo_iteration(sparsity: float, *, tickets: int = 60, device: str = "cpu") ->
         if sparsity:
             dense = PPOJob(tickets, sparsity, device=device, nominal=1.0)
             contest.peers.append(ppo_contender(dense, FUSED_DENSE))
-        else:
+        if systems:
+            contest.invite(jax_ppo.NAME, lambda: jax_ppo.ppo(job))
             contest.invite(sb3.NAME, lambda: sb3.ppo(job.settings, job.env_name))
-            contest.skipped["PureJaxRL"] = "its adapter is not written yet: a later issue"
         return contest
 
     shape = {"P": tickets, "envs": PPO.copies, "steps": PPO.horizon}
@@ -139,7 +147,7 @@ def quick(device: str = "cpu") -> list[Case]:
     cases += [linear_backward(s, batch=2048, **at_256) for s in _TARGETS]
     cases += [linear_forward(s, batch=1, **at_256) for s in _TARGETS]
     cases += [policy(s, device=device) for s in _TARGETS]
-    cases += [ppo_iteration(s, device=device) for s in _ACTOR_DENSITIES]
+    cases += [ppo_iteration(s, device=device, systems=s in _SYSTEMS) for s in _ACTOR_SPARSITIES]
     return [*cases, told_apart(device=device)]
 
 
@@ -170,7 +178,7 @@ def smoke(device: str = "cpu") -> list[Case]:
         linear_backward(90.0, batch=64, **tiny),
         linear_forward(90.0, batch=1, **tiny),
         policy(90.0, tickets=4, batch=32, device=device),
-        ppo_iteration(0.0, tickets=4, device=device),
+        ppo_iteration(0.0, tickets=4, device=device, systems=True),
         ppo_iteration(90.0, tickets=4, device=device),
         told_apart(tickets=4, device=device),
     ]

@@ -13,7 +13,17 @@ from .ppo_job import KFLOP_PER_STEP
 from .results import Run
 from .suites import FUSED_DENSE
 
-__all__ = ["NOISY", "Table", "crossover", "duration", "groups", "significant", "tables"]
+__all__ = [
+    "NOISY",
+    "Table",
+    "crossover",
+    "duration",
+    "grid",
+    "groups",
+    "shape_of",
+    "significant",
+    "tables",
+]
 
 NOISY = 0.1
 """Spreads above this share of the median are marked ``~`` in brief tables."""
@@ -118,9 +128,23 @@ def _ratio(spread: Spread | None, brief: bool) -> str:
     return f"{spread.median:.2f}x ({spread.p20:.2f}-{spread.p80:.2f})"
 
 
+def shape_of(record: Record) -> str:
+    """``P = 1, B = 2048, ...``."""
+    return ", ".join(f"{name} = {size}" for name, size in record.shape.items())
+
+
+def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> str:
+    """As Markdown; all columns but the first ``text`` are numbers."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rules = ["---" if index < text else "---:" for index in range(len(columns))]
+    return "\n".join([line(columns), line(rules), *map(line, rows)])
+
+
 def _title(record: Record) -> str:
-    sizes = ", ".join(f"{name} = {size}" for name, size in record.shape.items())
-    return f"{record.op}: {sizes}"
+    return f"{record.op}: {shape_of(record)}"
 
 
 def _peers(records: Sequence[Record]) -> list[str]:
@@ -160,6 +184,7 @@ def _throughput(records: Sequence[Record], run: Run, brief: bool) -> Table:
         table.rows.append(row)
         table.bars.append(record.per_second)
     table.notes.append(_yardstick(run))
+    table.notes += [f"{peer}: {made}." for peer, made in _made(records, peers).items()]
     table.notes += _skipped(records)
     return table
 
@@ -184,6 +209,16 @@ def _stages(record: Record, run: Run, brief: bool) -> Table:
     )
     table.notes.append(_yardstick(run))
     return table
+
+
+def _made(records: Sequence[Record], peers: Sequence[str]) -> dict[str, str]:
+    """What other systems say of themselves: version, compilation before the clock started."""
+    said = {
+        peer: next(r.contenders[peer].plan for r in records if peer in r.contenders)
+        for peer in peers
+        if peer != FUSED_DENSE
+    }
+    return {peer: plan for peer, plan in said.items() if plan}
 
 
 def _efficiency(per_second: float, run: Run) -> float:

@@ -1,0 +1,171 @@
+"""The numbers in the top README, between markers: what is gained, and every measured loss.
+
+Both come from one run, so the reader sees one machine, one commit and one date.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from sparse_tickets.files import write_atomic
+from sparse_tickets.timing import Spread
+
+from .measure import Record
+from .peers import jax_ppo, masked_bmm, sb3, scipy_csr, sparseprop, torch_csr, torch_dense
+from .results import BUSY, Run
+from .suites import FUSED_DENSE
+from .tables import NOISY, grid, groups, shape_of
+
+__all__ = ["losses", "measured", "rewrite", "widest"]
+
+_COLUMNS = (50.0, 80.0, 90.0, 95.0, 99.0)
+_LAYER = {"P": 1, "B": 2048, "I": 256, "O": 256}
+_POLICY = {"P": 60, "B": 128, "width": 64}
+_JOB = {"P": 60}
+_OVER_DENSE = (f"vs {torch_dense.NAME}", (torch_dense.NAME,))
+_OVER_SPARSE = ("vs fastest sparse peer", (torch_csr.NAME, scipy_csr.NAME, sparseprop.NAME))
+_OVER_MASKED = (f"vs {masked_bmm.NAME}", (masked_bmm.NAME,))
+_OVER_ITSELF = ("vs itself dense", (FUSED_DENSE,))
+_ROWS = (
+    ("layer 256 x 256, batch 2048, forward", "linear forward", _LAYER, _OVER_DENSE),
+    ("layer 256 x 256, batch 2048, forward", "linear forward", _LAYER, _OVER_SPARSE),
+    ("the layer, forward+backward", "linear forward+backward", _LAYER, _OVER_DENSE),
+    ("the layer, forward+backward", "linear forward+backward", _LAYER, _OVER_SPARSE),
+    ("60 policies 4-64-64-2, forward+backward", "policy forward+backward", _POLICY, _OVER_MASKED),
+    ("60 policies 4-64-64-2, forward+backward", "policy forward+backward", _POLICY, _OVER_ITSELF),
+)
+_NOTHING = "Not measured yet: `make bench`, then `python -m benchmarks report`."
+
+
+def widest(runs: Mapping[str, Run]) -> Run | None:
+    """The run of the device with the most rows, the newer of two; None without any."""
+    return max(runs.values(), key=lambda run: (len(run.records), run.date), default=None)
+
+
+def rewrite(page: Path, runs: Mapping[str, Run]) -> Path:
+    """Write both texts between their markers in ``page``; the rest stays as it is.
+
+    Raises:
+        ValueError: the page lacks a pair of markers, or has it twice.
+    """
+    text, run = page.read_text(encoding="utf-8"), widest(runs)
+    for name, write in (("measured", measured), ("losses", losses)):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        pattern = re.compile(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", re.DOTALL)
+        found = len(pattern.findall(text))
+        if found != 1 or text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page} must have the markers {begin} and {end}, once and in order")
+        body = _NOTHING if run is None else write(run)
+        text = pattern.sub(lambda _, body=body: f"\n{body}\n", text)
+    write_atomic(page, text.encode())
+    return page
+
+
+def measured(run: Run) -> str:
+    """Speed-ups by sparsity, throughput of the whole job, and where they come from."""
+    rows = []
+    for title, op, shape, (said, peers) in _ROWS:
+        records = {record.sparsity: record for record in _matching(run, op, shape)}
+        cells = [_closest(records.get(sparsity), peers) for sparsity in _COLUMNS]
+        rows.append([f"{title}, {said}", *cells])
+    speedups = grid(["speed-up, weights pruned", *(f"{s:g}%" for s in _COLUMNS)], rows)
+    return f"{speedups}\n\n{_throughput(run)}\n\n{_origin(run)}"
+
+
+def losses(run: Run) -> str:
+    """Every measured configuration in which a peer was faster, by op and sizes."""
+    rows, configurations = [], 0
+    for records in groups(run):
+        peers = dict.fromkeys(peer for record in records for peer in record.speedup)
+        lost = {peer: _lost(records, peer) for peer in peers}
+        said = [f"{peer} {text}" for peer, text in lost.items() if text]
+        if said:
+            rows.append([f"{records[0].op}, {shape_of(records[0])}", "; ".join(said)])
+        configurations += sum(
+            any(spread.median < 1 for spread in record.speedup.values()) for record in records
+        )
+    if not rows:
+        return f"No peer was faster in any of the {len(run.records)} configurations measured."
+    table = grid(
+        ["configuration", "faster than we are: our speed-up over it, weights pruned"], rows, text=2
+    )
+    return (
+        f"In {configurations} of the {len(run.records)} configurations measured at least one peer "
+        f"was faster; within noise: the spread (p20-p80) reaches 1.\n\n{table}"
+    )
+
+
+def _lost(records: Sequence[Record], peer: str) -> str:
+    """``0.61-0.93x at 0-50%``: runs of neighbouring levels whose median is below 1."""
+    known = [(r.sparsity, r.speedup[peer]) for r in records if peer in r.speedup]
+
+    def verdict(item: tuple[float, Spread]) -> str | None:
+        _, spread = item
+        if spread.median >= 1:
+            return None
+        return ", within noise" if spread.p80 >= 1 else ""
+
+    parts = []
+    for remark, items in groupby(known, verdict):
+        if remark is None:
+            continue
+        levels, spreads = zip(*items, strict=True)
+        ratios = _range([spread.median for spread in spreads], ".2f")
+        parts.append(f"{ratios}x at {_range(levels, 'g')}%{remark}")
+    return " and ".join(parts)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low}-{high}"
+
+
+def _throughput(run: Run) -> str:
+    heads = ["PPO on CartPole, 60 tickets", "agent-steps/s", "vs itself dense"]
+    peers = {"vs JAX, w*mask": jax_ppo.NAME, "vs SB3, one agent": sb3.NAME}
+    jobs = {r.sparsity: r for r in _matching(run, "PPO iteration", _JOB)}
+    rows = []
+    for title, sparsity in (("level 0, dense", 0.0), ("actor at 10% density", 90.0)):
+        record = jobs.get(sparsity)
+        rate = "not measured" if record is None else f"{record.per_second:,.0f}"
+        itself = _closest(record, (FUSED_DENSE,))
+        rows.append([title, rate, itself, *(_closest(record, (name,)) for name in peers.values())])
+    return grid([*heads, *peers], rows)
+
+
+def _origin(run: Run) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    absent = {
+        f" Not run - {name}: {why}."
+        for record in run.records
+        for name, why in record.skipped.items()
+        if name in (jax_ppo.NAME, sb3.NAME, sparseprop.NAME)
+    }
+    load = ""
+    if run.busy > BUSY:
+        load = (
+            f" **Other processes used {run.busy:.0%} of the cores: neither times nor ratios can be "
+            "trusted.**"
+        )
+    return (
+        f"Measured on {run.hardware}, {run.threads} threads; {versions}; commit {run.commit}; "
+        f"{run.date[:10]}. A ratio is the peer's time over ours, median of paired rounds; ~ marks a "
+        f"spread (p20-p80) above {NOISY:.0%}. Sparse peers: {', '.join(_OVER_SPARSE[1])}."
+        f"{''.join(sorted(absent))}{load}"
+    )
+
+
+def _matching(run: Run, op: str, shape: Mapping[str, int]) -> Iterable[Record]:
+    return (r for r in run.records if r.op == op and shape.items() <= r.shape.items())
+
+
+def _closest(record: Record | None, names: Iterable[str]) -> str:
+    """The smallest speed-up over any of the peers: over the fastest of them."""
+    ratios = [] if record is None else [record.speedup[n] for n in names if n in record.speedup]
+    if not ratios:
+        return "-"
+    closest = min(ratios, key=lambda spread: spread.median)
+    return f"{'~' if closest.noise > NOISY else ''}{closest.median:.2f}x"
