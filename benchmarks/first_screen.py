@@ -37,7 +37,7 @@ _ROWS = (
     ("60 policies 4-64-64-2, forward+backward", "policy forward+backward", _POLICY, _OVER_MASKED),
     ("60 policies 4-64-64-2, forward+backward", "policy forward+backward", _POLICY, _OVER_ITSELF),
 )
-_NOTHING = "Not measured yet: `make bench`, then `python -m benchmarks report`."
+_NOTHING = "Not measured yet: `python -m benchmarks run`, then `python -m benchmarks report`."
 
 
 def widest(runs: Mapping[str, Run]) -> Run | None:
@@ -89,12 +89,10 @@ def losses(run: Run) -> str:
         )
     if not rows:
         return f"No peer was faster in any of the {len(run.records)} configurations measured."
-    table = grid(
-        ["configuration", "faster than we are: our speed-up over it, weights pruned"], rows, text=2
-    )
+    heads = ["configuration", "faster than we are: our speed-up over it, weights pruned"]
     return (
         f"In {configurations} of the {len(run.records)} configurations measured at least one peer "
-        f"was faster; within noise: the spread (p20-p80) reaches 1.\n\n{table}"
+        f"was faster; within noise: the spread (p20-p80) reaches 1.\n\n{grid(heads, rows, text=2)}"
     )
 
 
@@ -152,8 +150,8 @@ def _origin(run: Run) -> str:
         )
     return (
         f"Measured on {run.hardware}, {run.threads} threads; {versions}; commit {run.commit}; "
-        f"{run.date[:10]}. A ratio is the peer's time over ours, median of paired rounds; ~ marks a "
-        f"spread (p20-p80) above {NOISY:.0%}. Sparse peers: {', '.join(_OVER_SPARSE[1])}."
+        f"{run.date[:10]}. A ratio is the peer's time over ours, median of paired rounds; ~ marks "
+        f"a spread (p20-p80) above {NOISY:.0%}. Sparse peers: {', '.join(_OVER_SPARSE[1])}."
         f"{''.join(sorted(absent))}{load}"
     )
 

@@ -235,7 +235,7 @@ def test_the_report_fills_in_the_first_screen(run, tmp_path):
         "Measured on Test, 2 cores, 2 threads; torch 2; commit abc; 2026-01-02. A",
         "In 3 of the 7 configurations",
         "| linear forward, P = 1, B = 2048, I = 256, O = 256 | torch dense 0.80-0.90x at 0-50% |",
-        "| linear forward, P = 1, B = 1, I = 256, O = 256 | torch dense 0.95x at 90%, within noise |",
+        "B = 1, I = 256, O = 256 | torch dense 0.95x at 90%, within noise |",
         "\nbetween\n",
     ):
         assert said in text, said
