@@ -286,7 +286,8 @@ def maximum(typingctx, a, b):
     """Lane-wise maximum; a NaN in ``a`` stays NaN."""
 
     def generate(context, builder, signature, arguments):
-        return _clamp(builder, *arguments, "<")
+        a, b = arguments
+        return _clamp(builder, a, b, "<")
 
     return vector(vector, vector), generate
 
@@ -296,7 +297,8 @@ def minimum(typingctx, a, b):
     """Lane-wise minimum; a NaN in ``a`` stays NaN."""
 
     def generate(context, builder, signature, arguments):
-        return _clamp(builder, *arguments, ">")
+        a, b = arguments
+        return _clamp(builder, a, b, ">")
 
     return vector(vector, vector), generate
 
