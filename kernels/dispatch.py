@@ -12,7 +12,16 @@ from typing import Literal
 
 import torch
 
-__all__ = ["BACKENDS", "Plan", "has_triton", "interpreting", "resolve_backend", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Plan",
+    "has_triton",
+    "interpreting",
+    "is_chosen",
+    "resolve_backend",
+    "use_backend",
+]
 
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -72,6 +81,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def is_chosen() -> bool:
+    """Whether a `use_backend` context is open here."""
+    return _chosen.get() is not None
 
 
 def resolve_backend(device: torch.device) -> Backend:

@@ -372,7 +372,8 @@ class SparseLinear(nn.Linear):
         if device.type == "cpu":
             return plan_for(self.mask, batch, dtype, training)
         # Asks nothing of the device.
-        return plan(*self.weight.shape, batch, kept / self.weight.numel(), dtype, device)
+        density = kept / self.weight.numel()
+        return plan(self.out_features, self.in_features, batch, density, dtype, device)
 
     def _runs_dense(self, batch: int, training: bool) -> bool:
         """Whether torch's own linear is what the plan comes to, on a weight zero off the mask."""

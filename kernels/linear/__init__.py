@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
-from sparse_tickets.kernels.dispatch import Plan, _chosen, resolve_backend, use_backend
+from sparse_tickets.kernels.dispatch import Backend, Plan, is_chosen, resolve_backend, use_backend
 from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
 from sparse_tickets.kernels.linear import reference
 
@@ -147,7 +147,8 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
 
         return cpu.plan_for(mask, batch, dtype, training)
     density = int(mask.sum()) / max(mask.numel(), 1)
-    return plan(*mask.shape, batch, density, dtype, mask.device)
+    out, inp = mask.shape
+    return plan(out, inp, batch, density, dtype, mask.device)
 
 
 def find_single(mask: Tensor) -> SingleRow | None:
@@ -194,7 +195,7 @@ def _validate(
         check_device("bias", bias, x)
 
 
-def _backend(device: torch.device, dtype: torch.dtype) -> str:
+def _backend(device: torch.device, dtype: torch.dtype) -> Backend:
     backend = resolve_backend(device)
     return "reference" if backend == "cpu" and dtype not in _CPU_DTYPES else backend
 
@@ -221,7 +222,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 def is_overridden() -> bool:
     """Whether `use_backend` is in force here."""
-    return _chosen.get() is not None
+    return is_chosen()
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

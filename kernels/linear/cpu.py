@@ -55,7 +55,8 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
     """`plan` for the mask ``[O, I]`` of one layer, whose blocks count."""
     pattern = find_pattern(mask[None])
     density, block = float(pattern.density[0]), int(pattern.block[0])
-    return plan(*mask.shape, batch, density, dtype, training, block)
+    out, inp = mask.shape
+    return plan(out, inp, batch, density, dtype, training, block)
 
 
 def _choose(out: int, inp: int, batch: int, density: float, training: bool, block: int) -> Choice:
@@ -171,9 +172,9 @@ def _add_formats(
     db: Tensor | None,
 ) -> None:
     """Write the gradients given of the tickets in sparse formats; db comes with dw."""
-    batch = dy.shape[1]
-    dy_, x_, weight_, dx_, dw_, db_ = (
-        None if tensor is None else _flat(tensor) for tensor in (dy, x, weight, dx, dw, db)
+    batch, dy_ = dy.shape[1], _flat(dy)
+    x_, weight_, dx_, dw_, db_ = (
+        None if tensor is None else _flat(tensor) for tensor in (x, weight, dx, dw, db)
     )
     if "csr" in groups:
         compressed.backward(dy_, x_, weight_, pattern, dx_, dw_, db_, groups["csr"], batch)
@@ -183,8 +184,9 @@ def _add_formats(
 
 def wins_single(mask: Tensor) -> bool:
     """Whether `single` beats torch's product on one row, for this mask ``[O, I]``."""
+    out, inp = mask.shape
     density = float(find_pattern(mask[None]).density[0])
-    return density < 1 and choose("csr", "forward", *mask.shape, 1, density).sparse
+    return density < 1 and choose("csr", "forward", out, inp, 1, density).sparse
 
 
 def single(mask: Tensor) -> SingleRow:

@@ -20,7 +20,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -84,15 +84,17 @@ class _Times(NamedTuple):
         return self.dense / max(self.low + slope * (density - _LOW), 0.5 * self.low)
 
 
-def crossover_mode() -> str | float:
+def crossover_mode() -> Literal["measure", "fixed"] | float:
     """The setting: ``measure``, ``fixed`` or a density.
 
     Raises:
         ValueError: ``SPARSE_TICKETS_CROSSOVER`` is none of these.
     """
     text = os.environ.get("SPARSE_TICKETS_CROSSOVER", "measure")
-    if text in ("measure", "fixed"):
-        return text
+    if text == "measure":
+        return "measure"
+    if text == "fixed":
+        return "fixed"
     try:
         density = float(text)
     except ValueError:
@@ -296,7 +298,7 @@ def _train(
         torch.autograd.grad(layer(*leaves), leaves, dy)
 
 
-def _best(works: list[Callable[[], None]]) -> list[float]:
+def _best(works: Sequence[Callable[[], None]]) -> list[float]:
     """The least seconds of one call of each, taken in turns so that all meet the same noise."""
     for work in works:
         work()
