@@ -20,6 +20,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from types import TracebackType
 
 import numba
@@ -28,7 +29,7 @@ import torch
 __all__ = ["count_threads", "follow_torch", "launch", "over_tickets"]
 
 # Slices per thread: enough to even out tickets that take longer, few enough to cost nothing.
-_SLICES = 4
+_SLICES = 2
 
 
 def follow_torch() -> None:
@@ -45,10 +46,12 @@ class _Launch:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._threads: list[int] = []
 
     def __enter__(self) -> None:
         self._lock.acquire()
         try:
+            self._threads.append(torch.get_num_threads())
             follow_torch()
         except BaseException:
             self._lock.release()
@@ -60,11 +63,16 @@ class _Launch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # A parallel region of Numba's OpenMP layer sets the thread count of torch's OpenMP too.
+        threads = self._threads.pop()
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         self._lock.release()
 
     def renew(self) -> None:
-        """Forget an owner that a fork left in the parent."""
+        """Forget an owner that a fork left in the parent, and threads that it did not copy."""
         self._lock = threading.RLock()
+        _pool.cache_clear()
 
 
 _launch = _Launch()
@@ -94,18 +102,24 @@ def over_tickets(tickets: int, work: Callable[[int, int, int], None]) -> None:
             tells apart what runs at once, e.g. for scratch.
     """
     threads = count_threads(tickets)
-    if threads == 1:
-        if tickets:
-            work(0, 0, tickets)
-        return
-    slices = min(tickets, threads * _SLICES)
+    slices = min(tickets, threads * _SLICES) if threads > 1 else min(tickets, 1)
     following = itertools.count()
 
     def take_slices(thread: int) -> None:
         while (slice_ := next(following)) < slices:
             work(thread, slice_ * tickets // slices, (slice_ + 1) * tickets // slices)
 
-    with ThreadPoolExecutor(threads) as pool:
-        # Drained, because an exception surfaces only where its result is asked for.
-        for _ in pool.map(take_slices, range(threads)):
-            pass
+    helpers = [_pool().submit(take_slices, thread) for thread in range(1, threads)]
+    try:
+        # The caller works too: torch's idle threads spin for a while on the cores that helpers
+        # need, and whoever gets to run takes the next slice.
+        take_slices(0)
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sparse_tickets")

@@ -301,6 +301,7 @@ def _backward(layout, floats, integers, first, last, x, weight, mask, dy, to_inp
             if to_input:
                 _write_panel(packed.space, panel, dx[ticket], begin, columns)
         collect_gradient(layout, packed, mask[ticket])
+        dweight[ticket] = _ZERO
         write_row(packed, count, mask[ticket], packed.grad, dweight[ticket])
 
 
@@ -329,7 +330,8 @@ def mlp_backward(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of `x` (if asked) and `weight`; the forward pass is recomputed, panel by panel."""
     dx = x.new_empty(x.shape if to_input else (len(x), 0, 0))
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    # Filled by the kernel: torch's threads would spin on after filling it.
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     over_tickets(
         _backward,
         *_arguments(x, weight, net, mask, density),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from ..threads import launch
+from ..threads import over_tickets
 
 __all__ = ["gae", "gae_ticket"]
 
@@ -28,9 +28,11 @@ def gae_ticket(reward, value, next_value, terminated, truncated, gamma, lam, adv
             target[t, env] = following[env] + value[t, env]
 
 
-@njit(cache=True, parallel=True)
-def _gae(reward, value, next_value, terminated, truncated, gamma, lam, advantage, target):
-    for ticket in prange(reward.shape[0]):
+@njit(cache=True, nogil=True)
+def _gae(
+    begin, end, reward, value, next_value, terminated, truncated, gamma, lam, advantage, target
+):
+    for ticket in range(begin, end):
         gae_ticket(
             reward[ticket],
             value[ticket],
@@ -54,7 +56,7 @@ def gae(
     lam: float,
 ) -> tuple[Tensor, Tensor]:
     advantage, target = torch.empty_like(reward), torch.empty_like(reward)
-    inputs = (t.numpy() for t in (reward, value, next_value, terminated, truncated))
-    with launch():
-        _gae(*inputs, gamma, lam, advantage.numpy(), target.numpy())
+    inputs = [t.numpy() for t in (reward, value, next_value, terminated, truncated)]
+    arguments = (*inputs, gamma, lam, advantage.numpy(), target.numpy())
+    over_tickets(len(reward), lambda _, begin, end: _gae(begin, end, *arguments))
     return advantage, target
