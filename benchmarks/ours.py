@@ -14,6 +14,7 @@ from sparse_tickets.kernels.linear import linear
 from sparse_tickets.kernels.linear import plan as linear_plan
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.mlp import plan as mlp_plan
+from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import Contender, mismatch
 
 from .problems import LinearProblem, PolicyProblem
@@ -37,9 +38,13 @@ def on_backend(name: str, run: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def linear_forward(problem: LinearProblem, backend: str = "auto", name: str = OURS) -> Contender:
-    """`kernels.linear.linear` with the mask, row-major in and out."""
+    """`SparseLinear` for one ticket, `kernels.linear.linear` for several; row-major in and out."""
+    layer = _module(problem, trained=False)
+    row = problem.x[0]
 
     def run() -> Tensor:
+        if layer is not None:
+            return layer(row)[None]
         return linear(problem.x, problem.weight, problem.mask, problem.bias)
 
     timed = on_backend(backend, run)
@@ -54,8 +59,15 @@ def linear_forward(problem: LinearProblem, backend: str = "auto", name: str = OU
 def linear_backward(problem: LinearProblem, backend: str = "auto", name: str = OURS) -> Contender:
     """The same and its gradients for x, weight and bias."""
     x, weight, bias = problem.leaves()
+    layer = _module(problem, trained=True)
+    row = problem.x[0].clone().requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
+        if layer is not None:
+            y = layer(row)
+            parts = (row, layer.weight, layer.bias)
+            grads = torch.autograd.grad(y, parts, problem.dy[0])
+            return tuple(part[None] for part in (y.detach(), *grads))
         y = linear(x, weight, problem.mask, bias)
         return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), problem.dy))
 
@@ -66,6 +78,19 @@ def linear_backward(problem: LinearProblem, backend: str = "auto", name: str = O
         lambda: mismatch(timed(), problem.forward_backward, problem.terms),
         plan=_linear_plan(problem, backend),
     )
+
+
+def _module(problem: LinearProblem, trained: bool) -> SparseLinear | None:
+    """What a user of one policy calls; a population has no module."""
+    tickets, out, inp = problem.weight.shape
+    if tickets != 1 or problem.dtype != torch.float32 or problem.mask is None:
+        return None
+    layer = SparseLinear(inp, out, device=problem.x.device, mask=problem.mask[0])
+    with torch.no_grad():
+        layer.weight.copy_(problem.weight[0])
+        layer.bias.copy_(problem.bias[0])
+    layer.apply_mask_()
+    return layer.requires_grad_(trained)
 
 
 def policy(

@@ -166,7 +166,8 @@ class SparseLinear(nn.Linear):
         Raises:
             ValueError: the last dimension of the input is not ``in_features``.
         """
-        if not torch.is_grad_enabled():
+        tracked = torch.is_grad_enabled() and (input.requires_grad or self._is_trained())
+        if not tracked:
             acted = self._act(input)
             if acted is not None:
                 return acted
@@ -181,12 +182,19 @@ class SparseLinear(nn.Linear):
         batch = math.prod(input.shape[:-1])
         if torch.compiler.is_compiling() or not self._is_clean(weight):
             weight = torch.where(self.mask, weight, 0)
-        elif self._runs_dense(batch, torch.is_grad_enabled() and weight.requires_grad):
+        elif batch == 1 or self._runs_dense(batch, tracked):
+            # A single row that `_act` leaves has nothing to gain: overhead is all it costs.
             return self._forward_dense(input)
         bias = None if self.bias is None else self.bias[None]
         rows = input.reshape(1, batch, self.in_features)
         output = linear(rows, weight[None], self.mask[None], bias)
         return output.reshape(*input.shape[:-1], self.out_features)
+
+    def _is_trained(self) -> bool:
+        """Whether a gradient of the weight or the bias is wanted."""
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        wanted = weight is None or weight.requires_grad
+        return wanted or (bias is not None and bias.requires_grad)
 
     def _act(self, input: Tensor) -> Tensor | None:
         """One row without gradients by the shortest way, or None where that is not the plan.
