@@ -52,7 +52,7 @@ def linear_forward(problem: LinearProblem, backend: str = "auto", name: str = OU
         name,
         timed,
         lambda: mismatch([timed()], problem.forward, problem.terms[:1]),
-        plan=_linear_plan(problem, backend),
+        plan=_linear_plan(problem, backend, layer),
     )
 
 
@@ -76,7 +76,7 @@ def linear_backward(problem: LinearProblem, backend: str = "auto", name: str = O
         name,
         timed,
         lambda: mismatch(timed(), problem.forward_backward, problem.terms),
-        plan=_linear_plan(problem, backend),
+        plan=_linear_plan(problem, backend, layer),
     )
 
 
@@ -117,8 +117,10 @@ def policy(
     )
 
 
-def _linear_plan(problem: LinearProblem, backend: str) -> str:
+def _linear_plan(problem: LinearProblem, backend: str, layer: SparseLinear | None) -> str:
     _, out, inp = problem.weight.shape
     batch, density = problem.x.shape[1], problem.density
     with use_backend(backend):
+        if layer is not None:
+            return str(layer.plan(batch, training=layer.weight.requires_grad))
         return str(linear_plan(out, inp, batch, density, problem.dtype, problem.x.device))
