@@ -413,9 +413,10 @@ def test_contenders_compute_the_reference(monkeypatch):
         assert contender.error() <= 1, contender.name
     with pytest.raises(Unavailable, match="one ticket only"):
         torch_csr.linear_forward(LinearProblem(2, 6, 20, 10, 90.0))
+    several = LinearProblem(2, 6, 20, 10, 90.0)
     monkeypatch.setattr(ours, "linear", lambda x, w, m, b: x @ w.mT + 1.001 * b[:, None])
     with pytest.raises(Unverified):
-        verified_ratio(ours.linear_forward(problem), [], BUDGET)
+        verified_ratio(ours.linear_forward(several), [], BUDGET)
 
 
 def test_ppo_job_is_verified_and_a_wrong_update_is_caught(monkeypatch):

@@ -768,3 +768,21 @@ def test_torchrl_style_layer_class():
     net = create_mlp((4, 8, 2), layer_class=SparseLinear, device=torch.device("cpu"))
     assert [type(layer) for layer in net] == [SparseLinear, nn.Tanh, SparseLinear]
     assert net(torch.ones(3, 4)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (48,), (1, 1, 48), (2, 48)])
+def test_a_frozen_row_with_gradients_enabled(shape, monkeypatch):
+    """Acting outside `no_grad` is acting still: no gradient is wanted, whatever the mode."""
+    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
+    layer = SparseLinear(48, 40, mask=torch.rand(40, 48) > 0.8).requires_grad_(False)
+    layer.apply_mask_()
+    x = torch.randn(shape)
+    expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    for _ in range(2):
+        y = layer(x)
+        assert not y.requires_grad
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    wanted = x.clone().requires_grad_()
+    layer(wanted).sum().backward()
+    gradient = layer.weight.sum(0).expand(shape)
+    torch.testing.assert_close(wanted.grad, gradient, rtol=1e-5, atol=1e-5)
