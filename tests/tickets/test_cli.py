@@ -258,6 +258,15 @@ def test_options_are_read_in_both_spellings():
     assert cli._option(arguments, "--levels") == []
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python sets it up; a job started in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_interrupt_waits_for_a_safe_moment_and_the_second_does_not():
     console = Console(quiet=True)
     with cli._held_interrupt(console) as check:
