@@ -79,7 +79,7 @@ def report(out: str | Path, metric: str = "return_final") -> tuple[Table, list[P
 
 
 def _input_masks(spec: Sweep, store: Store, frame: pl.DataFrame) -> list[tuple[str, np.ndarray]]:
-    """Per algorithm, how often seeds keep each input weight of the ticket at half the levels."""
+    """Per algorithm, how often seeds keep each input weight of their sparsest ticket."""
     masks = []
     for algo in spec.algos:
         rows = frame.filter((pl.col("algo") == algo) & (pl.col("condition") == "mask/weights"))
@@ -107,24 +107,22 @@ def find_ticket(store: Store, spec: Sweep, algo: str, track: Track, level: int |
         StoreError: no such finished cell; the message says what there is.
     """
     wanted = {"condition": track.condition, "controls": track.controls, "seed": track.seed}
-    found = []
-    for unit in store.units():
+    # Sparsest first, so that no more units are read than needed.
+    for unit in reversed(store.units()):
         if unit.algo != algo or (level is not None and unit.level != level):
             continue
         if unit.level == 0 and level == 0:
             wanted |= {"condition": "dense", "controls": "shared"}
         for ticket in store.read_tickets(unit):
             if all(getattr(ticket, name) == value for name, value in wanted.items()):
-                found.append(ticket)
-    if not found:
-        algos = ", ".join(sorted({unit.algo for unit in store.units()})) or "none"
-        raise StoreError(
-            f"no finished {algo} ticket of {track.condition} ({track.controls} controls), seed "
-            f"{track.seed}, level {'any' if level is None else level} in {store.path} "
-            f"(finished algos: {algos}; conditions: {', '.join(spec.conditions)}; "
-            f"seeds 0 to {spec.seeds - 1})"
-        )
-    return max(found, key=lambda ticket: ticket.level)
+                return ticket
+    algos = ", ".join(sorted({unit.algo for unit in store.units()})) or "none"
+    raise StoreError(
+        f"no finished {algo} ticket of {track.condition} ({track.controls} controls), seed "
+        f"{track.seed}, level {'any' if level is None else level} in {store.path} "
+        f"(finished algos: {algos}; conditions: {', '.join(spec.conditions)}; "
+        f"seeds 0 to {spec.seeds - 1})"
+    )
 
 
 def show(

@@ -29,11 +29,11 @@ from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
 
-__all__ = ["cell_population", "make_experts", "run", "train_population"]
+__all__ = ["DEMONSTRATIONS", "cell_population", "make_experts", "run", "train_population"]
 
 # Claimed, like a unit, by the process that trains the experts; it never has files of its own.
 _EXPERTS = Unit("experts", 0, 0)
-_DEMONSTRATIONS = "demonstrations"
+DEMONSTRATIONS = "demonstrations"
 _POLL_S = 0.5
 
 Progress = Callable[[str, int], None]
@@ -154,14 +154,14 @@ class _Runner:
     def _demonstrations(self) -> bc.Dataset:
         """The experts' data set, from the store or made now."""
         spec, store = self._spec, self._store
-        while (stored := read_data(store, _DEMONSTRATIONS)) is None:
+        while (stored := read_data(store, DEMONSTRATIONS)) is None:
             with store.claim(_EXPERTS) as mine:
                 # Another process may have finished it a moment ago.
-                if mine and read_data(store, _DEMONSTRATIONS) is None:
+                if mine and read_data(store, DEMONSTRATIONS) is None:
                     dataset = bc.demonstrations(
                         self._experts(), spec.env, expert_arena(spec), spec.ppo.steps
                     )
-                    write_data(store, _DEMONSTRATIONS, dataset._asdict())
+                    write_data(store, DEMONSTRATIONS, dataset._asdict())
             if not mine:
                 self._notify("bc experts: waiting for another process", 0)
                 time.sleep(_POLL_S)
