@@ -12,14 +12,16 @@ from __future__ import annotations
 import operator
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, overload, register_model
 
 __all__ = [
     "LANES",
+    "aligned_empty",
     "exp",
     "fma",
     "load",
@@ -53,6 +55,22 @@ _INT = ir.IntType(32)
 _INDEX = ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _INT_VECTOR = ir.VectorType(_INT, LANES)
+
+
+_LINE = 16
+"""float32 elements of a cache line."""
+
+
+@njit(cache=True)
+def aligned_empty(size):
+    """``[size]`` uninitialised float32 that begin on a cache line.
+
+    A register that straddles two lines costs two loads: unaligned activations halve the speed of
+    sparse products. Numba's own arrays begin anywhere.
+    """
+    memory = np.empty(size + _LINE, np.float32)
+    skip = -(np.int64(memory.ctypes.data) // 4) % _LINE
+    return memory[skip : skip + size]
 
 
 class _Vector(types.Type):

@@ -20,6 +20,7 @@ from sparse_tickets.kernels.linear.patterns import Pattern
 from sparse_tickets.kernels.threads import launch
 from sparse_tickets.kernels.vector import (
     LANES,
+    aligned_empty,
     fma,
     load,
     make_sparse_tile,
@@ -75,8 +76,8 @@ def _product_item(item, x, values, begin, column, bias, y, tickets, batch, inp, 
     p = tickets[item // panels]
     first = item % panels * PANEL
     count = min(PANEL, batch - first)
-    x_panel = np.empty(inp * PANEL, np.float32)
-    y_panel = np.empty(out * PANEL, np.float32)
+    x_panel = aligned_empty(inp * PANEL)
+    y_panel = aligned_empty(out * PANEL)
     to_panel(x, (p * batch + first) * inp, inp, count, x_panel)
     _multiply_panel(values, begin, column, p * out, out, count, x_panel, bias, y_panel)
     from_panel(y_panel, y, (p * batch + first) * out, out, count)
@@ -175,9 +176,9 @@ def _backward_item(
     p = tickets[item // groups]
     panels = (batch + PANEL - 1) // PANEL
     group = item % groups
-    dy_panel = np.empty(out * PANEL, np.float32)
-    in_panel = np.empty(inp * PANEL, np.float32)
-    partial = np.empty(LANES * LANES, np.float32)
+    dy_panel = aligned_empty(out * PANEL)
+    in_panel = aligned_empty(inp * PANEL)
+    partial = aligned_empty(LANES * LANES)
     if wants_dw:
         sums[item] = np.float32(0.0)
         bias_sums[item] = np.float32(0.0)

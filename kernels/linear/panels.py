@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from sparse_tickets.kernels.vector import LANES, transpose
+from sparse_tickets.kernels.vector import LANES, aligned_empty, transpose
 
 __all__ = ["PANEL", "from_panel", "to_panel"]
 
@@ -35,7 +35,8 @@ def to_panel(x, x0, width, count, panel):
     if full < end:
         rest = count - full
         # The last rows, padded so that they can be transposed like the others.
-        padded = np.zeros(LANES * width, np.float32)
+        padded = aligned_empty(LANES * width)
+        padded[rest * width :] = np.float32(0.0)
         padded[: rest * width] = x[x0 + full * width : x0 + count * width]
         for f in range(0, blocks, LANES):
             transpose(padded, f, width, panel, f * PANEL + full, PANEL)
@@ -58,7 +59,7 @@ def from_panel(panel, y, y0, width, count):
         for b in range(full):
             y[y0 + b * width + f] = panel[f * PANEL + b]
     if full < count:
-        padded = np.empty(LANES * width, np.float32)
+        padded = aligned_empty(LANES * width)
         for f in range(0, blocks, LANES):
             transpose(panel, f * PANEL + full, PANEL, padded, f, width)
         for f in range(blocks, width):
