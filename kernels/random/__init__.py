@@ -3,7 +3,8 @@
 Each ticket has its own 64-bit key. Element ``i`` of a draw is word ``i % 4`` of the block whose
 counter is ``(i // 4, step & 0xffffffff, step >> 32, stream)``; the low half of the key is key word
 0. So a draw is the same on every backend and whatever tickets share the batch, its first elements
-do not depend on its length, and resuming needs only the step number.
+do not depend on its length, and resuming needs only the step number. The step may be a tensor on
+the key's device: a CUDA graph replays integers as they were captured.
 
 `bits`, `uniform`, `permutation` and `integers` are equal bit for bit on every backend. `normal` is
 Box-Muller in float64 rounded once to float32: equal up to the libraries' logarithm, sine and
@@ -73,26 +74,28 @@ def derive_key(*parts: str | int) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def bits(key: Tensor, n: int, *, stream: int, step: int) -> Tensor:
+def bits(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
     """Raw words of a draw.
 
     Args:
         key: ``[P]`` int64.
         n: words per ticket, below 2^31.
         stream: a `Stream`, or any integer in ``[0, 2^32)``.
-        step: number of the draw within its stream, in ``[0, 2^63)``.
+        step: number of the draw within its stream, in ``[0, 2^63)``: one integer, or an int64
+            tensor ``[]`` or ``[P]`` on the key's device, whose values are not looked at.
 
     Returns:
         ``[P, n]`` int64 in ``[0, 2^32)``.
 
     Raises:
-        TypeError: `key` is not int64, or `n`, `stream` or `step` no integer.
-        ValueError: `key` is not 1-D, or `n`, `stream` or `step` out of range.
+        TypeError: `key` or `step` is not int64, or `n` or `stream` no integer.
+        ValueError: `key` is not 1-D, `n`, `stream` or `step` out of range, or the shape or device
+            of `step` does not fit.
     """
     return torch.ops.sparse_tickets.random_bits(key, *_checked(key, n, stream, step))
 
 
-def uniform(key: Tensor, n: int, *, stream: int, step: int) -> Tensor:
+def uniform(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
     """Uniforms in ``[0, 1)``: multiples of 2^-24, the upper 24 bits of each word.
 
     Args:
@@ -110,7 +113,7 @@ def uniform(key: Tensor, n: int, *, stream: int, step: int) -> Tensor:
     return torch.ops.sparse_tickets.random_uniform(key, *_checked(key, n, stream, step))
 
 
-def normal(key: Tensor, n: int, *, stream: int, step: int) -> Tensor:
+def normal(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
     """Standard normals by Box and Muller: elements 2j and 2j + 1 from words 2j and 2j + 1.
 
     Args:
@@ -128,7 +131,7 @@ def normal(key: Tensor, n: int, *, stream: int, step: int) -> Tensor:
     return torch.ops.sparse_tickets.random_normal(key, *_checked(key, n, stream, step))
 
 
-def permutation(key: Tensor, n: int, *, stream: int, step: int) -> Tensor:
+def permutation(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
     """Permutations of ``0 ... n - 1``: the stable argsort of the draw's words.
 
     Args:
@@ -146,7 +149,7 @@ def permutation(key: Tensor, n: int, *, stream: int, step: int) -> Tensor:
     return torch.ops.sparse_tickets.random_permutation(key, *_checked(key, n, stream, step))
 
 
-def integers(key: Tensor, n: int, high: int, *, stream: int, step: int) -> Tensor:
+def integers(key: Tensor, n: int, high: int, *, stream: int, step: int | Tensor) -> Tensor:
     """Integers in ``[0, high)``: ``word * high >> 32``; no value is likelier by more than 2^-32.
 
     Args:
@@ -198,16 +201,27 @@ def categorical(probs: Tensor, u: Tensor) -> Tensor:
     return torch.ops.sparse_tickets.random_categorical(probs.detach(), u.detach())
 
 
-def _checked(key: Tensor, n: int, stream: int, step: int) -> tuple[int, int, int]:
+def _checked(key: Tensor, n: int, stream: int, step: int | Tensor) -> tuple[int, int, int | Tensor]:
     check_dtype("key", key, torch.int64)
     if key.dim() != 1:
         raise ValueError(f"key must have shape [P], got {tuple(key.shape)}")
-    for name, value, limit in (("n", n, 31), ("stream", stream, 32), ("step", step, 63)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if not 0 <= value < 1 << limit:
-            raise ValueError(f"{name} must be in [0, 2**{limit}), got {value}")
+    _check_int("n", n, 31)
+    _check_int("stream", stream, 32)
+    if isinstance(step, Tensor):
+        check_dtype("step", step, torch.int64)
+        check_device("step", step, key)
+        if step.dim():
+            check_shape("step", step, tuple(key.shape))
+    else:
+        _check_int("step", step, 63)
     return n, int(stream), step
+
+
+def _check_int(name: str, value: int, limit: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not 0 <= value < 1 << limit:
+        raise ValueError(f"{name} must be in [0, 2**{limit}), got {value}")
 
 
 def _backend(device: torch.device) -> ModuleType:
@@ -227,13 +241,15 @@ _library = torch.library.Library("sparse_tickets", "FRAGMENT")
 
 
 def _register_draw(op: str, dtype: torch.dtype) -> None:
-    def run(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+    def run(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
         return getattr(_backend(key.device), op)(key.contiguous(), n, stream, step)
 
-    def fake(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+    def fake(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
         return key.new_empty((key.shape[0], n), dtype=dtype)
 
-    _register(op, "(Tensor key, SymInt n, SymInt stream, SymInt step) -> Tensor", run, fake)
+    for overload, kind in ((op, "SymInt"), (f"{op}.on_device", "Tensor")):
+        schema = f"(Tensor key, SymInt n, SymInt stream, {kind} step) -> Tensor"
+        _register(overload, schema, run, fake)
 
 
 def _register(

@@ -191,19 +191,19 @@ def pick(probs, u):
 @njit(cache=True, parallel=True)
 def _bits(out, key, stream, step):
     for ticket in prange(out.shape[0]):
-        fill_words(out[ticket], key[ticket], stream, step)
+        fill_words(out[ticket], key[ticket], stream, step[ticket])
 
 
 @njit(cache=True, parallel=True)
 def _uniform(out, key, stream, step):
     for ticket in prange(out.shape[0]):
-        fill_uniform(out[ticket], key[ticket], stream, step)
+        fill_uniform(out[ticket], key[ticket], stream, step[ticket])
 
 
 @njit(cache=True, parallel=True)
 def _normal(out, key, stream, step):
     for ticket in prange(out.shape[0]):
-        fill_normal(out[ticket], key[ticket], stream, step)
+        fill_normal(out[ticket], key[ticket], stream, step[ticket])
 
 
 @njit(cache=True, parallel=True)
@@ -212,7 +212,7 @@ def _permutation(out, key, stream, step):
     for ticket in prange(tickets):
         index = np.empty((2, n), np.int32)
         words = np.empty((2, n), np.uint32)
-        fill_permutation(index[0], words[0], index[1], words[1], key[ticket], stream, step)
+        fill_permutation(index[0], words[0], index[1], words[1], key[ticket], stream, step[ticket])
         for i in range(n):
             out[ticket, i] = index[0, i]
 
@@ -228,32 +228,33 @@ def _categorical(out, probs, u):
 
 
 def _draw(
-    kernel: Callable, dtype: torch.dtype, key: Tensor, n: int, stream: int, step: int
+    kernel: Callable, dtype: torch.dtype, key: Tensor, n: int, stream: int, step: int | Tensor
 ) -> Tensor:
     out = torch.empty((key.shape[0], n), dtype=dtype)
+    step = torch.as_tensor(step).expand_as(key).contiguous()
     with launch():
         if out.numel() <= _SERIAL:
             numba.set_num_threads(1)
-        kernel(out.numpy(), key.numpy(), stream, step)
+        kernel(out.numpy(), key.numpy(), stream, step.numpy())
     return out
 
 
-def bits(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def bits(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Words ``[P, n]`` int64 of each ticket's draw."""
     return _draw(_bits, torch.int64, key, n, stream, step)
 
 
-def uniform(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def uniform(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Uniforms ``[P, n]`` float32 in ``[0, 1)``."""
     return _draw(_uniform, torch.float32, key, n, stream, step)
 
 
-def normal(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def normal(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Standard normals ``[P, n]`` float32."""
     return _draw(_normal, torch.float32, key, n, stream, step)
 
 
-def permutation(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def permutation(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Permutations ``[P, n]`` int64 of ``0 ... n - 1``."""
     return _draw(_permutation, torch.int64, key, n, stream, step)
 

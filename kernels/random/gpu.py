@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compile import Case
+
 __all__ = [
     "COMPILE_CASES",
     "bits",
@@ -50,7 +52,7 @@ def box_muller(first, second):
     return (radius * tl.cos(angle)).to(tl.float32), (radius * tl.sin(angle)).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["n", "step_low", "step_high", "stream"])
+@triton.jit(do_not_specialize=["n", "step_low", "step_high", "stream", "step_stride"])
 def _draw_kernel(
     key_pointer,
     out_pointer,
@@ -58,19 +60,26 @@ def _draw_kernel(
     step_low,
     step_high,
     stream,
+    step_pointer,
+    step_stride,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """``4 * BLOCK`` elements of a ticket's draw; the step as two words, or behind a pointer."""
     chunks = tl.cdiv(n, 4 * BLOCK)
     ticket = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     key = tl.load(key_pointer + ticket)
     block = chunk * BLOCK + tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.uint32)
+    low, high = step_low, step_high
+    if step_pointer is not None:
+        step = tl.load(step_pointer + ticket * step_stride)
+        low, high = step, step >> 32
     a, b, c, d = philox(
         block.to(tl.uint32),
-        zero + step_low.to(tl.uint32),
-        zero + step_high.to(tl.uint32),
+        zero + low.to(tl.uint32),
+        zero + high.to(tl.uint32),
         zero + stream.to(tl.uint32),
         zero + key.to(tl.uint32),
         zero + (key >> 32).to(tl.uint32),
@@ -124,33 +133,40 @@ def _signed(word: int) -> int:
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
-def _draw(kind: str, dtype: torch.dtype, key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def _draw(
+    kind: str, dtype: torch.dtype, key: Tensor, n: int, stream: int, step: int | Tensor
+) -> Tensor:
     tickets = key.shape[0]
     out = torch.empty((tickets, n), dtype=dtype, device=key.device)
     if out.numel():
         grid = (triton.cdiv(n, 4 * _BLOCK) * tickets,)
-        words = _signed(step), _signed(step >> 32), _signed(stream)
+        if isinstance(step, Tensor):
+            low, high, pointer, stride = 0, 0, step, step.stride(0) if step.ndim else 0
+        else:
+            low, high, pointer, stride = _signed(step), _signed(step >> 32), None, 0
         with torch.cuda.device_of(key):
-            _draw_kernel[grid](key, out, n, *words, KIND=kind, BLOCK=_BLOCK)
+            _draw_kernel[grid](
+                key, out, n, low, high, _signed(stream), pointer, stride, KIND=kind, BLOCK=_BLOCK
+            )
     return out
 
 
-def bits(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def bits(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Words ``[P, n]`` int64 of each ticket's draw."""
     return _draw("bits", torch.int64, key, n, stream, step)
 
 
-def uniform(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def uniform(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Uniforms ``[P, n]`` float32 in ``[0, 1)``."""
     return _draw("uniform", torch.float32, key, n, stream, step)
 
 
-def normal(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def normal(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Standard normals ``[P, n]`` float32."""
     return _draw("normal", torch.float32, key, n, stream, step)
 
 
-def permutation(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def permutation(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Permutations ``[P, n]`` int64 of ``0 ... n - 1``, by torch's stable sort of our words."""
     return bits(key, n, stream, step).argsort(dim=1, stable=True)
 
@@ -166,20 +182,24 @@ def categorical(probs: Tensor, u: Tensor) -> tuple[Tensor, int]:
     return out, -1
 
 
-_DRAW = {"n": "i32", "step_low": "i32", "step_high": "i32", "stream": "i32"}
+_DRAW = {"n": "i32", "step_low": "i32", "step_high": "i32", "stream": "i32", "step_stride": "i32"}
+_OUT = {"bits": "*i64:16", "uniform": "*fp32:16", "normal": "*fp32:16"}
+
+
+def _draw_case(name: str, kind: str, step: dict[str, str]) -> Case:
+    return Case(
+        name,
+        _draw_kernel,
+        {"key_pointer": "*i64:16", "out_pointer": _OUT[kind], **_DRAW, **step},
+        {"KIND": kind, "BLOCK": _BLOCK, **({} if step else {"step_pointer": None})},
+        {"num_warps": 4},
+    )
+
 
 COMPILE_CASES = [
-    *(
-        (
-            f"draw_{kind}",
-            _draw_kernel,
-            {"key_pointer": "*i64:16", "out_pointer": out, **_DRAW},
-            {"KIND": kind, "BLOCK": _BLOCK},
-            {"num_warps": 4},
-        )
-        for kind, out in (("bits", "*i64:16"), ("uniform", "*fp32:16"), ("normal", "*fp32:16"))
-    ),
-    (
+    *(_draw_case(f"draw_{kind}", kind, {}) for kind in _OUT),
+    _draw_case("draw_uniform_step_on_device", "uniform", {"step_pointer": "*i64:16"}),
+    Case(
         "categorical",
         _categorical_kernel,
         {

@@ -33,22 +33,23 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     return c0, c1, c2, c3
 
 
-def bits(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def bits(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Words ``[P, n]`` int64 of each ticket's draw."""
     block = torch.arange((n + 3) // 4, device=key.device).expand(key.shape[0], -1)
-    low, high, tag = (
-        torch.full_like(block, word) for word in (step & _MASK, (step >> 32) & _MASK, stream)
-    )
+    number = step if isinstance(step, Tensor) else torch.tensor(step, device=key.device)
+    number = number.reshape(-1, 1)
+    low, high = (number & _MASK).expand_as(block), ((number >> 32) & _MASK).expand_as(block)
+    tag = torch.full_like(block, stream)
     key_words = (key[:, None] & _MASK, (key[:, None] >> 32) & _MASK)
     return torch.stack(philox((block, low, high, tag), key_words), -1).flatten(1)[:, :n].clone()
 
 
-def uniform(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def uniform(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Uniforms ``[P, n]`` float32 in ``[0, 1)``: the upper 24 bits of each word."""
     return (bits(key, n, stream, step) >> 8).float() * 2.0**-24
 
 
-def normal(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def normal(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Standard normals ``[P, n]`` float32 by Box and Muller, computed in float64."""
     first, second = bits(key, n + n % 2, stream, step).unflatten(1, (-1, 2)).double().unbind(-1)
     radius = (-2.0 * ((first + 1.0) * 2.0**-32).log()).sqrt()
@@ -57,7 +58,7 @@ def normal(key: Tensor, n: int, stream: int, step: int) -> Tensor:
     return pairs.flatten(1)[:, :n].float()
 
 
-def permutation(key: Tensor, n: int, stream: int, step: int) -> Tensor:
+def permutation(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Permutations ``[P, n]`` int64: the stable argsort of the words."""
     return bits(key, n, stream, step).argsort(dim=1, stable=True)
 

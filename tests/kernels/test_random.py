@@ -1,5 +1,6 @@
 """Philox against its published vectors, and every backend against the reference, bit for bit."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -16,6 +17,14 @@ BACKENDS = ["cpu", *(["triton"] if has_triton() else [])]
 ALL_BACKENDS = ["reference", *BACKENDS]
 DRAWS = [random.bits, random.uniform, random.normal, random.permutation]
 KEY = torch.tensor([5, -7, 2**62, -(2**63), 2**63 - 1])
+
+
+@pytest.fixture
+def poisoned():
+    """What is allocated and not written holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def on(backend: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -116,6 +125,43 @@ def test_backends_equal_reference(backend, draw, key, n, stream, step):
     assert got.shape == (len(key), n)
     assert got.dtype == expected.dtype
     _check_draw(draw, got, expected)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@given(
+    key=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3),
+    n=st.sampled_from([0, 1, 5, 1025]),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=10, derandomize=True)
+def test_a_step_on_the_device_draws_what_the_integer_draws(backend, key, n, data):
+    number = st.one_of(st.sampled_from([0, 2**32 - 1, 2**32]), st.integers(0, 2**63 - 1))
+    steps = data.draw(st.lists(number, min_size=len(key), max_size=len(key)))
+    keys = on(backend, torch.tensor(key, dtype=torch.int64))
+    step = on(backend, torch.tensor(steps, dtype=torch.int64))
+    strided = step[:, None].expand(-1, 2).contiguous()[:, 0]
+    with use_backend(backend):
+        for draw in (*DRAWS, functools.partial(_integers, high=1000)):
+            together = draw(keys, n, stream=3, step=strided)
+            assert together.shape == (len(key), n)
+            for ticket, number in enumerate(steps):
+                alone = keys[ticket : ticket + 1]
+                expected = draw(alone, n, stream=3, step=number)
+                assert torch.equal(together[ticket : ticket + 1], expected)
+                assert torch.equal(draw(alone, n, stream=3, step=step[ticket]), expected)
+
+
+def _integers(key, n, *, high, stream, step):
+    return random.integers(key, n, high, stream=stream, step=step)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_every_element_is_written(backend, draw, poisoned):
+    with use_backend(backend):
+        got = draw(on(backend, KEY), 1030, stream=0, step=1).double()
+    assert got.isfinite().all()
+    assert got.abs().max() < 2**32
 
 
 @pytest.mark.parametrize("draw", DRAWS)
@@ -299,6 +345,21 @@ def test_arguments_are_checked():
             random.uniform(KEY, **{"n": 3, "stream": 0, "step": 0, **arguments})
     with pytest.raises(TypeError):
         random.uniform(KEY, 3, stream=0, step=0.5)
+    for step, error, message in (
+        (torch.zeros(4, dtype=torch.int64), ValueError, r"step must have shape \(5,\)"),
+        (torch.zeros(5, 1, dtype=torch.int64), ValueError, r"step must have shape \(5,\)"),
+        (torch.zeros(5), TypeError, "step must be int64, got float32"),
+        (torch.zeros(5, dtype=torch.int64, device="meta"), ValueError, "step must be on cpu"),
+    ):
+        for draw in DRAWS:
+            with pytest.raises(error, match=message):
+                draw(KEY, 3, stream=0, step=step)
+    with pytest.raises(ValueError, match="u must be on cpu, got meta"):
+        random.categorical(torch.ones(2, 3), torch.ones(2, device="meta"))
+    with pytest.raises(ValueError, match=r"probs must have shape \[..., A\]"):
+        random.categorical(torch.ones(2, 0), torch.ones(2))
+    with pytest.raises(TypeError, match="stream must be an int"):
+        random.bits(KEY, 3, stream=1.0, step=0)
     with pytest.raises(ValueError, match="high must be in"):
         random.integers(KEY, 3, 0, stream=0, step=0)
     with pytest.raises(ValueError, match="u must have shape"):
@@ -309,7 +370,10 @@ def test_arguments_are_checked():
 
 @pytest.mark.parametrize("op", ["bits", "uniform", "normal", "permutation"])
 def test_opcheck_draws(op):
-    torch.library.opcheck(getattr(torch.ops.sparse_tickets, f"random_{op}"), (KEY, 10, 1, 2**40))
+    packet = getattr(torch.ops.sparse_tickets, f"random_{op}")
+    torch.library.opcheck(packet.default, (KEY, 10, 1, 2**40))
+    torch.library.opcheck(packet.on_device, (KEY, 10, 1, torch.tensor(2**40)))
+    torch.library.opcheck(packet.on_device, (KEY, 10, 1, KEY.abs()))
 
 
 def test_opcheck_categorical(generator):
@@ -324,5 +388,5 @@ def test_compiles_to_one_graph_for_every_step():
 
     probs = torch.tensor([0.3, 0.7]).expand(len(KEY), 3, 2)
     compiled = torch.compile(act, backend="aot_eager", fullgraph=True, dynamic=True)
-    for step in range(5):
+    for step in (*range(5), torch.tensor(7), KEY.abs()):
         assert torch.equal(compiled(KEY, probs, step), act(KEY, probs, step))
