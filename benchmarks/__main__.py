@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sparse_tickets.ceilings import measure_ceilings
 from sparse_tickets.timing import Budget, pinned_threads
 
 from .compare import compare
 from .console import show_line, show_run, warn_if_busy
 from .first_screen import rewrite
 from .instructions import count_instructions
-from .measure import Refusal, measure, sgemm_flops
+from .measure import Refusal, measure
 from .report import write_report
 from .results import RESULTS, Neighbours, load, newest, provenance, save
 from .suites import SUITES, suite
@@ -85,7 +86,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     began, neighbours = time.perf_counter(), Neighbours()
     time.sleep(1.0)
     with pinned_threads(options.threads):
-        run = provenance(options.suite, options.device, sgemm_flops(budget, options.device))
+        ceilings = measure_ceilings(budget, options.device)
+        run = provenance(options.suite, options.device, ceilings, options.rounds)
         run.busy = neighbours.share()
         warn_if_busy(console, run)
         for index, case in enumerate(cases, 1):

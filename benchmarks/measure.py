@@ -7,10 +7,10 @@ whose result is not the float64 reference's becomes a `Refusal` with the reason,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
-import torch
-
+from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.timing import (
     Budget,
     Comparison,
@@ -18,13 +18,14 @@ from sparse_tickets.timing import (
     Spread,
     Unverified,
     device_clock,
-    interleave,
+    evictor,
+    pinned_threads,
     verified_ratio,
 )
 
 from .peers import Unavailable
 
-__all__ = ["Budget", "Case", "Contest", "Measured", "Record", "Refusal", "measure", "sgemm_flops"]
+__all__ = ["Budget", "Case", "Contest", "Measured", "Record", "Refusal", "measure"]
 
 
 @dataclass
@@ -35,11 +36,13 @@ class Contest:
         subject: whose speed-up is reported.
         peers: over whom.
         skipped: peers that cannot run, and why.
+        cost: of the subject's work in the format it runs in, per unit; None if not counted.
     """
 
     subject: Contender
     peers: list[Contender] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    cost: Cost | None = None
 
     def invite(self, name: str, build: Callable[[], Contender]) -> None:
         """Add a peer, or note why it cannot run."""
@@ -58,7 +61,9 @@ class Case:
         shape: sizes, e.g. ``{"P": 1, "B": 2048, "I": 256, "O": 256}``.
         sparsity: percent pruned.
         build: makes inputs and contenders.
-        unit: what times are per: ``call`` or ``agent-step``.
+        unit: what times are per: ``call``, ``layer`` or ``agent-step``.
+        cold: time single calls with cold caches too.
+        threads: of everyone; None leaves them as the run has them.
     """
 
     op: str
@@ -66,6 +71,8 @@ class Case:
     sparsity: float
     build: Callable[[], Contest]
     unit: str = "call"
+    cold: bool = False
+    threads: int | None = None
 
     @property
     def label(self) -> str:
@@ -79,11 +86,15 @@ class Measured:
     """One contender in one configuration; seconds are per unit.
 
     Attributes:
-        wall: elapsed time.
+        wall: elapsed time of calls one after another, with warm caches; on a GPU launches count,
+            and the clock waits for the device at the end of a sample.
         cpu: of all threads together.
         error: share of the tolerance used up; None if nothing corresponds to its numbers.
         plan: which kernels ran, if known.
         calls: calls per sample.
+        cold: elapsed time of a single call with cold caches; None if not measured.
+        replay: on a GPU, of a call replayed from a CUDA graph: the kernels without their launches;
+            None if not measured.
     """
 
     wall: Spread
@@ -91,6 +102,8 @@ class Measured:
     error: float | None
     plan: str
     calls: int
+    cold: Spread | None = None
+    replay: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,9 @@ class Record:
         contenders: by name, the subject first.
         speedup: by peer: its time over the subject's, paired within rounds.
         skipped: peers that could not run, and why.
+        cold_speedup: as `speedup`, of the cold calls.
+        replay_speedup: as `speedup`, of the replayed calls.
+        cost: operations and bytes that the subject's work takes at least, per unit.
     """
 
     op: str
@@ -116,6 +132,9 @@ class Record:
     contenders: dict[str, Measured]
     speedup: dict[str, Spread]
     skipped: dict[str, str]
+    cold_speedup: dict[str, Spread] = field(default_factory=dict)
+    replay_speedup: dict[str, Spread] = field(default_factory=dict)
+    cost: Cost | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -144,12 +163,21 @@ class Record:
         Raises:
             KeyError, TypeError: the data is of another layout.
         """
-        contenders = {
-            name: Measured(**{**item, "wall": Spread(**item["wall"]), "cpu": Spread(**item["cpu"])})
-            for name, item in data["contenders"].items()
+        contenders = {name: _measured(item) for name, item in data["contenders"].items()}
+        spreads = {
+            key: {name: Spread(**item) for name, item in data.get(key, {}).items()}
+            for key in ("speedup", "cold_speedup", "replay_speedup")
         }
-        speedup = {name: Spread(**item) for name, item in data["speedup"].items()}
-        return cls(**{**data, "contenders": contenders, "speedup": speedup})
+        cost = None if data.get("cost") is None else Cost(*data["cost"])
+        return cls(**{**data, **spreads, "contenders": contenders, "cost": cost})
+
+
+def _measured(data: dict) -> Measured:
+    spreads = {
+        key: None if data.get(key) is None else Spread(**data[key])
+        for key in ("wall", "cpu", "cold", "replay")
+    }
+    return Measured(**{**data, **spreads})
 
 
 @dataclass(frozen=True)
@@ -162,11 +190,14 @@ class Refusal:
 
 def measure(case: Case, budget: Budget, device: str = "cpu") -> Record | Refusal:
     """Verify, then time, one configuration."""
-    contest = case.build()
-    try:
-        found = verified_ratio(contest.subject, contest.peers, budget, device_clock(device))
-    except Unverified as error:
-        return Refusal(case.label, str(error))
+    with nullcontext() if case.threads is None else pinned_threads(case.threads):
+        contest = case.build()
+        evict = evictor(device) if case.cold else None
+        clock = device_clock(device)
+        try:
+            found = verified_ratio(contest.subject, contest.peers, budget, clock, evict)
+        except Unverified as error:
+            return Refusal(case.label, str(error))
     return _record(case, contest, found)
 
 
@@ -178,28 +209,19 @@ def _record(case: Case, contest: Contest, found: Comparison) -> Record:
             error=found.errors.get(contender.name),
             plan=contender.plan,
             calls=found.timings[contender.name].calls,
+            cold=Spread.of(found.cold[contender.name]) if found.cold else None,
         )
         for contender in (contest.subject, *contest.peers)
     }
     return Record(
-        case.op,
-        case.shape,
-        case.sparsity,
-        case.unit,
-        contest.subject.name,
-        contenders,
-        found.speedup,
-        contest.skipped,
+        op=case.op,
+        shape=case.shape,
+        sparsity=case.sparsity,
+        unit=case.unit,
+        subject=contest.subject.name,
+        contenders=contenders,
+        speedup=found.speedup,
+        skipped=contest.skipped,
+        cold_speedup=found.cold_speedup,
+        cost=contest.cost,
     )
-
-
-def sgemm_flops(budget: Budget, device: str = "cpu", size: int = 1024) -> Spread:
-    """Floating-point operations per second of torch's float32 product of two square matrices.
-
-    The yardstick of this machine, with the threads of this moment.
-    """
-    left, right = torch.rand(2, size, size).to(device).unbind()
-    product = torch.empty(size, size, device=device)
-    gemm = Contender("sgemm", lambda: torch.mm(left, right, out=product), None)
-    wall = interleave([gemm], budget, device_clock(device))["sgemm"].wall
-    return Spread.of([2 * size**3 / seconds for seconds in wall])

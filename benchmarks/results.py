@@ -1,4 +1,9 @@
-"""Results as data: one JSON file per run, and what machine and code it came from."""
+"""Results as data: one JSON file per run, and what machine and code it came from.
+
+A file is a `Run`: where and how, then one `measure.Record` per configuration, with a
+`measure.Measured` per contender. Warm, cold and graph-replayed times stand side by side there;
+what was not measured is null. Files of the first layout, which lacked some of these, still load.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from sparse_tickets.ceilings import Ceilings
 from sparse_tickets.files import write_atomic
 from sparse_tickets.timing import Spread
 
@@ -24,6 +30,7 @@ __all__ = [
     "RESULTS",
     "Neighbours",
     "Run",
+    "default_path",
     "device_slug",
     "load",
     "newest",
@@ -35,7 +42,8 @@ RESULTS = Path(__file__).parent / "results"
 BUSY = 0.05
 """Above this share of the cores in other hands, times are noise and reports say so."""
 
-_LAYOUT = 1
+_LAYOUT = 2
+_LAYOUTS = (1, 2)
 _PACKAGES = ("torch", "triton", "numba", "numpy", "scipy", "jax", "sparseprop", "stable-baselines3")
 
 
@@ -45,7 +53,7 @@ class Run:
 
     Attributes:
         device: a name for the hardware, e.g. ``cpu-amd-epyc-2c``.
-        suite: ``quick``, ``full`` or ``smoke``.
+        suite: see `suites.SUITES`; ``instructions`` for a run of counts alone.
         date: when it began, ISO 8601, UTC.
         threads: of torch and our kernels alike.
         hardware: model and cores, or GPU.
@@ -56,6 +64,10 @@ class Run:
         busy: share of the cores that other processes used meanwhile.
         records: verified and timed.
         refused: not verified, and therefore not timed.
+        copies: bytes per second of copies, by the bytes each moves; empty in the first layout.
+        rounds: samples per contender that were asked for; 0 in the first layout.
+        complete: whether every configuration of the suite was measured.
+        counts: instructions per call, by configuration.
     """
 
     device: str
@@ -70,6 +82,15 @@ class Run:
     busy: float = 0.0
     records: list[Record] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    copies: dict[int, Spread] = field(default_factory=dict)
+    rounds: int = 0
+    complete: bool = True
+    counts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ceilings(self) -> Ceilings | None:
+        """What the machine could do at best in this run; None if no copy was measured."""
+        return Ceilings(self.sgemm, self.copies) if self.copies else None
 
 
 def device_slug(device: str, cores: int | None = None) -> str:
@@ -80,7 +101,7 @@ def device_slug(device: str, cores: int | None = None) -> str:
     return _slug(f"cpu {_cpu_model()} {count}c")
 
 
-def provenance(suite: str, device: str, sgemm: Spread) -> Run:
+def provenance(suite: str, device: str, ceilings: Ceilings, rounds: int = 0) -> Run:
     """A run without records yet, with everything about here and now."""
     hardware = f"{_cpu_model()}, {_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if torch.device(device).type == "cuda":
@@ -99,18 +120,22 @@ def provenance(suite: str, device: str, sgemm: Spread) -> Run:
         hardware=hardware,
         versions=versions,
         commit=_commit(),
-        sgemm=sgemm,
+        sgemm=ceilings.sgemm,
+        copies=ceilings.copies,
+        rounds=rounds,
+        complete=False,
     )
 
 
-def save(run: Run, path: Path | None = None) -> Path:
-    """Write a run whole or not at all; by default ``results/<device>-<date>.json``.
+def default_path(run: Run) -> Path:
+    """``results/<device>-<date>.json``; suites other than ``quick`` add their name."""
+    ending = "" if run.suite == "quick" else f"-{run.suite}"
+    return RESULTS / f"{run.device}-{run.date[:10]}{ending}.json"
 
-    Suites other than ``quick`` add their name.
-    """
-    if path is None:
-        ending = "" if run.suite == "quick" else f"-{run.suite}"
-        path = RESULTS / f"{run.device}-{run.date[:10]}{ending}.json"
+
+def save(run: Run, path: Path | None = None) -> Path:
+    """Write a run whole or not at all, by default to `default_path`."""
+    path = default_path(run) if path is None else path
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {"layout": _LAYOUT, **asdict(run)}
     write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
@@ -126,12 +151,14 @@ def load(path: Path) -> Run:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("layout") != _LAYOUT:
-            raise ValueError(f"layout must be {_LAYOUT}")
+        layout = data.pop("layout")
+        if layout not in _LAYOUTS:
+            raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}")
         records = [Record.from_dict(item) for item in data.pop("records")]
         refused = [Refusal(**item) for item in data.pop("refused")]
         sgemm = Spread(**data.pop("sgemm"))
-        return Run(**data, records=records, refused=refused, sgemm=sgemm)
+        copies = {int(size): Spread(**item) for size, item in data.pop("copies", {}).items()}
+        return Run(**data, records=records, refused=refused, sgemm=sgemm, copies=copies)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a benchmark result: {error!r}") from error
 

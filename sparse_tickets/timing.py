@@ -5,6 +5,9 @@ a ratio is taken within each round. Between turns there is a pause and an untime
 of one contender's pool spin for a while, on the cores that the next one needs. A speed-up is
 reported by `verified_ratio` alone, which first compares every contender's own result with the
 float64 reference and refuses if one is wrong.
+
+Samples are warm: a call finds in the caches what the one before it left. `interleave_cold` times
+single calls after the caches were overwritten.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +30,9 @@ __all__ = [
     "Spread",
     "Timing",
     "Unverified",
+    "evictor",
     "interleave",
+    "interleave_cold",
     "mismatch",
     "pinned_threads",
     "tolerance",
@@ -36,9 +42,12 @@ __all__ = [
 Clock = Callable[[], tuple[float, float]]
 """Seconds of wall and of CPU time (all threads of the process) since some fixed moment."""
 
+_CACHE = 32 << 20
+"""Bytes of the last-level cache where the system does not tell."""
+
 
 class Unverified(RuntimeError):
-    """A contender's result is not the reference's: its time means nothing and is not reported."""
+    """No time is reported: a result is not the reference's, or a difference drowns in noise."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,8 @@ class Contender:
             that is a system of its own, whose numbers correspond to nobody else's.
         units: what one `run` is worth, e.g. agent-steps; times are per unit.
         plan: which kernels run, for the record.
+        without: the same work without the part of interest, timed in the same turn; the difference
+            counts, which is what that part costs where it stands.
     """
 
     name: str
@@ -94,6 +105,7 @@ class Contender:
     error: Callable[[], float] | None
     units: float = 1.0
     plan: str = ""
+    without: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,11 +155,15 @@ class Comparison:
         errors: by contender, see `Contender.error`; without those that cannot be compared.
         speedup: by peer: the peer's time over the subject's, paired within rounds; above 1 the
             subject is faster.
+        cold: by contender, seconds per unit of single calls with cold caches; empty if not asked.
+        cold_speedup: as `speedup`, of the cold calls.
     """
 
     timings: dict[str, Timing]
     errors: dict[str, float]
     speedup: dict[str, Spread]
+    cold: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    cold_speedup: dict[str, Spread] = field(default_factory=dict)
 
 
 def process_clock() -> tuple[float, float]:
@@ -255,18 +271,29 @@ def interleave(
             break
         first = index % len(contenders)
         for contender in (*contenders[first:], *contenders[:first]):
-            count, run = calls[contender.name], contender.run
-            time.sleep(budget.settle_seconds)
-            if count > 1:
-                run()
-            wall_before, cpu_before = clock()
-            for _ in range(count):
-                run()
-            wall_after, cpu_after = clock()
+            count = calls[contender.name]
+            sample = _sample(contender.run, count, budget, clock)
+            if contender.without is not None:
+                less = _sample(contender.without, count, budget, clock)
+                sample = sample[0] - less[0], sample[1] - less[1]
             units = count * contender.units
-            wall[contender.name].append((wall_after - wall_before) / units)
-            cpu[contender.name].append((cpu_after - cpu_before) / units)
+            wall[contender.name].append(sample[0] / units)
+            cpu[contender.name].append(sample[1] / units)
     return {name: Timing(tuple(wall[name]), tuple(cpu[name]), calls[name]) for name in names}
+
+
+def _sample(
+    run: Callable[[], Any], count: int, budget: Budget, clock: Clock
+) -> tuple[float, float]:
+    """Wall and CPU seconds of ``count`` calls, after a pause and an untimed one."""
+    time.sleep(budget.settle_seconds)
+    if count > 1:
+        run()
+    wall_before, cpu_before = clock()
+    for _ in range(count):
+        run()
+    wall_after, cpu_after = clock()
+    return wall_after - wall_before, cpu_after - cpu_before
 
 
 def _calls(contender: Contender, budget: Budget, clock: Clock) -> int:
@@ -281,13 +308,85 @@ def _calls(contender: Contender, budget: Budget, clock: Clock) -> int:
             return max(1, math.ceil(budget.sample_seconds * done / spent)) if spent else 1
 
 
+def interleave_cold(
+    contenders: Sequence[Contender],
+    budget: Budget,
+    evict: Callable[[], None],
+    clock: Clock = process_clock,
+) -> dict[str, tuple[float, ...]]:
+    """Seconds per unit of single calls, in turn, each after ``evict`` and a pause.
+
+    Threads sleep by then too, so waking them counts: this is a call that comes out of the blue.
+
+    Args:
+        contenders: warmed up, with names of their own.
+        budget: rounds, pause and limit count.
+        evict: overwrites the caches; see `evictor`.
+        clock: see `Clock`.
+    """
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    began = clock()[0]
+    for index in range(budget.rounds):
+        if index >= 3 and clock()[0] - began > budget.limit_seconds:
+            break
+        first = index % len(contenders)
+        for contender in (*contenders[first:], *contenders[:first]):
+            evict()
+            time.sleep(budget.settle_seconds)
+            before = clock()[0]
+            contender.run()
+            seconds[contender.name].append((clock()[0] - before) / contender.units)
+    return {name: tuple(values) for name, values in seconds.items()}
+
+
+def evictor(device: torch.device | str) -> Callable[[], None]:
+    """A call that fills every cache of the device with other data, on all of torch's threads.
+
+    It reads and writes a buffer of twice the last-level cache: each core a part of it that is far
+    larger than the caches of its own.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+    else:
+        size = _last_level_cache()
+    buffer = torch.zeros(2 * max(size, _CACHE) // 4, device=device)
+
+    def evict() -> None:
+        buffer.add_(1.0)
+
+    return evict
+
+
+def _last_level_cache() -> int:
+    """Bytes of the largest cache of this processor."""
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KMG") or 0) * scale)
+    return max(sizes) or _CACHE
+
+
 def verified_ratio(
-    subject: Contender, peers: Sequence[Contender], budget: Budget, clock: Clock = process_clock
+    subject: Contender,
+    peers: Sequence[Contender],
+    budget: Budget,
+    clock: Clock = process_clock,
+    evict: Callable[[], None] | None = None,
 ) -> Comparison:
     """Speed-up of ``subject`` over each of ``peers``, once all of them were found correct.
 
+    Args:
+        subject: whose speed-ups these are.
+        peers: over whom.
+        budget: how long to time.
+        clock: see `Clock`.
+        evict: if given, cold calls are timed too; see `interleave_cold`.
+
     Raises:
-        Unverified: an error exceeds 1 or is NaN; nothing was timed.
+        Unverified: an error exceeds 1 or is NaN, and nothing was timed; or a contender with a
+            `without` was not slower than that in some round, so that its part is noise.
         ValueError: the subject has no `error`.
     """
     if subject.error is None:
@@ -304,11 +403,29 @@ def verified_ratio(
                 "times what is allowed"
             )
     timings = interleave(contenders, budget, clock)
-    ours = timings[subject.name].wall
-    speedup = {
+    for contender in contenders:
+        if contender.without is not None and min(timings[contender.name].wall) <= 0:
+            raise Unverified(
+                f"{contender.name} must take longer with the part of interest than without it, "
+                "in some round it did not: their difference is noise here"
+            )
+    warm = {name: timing.wall for name, timing in timings.items()}
+    cold = interleave_cold(contenders, budget, evict, clock) if evict is not None else {}
+    return Comparison(
+        timings, errors, _paired(subject, peers, warm), cold, _paired(subject, peers, cold)
+    )
+
+
+def _paired(
+    subject: Contender, peers: Sequence[Contender], seconds: dict[str, tuple[float, ...]]
+) -> dict[str, Spread]:
+    """Each peer's time over the subject's, round by round; nothing without times."""
+    if not seconds:
+        return {}
+    ours = seconds[subject.name]
+    return {
         peer.name: Spread.of(
-            [theirs / own for theirs, own in zip(timings[peer.name].wall, ours, strict=True)]
+            [theirs / own for theirs, own in zip(seconds[peer.name], ours, strict=True)]
         )
         for peer in peers
     }
-    return Comparison(timings, errors, speedup)

@@ -27,7 +27,7 @@ LAYERS = (
     ("algos",),
     ("imp",),
     ("sweep",),
-    ("analysis", "bench"),
+    ("analysis", "bench", "ceilings"),
     ("cli",),
 )
 KERNEL_LIBRARIES = {"torch", "triton", "numba", "llvmlite", "numpy"}

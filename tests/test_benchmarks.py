@@ -12,12 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from sparse_tickets.ceilings import Ceilings, measure_ceilings
+from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.timing import (
     Budget,
     Contender,
     Spread,
     Timing,
     Unverified,
+    evictor,
     interleave,
     mismatch,
     pinned_threads,
@@ -62,6 +65,7 @@ def clock():
     return FakeTime()
 
 
+BUDGET_OF_ONE = Budget(1, 0.0, 0.0, settle_seconds=0.0)
 BUDGET = Budget(6, 0.0, 0.0, limit_seconds=math.inf, settle_seconds=0.0)
 
 
@@ -124,6 +128,57 @@ def test_a_peer_may_be_incomparable_but_not_the_subject(clock):
     assert verified_ratio(ours, [peer], BUDGET, clock).errors == {"ours": 0.0}
     with pytest.raises(ValueError, match="subject must be comparable"):
         verified_ratio(replace(ours, error=None), [], BUDGET, clock)
+
+
+def test_cold_calls_are_single_and_each_follows_an_eviction(clock):
+    ours = replace(clock.contender("ours", 6.0), units=3.0)
+    peer = clock.contender("peer", 12.0)
+
+    def evict():
+        clock.log.append("evict")
+        clock.seconds += 100.0
+
+    budget = replace(BUDGET, sample_seconds=50.0)
+    found = verified_ratio(ours, [peer], budget, clock, evict)
+    assert found.cold == {"ours": (2.0,) * 6, "peer": (12.0,) * 6}, "evictions are not timed"
+    assert found.cold_speedup["peer"].median == found.speedup["peer"].median == 6.0
+    turns = clock.log[clock.log.index("evict") :]
+    assert turns[::2] == ["evict"] * 12
+    assert "".join(name[0] for name in turns[1::2]) == "oppo" * 3
+    assert verified_ratio(ours, [peer], BUDGET, clock).cold_speedup == {}
+
+
+def test_a_part_costs_what_is_missing_without_it(clock):
+    def part(name, whole, rest):
+        base = clock.contender(name, whole)
+        return replace(base, without=clock.contender("rest", rest).run, units=2.0)
+
+    found = verified_ratio(part("ours", 5.0, 3.0), [part("peer", 9.0, 1.0)], BUDGET, clock)
+    assert found.timings["ours"].wall == (1.0,) * 6
+    assert found.speedup["peer"].median == 4.0
+    with pytest.raises(Unverified, match="peer must take longer with the part"):
+        verified_ratio(part("ours", 5.0, 3.0), [part("peer", 1.0, 1.0)], BUDGET, clock)
+
+
+def test_an_eviction_covers_the_last_cache():
+    evict = evictor("cpu")
+    evict()
+    assert evict.__closure__[0].cell_contents.nbytes >= 64 << 20
+
+
+def test_a_bound_is_the_slower_of_products_and_copies():
+    ceilings = Ceilings(spread(100.0), {10: spread(4.0), 20: spread(8.0), 40: spread(2.0)})
+    assert [ceilings.bandwidth(moved) for moved in (1, 10, 25, 39, 1000)] == [8, 8, 8, 8, 2]
+    assert ceilings.bound(Cost(1000.0, 8.0)) == 10.0
+    assert ceilings.bound(Cost(1000.0, 80.0)) == 40.0
+    with pytest.raises(ValueError, match="copies must have a rate"):
+        Ceilings(spread(1.0), {}).bound(Cost(1.0, 1.0))
+
+
+def test_ceilings_are_measured():
+    found = measure_ceilings(BUDGET_OF_ONE, size=32)
+    assert found.sgemm.median > 0
+    assert all(rate.median > 0 for rate in found.copies.values())
 
 
 def test_contenders_need_names_of_their_own(clock):
@@ -219,9 +274,41 @@ def run():
 
 
 def test_results_survive_the_disk(run, tmp_path):
+    cold = {"torch dense": spread(2.0)}
+    contenders = {
+        name: replace(item, cold=spread(1e-2), replay=spread(1e-4))
+        for name, item in run.records[0].contenders.items()
+    }
+    run.records.append(
+        replace(
+            run.records[0],
+            sparsity=12.0,
+            contenders=contenders,
+            cold_speedup=cold,
+            replay_speedup=cold,
+            cost=Cost(1e6, 2e3),
+        )
+    )
+    run = replace(run, copies={1 << 20: spread(1e10)}, rounds=15, counts={"case": 12.5})
     path = results.save(run, tmp_path / "deep" / "run.json")
     assert results.load(path) == run
     assert [file.name for file in path.parent.iterdir()] == ["run.json"]
+
+
+def test_files_of_the_first_layout_load(run, tmp_path):
+    data = json.loads(results.save(run, tmp_path / "run.json").read_text())
+    for name in ("copies", "rounds", "complete", "counts"):
+        del data[name]
+    for item in data["records"]:
+        for name in ("cold_speedup", "replay_speedup", "cost"):
+            del item[name]
+        for measured in item["contenders"].values():
+            del measured["cold"], measured["replay"]
+    (tmp_path / "old.json").write_text(json.dumps(data | {"layout": 1}))
+    old = results.load(tmp_path / "old.json")
+    assert old == run
+    assert old.ceilings is None
+    assert old.complete
 
 
 @pytest.mark.parametrize(
@@ -244,7 +331,7 @@ def test_the_newest_run_of_each_device_counts_and_smoke_runs_do_not(run, tmp_pat
 
 
 def test_a_run_knows_where_it_came_from():
-    here = results.provenance("quick", "cpu", spread(1e11))
+    here = results.provenance("quick", "cpu", Ceilings(spread(1e11), {1 << 20: spread(1e10)}))
     assert here.device.startswith("cpu-")
     assert here.device == here.device.lower()
     assert here.versions["torch"] == metadata.version("torch")
@@ -463,5 +550,5 @@ def test_bench_command_lines_and_table():
 
 def test_stored_results_are_readable():
     for path in results.RESULTS.glob("*.json"):
-        assert json.loads(path.read_text())["layout"] == 1
+        assert json.loads(path.read_text())["layout"] in (1, 2)
         results.load(path)

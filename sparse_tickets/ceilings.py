@@ -1,0 +1,77 @@
+"""What a machine can do at best, measured, so that a time can be told as a share of the possible.
+
+A roofline: no kernel with a given `Cost` is faster than its operations at the rate of a large
+product, or its bytes at the rate of a copy of as many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from sparse_tickets.kernels.cost import Cost
+from sparse_tickets.timing import Budget, Contender, Spread, device_clock, interleave
+
+__all__ = ["Ceilings", "measure_ceilings"]
+
+_COPIES = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
+"""Bytes that copies move, reads and writes together: from what caches hold to what none does."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of one machine.
+
+    Attributes:
+        sgemm: floating-point operations per second of a large float32 product.
+        copies: bytes per second of copies, by the bytes that each reads and writes.
+    """
+
+    sgemm: Spread
+    copies: dict[int, Spread]
+
+    def bandwidth(self, moved: float) -> float:
+        """Bytes per second at which so many can be moved, from whichever cache holds them.
+
+        The fastest copy that is not smaller, since one of few bytes is all overhead.
+
+        Raises:
+            ValueError: no copy was measured.
+        """
+        if not self.copies:
+            raise ValueError("copies must have a rate, none was measured")
+        start = max((size for size in self.copies if size <= moved), default=0)
+        return max(rate.median for size, rate in self.copies.items() if size >= start)
+
+    def bound(self, cost: Cost) -> float:
+        """Seconds that work of this cost takes at least.
+
+        Raises:
+            ValueError: no copy was measured.
+        """
+        return cost.seconds(self.sgemm.median, self.bandwidth(cost.bytes))
+
+
+def measure_ceilings(
+    budget: Budget, device: torch.device | str = "cpu", size: int = 1024
+) -> Ceilings:
+    """Time torch's product of two ``size`` x ``size`` matrices and its copies, threads as they are.
+
+    Args:
+        budget: how long.
+        device: whose ceilings.
+        size: of the matrices.
+    """
+    left, right = torch.rand(2, size, size).to(device).unbind()
+    product = torch.empty(size, size, device=device)
+    gemm = Contender("sgemm", lambda: torch.mm(left, right, out=product), None, 2.0 * size**3)
+    copies = []
+    for moved in _COPIES:
+        source = torch.zeros(moved // 8, device=device)
+        copy = partial(torch.empty_like(source).copy_, source)
+        copies.append(Contender(f"copy of {moved} bytes", copy, None, float(moved)))
+    found = interleave([gemm, *copies], budget, device_clock(device))
+    rates = [Spread.of([1 / seconds for seconds in timing.wall]) for timing in found.values()]
+    return Ceilings(rates[0], dict(zip(_COPIES, rates[1:], strict=True)))
