@@ -61,7 +61,7 @@ _LARGEST_BATCH = 4096
 _MOST_WORK = 1 << 27
 # Of one pass: at least so long, and so many rounds.
 _SECONDS, _ROUNDS = 0.15, 5
-_VERSION = 1
+_VERSION = 2
 
 
 class Choice(NamedTuple):
