@@ -14,7 +14,7 @@ import operator
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, overload, register_model
@@ -40,14 +40,19 @@ __all__ = [
 ]
 
 
-def _host_lanes() -> int:
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
+def _count_lanes() -> int:
+    """Of the processor that Numba compiles for: this one, or ``NUMBA_CPU_FEATURES``."""
+    named = config.CPU_FEATURES
+    if named is None:
+        features = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    else:
+        features = {name[1:] for name in named.split(",") if name.startswith("+")}
+    if "avx512f" in features:
         return 16
-    return 8 if features.get("avx2") else 4
+    return 8 if "avx2" in features else 4
 
 
-LANES = _host_lanes()
+LANES = _count_lanes()
 """float32 lanes of one vector register on this machine: 16 (AVX-512), 8 (AVX2) or 4 (NEON, SSE)."""
 
 _FLOAT = ir.FloatType()
