@@ -3,7 +3,8 @@
 Three ops, each the derivative of the other two, are registered with torch: ``linear``,
 ``linear_dx`` and ``linear_dw``. The weight is zero off the mask already, so the first two never
 look at the mask on a backend that stores zeros; ``linear_dw`` computes the gradient on the mask
-alone. Without a mask nothing of this runs: it is one ``torch.baddbmm``.
+alone. Without a mask nothing of this runs: it is one ``torch.baddbmm``. On a GPU a mask made of
+full blocks runs blocked once `block_pattern` was asked for it; on a CPU it is seen unasked.
 """
 
 from __future__ import annotations
@@ -19,17 +20,27 @@ from torch.nn import Parameter
 from sparse_tickets.kernels.dispatch import Backend, Plan, is_chosen, resolve_backend, use_backend
 from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
 from sparse_tickets.kernels.linear import reference
+from sparse_tickets.kernels.linear.blocks import (
+    BLOCK_SIZES,
+    BlockPattern,
+    block_pattern,
+    find_blocks,
+)
 
 if TYPE_CHECKING:
     from sparse_tickets.kernels.linear.single import SingleRow
 
 __all__ = [
+    "BLOCK_SIZES",
     "PRECISIONS",
+    "BlockPattern",
+    "block_pattern",
     "find_single",
     "is_overridden",
     "is_plain",
     "is_watched",
     "linear",
+    "linear_blocked",
     "plan",
     "plan_for",
 ]
@@ -58,7 +69,9 @@ def linear(
     """``y[p] = x[p] weight[p]ᵀ + bias[p]`` for every ticket p, with dW on the mask only.
 
     Differentiable any number of times in reverse mode, traceable by ``torch.compile``, and under
-    autocast computed in its dtype. All inputs may be strided or expanded.
+    autocast computed in its dtype. All inputs may be strided or expanded. On a GPU a mask that
+    `block_pattern` was asked for runs blocked; a compiler does not see that and needs
+    `linear_blocked`.
 
     Args:
         x: ``[P, B, I]`` float32, float64, float16 or bfloat16.
@@ -80,25 +93,85 @@ def linear(
             ``torch.func`` transforms other than ``vmap``.
         NotImplementedError: from forward-mode differentiation.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    x, weight, bias = _under_autocast(x, weight, bias)
     _validate(x, weight, mask, bias, precision)
     if mask is not None:
-        if is_watched() or not is_plain(x, weight, mask, bias):
-            return _LINEAR(x, weight, mask, bias, precision)
-        if _needs_grad(x, weight, bias):
-            return _Linear.apply(_forward, x, weight, mask, bias, precision)
-        return _forward(x, weight, mask, bias, precision)
+        asked = not torch.compiler.is_compiling() and is_plain(mask)
+        blocks = find_blocks(mask) if asked else None
+        return _masked(x, weight, mask, bias, blocks, precision)
     if bias is None:
         return torch.bmm(x, weight.mT)
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
+def linear_blocked(
+    x: Tensor,
+    weight: Tensor,
+    pattern: BlockPattern,
+    bias: Tensor | None = None,
+    *,
+    precision: str = "ieee",
+) -> Tensor:
+    """`linear` under a mask made of full blocks, of which a GPU reads and computes the kept ones.
+
+    On any other backend it is `linear`; the CPU's looks for blocks by itself.
+
+    Args:
+        x: ``[P, B, I]`` float32, float64, float16 or bfloat16.
+        weight: ``[P, O, I]``, dtype of `x`, zero where the pattern's mask is False.
+        pattern: of the mask, from `block_pattern`.
+        bias: ``[P, O]``, dtype of `x`, or None.
+        precision: see `linear`.
+
+    Returns:
+        ``[P, B, O]``, dtype of `x`.
+
+    Raises:
+        TypeError: a dtype is not as above, or the pattern is no `BlockPattern`.
+        ValueError: a shape, a device or the precision is not as above, or the mask was written
+            since the pattern was built.
+        RuntimeError: as `linear`.
+        NotImplementedError: as `linear`.
+    """
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
+    x, weight, bias = _under_autocast(x, weight, bias)
+    mask = pattern.mask
+    _validate(x, weight, mask, bias, precision)
+    # A compiler would guard on the version, and compile again after every write.
+    versioned = not torch.compiler.is_compiling() and pattern.version is not None
+    if versioned and pattern.version != mask._version:
+        raise ValueError(
+            f"pattern must be of the present mask, got version {pattern.version} of a mask "
+            f"now at {mask._version}: ask block_pattern again"
+        )
+    return _masked(x, weight, mask, bias, pattern, precision)
+
+
+def _masked(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    blocks: BlockPattern | None,
+    precision: str,
+) -> Tensor:
+    table, block = (None, 0) if blocks is None else (blocks.table, blocks.block)
+    if is_watched() or not is_plain(x, weight, mask, bias):
+        return _LINEAR(x, weight, mask, bias, table, block, precision)
+    if _needs_grad(x, weight, bias):
+        return _Linear.apply(_forward, x, weight, mask, bias, table, block, precision)
+    return _forward(x, weight, mask, bias, table, block, precision)
+
+
 def plan(
-    out: int, inp: int, batch: int, density: float, dtype: torch.dtype, device: torch.device | str
+    out: int,
+    inp: int,
+    batch: int,
+    density: float,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    block: int = 0,
 ) -> Plan:
     """What a masked `linear` does with such inputs now, and why.
 
@@ -109,18 +182,26 @@ def plan(
         density: share of the weights under the mask.
         dtype: of `x` and the weight.
         device: where they live.
+        block: size of the full blocks that make up the mask, and on a GPU `block_pattern` was asked
+            for; 0 if it is unstructured.
 
     Raises:
-        ValueError: the density is not in [0, 1], or the chosen backend cannot run on the device.
+        ValueError: the density is not in [0, 1], the block is none of 0, 16, 32 and 64, or the
+            chosen backend cannot run on the device.
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density must be in [0, 1], got {density}")
+    if block not in (0, *BLOCK_SIZES):
+        raise ValueError(f"block must be 0 or one of {BLOCK_SIZES}, got {block}")
     device = torch.device(device)
     backend = _backend(device, dtype)
     if backend == "cpu":
         from sparse_tickets.kernels.linear import cpu
 
-        return cpu.plan(out, inp, batch, density, dtype)
+        return cpu.plan(out, inp, batch, density, dtype, block=block)
+    if backend == "triton" and block:
+        reason = "block_pattern was asked for this mask: only its kept blocks are computed"
+        return Plan("linear", backend, f"blocked-{block}", reason)
     if backend == "triton":
         reason = "dense products over explicit zeros, the mask fused into the weight gradient"
     elif resolve_backend(device) == "cpu":
@@ -131,10 +212,10 @@ def plan(
 
 
 def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = False) -> Plan:
-    """`plan` for one CPU layer's mask, whose pattern counts: full blocks have their own format.
+    """`plan` for one layer's mask, whose pattern counts: full blocks have their own format.
 
     Args:
-        mask: ``[O, I]`` bool, on the CPU.
+        mask: ``[O, I]`` bool; counting its weights waits for a GPU.
         batch: B.
         dtype: of the input and the weight.
         training: forward and backward, rather than forward alone.
@@ -148,7 +229,9 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
         return cpu.plan_for(mask, batch, dtype, training)
     density = int(mask.sum()) / max(mask.numel(), 1)
     out, inp = mask.shape
-    return plan(out, inp, batch, density, dtype, mask.device)
+    blocks = find_blocks(mask[None])
+    block = 0 if blocks is None else blocks.block
+    return plan(out, inp, batch, density, dtype, mask.device, block)
 
 
 def find_single(mask: Tensor) -> SingleRow | None:
@@ -164,6 +247,20 @@ def find_single(mask: Tensor) -> SingleRow | None:
     from sparse_tickets.kernels.linear import cpu
 
     return cpu.single(mask) if cpu.wins_single(mask) else None
+
+
+def _under_autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return (
+        _autocast(x, dtype),
+        _autocast(weight, dtype),
+        None if bias is None else _autocast(bias, dtype),
+    )
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,24 +328,33 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 # Registration. `Library.impl` instead of `custom_op`, which costs ten times as much per call.
 
+# `blocks` and `block` are a `BlockPattern`'s table and size, or None and 0.
+
 _library = Library("sparse_tickets", "FRAGMENT")
-_library.define(
-    "linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias, str precision) -> Tensor"
-)
-_library.define("linear_dx(Tensor dy, Tensor weight, Tensor mask, str precision) -> Tensor")
-_library.define("linear_dw(Tensor dy, Tensor x, Tensor mask, str precision) -> Tensor")
+_TAIL = "Tensor mask, {}Tensor? blocks, int block, str precision) -> Tensor"
+_library.define(f"linear(Tensor x, Tensor weight, {_TAIL.format('Tensor? bias, ')}")
+_library.define(f"linear_dx(Tensor dy, Tensor weight, {_TAIL.format('')}")
+_library.define(f"linear_dw(Tensor dy, Tensor x, {_TAIL.format('')}")
 _LINEAR = torch.ops.sparse_tickets.linear.default
 _DX = torch.ops.sparse_tickets.linear_dx.default
 _DW = torch.ops.sparse_tickets.linear_dw.default
 
 
 def _forward(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, precision: str
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor | None,
+    block: int,
+    precision: str,
 ) -> Tensor:
     backend = _backend(x.device, x.dtype)
     if backend == "triton":
-        from sparse_tickets.kernels.linear import gpu
+        from sparse_tickets.kernels.linear import blocked_gpu, gpu
 
+        if blocks is not None:
+            return blocked_gpu.forward(x, weight, bias, blocks, block, precision)
         return gpu.forward(x, weight, bias, precision)
     if backend == "cpu":
         from sparse_tickets.kernels.linear import cpu
@@ -257,11 +363,15 @@ def _forward(
     return reference.linear(x, weight, mask, bias)
 
 
-def _dx(dy: Tensor, weight: Tensor, mask: Tensor, precision: str) -> Tensor:
+def _dx(
+    dy: Tensor, weight: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
+) -> Tensor:
     backend = _backend(dy.device, dy.dtype)
     if backend == "triton":
-        from sparse_tickets.kernels.linear import gpu
+        from sparse_tickets.kernels.linear import blocked_gpu, gpu
 
+        if blocks is not None:
+            return blocked_gpu.dx(dy, weight, blocks, block, precision)
         return gpu.dx(dy, weight, precision)
     if backend == "cpu":
         from sparse_tickets.kernels.linear import cpu
@@ -270,11 +380,15 @@ def _dx(dy: Tensor, weight: Tensor, mask: Tensor, precision: str) -> Tensor:
     return reference.linear_dx(dy, weight, mask)
 
 
-def _dw(dy: Tensor, x: Tensor, mask: Tensor, precision: str) -> Tensor:
+def _dw(
+    dy: Tensor, x: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
+) -> Tensor:
     backend = _backend(dy.device, dy.dtype)
     if backend == "triton":
-        from sparse_tickets.kernels.linear import gpu
+        from sparse_tickets.kernels.linear import blocked_gpu, gpu
 
+        if blocks is not None:
+            return blocked_gpu.dw(dy, x, blocks, block, precision)
         return gpu.dw(dy, x, mask, precision)
     if backend == "cpu":
         from sparse_tickets.kernels.linear import cpu
@@ -293,9 +407,9 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Any, *args: Any) -> Tensor:
         ctx.backend = resolve_backend(args[0].device)
-        ctx.precision = args[-1]
+        *_, blocks, ctx.block, ctx.precision = args
         # The mask too: autograd then raises if it is changed before the backward pass.
-        ctx.save_for_backward(*args[:3])
+        ctx.save_for_backward(*args[:3], blocks)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
@@ -310,8 +424,9 @@ class _Differentiable(torch.autograd.Function):
 class _Linear(_Differentiable):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask = ctx.saved_tensors
+        x, weight, mask, blocks = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
+        form = (blocks, ctx.block, ctx.precision)
         with use_backend(ctx.backend):
             together = needs[0] and needs[1] and _backend(dy.device, dy.dtype) == "cpu"
             eager = not (torch.is_grad_enabled() or is_watched())
@@ -319,13 +434,15 @@ class _Linear(_Differentiable):
                 from sparse_tickets.kernels.linear import cpu
 
                 dx, dw, db = cpu.backward(dy, x, weight, mask)
-                return None, dx, dw, None, db if needs[3] else None, None
+                return None, dx, dw, None, db if needs[3] else None, None, None, None
             return (
                 None,
-                _DX(dy, weight, mask, ctx.precision) if needs[0] else None,
-                _DW(dy, x, mask, ctx.precision) if needs[1] else None,
+                _DX(dy, weight, mask, *form) if needs[0] else None,
+                _DW(dy, x, mask, *form) if needs[1] else None,
                 None,
                 dy.sum(1) if needs[3] else None,
+                None,
+                None,
                 None,
             )
 
@@ -333,13 +450,16 @@ class _Linear(_Differentiable):
 class _LinearDX(_Differentiable):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dy, weight, mask = ctx.saved_tensors
+        dy, weight, mask, blocks = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
+        form = (blocks, ctx.block, ctx.precision)
         with use_backend(ctx.backend):
             return (
                 None,
-                _LINEAR(grad, weight, mask, None, ctx.precision) if needs[0] else None,
-                _DW(dy, grad, mask, ctx.precision) if needs[1] else None,
+                _LINEAR(grad, weight, mask, None, *form) if needs[0] else None,
+                _DW(dy, grad, mask, *form) if needs[1] else None,
+                None,
+                None,
                 None,
                 None,
             )
@@ -348,14 +468,17 @@ class _LinearDX(_Differentiable):
 class _LinearDW(_Differentiable):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dy, x, mask = ctx.saved_tensors
+        dy, x, mask, blocks = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
+        form = (blocks, ctx.block, ctx.precision)
         on_mask = grad.masked_fill(~mask, 0)
         with use_backend(ctx.backend):
             return (
                 None,
-                _LINEAR(x, on_mask, mask, None, ctx.precision) if needs[0] else None,
-                _DX(dy, on_mask, mask, ctx.precision) if needs[1] else None,
+                _LINEAR(x, on_mask, mask, None, *form) if needs[0] else None,
+                _DX(dy, on_mask, mask, *form) if needs[1] else None,
+                None,
+                None,
                 None,
                 None,
             )
@@ -403,13 +526,13 @@ _register(
     _LINEAR,
     _forward,
     _Linear,
-    lambda x, weight, mask, bias, precision: (x.shape[0], x.shape[1], weight.shape[1]),
+    lambda x, weight, *_: (x.shape[0], x.shape[1], weight.shape[1]),
 )
 _register(
     "linear_dx",
     _DX,
     _dx,
     _LinearDX,
-    lambda dy, weight, mask, precision: (dy.shape[0], dy.shape[1], weight.shape[2]),
+    lambda dy, weight, *_: (dy.shape[0], dy.shape[1], weight.shape[2]),
 )
-_register("linear_dw", _DW, _dw, _LinearDW, lambda dy, x, mask, precision: tuple(mask.shape))
+_register("linear_dw", _DW, _dw, _LinearDW, lambda dy, x, mask, *_: tuple(mask.shape))

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_tickets.kernels.compile import Case
+from sparse_tickets.kernels.linear.operands import check_span
 
 __all__ = ["COMPILE_CASES", "Tiles", "choose_tiles", "dw", "dx", "forward"]
 
@@ -147,11 +148,7 @@ def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, mask: Tensor | None, precis
     cols = b.shape[2]
     c = a.new_empty(tickets, rows, cols)
     for name, operand in (("first", a), ("second", b), ("output", c), ("mask", mask)):
-        if operand is not None and _span(operand) >= 2**31:
-            raise ValueError(
-                f"one ticket's {name} operand must span fewer than 2**31 elements, "
-                f"got shape {tuple(operand.shape[1:])} with strides {operand.stride()[1:]}"
-            )
+        check_span(name, operand)
     if c.numel() == 0:
         return c
     exact = precision if a.dtype == torch.float32 else "ieee"
@@ -181,13 +178,6 @@ def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, mask: Tensor | None, precis
     return c
 
 
-def _span(matrices: Tensor) -> int:
-    """Elements between the first and the last entry of one ticket's matrix."""
-    _, rows, cols = matrices.shape
-    _, row_stride, col_stride = matrices.stride()
-    return rows * row_stride + cols * col_stride
-
-
 def _accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -200,6 +190,7 @@ def _case(product: str, dtype: torch.dtype, precision: str, rows: int, cols: int
     kind = {
         torch.float64: "*fp64:16",
         torch.float32: "*fp32:16",
+        torch.float16: "*fp16:16",
         torch.bfloat16: "*bf16:16",
     }[dtype]
     tiles = choose_tiles(rows, cols, dtype, precision)
@@ -242,6 +233,7 @@ COMPILE_CASES = [
         (torch.float32, "ieee", 4, 63),
         (torch.float32, "tf32", 256, 256),
         (torch.float32, "tf32x3", 256, 256),
+        (torch.float16, "ieee", 256, 256),
         (torch.bfloat16, "ieee", 256, 256),
         (torch.bfloat16, "ieee", 4, 63),
     )

@@ -271,10 +271,10 @@ def test_opcheck(backend: str) -> None:
     weight.requires_grad_()
     dy = torch.randn(2, 3, 4, device=x.device, requires_grad=True)
     with use_backend(backend):
-        torch.library.opcheck(ops.linear.default, (x, weight, mask, bias, "ieee"))
-        torch.library.opcheck(ops.linear.default, (x, weight, mask, None, "ieee"))
-        torch.library.opcheck(ops.linear_dx.default, (dy, weight, mask, "ieee"))
-        torch.library.opcheck(ops.linear_dw.default, (dy, x, mask, "ieee"))
+        torch.library.opcheck(ops.linear.default, (x, weight, mask, bias, None, 0, "ieee"))
+        torch.library.opcheck(ops.linear.default, (x, weight, mask, None, None, 0, "ieee"))
+        torch.library.opcheck(ops.linear_dx.default, (dy, weight, mask, None, 0, "ieee"))
+        torch.library.opcheck(ops.linear_dw.default, (dy, x, mask, None, 0, "ieee"))
 
 
 @pytest.mark.parametrize("masked", [True, False])
