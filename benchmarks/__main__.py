@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from sparse_tickets.ceilings import measure_ceilings
-from sparse_tickets.timing import Budget, pinned_threads
+from sparse_tickets.timing import Budget
 
 from .compare import compare
-from .console import show_line, show_run, warn_if_busy
 from .first_screen import rewrite
 from .instructions import count_instructions
-from .measure import Refusal, measure
 from .report import write_report
-from .results import RESULTS, Neighbours, load, newest, provenance, save
-from .suites import SUITES, suite
+from .results import RESULTS, load, newest
+from .runner import run_suite
+from .suites import SUITES
 
 __all__ = ["main"]
 
@@ -51,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, default=torch.get_num_threads())
     run.add_argument("--rounds", type=int, default=Budget.rounds)
     run.add_argument("--only", default="", help="configurations whose label contains this")
+    run.add_argument("--fresh", action="store_true", help="do not go on with a stopped run")
 
     report = commands.add_parser("report", help="results -> README.md and figures")
     report.set_defaults(command=_report)
@@ -74,35 +72,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must exist, got {options.device} and torch sees no GPU")
-    cases = [case for case in suite(options.suite, options.device) if options.only in case.label]
-    if not cases:
-        labels = "\n  ".join(case.label for case in suite(options.suite, options.device))
-        raise ValueError(
-            f"only must be part of a label, got {options.only!r}; there are:\n  {labels}"
-        )
-    budget = Budget(rounds=options.rounds)
-    began, neighbours = time.perf_counter(), Neighbours()
-    time.sleep(1.0)
-    with pinned_threads(options.threads):
-        ceilings = measure_ceilings(budget, options.device)
-        run = provenance(options.suite, options.device, ceilings, options.rounds)
-        run.busy = neighbours.share()
-        warn_if_busy(console, run)
-        for index, case in enumerate(cases, 1):
-            outcome = measure(case, budget, options.device)
-            if isinstance(outcome, Refusal):
-                run.refused.append(outcome)
-            else:
-                run.records.append(outcome)
-            show_line(console, index, len(cases), outcome)
-            run.seconds, run.busy = time.perf_counter() - began, neighbours.share()
-            path = save(run, options.out)
-    console.print()
-    show_run(console, run)
-    console.print(f"{run.seconds:.0f} s; written to {path}", highlight=False)
-    return 1 if run.refused else 0
+    return run_suite(
+        console,
+        name=options.suite,
+        device=options.device,
+        threads=options.threads,
+        rounds=options.rounds,
+        only=options.only,
+        out=options.out,
+        fresh=options.fresh,
+    )
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:

@@ -24,11 +24,13 @@ def bar(value: float, largest: float, width: int = _BAR) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def show_line(console: Console, index: int, total: int, outcome: Record | Refusal) -> None:
-    """One configuration, done."""
+def show_line(
+    console: Console, index: int, total: int, outcome: Record | Refusal, left: str = ""
+) -> None:
+    """One configuration, done; ``left`` ends the line."""
     head = f"[dim]{index:3}/{total}[/dim] {outcome.label:58}"
     if isinstance(outcome, Refusal):
-        console.print(f"{head} [red]refused[/red] {outcome.reason}", soft_wrap=True)
+        console.print(f"{head} [red]refused[/red] {outcome.reason}{left}", soft_wrap=True)
         return
     if outcome.unit == "agent-step":
         result = f"{outcome.per_second:,.0f} agent-steps/s"
@@ -39,7 +41,8 @@ def show_line(console: Console, index: int, total: int, outcome: Record | Refusa
     for peer, spread in outcome.speedup.items():
         colour = "green" if spread.p20 > 1 else "red" if spread.p80 < 1 else "yellow"
         ratios.append(f"[{colour}]{spread.median:.2f}x[/{colour}] {peer}")
-    console.print(f"{head} {result}  {', '.join(ratios)}", highlight=False, soft_wrap=True)
+    line = f"{head} {result}  {', '.join(ratios)}{left}"
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def show_run(console: Console, run: Run) -> None:
@@ -47,7 +50,7 @@ def show_run(console: Console, run: Run) -> None:
     for table in tables(run, brief=True):
         console.print(_rich(table))
         for note in table.notes:
-            console.print(f"  [dim]{note}[/dim]", highlight=False)
+            console.print(f"  {note}", style="dim", markup=False, highlight=False)
         console.print()
     console.print(f"~ spread (p20-p80) above {NOISY:.0%} either way", highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())

@@ -14,7 +14,16 @@ from sparse_tickets.files import write_atomic
 from sparse_tickets.timing import Spread
 
 from .measure import Record
-from .peers import jax_ppo, masked_bmm, sb3, scipy_csr, sparseprop, torch_csr, torch_dense
+from .peers import (
+    jax_ppo,
+    masked_bmm,
+    sb3,
+    scipy_csr,
+    sparseprop,
+    torch_bsr,
+    torch_csr,
+    torch_dense,
+)
 from .results import BUSY, Run
 from .suites import FUSED_DENSE
 from .tables import NOISY, grid, groups, shape_of
@@ -26,7 +35,10 @@ _LAYER = {"P": 1, "B": 2048, "I": 256, "O": 256}
 _POLICY = {"P": 60, "B": 128, "width": 64}
 _JOB = {"P": 60}
 _OVER_DENSE = (f"vs {torch_dense.NAME}", (torch_dense.NAME,))
-_OVER_SPARSE = ("vs fastest sparse peer", (torch_csr.NAME, scipy_csr.NAME, sparseprop.NAME))
+_OVER_SPARSE = (
+    "vs fastest sparse peer",
+    (torch_csr.NAME, torch_bsr.NAME, scipy_csr.NAME, sparseprop.NAME),
+)
 _OVER_MASKED = (f"vs {masked_bmm.NAME}", (masked_bmm.NAME,))
 _OVER_ITSELF = ("vs itself dense", (FUSED_DENSE,))
 _ROWS = (
@@ -34,18 +46,30 @@ _ROWS = (
     ("layer 256 x 256, batch 2048, forward", "linear forward", _LAYER, _OVER_SPARSE),
     ("the layer, forward+backward", "linear forward+backward", _LAYER, _OVER_DENSE),
     ("the layer, forward+backward", "linear forward+backward", _LAYER, _OVER_SPARSE),
+    ("the layer inside a policy, forward", "layer inside a policy, forward", {}, _OVER_DENSE),
     ("60 policies 4-64-64-2, forward+backward", "policy forward+backward", _POLICY, _OVER_MASKED),
     ("60 policies 4-64-64-2, forward+backward", "policy forward+backward", _POLICY, _OVER_ITSELF),
 )
+_KINDS = {
+    "speedup": "",
+    "cold_speedup": ", cold caches",
+    "replay_speedup": ", CUDA graph",
+}
 _NOTHING = "Not measured yet: `python -m benchmarks run`, then `python -m benchmarks report`."
 
 
-def widest(runs: Mapping[str, Run]) -> Run | None:
-    """The run of the device with the most rows, the newer of two; None without any."""
-    return max(runs.values(), key=lambda run: (len(run.records), run.date), default=None)
+def widest(runs: Mapping[str, Sequence[Run]]) -> Run | None:
+    """The run that fills most cells of `measured`, of two the longer, then newer; None without."""
+
+    def filled(run: Run) -> tuple[int, int, str]:
+        cells = sum(1 for _, op, shape, _ in _ROWS for _ in _matching(run, op, shape))
+        return cells, len(run.records), run.date
+
+    timed = (run for several in runs.values() for run in several if run.records)
+    return max(timed, key=filled, default=None)
 
 
-def rewrite(page: Path, runs: Mapping[str, Run]) -> Path:
+def rewrite(page: Path, runs: Mapping[str, Sequence[Run]]) -> Path:
     """Write both texts between their markers in ``page``; the rest stays as it is.
 
     Raises:
@@ -77,28 +101,33 @@ def measured(run: Run) -> str:
 
 def losses(run: Run) -> str:
     """Every measured configuration in which a peer was faster, by op and sizes."""
-    rows, configurations = [], 0
+    rows, configurations = [], set()
     for records in groups(run):
-        peers = dict.fromkeys(peer for record in records for peer in record.speedup)
-        lost = {peer: _lost(records, peer) for peer in peers}
-        said = [f"{peer} {text}" for peer, text in lost.items() if text]
-        if said:
-            rows.append([f"{records[0].op}, {shape_of(records[0])}", "; ".join(said)])
-        configurations += sum(
-            any(spread.median < 1 for spread in record.speedup.values()) for record in records
-        )
+        for kind, title in _KINDS.items():
+            known = {record.sparsity: getattr(record, kind) for record in records}
+            peers = dict.fromkeys(peer for speedup in known.values() for peer in speedup)
+            lost = {peer: _lost(known, peer) for peer in peers}
+            said = [f"{peer} {text}" for peer, text in lost.items() if text]
+            if said:
+                rows.append([f"{records[0].op}{title}, {shape_of(records[0])}", "; ".join(said)])
+        configurations |= {
+            record.key
+            for record in records
+            if any(s.median < 1 for kind in _KINDS for s in getattr(record, kind).values())
+        }
     if not rows:
         return f"No peer was faster in any of the {len(run.records)} configurations measured."
     heads = ["configuration", "faster than we are: our speed-up over it, weights pruned"]
     return (
-        f"In {configurations} of the {len(run.records)} configurations measured at least one peer "
-        f"was faster; within noise: the spread (p20-p80) reaches 1.\n\n{grid(heads, rows, text=2)}"
+        f"In {len(configurations)} of the {len(run.records)} configurations measured at least one "
+        "peer was faster; within noise: the spread (p20-p80) reaches 1.\n\n"
+        f"{grid(heads, rows, text=2)}"
     )
 
 
-def _lost(records: Sequence[Record], peer: str) -> str:
+def _lost(speedups: Mapping[float, Mapping[str, Spread]], peer: str) -> str:
     """``0.61-0.93x at 0-50%``: runs of neighbouring levels whose median is below 1."""
-    known = [(r.sparsity, r.speedup[peer]) for r in records if peer in r.speedup]
+    known = [(sparsity, spreads[peer]) for sparsity, spreads in speedups.items() if peer in spreads]
 
     def verdict(item: tuple[float, Spread]) -> str | None:
         _, spread = item

@@ -137,9 +137,14 @@ class Record:
     cost: Cost | None = None
 
     @property
+    def table(self) -> tuple[object, ...]:
+        """Equal for records of one table: op and sizes."""
+        return (self.op, *sorted(self.shape.items()))
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Equal for the same configuration of two runs."""
-        return (self.op, *sorted(self.shape.items()), self.sparsity)
+        return (*self.table, self.sparsity)
 
     @property
     def label(self) -> str:

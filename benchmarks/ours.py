@@ -1,17 +1,19 @@
-"""Our own ops as contenders, on a named backend and in a named format."""
+"""Our own ops as contenders, on a named backend and, where one is named, in that format."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.dispatch import resolve_backend
-from sparse_tickets.kernels.linear import linear
+from sparse_tickets.kernels.linear import linear, plan_for
 from sparse_tickets.kernels.linear import plan as linear_plan
+from sparse_tickets.kernels.linear.crossover import forced_format
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.mlp import plan as mlp_plan
 from sparse_tickets.linear import SparseLinear
@@ -19,9 +21,19 @@ from sparse_tickets.timing import Contender, mismatch
 
 from .problems import LinearProblem, PolicyProblem
 
-__all__ = ["OURS", "linear_backward", "linear_forward", "on_backend", "policy"]
+__all__ = [
+    "OURS",
+    "Format",
+    "layer_inside",
+    "linear_backward",
+    "linear_forward",
+    "on_backend",
+    "policy",
+]
 
 OURS = "sparse_tickets"
+Format = Literal["dense", "sparse"]
+"""``sparse``: compressed rows, or blocks where the mask is made of full ones."""
 Result = TypeVar("Result")
 
 
@@ -37,9 +49,14 @@ def on_backend(name: str, run: Callable[[], Result]) -> Callable[[], Result]:
     return chosen
 
 
-def linear_forward(problem: LinearProblem, backend: str = "auto", name: str = OURS) -> Contender:
-    """`SparseLinear` for one ticket, `kernels.linear.linear` for several; row-major in and out."""
-    layer = _module(problem, trained=False)
+def linear_forward(
+    problem: LinearProblem, backend: str = "auto", name: str = OURS, format: Format | None = None
+) -> Contender:
+    """`SparseLinear` for one ticket, `kernels.linear.linear` for several; row-major in and out.
+
+    ``format`` forces the CPU kernels, and calls the op itself.
+    """
+    layer = None if format else _module(problem, trained=False)
     row = problem.x[0]
 
     def run() -> Tensor:
@@ -47,19 +64,21 @@ def linear_forward(problem: LinearProblem, backend: str = "auto", name: str = OU
             return layer(row)[None]
         return linear(problem.x, problem.weight, problem.mask, problem.bias)
 
-    timed = on_backend(backend, run)
+    timed = _in_format(format, on_backend(backend, run))
     return Contender(
         name,
         timed,
         lambda: mismatch([timed()], problem.forward, problem.terms[:1]),
-        plan=_linear_plan(problem, backend, layer),
+        plan=_linear_plan(problem, backend, layer, format, training=False),
     )
 
 
-def linear_backward(problem: LinearProblem, backend: str = "auto", name: str = OURS) -> Contender:
+def linear_backward(
+    problem: LinearProblem, backend: str = "auto", name: str = OURS, format: Format | None = None
+) -> Contender:
     """The same and its gradients for x, weight and bias."""
     x, weight, bias = problem.leaves()
-    layer = _module(problem, trained=True)
+    layer = None if format else _module(problem, trained=True)
     row = problem.x[0].clone().requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
@@ -71,13 +90,24 @@ def linear_backward(problem: LinearProblem, backend: str = "auto", name: str = O
         y = linear(x, weight, problem.mask, bias)
         return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), problem.dy))
 
-    timed = on_backend(backend, run)
+    timed = _in_format(format, on_backend(backend, run))
     return Contender(
         name,
         timed,
         lambda: mismatch(timed(), problem.forward_backward, problem.terms),
-        plan=_linear_plan(problem, backend, layer),
+        plan=_linear_plan(problem, backend, layer, format, training=True),
     )
+
+
+def _in_format(format: Format | None, run: Callable[[], Result]) -> Callable[[], Result]:
+    if format is None:
+        return run
+
+    def forced() -> Result:
+        with forced_format(format):
+            return run()
+
+    return forced
 
 
 def _module(problem: LinearProblem, trained: bool) -> SparseLinear | None:
@@ -117,10 +147,44 @@ def policy(
     )
 
 
-def _linear_plan(problem: LinearProblem, backend: str, layer: SparseLinear | None) -> str:
-    _, out, inp = problem.weight.shape
-    batch, density = problem.x.shape[1], problem.density
-    with use_backend(backend):
+def layer_inside(deep: PolicyProblem, shallow: PolicyProblem, name: str = OURS) -> Contender:
+    """What a layer costs inside `kernels.mlp.mlp`: two depths, the difference per layer between.
+
+    Activations stay packed between the layers of a network; packing the input and unpacking the
+    output is in both depths and cancels. Both are verified, forward alone.
+    """
+    networks = [partial(_forward, problem) for problem in (deep, shallow)]
+    chosen = mlp_plan(deep.arena.actor, deep.x.device, density=deep.density)
+    return Contender(
+        name,
+        networks[0],
+        lambda: max(
+            mismatch([run()], problem.forward_backward[:1], problem.terms[:1])
+            for run, problem in zip(networks, (deep, shallow), strict=True)
+        ),
+        units=deep.arena.actor.depth - shallow.arena.actor.depth,
+        plan=f"mlp: {chosen.backend}/{chosen.format.split('/')[1]} (inside a network)",
+        without=networks[1],
+    )
+
+
+def _forward(problem: PolicyProblem) -> Tensor:
+    net = problem.arena.actor
+    return mlp(problem.x, problem.weight, net, problem.mask, density=problem.density)
+
+
+def _linear_plan(
+    problem: LinearProblem,
+    backend: str,
+    layer: SparseLinear | None,
+    format: Format | None,
+    training: bool,
+) -> str:
+    batch, device = problem.x.shape[1], problem.x.device
+    with use_backend(backend), forced_format(format):
         if layer is not None:
-            return str(layer.plan(batch, training=layer.weight.requires_grad))
-        return str(linear_plan(out, inp, batch, density, problem.dtype, problem.x.device))
+            return str(layer.plan(batch, training=training))
+        if device.type == "cpu":
+            return str(plan_for(problem.mask[0], batch, problem.dtype, training))
+        _, out, inp = problem.weight.shape
+        return str(linear_plan(out, inp, batch, problem.density, problem.dtype, device))

@@ -15,7 +15,14 @@ from sparse_tickets.kernels.linear import reference as linear_reference
 from sparse_tickets.kernels.mlp import reference as mlp_reference
 from sparse_tickets.kernels.prune import prune
 
-__all__ = ["SPARSITIES", "LinearProblem", "PolicyProblem", "density_of", "random_masks"]
+__all__ = [
+    "SPARSITIES",
+    "LinearProblem",
+    "PolicyProblem",
+    "density_of",
+    "random_masks",
+    "two_of_four",
+]
 
 SPARSITIES = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
 """Percent of weights pruned."""
@@ -36,8 +43,18 @@ def random_masks(
         return prune(scores, everything, round(density_of(sparsity) * prunable))
 
 
+def two_of_four(tickets: int, out: int, inp: int, generator: torch.Generator) -> Tensor:
+    """``[P, O, I]`` bool: two of every four neighbours in a row are kept."""
+    scores = torch.rand(tickets, out, inp // 4, 4, generator=generator)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(3, scores.topk(2, dim=3).indices, True).flatten(2)
+
+
 class LinearProblem:
-    """One linear layer of P tickets: ``x [P, B, I]``, ``weight [P, O, I]``, masks all different."""
+    """One linear layer of P tickets: ``x [P, B, I]``, ``weight [P, O, I]``, masks all different.
+
+    Masks are unstructured, made of full ``block`` x ``block`` squares, or ``2:4``.
+    """
 
     def __init__(
         self,
@@ -50,7 +67,13 @@ class LinearProblem:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        block: int = 1,
+        two_four: bool = False,
     ) -> None:
+        if out % block or inp % block:
+            raise ValueError(f"block must divide {out} and {inp}, got {block}")
+        if two_four and (sparsity != 50.0 or inp % 4 or block != 1):
+            raise ValueError("two_four needs sparsity 50, inputs in fours and no block")
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -58,8 +81,13 @@ class LinearProblem:
 
         self.sparsity, self.dtype, self.device = sparsity, dtype, torch.device(device)
         self.x = draw(tickets, batch, inp)
-        flat = random_masks(tickets, out * inp, sparsity, generator)
-        self.mask = flat.unflatten(1, (out, inp)).to(device)
+        if two_four:
+            mask = two_of_four(tickets, out, inp, generator)
+        else:
+            blocks = random_masks(tickets, out * inp // block**2, sparsity, generator)
+            mask = blocks.unflatten(1, (out // block, inp // block))
+            mask = mask.repeat_interleave(block, 1).repeat_interleave(block, 2)
+        self.mask = mask.to(device)
         self.weight = draw(tickets, out, inp, scale=inp**-0.5).masked_fill_(~self.mask, 0)
         self.bias = draw(tickets, out)
         self.dy = draw(tickets, batch, out)

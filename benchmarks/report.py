@@ -1,15 +1,15 @@
-"""The newest result of each device as README.md: tables, crossovers, figures."""
+"""The newest results of each device as README.md: tables, crossovers, figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparse_tickets.files import write_atomic
 
 from .figures import draw
-from .results import BUSY, Run
-from .tables import Table, grid, tables
+from .results import BUSY, Run, share_out
+from .tables import Table, grid, instructions, tables
 
 __all__ = ["markdown", "write_report"]
 
@@ -23,6 +23,8 @@ fared, are in [NOTES.md](NOTES.md).
   median (p20-p80). Above 1 we are faster, below 1 slower.
 - Nothing is timed before the same process compared its result, in this very configuration, with the
   float64 reference.
+- Times are warm: a call finds in the caches what the one before it left. Tables of cold caches, and
+  on a GPU of CUDA graphs, follow the warm one.
 - All contenders have the same threads (SciPy knows one only; SparseProp and JAX take every core
   they may run on) and the same inputs, row-major. Peers get sparse formats built, programs
   compiled, and weight gradients masked, outside the clock.
@@ -35,33 +37,41 @@ fared, are in [NOTES.md](NOTES.md).
 |---|---|
 | torch dense | `F.linear` / `torch.baddbmm` on the weight with its zeros: MKL or cuBLAS |
 | torch w*mask | the mask multiplied in on every call, then `torch.baddbmm` |
+| torch.func, vmap of w*mask | `vmap` of `functional_call` and its `vjp` on an `nn.Sequential` |
 | torch CSR | `F.linear` with a CSR weight |
+| torch BSR | `F.linear` with a BSR weight, in the largest blocks the mask fills, or 2 x 2 |
+| torch 2:4 | `F.linear` with a semi-structured weight, CUDA only |
 | scipy CSR | `scipy.sparse.csr_array @ x`, one thread |
 | SparseProp | Nikdan et al., 2023: AVX2 kernels on compressed rows |
 | loop of torch dense | one policy after the other |
 | torch.compile w*mask | the mask multiplied in, compiled |
 | sparse_tickets, run dense | our own fused kernels told that nothing is pruned |
+| torch, all tickets at once | our reference backend: the population as plain batched torch |
 | JAX PPO, vmap of w*mask | one compiled [program](peers/jax_trainer.py) in PureJaxRL's style |
 | SB3 PPO (1 agent, 1 core) | Stable-Baselines3 as installed; one such process per core adds up |
 
-Run it: `make bench`, or `python -m benchmarks run --suite full`.
+Run it: `make bench`, or `python -m benchmarks run --suite curves` for the scaling curves, `--suite
+full` for everything. A run that was stopped goes on with the same command.
 """
 
 
-def markdown(runs: Mapping[str, Run], figures: Mapping[str, list[Path]]) -> str:
+def markdown(runs: Mapping[str, Sequence[Run]], figures: Mapping[str, list[Path]]) -> str:
     """The page.
 
     Args:
-        runs: newest run by device.
+        runs: newest runs by device.
         figures: pictures by device, relative to the page.
     """
     parts = [_INTRODUCTION]
     if not runs:
         parts.append("No results yet.\n")
-    for device, run in runs.items():
-        parts.append(_device(run))
+    for device, several in runs.items():
+        parts.append(f"## {device}\n")
         parts += [f"![{path.stem}]({path.as_posix()})\n" for path in figures.get(device, [])]
-        parts += [_grid(table) for table in tables(run)]
+        for run in share_out(several):
+            parts.append(_origin(run))
+            parts += [_grid(table) for table in tables(run)]
+            parts += [_grid(table) for table in instructions(run)]
     if not any(device.startswith("nvidia") for device in runs):
         parts.append(
             "## GPU\n\nNot yet measured. On a machine with one: "
@@ -70,25 +80,27 @@ def markdown(runs: Mapping[str, Run], figures: Mapping[str, list[Path]]) -> str:
     return "\n".join(parts)
 
 
-def write_report(folder: Path, runs: Mapping[str, Run]) -> Path:
+def write_report(folder: Path, runs: Mapping[str, Sequence[Run]]) -> Path:
     """Write ``README.md`` and ``figures/`` into ``folder``; returns the page's path."""
     figures = {
-        device: [path.relative_to(folder) for path in draw(run, folder / "figures")]
-        for device, run in runs.items()
+        device: [path.relative_to(folder) for path in draw(several, folder / "figures")]
+        for device, several in runs.items()
     }
     page = folder / "README.md"
     write_atomic(page, markdown(runs, figures).encode())
     return page
 
 
-def _device(run: Run) -> str:
+def _origin(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     load = f"other processes used {run.busy:.0%} of the cores"
     if run.busy > BUSY:
         load = f"**{load}: neither times nor ratios can be trusted**"
+    stopped = "" if run.complete else ", stopped before its end"
     return (
-        f"## {run.device}\n\n{run.hardware}; {run.threads} threads; {versions}; "
-        f"commit {run.commit}; {run.date[:10]}; suite {run.suite}, {run.seconds:.0f} s; {load}.\n"
+        f"{run.hardware}; {run.threads} threads; {versions}; "
+        f"commit {run.commit}; {run.date[:10]}; suite {run.suite}{stopped}, "
+        f"{run.seconds:.0f} s; {load}.\n"
     )
 
 

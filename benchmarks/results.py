@@ -7,12 +7,15 @@ what was not measured is null. Files of the first layout, which lacked some of t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,20 +30,26 @@ from .measure import Record, Refusal
 
 __all__ = [
     "BUSY",
+    "PART",
     "RESULTS",
     "Neighbours",
     "Run",
+    "available_cores",
     "default_path",
     "device_slug",
     "load",
     "newest",
     "provenance",
     "save",
+    "share_out",
 ]
 
 RESULTS = Path(__file__).parent / "results"
 BUSY = 0.05
 """Above this share of the cores in other hands, times are noise and reports say so."""
+
+PART = "-part"
+"""Ends the name of a suite some of whose configurations were left out: reports do not use it."""
 
 _LAYOUT = 2
 _LAYOUTS = (1, 2)
@@ -58,7 +67,8 @@ class Run:
         threads: of torch and our kernels alike.
         hardware: model and cores, or GPU.
         versions: of the packages that matter.
-        commit: of the code, with ``+`` if the tree had changes; None outside a checkout.
+        commit: of the code, with ``+`` and a digest of what was changed since, if anything was;
+            None outside a checkout.
         sgemm: floating-point operations per second, 1024 x 1024 float32.
         seconds: the run took.
         busy: share of the cores that other processes used meanwhile.
@@ -97,13 +107,15 @@ def device_slug(device: str, cores: int | None = None) -> str:
     """A file name for the hardware."""
     if torch.device(device).type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
-    count = _cores() if cores is None else cores
+    count = available_cores() if cores is None else cores
     return _slug(f"cpu {_cpu_model()} {count}c")
 
 
 def provenance(suite: str, device: str, ceilings: Ceilings, rounds: int = 0) -> Run:
     """A run without records yet, with everything about here and now."""
-    hardware = f"{_cpu_model()}, {_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    hardware = (
+        f"{_cpu_model()}, {available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    )
     if torch.device(device).type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)}; host {hardware}"
     versions = {"python": platform.python_version()}
@@ -163,16 +175,47 @@ def load(path: Path) -> Run:
         raise ValueError(f"{path} is not a benchmark result: {error!r}") from error
 
 
-def newest(folder: Path = RESULTS) -> dict[str, Run]:
-    """The latest run of each device; smoke runs do not count."""
-    latest: dict[str, Run] = {}
+def newest(folder: Path = RESULTS) -> dict[str, list[Run]]:
+    """The latest run of each suite on each device, a stopped one only if none was completed.
+
+    Runs of smoke tests and of parts of a suite do not count.
+
+    Returns:
+        By device its runs, those with most records first.
+    """
+    latest: dict[tuple[str, str], Run] = {}
     for path in sorted(folder.glob("*.json")):
         run = load(path)
-        if run.suite != "smoke" and (
-            run.device not in latest or run.date > latest[run.device].date
-        ):
-            latest[run.device] = run
-    return dict(sorted(latest.items()))
+        key = run.device, run.suite
+        if run.suite == "smoke" or run.suite.endswith(PART):
+            continue
+        if key not in latest or _rank(run) > _rank(latest[key]):
+            latest[key] = run
+    found: dict[str, list[Run]] = {}
+    for run in sorted(latest.values(), key=lambda run: -len(run.records)):
+        found.setdefault(run.device, []).append(run)
+    return dict(sorted(found.items()))
+
+
+def share_out(runs: Sequence[Run]) -> list[Run]:
+    """The runs of one device with every table in one of them only: where it is longest, or latest.
+
+    Runs that are left with nothing to show are left out.
+    """
+    owner: dict[tuple, tuple] = {}
+    for index, run in enumerate(runs):
+        for table, count in Counter(record.table for record in run.records).items():
+            owner[table] = max(owner.get(table, ()), (count, *_rank(run), index))
+    shared = []
+    for index, run in enumerate(runs):
+        kept = [record for record in run.records if owner[record.table][-1] == index]
+        if kept or run.refused or run.counts:
+            shared.append(replace(run, records=kept))
+    return shared
+
+
+def _rank(run: Run) -> tuple[bool, str]:
+    return run.complete, run.date
 
 
 def _cpu_model() -> str:
@@ -184,7 +227,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -226,7 +269,11 @@ def _commit() -> str | None:
 
     try:
         # Results and figures lie here and change with every run; the code under test does not.
-        changed = git("status", "--porcelain", "--", "../kernels", "../sparse_tickets")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        code = ("--", "../kernels", "../sparse_tickets", "*.py")
+        changed = git("diff", "HEAD", *code)
+        for name in git("ls-files", "--others", "--exclude-standard", *code).splitlines():
+            changed += name + (Path(__file__).parent / name).read_text(errors="replace")
+        digest = f"+{hashlib.sha256(changed.encode()).hexdigest()[:6]}" if changed else ""
+        return git("rev-parse", "--short=12", "HEAD") + digest
     except (OSError, subprocess.CalledProcessError):
         return None

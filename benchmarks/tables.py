@@ -20,6 +20,7 @@ __all__ = [
     "duration",
     "grid",
     "groups",
+    "instructions",
     "shape_of",
     "significant",
     "tables",
@@ -35,6 +36,22 @@ _BASELINE = {
     "PPO iteration": FUSED_DENSE,
 }
 _STAGES = "whole job, gains told apart"
+_ROOFLINE = (
+    "Bound: the operations of the format at this run's sgemm rate, or its bytes at the rate of a "
+    "copy of as many, whichever takes longer."
+)
+# The kinds of times, where a table's title names them, and what such a time is.
+_KINDS = {
+    "wall": ("", ""),
+    "cold": (
+        ", cold caches",
+        "One call after every cache was overwritten and a pause; waking threads counts.",
+    ),
+    "replay": (
+        ", CUDA graph",
+        "A call replayed from a CUDA graph: the kernels without their launches.",
+    ),
+}
 
 
 @dataclass
@@ -67,7 +84,8 @@ def tables(run: Run, *, brief: bool = False) -> list[Table]:
         elif records[0].unit == "agent-step":
             result.append(_throughput(records, run, brief))
         else:
-            result.append(_latency(records, brief))
+            kinds = (kind for kind in _KINDS if any(_of(record, kind) for record in records))
+            result += [_latency(records, run, brief, kind) for kind in kinds]
     if run.refused:
         refused = Table("Refused: wrong results are not timed", ["configuration", "reason"])
         refused.rows = [[refusal.label, refusal.reason] for refusal in run.refused]
@@ -75,11 +93,23 @@ def tables(run: Run, *, brief: bool = False) -> list[Table]:
     return result
 
 
+def instructions(run: Run) -> list[Table]:
+    """Instructions per call, if the run counted any."""
+    if not run.counts:
+        return []
+    table = Table("instructions per call", ["configuration", "instructions"])
+    table.rows = [[name, f"{count:,.0f}"] for name, count in run.counts.items()]
+    table.notes.append(
+        "Counted by valgrind on one thread, kernels compiled for AVX2: free of noise, no times."
+    )
+    return [table]
+
+
 def groups(run: Run) -> list[list[Record]]:
     """Records of one op and shape, sparsities ascending."""
     found: dict[tuple, list[Record]] = {}
     for record in run.records:
-        found.setdefault((record.op, *sorted(record.shape.items())), []).append(record)
+        found.setdefault(record.table, []).append(record)
     return [sorted(records, key=lambda record: record.sparsity) for records in found.values()]
 
 
@@ -147,27 +177,59 @@ def _title(record: Record) -> str:
     return f"{record.op}: {shape_of(record)}"
 
 
-def _peers(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(peer for record in records for peer in record.speedup))
+def _of(record: Record, kind: str) -> Spread | None:
+    """Our time of a kind."""
+    return getattr(record.contenders[record.subject], kind)
 
 
-def _latency(records: Sequence[Record], brief: bool) -> Table:
-    peers = _peers(records)
-    plan = [] if brief else ["plan"]
-    table = Table(_title(records[0]), ["pruned", "time", *(f"vs {p}" for p in peers), *plan])
+def _speedup(record: Record, kind: str) -> dict[str, Spread]:
+    return getattr(record, "speedup" if kind == "wall" else f"{kind}_speedup")
+
+
+def _peers(records: Sequence[Record], kind: str = "wall") -> list[str]:
+    return list(dict.fromkeys(peer for record in records for peer in _speedup(record, kind)))
+
+
+def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Table:
+    """One kind of time; plans, bounds, crossovers and reasons stand with the warm ones."""
+    peers, warm, said = _peers(records, kind), kind == "wall", _KINDS[kind]
+    bounds = [_bound(record, run) for record in records] if warm else []
+    columns = ["pruned", "time"]
+    columns += ["bound", "reached"] if any(bounds) else []
+    columns += [f"vs {peer}" for peer in peers] + (["plan"] if warm and not brief else [])
+    table = Table(_title(records[0]) + said[0], columns)
     baseline = _BASELINE.get(records[0].op, peers[0] if peers else "")
-    for record in records:
-        ours = record.contenders[record.subject]
-        row = [f"{record.sparsity:g}%", duration(ours.wall.median)]
-        row += [_ratio(record.speedup.get(peer), brief) for peer in peers]
-        table.rows.append(row if brief else [*row, ours.plan.split(" (")[0].split(": ")[-1]])
-        table.bars.append(record.speedup[baseline].median if baseline in record.speedup else 0.0)
-    if any(table.bars):
-        table.bars_are = f"vs {baseline}"
+    for index, record in enumerate(records):
+        time, speedup = _of(record, kind), _speedup(record, kind)
+        row = [f"{record.sparsity:g}%", "-" if time is None else duration(time.median)]
+        if any(bounds):
+            bound = bounds[index]
+            row += [duration(bound), f"{bound / time.median:.0%}"] if bound and time else ["-", "-"]
+        row += [_ratio(speedup.get(peer), brief) for peer in peers]
+        if warm and not brief:
+            plan = record.contenders[record.subject].plan
+            row.append(plan.split(" (")[0].split(": ")[-1] or "-")
+        table.rows.append(row)
+        table.bars.append(speedup[baseline].median if baseline in speedup else 0.0)
+    table.bars_are = f"vs {baseline}" if any(table.bars) else ""
+    table.notes += [said[1]] if said[1] else []
+    if records[0].unit != "call":
+        table.notes.append(f"Times are per {records[0].unit}.")
+    if not warm:
+        return table
+    if any(bounds):
+        table.notes.append(_ROOFLINE)
     if len(records) > 1:
-        table.notes += [f"Crossover with {p}: {crossover(records, p)}." for p in peers]
+        table.notes += [f"Crossover with {peer}: {crossover(records, peer)}." for peer in peers]
     table.notes += _skipped(records)
     return table
+
+
+def _bound(record: Record, run: Run) -> float | None:
+    """Seconds that a record's work takes at least on the machine of its run."""
+    if record.cost is None or run.ceilings is None:
+        return None
+    return run.ceilings.bound(record.cost)
 
 
 def _throughput(records: Sequence[Record], run: Run, brief: bool) -> Table:

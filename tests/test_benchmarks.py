@@ -327,7 +327,22 @@ def test_the_newest_run_of_each_device_counts_and_smoke_runs_do_not(run, tmp_pat
     other = replace(run, device="nvidia-test")
     for index, item in enumerate((later, run, smoke, other)):
         results.save(item, tmp_path / f"{index}.json")
-    assert results.newest(tmp_path) == {"cpu-test-2c": later, "nvidia-test": other}
+    part = replace(run, date="2026-04-01T00:00:00+00:00", suite="quick-part")
+    results.save(part, tmp_path / "part.json")
+    assert results.newest(tmp_path) == {"cpu-test-2c": [later], "nvidia-test": [other]}
+    stopped = replace(later, date="2026-05-01T00:00:00+00:00", complete=False)
+    results.save(stopped, tmp_path / "stopped.json")
+    assert results.newest(tmp_path)["cpu-test-2c"] == [later], "a completed run goes first"
+
+
+def test_every_table_comes_from_one_run(run):
+    """From the run with most of its levels, of two the latest; nothing is shown twice."""
+    later = replace(run, date="2026-02-01T00:00:00+00:00", suite="curves", refused=[])
+    later.records = [record(90.0, 5.0), record(90.0, 5.0, "PPO iteration", "agent-step")]
+    longer, shorter = results.share_out([run, later])
+    assert [r.label for r in shorter.records] == ["PPO iteration P=1 B=2048 90%"]
+    assert [r.op for r in longer.records] == ["linear forward"] * 4 + [run.records[-1].op]
+    assert results.share_out([run, replace(later, records=run.records[:1])]) == [run]
 
 
 def test_a_run_knows_where_it_came_from():
@@ -417,7 +432,7 @@ def test_durations_have_three_digits(seconds, text):
 
 
 def test_report_shows_losses_crossovers_refusals_and_figures(run, tmp_path):
-    page = write_report(tmp_path, {run.device: run})
+    page = write_report(tmp_path, {run.device: [run]})
     text = page.read_text()
     for said in (
         "0.50x (0.49-0.51)",
@@ -438,7 +453,7 @@ def test_report_shows_losses_crossovers_refusals_and_figures(run, tmp_path):
 
 def test_a_busy_machine_is_said_to_be_busy(run):
     assert "other processes used 300% of the cores: neither" in markdown(
-        {"x": replace(run, busy=3.0)}, {}
+        {"x": [replace(run, busy=3.0)]}, {}
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from sparse_tickets.timing import Contender, mismatch
 
 from ..problems import LinearProblem, PolicyProblem
 
-__all__ = ["NAME", "linear_backward", "linear_forward", "policy"]
+__all__ = ["NAME", "layer_inside", "linear_backward", "linear_forward", "policy"]
 
 NAME = "torch dense"
 
@@ -44,6 +46,31 @@ def linear_backward(problem: LinearProblem) -> Contender:
         return mismatch(results, problem.forward_backward, problem.terms)
 
     return Contender(NAME, run, error)
+
+
+def layer_inside(deep: PolicyProblem, shallow: PolicyProblem) -> Contender:
+    """What a layer costs between others: two depths forward, the difference per layer between."""
+    networks = [partial(_chain, problem, problem.layers()) for problem in (deep, shallow)]
+    return Contender(
+        NAME,
+        networks[0],
+        lambda: max(
+            mismatch([run()], problem.forward_backward[:1], problem.terms[:1])
+            for run, problem in zip(networks, (deep, shallow), strict=True)
+        ),
+        units=deep.arena.actor.depth - shallow.arena.actor.depth,
+        without=networks[1],
+    )
+
+
+@torch.no_grad()
+def _chain(problem: PolicyProblem, layers: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    y = problem.x
+    for index, (weight, bias, _) in enumerate(layers):
+        y = _linear(y, weight, bias)
+        if index < len(layers) - 1:
+            y = torch.relu_(y) if problem.activation == "relu" else torch.tanh_(y)
+    return y
 
 
 def policy(problem: PolicyProblem) -> Contender:
