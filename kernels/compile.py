@@ -1,12 +1,12 @@
-"""Compile Triton kernels for GPUs that are not here, and report registers, spills and memory.
+"""Compile Triton kernels for GPUs that are not here, and report what the machine code holds.
 
-Triton and its wheel carry everything from source to cubin, so no GPU is needed. Each ``gpu.py``
-lists what it would launch in ``COMPILE_CASES``, and the tests compile every case for Ampere,
-Hopper and Blackwell and fail on spills::
+Triton and its wheel carry everything from source to machine code, so no GPU is needed. Each
+``gpu.py`` (and ``*_gpu.py``) lists what it would launch in ``COMPILE_CASES``, and the tests compile
+the cases for Ampere, Hopper and Blackwell; `Report.problems` says what must not be::
 
     COMPILE_CASES = [
         Case(
-            "forward_fp16",                                     # unique within the module
+            "forward_fp16",                                     # unique within the op
             _forward_kernel,                                    # the @triton.jit function
             {"x": "*fp16:16", "y": "*fp16:16", "rows": "i32"},  # every runtime argument
             {"BLOCK": 64},                                      # every tl.constexpr argument
@@ -16,12 +16,14 @@ Hopper and Blackwell and fail on spills::
 
 A type ends in ``:16`` where the launch will see a multiple of 16 (pointers from torch's allocator
 are; sizes only if the shape says so); an argument that is None at launch is a constexpr None.
-``python -m sparse_tickets.kernels.compile 90 linear`` prints one JSON line per case.
+``python -m sparse_tickets.kernels.compile 90 linear`` prints one JSON line per case. Reports are
+kept under the user's cache directory, by the source of the kernel and all that goes into it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -29,7 +31,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,23 +39,45 @@ from typing import Any, NamedTuple
 
 from sparse_tickets.kernels.dispatch import interpreting
 
-__all__ = ["CAPABILITIES", "Case", "Report", "compile_ops", "cross_compile", "ops_with_kernels"]
+from .machine_code import (
+    CAPABILITIES,
+    Occupancy,
+    matrix_instructions,
+    occupancy,
+    registers_and_stack,
+    spilled_bytes,
+)
 
-CAPABILITIES = (80, 90, 100)
-"""Compute capabilities every kernel compiles for: Ampere, Hopper, Blackwell (data centre)."""
+__all__ = [
+    "CAPABILITIES",
+    "Case",
+    "CompileError",
+    "Report",
+    "cases",
+    "compile_ops",
+    "cross_compile",
+    "ops_with_kernels",
+]
 
-_TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+# To be raised when `Report` or what it is read from changes: older cache entries then do not count.
+_LAYOUT = 1
+
+
+class CompileError(RuntimeError):
+    """A kernel does not compile; the message names the case and carries the compiler's words."""
 
 
 class Case(NamedTuple):
     """One launch of a kernel, as far as the compiler needs to know it.
 
     Attributes:
-        name: unique within its module.
+        name: unique within its op.
         kernel: the ``@triton.jit`` function.
         signature: Triton type of every runtime argument, e.g. ``"*fp32:16"``, ``"i32"``.
         constexprs: value of every ``tl.constexpr`` argument.
         options: launch options, e.g. ``{"num_warps": 4, "num_stages": 3}``.
+        smoke: compiled where time is short, too. The first case of a kernel for each combination
+            of floating-point types and named choices, such as a dot's precision, always is.
     """
 
     name: str
@@ -61,31 +85,63 @@ class Case(NamedTuple):
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, Any]
+    smoke: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the assembler made of a kernel.
+    """What the compiler and the assembler made of a kernel.
 
     Attributes:
         op: folder of the op, or ``""``.
         case: name of the case, or of the kernel.
         capability: compute capability, e.g. 90.
+        warps: per program.
         registers: per thread.
         spills: bytes of spill stores and loads per thread.
         stack: bytes of stack per thread; also holds arrays that are not spills.
         shared: bytes of shared memory per program.
-        has_mma: whether it uses tensor cores.
+        tensor_memory: columns of Blackwell's tensor memory per program.
+        dots: what the kernel's ``tl.dot`` multiply: ``bf16``, ``fp64``, or for float32 the
+            precision: ``ieee``, ``tf32``, ``tf32x3``...
+        matrix: tensor-core instructions in the machine code, e.g. ``HMMA``, ``HGMMA``.
     """
 
     op: str
     case: str
     capability: int
+    warps: int
     registers: int
     spills: int
     stack: int
     shared: int
-    has_mma: bool
+    tensor_memory: int
+    dots: tuple[str, ...]
+    matrix: tuple[str, ...]
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How many programs fit on a multiprocessor."""
+        return occupancy(
+            self.capability, self.warps, self.registers, self.shared, self.tensor_memory
+        )
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether a dot must use tensor cores: IEEE float32 cannot, float64 may not."""
+        return any(dot not in ("ieee", "fp64") for dot in self.dots)
+
+    @property
+    def problems(self) -> list[str]:
+        """What must not be in a shipped configuration; empty if all is well."""
+        found = []
+        if self.spills:
+            found.append(f"spills {self.spills} bytes of registers")
+        if self.needs_matrix and not self.matrix:
+            found.append(f"multiplies {', '.join(self.dots)} without tensor cores")
+        if not self.occupancy.programs:
+            found.append(f"does not fit: too much of {self.occupancy.limit}")
+        return found
 
 
 def cross_compile(
@@ -133,106 +189,208 @@ def cross_compile(
         kernel, {name: types[name] for name in kernel.arg_names}, constexprs, divisible
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    registers, stack = _resources(compiled.asm["cubin"])
+    registers, stack = registers_and_stack(compiled.asm["cubin"])
+    dots = _dots(compiled.asm["ttir"])
     return Report(
         op="",
         case=kernel.__name__,
         capability=capability,
+        warps=compiled.metadata.num_warps,
         registers=registers,
-        spills=_spills(ptx, capability) if stack else 0,
+        spills=spilled_bytes(compiled.asm["ptx"], capability) if stack else 0,
         stack=stack,
         shared=compiled.metadata.shared,
-        has_mma=any(instruction in ptx for instruction in _TENSOR_CORE),
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        dots=dots,
+        matrix=matrix_instructions(compiled.asm["cubin"]) if dots else (),
     )
 
 
-def compile_ops(ops: Sequence[str], capabilities: Sequence[int] = CAPABILITIES) -> list[Report]:
-    """Compile every case of these ops' ``gpu.py``, in one process per capability.
+def compile_ops(
+    ops: Sequence[str],
+    capabilities: Sequence[int] = CAPABILITIES,
+    *,
+    smoke: bool = False,
+    on_report: Callable[[Report], None] | None = None,
+) -> list[Report]:
+    """Compile the cases of these ops, in as many processes as there are cores.
 
-    Their environment is this one without ``TRITON_INTERPRET``.
+    Their environment is this one without ``TRITON_INTERPRET``. Reports of earlier calls are used
+    again as long as nothing that goes into them changed.
 
     Args:
         ops: folders under ``kernels/``, e.g. ``["linear"]``.
         capabilities: compute capabilities to compile for.
+        smoke: only the cases that `Case.smoke` describes.
+        on_report: called with each report as it comes, from any thread.
 
     Returns:
-        One report per case and capability.
+        One report per case and capability, in this order.
 
     Raises:
-        RuntimeError: a case does not compile; the message names it and carries the compiler's.
+        CompileError: a case does not compile; the message names it and carries the compiler's.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    shares = os.cpu_count() or 1
+    targets = ",".join(map(str, capabilities))
 
-    def run(capability: int) -> list[Report]:
-        done = subprocess.run(
-            [sys.executable, "-m", "sparse_tickets.kernels.compile", f"{capability}", *ops],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"kernels do not compile for sm_{capability}:\n{done.stderr}")
-        return [Report(**json.loads(line)) for line in done.stdout.splitlines()]
+    def run(share: int) -> list[Report]:
+        command = [sys.executable, "-m", "sparse_tickets.kernels.compile", targets, *ops]
+        command += ["--share", f"{share}/{shares}", *(["--smoke"] if smoke else [])]
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            reports = []
+            with process:
+                for line in process.stdout or ():
+                    reports.append(_report(json.loads(line)))
+                    if on_report is not None:
+                        on_report(reports[-1])
+            if process.returncode:
+                errors.seek(0)
+                raise CompileError(f"kernels do not compile for {targets}:\n{errors.read()}")
+        return reports
 
-    with ThreadPoolExecutor() as pool:
-        return [report for reports in pool.map(run, capabilities) for report in reports]
+    with ThreadPoolExecutor(shares) as pool:
+        parts = list(pool.map(run, range(shares)))
+    # Dealt out in turn, and so collected.
+    return [part[turn] for turn in range(len(parts[0])) for part in parts if turn < len(part)]
 
 
 def ops_with_kernels() -> list[str]:
-    """Folders under ``kernels/`` that hold a ``gpu.py``."""
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/gpu.py"))
+    """Folders under ``kernels/`` that hold a ``gpu.py`` or ``*_gpu.py``."""
+    return sorted({path.parent.name for path in _gpu_files("*")})
 
 
-def _compile_cases(op: str, capability: int) -> Iterator[Report]:
-    module = importlib.import_module(f"sparse_tickets.kernels.{op}.gpu")
-    for name, kernel, signature, constexprs, options in module.COMPILE_CASES:
+def cases(op: str, *, smoke: bool = False) -> list[Case]:
+    """The cases of an op, all or those that `Case.smoke` describes.
+
+    Raises:
+        AttributeError: a ``gpu.py`` of the op has no ``COMPILE_CASES``.
+    """
+    listed: dict[int, Case] = {}
+    for path in _gpu_files(op):
+        module = importlib.import_module(f"sparse_tickets.kernels.{op}.{path.stem}")
+        # Once, though one module may list another's cases among its own.
+        listed |= {id(case): Case(*case) for case in module.COMPILE_CASES}
+    found = list(listed.values())
+    if not smoke:
+        return found
+    first: dict[tuple[object, ...], Case] = {}
+    for case in found:
+        first.setdefault(_kind(case), case)
+    chosen = {case.name for case in first.values()}
+    return [case for case in found if case.smoke or case.name in chosen]
+
+
+def _gpu_files(op: str) -> list[Path]:
+    return sorted(
+        path
+        for path in Path(__file__).parent.glob(f"{op}/*gpu.py")
+        if path.stem.split("_")[-1] == "gpu"
+    )
+
+
+def _kind(case: Case) -> tuple[object, ...]:
+    """What makes a case unlike another of its kernel, sizes apart: the numbers and their dots."""
+    numbers = {kind for kind in case.signature.values() if kind.startswith(("*fp", "*bf"))}
+    choices = {value for value in case.constexprs.values() if isinstance(value, str)}
+    return case.kernel, frozenset(numbers), frozenset(choices)
+
+
+def _dots(ttir: str) -> tuple[str, ...]:
+    """What the dots of a kernel in Triton's first representation multiply."""
+    kinds = set()
+    for attributes, operand in re.findall(
+        r"tt\.dot(?:_scaled)? ([^:\n]*): tensor<[\dx]*x(\w+)", ttir
+    ):
+        precision = re.search(r"inputPrecision = (\w+)", attributes)
+        if operand == "f32":
+            kinds.add(precision[1] if precision else "ieee")
+        else:
+            kinds.add(re.sub(r"^f(?=\d)", "fp", operand))
+    return tuple(sorted(kinds))
+
+
+def _compile_case(op: str, case: Case, capability: int) -> Report:
+    """Of the cache, if nothing changed since."""
+    path = _cache_folder() / f"{_key(case, capability)}.json"
+    report = _read(path)
+    if report is None:
         try:
-            report = cross_compile(kernel, signature, constexprs, capability, **options)
+            report = cross_compile(
+                case.kernel, case.signature, case.constexprs, capability, **case.options
+            )
         except Exception as error:
-            error.add_note(f"in case {name!r} of {op!r}")
+            error.add_note(f"in case {case.name!r} of {op!r} for sm_{capability}")
             raise
-        yield replace(report, op=op, case=name)
+        _write(path, report)
+    return replace(report, op=op, case=case.name)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes per thread, as the cubin itself says."""
-    from triton import knobs
+def _key(case: Case, capability: int) -> str:
+    """A name for everything that goes into a report."""
+    import triton
 
-    text = _run_on(cubin, ".cubin", [knobs.nvidia.cuobjdump.path, "-res-usage"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no resource usage:\n{text}")
-    return int(found[1]), int(found[2])
+    def plain(value: Any) -> str:
+        # Another kernel as a constexpr: its source counts, and that of all it calls.
+        return getattr(value, "cache_key", None) or repr(value)
 
-
-def _spills(ptx: str, capability: int) -> int:
-    """Bytes of spill stores and loads per thread: a stack alone may be an array, as in ``sin``."""
-    from triton import knobs
-
-    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
-    target = re.search(r"\.target (\w+)", ptx)
-    if target is None:
-        raise RuntimeError("the PTX names no target")
-    command = [tool.path, "-v", f"--gpu-name={target[1]}", "-o", os.devnull]
-    text = _run_on(ptx.encode(), ".ptx", command)
-    return sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+    constexprs = {name: plain(value) for name, value in case.constexprs.items()}
+    parts = [_LAYOUT, triton.__version__, capability, case.kernel.cache_key]
+    parts += [case.signature, constexprs, case.options]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _run_on(content: bytes, suffix: str, command: list[str]) -> str:
-    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-        file.write(content)
-        file.flush()
-        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "sparse_tickets" / "kernels"
+
+
+def _report(values: dict[str, Any]) -> Report:
+    """Of `asdict`'s values once they were JSON, which knows no tuples."""
+    return Report(**values | {name: tuple(values[name]) for name in ("dots", "matrix")})
+
+
+def _read(path: Path) -> Report | None:
+    """None if there is no such report, or none that can be read."""
+    try:
+        return _report(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, report: Report) -> None:
+    """Whole or not at all; a cache that cannot be written is no reason to stop."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(asdict(report), file)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("capabilities", help="90 for Hopper, or several: 80,90,100")
+    parser.add_argument("ops", nargs="+", choices=ops_with_kernels())
+    parser.add_argument("--smoke", action="store_true", help="one case per kernel and data type")
+    parser.add_argument("--share", default="0/1", help="1/3: the second of three equal parts")
+    arguments = parser.parse_args()
+    first, shares = map(int, arguments.share.split("/"))
+    wanted = [
+        (op, case, int(capability))
+        for op in arguments.ops
+        for case in cases(op, smoke=arguments.smoke)
+        for capability in arguments.capabilities.split(",")
+    ]
+    for item in wanted[first::shares]:
+        print(json.dumps(asdict(_compile_case(*item))), flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("capability", type=int, help="e.g. 90 for Hopper")
-    parser.add_argument("ops", nargs="+", choices=ops_with_kernels())
-    arguments = parser.parse_args()
-    for op in arguments.ops:
-        for report in _compile_cases(op, arguments.capability):
-            print(json.dumps(asdict(report)), flush=True)
+    _main()

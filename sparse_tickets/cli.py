@@ -1,8 +1,10 @@
-"""The command line: `sparse-tickets sweep | report | show | verify | bench`."""
+"""The command line: `sparse-tickets sweep | report | show | verify | bench | inspect`."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.files import StoreError
+from sparse_tickets.kernels.compile import CompileError
 from sparse_tickets.sweep.progress import SweepProgress
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep, protocol
@@ -103,6 +106,20 @@ class BenchCommand:
     """cpu, cuda, or auto: a GPU where there is one."""
 
 
+@dataclass(frozen=True)
+class InspectCommand:
+    """Compile the GPU kernels, no GPU needed: registers, spills, matrix instructions."""
+
+    op: Annotated[tuple[str, ...], tyro.conf.arg(metavar="OPS")] = ()
+    """Folders under kernels/; default: all that have GPU kernels."""
+    arch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="CCS")] = ()
+    """Compute capabilities, of 80, 90 and 100; default: all three."""
+    all: bool = False
+    """Every shipped configuration, not one per kernel and data type."""
+    json: bool = False
+    """Print the numbers as JSON."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, 0 if all went well, 130 if interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -112,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     try:
         return _COMMANDS[name][1](rest, console)
-    except (ValueError, TypeError, StoreError, ExpertError, Unverified, OSError) as error:
+    except _REPORTED as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
 
@@ -245,6 +262,28 @@ def _bench(rest: list[str], console: Console) -> int:
     return 0
 
 
+def _inspect(rest: list[str], console: Console) -> int:
+    from sparse_tickets.inspect import inspect, inspect_table, plain
+
+    command = tyro.cli(InspectCommand, prog="sparse-tickets inspect", args=rest, config=_STYLE)
+    finished = itertools.count(1)
+    with Console(stderr=True).status("compiling") as status:
+        reports = inspect(
+            command.op,
+            command.arch,
+            everything=command.all,
+            on_report=lambda report: status.update(
+                f"{next(finished)} compiled; sm_{report.capability} {report.op} {report.case}"
+            ),
+        )
+    if command.json:
+        print(json.dumps(plain(reports), indent=1))
+    else:
+        wide = console if console.is_terminal else Console(width=120)
+        wide.print(inspect_table(reports))
+    return 1 if any(report.problems for report in reports) else 0
+
+
 def _option(arguments: list[str], name: str) -> list[str]:
     """The values given to an option, read before parsing proper."""
     values: list[str] = []
@@ -276,6 +315,7 @@ def _load_plugins(files: Sequence[Path]) -> None:
             raise
 
 
+_REPORTED = (ValueError, TypeError, StoreError, ExpertError, Unverified, CompileError, OSError)
 # A flag is on or not there: no --no-flag beside it.
 _STYLE = (tyro.conf.FlagCreatePairsOff,)
 _COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
@@ -284,6 +324,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
     "show": ("draw a ticket's masks; export its policy", _show),
     "verify": ("retrain some cells in plain torch and compare", _verify),
     "bench": ("measure what sparsity gains for a layer of your size", _bench),
+    "inspect": ("what the compiler made of the GPU kernels; needs no GPU", _inspect),
 }
 
 if __name__ == "__main__":

@@ -1,47 +1,195 @@
-"""Every Triton kernel compiles for every supported GPU generation, without spilling registers."""
+"""Every Triton kernel compiles for every supported GPU generation, and as it should.
 
+Continuous integration compiles for Hopper, one case per kernel and data type; `pytest -m slow`
+compiles every shipped configuration for every generation.
+"""
+
+import json
+from dataclasses import asdict, replace
 from functools import cache
-from importlib import import_module
 
 import pytest
 
+from sparse_tickets.kernels import compile as compiling
 from sparse_tickets.kernels.compile import (
     CAPABILITIES,
     Case,
+    CompileError,
     Report,
+    cases,
     compile_ops,
     cross_compile,
     ops_with_kernels,
 )
+from sparse_tickets.kernels.machine_code import occupancy
 
 pytest.importorskip("triton")
 
 
+_seen: list[tuple[str, str, int]] = []
+
+
+def _see(report: Report) -> None:
+    _seen.append((report.op, report.case, report.capability))
+
+
 @cache
-def _reports() -> dict[tuple[str, str, int], Report]:
+def _reports(smoke: bool) -> dict[tuple[str, str, int], Report]:
     """Of all ops at once: starting Python and Triton costs more than compiling a kernel."""
-    reports = compile_ops(ops_with_kernels())
+    _seen.clear()
+    capabilities = [90] if smoke else CAPABILITIES
+    reports = compile_ops(ops_with_kernels(), capabilities, smoke=smoke, on_report=_see)
     return {(report.op, report.case, report.capability): report for report in reports}
 
 
-def _cases() -> list[tuple[str, str]]:
-    modules = {op: import_module(f"sparse_tickets.kernels.{op}.gpu") for op in ops_with_kernels()}
-    return [
-        (op, Case(*case).name) for op, module in modules.items() for case in module.COMPILE_CASES
-    ]
+def _names(smoke: bool) -> list[tuple[str, str]]:
+    return [(op, case.name) for op in ops_with_kernels() for case in cases(op, smoke=smoke)]
 
 
+@pytest.mark.parametrize(("op", "case"), _names(smoke=True))
+def test_compiles_well_for_hopper(op: str, case: str) -> None:
+    _check(_reports(smoke=True)[op, case, 90])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("op", "case"), _cases())
-def test_compiles_without_spills(op: str, case: str, capability: int) -> None:
-    report = _reports()[op, case, capability]
-    assert report.spills == 0
+@pytest.mark.parametrize(("op", "case"), _names(smoke=False))
+def test_compiles_well_everywhere(op: str, case: str, capability: int) -> None:
+    _check(_reports(smoke=False)[op, case, capability])
+
+
+def _check(report: Report) -> None:
+    assert report.problems == []
     assert 0 < report.registers <= 255
 
 
 def test_case_names_are_unique() -> None:
-    cases = _cases()
-    assert len(set(cases)) == len(cases)
+    names = _names(smoke=False)
+    assert len(set(names)) == len(names)
+
+
+def test_every_kernel_is_among_those_always_compiled() -> None:
+    for op in ops_with_kernels():
+        every = {case.kernel for case in cases(op)}
+        assert {case.kernel for case in cases(op, smoke=True)} == every
+
+
+def test_one_case_per_kernel_type_and_precision_is_always_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def case(name: str, number: str, precision: str, block: int, **marks: bool) -> Case:
+        constexprs = {"PRECISION": precision, "BLOCK": block}
+        return Case(name, "kernel", {"x": f"*{number}:16", "n": "i32"}, constexprs, {}, **marks)
+
+    shipped = [
+        case("first", "fp32", "ieee", 16),
+        case("larger", "fp32", "ieee", 64),
+        case("tf32", "fp32", "tf32", 64),
+        case("marked", "fp32", "tf32", 32, smoke=True),
+        case("bf16", "bf16", "ieee", 64),
+    ]
+    module = type("gpu", (), {"COMPILE_CASES": [tuple(shipped[0]), *shipped[1:]]})
+    monkeypatch.setattr(compiling, "_gpu_files", lambda op: [compiling.Path("gpu.py")] * 2)
+    monkeypatch.setattr(compiling.importlib, "import_module", lambda name: module)
+    assert cases("op") == shipped
+    assert [c.name for c in cases("op", smoke=True)] == ["first", "tf32", "marked", "bf16"]
+
+
+@pytest.fixture
+def report() -> Report:
+    return Report("op", "case", 90, 4, 64, 0, 0, 49152, 0, ("tf32",), ("HGMMA",))
+
+
+def test_spills_missing_tensor_cores_and_what_does_not_fit_are_problems(report: Report) -> None:
+    assert report.problems == []
+    assert replace(report, spills=8).problems == ["spills 8 bytes of registers"]
+    assert replace(report, matrix=()).problems == ["multiplies tf32 without tensor cores"]
+    assert replace(report, matrix=(), dots=("ieee",)).problems == []
+    assert replace(report, matrix=(), dots=("fp64",)).problems == []
+    assert replace(report, matrix=(), dots=("bf16",)).problems
+    assert replace(report, shared=228 * 1024).problems == ["does not fit: too much of shared"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "programs", "limit"),
+    [
+        # By CUDA's occupancy calculator.
+        ((80, 4, 32, 0), 16, "warps"),
+        ((90, 1, 16, 0), 32, "programs"),
+        ((80, 4, 33, 0), 12, "registers"),
+        ((90, 8, 128, 0), 2, "registers"),
+        ((90, 4, 255, 0), 2, "registers"),
+        ((80, 4, 32, 48 * 1024), 3, "shared"),
+        ((90, 4, 32, 48 * 1024), 4, "shared"),
+        ((90, 4, 32, 227 * 1024), 1, "shared"),
+        ((80, 4, 32, 164 * 1024), 0, "shared"),
+        ((100, 4, 32, 0, 256), 2, "tensor memory"),
+    ],
+)
+def test_occupancy(resources: tuple[int, ...], programs: int, limit: str) -> None:
+    found = occupancy(*resources)
+    assert (found.programs, found.limit) == (programs, limit)
+    assert found.share == programs * resources[1] / 64
+
+
+def test_occupancy_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"capability must be one of \(80, 90, 100\), got 75"):
+        occupancy(75, 4, 32, 0)
+    with pytest.raises(ValueError, match="at least 1, got warps=0"):
+        occupancy(80, 0, 32, 0)
+
+
+def test_reports_are_kept_until_something_changes(
+    report: Report, tmp_path: compiling.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def fake(*arguments: object, **options: object) -> Report:
+        calls.append(arguments)
+        return report
+
+    monkeypatch.setattr(compiling, "cross_compile", fake)
+    kernel = type("Kernel", (), {"cache_key": "source"})
+    case = Case("case", kernel, {"x": "*fp32"}, {"BLOCK": 16}, {})
+    for _ in range(2):
+        assert compiling._compile_case("op", case, 90) == report
+    assert len(calls) == 1
+
+    helper = type("Helper", (), {"cache_key": "another kernel's source"})
+    changes = [
+        case._replace(kernel=type("Kernel", (), {"cache_key": "changed"})),
+        case._replace(signature={"x": "*fp16"}),
+        case._replace(constexprs={"BLOCK": 32}),
+        case._replace(constexprs={"BLOCK": helper}),
+        case._replace(options={"num_warps": 8}),
+    ]
+    for changed in changes:
+        compiling._compile_case("op", changed, 90)
+    compiling._compile_case("op", case, 80)
+    assert len(calls) == 1 + len(changes) + 1
+
+    for file in (tmp_path / "sparse_tickets" / "kernels").iterdir():
+        assert json.loads(file.read_text()) == json.loads(json.dumps(asdict(report)))
+        file.write_text("{")
+    compiling._compile_case("op", case, 90)
+    assert len(calls) == 1 + len(changes) + 2
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(
+    report: Report, tmp_path: compiling.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(compiling, "cross_compile", lambda *_, **__: report)
+    case = Case("case", type("Kernel", (), {"cache_key": ""}), {}, {}, {})
+    assert compiling._compile_case("op", case, 90) == report
+
+
+def test_reports_come_in_order_of_the_cases() -> None:
+    names = [(op, case, 90) for op, case in _names(smoke=True)]
+    assert list(_reports(smoke=True)) == names
+    assert sorted(_seen) == sorted(names)
 
 
 def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,5 +199,5 @@ def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_op_is_reported() -> None:
-    with pytest.raises(RuntimeError, match="invalid choice"):
+    with pytest.raises(CompileError, match="invalid choice"):
         compile_ops(["nothing"], [90])
