@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
 
     count = commands.add_parser("instructions", help="instructions per call under valgrind")
     count.set_defaults(command=_instructions)
+    count.add_argument(
+        "--out", type=Path, help="default: results/<device>-<date>-instructions.json"
+    )
     return parser
 
 
@@ -110,7 +113,7 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
 
 
 def _instructions(options: argparse.Namespace, console: Console) -> int:
-    return count_instructions(console)
+    return count_instructions(console, options.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from .results import Run
 __all__ = ["THRESHOLD", "Change", "compare"]
 
 THRESHOLD = 0.05
-"""Changes below this share are not reported, however quiet the machine was."""
+"""Changes of times below this share are not reported, however quiet the machine was."""
+COUNT_THRESHOLD = 0.005
+"""The same for counts, which hardly vary: memory addresses decide a few branches."""
 
 Verdict = Literal["slower", "faster", "same"]
 
@@ -23,7 +25,8 @@ class Change:
 
     Attributes:
         label: op, sizes, sparsity.
-        measure: ``speed-up over PEER``, or ``time`` where no peer ran in both.
+        measure: ``speed-up over PEER``, ``cold speed-up over PEER``, ``time`` where no peer ran in
+            both, or ``instructions``.
         old: of the first run.
         new: of the second.
         verdict: see `compare`.
@@ -53,23 +56,35 @@ def compare(old: Run, new: Run) -> list[Change]:
         if earlier is None:
             continue
         shared = [peer for peer in record.speedup if peer in earlier.speedup]
-        for peer in shared:
-            was, now = earlier.speedup[peer], record.speedup[peer]
-            verdict = _verdict(was, now, larger_is_better=True)
-            changes.append(Change(record.label, f"speed-up over {peer}", was, now, verdict))
+        for kind, earlier_ratios, ratios in (
+            ("speed-up", earlier.speedup, record.speedup),
+            ("cold speed-up", earlier.cold_speedup, record.cold_speedup),
+            ("replayed speed-up", earlier.replay_speedup, record.replay_speedup),
+        ):
+            for peer in (peer for peer in ratios if peer in earlier_ratios):
+                was, now = earlier_ratios[peer], ratios[peer]
+                verdict = _verdict(was, now, larger_is_better=True)
+                changes.append(Change(record.label, f"{kind} over {peer}", was, now, verdict))
         if not shared:
             was = earlier.contenders[earlier.subject].wall
             now = record.contenders[record.subject].wall
             verdict = _verdict(was, now, larger_is_better=False)
             changes.append(Change(record.label, "time", was, now, verdict))
+    for name, count in new.counts.items():
+        if name in old.counts:
+            was, now = (Spread(value, value, value, 1) for value in (old.counts[name], count))
+            verdict = _verdict(was, now, larger_is_better=False, threshold=COUNT_THRESHOLD)
+            changes.append(Change(name, "instructions", was, now, verdict))
     if not changes:
         raise ValueError("the two runs must share a configuration, they have none in common")
     order = {"slower": 0, "faster": 1, "same": 2}
     return sorted(changes, key=lambda change: order[change.verdict])
 
 
-def _verdict(old: Spread, new: Spread, *, larger_is_better: bool) -> Verdict:
-    if abs(new.median / old.median - 1) <= THRESHOLD:
+def _verdict(
+    old: Spread, new: Spread, *, larger_is_better: bool, threshold: float = THRESHOLD
+) -> Verdict:
+    if abs(new.median / old.median - 1) <= threshold:
         return "same"
     if new.p20 > old.p80:
         return "faster" if larger_is_better else "slower"

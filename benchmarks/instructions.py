@@ -3,7 +3,7 @@
 Valgrind knows no AVX-512, so kernels are compiled for `_CPU` in a cache of their own, natively,
 before a counted run loads them. Counting a run of one call and a run of several and dividing the
 difference by the further calls leaves out imports and set-up. Counts compare two versions of the
-code on one machine; they are no times.
+code on one machine, `python -m benchmarks compare` does; they are no times.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from rich.console import Console
 from . import ours
 from .peers import torch_dense
 from .problems import LinearProblem, PolicyProblem
+from .results import provenance, save
 
 __all__ = ["count_instructions"]
 
@@ -47,8 +49,12 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
 }
 
 
-def count_instructions(console: Console) -> int:
-    """Print instructions per call of a few configurations; the exit status is 1 without valgrind.
+def count_instructions(console: Console, out: Path | None = None) -> int:
+    """Count a few configurations, and keep the counts; the exit status is 1 without valgrind.
+
+    Args:
+        console: where to show them.
+        out: the file; by default `results.default_path`.
 
     Raises:
         RuntimeError: a counted run failed; the message ends with what it printed.
@@ -57,6 +63,9 @@ def count_instructions(console: Console) -> int:
     if valgrind is None:
         console.print("[red]error:[/red] valgrind is not installed (apt-get install valgrind)")
         return 1
+    began = time.perf_counter()
+    run = provenance("instructions", "cpu", None)
+    run.threads = 1
     with tempfile.TemporaryDirectory() as folder:
         for name in CASES:
             _child(name, 1, [], folder)
@@ -64,8 +73,10 @@ def count_instructions(console: Console) -> int:
             for calls in (1, 1 + _MORE):
                 command = [valgrind, "--tool=callgrind", f"--callgrind-out-file={folder}/out"]
                 counts.append(_collected(_child(name, calls, command, folder)))
-            per_call = (counts[1] - counts[0]) / _MORE
+            run.counts[name] = per_call = (counts[1] - counts[0]) / _MORE
             console.print(f"{name:36} {per_call:14,.0f} instructions per call", highlight=False)
+    run.seconds, run.complete = time.perf_counter() - began, True
+    console.print(f"written to {save(run, out)}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -69,7 +69,7 @@ class Run:
         versions: of the packages that matter.
         commit: of the code, with ``+`` and a digest of what was changed since, if anything was;
             None outside a checkout.
-        sgemm: floating-point operations per second, 1024 x 1024 float32.
+        sgemm: floating-point operations per second, 1024 x 1024 float32; None if nothing was timed.
         seconds: the run took.
         busy: share of the cores that other processes used meanwhile.
         records: verified and timed.
@@ -87,7 +87,7 @@ class Run:
     hardware: str
     versions: dict[str, str]
     commit: str | None
-    sgemm: Spread
+    sgemm: Spread | None
     seconds: float = 0.0
     busy: float = 0.0
     records: list[Record] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Run:
     @property
     def ceilings(self) -> Ceilings | None:
         """What the machine could do at best in this run; None if no copy was measured."""
-        return Ceilings(self.sgemm, self.copies) if self.copies else None
+        return Ceilings(self.sgemm, self.copies) if self.sgemm and self.copies else None
 
 
 def device_slug(device: str, cores: int | None = None) -> str:
@@ -111,7 +111,7 @@ def device_slug(device: str, cores: int | None = None) -> str:
     return _slug(f"cpu {_cpu_model()} {count}c")
 
 
-def provenance(suite: str, device: str, ceilings: Ceilings, rounds: int = 0) -> Run:
+def provenance(suite: str, device: str, ceilings: Ceilings | None, rounds: int = 0) -> Run:
     """A run without records yet, with everything about here and now."""
     hardware = (
         f"{_cpu_model()}, {available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
@@ -132,8 +132,8 @@ def provenance(suite: str, device: str, ceilings: Ceilings, rounds: int = 0) -> 
         hardware=hardware,
         versions=versions,
         commit=_commit(),
-        sgemm=ceilings.sgemm,
-        copies=ceilings.copies,
+        sgemm=None if ceilings is None else ceilings.sgemm,
+        copies={} if ceilings is None else ceilings.copies,
         rounds=rounds,
         complete=False,
     )
@@ -168,7 +168,8 @@ def load(path: Path) -> Run:
             raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}")
         records = [Record.from_dict(item) for item in data.pop("records")]
         refused = [Refusal(**item) for item in data.pop("refused")]
-        sgemm = Spread(**data.pop("sgemm"))
+        stored = data.pop("sgemm")
+        sgemm = None if stored is None else Spread(**stored)
         copies = {int(size): Spread(**item) for size, item in data.pop("copies", {}).items()}
         return Run(**data, records=records, refused=refused, sgemm=sgemm, copies=copies)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sparse_tickets.bench import crossover as interpolated
 from sparse_tickets.timing import Spread
 
 from .measure import Record
@@ -114,24 +115,8 @@ def groups(run: Run) -> list[list[Record]]:
 
 
 def crossover(records: Sequence[Record], peer: str) -> str:
-    """From which sparsity on ``records`` beat ``peer``, interpolated between measured levels.
-
-    A level counts as won only if its whole p20-p80 spread lies above 1.
-    """
-    points = [(r.sparsity, r.speedup[peer]) for r in records if peer in r.speedup]
-    if not points:
-        return "not measured"
-    won = [spread.p20 > 1 for _, spread in points]
-    if all(won):
-        return f"faster at every level measured, from {points[0][0]:g}%"
-    if not won[-1]:
-        return f"not reached up to {points[-1][0]:g}%"
-    last_loss = max(index for index, is_won in enumerate(won) if not is_won)
-    (low, slow), (high, fast) = points[last_loss], points[last_loss + 1]
-    below, above = math.log(slow.median), math.log(fast.median)
-    if below >= 0:
-        return f"within noise at {low:g}%, faster from {high:g}%"
-    return f"about {low + (high - low) * -below / (above - below):.0f}%"
+    """From which sparsity on ``records`` beat ``peer``; see `sparse_tickets.bench.crossover`."""
+    return interpolated([(r.sparsity, r.speedup[peer]) for r in records if peer in r.speedup])
 
 
 def duration(seconds: float) -> str:

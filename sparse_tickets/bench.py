@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,27 +11,29 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
+from sparse_tickets.ceilings import Ceilings, layer_cost, measure_ceilings
 from sparse_tickets.kernels.dispatch import Plan, use_backend
-from sparse_tickets.kernels.linear import linear, plan, reference
+from sparse_tickets.kernels.linear import reference
 from sparse_tickets.kernels.prune import prune
+from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import (
     Budget,
     Contender,
     Spread,
-    Timing,
     device_clock,
     mismatch,
     pinned_threads,
     verified_ratio,
 )
 
-__all__ = ["SPARSITIES", "Line", "bench", "bench_table"]
+__all__ = ["SPARSITIES", "Bench", "Line", "bench", "bench_table", "crossover"]
 
 SPARSITIES = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
 """Percent of the weights pruned."""
 
 _OURS, _DENSE = "sparse_tickets", "torch dense"
-_BAR = 20
+_DIRECTIONS = ("forward", "forward+backward")
+_BAR = 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Line:
         dense: seconds of a call of torch's dense layer.
         ours: seconds of a call of ours.
         speedup: the one over the other, paired within rounds.
+        bound: seconds below which no kernel of this format can get on this machine.
     """
 
     sparsity: float
@@ -52,6 +56,25 @@ class Line:
     dense: Spread
     ours: Spread
     speedup: Spread
+    bound: float
+
+    @property
+    def reached(self) -> float:
+        """Share of the bound's rate that our layer reaches; 1 is the machine's limit."""
+        return self.bound / self.ours.median
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `bench` found.
+
+    Attributes:
+        lines: for every sparsity, ascending, one per direction.
+        ceilings: of the machine, measured in the same run.
+    """
+
+    lines: tuple[Line, ...]
+    ceilings: Ceilings
 
 
 def bench(
@@ -62,8 +85,8 @@ def bench(
     sparsities: Sequence[float] = SPARSITIES,
     threads: int | None = None,
     budget: Budget | None = None,
-) -> list[Line]:
-    """Time a masked ``width x width`` layer beside torch's dense one, after verifying both.
+) -> Bench:
+    """Time a `SparseLinear` of ``width x width`` beside torch's dense one, after verifying both.
 
     Args:
         width: inputs and outputs.
@@ -72,9 +95,6 @@ def bench(
         sparsities: percents pruned.
         threads: for both sides; torch's current number by default.
         budget: how long to time.
-
-    Returns:
-        For every sparsity a line for ``forward`` and one for ``forward+backward``.
 
     Raises:
         ValueError: a size below 1, a sparsity outside [0, 100], or a device torch does not have.
@@ -88,37 +108,68 @@ def bench(
             raise ValueError(f"sparsities must be in [0, 100], got {sparsity}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must exist, got {device} and torch sees no GPU")
-    lines = []
+    budget = budget or Budget()
     with pinned_threads(torch.get_num_threads() if threads is None else threads):
-        for sparsity in sparsities:
-            layer = _Layer(width, batch, sparsity, device)
-            chosen = plan(width, width, batch, 1 - sparsity / 100, torch.float32, device)
-            for backward in (False, True):
-                dense, ours = layer.contender(_DENSE, backward), layer.contender(_OURS, backward)
-                found = verified_ratio(ours, [dense], budget or Budget(), device_clock(device))
-
-                def spread(timing: Timing) -> Spread:
-                    return Spread.of(timing.wall)
-
-                lines.append(
-                    Line(
-                        sparsity,
-                        "forward+backward" if backward else "forward",
-                        chosen,
-                        spread(found.timings[_DENSE]),
-                        spread(found.timings[_OURS]),
-                        found.speedup[_DENSE],
-                    )
-                )
-    return lines
+        ceilings = measure_ceilings(budget, device)
+        lines = [
+            _measure(_Layer(width, batch, sparsity, device), direction, budget, ceilings)
+            for sparsity in sorted(sparsities)
+            for direction in _DIRECTIONS
+        ]
+    return Bench(tuple(lines), ceilings)
 
 
-def bench_table(lines: Sequence[Line]) -> Table:
-    """Lines of `bench` with a bar per speed-up; losses are red."""
-    table = Table(title="against torch's dense layer: median (p20-p80); both verified")
-    for column in ("pruned", "direction", "dense", "ours", "speed-up", "", "format"):
-        left = column in ("direction", "", "format")
+def _measure(layer: _Layer, direction: str, budget: Budget, ceilings: Ceilings) -> Line:
+    backward = direction != "forward"
+    dense, ours = layer.contender(_DENSE, backward), layer.contender(_OURS, backward)
+    found = verified_ratio(ours, [dense], budget, device_clock(layer.x.device))
+    plan = layer.module.plan(len(layer.x), training=backward)
+    return Line(
+        sparsity=layer.sparsity,
+        direction=direction,
+        plan=plan,
+        dense=Spread.of(found.timings[_DENSE].wall),
+        ours=Spread.of(found.timings[_OURS].wall),
+        speedup=found.speedup[_DENSE],
+        bound=ceilings.bound(layer_cost(plan.format, layer.mask, len(layer.x), backward)),
+    )
+
+
+def crossover(points: Sequence[tuple[float, Spread]]) -> str:
+    """From which sparsity on a speed-up lies above 1, interpolated between measured ones.
+
+    A level counts as won only if its whole p20-p80 spread lies above 1.
+
+    Args:
+        points: sparsity and speed-up, ascending.
+    """
+    if not points:
+        return "not measured"
+    won = [spread.p20 > 1 for _, spread in points]
+    if all(won):
+        return f"faster at every level measured, from {points[0][0]:g}%"
+    if not won[-1]:
+        return f"not reached up to {points[-1][0]:g}%"
+    last_loss = max(index for index, is_won in enumerate(won) if not is_won)
+    (low, slow), (high, fast) = points[last_loss], points[last_loss + 1]
+    below, above = math.log(slow.median), math.log(fast.median)
+    if below >= 0:
+        return f"within noise at {low:g}%, faster from {high:g}%"
+    return f"about {low + (high - low) * -below / (above - below):.0f}%"
+
+
+def bench_table(found: Bench) -> Table:
+    """Lines of `bench` with a bar per speed-up; losses are red. Crossovers stand below."""
+    lines = found.lines
+    table = Table(
+        title="SparseLinear against torch's dense layer: median (p20-p80); both verified",
+        caption=_caption(found),
+        caption_justify="left",
+    )
+    for column in ("pruned", "direction", "dense", "ours", "speed-up", "", "bound", "reached"):
+        left = column in ("direction", "")
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    table.add_column("plan")
     longest = max((line.speedup.median for line in lines), default=1.0)
     for line in lines:
         gain = line.speedup
@@ -131,9 +182,28 @@ def bench_table(lines: Sequence[Line]) -> Table:
             f"{1e6 * line.ours.median:,.0f} us",
             f"{gain.median:.2f}x ({gain.p20:.2f}-{gain.p80:.2f})",
             f"[{colour}]{'█' * max(1, round(_BAR * gain.median / longest))}[/{colour}]",
+            f"{1e6 * line.bound:,.0f} us",
+            f"{line.reached:.0%}",
             f"{line.plan.backend}/{line.plan.format}",
         )
     return table
+
+
+def _caption(found: Bench) -> str:
+    said = []
+    for direction in _DIRECTIONS:
+        points = [(x.sparsity, x.speedup) for x in found.lines if x.direction == direction]
+        said.append(f"Crossover, {direction}: {crossover(points)}.")
+    rates = [rate.median for rate in found.ceilings.copies.values()]
+    return "\n".join(
+        [
+            *said,
+            "Bound: the format's operations at the sgemm rate or its bytes at a copy's, whichever "
+            f"takes longer; here {found.ceilings.sgemm.median / 1e9:,.0f} GFLOP/s and "
+            f"{min(rates) / 1e9:,.0f}-{max(rates) / 1e9:,.0f} GB/s by size. Reached: its share of "
+            "our time.",
+        ]
+    )
 
 
 class _Layer:
@@ -146,35 +216,41 @@ class _Layer:
         with use_backend("reference"):
             kept = round((100 - sparsity) / 100 * width * width)
             mask = prune(scores, everything, kept).unflatten(1, (width, width))
-        weight = torch.randn(1, width, width, generator=generator) * width**-0.5
-        self.mask = mask.to(device)
-        self.weight = weight.masked_fill_(~mask, 0).to(device)
-        self.bias = torch.randn(1, width, generator=generator).to(device)
-        self.x, self.dy = torch.randn(2, 1, batch, width, generator=generator).to(device).unbind()
-        x, dy, exact = self.x.double(), self.dy.double(), self.weight.double()
-        self.expected = (
-            reference.linear(x, exact, self.mask, self.bias.double()),
-            reference.linear_dx(dy, exact, self.mask),
-            reference.linear_dw(dy, x, self.mask),
+        self.sparsity, self.mask = sparsity, mask[0].to(device)
+        weight = torch.randn(width, width, generator=generator) * width**-0.5
+        self.weight = weight.masked_fill_(~mask[0], 0).to(device)
+        self.bias = torch.randn(width, generator=generator).to(device)
+        self.x, self.dy = torch.randn(2, batch, width, generator=generator).to(device).unbind()
+        self.module = SparseLinear(width, width, device=self.x.device, mask=self.mask)
+        with torch.no_grad():
+            self.module.weight.copy_(self.weight)
+            self.module.bias.copy_(self.bias)
+        self.module.apply_mask_()
+        x, dy, exact = (t.double()[None] for t in (self.x, self.dy, self.weight))
+        masks = self.mask[None]
+        results = (
+            reference.linear(x, exact, masks, self.bias.double()[None]),
+            reference.linear_dx(dy, exact, masks),
+            reference.linear_dw(dy, x, masks),
             dy.sum(1),
         )
+        self.expected = tuple(result[0] for result in results)
         self.terms = (width, width, batch, batch)
 
     def contender(self, name: str, backward: bool) -> Contender:
         """Ours or torch's, forward alone or with gradients for x, weight and bias."""
-        inputs = [self.x, self.weight, self.bias]
-        if backward:
-            inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-        x, weight, bias = inputs
+        x = self.x.clone().requires_grad_(backward)
+        weight, bias = self.weight.clone(), self.bias.clone()
+        if name == _OURS:
+            weight, bias = self.module.weight, self.module.bias
+        parts = (x, weight.requires_grad_(backward), bias.requires_grad_(backward))
 
         def forward() -> Tensor:
-            if name == _OURS:
-                return linear(x, weight, self.mask, bias)
-            return F.linear(x[0], weight[0], bias[0]).unsqueeze(0)
+            return self.module(x) if name == _OURS else F.linear(x, weight, bias)
 
         def forward_backward() -> tuple[Tensor, ...]:
             y = forward()
-            return (y.detach(), *torch.autograd.grad(y, inputs, self.dy))
+            return (y.detach(), *torch.autograd.grad(y, parts, self.dy))
 
         def error() -> float:
             results = forward_backward() if backward else (forward(),)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.timing import Budget, Contender, Spread, device_clock, interleave
 
-__all__ = ["Ceilings", "measure_ceilings"]
+__all__ = ["Ceilings", "layer_cost", "measure_ceilings"]
 
 _COPIES = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
 """Bytes that copies move, reads and writes together: from what caches hold to what none does."""
@@ -52,6 +53,34 @@ class Ceilings:
             ValueError: no copy was measured.
         """
         return cost.seconds(self.sgemm.median, self.bandwidth(cost.bytes))
+
+
+def layer_cost(format: str, mask: Tensor, batch: int, training: bool) -> Cost:
+    """What float32 linear layers in a format do at least, forward or forward and backward.
+
+    Dense formats multiply every weight; ``csr`` multiplies the kept ones and reads a column beside
+    each, ``blocked`` the kept ones alone. The backward pass reads x, dy and the weight again and
+    writes dx and a dense weight gradient.
+
+    Args:
+        format: of the layer's plan.
+        mask: ``[..., O, I]`` bool.
+        batch: rows per ticket.
+        training: forward and backward.
+    """
+    *_, out, inp = mask.shape
+    weights = mask.numel()
+    tickets = weights // max(out * inp, 1)
+    kept = weights if format.startswith("dense") else int(mask.sum())
+    stored = 4 * (2 * kept + tickets * out if format == "csr" else kept)
+    x, y, bias = 4 * tickets * batch * inp, 4 * tickets * batch * out, 4 * tickets * out
+    product = Cost(2.0 * kept * batch, 0.0)
+    forward = product.plus(Cost(float(tickets * batch * out), x + stored + bias + y))
+    if not training:
+        return forward
+    dx = product.plus(Cost(0.0, y + stored + x))
+    dw = product.plus(Cost(float(tickets * batch * out), y + x + 4 * weights + bias))
+    return forward.plus(dx).plus(dw)
 
 
 def measure_ceilings(

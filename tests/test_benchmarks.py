@@ -12,7 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparse_tickets.ceilings import Ceilings, measure_ceilings
+from sparse_tickets.bench import Bench
+from sparse_tickets.ceilings import Ceilings, layer_cost, measure_ceilings
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.timing import (
     Budget,
@@ -37,6 +38,7 @@ from benchmarks import results, suites, tables  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.compare import compare  # noqa: E402
 from benchmarks.console import bar, show_run  # noqa: E402
+from benchmarks.costs import policy_cost  # noqa: E402
 from benchmarks.measure import Case, Contest, Measured, Record, Refusal, measure  # noqa: E402
 from benchmarks.peers import Unavailable  # noqa: E402
 from benchmarks.problems import SPARSITIES, LinearProblem, PolicyProblem  # noqa: E402
@@ -173,6 +175,28 @@ def test_a_bound_is_the_slower_of_products_and_copies():
     assert ceilings.bound(Cost(1000.0, 80.0)) == 40.0
     with pytest.raises(ValueError, match="copies must have a rate"):
         Ceilings(spread(1.0), {}).bound(Cost(1.0, 1.0))
+
+
+def test_layer_costs_by_hand():
+    mask = torch.tensor([[[True, False, False], [True, True, False]]])  # O = 2, I = 3, kept 3
+    x, y = 4 * 5 * 3, 4 * 5 * 2
+    assert layer_cost("dense+mask", mask, 5, False) == (2 * 6 * 5 + 10, x + y + 4 * 6 + 8)
+    assert layer_cost("csr", mask, 5, False) == (2 * 3 * 5 + 10, x + y + 8 * 3 + 8 + 8)
+    assert layer_cost("blocked-16", mask, 5, False) == (2 * 3 * 5 + 10, x + y + 4 * 3 + 8)
+    both = layer_cost("csr", mask, 5, True)
+    assert both == (3 * 2 * 3 * 5 + 2 * 10, 3 * (x + y) + 2 * (8 * 3 + 8) + 4 * 6 + 2 * 8)
+
+
+def test_policy_costs_count_the_formats_and_no_first_input_gradient():
+    problem = PolicyProblem(3, 5, (4, 8, 2), 50.0)
+    first, second = (problem.arena.actor.weight(problem.mask, i) for i in (0, 1))
+    cost = policy_cost(problem, "mlp: cpu/csr/dense+mask (why)")
+    biases = 2 * 3 * 5 * (8 + 2)
+    products = 2 * 5 * (2 * int(first.sum()) + 3 * second.numel())
+    assert cost.flops == products + biases + 4 * 3 * 5 * 8
+    weights = 3 * (4 * 8 + 8 + 8 * 2 + 2)
+    kept = int(problem.mask.sum()) + 3 * (8 + 2)
+    assert cost.bytes == 4 * (3 * 5 * (4 + 2 * 2) + weights + kept) + problem.mask.numel()
 
 
 def test_ceilings_are_measured():
@@ -549,14 +573,23 @@ def test_bench_command_lines_and_table():
     from sparse_tickets.kernels import use_backend
 
     with use_backend("reference"):
-        lines = bench(16, 8, sparsities=(0.0, 90.0), budget=replace(BUDGET, rounds=2))
-    assert [(line.sparsity, line.direction) for line in lines] == [
+        found = bench(16, 8, sparsities=(90.0, 0.0), budget=BUDGET_OF_ONE)
+    assert [(line.sparsity, line.direction) for line in found.lines] == [
         (0.0, "forward"),
         (0.0, "forward+backward"),
         (90.0, "forward"),
         (90.0, "forward+backward"),
     ]
-    assert bench_table(lines).row_count == 4
+    assert all(line.bound > 0 and line.plan.backend == "reference" for line in found.lines)
+    console = Console(record=True, width=140, file=io.StringIO())
+    fast, slow = (replace(found.lines[0], speedup=spread(x)) for x in (2.0, 0.5))
+    lines = (slow, replace(fast, sparsity=90.0, bound=fast.ours.median / 4))
+    console.print(bench_table(Bench(lines, Ceilings(spread(1.5e11), {1 << 20: spread(2e10)}))))
+    text = console.export_text()
+    for said in ("2.00x", "0.50x", "█", "25%", "reference/", "150 GFLOP/s", "20-20 GB/s"):
+        assert said in text, said
+    assert "Crossover, forward: about 45%." in text
+    assert "Crossover, forward+backward: not measured." in text
     with pytest.raises(ValueError, match="width must be at least 1"):
         bench(0)
     with pytest.raises(ValueError, match="sparsities must be in"):
