@@ -78,6 +78,7 @@ class Run:
         rounds: samples per contender that were asked for; 0 in the first layout.
         complete: whether every configuration of the suite was measured.
         counts: instructions per call, by configuration.
+        parts: what else `benchmarks.gpu` did, by part: see `gpu_report`.
     """
 
     device: str
@@ -96,6 +97,7 @@ class Run:
     rounds: int = 0
     complete: bool = True
     counts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, dict] = field(default_factory=dict)
 
     @property
     def ceilings(self) -> Ceilings | None:
