@@ -1,22 +1,33 @@
 """Parameter updates of a population: rewind to the initialisation, masked Adam and masked SGD.
 
 All three work in place on rows of the arena, ``[P, T]`` with the N prunable entries first, and
-leave weights and moments exactly zero where the mask is False. Nothing crosses tickets: a row's
-result does not depend on P. The optimisers compute `torch.nn.utils.clip_grad_norm_` followed by
-`torch.optim.Adam` or `torch.optim.SGD` on every row by itself.
+leave weights and moments exactly zero where the mask is False. A packed arena stores the unpruned
+entries only and has no mask: ``mask=None`` counts every entry, and ``count [P]`` tells where a
+row's padding begins. Nothing crosses tickets: a row's result does not depend on P. The optimisers
+compute `torch.nn.utils.clip_grad_norm_` followed by `torch.optim.Adam` or `torch.optim.SGD` on
+every row by itself.
 """
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..dispatch import resolve_backend
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_separate
 from . import cpu, reference
+from .checks import (
+    check_count,
+    check_like,
+    check_max_norm,
+    check_partials,
+    check_range,
+    check_rewind_separate,
+    check_rows,
+    check_vector,
+)
 
 __all__ = ["adam_", "rewind_", "sgd_"]
 
@@ -26,8 +37,9 @@ def rewind_(
     initial: Tensor,
     m: Tensor,
     v: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
+    count: Tensor | None = None,
     initial_m: Tensor | None = None,
     initial_v: Tensor | None = None,
 ) -> None:
@@ -39,24 +51,29 @@ def rewind_(
             (Frankle et al. 2020, "Linear mode connectivity and the lottery ticket hypothesis").
         m: ``[P, T]`` first moment, overwritten with `initial_m` on the mask, or with zeros.
         v: ``[P, T]`` second moment, likewise with `initial_v`.
-        mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned.
+        mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned. None prunes nothing.
+        count: ``[P]`` int64, valid entries of each row; those beyond count as pruned. Without a
+            mask only.
         initial_m: ``[P, T]`` first moment at that early step, or None.
         initial_v: ``[P, T]`` second moment at that early step, or None.
 
     Raises:
-        ValueError: a shape, a device, or a row that is not contiguous.
+        ValueError: a shape, a device, or a row that is not contiguous or shares memory with another
+            one; only a source and its own target may be the same.
         TypeError: a dtype.
     """
-    _check_rows(mask, weight=weight, m=m, v=v)
+    check_rows(mask, weight=weight, m=m, v=v)
     for name, given in (("initial", initial), ("initial_m", initial_m), ("initial_v", initial_v)):
         if given is not None:
-            _check_like(name, given, weight)
+            check_like(name, given, weight)
+    check_count(count, mask, weight)
     torch.ops.sparse_tickets.rewind_(
         weight.detach(),
         initial.detach(),
         m.detach(),
         v.detach(),
         mask,
+        count,
         None if initial_m is None else initial_m.detach(),
         None if initial_v is None else initial_v.detach(),
     )
@@ -69,8 +86,10 @@ def adam_(
     v: Tensor,
     step: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
+    count: Tensor | None = None,
+    norm_partials: Tensor | None = None,
     max_norm: float | None = 0.5,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -89,7 +108,11 @@ def adam_(
         v: ``[P, T]`` second moment; updated.
         step: ``[P]`` int64, steps taken so far; incremented before use.
         lr: ``[P]`` float32 or float64 learning rates.
-        mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned.
+        mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned. None prunes nothing.
+        count: ``[P]`` int64, valid entries of each row; those beyond count as pruned. Without a
+            mask only.
+        norm_partials: ``[P, parts]`` of weight's dtype, sums of squares that make up each ticket's
+            squared norm, to take instead of reading `grad` once more.
         max_norm: largest gradient norm, or None (or inf) for no clipping.
         beta1: decay of the first moment, in [0, 1).
         beta2: decay of the second moment, in [0, 1).
@@ -99,19 +122,22 @@ def adam_(
         ``[P]``: norm of each ticket's masked gradient before clipping.
 
     Raises:
-        ValueError: a shape, a device, a row that is not contiguous, or a number out of its range.
+        ValueError: a shape, a device, a row that is not contiguous or shares memory with another
+            one, or a number out of its range.
         TypeError: a dtype; the Triton backend takes float32 only.
     """
-    _check_rows(mask, weight=weight, m=m, v=v)
-    _check_like("grad", grad, weight)
-    _check_vector("step", step, weight, torch.int64)
-    _check_vector("lr", lr, weight, torch.float32, torch.float64)
+    check_rows(mask, weight=weight, m=m, v=v)
+    check_like("grad", grad, weight)
+    check_vector("step", step, weight, torch.int64)
+    check_vector("lr", lr, weight, torch.float32, torch.float64)
     if not step.is_contiguous():
         raise ValueError(f"step must be contiguous, got strides {step.stride()}")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        _check_range(name, beta, 0 <= beta < 1, "in [0, 1)")
-    _check_range("eps", eps, eps >= 0, ">= 0")
-    limit = _check_max_norm(max_norm)
+        check_range(name, beta, 0 <= beta < 1, "in [0, 1)")
+    check_range("eps", eps, eps >= 0, ">= 0")
+    limit = check_max_norm(max_norm)
+    check_count(count, mask, weight)
+    check_partials(norm_partials, weight)
     return torch.ops.sparse_tickets.adam_(
         weight.detach(),
         grad.detach(),
@@ -120,6 +146,8 @@ def adam_(
         step,
         lr.detach(),
         mask,
+        count,
+        None if norm_partials is None else norm_partials.detach(),
         limit,
         beta1,
         beta2,
@@ -132,8 +160,10 @@ def sgd_(
     grad: Tensor,
     momentum_buffer: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
+    count: Tensor | None = None,
+    norm_partials: Tensor | None = None,
     max_norm: float | None = 0.5,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
@@ -147,7 +177,11 @@ def sgd_(
         grad: ``[P, T]``; unchanged.
         momentum_buffer: ``[P, T]``; updated.
         lr: ``[P]`` float32 or float64 learning rates.
-        mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned.
+        mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned. None prunes nothing.
+        count: ``[P]`` int64, valid entries of each row; those beyond count as pruned. Without a
+            mask only.
+        norm_partials: ``[P, parts]`` of weight's dtype, sums of squares that make up each ticket's
+            squared norm, to take instead of reading `grad` once more.
         max_norm: largest gradient norm, or None (or inf) for no clipping.
         momentum: decay of the buffer, >= 0.
         weight_decay: added to the clipped gradient times the weight, >= 0.
@@ -156,68 +190,30 @@ def sgd_(
         ``[P]``: norm of each ticket's masked gradient before clipping.
 
     Raises:
-        ValueError: a shape, a device, a row that is not contiguous, or a number out of its range.
+        ValueError: a shape, a device, a row that is not contiguous or shares memory with another
+            one, or a number out of its range.
         TypeError: a dtype; the Triton backend takes float32 only.
     """
-    _check_rows(mask, weight=weight, momentum_buffer=momentum_buffer)
-    _check_like("grad", grad, weight)
-    _check_vector("lr", lr, weight, torch.float32, torch.float64)
-    _check_range("momentum", momentum, momentum >= 0, ">= 0")
-    _check_range("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
-    limit = _check_max_norm(max_norm)
+    check_rows(mask, weight=weight, momentum_buffer=momentum_buffer)
+    check_like("grad", grad, weight)
+    check_vector("lr", lr, weight, torch.float32, torch.float64)
+    check_range("momentum", momentum, momentum >= 0, ">= 0")
+    check_range("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
+    limit = check_max_norm(max_norm)
+    check_count(count, mask, weight)
+    check_partials(norm_partials, weight)
     return torch.ops.sparse_tickets.sgd_(
         weight.detach(),
         grad.detach(),
         momentum_buffer.detach(),
         lr.detach(),
         mask,
+        count,
+        None if norm_partials is None else norm_partials.detach(),
         limit,
         momentum,
         weight_decay,
     )
-
-
-def _check_rows(mask: Tensor, **rows: Tensor) -> None:
-    """Rows that an op writes: alike, contiguous, and at least as long as the mask."""
-    weight = rows["weight"]
-    if weight.ndim != 2:
-        raise ValueError(f"weight must have shape [P, T], got {tuple(weight.shape)}")
-    check_dtype("weight", weight, torch.float32, torch.float64)
-    for name, tensor in rows.items():
-        _check_like(name, tensor, weight)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    check_dtype("mask", mask, torch.bool)
-    check_device("mask", mask, weight)
-    if mask.ndim != 2 or mask.shape[0] != weight.shape[0] or mask.shape[1] > weight.shape[1]:
-        raise ValueError(
-            f"mask must have shape [{weight.shape[0]}, N] with N <= {weight.shape[1]}, "
-            f"got {tuple(mask.shape)}"
-        )
-
-
-def _check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
-    check_shape(name, tensor, tuple(weight.shape))
-    check_dtype(name, tensor, weight.dtype)
-    check_device(name, tensor, weight)
-
-
-def _check_vector(name: str, tensor: Tensor, weight: Tensor, *dtypes: torch.dtype) -> None:
-    check_shape(name, tensor, (weight.shape[0],))
-    check_dtype(name, tensor, *dtypes)
-    check_device(name, tensor, weight)
-
-
-def _check_range(name: str, value: float, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def _check_max_norm(max_norm: float | None) -> float:
-    if max_norm is None:
-        return math.inf
-    _check_range("max_norm", max_norm, max_norm > 0, "> 0 or None")
-    return float(max_norm)
 
 
 def _backend(device: torch.device) -> ModuleType:
@@ -236,24 +232,25 @@ def _mutated(*tensors: Tensor) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _rewind_impl(
     weight: Tensor,
     initial: Tensor,
     m: Tensor,
     v: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
-    sources = (None if t is None else t.contiguous() for t in (initial_m, initial_v))
-    _backend(weight.device).rewind_(
-        weight,
-        initial.contiguous(),
-        m,
-        v,
-        mask.contiguous(),
-        *sources,
-    )
+    initial = initial.contiguous()
+    initial_m, initial_v = _contiguous(initial_m), _contiguous(initial_v)
+    check_rewind_separate(weight, initial, m, v, initial_m, initial_v)
+    masked = _contiguous(mask), _contiguous(count)
+    _backend(weight.device).rewind_(weight, initial, m, v, *masked, initial_m, initial_v)
     _mutated(weight, m, v)
 
 
@@ -264,25 +261,20 @@ def _adam_impl(
     v: Tensor,
     step: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
     max_norm: float,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> Tensor:
-    norm = _backend(weight.device).adam_(
-        weight,
-        grad.contiguous(),
-        m,
-        v,
-        step,
-        lr.contiguous(),
-        mask.contiguous(),
-        max_norm,
-        beta1,
-        beta2,
-        eps,
-    )
+    grad = grad.contiguous()
+    check_separate(weight=weight, grad=grad, m=m, v=v)
+    optional = (_contiguous(tensor) for tensor in (mask, count, norm_partials))
+    numbers = (max_norm, beta1, beta2, eps)
+    backend = _backend(weight.device)
+    norm = backend.adam_(weight, grad, m, v, step, lr.contiguous(), *optional, *numbers)
     _mutated(weight, m, v, step)
     return norm
 
@@ -292,37 +284,37 @@ def _sgd_impl(
     grad: Tensor,
     momentum_buffer: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
     max_norm: float,
     momentum: float,
     weight_decay: float,
 ) -> Tensor:
-    norm = _backend(weight.device).sgd_(
-        weight,
-        grad.contiguous(),
-        momentum_buffer,
-        lr.contiguous(),
-        mask.contiguous(),
-        max_norm,
-        momentum,
-        weight_decay,
-    )
+    grad = grad.contiguous()
+    check_separate(weight=weight, grad=grad, momentum_buffer=momentum_buffer)
+    optional = (_contiguous(tensor) for tensor in (mask, count, norm_partials))
+    numbers = (max_norm, momentum, weight_decay)
+    backend = _backend(weight.device)
+    norm = backend.sgd_(weight, grad, momentum_buffer, lr.contiguous(), *optional, *numbers)
     _mutated(weight, momentum_buffer)
     return norm
 
 
 _library = torch.library.Library("sparse_tickets", "FRAGMENT")
 _library.define(
-    "rewind_(Tensor(a!) weight, Tensor initial, Tensor(b!) m, Tensor(c!) v, Tensor mask, "
-    "Tensor? initial_m, Tensor? initial_v) -> ()"
+    "rewind_(Tensor(a!) weight, Tensor initial, Tensor(b!) m, Tensor(c!) v, Tensor? mask, "
+    "Tensor? count, Tensor? initial_m, Tensor? initial_v) -> ()"
 )
 _library.define(
     "adam_(Tensor(a!) weight, Tensor grad, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, "
-    "Tensor lr, Tensor mask, float max_norm, float beta1, float beta2, float eps) -> Tensor"
+    "Tensor lr, Tensor? mask, Tensor? count, Tensor? norm_partials, float max_norm, float beta1, "
+    "float beta2, float eps) -> Tensor"
 )
 _library.define(
-    "sgd_(Tensor(a!) weight, Tensor grad, Tensor(b!) momentum_buffer, Tensor lr, Tensor mask, "
-    "float max_norm, float momentum, float weight_decay) -> Tensor"
+    "sgd_(Tensor(a!) weight, Tensor grad, Tensor(b!) momentum_buffer, Tensor lr, Tensor? mask, "
+    "Tensor? count, Tensor? norm_partials, float max_norm, float momentum, float weight_decay) "
+    "-> Tensor"
 )
 for _key in ("CPU", "CUDA"):
     _library.impl("rewind_", _rewind_impl, _key)
@@ -331,15 +323,28 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("sparse_tickets::rewind_", lib=_library)
-def _rewind_fake(weight, initial, m, v, mask, initial_m, initial_v):
+def _rewind_fake(weight, initial, m, v, mask, count, initial_m, initial_v):
     return None
 
 
 @torch.library.register_fake("sparse_tickets::adam_", lib=_library)
-def _adam_fake(weight, grad, m, v, step, lr, mask, max_norm, beta1, beta2, eps):
+def _adam_fake(
+    weight, grad, m, v, step, lr, mask, count, norm_partials, max_norm, beta1, beta2, eps
+):
     return weight.new_empty(weight.shape[0])
 
 
 @torch.library.register_fake("sparse_tickets::sgd_", lib=_library)
-def _sgd_fake(weight, grad, momentum_buffer, lr, mask, max_norm, momentum, weight_decay):
+def _sgd_fake(
+    weight,
+    grad,
+    momentum_buffer,
+    lr,
+    mask,
+    count,
+    norm_partials,
+    max_norm,
+    momentum,
+    weight_decay,
+):
     return weight.new_empty(weight.shape[0])

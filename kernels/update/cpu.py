@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from numba import njit, prange
 from torch import Tensor
 
 from ..threads import launch
 
-__all__ = ["adam_", "adam_row", "rewind_", "sgd_", "sgd_row"]
+__all__ = ["adam_", "adam_row", "rewind_", "sgd_"]
 
 LANES = 512
 """Partial sums of a norm: a power of two, small enough for L1, enough to hide the add's latency."""
@@ -63,6 +64,17 @@ def clip_coefficient(norm, max_norm):
 
 
 @njit(cache=True, error_model="numpy")
+def _norm(grad, mask, partials):
+    """Norm of a row: from its partial sums, in order, if there are any."""
+    if partials.shape[0] == 0:
+        return np.sqrt(squared_norm(grad, mask))
+    total = grad.dtype.type(0)
+    for i in range(partials.shape[0]):
+        total += partials[i]
+    return np.sqrt(total)
+
+
+@njit(cache=True, error_model="numpy")
 def _adam_entry(weight, grad, m, v, rate1, beta2, rate2, size, inverse_root, eps):
     m = m + rate1 * (grad - m)
     v = v * beta2 + rate2 * (grad * grad)
@@ -90,9 +102,15 @@ def adam_row(weight, grad, m, v, mask, lr, step, max_norm, beta1, beta2, eps):
     Returns:
         The norm of the masked gradient before clipping.
     """
+    norm = np.sqrt(squared_norm(grad, mask))
+    _adam_clipped(weight, grad, m, v, mask, lr, step, norm, max_norm, beta1, beta2, eps)
+    return norm
+
+
+@njit(cache=True, error_model="numpy")
+def _adam_clipped(weight, grad, m, v, mask, lr, step, norm, max_norm, beta1, beta2, eps):
     kind = weight.dtype.type
     zero = kind(0)
-    norm = np.sqrt(squared_norm(grad, mask))
     scale = kind(clip_coefficient(norm, max_norm))
     count = float(step)
     size = kind(lr / (1.0 - beta1**count))
@@ -114,7 +132,6 @@ def adam_row(weight, grad, m, v, mask, lr, step, max_norm, beta1, beta2, eps):
         weight[i], m[i], v[i] = _adam_entry(
             weight[i], grad[i] * scale, m[i], v[i], rate1, decay2, rate2, size, inverse_root, eps
         )
-    return norm
 
 
 @njit(cache=True, error_model="numpy")
@@ -124,11 +141,9 @@ def _sgd_entry(weight, grad, buffer, lr, momentum, weight_decay):
 
 
 @njit(cache=True, error_model="numpy")
-def sgd_row(weight, grad, buffer, mask, lr, max_norm, momentum, weight_decay):
-    """One clipped SGD step on one ticket, in place; arguments as in `adam_row`."""
+def _sgd_clipped(weight, grad, buffer, mask, lr, norm, max_norm, momentum, weight_decay):
     kind = weight.dtype.type
     zero = kind(0)
-    norm = np.sqrt(squared_norm(grad, mask))
     scale = kind(clip_coefficient(norm, max_norm))
     lr, momentum, weight_decay = kind(lr), kind(momentum), kind(weight_decay)
 
@@ -145,54 +160,82 @@ def sgd_row(weight, grad, buffer, mask, lr, max_norm, momentum, weight_decay):
         weight[i], buffer[i] = _sgd_entry(
             weight[i], grad[i] * scale, buffer[i], lr, momentum, weight_decay
         )
-    return norm
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _adam_rows(weight, grad, m, v, mask, lr, step, max_norm, beta1, beta2, eps, norm):
+def _adam_rows(
+    weight, grad, m, v, mask, count, partials, lr, step, max_norm, beta1, beta2, eps, norm
+):
     for ticket in prange(weight.shape[0]):
         step[ticket] += 1
-        norm[ticket] = adam_row(
-            weight[ticket],
-            grad[ticket],
-            m[ticket],
-            v[ticket],
+        end = max(count[ticket], 0)
+        valid = grad[ticket, :end]
+        norm[ticket] = _norm(valid, mask[ticket], partials[ticket])
+        _adam_clipped(
+            weight[ticket, :end],
+            valid,
+            m[ticket, :end],
+            v[ticket, :end],
             mask[ticket],
             lr[ticket],
             step[ticket],
+            norm[ticket],
             max_norm,
             beta1,
             beta2,
             eps,
         )
+        weight[ticket, end:] = 0
+        m[ticket, end:] = 0
+        v[ticket, end:] = 0
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _sgd_rows(weight, grad, buffer, mask, lr, max_norm, momentum, weight_decay, norm):
+def _sgd_rows(
+    weight, grad, buffer, mask, count, partials, lr, max_norm, momentum, weight_decay, norm
+):
     for ticket in prange(weight.shape[0]):
-        norm[ticket] = sgd_row(
-            weight[ticket],
-            grad[ticket],
-            buffer[ticket],
+        end = max(count[ticket], 0)
+        valid = grad[ticket, :end]
+        norm[ticket] = _norm(valid, mask[ticket], partials[ticket])
+        _sgd_clipped(
+            weight[ticket, :end],
+            valid,
+            buffer[ticket, :end],
             mask[ticket],
             lr[ticket],
+            norm[ticket],
             max_norm,
             momentum,
             weight_decay,
         )
+        weight[ticket, end:] = 0
+        buffer[ticket, end:] = 0
 
 
 @njit(cache=True, parallel=True)
-def _masked_copy(target, source, mask):
-    """``target = source``, and zero where the mask of the prefix is False."""
+def _masked_copy(target, source, mask, count):
+    """``target = source``, and zero where the mask of the prefix is False or a row has ended."""
     prunable = mask.shape[1]
     zero = target.dtype.type(0)
     for ticket in prange(target.shape[0]):
-        row, origin, keep = target[ticket], source[ticket], mask[ticket]
+        end = max(count[ticket], 0)
+        row, origin, keep = target[ticket, :end], source[ticket], mask[ticket]
         for i in range(prunable):
             row[i] = origin[i] if keep[i] else zero
         for i in range(prunable, row.shape[0]):
             row[i] = origin[i]
+        target[ticket, end:] = 0
+
+
+def _support(weight: Tensor, mask: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mask, of no column if there is none, and the length of every row."""
+    tickets, size = weight.shape
+    if mask is None:
+        mask = torch.empty(tickets, 0, dtype=torch.bool)
+    if count is None:
+        count = torch.full((tickets,), size)
+    return mask, count
 
 
 def rewind_(
@@ -200,16 +243,18 @@ def rewind_(
     initial: Tensor,
     m: Tensor,
     v: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
+    support = [tensor.numpy() for tensor in _support(weight, mask, count)]
     for target, source in ((weight, initial), (m, initial_m), (v, initial_v)):
         if source is None:
             target.zero_()
         else:
             with launch():
-                _masked_copy(target.numpy(), source.numpy(), mask.numpy())
+                _masked_copy(target.numpy(), source.numpy(), *support)
 
 
 def adam_(
@@ -219,14 +264,18 @@ def adam_(
     v: Tensor,
     step: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
     max_norm: float,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> Tensor:
     norm = weight.new_empty(weight.shape[0])
-    tensors = (weight, grad, m, v, mask, lr, step)
+    if norm_partials is None:
+        norm_partials = weight.new_empty(weight.shape[0], 0)
+    tensors = (weight, grad, m, v, *_support(weight, mask, count), norm_partials, lr, step)
     with launch():
         _adam_rows(*(t.numpy() for t in tensors), max_norm, beta1, beta2, eps, norm.numpy())
     return norm
@@ -237,13 +286,17 @@ def sgd_(
     grad: Tensor,
     buffer: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
     max_norm: float,
     momentum: float,
     weight_decay: float,
 ) -> Tensor:
     norm = weight.new_empty(weight.shape[0])
-    tensors = (weight, grad, buffer, mask, lr)
+    if norm_partials is None:
+        norm_partials = weight.new_empty(weight.shape[0], 0)
+    tensors = (weight, grad, buffer, *_support(weight, mask, count), norm_partials, lr)
     with launch():
         _sgd_rows(*(t.numpy() for t in tensors), max_norm, momentum, weight_decay, norm.numpy())
     return norm

@@ -3,7 +3,8 @@
 Two launches without atomics or host synchronisation, so that a CUDA graph can hold them. Blocks
 lie inside a row and their number depends on the row's length only: a ticket's result does not
 depend on P. Adam reads 4 (grad) + 1 (mask) bytes an entry for the norm, then 17 and writes 12;
-about 15 FLOPs an entry: bound by memory. Scalars of a row, such as ``1 - beta2^step``, are float64.
+about 15 FLOPs an entry: bound by memory. Without a mask none is read, and with partial norms from
+elsewhere the first launch falls away. Scalars of a row, such as ``1 - beta2^step``, are float64.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..compile import Case
 from ..errors import check_dtype
+from .checks import PARTIALS_LIMIT
 
 __all__ = ["COMPILE_CASES", "adam_", "rewind_", "sgd_"]
 
@@ -26,42 +28,58 @@ MAX_PARTIALS = 1024
 
 
 @triton.jit
-def _support(mask, ticket, column, prunable, size):
+def _support(mask, count, ticket, column, prunable, size):
     """Which of these columns of a row exist and are not pruned."""
-    masked = column < prunable
-    keep = tl.load(mask + ticket * prunable + column, mask=masked, other=0).to(tl.int1)
-    return (keep & masked) | ((column >= prunable) & (column < size))
+    keep = column < size
+    if mask is not None:
+        masked = column < prunable
+        inside = tl.load(mask + ticket * prunable + column, mask=masked, other=0).to(tl.int1)
+        keep = keep & (inside | (column >= prunable))
+    if count is not None:
+        keep = keep & (column < tl.load(count + ticket))
+    return keep
 
 
 @triton.jit
 def _norm_kernel(
-    grad, mask, partial, step, size, prunable, stretch, HAS_STEP: tl.constexpr, BLOCK: tl.constexpr
+    grad,
+    mask,
+    count,
+    partial,
+    step,
+    size,
+    prunable,
+    parts,
+    stretch,
+    BLOCK: tl.constexpr,
 ):
     """Sum of squares of ``stretch`` consecutive blocks of a row; one program also counts the step.
 
     The count belongs here and not to the update, whose programs all read it.
     """
-    ticket = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    ticket = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(part * stretch, (part + 1) * stretch):
         column = block * BLOCK + lane
-        keep = _support(mask, ticket, column, prunable, size)
+        keep = _support(mask, count, ticket, column, prunable, size)
         entry = tl.load(grad + ticket * size + column, mask=keep, other=0.0)
         total += entry * entry
-    tl.store(partial + ticket * tl.num_programs(1) + part, tl.sum(total, 0))
-    if HAS_STEP and part == 0:
-        tl.store(step + ticket, tl.load(step + ticket) + 1)
+    tl.store(partial + ticket * parts + part, tl.sum(total, 0))
+    # Two conditions, or the branch would be compiled where there is no step.
+    if step is not None:  # noqa: SIM102
+        if part == 0:
+            tl.store(step + ticket, tl.load(step + ticket) + 1)
 
 
 @triton.jit
-def _clip(partial, norm, ticket, max_norm, parts, CLIP: tl.constexpr, PARTS: tl.constexpr):
+def _clip(partial, norm, ticket, block, max_norm, parts, CLIP: tl.constexpr, PARTS: tl.constexpr):
     """Norm of a row from its partial sums, stored once, and the coefficient of the clipping."""
     index = tl.arange(0, PARTS)
     squares = tl.load(partial + ticket * parts + index, mask=index < parts, other=0.0)
     length = tl.sqrt_rn(tl.sum(squares, 0))
-    if tl.program_id(1) == 0:
+    if block == 0:
         tl.store(norm + ticket, length)
     scale = tl.full([], 1.0, tl.float32)
     if CLIP:
@@ -80,10 +98,12 @@ def _adam_kernel(
     step,
     lr,
     mask,
+    count,
     partial,
     norm,
     size,
     prunable,
+    blocks,
     parts,
     max_norm,
     log_beta1,
@@ -96,18 +116,19 @@ def _adam_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ticket = tl.program_id(0).to(tl.int64)
-    scale = _clip(partial, norm, ticket, max_norm, parts, CLIP, PARTS)
-    count = tl.load(step + ticket).to(tl.float64)
+    ticket = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    scale = _clip(partial, norm, ticket, block, max_norm, parts, CLIP, PARTS)
+    steps = tl.load(step + ticket).to(tl.float64)
     # In float32, 1 - 0.999^1 would lose four of its seven digits.
-    correction1 = 1.0 - tl.exp(count * log_beta1)
-    correction2 = 1.0 - tl.exp(count * log_beta2)
+    correction1 = 1.0 - tl.exp(steps * log_beta1)
+    correction2 = 1.0 - tl.exp(steps * log_beta2)
     rate = (tl.load(lr + ticket).to(tl.float64) / correction1).to(tl.float32)
     root = tl.sqrt_rn(correction2.to(tl.float32))
 
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = block * BLOCK + tl.arange(0, BLOCK)
     exists = column < size
-    keep = _support(mask, ticket, column, prunable, size)
+    keep = _support(mask, count, ticket, column, prunable, size)
     entry = ticket * size + column
     g = tl.load(grad + entry, mask=keep, other=0.0) * scale
     m_old = tl.load(m + entry, mask=keep, other=0.0)
@@ -128,10 +149,12 @@ def _sgd_kernel(
     buffer,
     lr,
     mask,
+    count,
     partial,
     norm,
     size,
     prunable,
+    blocks,
     parts,
     max_norm,
     momentum,
@@ -140,13 +163,14 @@ def _sgd_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ticket = tl.program_id(0).to(tl.int64)
-    scale = _clip(partial, norm, ticket, max_norm, parts, CLIP, PARTS)
+    ticket = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    scale = _clip(partial, norm, ticket, block, max_norm, parts, CLIP, PARTS)
     rate = tl.load(lr + ticket).to(tl.float32)
 
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = block * BLOCK + tl.arange(0, BLOCK)
     exists = column < size
-    keep = _support(mask, ticket, column, prunable, size)
+    keep = _support(mask, count, ticket, column, prunable, size)
     entry = ticket * size + column
     g = tl.load(grad + entry, mask=keep, other=0.0) * scale
     old = tl.load(weight + entry, mask=keep, other=0.0)
@@ -156,14 +180,37 @@ def _sgd_kernel(
 
 
 @triton.jit
-def _masked_copy_kernel(target, source, mask, size, prunable, BLOCK: tl.constexpr):
-    """``target = source``, zero where the mask is False; 9 bytes an entry."""
-    ticket = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = _support(mask, ticket, column, prunable, size)
+def _copy_or_zero(target, source, entry, keep, exists):
+    value = tl.zeros(entry.shape, tl.float32)
+    if source is not None:
+        value = tl.load(source + entry, mask=keep, other=0.0)
+    tl.store(target + entry, value, mask=exists)
+
+
+@triton.jit
+def _rewind_kernel(
+    weight,
+    initial,
+    m,
+    v,
+    mask,
+    count,
+    initial_m,
+    initial_v,
+    size,
+    prunable,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    """Reads 5 bytes an entry, 13 with moments, and writes 12."""
+    ticket = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    exists = column < size
+    keep = _support(mask, count, ticket, column, prunable, size)
     entry = ticket * size + column
-    value = tl.load(source + entry, mask=keep, other=0.0)
-    tl.store(target + entry, value, mask=column < size)
+    _copy_or_zero(weight, initial, entry, keep, exists)
+    _copy_or_zero(m, initial_m, entry, keep, exists)
+    _copy_or_zero(v, initial_v, entry, keep, exists)
 
 
 def rewind_(
@@ -171,17 +218,31 @@ def rewind_(
     initial: Tensor,
     m: Tensor,
     v: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
+    check_dtype("weight on the Triton backend", weight, torch.float32)
     tickets, size = weight.shape
-    grid = (tickets, triton.cdiv(size, BLOCK))
-    for target, source in ((weight, initial), (m, initial_m), (v, initial_v)):
-        if source is None:
-            target.zero_()
-        elif target.numel():
-            _masked_copy_kernel[grid](target, source, mask, size, mask.shape[1], BLOCK=BLOCK)
+    blocks = triton.cdiv(size, BLOCK)
+    if weight.numel() == 0:
+        return
+    with torch.cuda.device_of(weight):
+        _rewind_kernel[(tickets * blocks,)](
+            weight,
+            initial,
+            m,
+            v,
+            mask,
+            count,
+            initial_m,
+            initial_v,
+            size,
+            _prunable(mask),
+            blocks,
+            BLOCK=BLOCK,
+        )
 
 
 def adam_(
@@ -191,43 +252,52 @@ def adam_(
     v: Tensor,
     step: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
     max_norm: float,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> Tensor:
+    check_dtype("weight on the Triton backend", weight, torch.float32)
     tickets, size = weight.shape
-    norm = weight.new_zeros(tickets)
-    partial = _partial_norms(weight, grad, mask, step)
-    if weight.numel() == 0:
+    blocks = triton.cdiv(size, BLOCK)
+    if norm_partials is not None or weight.numel() == 0:
         step += 1
-        return norm
-    parts = partial.shape[1]
-    _adam_kernel[(tickets, triton.cdiv(size, BLOCK))](
-        weight,
-        grad,
-        m,
-        v,
-        step,
-        lr,
-        mask,
-        partial,
-        norm,
-        size,
-        mask.shape[1],
-        parts,
-        max_norm,
-        _log(beta1),
-        beta2,
-        _log(beta2),
-        1.0 - beta1,
-        1.0 - beta2,
-        eps,
-        CLIP=math.isfinite(max_norm),
-        PARTS=triton.next_power_of_2(parts),
-        BLOCK=BLOCK,
-    )
+    if weight.numel() == 0:
+        return _norm_of_nothing(weight, norm_partials)
+    norm = weight.new_empty(tickets)
+    with torch.cuda.device_of(weight):
+        if norm_partials is None:
+            norm_partials = _partial_norms(grad, mask, count, step)
+        parts = norm_partials.shape[1]
+        _adam_kernel[(tickets * blocks,)](
+            weight,
+            grad,
+            m,
+            v,
+            step,
+            lr,
+            mask,
+            count,
+            norm_partials,
+            norm,
+            size,
+            _prunable(mask),
+            blocks,
+            parts,
+            max_norm,
+            _log(beta1),
+            beta2,
+            _log(beta2),
+            1.0 - beta1,
+            1.0 - beta2,
+            eps,
+            CLIP=math.isfinite(max_norm),
+            PARTS=triton.next_power_of_2(parts),
+            BLOCK=BLOCK,
+        )
     return norm
 
 
@@ -236,105 +306,130 @@ def sgd_(
     grad: Tensor,
     buffer: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
     max_norm: float,
     momentum: float,
     weight_decay: float,
 ) -> Tensor:
-    tickets, size = weight.shape
-    norm = weight.new_zeros(tickets)
-    partial = _partial_norms(weight, grad, mask, None)
-    if weight.numel() == 0:
-        return norm
-    parts = partial.shape[1]
-    _sgd_kernel[(tickets, triton.cdiv(size, BLOCK))](
-        weight,
-        grad,
-        buffer,
-        lr,
-        mask,
-        partial,
-        norm,
-        size,
-        mask.shape[1],
-        parts,
-        max_norm,
-        momentum,
-        weight_decay,
-        CLIP=math.isfinite(max_norm),
-        PARTS=triton.next_power_of_2(parts),
-        BLOCK=BLOCK,
-    )
-    return norm
-
-
-def _partial_norms(weight: Tensor, grad: Tensor, mask: Tensor, step: Tensor | None) -> Tensor:
-    """``[P, parts]`` sums of squares; also increments ``step`` if given."""
     check_dtype("weight on the Triton backend", weight, torch.float32)
     tickets, size = weight.shape
     blocks = triton.cdiv(size, BLOCK)
-    stretch = triton.cdiv(blocks, MAX_PARTIALS)
-    parts = triton.cdiv(blocks, max(stretch, 1))
-    partial = weight.new_empty(tickets, parts)
-    if weight.numel():
-        _norm_kernel[(tickets, parts)](
+    if weight.numel() == 0:
+        return _norm_of_nothing(weight, norm_partials)
+    norm = weight.new_empty(tickets)
+    with torch.cuda.device_of(weight):
+        if norm_partials is None:
+            norm_partials = _partial_norms(grad, mask, count, None)
+        parts = norm_partials.shape[1]
+        _sgd_kernel[(tickets * blocks,)](
+            weight,
             grad,
+            buffer,
+            lr,
             mask,
-            partial,
-            step,
+            count,
+            norm_partials,
+            norm,
             size,
-            mask.shape[1],
-            stretch,
-            HAS_STEP=step is not None,
+            _prunable(mask),
+            blocks,
+            parts,
+            max_norm,
+            momentum,
+            weight_decay,
+            CLIP=math.isfinite(max_norm),
+            PARTS=triton.next_power_of_2(parts),
             BLOCK=BLOCK,
         )
+    return norm
+
+
+def _partial_norms(
+    grad: Tensor, mask: Tensor | None, count: Tensor | None, step: Tensor | None
+) -> Tensor:
+    """``[P, parts]`` sums of squares; also increments ``step`` if given."""
+    tickets, size = grad.shape
+    blocks = triton.cdiv(size, BLOCK)
+    stretch = triton.cdiv(blocks, MAX_PARTIALS)
+    parts = triton.cdiv(blocks, stretch)
+    partial = grad.new_empty(tickets, parts)
+    _norm_kernel[(tickets * parts,)](
+        grad, mask, count, partial, step, size, _prunable(mask), parts, stretch, BLOCK=BLOCK
+    )
     return partial
+
+
+def _norm_of_nothing(weight: Tensor, norm_partials: Tensor | None) -> Tensor:
+    """Norm of rows without entries: zero, or what the partial sums say."""
+    if norm_partials is None:
+        return weight.new_zeros(weight.shape[0])
+    return norm_partials.sum(dim=1).sqrt()
+
+
+def _prunable(mask: Tensor | None) -> int:
+    return 0 if mask is None else mask.shape[1]
 
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-_NORM = {"grad": "*fp32:16", "mask": "*i1:16", "partial": "*fp32:16"}
 _SIZES = {"size": "i32", "prunable": "i32"}
-_CLIP = {"norm": "*fp32:16", **_SIZES, "parts": "i32", "max_norm": "fp32"}
-_ADAM_SCALARS = ("log_beta1", "beta2", "log_beta2", "rate1", "rate2", "eps")
-_ROWS = {"weight": "*fp32:16", "lr": "*fp32:16", **_NORM}
+_ROWS = dict.fromkeys(("weight", "grad", "lr", "partial", "norm"), "*fp32:16")
+_NUMBERS = {**_SIZES, "blocks": "i32", "parts": "i32", "max_norm": "fp32"}
+_MOMENTS = {"m": "*fp32:16", "v": "*fp32:16"}
+_ADAM = {
+    **_ROWS,
+    **_MOMENTS,
+    **_NUMBERS,
+    "step": "*i64:16",
+    **dict.fromkeys(("log_beta1", "beta2", "log_beta2", "rate1", "rate2", "eps"), "fp32"),
+}
+_SGD = {**_ROWS, **_NUMBERS, "buffer": "*fp32:16", "momentum": "fp32", "weight_decay": "fp32"}
+_NORM = {
+    **dict.fromkeys(("grad", "partial"), "*fp32:16"),
+    "step": "*i64:16",
+    **_SIZES,
+    "parts": "i32",
+    "stretch": "i32",
+}
+_REWIND = {"weight": "*fp32:16", "initial": "*fp32:16", **_MOMENTS, **_SIZES, "blocks": "i32"}
+_LATE = {"initial_m": "*fp32:16", "initial_v": "*fp32:16"}
 
-COMPILE_CASES = [
-    Case(
-        "norm",
-        _norm_kernel,
-        {**_NORM, "step": "*i64:16", **_SIZES, "stretch": "i32"},
-        {"HAS_STEP": True, "BLOCK": BLOCK},
-        {},
-    ),
-    Case(
-        "adam",
-        _adam_kernel,
-        {
-            **_ROWS,
-            **_CLIP,
-            "m": "*fp32:16",
-            "v": "*fp32:16",
-            "step": "*i64:16",
-            **dict.fromkeys(_ADAM_SCALARS, "fp32"),
-        },
-        {"CLIP": True, "PARTS": MAX_PARTIALS, "BLOCK": BLOCK},
-        {},
-    ),
-    Case(
-        "sgd",
-        _sgd_kernel,
-        {**_ROWS, **_CLIP, "buffer": "*fp32:16", "momentum": "fp32", "weight_decay": "fp32"},
-        {"CLIP": True, "PARTS": MAX_PARTIALS, "BLOCK": BLOCK},
-        {},
-    ),
-    Case(
-        "masked_copy",
-        _masked_copy_kernel,
-        {"target": "*fp32:16", "source": "*fp32:16", "mask": "*i1:16", **_SIZES},
-        {"BLOCK": BLOCK},
-        {},
-    ),
-]
+
+def _cases() -> list[Case]:
+    cases = []
+    # A mask, or the count of a packed row.
+    for form, present, absent in (
+        ("masked", {"mask": "*i1:16"}, {"count": None}),
+        ("packed", {"count": "*i64:16"}, {"mask": None}),
+    ):
+        block = {"BLOCK": BLOCK, **absent}
+        clipped = {"CLIP": True, "PARTS": MAX_PARTIALS, **block}
+        cases += [
+            Case(f"norm_{form}", _norm_kernel, _NORM | present, block, {}),
+            Case(f"adam_{form}", _adam_kernel, _ADAM | present, clipped, {}),
+            Case(f"sgd_{form}", _sgd_kernel, _SGD | present, clipped, {}),
+            Case(
+                f"rewind_{form}",
+                _rewind_kernel,
+                _REWIND | present,
+                block | dict.fromkeys(_LATE),
+                {},
+            ),
+        ]
+    stepless = {"BLOCK": BLOCK, "count": None, "step": None}
+    norm = {name: kind for name, kind in _NORM.items() if name != "step"}
+    late = {"mask": "*i1:16", **_LATE}
+    widest = {"CLIP": True, "PARTS": PARTIALS_LIMIT, "BLOCK": BLOCK, "mask": None}
+    cases += [
+        Case("norm_stepless", _norm_kernel, norm | {"mask": "*i1:16"}, stepless, {}),
+        Case("rewind_late", _rewind_kernel, _REWIND | late, {"BLOCK": BLOCK, "count": None}, {}),
+        Case("adam_partials", _adam_kernel, _ADAM | {"count": "*i64:16"}, widest, {}),
+    ]
+    return cases
+
+
+COMPILE_CASES = _cases()

@@ -8,15 +8,25 @@ from torch import Tensor
 __all__ = ["adam_", "rewind_", "sgd_"]
 
 
-def _support(mask: Tensor, width: int) -> Tensor:
-    """The mask ``[P, N]`` continued with True to ``[P, width]``."""
-    return torch.cat([mask, mask.new_ones(mask.shape[0], width - mask.shape[1])], dim=1)
+def _support(weight: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
+    """``[P, T]``: the mask continued with True, or the first ``count`` entries of each row."""
+    support = torch.ones_like(weight, dtype=torch.bool)
+    if mask is not None:
+        support[:, : mask.shape[1]] = mask
+    if count is not None:
+        support &= torch.arange(weight.shape[1], device=weight.device) < count[:, None]
+    return support
 
 
-def _clipped(grad: Tensor, support: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+def _clipped(
+    grad: Tensor, support: Tensor, norm_partials: Tensor | None, max_norm: float
+) -> tuple[Tensor, Tensor]:
     """Masked gradient scaled as `torch.nn.utils.clip_grad_norm_` does, and its norm before."""
     grad = torch.where(support, grad, 0)
-    norm = torch.linalg.vector_norm(grad, dim=1)
+    if norm_partials is None:
+        norm = torch.linalg.vector_norm(grad, dim=1)
+    else:
+        norm = norm_partials.sum(dim=1).sqrt()
     if max_norm == float("inf"):
         return grad, norm
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None], norm
@@ -27,11 +37,12 @@ def rewind_(
     initial: Tensor,
     m: Tensor,
     v: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
-    support = _support(mask, weight.shape[1])
+    support = _support(weight, mask, count)
     for target, source in ((weight, initial), (m, initial_m), (v, initial_v)):
         target.zero_() if source is None else target.copy_(torch.where(support, source, 0))
 
@@ -43,14 +54,16 @@ def adam_(
     v: Tensor,
     step: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
     max_norm: float,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> Tensor:
-    support = _support(mask, weight.shape[1])
-    grad, norm = _clipped(grad, support, max_norm)
+    support = _support(weight, mask, count)
+    grad, norm = _clipped(grad, support, norm_partials, max_norm)
     step += 1
     new_m = m.lerp(grad, 1 - beta1)
     new_v = beta2 * v + (1 - beta2) * grad * grad
@@ -68,13 +81,15 @@ def sgd_(
     grad: Tensor,
     buffer: Tensor,
     lr: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
     max_norm: float,
     momentum: float,
     weight_decay: float,
 ) -> Tensor:
-    support = _support(mask, weight.shape[1])
-    grad, norm = _clipped(grad, support, max_norm)
+    support = _support(weight, mask, count)
+    grad, norm = _clipped(grad, support, norm_partials, max_norm)
     new_buffer = momentum * buffer + grad + weight_decay * weight
     new_weight = weight - lr.to(weight.dtype)[:, None] * new_buffer
     for target, new in ((weight, new_weight), (buffer, new_buffer)):

@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.threads import follow_torch, launch
-from sparse_tickets.kernels.update import adam_, rewind_, sgd_
+from sparse_tickets.kernels.update import adam_, cost, rewind_, sgd_
 
 BACKENDS = ["reference", "cpu", "triton"]
 SHAPES = [(3, 37, 23), (1, 1, 1), (2, 1500, 1100), (4, 8, 0), (2, 5, 5), (0, 7, 3), (3, 0, 0)]
+
+
+@pytest.fixture
+def poisoned():
+    """What is allocated and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def population(tickets, size, prunable, dtype=torch.float32, density=0.5, seed=0):
@@ -188,6 +196,125 @@ def test_triton_norm_of_a_row_with_several_blocks_per_partial_sum(monkeypatch):
     close(rows["weight"], exact["weight"])
 
 
+def packed(counts, size, seed=0):
+    """Packed rows of these lengths, zero in the padding, and the same rows under a mask."""
+    count = torch.tensor(counts, dtype=torch.int64)
+    rows = population(len(counts), size, size, seed=seed)
+    rows["mask"] = torch.arange(size) < count[:, None]
+    for name in ("weight", "m", "v"):
+        rows[name] = torch.rand(len(counts), size).masked_fill(~rows["mask"], 0)
+    return rows, count
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(
+    counts=st.lists(st.integers(0, 1100), max_size=3),
+    size=st.sampled_from([0, 1, 37, 1024, 1100]),
+    dirty=st.booleans(),
+)
+def test_packed_rows_are_masked_rows(backend, kind, counts, size, dirty):
+    counts = [min(count, size) for count in counts]
+    rows, count = packed(counts, size)
+    masked = {name: row.clone() for name, row in rows.items()}
+    grad = gradient(rows)
+    if dirty:
+        for name in ("weight", "m", "v"):
+            rows[name][~rows["mask"]] = float("nan")
+    if kind == "adam":
+        norm = on(backend, adam_, grad=grad, **rows | {"mask": None}, count=count)
+        expected = on(backend, adam_, grad=grad, **masked)
+    else:
+        names = ("weight", "lr", "mask", "momentum_buffer")
+        rows["momentum_buffer"], masked["momentum_buffer"] = rows["m"], masked["m"]
+        some = {name: rows[name] for name in names} | {"mask": None}
+        norm = on(backend, sgd_, grad=grad, **some, count=count)
+        expected = on(backend, sgd_, grad=grad, **{name: masked[name] for name in names})
+    close(norm, expected)
+    for name in ("weight", "m") + (("v",) if kind == "adam" else ()):
+        close(rows[name], masked[name])
+        assert (rows[name][~masked["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [0, 1, 1030])
+def test_no_mask_counts_every_entry(backend, size):
+    rows, _ = packed([size, size], size)
+    masked = {name: row.clone() for name, row in rows.items()}
+    grad = torch.randn(2, size)
+    norm = on(backend, adam_, grad=grad, **rows | {"mask": None})
+    close(norm, on(backend, adam_, grad=grad, **masked))
+    close(rows["weight"], masked["weight"])
+    initial, source = torch.rand(2, size), torch.rand(2, size)
+    m, v = torch.full((2, 2, size), float("nan"))
+    rewound = {"weight": rows["weight"], "initial": initial, "m": m, "v": v, "mask": None}
+    on(backend, rewind_, **rewound, initial_v=source)
+    assert torch.equal(rows["weight"], initial)
+    assert torch.equal(v, source)
+    assert not m.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_outside_the_row_are_cut_to_it(backend):
+    rows, _ = packed([20, 0], 20)
+    masked = {name: row.clone() for name, row in rows.items()}
+    grad = torch.randn(2, 20)
+    on(backend, adam_, grad=grad, **rows | {"mask": None}, count=torch.tensor([25, -3]))
+    on(backend, adam_, grad=grad, **masked)
+    close(rows["weight"], masked["weight"])
+    assert not rows["weight"][1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rewind_by_count(backend):
+    initial = torch.rand(3, 1500)
+    weight, m, v = torch.full((3, 3, 1500), float("nan"))
+    arguments = {"weight": weight, "initial": initial, "m": m, "v": v, "mask": None}
+    on(backend, rewind_, **arguments, count=torch.tensor([0, 7, 1500]), initial_m=initial)
+    for row, count in enumerate((0, 7, 1500)):
+        for actual in (weight, m):
+            assert torch.equal(actual[row, :count], initial[row, :count])
+            assert not actual[row, count:].any()
+    assert not v.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parts", [1, 3, 8192])
+@pytest.mark.parametrize("size", [0, 40])
+def test_norm_partials_replace_the_norm(backend, parts, size):
+    rows = population(2, size, size // 2)
+    exact = {name: row.clone() for name, row in rows.items()}
+    grad = gradient(rows)
+    partials = torch.rand(2, parts) / parts
+    given_partials = partials.clone()
+    norm = on(backend, adam_, grad=grad, norm_partials=partials, **rows)
+    close(norm, partials.double().sum(1).sqrt())
+    assert torch.equal(partials, given_partials)
+    # The same step with a norm of one's own: clip by hand, and not again.
+    scale = (0.5 / (norm + 1e-6)).clamp(max=1.0)[:, None]
+    on("reference", adam_, grad=grad * scale, max_norm=None, **exact)
+    assert torch.equal(rows["step"], exact["step"])
+    for name in ("weight", "m", "v"):
+        close(rows[name], exact[name])
+
+    weight, buffer = rows["weight"], torch.zeros(2, size)
+    other, other_buffer = weight.clone(), buffer.clone()
+    some = {"lr": rows["lr"], "mask": rows["mask"]}
+    sgd = {"weight": weight, "momentum_buffer": buffer, "norm_partials": partials, **some}
+    close(on(backend, sgd_, grad=grad, **sgd), norm)
+    sgd = {"weight": other, "momentum_buffer": other_buffer, "max_norm": None, **some}
+    on("reference", sgd_, grad=grad * scale, **sgd)
+    close(weight, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_norm_is_written(backend, poisoned):
+    for shape in ((3, 40, 20), (2, 0, 0), (0, 4, 4)):
+        rows = population(*shape)
+        assert on(backend, adam_, grad=gradient(rows), **rows).isfinite().all()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_ticket_does_not_depend_on_its_company(backend):
     together = population(5, 1300, 1234)
@@ -253,7 +380,8 @@ def test_rewind(backend, late, shape):
     data=st.data(),
     density=st.sampled_from([0.0, 0.1, 1.0]),
 )
-def test_adam_on_any_shape(tickets, size, data, density):
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_adam_on_any_shape(backend, tickets, size, data, density):
     prunable = data.draw(st.integers(0, size))
     rows = population(tickets, size, prunable, density=density)
     exact = {name: row.clone() for name, row in rows.items()}
@@ -261,7 +389,7 @@ def test_adam_on_any_shape(tickets, size, data, density):
         exact[name] = exact[name].double()
     grad = gradient(rows)
     expected = on("reference", adam_, grad=grad.double(), **exact)
-    close(adam_(grad=grad, **rows), expected)
+    close(on(backend, adam_, grad=grad, **rows), expected)
     for name in ("weight", "m", "v"):
         close(rows[name], exact[name])
 
@@ -295,6 +423,25 @@ def test_inputs_may_be_strided_and_parameters_may_require_grad():
         ({"beta2": 1.0}, ValueError, r"beta2 must be in \[0, 1\), got 1.0"),
         ({"eps": -1.0}, ValueError, "eps must be >= 0"),
         ({"weight": torch.zeros(12)}, ValueError, r"weight must have shape \[P, T\]"),
+        ({"weight": torch.zeros(2, 6).half()}, TypeError, "weight must be float32 or float64"),
+        ({"m": torch.zeros(2, 6, device="meta")}, ValueError, "m must be on cpu, got meta"),
+        ({"grad": torch.zeros(2, 6, device="meta")}, ValueError, "grad must be on cpu"),
+        ({"mask": torch.ones(2, 4, device="meta").bool()}, ValueError, "mask must be on cpu"),
+        ({"lr": torch.zeros(2, device="meta")}, ValueError, "lr must be on cpu, got meta"),
+        ({"v": torch.zeros(2, 1).expand(2, 6)}, ValueError, "v must be contiguous"),
+        ({"step": torch.zeros((), dtype=torch.int64).expand(2)}, ValueError, "step must be contig"),
+        ({"count": torch.tensor([1, 2])}, ValueError, "count must be None where a mask is given"),
+        ({"mask": None, "count": torch.ones(2)}, TypeError, "count must be int64"),
+        ({"mask": None, "count": torch.tensor([1])}, ValueError, r"count must have shape \(2,\)"),
+        (
+            {"norm_partials": torch.ones(2)},
+            ValueError,
+            r"norm_partials must have shape \[2, parts\]",
+        ),
+        ({"norm_partials": torch.ones(2, 0)}, ValueError, r"norm_partials must have shape \[2, p"),
+        ({"norm_partials": torch.ones(3, 1)}, ValueError, r"norm_partials must have shape \[2, p"),
+        ({"norm_partials": torch.ones(2, 8193)}, ValueError, r"parts in \[1, 8192\]"),
+        ({"norm_partials": torch.ones(2, 1).double()}, TypeError, "norm_partials must be float32"),
     ],
 )
 def test_adam_refuses(change, error, message):
@@ -302,6 +449,61 @@ def test_adam_refuses(change, error, message):
     rows["grad"] = torch.zeros(2, 6)
     with pytest.raises(error, match=message):
         adam_(**(rows | change))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_that_share_memory_are_refused(backend):
+    rows = population(2, 6, 4)
+    names = ("weight", "m", "v", "mask")
+    initial = torch.zeros(2, 6)
+    overlapping = torch.zeros(20)
+    shifted = {"weight": overlapping[:12].view(2, 6), "m": overlapping[6:18].view(2, 6)}
+    for change in (
+        {"m": rows["weight"]},
+        {"v": rows["m"]},
+        {"v": rows["m"].view(-1).view(2, 6)},
+        shifted,
+    ):
+        with use_backend(backend), pytest.raises(ValueError, match="must not share memory with"):
+            adam_(grad=initial, **(rows | change))
+        some = {name: rows[name] for name in names} | change
+        with use_backend(backend), pytest.raises(ValueError, match="must not share memory with"):
+            rewind_(initial=initial, **some)
+    for change in ({"grad": rows["weight"]}, {"grad": rows["v"]}):
+        with use_backend(backend), pytest.raises(ValueError, match="must not share memory with"):
+            adam_(**(rows | change))
+    sgd = {"weight": rows["weight"], "lr": rows["lr"], "mask": rows["mask"], "grad": initial}
+    with use_backend(backend), pytest.raises(ValueError, match="must not share memory with"):
+        sgd_(momentum_buffer=rows["weight"], **sgd)
+    some = {name: rows[name] for name in names}
+    for change in ({"initial": rows["m"]}, {"initial_m": rows["weight"]}):
+        sources = {"initial": initial} | change
+        with use_backend(backend), pytest.raises(ValueError, match="must not share memory with"):
+            rewind_(**sources, **some)
+    for name in names:
+        assert not rows[name].isnan().any()
+
+
+def test_a_row_may_be_rewound_to_itself():
+    for backend in BACKENDS:
+        rows = population(2, 6, 4)
+        weight = rows["weight"].normal_()
+        expected = weight.clone()
+        expected[:, :4][~rows["mask"]] = 0
+        some = {name: rows[name] for name in ("m", "v", "mask")}
+        with use_backend(backend):
+            rewind_(weight, weight, initial_m=rows["m"], **some)
+        assert torch.equal(weight, expected)
+
+
+def test_cost():
+    # Two rows of 10 entries, 6 of them under the mask.
+    assert cost.adam(2, 10, 6) == (2 * 10 * 16, 2 * (10 * (16 + 12) + 6))
+    assert cost.adam(2, 10, partials=True) == (2 * 10 * 14, 2 * 10 * 28)
+    assert cost.sgd(2, 10, 6) == (2 * 10 * 9, 2 * (10 * (12 + 8) + 6))
+    assert cost.sgd(2, 10, partials=True, itemsize=8) == (2 * 10 * 7, 2 * 10 * 40)
+    assert cost.rewind(2, 10, 6) == (0, 2 * (10 * (4 + 12) + 6))
+    assert cost.rewind(2, 10, moments=True) == (0, 2 * 10 * (12 + 12))
 
 
 def test_triton_takes_float32_only():
@@ -319,12 +521,13 @@ def test_registration(backend):
         rows[name].to(device) for name in ("weight", "m", "v", "mask", "step", "lr")
     )
     grad = torch.ones_like(weight)
-    adam_arguments = (weight, grad, m, v, step, lr, mask, 0.5, 0.9, 0.999, 1e-5)
+    rows, partials = (weight, grad, m, v, step, lr), torch.ones_like(weight)
     with use_backend(backend):
-        torch.library.opcheck(ops.adam_.default, adam_arguments)
-        torch.library.opcheck(ops.sgd_.default, (weight, grad, m, lr, mask, 0.5, 0.9, 0.0))
-        torch.library.opcheck(ops.rewind_.default, (weight, grad, m, v, mask, None, None))
-        torch.library.opcheck(ops.rewind_.default, (weight, grad, m, v, mask, grad, grad))
+        for optional in ((mask, None, None), (None, step, None), (None, None, partials)):
+            torch.library.opcheck(ops.adam_.default, (*rows, *optional, 0.5, 0.9, 0.999, 1e-5))
+            torch.library.opcheck(ops.sgd_.default, (weight, grad, m, lr, *optional, 0.5, 0.9, 0.0))
+        for optional in ((mask, None, None, None), (None, step, grad, grad)):
+            torch.library.opcheck(ops.rewind_.default, (weight, grad, m, v, *optional))
 
 
 def test_launches_from_several_threads_and_any_torch_thread_count():
