@@ -22,9 +22,17 @@ from sparse_tickets.kernels.mlp.cpu import (
     gather,
 )
 from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, over_tickets
-from sparse_tickets.kernels.mlp.packing import open_scratch, pack, read_row, turn_values, write_row
+from sparse_tickets.kernels.mlp.packing import (
+    open_scratch,
+    pack,
+    read_row,
+    turn,
+    turn_values,
+    write_row,
+)
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.random.cpu import fill_words
+from sparse_tickets.kernels.threads import claim, finish
 from sparse_tickets.kernels.update.cpu import adam_row
 from sparse_tickets.kernels.vector import (
     LANES,
@@ -155,8 +163,7 @@ def _update(
     layout,
     floats,
     integers,
-    first,
-    last,
+    progress,
     parameters,
     data,
     dataset,
@@ -169,20 +176,22 @@ def _update(
     weights, masks, ms, vs, steps = parameters
     packed = open_scratch(layout, floats, integers)
     index = np.empty(constants.batch, np.int64)
-    for ticket in range(first, last):
+    ticket = claim(progress)
+    while ticket < len(masks):
         mask = masks[ticket]
         obs, target = data[0][dataset[ticket]], data[1][dataset[ticket]]
-        count = pack(layout, packed, mask)
-        read_row(packed, count, mask, weights[ticket], packed.weight)
-        read_row(packed, count, mask, ms[ticket], packed.m)
-        read_row(packed, count, mask, vs[ticket], packed.v)
+        count = pack(layout, packed, mask, True)
+        turn(layout, packed, False)
+        read_row(layout, packed, mask, weights[ticket], packed.weight)
+        read_row(layout, packed, mask, ms[ticket], packed.m)
+        read_row(layout, packed, mask, vs[ticket], packed.v)
         loss = 0.0
         for update in range(first_update, first_update + constants.updates):
             fill_words(index, key[ticket], _STREAM, update)
             for i in range(index.size):
                 index[i] = (index[i] * obs.shape[0]) >> 32
             clear_gradient(layout, packed, count)
-            turn_values(layout, packed)
+            turn_values(layout, packed, False)
             loss += _minibatch(layout, packed, index, obs, target)
             collect_gradient(layout, packed, mask)
             steps[ticket] += 1
@@ -200,9 +209,11 @@ def _update(
                 constants.eps,
             )
         losses[ticket] = loss / constants.updates
-        write_row(packed, count, mask, packed.weight, weights[ticket])
-        write_row(packed, count, mask, packed.m, ms[ticket])
-        write_row(packed, count, mask, packed.v, vs[ticket])
+        write_row(layout, packed, mask, packed.weight, weights[ticket])
+        write_row(layout, packed, mask, packed.m, ms[ticket])
+        write_row(layout, packed, mask, packed.v, vs[ticket])
+        finish(progress)
+        ticket = claim(progress)
 
 
 def clone_update_(

@@ -32,9 +32,11 @@ from sparse_tickets.kernels.mlp.layout import (
 )
 from sparse_tickets.kernels.mlp.packing import (
     build_rows,
+    inputs,
     open_scratch,
     pack,
     read_row,
+    turn,
     turn_values,
     write_row,
 )
@@ -44,6 +46,7 @@ from sparse_tickets.kernels.mlp.products import (
     sparse_gradient,
     sparse_product,
 )
+from sparse_tickets.kernels.threads import claim, finish
 from sparse_tickets.kernels.vector import (
     LANES,
     fma,
@@ -73,27 +76,29 @@ FIRST = np.int64(0)
 
 
 @njit(cache=True)
-def _activate(space, y, rows, width, relu):
-    for r in range(y, y + rows * PANEL, PANEL):
+def _activate(space, y, rows, count, width, relu):
+    for k in range(count):
+        row = y + rows[k] * PANEL
         if relu:
-            for c in range(r, r + width, LANES):
+            for c in range(row, row + width, LANES):
                 store(space, c, maximum(load(space, c), splat(_ZERO)))
         else:
-            for c in range(r, r + width, LANES):
+            for c in range(row, row + width, LANES):
                 store(space, c, tanh(load(space, c)))
 
 
 @njit(cache=True)
-def _deactivate(space, delta, y, rows, width, relu):
+def _deactivate(space, delta, y, rows, count, width, relu):
     """Multiply the gradient by the activation's derivative, which its output ``y`` tells."""
-    for r in range(0, rows * PANEL, PANEL):
+    for k in range(count):
+        row = rows[k] * PANEL
         if relu:
-            for c in range(r, r + width):
+            for c in range(row, row + width):
                 # Read first: a conditional load would be a branch per element.
                 gradient = space[delta + c]
                 space[delta + c] = gradient if space[y + c] > _ZERO else _ZERO
         else:
-            for c in range(r, r + width, LANES):
+            for c in range(row, row + width, LANES):
                 value, gradient = load(space, y + c), load(space, delta + c)
                 store(space, delta + c, fma(splat(_ZERO) - gradient * value, value, gradient))
 
@@ -117,15 +122,18 @@ def forward(layout, packed, first, last, width):
         out, inp, x, y = layers[layer, OUT], layers[layer, IN], layers[layer, X], layers[layer, Y]
         begin, bias = places(layout, packed, layer)
         weight = packed.weight
+        rows, live = packed.rows[layers[layer, ROWS] :], packed.live[layer]
         if layers[layer, SPARSE]:
-            rows = packed.row_begin[layers[layer, ROWS] :]
-            sparse_product(weight, packed.column, rows, out, space, x, y, width, weight, bias)
+            row_begin = packed.row_begin[layers[layer, ROWS] :]
+            sparse_product(
+                weight, packed.column, row_begin, rows, live, space, x, y, width, weight, bias
+            )
         else:
             product(
                 weight, begin, inp, _UNIT, space, x, PANEL, y, PANEL, out, inp, width, weight, bias
             )
         if layers[layer, HIDDEN]:
-            _activate(space, y, out, width, layout.relu)
+            _activate(space, y, rows, live, width, layout.relu)
 
 
 @njit(cache=True)
@@ -140,14 +148,27 @@ def backward(layout, packed, first, last, columns, width, to_input):
     for layer in range(last - 1, first - 1, -1):
         out, inp, x = layers[layer, OUT], layers[layer, IN], layers[layer, X]
         begin, bias = places(layout, packed, layer)
-        for o in range(out):
-            total = load(space, here + o * PANEL)
+        rows, live = packed.rows[layers[layer, ROWS] :], packed.live[layer]
+        for k in range(live):
+            row = here + rows[k] * PANEL
+            total = load(space, row)
             for c in range(LANES, width, LANES):
-                total = total + load(space, here + o * PANEL + c)
-            grad[bias + o] += sum_lanes(total)
+                total = total + load(space, row + c)
+            grad[bias + rows[k]] += sum_lanes(total)
         if layers[layer, SPARSE]:
-            rows = packed.row_begin[layers[layer, ROWS] :]
-            sparse_gradient(grad, packed.column, rows, out, space, here, x, width, layout.turned)
+            row_begin = packed.row_begin[layers[layer, ROWS] :]
+            sparse_gradient(
+                grad,
+                packed.column,
+                row_begin,
+                rows,
+                live,
+                space,
+                here,
+                x,
+                width,
+                layout.turned,
+            )
         else:
             stride, sums, turned = layers[layer, STRIDE], layers[layer, SUMS], layout.turned
             for i in range(0, inp, LANES):
@@ -173,11 +194,20 @@ def backward(layout, packed, first, last, columns, width, to_input):
             )
         if layer > first or to_input:
             zeros = layout.zeros
+            wanted, number = inputs(layout, packed, layer)
             if layers[layer, SPARSE]:
-                values, rows = packed.turned, packed.turned_row
-                columns_begin = packed.column_begin[layers[layer, COLUMNS] :]
                 sparse_product(
-                    values, rows, columns_begin, inp, space, here, there, width, space, zeros
+                    packed.turned,
+                    packed.turned_row,
+                    packed.column_begin[layers[layer, COLUMNS] :],
+                    wanted,
+                    number,
+                    space,
+                    here,
+                    there,
+                    width,
+                    space,
+                    zeros,
                 )
             else:
                 product(
@@ -197,7 +227,7 @@ def backward(layout, packed, first, last, columns, width, to_input):
                     zeros,
                 )
             if layer > first:
-                _deactivate(space, there, x, inp, width, layout.relu)
+                _deactivate(space, there, x, wanted, number, width, layout.relu)
             here, there = there, here
     return here
 
@@ -268,28 +298,33 @@ def _write_panel(space, panel, target, begin, columns):
 
 
 @njit(cache=True, nogil=True)
-def _forward(layout, floats, integers, first, last, x, weight, mask, y):
+def _forward(layout, floats, integers, progress, x, weight, mask, y):
     depth = layout.layers.shape[0]
     packed = open_scratch(layout, floats, integers)
-    for ticket in range(first, last):
-        count = pack(layout, packed, mask[ticket])
-        read_row(packed, count, mask[ticket], weight[ticket], packed.weight)
+    ticket = claim(progress)
+    while ticket < x.shape[0]:
+        pack(layout, packed, mask[ticket], False)
+        read_row(layout, packed, mask[ticket], weight[ticket], packed.weight)
         for begin in range(0, x.shape[1], PANEL):
             columns = min(PANEL, x.shape[1] - begin)
             width = (columns + LANES - 1) // LANES * LANES
             _read_panel(packed.space, layout.x, x[ticket], begin, columns, width)
             forward(layout, packed, FIRST, depth, width)
             _write_panel(packed.space, layout.layers[depth - 1, Y], y[ticket], begin, columns)
+        finish(progress)
+        ticket = claim(progress)
 
 
 @njit(cache=True, nogil=True)
-def _backward(layout, floats, integers, first, last, x, weight, mask, dy, to_input, dx, dweight):
+def _backward(layout, floats, integers, progress, x, weight, mask, dy, to_input, dx, dweight):
     depth = layout.layers.shape[0]
     packed = open_scratch(layout, floats, integers)
-    for ticket in range(first, last):
-        count = pack(layout, packed, mask[ticket])
-        read_row(packed, count, mask[ticket], weight[ticket], packed.weight)
-        turn_values(layout, packed)
+    ticket = claim(progress)
+    while ticket < x.shape[0]:
+        count = pack(layout, packed, mask[ticket], False)
+        turn(layout, packed, to_input)
+        read_row(layout, packed, mask[ticket], weight[ticket], packed.weight)
+        turn_values(layout, packed, to_input)
         clear_gradient(layout, packed, count)
         for begin in range(0, x.shape[1], PANEL):
             columns = min(PANEL, x.shape[1] - begin)
@@ -301,8 +336,10 @@ def _backward(layout, floats, integers, first, last, x, weight, mask, dy, to_inp
             if to_input:
                 _write_panel(packed.space, panel, dx[ticket], begin, columns)
         collect_gradient(layout, packed, mask[ticket])
-        dweight[ticket] = _ZERO
-        write_row(packed, count, mask[ticket], packed.grad, dweight[ticket])
+        dweight[ticket, mask.shape[1] :] = _ZERO
+        write_row(layout, packed, mask[ticket], packed.grad, dweight[ticket])
+        finish(progress)
+        ticket = claim(progress)
 
 
 def _arguments(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None, density: float):

@@ -1,10 +1,10 @@
 """How the fused CPU kernels lay out networks: formats, per-thread scratch, packed tickets.
 
 A ticket enters a kernel as a masked row of the arena and is *packed*: only the weights on the mask
-remain, in compressed rows (and by column, for the input gradient), followed by the biases and
-`log_std`. Weights, gradient and both moments share that order, so the optimiser is one pass over
-what exists. Two formats, by `is_sparse`; a wide dense layer stays a full matrix and its gradient is
-masked.
+remain, in compressed rows (and by column, for the input gradient), the output layer's first,
+followed by the biases and `log_std`. Weights, gradient and both moments share that order, so the
+optimiser is one pass over what exists. Two formats, by `is_sparse`; a wide dense layer stays a full
+matrix and its gradient is masked.
 
 Activations are panels ``[features][PANEL]``: eight registers of batch per feature, so that a sparse
 row streams eight independent chains of fused multiply-adds per nonzero.
@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_tickets.kernels import threads
 from sparse_tickets.kernels.arena import Net
-from sparse_tickets.kernels.threads import count_threads
+from sparse_tickets.kernels.threads import count_threads, share
 from sparse_tickets.kernels.vector import LANES
 
 __all__ = [
@@ -54,7 +53,8 @@ class Layout(NamedTuple):
         log_std: offset in the arena's row.
         actions: number of `log_std` entries.
         parameters: room for one packed row.
-        pointers: room for all row pointers, and for all column pointers.
+        pointers: room for all row pointers, for all column pointers, and for all lists of rows.
+        widest: the most features between two layers.
         x: panel of observations.
         delta: panel of output gradients; the backward pass alternates it with `other`.
         other: see `delta`.
@@ -71,6 +71,7 @@ class Layout(NamedTuple):
     actions: int
     parameters: int
     pointers: int
+    widest: int
     x: int
     delta: int
     other: int
@@ -153,8 +154,7 @@ def lay_out(
             parameters += out * (inp + 1)
             pointers += max(out, inp) + 1
     actions = 0 if log_std is None else nets[0].sizes[-1]
-    # One more than fits: `build_rows` writes a place before it knows whether it is kept.
-    parameters = _ceil(parameters + actions + LANES, LANES)
+    parameters = _ceil(parameters + actions, LANES)
     return Layout(
         layers=np.array(rows, dtype=np.int64),
         actor_layers=nets[0].depth,
@@ -163,6 +163,7 @@ def lay_out(
         actions=actions,
         parameters=parameters,
         pointers=_ceil(pointers, LANES),
+        widest=widest,
         x=observation,
         delta=delta,
         other=other,
@@ -184,22 +185,24 @@ def _aligned(rows: int, length: int, dtype: type) -> np.ndarray:
 def allocate(layout: Layout, threads: int) -> tuple[np.ndarray, np.ndarray]:
     """Uninitialised scratch of every thread: float32 and int32 rows for `open_scratch`."""
     floats = 5 * layout.parameters + layout.space
-    integers = 5 * layout.parameters + 2 * layout.pointers + 2 * len(layout.layers) + 1
+    integers = 4 * layout.parameters + 3 * layout.pointers + layout.widest
+    integers += 3 * len(layout.layers) + 1
     return _aligned(threads, floats, np.float32), _aligned(threads, integers, np.int32)
 
 
 def over_tickets(kernel: Callable, layout: Layout, tickets: int, *arguments: object) -> None:
-    """Call ``kernel(layout, floats, integers, begin, end, *arguments)`` on slices of the tickets.
+    """Call ``kernel(layout, floats, integers, progress, *arguments)`` on several threads.
 
     Args:
-        kernel: a Numba function compiled with ``nogil=True``.
+        kernel: a Numba function compiled with ``nogil=True``, which takes tickets until none is
+            left: see `threads.share`.
         layout: see `Layout`.
-        tickets: P; the slices ``[begin, end)`` partition them.
+        tickets: P.
         *arguments: passed on.
     """
     floats, integers = allocate(layout, count_threads(tickets))
 
-    def work(thread: int, begin: int, end: int) -> None:
-        kernel(layout, floats[thread], integers[thread], begin, end, *arguments)
+    def work(thread: int, progress: np.ndarray) -> None:
+        kernel(layout, floats[thread], integers[thread], progress, *arguments)
 
-    threads.over_tickets(tickets, work)
+    share(tickets, work)

@@ -1,4 +1,10 @@
-"""A ticket packed on its support: index the mask, gather an arena row, scatter it back."""
+"""A ticket packed on its support: index the mask, gather an arena row, scatter it back.
+
+A hidden unit none of whose outputs is left cannot reach the network's output: it is *dead*, its
+activation is read by nobody and its gradient is zero. `pack` finds out from the output down, for
+one OR per row, and the products run over the rows that live. In the mask of a 4-64-64-2 policy,
+pruned at random, 36% of the last hidden layer lives at 80% and 10% at 95%.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,24 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from sparse_tickets.kernels.mlp.layout import BIAS, COLUMNS, IN, OUT, ROWS, SPARSE, WEIGHT
+from sparse_tickets.kernels.mlp.bits import WORD, mask_word, trailing_zeros
+from sparse_tickets.kernels.mlp.layout import BIAS, COLUMNS, HIDDEN, IN, OUT, ROWS, SPARSE, WEIGHT
 
-__all__ = ["Packed", "build_rows", "open_scratch", "pack", "read_row", "turn_values", "write_row"]
+__all__ = [
+    "Packed",
+    "build_rows",
+    "inputs",
+    "open_scratch",
+    "pack",
+    "read_row",
+    "turn",
+    "turn_values",
+    "write_row",
+]
+
+_ZERO = np.float32(0.0)
+_NONE = np.uint64(0)
+_ONE = np.uint64(1)
 
 
 class Packed(NamedTuple):
@@ -19,11 +40,16 @@ class Packed(NamedTuple):
         weight, grad, m, v: ``[parameters]`` float32, in packed order.
         turned: sparse weights in column order.
         space: float32 scratch addressed by `Layout`.
-        position: place in the arena's row of each packed entry.
-        column, row: of each sparse weight.
+        position: place in the arena's row of each sparse weight.
+        column: of each sparse weight.
         turned_row, turned_from: row and packed place of each sparse weight in column order.
-        row_begin, column_begin: pointers of every sparse layer, absolute in packed order.
+        row_begin: first entry of each listed row of every sparse layer, absolute in packed order.
+        column_begin: the same for the columns, of the `inputs`, in column order.
+        rows: of every layer, the rows that live, ascending.
+        every: 0, 1, ... up to the widest layer: a list of all rows.
+        live: ``[L]`` how many rows of each layer live.
         begin: ``[2L + 1]``: first packed entry of each weight, each bias, and `log_std`.
+        used: a bit per input of the layer at hand.
     """
 
     weight: np.ndarray
@@ -34,18 +60,26 @@ class Packed(NamedTuple):
     space: np.ndarray
     position: np.ndarray
     column: np.ndarray
-    row: np.ndarray
     turned_row: np.ndarray
     turned_from: np.ndarray
     row_begin: np.ndarray
     column_begin: np.ndarray
+    rows: np.ndarray
+    every: np.ndarray
+    live: np.ndarray
     begin: np.ndarray
+    used: np.ndarray
 
 
 @njit(cache=True)
 def open_scratch(layout, floats, integers):
     """Name the parts of one thread's scratch."""
-    n, pointers = layout.parameters, layout.pointers
+    n, pointers, depth = layout.parameters, layout.pointers, layout.layers.shape[0]
+    lists = integers[4 * n :]
+    counts = lists[3 * pointers + layout.widest :]
+    every = lists[3 * pointers : 3 * pointers + layout.widest]
+    for i in range(layout.widest):
+        every[i] = i
     return Packed(
         floats[0:n],
         floats[n : 2 * n],
@@ -57,11 +91,29 @@ def open_scratch(layout, floats, integers):
         integers[n : 2 * n],
         integers[2 * n : 3 * n],
         integers[3 * n : 4 * n],
-        integers[4 * n : 5 * n],
-        integers[5 * n : 5 * n + pointers],
-        integers[5 * n + pointers : 5 * n + 2 * pointers],
-        integers[5 * n + 2 * pointers :],
+        lists[0:pointers],
+        lists[pointers : 2 * pointers],
+        lists[2 * pointers : 3 * pointers],
+        every,
+        counts[0:depth],
+        counts[depth : 3 * depth + 1],
+        np.empty((layout.widest + WORD - 1) // WORD, np.uint64),
     )
+
+
+@njit(cache=True)
+def _index_row(mask_row, offset, inp, columns, positions, count, used):
+    """Append the nonzeros of one row; adds their columns to the bits of ``used``."""
+    for begin in range(0, inp, WORD):
+        word = mask_word(mask_row, offset + begin, min(WORD, inp - begin))
+        used[begin // WORD] |= word
+        while word != _NONE:
+            column = begin + trailing_zeros(word)
+            columns[count] = column
+            positions[count] = offset + column
+            count += 1
+            word &= word - _ONE
+    return count
 
 
 @njit(cache=True)
@@ -74,108 +126,204 @@ def build_rows(mask_row, offset, out, inp, row_pointer, columns, positions, nnz0
         out: rows.
         inp: columns.
         row_pointer: ``[out + 1]`` ints, written: row o is nonzeros ``pointer[o] ... pointer[o+1]``.
-        columns: ints, written from ``nnz0``: the input feature of each nonzero; one entry longer
-            than the nonzeros, because a place is written before it is known to be kept.
+        columns: ints, written from ``nnz0``: the input feature of each nonzero.
         positions: as ``columns``: where in the ticket's row each nonzero lies.
         nnz0: nonzeros already there.
     """
-    whole = offset >= mask_row.shape[0]
-    count = nnz0
+    count, used = nnz0, np.empty((inp + WORD - 1) // WORD, np.uint64)
     for o in range(out):
         row_pointer[o] = count
-        for i in range(inp):
-            position = offset + o * inp + i
-            columns[count] = i
-            positions[count] = position
-            count += whole or mask_row[position]
+        count = _index_row(mask_row, offset + o * inp, inp, columns, positions, count, used)
     row_pointer[out] = count
     return count
 
 
 @njit(cache=True)
-def _build_columns(packed, row_begin, column_begin, out, inp):
-    """The same nonzeros by column, rows ascending: a counting sort."""
-    first = row_begin[0]
-    column_begin[: inp + 1] = 0
-    for j in range(first, row_begin[out]):
-        column_begin[packed.column[j] + 1] += 1
-    column_begin[0] = first
-    for i in range(inp):
-        column_begin[i + 1] += column_begin[i]
+def _list_rows(layout, packed, layer):
+    """List the rows of a hidden layer that live, given what the layer above it used."""
+    layers = layout.layers
+    rows, out = packed.rows[layers[layer, ROWS] :], layers[layer, OUT]
+    # Tiles compute and read every row.
+    whole = not (layers[layer, SPARSE] and layers[layer + 1, SPARSE])
+    count = 0
     for o in range(out):
-        for j in range(row_begin[o], row_begin[o + 1]):
-            packed.row[j] = o
-            place = column_begin[packed.column[j]]
-            column_begin[packed.column[j]] = place + 1
-            packed.turned_row[place] = o
-            packed.turned_from[place] = j
-    for i in range(inp, 0, -1):
-        column_begin[i] = column_begin[i - 1]
-    column_begin[0] = first
+        rows[count] = o
+        bit = packed.used[o // WORD] >> np.uint64(o % WORD) & _ONE
+        count += whole or bit != _NONE
+    packed.live[layer] = count
 
 
 @njit(cache=True)
-def pack(layout, packed, mask_row):
-    """Index one ticket's support; returns the number of packed entries."""
+def pack(layout, packed, mask_row, keep_dead):
+    """Index one ticket's support, from the output down; returns the number of packed entries.
+
+    ``keep_dead`` packs what leads to dead units too, behind the rest of its layer: an optimiser's
+    moments move such weights although their gradient is zero.
+    """
     layers = layout.layers
     depth = layers.shape[0]
     count = 0
-    for layer in range(depth):
+    for layer in range(depth - 1, -1, -1):
         out, inp, offset = layers[layer, OUT], layers[layer, IN], layers[layer, WEIGHT]
+        rows = packed.rows[layers[layer, ROWS] :]
+        if not layers[layer, HIDDEN]:
+            rows[:out] = packed.every[:out]
+            packed.live[layer] = out
         packed.begin[layer] = count
         if layers[layer, SPARSE]:
-            row_begin = packed.row_begin[layers[layer, ROWS] :]
-            column_begin = packed.column_begin[layers[layer, COLUMNS] :]
-            count = build_rows(
-                mask_row, offset, out, inp, row_begin, packed.column, packed.position, count
-            )
-            _build_columns(packed, row_begin, column_begin, out, inp)
+            row_begin, live = packed.row_begin[layers[layer, ROWS] :], packed.live[layer]
+            packed.used[:] = _NONE
+            for k in range(live):
+                row_begin[k] = count
+                count = _index_row(
+                    mask_row,
+                    offset + rows[k] * inp,
+                    inp,
+                    packed.column,
+                    packed.position,
+                    count,
+                    packed.used,
+                )
+            row_begin[live] = count
         else:
-            for i in range(out * inp):
-                packed.position[count + i] = offset + i
             count += out * inp
+        if layer > 0 and layers[layer - 1, HIDDEN]:
+            _list_rows(layout, packed, layer - 1)
+        if layers[layer, SPARSE] and keep_dead and live < out:
+            k = 0
+            for o in range(out):
+                if k < live and rows[k] == o:
+                    k += 1
+                else:
+                    count = _index_row(
+                        mask_row,
+                        offset + o * inp,
+                        inp,
+                        packed.column,
+                        packed.position,
+                        count,
+                        packed.used,
+                    )
     for layer in range(depth):
         packed.begin[depth + layer] = count
-        for o in range(layers[layer, OUT]):
-            packed.position[count] = layers[layer, BIAS] + o
-            count += 1
+        count += layers[layer, OUT]
     packed.begin[2 * depth] = count
-    for a in range(layout.actions):
-        packed.position[count] = layout.log_std + a
-        count += 1
-    return count
+    return count + layout.actions
 
 
 @njit(cache=True)
-def read_row(packed, count, mask_row, source, target):
-    """Gather an arena row into packed order; zero off the mask of a dense layer."""
-    prunable = mask_row.shape[0]
-    for j in range(count):
-        position = packed.position[j]
-        value = source[position]
-        keep = position >= prunable or mask_row[position]
-        target[j] = value if keep else np.float32(0.0)
+def inputs(layout, packed, layer):
+    """The inputs of a layer whose gradient is wanted, and how many: what lives of the layer below,
+    or all observations."""
+    layers = layout.layers
+    if layer > 0 and layers[layer - 1, HIDDEN]:
+        return packed.rows[layers[layer - 1, ROWS] :], packed.live[layer - 1]
+    return packed.every, np.int32(layers[layer, IN])
 
 
 @njit(cache=True)
-def write_row(packed, count, mask_row, source, target):
-    """Scatter packed entries back to an arena row, exactly zero off the mask."""
-    prunable = mask_row.shape[0]
-    target[:prunable] = 0.0
-    for j in range(count):
-        position = packed.position[j]
-        # A diverged ticket's NaN must not leave the mask either.
-        if position >= prunable or mask_row[position]:
-            target[position] = source[j]
+def turn(layout, packed, to_input):
+    """Index the same nonzeros by column, rows ascending: a counting sort per layer.
+
+    The first layer of a network is left out unless ``to_input``.
+    """
+    layers, column = layout.layers, packed.column
+    for layer in range(layers.shape[0]):
+        below = layer > 0 and layers[layer - 1, HIDDEN]
+        if not layers[layer, SPARSE] or not (below or to_input):
+            continue
+        rows, row_begin = (
+            packed.rows[layers[layer, ROWS] :],
+            packed.row_begin[layers[layer, ROWS] :],
+        )
+        end = packed.column_begin[layers[layer, COLUMNS] :]
+        live, inp = packed.live[layer], layers[layer, IN]
+        first = row_begin[0]
+        end[: inp + 1] = 0
+        for j in range(first, row_begin[live]):
+            end[column[j] + 1] += 1
+        end[0] = first
+        for i in range(inp):
+            end[i + 1] += end[i]
+        for k in range(live):
+            row = rows[k]
+            for j in range(row_begin[k], row_begin[k + 1]):
+                place = end[column[j]]
+                end[column[j]] = place + 1
+                packed.turned_row[place] = row
+                packed.turned_from[place] = j
+        # Now every column's end; a column not listed is empty.
+        wanted, number = inputs(layout, packed, layer)
+        for k in range(number):
+            first, end[k] = end[wanted[k]], first
+        end[number] = first
 
 
 @njit(cache=True)
-def turn_values(layout, packed):
-    """Refresh the copy of the sparse weights in column order."""
+def turn_values(layout, packed, to_input):
+    """Refresh the copy of the sparse weights in column order, of the layers that `turn` indexed."""
     layers = layout.layers
     for layer in range(layers.shape[0]):
-        if layers[layer, SPARSE]:
-            begin = packed.begin[layer]
-            end = packed.row_begin[layers[layer, ROWS] + layers[layer, OUT]]
-            for j in range(begin, end):
+        below = layer > 0 and layers[layer - 1, HIDDEN]
+        if layers[layer, SPARSE] and (below or to_input):
+            row_begin = packed.row_begin[layers[layer, ROWS] :]
+            for j in range(row_begin[0], row_begin[packed.live[layer]]):
                 packed.turned[j] = packed.weight[packed.turned_from[j]]
+
+
+@njit(cache=True)
+def _span(layout, packed, layer):
+    """First packed entry of a layer's weight, and the end: the layer below follows it."""
+    end = packed.begin[layer - 1] if layer > 0 else packed.begin[layout.layers.shape[0]]
+    return packed.begin[layer], end
+
+
+@njit(cache=True)
+def read_row(layout, packed, mask_row, source, target):
+    """Gather an arena row into packed order; zero off the mask of a dense layer."""
+    layers = layout.layers
+    depth = layers.shape[0]
+    for layer in range(depth):
+        begin, end = _span(layout, packed, layer)
+        weight, bias = layers[layer, WEIGHT], layers[layer, BIAS]
+        if layers[layer, SPARSE]:
+            for j in range(begin, end):
+                target[j] = source[packed.position[j]]
+        elif weight < mask_row.shape[0]:
+            for i in range(end - begin):
+                # Read first: a conditional load would be a branch per weight.
+                value = source[weight + i]
+                target[begin + i] = value if mask_row[weight + i] else _ZERO
+        else:
+            target[begin:end] = source[weight : weight + end - begin]
+        first = packed.begin[depth + layer]
+        for o in range(layers[layer, OUT]):
+            target[first + o] = source[bias + o]
+    for a in range(layout.actions):
+        target[packed.begin[2 * depth] + a] = source[layout.log_std + a]
+
+
+@njit(cache=True)
+def write_row(layout, packed, mask_row, source, target):
+    """Scatter packed entries back to an arena row, exactly zero off the mask."""
+    layers = layout.layers
+    depth = layers.shape[0]
+    target[: mask_row.shape[0]] = _ZERO
+    for layer in range(depth):
+        begin, end = _span(layout, packed, layer)
+        weight, bias = layers[layer, WEIGHT], layers[layer, BIAS]
+        if layers[layer, SPARSE]:
+            for j in range(begin, end):
+                target[packed.position[j]] = source[j]
+        elif weight < mask_row.shape[0]:
+            for i in range(end - begin):
+                # A diverged ticket's NaN must not leave the mask either.
+                value = source[begin + i]
+                target[weight + i] = value if mask_row[weight + i] else _ZERO
+        else:
+            target[weight : weight + end - begin] = source[begin:end]
+        first = packed.begin[depth + layer]
+        for o in range(layers[layer, OUT]):
+            target[bias + o] = source[first + o]
+    for a in range(layout.actions):
+        target[layout.log_std + a] = source[packed.begin[2 * depth] + a]

@@ -73,16 +73,18 @@ _sparse_tile_1 = make_sparse_tile(1)
 
 
 @njit(cache=True)
-def sparse_product(values, index, begin, rows, space, x0, y0, width, bias, b0):
-    """``y[r] = bias[r] + sum_j values[j] x[index[j]]`` over the nonzeros j of each row."""
-    for r in range(rows):
-        j, end, y = begin[r], begin[r + 1], y0 + r * PANEL
+def sparse_product(values, index, begin, rows, count, space, x0, y0, width, bias, b0):
+    """``y[r] = bias[r] + sum_j values[j] x[index[j]]`` for the first ``count`` of the listed rows.
+
+    The nonzeros j of the k-th listed row are ``begin[k] ... begin[k + 1]``.
+    """
+    for k in range(count):
+        j, end, y, start = begin[k], begin[k + 1], y0 + rows[k] * PANEL, bias[b0 + rows[k]]
         if width == PANEL:
-            _sparse_tile_8(values, index, j, end, space, x0, PANEL, space, y, bias[b0 + r])
+            _sparse_tile_8(values, index, j, end, space, x0, PANEL, space, y, start)
         else:
             for c in range(0, width, LANES):
-                x = x0 + c
-                _sparse_tile_1(values, index, j, end, space, x, PANEL, space, y + c, bias[b0 + r])
+                _sparse_tile_1(values, index, j, end, space, x0 + c, PANEL, space, y + c, start)
 
 
 @njit(cache=True)
@@ -93,11 +95,14 @@ def _flush(grad, j, space, partial):
 
 
 @njit(cache=True)
-def sparse_gradient(grad, column, begin, rows, space, delta, x, width, partial):
-    """``grad[j] += delta[row] . x[column]`` over the nonzeros, `LANES` to a reduction."""
+def sparse_gradient(grad, column, begin, rows, count, space, delta, x, width, partial):
+    """``grad[j] += delta[row] . x[column]`` over the nonzeros, `LANES` to a reduction.
+
+    Rows and nonzeros are listed as for `sparse_product`.
+    """
     slot = 0
-    for r in range(rows):
-        d0 = delta + r * PANEL
+    for r in range(count):
+        d0 = delta + rows[r] * PANEL
         if width == PANEL:
             a, b = load(space, d0), load(space, d0 + LANES)
             c, d = load(space, d0 + 2 * LANES), load(space, d0 + 3 * LANES)
@@ -128,4 +133,4 @@ def sparse_gradient(grad, column, begin, rows, space, delta, x, width, partial):
                     _flush(grad, j, space, partial)
                     slot = 0
     for s in range(slot):
-        grad[begin[rows] - slot + s] += sum_lanes(load(space, partial + s * LANES))
+        grad[begin[count] - slot + s] += sum_lanes(load(space, partial + s * LANES))

@@ -23,9 +23,17 @@ from sparse_tickets.kernels.mlp.cpu import (
     gather,
 )
 from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, over_tickets
-from sparse_tickets.kernels.mlp.packing import open_scratch, pack, read_row, turn_values, write_row
+from sparse_tickets.kernels.mlp.packing import (
+    open_scratch,
+    pack,
+    read_row,
+    turn,
+    turn_values,
+    write_row,
+)
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.random.cpu import fill_permutation
+from sparse_tickets.kernels.threads import claim, finish
 from sparse_tickets.kernels.update.cpu import adam_row
 from sparse_tickets.kernels.vector import (
     LANES,
@@ -251,8 +259,7 @@ def _update(
     layout,
     floats,
     integers,
-    first,
-    last,
+    progress,
     parameters,
     batch,
     key,
@@ -267,20 +274,22 @@ def _update(
     size = samples // constants.minibatches
     packed = open_scratch(layout, floats, integers)
     index, words = np.empty((2, samples), np.int32), np.empty((2, samples), np.uint32)
-    for ticket in range(first, last):
+    ticket = claim(progress)
+    while ticket < len(masks):
         mask, measured = masks[ticket], statistics[ticket]
         mine = obs[ticket], action[ticket], scalars[ticket]
-        count = pack(layout, packed, mask)
-        read_row(packed, count, mask, weights[ticket], packed.weight)
-        read_row(packed, count, mask, ms[ticket], packed.m)
-        read_row(packed, count, mask, vs[ticket], packed.v)
+        count = pack(layout, packed, mask, True)
+        turn(layout, packed, False)
+        read_row(layout, packed, mask, weights[ticket], packed.weight)
+        read_row(layout, packed, mask, ms[ticket], packed.m)
+        read_row(layout, packed, mask, vs[ticket], packed.v)
         for epoch in range(constants.epochs):
             measured[:] = 0.0
             draw = iteration * constants.epochs + epoch
             fill_permutation(index[0], words[0], index[1], words[1], key[ticket], _STREAM, draw)
             for begin in range(0, samples, size):
                 clear_gradient(layout, packed, count)
-                turn_values(layout, packed)
+                turn_values(layout, packed, False)
                 rows = index[0, begin : begin + size]
                 _minibatch(layout, packed, rows, mine, constants, measured)
                 collect_gradient(layout, packed, mask)
@@ -301,9 +310,11 @@ def _update(
         for column in range(_NORM):
             measured[column] /= samples
         measured[_NORM] /= constants.minibatches
-        write_row(packed, count, mask, packed.weight, weights[ticket])
-        write_row(packed, count, mask, packed.m, ms[ticket])
-        write_row(packed, count, mask, packed.v, vs[ticket])
+        write_row(layout, packed, mask, packed.weight, weights[ticket])
+        write_row(layout, packed, mask, packed.m, ms[ticket])
+        write_row(layout, packed, mask, packed.v, vs[ticket])
+        finish(progress)
+        ticket = claim(progress)
 
 
 def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -> torch.Tensor:
