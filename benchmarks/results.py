@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from sparse_tickets.ceilings import Ceilings
+from sparse_tickets.ceilings import BUSY, Ceilings, Neighbours
 from sparse_tickets.files import write_atomic
 from sparse_tickets.timing import Spread
 
@@ -45,8 +45,6 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
-BUSY = 0.05
-"""Above this share of the cores in other hands, times are noise and reports say so."""
 
 PART = "-part"
 """Ends the name of a suite some of whose configurations were left out: reports do not use it."""
@@ -234,31 +232,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-class Neighbours:
-    """Watches, from its creation on, the share of all cores that other processes use."""
-
-    def __init__(self) -> None:
-        self._total, self._used = self._read()
-
-    def share(self) -> float:
-        """Between 0 and 1; 0 where the system does not say."""
-        total, used = self._read()
-        passed = total - self._total
-        return max(0.0, (used - self._used) / passed) if passed > 0 else 0.0
-
-    @staticmethod
-    def _read() -> tuple[float, float]:
-        """Seconds of all cores since boot, and those in which others ran."""
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return 0.0, 0.0
-        # user, nice, system, idle, iowait, irq, softirq, steal
-        fields = [int(field) for field in stat.read_text().split(maxsplit=9)[1:9]]
-        ticks = os.sysconf("SC_CLK_TCK")
-        own = sum(os.times()[:4])
-        return sum(fields) / ticks, (sum(fields) - fields[3] - fields[4]) / ticks - own
 
 
 def _slug(name: str) -> str:

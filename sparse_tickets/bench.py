@@ -8,10 +8,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from sparse_tickets.ceilings import Ceilings, layer_cost, measure_ceilings
+from sparse_tickets.ceilings import (
+    BUSY,
+    Ceilings,
+    Neighbours,
+    layer_cost,
+    measure_ceilings,
+)
 from sparse_tickets.kernels.dispatch import Plan, use_backend
 from sparse_tickets.kernels.linear import reference
 from sparse_tickets.kernels.prune import prune
@@ -33,7 +41,7 @@ SPARSITIES = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
 
 _OURS, _DENSE = "sparse_tickets", "torch dense"
 _DIRECTIONS = ("forward", "forward+backward")
-_BAR = 16
+_BAR = 12
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,12 @@ class Bench:
     Attributes:
         lines: for every sparsity, ascending, one per direction.
         ceilings: of the machine, measured in the same run.
+        busy: share of the cores that other processes used meanwhile.
     """
 
     lines: tuple[Line, ...]
     ceilings: Ceilings
+    busy: float = 0.0
 
 
 def bench(
@@ -108,7 +118,7 @@ def bench(
             raise ValueError(f"sparsities must be in [0, 100], got {sparsity}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must exist, got {device} and torch sees no GPU")
-    budget = budget or Budget()
+    budget, neighbours = budget or Budget(), Neighbours()
     with pinned_threads(torch.get_num_threads() if threads is None else threads):
         ceilings = measure_ceilings(budget, device)
         lines = [
@@ -116,7 +126,7 @@ def bench(
             for sparsity in sorted(sparsities)
             for direction in _DIRECTIONS
         ]
-    return Bench(tuple(lines), ceilings)
+    return Bench(tuple(lines), ceilings, neighbours.share())
 
 
 def _measure(layer: _Layer, direction: str, budget: Budget, ceilings: Ceilings) -> Line:
@@ -158,17 +168,36 @@ def crossover(points: Sequence[tuple[float, Spread]]) -> str:
     return f"about {low + (high - low) * -below / (above - below):.0f}%"
 
 
-def bench_table(found: Bench) -> Table:
-    """Lines of `bench` with a bar per speed-up; losses are red. Crossovers stand below."""
-    lines = found.lines
-    table = Table(
-        title="SparseLinear against torch's dense layer: median (p20-p80); both verified",
-        caption=_caption(found),
-        caption_justify="left",
+def bench_table(found: Bench) -> Group:
+    """A table per direction with a bar per speed-up, losses red; what the numbers mean below."""
+    rates = [rate.median for rate in found.ceilings.copies.values()]
+    notes = (
+        "Speed-up: median (p20-p80) of paired rounds, both results verified. Bound: the format's "
+        "operations at the sgemm rate or its bytes at a copy's, whichever takes longer; here "
+        f"{found.ceilings.sgemm.median / 1e9:,.0f} GFLOP/s and {min(rates) / 1e9:,.0f}-"
+        f"{max(rates) / 1e9:,.0f} GB/s by size. Reached: its share of our time."
     )
-    for column in ("pruned", "direction", "dense", "ours", "speed-up", "", "bound", "reached"):
-        left = column in ("direction", "")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    parts: list[RenderableType] = []
+    for direction in _DIRECTIONS:
+        lines = [line for line in found.lines if line.direction == direction]
+        points = [(line.sparsity, line.speedup) for line in lines]
+        parts += [_table(direction, lines), f"  Crossover: {crossover(points)}.", ""]
+    if found.busy > BUSY:
+        notes = (
+            f"[yellow]Other processes used {found.busy:.0%} of the cores: neither times nor ratios "
+            f"can be trusted.[/yellow] {notes}"
+        )
+    return Group(*parts, notes)
+
+
+def _table(direction: str, lines: Sequence[Line]) -> Table:
+    title = f"{direction}: SparseLinear against torch's dense layer"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("pruned", "dense, us", "ours, us", "speed-up"):
+        table.add_column(column, justify="right")
+    table.add_column("", no_wrap=True, min_width=_BAR)
+    for column in ("bound, us", "reached"):
+        table.add_column(column, justify="right")
     table.add_column("plan")
     longest = max((line.speedup.median for line in lines), default=1.0)
     for line in lines:
@@ -177,33 +206,15 @@ def bench_table(found: Bench) -> Table:
         colour = "green" if gain.p20 > 1 else "red" if gain.p80 < 1 else "yellow"
         table.add_row(
             f"{line.sparsity:g}%",
-            line.direction,
-            f"{1e6 * line.dense.median:,.0f} us",
-            f"{1e6 * line.ours.median:,.0f} us",
+            f"{1e6 * line.dense.median:,.1f}",
+            f"{1e6 * line.ours.median:,.1f}",
             f"{gain.median:.2f}x ({gain.p20:.2f}-{gain.p80:.2f})",
             f"[{colour}]{'█' * max(1, round(_BAR * gain.median / longest))}[/{colour}]",
-            f"{1e6 * line.bound:,.0f} us",
+            f"{1e6 * line.bound:,.1f}",
             f"{line.reached:.0%}",
             f"{line.plan.backend}/{line.plan.format}",
         )
     return table
-
-
-def _caption(found: Bench) -> str:
-    said = []
-    for direction in _DIRECTIONS:
-        points = [(x.sparsity, x.speedup) for x in found.lines if x.direction == direction]
-        said.append(f"Crossover, {direction}: {crossover(points)}.")
-    rates = [rate.median for rate in found.ceilings.copies.values()]
-    return "\n".join(
-        [
-            *said,
-            "Bound: the format's operations at the sgemm rate or its bytes at a copy's, whichever "
-            f"takes longer; here {found.ceilings.sgemm.median / 1e9:,.0f} GFLOP/s and "
-            f"{min(rates) / 1e9:,.0f}-{max(rates) / 1e9:,.0f} GB/s by size. Reached: its share of "
-            "our time.",
-        ]
-    )
 
 
 class _Layer:

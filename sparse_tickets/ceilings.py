@@ -1,4 +1,4 @@
-"""What a machine can do at best, measured, so that a time can be told as a share of the possible.
+"""What a machine can do at best, so that a time can be told as a share of it, and who else uses it.
 
 A roofline: no kernel with a given `Cost` is faster than its operations at the rate of a large
 product, or its bytes at the rate of a copy of as many.
@@ -6,8 +6,10 @@ product, or its bytes at the rate of a copy of as many.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +17,10 @@ from torch import Tensor
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.timing import Budget, Contender, Spread, device_clock, interleave
 
-__all__ = ["Ceilings", "layer_cost", "measure_ceilings"]
+__all__ = ["BUSY", "Ceilings", "Neighbours", "layer_cost", "measure_ceilings"]
+
+BUSY = 0.05
+"""Above this share of the cores in other hands, times are noise and reports say so."""
 
 _COPIES = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
 """Bytes that copies move, reads and writes together: from what caches hold to what none does."""
@@ -104,3 +109,28 @@ def measure_ceilings(
     found = interleave([gemm, *copies], budget, device_clock(device))
     rates = [Spread.of([1 / seconds for seconds in timing.wall]) for timing in found.values()]
     return Ceilings(rates[0], dict(zip(_COPIES, rates[1:], strict=True)))
+
+
+class Neighbours:
+    """Watches, from its creation on, the share of all cores that other processes use."""
+
+    def __init__(self) -> None:
+        self._total, self._used = self._read()
+
+    def share(self) -> float:
+        """Between 0 and 1; 0 where the system does not say."""
+        total, used = self._read()
+        passed = total - self._total
+        return max(0.0, (used - self._used) / passed) if passed > 0 else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        """Seconds of all cores since boot, and those in which others ran."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0.0, 0.0
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        fields = [int(field) for field in stat.read_text().split(maxsplit=9)[1:9]]
+        ticks = os.sysconf("SC_CLK_TCK")
+        own = sum(os.times()[:4])
+        return sum(fields) / ticks, (sum(fields) - fields[3] - fields[4]) / ticks - own

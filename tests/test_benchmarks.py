@@ -588,8 +588,9 @@ def test_bench_command_lines_and_table():
     text = console.export_text()
     for said in ("2.00x", "0.50x", "█", "25%", "reference/", "150 GFLOP/s", "20-20 GB/s"):
         assert said in text, said
-    assert "Crossover, forward: about 45%." in text
-    assert "Crossover, forward+backward: not measured." in text
+    assert "Crossover: about 45%." in text
+    assert "Crossover: not measured." in text
+    assert "Other processes" not in text
     with pytest.raises(ValueError, match="width must be at least 1"):
         bench(0)
     with pytest.raises(ValueError, match="sparsities must be in"):
