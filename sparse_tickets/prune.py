@@ -1,6 +1,7 @@
 """Which weights to keep: pruning criteria, exact counts per level, and masks drawn at random.
 
 A criterion turns trained and initial weights into scores; the `prune` op keeps exactly k of them.
+Some criteria give masks a `Structure`: n of every m inputs, equal fan-in, square blocks.
 Random masks are drawn from each ticket's own Philox stream, so a mask does not depend on which
 other tickets are drawn with it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from .kernels.arena import Arena
 from .kernels.errors import check_dtype, check_shape
 from .kernels.prune import prune
 from .kernels.random import Stream, permutation
+from .structure import Blocks, FanIn, NOfM, Structure
 
 __all__ = [
     "CRITERIA",
@@ -30,8 +33,17 @@ __all__ = [
 ]
 
 Criterion = Callable[[Tensor, Tensor, Arena], Tensor]
+AnyCriterion = TypeVar("AnyCriterion", Criterion, Structure)
 
-CRITERIA: dict[str, Criterion] = {}
+CRITERIA: dict[str, Criterion | Structure] = {
+    "1:4": NOfM(1, 4),
+    "2:4": NOfM(2, 4),
+    "fan-in": FanIn(),
+    "block-16": Blocks(16),
+    "block-32": Blocks(32),
+    "block-64": Blocks(64),
+}
+"""Every criterion by its name; the structured ones keep the largest magnitudes they can."""
 
 
 def kept(prunable: int, level: int, rate: float = 0.2) -> int:
@@ -55,17 +67,18 @@ def kept(prunable: int, level: int, rate: float = 0.2) -> int:
     return math.floor(prunable * (1 - Fraction(str(rate))) ** level + Fraction(1, 2))
 
 
-def register_criterion(name: str) -> Callable[[Criterion], Criterion]:
+def register_criterion(name: str) -> Callable[[AnyCriterion], AnyCriterion]:
     """Add a pruning criterion to `CRITERIA` under a new name.
 
     A criterion is a pure function ``(weight [P, N], initial [P, N], arena) -> scores [P, N]``,
-    float32; the largest scores stay. It must score each ticket from its own row alone.
+    float32; the largest scores stay. It must score each ticket from its own row alone. Or it is a
+    `Structure`, such as ``NOfM(4, 8)``.
 
     Raises:
         ValueError: the name is taken.
     """
 
-    def register(criterion: Criterion) -> Criterion:
+    def register(criterion: AnyCriterion) -> AnyCriterion:
         if name in CRITERIA:
             raise ValueError(f"name must be new, got {name!r}; registered: {_known()}")
         CRITERIA[name] = criterion
@@ -127,7 +140,8 @@ def prune_masks(
         ``[P, N]`` bool; ties keep the lowest position.
 
     Raises:
-        ValueError: an unknown criterion, a wrong shape, k out of range, or a NaN score in the mask.
+        ValueError: an unknown criterion, a wrong shape, k out of range, a NaN score in the mask, or
+            a structure that k weights of this arena, or of this mask, cannot have.
         TypeError: the mask is not bool.
     """
     if criterion not in CRITERIA:
@@ -136,7 +150,14 @@ def prune_masks(
     for name, tensor in (("weight", weight), ("initial", initial), ("mask", mask)):
         check_shape(name, tensor, shape)
     check_dtype("mask", mask, torch.bool)
-    scores = CRITERIA[criterion](weight, initial, arena)
+    chosen = CRITERIA[criterion]
+    if isinstance(chosen, Structure):
+        count = _per_ticket("k", k, len(weight), arena.prunable, weight.device)
+        chosen.check_count(count, arena)
+        smaller = prune(chosen.scores(weight, mask, arena), mask, count)
+        chosen.check_mask(smaller, arena)
+        return smaller
+    scores = chosen(weight, initial, arena)
     check_shape(f"scores of criterion {criterion!r}", scores, shape)
     return prune(scores, mask, k)
 

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_tickets.imp import Trained, dense_population, next_population
 from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.linear import block_pattern
 from sparse_tickets.prune import (
     CRITERIA,
     erk_counts,
@@ -17,10 +19,15 @@ from sparse_tickets.prune import (
     random_mask,
     register_criterion,
 )
+from sparse_tickets.structure import Blocks, NOfM, block_mask, fan_in_mask, n_m_mask
+from sparse_tickets.sweep.spec import Sweep
 
 ARENA = Arena.build((4, 16, 8, 2))
 POLICY = Arena.build((4, 64, 64, 2), (4, 64, 64, 1))
 LAYERS = POLICY.prunable_layers()
+# Every layer of whole blocks and groups.
+EVEN = Arena.build((32, 64, 32))
+ANY_COUNT = sorted(name for name in CRITERIA if not isinstance(CRITERIA[name], NOfM))
 
 
 def layer_counts(mask, arena):
@@ -99,7 +106,7 @@ class TestCriteria:
             for row, chosen in zip(weight[:, layer].abs(), mask[:, layer], strict=True):
                 assert row[chosen].min() > row[~chosen].max()
 
-    @pytest.mark.parametrize("name", sorted(CRITERIA))
+    @pytest.mark.parametrize("name", ANY_COUNT)
     def test_a_ticket_does_not_see_its_neighbours(self, name, weight, initial):
         k = torch.tensor([0, 10, 50, ARENA.prunable, 7])
         together = self.prune(name, weight, initial, k)
@@ -108,13 +115,13 @@ class TestCriteria:
             alone = self.prune(name, weight[p : p + 1], initial[p : p + 1], k[p : p + 1])
             assert torch.equal(alone[0], together[p])
 
-    @pytest.mark.parametrize("name", sorted(CRITERIA))
+    @pytest.mark.parametrize("name", ANY_COUNT)
     def test_ties_keep_the_count(self, name):
         ones = torch.ones(2, ARENA.prunable)
         assert self.prune(name, ones, ones, 33).sum(1).tolist() == [33, 33]
 
     def test_names(self, weight, initial):
-        with pytest.raises(ValueError, match="criterion must be one of layerwise-magnitude, magni"):
+        with pytest.raises(ValueError, match="criterion must be one of 1:4, 2:4, block-16"):
             self.prune("size", weight, initial, 3)
         with pytest.raises(ValueError, match="name must be new, got 'magnitude'"):
             register_criterion("magnitude")(CRITERIA["movement"])
@@ -146,6 +153,211 @@ class TestCriteria:
         weight[1, 2] = float("nan")
         with pytest.raises(ValueError, match="NaN"):
             self.prune("magnitude", weight, initial, 3)
+
+
+def draw(arena, seed=0, tickets=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tickets, arena.prunable, generator=generator)
+
+
+def everything(weight):
+    return torch.ones(weight.shape, dtype=torch.bool)
+
+
+class TestMatrixMasks:
+    def test_two_of_four(self):
+        scores = torch.tensor([[1.0, 4, 3, 2, 0, 0, 0, 0]])
+        assert n_m_mask(scores, 2, 4).int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
+
+    @given(st.integers(1, 8), st.data())
+    @settings(deadline=None, derandomize=True, max_examples=30)
+    def test_n_of_m_keeps_the_largest_of_each_group(self, m, data):
+        n = data.draw(st.integers(0, m))
+        scores = torch.randn(3, 5, 4 * m, generator=torch.Generator().manual_seed(m))
+        groups = n_m_mask(scores, n, m).unflatten(-1, (-1, m))
+        assert (groups.sum(-1) == n).all()
+        largest = scores.unflatten(-1, (-1, m)).sort(-1, descending=True).values
+        if 0 < n < m:
+            kept = scores.unflatten(-1, (-1, m)).masked_fill(~groups, float("inf")).amin(-1)
+            assert torch.equal(kept, largest[..., n - 1])
+
+    def test_fan_in(self):
+        scores = torch.randn(2, 7, 9, generator=torch.Generator().manual_seed(0))
+        mask = fan_in_mask(scores, 4)
+        assert (mask.sum(-1) == 4).all()
+        assert torch.equal(mask, scores >= scores.sort(-1).values[..., -4, None])
+        assert not fan_in_mask(scores, 0).any()
+        assert fan_in_mask(scores, 9).all()
+
+    def test_blocks(self):
+        scores = torch.ones(32, 48)
+        scores[16:, 32:] = 3.0
+        scores[:16, 16:32] = 2.0
+        mask = block_mask(scores, 16, 2)
+        assert torch.equal(mask, scores > 1)
+        assert block_pattern(mask, 16).table[0, :2, 0].tolist() == [1, 1]
+        # Ties keep the earlier block.
+        assert torch.equal(block_mask(torch.ones(4, 4), 2, 1).nonzero().amax(0), torch.ones(2))
+
+    @pytest.mark.parametrize(
+        ("call", "match"),
+        [
+            (lambda: n_m_mask(torch.ones(2, 8), 5, 4), r"n must be in \[0, 4\], got 5"),
+            (lambda: n_m_mask(torch.ones(2, 8), 0, 0), "m must be at least 1, got 0"),
+            (lambda: n_m_mask(torch.ones(2, 6), 2, 4), "multiple of m=4 wide, got 6"),
+            (lambda: n_m_mask(torch.full((2, 4), float("nan")), 2, 4), "must not be NaN"),
+            (lambda: fan_in_mask(torch.ones(2, 6), 7), r"fan_in must be in \[0, 6\], got 7"),
+            (lambda: fan_in_mask(torch.ones(6), 1), "at least 2 axes"),
+            (lambda: block_mask(torch.ones(2, 6), 4, 1), "divide the scores' 2 x 6, got 4"),
+            (lambda: block_mask(torch.ones(2, 6), 2, 4), r"kept must be in \[0, 3\], got 4"),
+            (lambda: NOfM(5, 4), r"n must be in \[0, 4\], got 5"),
+            (lambda: NOfM(0, 4), "n must be at least 1"),
+            (lambda: Blocks(0), "size must be at least 1"),
+        ],
+    )
+    def test_arguments_are_checked(self, call, match):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+class TestStructures:
+    """What the structured criteria promise; what they share with the others is tested above."""
+
+    @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (1, 2), (4, 4)])
+    def test_n_of_m_is_the_matrix_mask_of_every_layer(self, n, m, monkeypatch):
+        monkeypatch.setattr("sparse_tickets.prune.CRITERIA", dict(CRITERIA))
+        register_criterion("mine")(NOfM(n, m))
+        weight = draw(EVEN)
+        mask = prune_masks("mine", weight, weight, everything(weight), EVEN.prunable * n // m, EVEN)
+        for begin, out, inp in EVEN.prunable_layers():
+            layer = slice(begin, begin + out * inp)
+            matrix = weight[:, layer].unflatten(1, (out, inp))
+            assert torch.equal(mask[:, layer], n_m_mask(matrix.abs(), n, m).flatten(1))
+
+    def test_one_of_four_within_two_of_four(self):
+        weight = draw(EVEN)
+        half = prune_masks("2:4", weight, weight, everything(weight), EVEN.prunable // 2, EVEN)
+        quarter = prune_masks("1:4", weight * half, weight, half, EVEN.prunable // 4, EVEN)
+        assert not (quarter & ~half).any()
+        assert (quarter.unflatten(1, (-1, 4)).sum(2) == 1).all()
+
+    def test_n_of_m_has_one_density_only(self):
+        weight = draw(EVEN)
+        with pytest.raises(ValueError, match=r"k must be 2048 for 2:4, which is 2/4 of 4096 weigh"):
+            prune_masks("2:4", weight, weight, everything(weight), kept(EVEN.prunable, 1), EVEN)
+        odd = Arena.build((4, 6, 2))
+        weight = draw(odd)
+        with pytest.raises(ValueError, match="multiples of 4 inputs for 1:4, got 6 in the one at"):
+            prune_masks("1:4", weight, weight, everything(weight), 9, odd)
+        policy = draw(POLICY)
+        # A policy's inputs, units and outputs are multiples of four here.
+        half = prune_masks("2:4", policy, policy, everything(policy), POLICY.prunable // 2, POLICY)
+        assert (half.unflatten(1, (-1, 4)).sum(2) == 2).all()
+
+    def test_n_of_m_needs_something_left_in_each_group(self):
+        weight = draw(EVEN)
+        mask = everything(weight)
+        mask[1, 4:7] = False
+        with pytest.raises(ValueError, match="mask must leave at least 2 of every 4 inputs"):
+            prune_masks("2:4", weight, weight, mask, EVEN.prunable // 2, EVEN)
+
+    @given(st.integers(0, POLICY.prunable), st.integers(0, 100))
+    @settings(deadline=None, derandomize=True, max_examples=25)
+    def test_fan_in_is_equal_within_one(self, k, seed):
+        weight = draw(POLICY, seed, tickets=2)
+        mask = prune_masks("fan-in", weight, weight, everything(weight), k, POLICY)
+        assert mask.sum(1).tolist() == [k, k]
+        counts, widths = [], []
+        for begin, out, inp in LAYERS:
+            counts.append(mask[:, begin : begin + out * inp].unflatten(1, (out, inp)).sum(2))
+            widths.append(torch.full((out,), inp))
+        count, width = torch.cat(counts, 1), torch.cat(widths)
+        for row in count:
+            # Whoever keeps fewer than the others is full.
+            assert ((row >= row.max() - 1) | (row == width)).all()
+
+    def test_fan_in_keeps_each_units_largest(self):
+        weight = draw(EVEN)
+        # 96 units, 8 inputs each.
+        mask = prune_masks("fan-in", weight, weight, everything(weight), 768, EVEN)
+        for begin, out, inp in EVEN.prunable_layers():
+            layer = slice(begin, begin + out * inp)
+            matrix = weight[:, layer].abs().unflatten(1, (out, inp))
+            assert torch.equal(mask[:, layer], fan_in_mask(matrix, 8).flatten(1))
+
+    @pytest.mark.parametrize("size", [16, 32])
+    def test_whole_blocks_where_they_fit(self, size):
+        weight = draw(EVEN)
+        name, total = f"block-{size}", EVEN.prunable // size**2
+        for count in (0, 1, total // 2, total):
+            mask = prune_masks(name, weight, weight, everything(weight), count * size**2, EVEN)
+            sums = []
+            for begin, out, inp in EVEN.prunable_layers():
+                layer = slice(begin, begin + out * inp)
+                block_pattern(mask[:, layer].unflatten(1, (out, inp)), size)
+                blocks = weight[0, layer].abs().view(out // size, size, inp // size, size)
+                sums.append(blocks.sum((1, 3)).flatten())
+            largest = torch.cat(sums).sort(descending=True).values[:count]
+            torch.testing.assert_close((weight[0].abs() * mask[0]).sum(), largest.sum())
+
+    def test_at_most_one_block_is_kept_in_part(self):
+        """Over the levels of a policy, whose edge blocks are cut: 4 inputs and 2 actions."""
+        weight = draw(POLICY)
+        mask = everything(weight)
+        for level in range(1, 12):
+            k = kept(POLICY.prunable, level)
+            smaller = prune_masks("block-16", weight * mask, weight, mask, k, POLICY)
+            assert not (smaller & ~mask).any()
+            assert smaller.sum(1).tolist() == [k] * 3
+            mask = smaller
+            for ticket in mask:
+                mixed = 0
+                for begin, out, inp in LAYERS:
+                    matrix = ticket[begin : begin + out * inp].view(out, inp)
+                    for row in range(0, out, 16):
+                        for column in range(0, inp, 16):
+                            block = matrix[row : row + 16, column : column + 16]
+                            mixed += bool(block.any()) and not bool(block.all())
+                assert mixed <= 1
+
+    def test_a_trained_weight_of_zero_still_counts_as_kept(self):
+        """Pruned weights are told by the mask: a unit's kept zeros come before them."""
+        weight = torch.zeros(1, EVEN.prunable)
+        mask = everything(weight)
+        mask[:, ::2] = False
+        for name in ("fan-in", "2:4", "block-32"):
+            smaller = prune_masks(name, weight, weight, mask, EVEN.prunable // 2, EVEN)
+            assert torch.equal(smaller, mask)
+
+    @pytest.mark.parametrize("name", ["2:4", "fan-in", "block-16"])
+    def test_nan_is_refused(self, name):
+        weight = draw(EVEN)
+        weight[1, 5] = float("nan")
+        with pytest.raises(ValueError, match="NaN"):
+            prune_masks(name, weight, weight, everything(weight), EVEN.prunable // 2, EVEN)
+
+    @pytest.mark.parametrize("name", sorted(CRITERIA))
+    def test_a_sweep_takes_it_by_name(self, name):
+        assert Sweep(criterion=name).criterion == name
+
+    def test_one_level_of_the_algorithm(self):
+        """`next_population` prunes, rewinds and permutes under a structure as under any mask."""
+        arena = Arena.build((4, 16, 4))
+        key = torch.arange(2)
+        dense = dense_population(arena, key, "lecun").parameters
+        trained = Trained(dense.weight[:, : arena.prunable] * 2, dense.mask)
+        for name, count in (("2:4", 64), ("fan-in", 77), ("block-16", 100)):
+            population = next_population(
+                arena,
+                ["mask/weights", "mask/permuted"],
+                trained,
+                dense,
+                key,
+                kept=count,
+                density=0.5,
+                criterion=name,
+            )
+            assert population.parameters.mask.sum(1).tolist() == [count, count]
 
 
 class TestRandomMasks:
