@@ -1,0 +1,177 @@
+"""Launch configurations measured on a device, which ops prefer to their own: `configuration`.
+
+``configs/<device>.json`` is written by `make gpu` and read once per process. An entry belongs to an
+op, a class of shapes and a nominal density, never to a number of tickets or of nonzeros: with the
+same file a track runs the same kernels in the same order of summation, whoever shares its batch.
+Without a file, or without an entry, an op takes the configuration it was built with::
+
+    chosen = configuration("linear", shape_class(rows=64, cols=256, dtype=x.dtype), 1.0, x.device)
+    tiles = default_tiles(...) if chosen is None else Tiles(**chosen)
+
+    {"layout": 1, "device": "NVIDIA H100 80GB HBM3", ...,
+     "configurations": {"linear": {"cols=256 dtype=float32 rows=64": {"1.0": {"rows": 64, ...}}}}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "CONFIGS",
+    "LAYOUT",
+    "Configuration",
+    "configuration",
+    "configuration_file",
+    "fingerprint",
+    "forget",
+    "override",
+    "read",
+    "shape_class",
+]
+
+CONFIGS = Path(__file__).parent / "configs"
+LAYOUT = 1
+_LEAST_DENSITY = 1e-6
+
+Configuration = Mapping[str, int]
+"""Of one launch: tile sizes, warps, stages, by the names the op gives them."""
+
+_tried: ContextVar[tuple[str, Configuration] | None] = ContextVar("tried", default=None)
+
+
+def shape_class(**sizes: Any) -> str:
+    """A name for shapes that share a configuration: integers count rounded up to a power of two.
+
+    Args:
+        **sizes: what an op's choice depends on: sizes, and names such as the dtype. Never P.
+
+    Raises:
+        ValueError: a negative size.
+    """
+    parts = []
+    for name, value in sorted(sizes.items()):
+        if isinstance(value, int):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+            value = 1 << max(value - 1, 0).bit_length()
+        parts.append(f"{name}={str(value).removeprefix('torch.')}")
+    return " ".join(parts)
+
+
+def configuration(
+    op: str, shape_class: str, density: float, device: torch.device
+) -> dict[str, int] | None:
+    """What was measured to be best, or None: the op's own choice then holds.
+
+    Args:
+        op: as the op names itself, e.g. ``linear``.
+        shape_class: see `shape_class`.
+        density: nominal, of the level; the entry nearest to it on a logarithmic scale counts.
+        device: a CUDA device; for others nothing is measured.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    tried = _tried.get()
+    if tried is not None and tried[0] == op:
+        return dict(tried[1])
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    chosen = _chosen(op, shape_class, density, configuration_file(_device_name(index)))
+    return None if chosen is None else dict(chosen)
+
+
+def configuration_file(device_name: str) -> Path:
+    """Where the configurations of a GPU of this name are kept, measured or not."""
+    return CONFIGS / f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+
+
+def fingerprint(device: torch.device) -> str | None:
+    """Short digest of the file in force on a device, for records; None if there is none."""
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    path = configuration_file(_device_name(index))
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
+
+
+@contextmanager
+def override(op: str, candidate: Configuration) -> Iterator[None]:
+    """Let `configuration` answer with a candidate for one op, to try it; for tuning and tests."""
+    token = _tried.set((op, candidate))
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
+def read(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """Configurations by op, class of shapes and density; empty if there is no file.
+
+    Raises:
+        ValueError: the file is not of this layout; the message names it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of configurations: {error}") from error
+    try:
+        if data["layout"] != LAYOUT:
+            raise ValueError(f"layout must be {LAYOUT}, got {data['layout']!r}")
+        return {
+            op: {
+                shapes: {
+                    f"{float(density)}": {name: int(value) for name, value in chosen.items()}
+                    for density, chosen in densities.items()
+                }
+                for shapes, densities in classes.items()
+            }
+            for op, classes in data["configurations"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of configurations: {error!r}") from error
+
+
+def forget() -> None:
+    """Read files anew, after one was written; kernels already chosen elsewhere stay chosen."""
+    _read_once.cache_clear()
+    _chosen.cache_clear()
+
+
+@cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@cache
+def _read_once(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    return read(path)
+
+
+@cache
+def _chosen(op: str, shapes: str, density: float, path: Path) -> dict[str, int] | None:
+    entries = _read_once(path).get(op, {}).get(shapes)
+    if not entries:
+        return None
+    wanted = math.log(max(density, _LEAST_DENSITY))
+
+    def distance(entry: str) -> tuple[float, float]:
+        # Of two equally near ones the denser: the order must not depend on the file's.
+        found = max(float(entry), _LEAST_DENSITY)
+        return round(abs(math.log(found) - wanted), 9), -found
+
+    return entries[min(entries, key=distance)]

@@ -1,0 +1,96 @@
+"""Measured configurations: which entry counts, what stands for no entry, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from sparse_tickets.kernels import tuning
+from sparse_tickets.kernels.tuning import configuration, configuration_file, override, shape_class
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes the file of the only GPU, which is a made-up one."""
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    monkeypatch.setattr(tuning, "_device_name", lambda index: "NVIDIA Test (80GB)")
+    tuning.forget()
+
+    def write(configurations, layout=tuning.LAYOUT):
+        data = {"layout": layout, "configurations": configurations}
+        configuration_file("NVIDIA Test (80GB)").write_text(json.dumps(data))
+        tuning.forget()
+
+    yield write
+    tuning.forget()
+
+
+def test_sizes_round_up_to_powers_of_two_and_names_stay():
+    name = shape_class(rows=100, cols=64, empty=0, dtype=torch.float32, precision="tf32")
+    assert name == "cols=64 dtype=float32 empty=1 precision=tf32 rows=128"
+    assert shape_class(b=1, a=2) == shape_class(a=2, b=1)
+    with pytest.raises(ValueError, match="rows must not be negative, got -1"):
+        shape_class(rows=-1)
+
+
+def test_without_a_file_or_an_entry_the_op_decides(written):
+    assert configuration("linear", "rows=64", 1.0, CUDA) is None
+    assert tuning.fingerprint(CUDA) is None
+    written({"linear": {"rows=64": {"1.0": {"warps": 4}}, "rows=128": {}}})
+    assert configuration("linear", "rows=128", 1.0, CUDA) is None
+    assert configuration("linear", "rows=32", 1.0, CUDA) is None
+    assert configuration("other", "rows=64", 1.0, CUDA) is None
+    assert configuration("linear", "rows=64", 1.0, torch.device("cpu")) is None
+    assert len(tuning.fingerprint(CUDA)) == 12
+    assert tuning.fingerprint(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("density", "warps"),
+    [(1.0, 8), (0.8, 8), (0.5, 4), (0.34, 4), (0.3, 2), (0.2, 2), (0.01, 2), (0.0, 2)],
+)
+def test_the_nearest_density_on_a_logarithmic_scale_counts(written, density, warps):
+    entries = {"0.2": {"warps": 2}, "1.0": {"warps": 8}, "0.5": {"warps": 4}}
+    for order in (entries, dict(reversed(entries.items()))):
+        written({"op": {"rows=64": order}})
+        assert configuration("op", "rows=64", density, CUDA) == {"warps": warps}
+
+
+def test_of_two_equally_near_the_denser_counts(written):
+    written({"op": {"x": {"0.25": {"warps": 2}, "1": {"warps": 8}}}})
+    assert configuration("op", "x", 0.5, CUDA) == {"warps": 8}
+
+
+def test_a_candidate_is_tried_on_its_own_op_only():
+    with override("linear", {"warps": 16}):
+        assert configuration("linear", "anything", 0.5, torch.device("cpu")) == {"warps": 16}
+        assert configuration("other", "anything", 0.5, torch.device("cpu")) is None
+    assert configuration("linear", "anything", 0.5, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"layout": 9, "configurations": {}}',
+     '{"layout": 1, "configurations": {"op": {"x": {"dense": {"warps": 1}}}}}',
+     '{"layout": 1, "configurations": {"op": {"x": {"1.0": {"warps": "many"}}}}}'],
+)  # fmt: skip
+def test_a_damaged_file_is_named_not_skipped(written, content):
+    path = configuration_file("NVIDIA Test (80GB)")
+    path.write_text(content)
+    tuning.forget()
+    with pytest.raises(ValueError, match=rf"{path.name} is not a file of configurations"):
+        configuration("op", "x", 1.0, CUDA)
+
+
+def test_shipped_files_can_be_read():
+    for path in tuning.CONFIGS.glob("*.json"):
+        assert tuning.read(path)
+
+
+def test_answers_are_copies(written):
+    written({"op": {"x": {"1.0": {"warps": 8}}}})
+    answer = configuration("op", "x", 1.0, CUDA)
+    answer["warps"] = 1
+    assert configuration("op", "x", 1.0, CUDA) == {"warps": 8}
