@@ -1,4 +1,4 @@
-"""Make an existing policy sparse in place, dense again, or smaller: `sparsify_`, `compact`.
+"""Make an existing policy sparse in place, dense again, smaller, or 2:4 for tensor cores.
 
 Conversion changes the class of a layer, not the layer: names, hooks, Parameters and every other
 reference to it (a second name in the tree, an optimiser's parameter group) stay valid.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, TypeGuard, cast, get_args
 
 import torch
 import torch.nn.utils.prune as torch_prune
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.linear import SparseLinear, count_kept, make_dense_, make_sparse_
 
-__all__ = ["ELEMENTWISE", "Compact", "compact", "densify_", "from_torch_prune", "sparsify_"]
+__all__ = [
+    "ELEMENTWISE",
+    "Compact",
+    "compact",
+    "densify_",
+    "from_torch_prune",
+    "sparsify_",
+    "to_semi_structured",
+]
 
 Scope = Literal["global", "layer"]
 
@@ -209,6 +217,85 @@ def from_torch_prune(module: nn.Module) -> nn.Module:
         torch_prune.remove(layer, "weight")
         make_sparse_(layer).set_mask_(mask)
     return module
+
+
+@torch.no_grad()
+def to_semi_structured(
+    module: nn.Module, *, dtype: torch.dtype = torch.float16, exclude: Iterable[str] = ()
+) -> nn.Module:
+    """A copy for inference whose 2:4 layers run on an NVIDIA GPU's sparse tensor cores.
+
+    Every `SparseLinear` becomes an ``nn.Linear`` with a weight as
+    ``torch.sparse.to_sparse_semi_structured`` packs it: half the values and their places. All
+    floating-point parameters and buffers of the copy are of `dtype`, and none asks for gradients.
+    Masks of two in four come from `structure.n_m_mask` or the criterion ``2:4``.
+
+    Args:
+        module: a `SparseLinear`, or any module that holds some, on a CUDA device.
+        dtype: float16 or bfloat16.
+        exclude: names, as in ``named_modules()``, of layers or of modules whose layers stay as they
+            are, in `dtype`: an action head is seldom a multiple of what the hardware takes.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: a name to exclude is no module or holds no linear layer; no `SparseLinear` is
+            left; one keeps more than two of four neighbouring inputs, is no multiple of torch's
+            sizes, or is not on a CUDA device; or the dtype is another.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
+    chosen = _select(module, exclude)
+    layers = {name: layer for name, layer in chosen.items() if isinstance(layer, SparseLinear)}
+    if not layers:
+        raise ValueError(f"module must hold a SparseLinear to convert, got none in {list(chosen)}")
+    for name, layer in layers.items():
+        _check_semi_structured(name, layer, dtype)
+    result = copy.deepcopy(module).to(dtype).requires_grad_(False)
+    packed: dict[int, nn.Parameter] = {}
+    for name in layers:
+        layer = cast(SparseLinear, result.get_submodule(name))
+        weight = make_dense_(layer).weight
+        if id(weight) not in packed:
+            sparse = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
+            packed[id(weight)] = nn.Parameter(sparse, requires_grad=False)
+        layer.weight = packed[id(weight)]
+    return result
+
+
+def _check_semi_structured(name: str, layer: SparseLinear, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` if torch cannot pack this layer, and say which and why."""
+    out, inp = layer.weight.shape
+    rows, columns = _semi_structured_sizes(dtype)
+    if not out or not inp or out % rows or inp % columns:
+        raise ValueError(
+            f"layer {name!r} must be a positive multiple of {rows} x {columns} (out x in) for "
+            f"torch's 2:4 format in {dtype}, got {out} x {inp}; exclude it to leave it as it is"
+        )
+    most = int(layer.mask.unflatten(1, (-1, 4)).sum(2).amax())
+    if most > 2:
+        raise ValueError(
+            f"layer {name!r} must keep at most 2 of every 4 neighbouring inputs, got {most}; "
+            "structure.n_m_mask(scores, 2, 4) makes such a mask"
+        )
+    if layer.weight.device.type != "cuda":
+        raise ValueError(
+            f"layer {name!r} must be on a CUDA device, got {layer.weight.device}: torch packs "
+            "2:4 weights for NVIDIA GPUs only"
+        )
+
+
+def _semi_structured_sizes(dtype: torch.dtype) -> tuple[int, int]:
+    """What rows and columns of a weight must be multiples of: torch's own table."""
+    cutlass = torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS
+    kind = (
+        torch.sparse.SparseSemiStructuredTensorCUTLASS
+        if cutlass
+        else torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    )
+    sizes = kind._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    return sizes.sparse_min_rows, sizes.sparse_min_cols
 
 
 class Compact(nn.Module):
