@@ -1,12 +1,12 @@
-"""Launch configurations measured on a device, which ops prefer to their own: `configuration`.
+"""Launch configurations measured on a device, which ops prefer to their own: `prefer`.
 
 ``configs/<device>.json`` is written by `make gpu` and read once per process. An entry belongs to an
 op, a class of shapes and a nominal density, never to a number of tickets or of nonzeros: with the
 same file a track runs the same kernels in the same order of summation, whoever shares its batch.
 Without a file, or without an entry, an op takes the configuration it was built with::
 
-    chosen = configuration("linear", shape_class(rows=64, cols=256, dtype=x.dtype), 1.0, x.device)
-    tiles = default_tiles(...) if chosen is None else Tiles(**chosen)
+    shapes = shape_class(rows=64, cols=256, dtype=x.dtype)
+    tiles = prefer(default_tiles(...), "linear", shapes, 1.0, x.device)
 
     {"layout": 1, "device": "NVIDIA H100 80GB HBM3", ...,
      "configurations": {"linear": {"cols=256 dtype=float32 rows=64": {"1.0": {"rows": 64, ...}}}}}
@@ -20,10 +20,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -31,11 +31,14 @@ __all__ = [
     "CONFIGS",
     "LAYOUT",
     "Configuration",
+    "Question",
     "configuration",
     "configuration_file",
     "fingerprint",
     "forget",
+    "listen",
     "override",
+    "prefer",
     "read",
     "shape_class",
 ]
@@ -47,7 +50,28 @@ _LEAST_DENSITY = 1e-6
 Configuration = Mapping[str, int]
 """Of one launch: tile sizes, warps, stages, by the names the op gives them."""
 
-_tried: ContextVar[tuple[str, Configuration] | None] = ContextVar("tried", default=None)
+Launch = TypeVar("Launch")
+
+
+class Question(NamedTuple):
+    """What an op asked for.
+
+    Attributes:
+        op: as the op names itself.
+        shapes: see `shape_class`.
+        density: nominal.
+        default: the configuration it was built with, a frozen dataclass of integers.
+    """
+
+    op: str
+    shapes: str
+    density: float
+    default: Any
+
+
+# Not context variables: backward passes ask from threads of their own.
+_tried: dict[tuple[str, str], Configuration] = {}
+_heard: list[Question] | None = None
 
 
 def shape_class(**sizes: Any) -> str:
@@ -83,14 +107,37 @@ def configuration(
     Raises:
         ValueError: the file is damaged; the message names it.
     """
-    tried = _tried.get()
-    if tried is not None and tried[0] == op:
-        return dict(tried[1])
+    if _tried and (op, shape_class) in _tried:
+        return dict(_tried[op, shape_class])
     if device.type != "cuda":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     chosen = _chosen(op, shape_class, density, configuration_file(_device_name(index)))
     return None if chosen is None else dict(chosen)
+
+
+def prefer(default: Launch, op: str, shapes: str, density: float, device: torch.device) -> Launch:
+    """``default``, or the measured configuration of the same type.
+
+    Args:
+        default: what the op was built with, a frozen dataclass of integers.
+        op: see `configuration`.
+        shapes: see `shape_class`.
+        density: see `configuration`.
+        device: see `configuration`.
+
+    Raises:
+        ValueError: the file is damaged, or names what the op does not have.
+    """
+    if _heard is not None:
+        _heard.append(Question(op, shapes, density, default))
+    chosen = configuration(op, shapes, density, device)
+    if chosen is None:
+        return default
+    try:
+        return replace(default, **chosen)  # type: ignore[type-var]
+    except TypeError as error:
+        raise ValueError(f"configuration of {op!r} for {shapes!r} does not fit: {error}") from error
 
 
 def configuration_file(device_name: str) -> Path:
@@ -108,13 +155,27 @@ def fingerprint(device: torch.device) -> str | None:
 
 
 @contextmanager
-def override(op: str, candidate: Configuration) -> Iterator[None]:
-    """Let `configuration` answer with a candidate for one op, to try it; for tuning and tests."""
-    token = _tried.set((op, candidate))
+def override(op: str, shapes: str, candidate: Configuration) -> Iterator[None]:
+    """Let a candidate count for one op and class of shapes, in all threads; for tuning alone."""
+    before = _tried.get((op, shapes))
+    _tried[op, shapes] = candidate
     try:
         yield
     finally:
-        _tried.reset(token)
+        del _tried[op, shapes]
+        if before is not None:
+            _tried[op, shapes] = before
+
+
+@contextmanager
+def listen() -> Iterator[list[Question]]:
+    """Collect what ops ask for, in all threads; for tuning alone."""
+    global _heard
+    before, _heard = _heard, []
+    try:
+        yield _heard
+    finally:
+        _heard = before
 
 
 def read(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

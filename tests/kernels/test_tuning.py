@@ -1,6 +1,8 @@
 """Measured configurations: which entry counts, what stands for no entry, and what is refused."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -63,11 +65,45 @@ def test_of_two_equally_near_the_denser_counts(written):
     assert configuration("op", "x", 0.5, CUDA) == {"warps": 8}
 
 
-def test_a_candidate_is_tried_on_its_own_op_only():
-    with override("linear", {"warps": 16}):
-        assert configuration("linear", "anything", 0.5, torch.device("cpu")) == {"warps": 16}
-        assert configuration("other", "anything", 0.5, torch.device("cpu")) is None
-    assert configuration("linear", "anything", 0.5, torch.device("cpu")) is None
+@dataclass(frozen=True)
+class Tiles:
+    rows: int
+    warps: int
+
+
+def test_a_measured_configuration_is_preferred_field_by_field(written):
+    default = Tiles(64, 4)
+    assert tuning.prefer(default, "op", "x", 1.0, CUDA) is default
+    written({"op": {"x": {"1.0": {"warps": 8}}, "y": {"1.0": {"cols": 8}}}})
+    assert tuning.prefer(default, "op", "x", 1.0, CUDA) == Tiles(64, 8)
+    with pytest.raises(ValueError, match="configuration of 'op' for 'y' does not fit"):
+        tuning.prefer(default, "op", "y", 1.0, CUDA)
+
+
+def test_a_candidate_is_tried_on_its_own_op_and_shapes_in_every_thread():
+    default, cpu = Tiles(64, 4), torch.device("cpu")
+
+    def ask(op, shapes):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(tuning.prefer, default, op, shapes, 0.5, cpu).result()
+
+    with override("op", "x", {"warps": 16}):
+        assert ask("op", "x") == Tiles(64, 16)
+        assert ask("op", "y") is default
+        assert ask("other", "x") is default
+        with override("op", "x", {"warps": 2}):
+            assert ask("op", "x") == Tiles(64, 2)
+        assert ask("op", "x") == Tiles(64, 16)
+    assert ask("op", "x") is default
+
+
+def test_questions_are_heard_from_every_thread():
+    default = Tiles(64, 4)
+    with tuning.listen() as heard, ThreadPoolExecutor(1) as pool:
+        pool.submit(tuning.prefer, default, "op", "x", 0.5, torch.device("cpu")).result()
+    assert heard == [tuning.Question("op", "x", 0.5, default)]
+    tuning.prefer(default, "op", "x", 0.5, torch.device("cpu"))
+    assert len(heard) == 1
 
 
 @pytest.mark.parametrize(
