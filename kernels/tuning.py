@@ -5,8 +5,7 @@ op, a class of shapes and a nominal density, never to a number of tickets or of 
 same file a track runs the same kernels in the same order of summation, whoever shares its batch.
 Without a file, or without an entry, an op takes the configuration it was built with::
 
-    shapes = shape_class(rows=64, cols=256, dtype=x.dtype)
-    tiles = prefer(default_tiles(...), "linear", shapes, 1.0, x.device)
+    tiles = prefer(default_tiles(...), "linear", x.device, rows=64, cols=256, dtype=x.dtype)
 
     {"layout": 1, "device": "NVIDIA H100 80GB HBM3", ...,
      "configurations": {"linear": {"cols=256 dtype=float32 rows=64": {"1.0": {"rows": 64, ...}}}}}
@@ -85,7 +84,7 @@ def shape_class(**sizes: Any) -> str:
     """
     parts = []
     for name, value in sorted(sizes.items()):
-        if isinstance(value, int):
+        if isinstance(value, int) and not isinstance(value, bool):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
             value = 1 << max(value - 1, 0).bit_length()
@@ -116,19 +115,24 @@ def configuration(
     return None if chosen is None else dict(chosen)
 
 
-def prefer(default: Launch, op: str, shapes: str, density: float, device: torch.device) -> Launch:
-    """``default``, or the measured configuration of the same type.
+def prefer(
+    default: Launch, op: str, device: torch.device, *, density: float = 1.0, **sizes: Any
+) -> Launch:
+    """``default``, or what was measured for the same type of launch.
 
     Args:
         default: what the op was built with, a frozen dataclass of integers.
         op: see `configuration`.
-        shapes: see `shape_class`.
-        density: see `configuration`.
         device: see `configuration`.
+        density: see `configuration`.
+        **sizes: see `shape_class`.
 
     Raises:
         ValueError: the file is damaged, or names what the op does not have.
     """
+    if _heard is None and not _tried and not _measured(device):
+        return default
+    shapes = shape_class(**sizes)
     if _heard is not None:
         _heard.append(Question(op, shapes, density, default))
     chosen = configuration(op, shapes, density, device)
@@ -211,6 +215,13 @@ def forget() -> None:
     """Read files anew, after one was written; kernels already chosen elsewhere stay chosen."""
     _read_once.cache_clear()
     _chosen.cache_clear()
+
+
+def _measured(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return bool(_read_once(configuration_file(_device_name(index))))
 
 
 @cache

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparse_tickets.kernels.compile import Case
 from sparse_tickets.kernels.linear.operands import check_span
+from sparse_tickets.kernels.tuning import prefer
 
 __all__ = ["COMPILE_CASES", "GradientTiles", "ProductTiles", "dw", "dx", "forward"]
 
@@ -272,7 +273,17 @@ def dw(dy: Tensor, x: Tensor, table: Tensor, block: int, precision: str) -> Tens
     if result.numel() == 0:
         return result
     exact = precision if dy.dtype == torch.float32 else "ieee"
-    tiles = GradientTiles.choose(inp, block, dy.dtype, exact)
+    tiles = prefer(
+        GradientTiles.choose(inp, block, dy.dtype, exact),
+        "linear_blocked.dw",
+        dy.device,
+        batch=batch,
+        out=out,
+        inp=inp,
+        block=block,
+        dtype=dy.dtype,
+        precision=exact,
+    )
     grid = _grid(tickets * (out // block) * triton.cdiv(inp, tiles.cols))
     with torch.cuda.device_of(dy):
         _gradient_kernel[grid](
@@ -312,7 +323,17 @@ def _product(
     if c.numel() == 0:
         return c
     exact = precision if a.dtype == torch.float32 else "ieee"
-    tiles = ProductTiles.choose(rows, block, a.dtype, exact)
+    tiles = prefer(
+        ProductTiles.choose(rows, block, a.dtype, exact),
+        "linear_blocked",
+        a.device,
+        rows=rows,
+        cols=cols,
+        depth=a.shape[2],
+        block=block,
+        dtype=a.dtype,
+        precision=exact,
+    )
     grid = _grid(tickets * triton.cdiv(rows, tiles.rows) * (cols // block))
     with torch.cuda.device_of(a):
         _product_kernel[grid](

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_tickets.kernels.compile import Case
 from sparse_tickets.kernels.linear.operands import check_span
+from sparse_tickets.kernels.tuning import prefer
 
 __all__ = ["COMPILE_CASES", "Tiles", "choose_tiles", "dw", "dx", "forward"]
 
@@ -152,7 +153,17 @@ def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, mask: Tensor | None, precis
     if c.numel() == 0:
         return c
     exact = precision if a.dtype == torch.float32 else "ieee"
-    tiles = choose_tiles(rows, cols, a.dtype, exact)
+    tiles = prefer(
+        choose_tiles(rows, cols, a.dtype, exact),
+        "linear",
+        a.device,
+        rows=rows,
+        cols=cols,
+        depth=depth,
+        masked=mask is not None,
+        dtype=a.dtype,
+        precision=exact,
+    )
     programs = tickets * triton.cdiv(rows, tiles.rows) * triton.cdiv(cols, tiles.cols)
     if programs >= 2**31:
         raise ValueError(f"the product must take fewer than 2**31 tiles, got {programs}")

@@ -30,8 +30,8 @@ def written(tmp_path, monkeypatch):
 
 
 def test_sizes_round_up_to_powers_of_two_and_names_stay():
-    name = shape_class(rows=100, cols=64, empty=0, dtype=torch.float32, precision="tf32")
-    assert name == "cols=64 dtype=float32 empty=1 precision=tf32 rows=128"
+    name = shape_class(rows=100, cols=64, empty=0, masked=False, dtype=torch.float32)
+    assert name == "cols=64 dtype=float32 empty=1 masked=False rows=128"
     assert shape_class(b=1, a=2) == shape_class(a=2, b=1)
     with pytest.raises(ValueError, match="rows must not be negative, got -1"):
         shape_class(rows=-1)
@@ -73,25 +73,26 @@ class Tiles:
 
 def test_a_measured_configuration_is_preferred_field_by_field(written):
     default = Tiles(64, 4)
-    assert tuning.prefer(default, "op", "x", 1.0, CUDA) is default
-    written({"op": {"x": {"1.0": {"warps": 8}}, "y": {"1.0": {"cols": 8}}}})
-    assert tuning.prefer(default, "op", "x", 1.0, CUDA) == Tiles(64, 8)
-    with pytest.raises(ValueError, match="configuration of 'op' for 'y' does not fit"):
-        tuning.prefer(default, "op", "y", 1.0, CUDA)
+    assert tuning.prefer(default, "op", CUDA, n=100) is default
+    written({"op": {"n=128": {"1.0": {"warps": 8}}, "n=256": {"1.0": {"cols": 8}}}})
+    assert tuning.prefer(default, "op", CUDA, n=100) == Tiles(64, 8)
+    assert tuning.prefer(default, "op", CUDA, n=64) is default
+    with pytest.raises(ValueError, match="configuration of 'op' for 'n=256' does not fit"):
+        tuning.prefer(default, "op", CUDA, n=256)
 
 
 def test_a_candidate_is_tried_on_its_own_op_and_shapes_in_every_thread():
     default, cpu = Tiles(64, 4), torch.device("cpu")
 
-    def ask(op, shapes):
+    def ask(op, kind):
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(tuning.prefer, default, op, shapes, 0.5, cpu).result()
+            return pool.submit(tuning.prefer, default, op, cpu, kind=kind).result()
 
-    with override("op", "x", {"warps": 16}):
+    with override("op", "kind=x", {"warps": 16}):
         assert ask("op", "x") == Tiles(64, 16)
         assert ask("op", "y") is default
         assert ask("other", "x") is default
-        with override("op", "x", {"warps": 2}):
+        with override("op", "kind=x", {"warps": 2}):
             assert ask("op", "x") == Tiles(64, 2)
         assert ask("op", "x") == Tiles(64, 16)
     assert ask("op", "x") is default
@@ -100,9 +101,9 @@ def test_a_candidate_is_tried_on_its_own_op_and_shapes_in_every_thread():
 def test_questions_are_heard_from_every_thread():
     default = Tiles(64, 4)
     with tuning.listen() as heard, ThreadPoolExecutor(1) as pool:
-        pool.submit(tuning.prefer, default, "op", "x", 0.5, torch.device("cpu")).result()
-    assert heard == [tuning.Question("op", "x", 0.5, default)]
-    tuning.prefer(default, "op", "x", 0.5, torch.device("cpu"))
+        pool.submit(tuning.prefer, default, "op", torch.device("cpu"), density=0.5, n=3).result()
+    assert heard == [tuning.Question("op", "n=4", 0.5, default)]
+    tuning.prefer(default, "op", torch.device("cpu"))
     assert len(heard) == 1
 
 
