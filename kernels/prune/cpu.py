@@ -16,11 +16,13 @@ from ..threads import launch
 __all__ = ["prune"]
 
 
-def _ordered_image(scores: Tensor) -> Tensor:
+def _ordered_image(scores: Tensor, magnitude: bool) -> Tensor:
     """Signed integers in the order of the floats; adding 0.0 makes -0.0 and 0.0 one."""
     integer = torch.int32 if scores.dtype == torch.float32 else torch.int64
-    bits = (scores + 0.0).view(integer)
     limit = torch.iinfo(integer)
+    if magnitude:
+        return scores.view(integer) & limit.max
+    bits = (scores + 0.0).view(integer)
     return bits ^ ((bits >> (limit.bits - 1)) & limit.max)
 
 
@@ -73,9 +75,9 @@ def _prune_rows(keys, mask, k, bits, out):
                         ties -= 1
 
 
-def prune(scores: Tensor, mask: Tensor, k: Tensor) -> Tensor:
+def prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool = False) -> Tensor:
     out = torch.empty_like(mask)
-    keys = _ordered_image(scores)
+    keys = _ordered_image(scores, magnitude).contiguous()
     bits = torch.iinfo(keys.dtype).bits
     with launch():
         _prune_rows(keys.numpy(), mask.numpy(), k.numpy(), bits, out.numpy())

@@ -1,11 +1,26 @@
-"""Exact-k pruning in Triton: a radix select over the bits of the scores, one program per ticket.
+"""Exact-k pruning in Triton: a radix select over the bits of the scores, with rewinding.
 
-Four passes of eight bits find the k-th largest score, a fifth writes the mask, ranking ties by a
-prefix sum in order of position. Integer counts only: the same mask on every run, no atomics on
-global memory, no wait for the device. Reads 25 bytes an entry, mostly from L2, and writes one.
+A row of up to `SHORT` entries stays in the registers of one program, in one launch: it is read
+once (5 bytes an entry) and its mask written (1).
+
+A longer row is cut into chunks, their number a function of its length alone, in six launches:
+
+    count, choose   digits of 8 bits per chunk; the k-th largest score's first digit
+    count, choose   among the entries with that digit its second, and how many share both
+    split           every entry above or below these 16 bits is decided; the few others are listed
+    finish          the remaining 16 bits and the ties among the listed, one program per ticket
+
+which reads a row three times and writes its mask once: 16 bytes an entry. Counts are integers and
+lists are in order of position: the same mask on every run, no atomics, no wait for the device.
+Finishing is slow only where very many scores agree in 16 bits, as ties do.
+
+Rewinding is part of `split` and `finish`: weight and moments are written where the mask is, 4 bytes
+an entry read and 12 written. Short rows, which a cache holds, are rewound by a second launch.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,87 +29,424 @@ from torch import Tensor
 
 from ..compile import Case
 from ..errors import check_dtype
+from ..update.gpu import rewind_
 
-__all__ = ["COMPILE_CASES", "prune"]
+__all__ = ["COMPILE_CASES", "Point", "prune", "prune_rewind_"]
 
-BLOCK = 2048
-
-
-@triton.jit
-def _keys(scores, mask, ticket, column, prunable):
-    """Signed integers in the order of the scores, and which of them are inside the mask."""
-    entry = ticket * prunable + column
-    inside = tl.load(mask + entry, mask=column < prunable, other=0).to(tl.int1)
-    score = tl.load(scores + entry, mask=inside, other=0.0)
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF), inside
+SHORT = 8192
+BLOCK = 8192
+SPLIT_BLOCK = 4096
+MAX_CHUNKS = 512
+"""A very long row has longer chunks, not more of them: one program adds up their counts."""
+CHOOSE_ROWS = 32
+FINISH_BLOCK = 2048
 
 
 @triton.jit
-def _prune_kernel(scores, mask, k, out, prunable, BLOCK: tl.constexpr):
+def _ordered(score, MAGNITUDE: tl.constexpr):
+    """Unsigned integers above zero in the order of the scores, -0.0 equal to 0.0."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
+    if MAGNITUDE:
+        # The sign makes room for the bit that keeps a zero above zero.
+        return (bits << 1) | 1
+    return tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def _keys(scores, mask, ticket, column, prunable, stride, MAGNITUDE: tl.constexpr):
+    """Ordered scores of a row's columns; zero outside the mask, where no score is read."""
+    inside = tl.load(mask + ticket * prunable + column, mask=column < prunable, other=0).to(tl.int1)
+    score = tl.load(scores + ticket * stride + column, mask=inside, other=0.0)
+    return tl.where(inside, _ordered(score, MAGNITUDE), 0)
+
+
+@triton.jit
+def _histogram(key, candidate, shift):
+    return tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=candidate)
+
+
+@triton.jit
+def _choose(counts, wanted):
+    """Digit of the ``wanted``-th largest, and its rank among those with that digit.
+
+    If none is wanted, the largest digit and rank 0, so that every score lies below or unranked.
+    """
+    at_least = tl.cumsum(counts, 0, reverse=True)
+    found = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(tl.arange(0, 256) > found, counts, 0), 0)
+    return found.to(tl.uint32), wanted - above
+
+
+@triton.jit
+def _rewind(weight, initial, m, v, initial_m, initial_v, entry, kept, written):
+    """Weight and moments of these entries as at the rewind point, zero where not kept."""
+    tl.store(weight + entry, tl.load(initial + entry, mask=kept, other=0.0), mask=written)
+    first = tl.zeros_like(entry).to(tl.float32)
+    second = first
+    if initial_m is not None:
+        first = tl.load(initial_m + entry, mask=kept, other=0.0)
+    if initial_v is not None:
+        second = tl.load(initial_v + entry, mask=kept, other=0.0)
+    tl.store(m + entry, first, mask=written)
+    tl.store(v + entry, second, mask=written)
+
+
+@triton.jit
+def _short_kernel(
+    scores, mask, out, k, prunable, stride, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A whole row in registers: four digits, then the mask."""
     ticket = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    digits = tl.arange(0, 256)
-    blocks = tl.cdiv(prunable, BLOCK)
-    threshold = tl.full([], 0, tl.int32)
+    column = tl.arange(0, BLOCK)
+    key = _keys(scores, mask, ticket, column, prunable, stride, MAGNITUDE)
     wanted = tl.load(k + ticket).to(tl.int32)
-
+    threshold = tl.full([], 0, tl.uint32)
+    candidate = key != 0
+    wanted = tl.minimum(wanted, tl.sum(candidate.to(tl.int32), 0))
     for step in tl.static_range(4):
         shift = 24 - 8 * step
-        counts = tl.zeros([256], tl.int32)
-        for block in range(blocks):
-            key, inside = _keys(scores, mask, ticket, block * BLOCK + lane, prunable)
-            digit = (key >> shift) & 255
-            if step == 0:
-                # Of a signed number the top digit counts from -128.
-                digit = digit ^ 128
-            else:
-                inside = inside & (((key ^ threshold) >> (shift + 8)) == 0)
-            counts += tl.histogram(digit, 256, mask=inside)
-        if step == 0:
-            wanted = tl.minimum(wanted, tl.sum(counts, 0))
-        at_least = tl.cumsum(counts, 0, reverse=True)
-        found = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
-        if step == 0:
-            some = wanted > 0
-        wanted -= tl.sum(tl.where(digits > found, counts, 0), 0)
-        if step == 0:
-            threshold = (found ^ 128) << shift
+        digit, wanted = _choose(_histogram(key, candidate, shift), wanted)
+        threshold = threshold | (digit << shift)
+        candidate = candidate & ((key ^ threshold) >> shift == 0)
+    tie = (key == threshold).to(tl.int32)
+    kept = (key > threshold) | ((tie == 1) & (tl.cumsum(tie, 0) <= wanted))
+    tl.store(out + ticket * prunable + column, kept, mask=column < prunable)
+
+
+@triton.jit
+def _count_kernel(
+    scores,
+    mask,
+    prefix,
+    counts,
+    prunable,
+    stride,
+    chunks,
+    stretch,
+    SECOND: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How often each value of a digit occurs in a chunk: the first digit, or the second."""
+    ticket = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    total = tl.zeros([256], tl.int32)
+    first = tl.full([], 0, tl.uint32)
+    if SECOND:
+        first = tl.load(prefix + ticket).to(tl.uint32)
+    for block in range(chunk * stretch, (chunk + 1) * stretch):
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        key = _keys(scores, mask, ticket, column, prunable, stride, MAGNITUDE)
+        candidate = key != 0
+        if SECOND:
+            candidate = candidate & (key >> 24 == first)
+            total += _histogram(key, candidate, 16)
         else:
-            threshold = threshold | (found << shift)
+            total += _histogram(key, candidate, 24)
+    tl.store(counts + (ticket * chunks + chunk) * 256 + tl.arange(0, 256), total)
 
-    # `wanted` is now the number of entries equal to the threshold that stay.
+
+@triton.jit
+def _choose_kernel(
+    counts, k, prefix, wanted, begin, chunks, SECOND: tl.constexpr, ROWS: tl.constexpr
+):
+    """A ticket's digit from the counts of its chunks; after the second, where each list begins."""
+    ticket = tl.program_id(0).to(tl.int64)
+    digits = tl.arange(0, 256)
+    lane = tl.arange(0, ROWS)
+    of_ticket = counts + ticket * chunks * 256
+    total = tl.zeros([256], tl.int32)
+    for first in range(0, chunks, ROWS):
+        row = first + lane[:, None]
+        total += tl.sum(tl.load(of_ticket + row * 256 + digits, mask=row < chunks, other=0), 0)
+    if SECOND:
+        digit, left = _choose(total, tl.load(wanted + ticket))
+        above = tl.load(prefix + ticket).to(tl.uint32) << 8
+        tl.store(prefix + ticket, (above | digit).to(tl.int32))
+        before = tl.full([], 0, tl.int32)
+        for first in range(0, chunks, ROWS):
+            row = first + lane
+            listed = tl.load(of_ticket + row * 256 + digit, mask=row < chunks, other=0)
+            place = before + tl.cumsum(listed, 0) - listed
+            tl.store(begin + ticket * (chunks + 1) + row, place, mask=row < chunks)
+            before += tl.sum(listed, 0)
+        tl.store(begin + ticket * (chunks + 1) + chunks, before)
+    else:
+        asked = tl.minimum(tl.load(k + ticket).to(tl.int32), tl.sum(total, 0))
+        digit, left = _choose(total, asked)
+        tl.store(prefix + ticket, digit.to(tl.int32))
+    tl.store(wanted + ticket, left)
+
+
+@triton.jit
+def _split_kernel(
+    scores,
+    mask,
+    out,
+    prefix,
+    begin,
+    undecided,
+    weight,
+    initial,
+    m,
+    v,
+    initial_m,
+    initial_v,
+    prunable,
+    stride,
+    size,
+    chunks,
+    stretch,
+    spans,
+    MAGNITUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write what the first 16 bits decide, and list the positions they do not.
+
+    Spans beyond the chunks hold the entries that are never pruned.
+    """
+    ticket = (tl.program_id(0) // spans).to(tl.int64)
+    span = tl.program_id(0) % spans
+    high = tl.load(prefix + ticket).to(tl.uint32)
+    place = tl.load(begin + ticket * (chunks + 1) + span, mask=span < chunks, other=0)
+    for block in range(span * stretch, (span + 1) * stretch):
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        key = _keys(scores, mask, ticket, column, prunable, stride, MAGNITUDE)
+        kept = key >> 16 > high
+        unsure = (key >> 16 == high) & (key != 0)
+        decided = (column < prunable) & (unsure == 0)
+        tl.store(out + ticket * prunable + column, kept, mask=decided)
+        listed = unsure.to(tl.int32)
+        position = place + tl.cumsum(listed, 0) - 1
+        tl.store(undecided + ticket * prunable + position, column, mask=unsure)
+        place += tl.sum(listed, 0)
+        if weight is not None:
+            rest = (column >= prunable) & (column < size)
+            entry = ticket * size + column
+            _rewind(weight, initial, m, v, initial_m, initial_v, entry, kept | rest, decided | rest)
+
+
+@triton.jit
+def _finish_kernel(
+    scores,
+    out,
+    prefix,
+    wanted,
+    begin,
+    undecided,
+    weight,
+    initial,
+    m,
+    v,
+    initial_m,
+    initial_v,
+    prunable,
+    stride,
+    size,
+    chunks,
+    MAGNITUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Decide the listed: two more digits, then ties in order of position."""
+    ticket = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    listed = undecided + ticket * prunable
+    length = tl.load(begin + ticket * (chunks + 1) + chunks)
+    left = tl.load(wanted + ticket)
+    threshold = tl.load(prefix + ticket).to(tl.uint32) << 16
+    for step in tl.static_range(2):
+        shift = 8 - 8 * step
+        counts = tl.zeros([256], tl.int32)
+        for first in range(0, length, BLOCK):
+            exists = first + lane < length
+            column = tl.load(listed + first + lane, mask=exists, other=0)
+            score = tl.load(scores + ticket * stride + column, mask=exists, other=0.0)
+            key = _ordered(score, MAGNITUDE)
+            candidate = exists & ((key ^ threshold) >> (shift + 8) == 0)
+            counts += _histogram(key, candidate, shift)
+        digit, left = _choose(counts, left)
+        threshold = threshold | (digit << shift)
+
     seen = tl.full([], 0, tl.int32)
-    for block in range(blocks):
-        column = block * BLOCK + lane
-        key, inside = _keys(scores, mask, ticket, column, prunable)
-        tie = (inside & (key == threshold)).to(tl.int32)
+    for first in range(0, length, BLOCK):
+        exists = first + lane < length
+        column = tl.load(listed + first + lane, mask=exists, other=0)
+        score = tl.load(scores + ticket * stride + column, mask=exists, other=0.0)
+        key = _ordered(score, MAGNITUDE)
+        tie = (exists & (key == threshold)).to(tl.int32)
         rank = seen + tl.cumsum(tie, 0)
-        kept = inside & ((key > threshold) | ((tie == 1) & (rank <= wanted))) & some
-        tl.store(out + ticket * prunable + column, kept, mask=column < prunable)
+        kept = exists & ((key > threshold) | ((tie == 1) & (rank <= left)))
+        tl.store(out + ticket * prunable + column, kept, mask=exists)
         seen += tl.sum(tie, 0)
+        if weight is not None:
+            entry = ticket * size + column
+            _rewind(weight, initial, m, v, initial_m, initial_v, entry, kept, exists)
 
 
-def prune(scores: Tensor, mask: Tensor, k: Tensor) -> Tensor:
-    check_dtype("scores on the Triton backend", scores, torch.float32)
+class Point(NamedTuple):
+    """What is rewound, and to what; all None where a mask is all that is wanted."""
+
+    weight: Tensor | None = None
+    initial: Tensor | None = None
+    m: Tensor | None = None
+    v: Tensor | None = None
+    initial_m: Tensor | None = None
+    initial_v: Tensor | None = None
+
+
+def prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
     out = torch.empty_like(mask)
-    if mask.numel():
-        _prune_kernel[(mask.shape[0],)](scores, mask, k, out, mask.shape[1], BLOCK=BLOCK)
+    _select(scores, mask, out, k, Point(), magnitude)
     return out
 
 
-COMPILE_CASES = [
-    Case(
-        "prune",
-        _prune_kernel,
-        {
-            "scores": "*fp32:16",
-            "mask": "*i1:16",
-            "k": "*i64:16",
-            "out": "*i1:16",
-            "prunable": "i32",
-        },
-        {"BLOCK": BLOCK},
-        {},
-    ),
-]
+def prune_rewind_(scores: Tensor, mask: Tensor, k: Tensor, point: Point, magnitude: bool) -> None:
+    check_dtype("weight on the Triton backend", point.weight, torch.float32)
+    _select(scores, mask, mask, k, point, magnitude)
+    if mask.shape[1] <= SHORT:
+        weight, initial, m, v, initial_m, initial_v = point
+        rewind_(weight, initial, m, v, mask, None, initial_m, initial_v)
+
+
+def _select(
+    scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, point: Point, magnitude: bool
+) -> None:
+    """Write the mask of every row to ``out``, which may be ``mask`` itself; rewind long rows."""
+    check_dtype("scores on the Triton backend", scores, torch.float32)
+    tickets, prunable = mask.shape
+    if mask.numel() == 0:
+        return
+    if scores.stride(1) != 1:
+        scores = scores.contiguous()
+    with torch.cuda.device_of(mask):
+        if prunable > SHORT:
+            _select_long(scores, mask, out, k, point, magnitude)
+            return
+        block = max(triton.next_power_of_2(prunable), 256)
+        _short_kernel[(tickets,)](
+            scores,
+            mask,
+            out,
+            k,
+            prunable,
+            scores.stride(0),
+            MAGNITUDE=magnitude,
+            BLOCK=block,
+            num_warps=_short_warps(block),
+        )
+
+
+def _select_long(
+    scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, point: Point, magnitude: bool
+) -> None:
+    tickets, prunable = mask.shape
+    size = prunable if point.weight is None else point.weight.shape[1]
+    blocks = triton.cdiv(prunable, BLOCK)
+    stretch = triton.cdiv(blocks, MAX_CHUNKS)
+    chunks = triton.cdiv(blocks, stretch)
+    spans = triton.cdiv(size, stretch * BLOCK)
+    stride = scores.stride(0)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=mask.device)
+
+    counts, begin = empty(tickets, chunks, 256), empty(tickets, chunks + 1)
+    prefix, wanted, undecided = empty(tickets), empty(tickets), empty(tickets, prunable)
+    for second in (False, True):
+        _count_kernel[(tickets * chunks,)](
+            scores,
+            mask,
+            prefix,
+            counts,
+            prunable,
+            stride,
+            chunks,
+            stretch,
+            SECOND=second,
+            MAGNITUDE=magnitude,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+        _choose_kernel[(tickets,)](
+            counts, k, prefix, wanted, begin, chunks, SECOND=second, ROWS=CHOOSE_ROWS, num_warps=8
+        )
+    _split_kernel[(tickets * spans,)](
+        scores,
+        mask,
+        out,
+        prefix,
+        begin,
+        undecided,
+        *point,
+        prunable,
+        stride,
+        size,
+        chunks,
+        stretch * BLOCK // SPLIT_BLOCK,
+        spans,
+        MAGNITUDE=magnitude,
+        BLOCK=SPLIT_BLOCK,
+        num_warps=8,
+    )
+    _finish_kernel[(tickets,)](
+        scores,
+        out,
+        prefix,
+        wanted,
+        begin,
+        undecided,
+        *point,
+        prunable,
+        stride,
+        size,
+        chunks,
+        MAGNITUDE=magnitude,
+        BLOCK=FINISH_BLOCK,
+        num_warps=8,
+    )
+
+
+def _short_warps(block: int) -> int:
+    """Up to 16 entries a thread."""
+    return max(4, block // 512)
+
+
+_SCORES = {"scores": "*fp32:16", "mask": "*i1:16", "prunable": "i32", "stride": "i32"}
+_OUT = {"out": "*i1:16", "size": "i32"}
+_CHUNKS = {"chunks": "i32", "stretch": "i32"}
+_STATE = {"prefix": "*i32:16", "begin": "*i32:16", "undecided": "*i32:16"}
+_NOTHING = dict.fromkeys(Point._fields)
+_REWIND = dict.fromkeys(Point._fields, "*fp32:16")
+
+
+def _cases() -> list[Case]:
+    def case(name, kernel, signature, constexprs, warps):
+        return Case(name, kernel, signature, constexprs, {"num_warps": warps})
+
+    cases = []
+    for magnitude in (False, True):
+        for block in (256, SHORT):
+            signature = {**_SCORES, "out": "*i1:16", "k": "*i64:16"}
+            options = {"MAGNITUDE": magnitude, "BLOCK": block}
+            name = f"short_{block}_magnitude" if magnitude else f"short_{block}"
+            cases.append(case(name, _short_kernel, signature, options, _short_warps(block)))
+    for name, types, absent in (("prune", {}, _NOTHING), ("prune_rewind", _REWIND, {})):
+        options = {"MAGNITUDE": True, "BLOCK": SPLIT_BLOCK, **absent}
+        signature = {**_SCORES, **_OUT, **_CHUNKS, **_STATE, **types, "spans": "i32"}
+        cases.append(case(f"{name}_split", _split_kernel, signature, options, 8))
+        options = {"MAGNITUDE": True, "BLOCK": FINISH_BLOCK, **absent}
+        signature = {**_SCORES, **_OUT, **_STATE, **types, "wanted": "*i32:16", "chunks": "i32"}
+        del signature["mask"]
+        cases.append(case(f"{name}_finish", _finish_kernel, signature, options, 8))
+    for second in (False, True):
+        signature = {**_SCORES, **_CHUNKS, "prefix": "*i32:16", "counts": "*i32:16"}
+        options = {"SECOND": second, "MAGNITUDE": False, "BLOCK": BLOCK}
+        cases.append(case(f"count_{second + 1}", _count_kernel, signature, options, 8))
+        integers = dict.fromkeys(("counts", "prefix", "wanted", "begin"), "*i32:16")
+        signature = {**integers, "k": "*i64:16", "chunks": "i32"}
+        options = {"SECOND": second, "ROWS": CHOOSE_ROWS}
+        cases.append(case(f"choose_{second + 1}", _choose_kernel, signature, options, 8))
+    return cases
+
+
+COMPILE_CASES = _cases()

@@ -8,7 +8,8 @@ from torch import Tensor
 __all__ = ["prune"]
 
 
-def prune(scores: Tensor, mask: Tensor, k: Tensor) -> Tensor:
+def prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool = False) -> Tensor:
+    scores = scores.abs() if magnitude else scores
     order = scores.argsort(dim=1, descending=True, stable=True)
     # A second stable sort puts the pruned last, where no score can move them.
     inside = mask.gather(1, order).to(torch.uint8)
