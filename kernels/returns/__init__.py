@@ -101,9 +101,13 @@ def discounted_returns(
     Raises:
         ValueError, TypeError: as `gae`.
     """
-    check_shape("bootstrap", bootstrap, tuple(reward.shape))
-    check_shape("truncated", truncated, tuple(reward.shape))
-    check_dtype("truncated", truncated, torch.bool)
+    for name, tensor, dtype in (
+        ("bootstrap", bootstrap, reward.dtype),
+        ("truncated", truncated, torch.bool),
+    ):
+        check_shape(name, tensor, tuple(reward.shape))
+        check_dtype(name, tensor, dtype)
+        check_device(name, tensor, reward)
     cut = truncated.clone()
     cut[:, -1:] = True
     # With V = 0 except at the cuts, the advantage for lam = 1 is the return itself.

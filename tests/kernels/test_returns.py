@@ -1,6 +1,7 @@
 """Advantages and returns: against sums written out from the definition, on every backend."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -8,10 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.returns import discounted_returns, gae
+from sparse_tickets.kernels.returns import cost, discounted_returns, gae
 
 BACKENDS = ["reference", "cpu", "triton"]
 SHAPES = [(3, 11, 5), (1, 1, 1), (2, 7, 130), (0, 4, 2), (2, 0, 3), (2, 4, 0)]
+
+
+@pytest.fixture
+def poisoned():
+    """What is allocated and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def rollout(shape, dtype=torch.float32, seed=0, rate=0.2):
@@ -73,7 +82,7 @@ def test_gae_is_the_sum_of_residuals(backend, lam):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_gae_agrees_with_reference_in_float64(backend, shape):
+def test_gae_agrees_with_reference_in_float64(backend, shape, poisoned):
     batch = rollout(shape)
     exact = [t.double() if t.is_floating_point() else t for t in batch]
     actual = on(backend, gae, *batch, 0.99, 0.95)
@@ -131,6 +140,36 @@ def test_gae_on_any_rollout(shape, rate, gamma, lam):
     close(target, expected + batch[1], 6)
 
 
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(0, 2), st.integers(0, 13), st.integers(0, 3)),
+    rate=st.sampled_from([0.0, 0.3, 1.0]),
+    gamma=st.floats(0, 1),
+    lam=st.floats(0, 1),
+)
+def test_triton_scans_several_tiles(shape, rate, gamma, lam):
+    gpu = pytest.importorskip("sparse_tickets.kernels.returns.gpu")
+    batch = rollout(shape, rate=rate)
+    with mock.patch.multiple(gpu, STEPS=4, LANES=2):
+        actual = on("triton", gae, *batch, gamma, lam)
+    exact = [t.double() if t.is_floating_point() else t for t in batch]
+    for one, other in zip(actual, on("reference", gae, *exact, gamma, lam), strict=True):
+        close(one, other, shape[1])
+
+
+def test_triton_stops_a_nan_at_an_episode_s_end_in_any_tile():
+    gpu = pytest.importorskip("sparse_tickets.kernels.returns.gpu")
+    for end in range(10):
+        reward, value, next_value, terminated, truncated = rollout((1, 11, 1), rate=0.0)
+        (truncated if end % 2 else terminated)[0, end] = True
+        next_value[terminated] = math.nan
+        reward[0, end + 1 :] = math.nan
+        with mock.patch.multiple(gpu, STEPS=4, LANES=2):
+            advantage, _ = on("triton", gae, reward, value, next_value, terminated, truncated, 1, 1)
+        expected = [step > end for step in range(11)]
+        assert advantage.isnan().flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_discounted_returns(backend):
     reward = torch.ones(1, 3, 4)
@@ -164,6 +203,10 @@ def test_results_are_constants_and_inputs_may_be_strided():
         ({"value": torch.zeros(2, 3, 5)}, ValueError, r"value must have shape \(2, 3, 4\)"),
         ({"next_value": torch.zeros(2, 3, 4).half()}, TypeError, "next_value must be float32"),
         ({"terminated": torch.zeros(2, 3, 4)}, TypeError, "terminated must be bool"),
+        ({"value": torch.zeros(2, 3, 4, device="meta")}, ValueError, "value must be on cpu, got m"),
+        ({"reward": torch.zeros(2, 3, 4).half()}, TypeError, "reward must be float32 or float64"),
+        ({"truncated": torch.zeros(2, 3, 1).bool()}, ValueError, "truncated must have shape"),
+        ({"gamma": math.nan}, ValueError, r"gamma must be in \[0, 1\], got nan"),
         ({"gamma": 1.5}, ValueError, r"gamma must be in \[0, 1\], got 1.5"),
         ({"lam": -0.5}, ValueError, r"lam must be in \[0, 1\], got -0.5"),
     ],
@@ -173,6 +216,33 @@ def test_gae_refuses(change, error, message):
     arguments = dict(zip(names, rollout((2, 3, 4)), strict=True)) | {"gamma": 0.9, "lam": 0.9}
     with pytest.raises(error, match=message):
         gae(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"bootstrap": torch.zeros(2, 3)}, ValueError, r"bootstrap must have shape \(2, 3, 4\)"),
+        ({"bootstrap": torch.zeros(2, 3, 4).double()}, TypeError, "bootstrap must be float32"),
+        (
+            {"bootstrap": torch.zeros(2, 3, 4, device="meta")},
+            ValueError,
+            "bootstrap must be on cpu",
+        ),
+        ({"truncated": torch.zeros(2, 3, 4)}, TypeError, "truncated must be bool, got float32"),
+        ({"gamma": -1}, ValueError, r"gamma must be in \[0, 1\], got -1"),
+    ],
+)
+def test_discounted_returns_refuses(change, error, message):
+    reward, _, bootstrap, terminated, truncated = rollout((2, 3, 4))
+    arguments = {"reward": reward, "terminated": terminated, "truncated": truncated}
+    with pytest.raises(error, match=message):
+        discounted_returns(**(arguments | {"bootstrap": bootstrap, "gamma": 0.9} | change))
+
+
+def test_cost():
+    # Six steps: reward, value, next value and two flags in, advantage and target out.
+    assert cost.gae(1, 2, 3) == (6 * 6, 6 * (3 * 4 + 2 + 2 * 4))
+    assert cost.gae(1, 2, 3, itemsize=8) == (6 * 6, 6 * (3 * 8 + 2 + 2 * 8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
