@@ -407,6 +407,32 @@ class TestLinear:
             plan(64, 64, 8, 0.5, torch.float32, DEVICE, block=8)
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_it() -> None:
+    """Nothing asks the device: forward and backward go into a graph and see later weights."""
+    x, weight, mask, bias, dy = inputs((2, 33, 2, 3), 32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    block_pattern(mask, 32)
+
+    def step() -> tuple[Tensor, ...]:
+        y = linear(x, weight, mask, bias)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        weight.mul_(2.0)
+    graph.replay()
+    for left, right in zip(captured, step(), strict=True):
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_other_backends_take_the_pattern_too(backend: str) -> None:
     if DEVICE == "cuda" and backend == "cpu":
