@@ -45,7 +45,7 @@ class Packed(NamedTuple):
         turned_row, turned_from: row and packed place of each sparse weight in column order.
         row_begin: first entry of each listed row of every sparse layer, absolute in packed order.
         column_begin: the same for the columns, of the `inputs`, in column order.
-        rows: of every layer, the rows that live, ascending.
+        rows: of every layer, the rows that live, ascending, then those that do not.
         every: 0, 1, ... up to the widest layer: a list of all rows.
         live: ``[L]`` how many rows of each layer live.
         begin: ``[2L + 1]``: first packed entry of each weight, each bias, and `log_std`.
@@ -102,18 +102,25 @@ def open_scratch(layout, floats, integers):
 
 
 @njit(cache=True)
-def _index_row(mask_row, offset, inp, columns, positions, count, used):
-    """Append the nonzeros of one row; adds their columns to the bits of ``used``."""
-    for begin in range(0, inp, WORD):
-        word = mask_word(mask_row, offset + begin, min(WORD, inp - begin))
-        used[begin // WORD] |= word
-        while word != _NONE:
-            column = begin + trailing_zeros(word)
-            columns[count] = column
-            positions[count] = offset + column
-            count += 1
-            word &= word - _ONE
-    return count
+def _index_rows(mask_row, offset, inp, rows, number, row_begin, columns, positions, count, used):
+    """Append the nonzeros of the listed rows; sets in ``used`` the bits of their columns."""
+    used[:] = _NONE
+    # Unsigned indices need no check for Python's negative ones.
+    place = np.uint64(count)
+    for k in range(number):
+        row_begin[k] = place
+        row = offset + rows[k] * inp
+        for begin in range(0, inp, WORD):
+            word = mask_word(mask_row, row + begin, min(WORD, inp - begin))
+            used[begin // WORD] |= word
+            while word != _NONE:
+                column = begin + trailing_zeros(word)
+                columns[place] = column
+                positions[place] = row + column
+                place += _ONE
+                word &= word - _ONE
+    row_begin[number] = place
+    return np.int64(place)
 
 
 @njit(cache=True)
@@ -130,27 +137,28 @@ def build_rows(mask_row, offset, out, inp, row_pointer, columns, positions, nnz0
         positions: as ``columns``: where in the ticket's row each nonzero lies.
         nnz0: nonzeros already there.
     """
-    count, used = nnz0, np.empty((inp + WORD - 1) // WORD, np.uint64)
-    for o in range(out):
-        row_pointer[o] = count
-        count = _index_row(mask_row, offset + o * inp, inp, columns, positions, count, used)
-    row_pointer[out] = count
-    return count
+    used, every = np.empty((inp + WORD - 1) // WORD, np.uint64), np.arange(out)
+    return _index_rows(
+        mask_row, offset, inp, every, out, row_pointer, columns, positions, nnz0, used
+    )
 
 
 @njit(cache=True)
 def _list_rows(layout, packed, layer):
-    """List the rows of a hidden layer that live, given what the layer above it used."""
+    """List a hidden layer's rows: those that live, given what the layer above used, then others."""
     layers = layout.layers
-    rows, out = packed.rows[layers[layer, ROWS] :], layers[layer, OUT]
+    rows, used = packed.rows[layers[layer, ROWS] :], packed.used
+    live, dead = 0, layers[layer, OUT]
     # Tiles compute and read every row.
     whole = not (layers[layer, SPARSE] and layers[layer + 1, SPARSE])
-    count = 0
-    for o in range(out):
-        rows[count] = o
-        bit = packed.used[o // WORD] >> np.uint64(o % WORD) & _ONE
-        count += whole or bit != _NONE
-    packed.live[layer] = count
+    for o in range(layers[layer, OUT]):
+        if whole or used[o // WORD] >> np.uint64(o % WORD) & _ONE != _NONE:
+            rows[live] = o
+            live += 1
+        else:
+            dead -= 1
+            rows[dead] = o
+    packed.live[layer] = live
 
 
 @njit(cache=True)
@@ -162,6 +170,7 @@ def pack(layout, packed, mask_row, keep_dead):
     """
     layers = layout.layers
     depth = layers.shape[0]
+    column, position, used = packed.column, packed.position, packed.used
     count = 0
     for layer in range(depth - 1, -1, -1):
         out, inp, offset = layers[layer, OUT], layers[layer, IN], layers[layer, WEIGHT]
@@ -170,40 +179,20 @@ def pack(layout, packed, mask_row, keep_dead):
             rows[:out] = packed.every[:out]
             packed.live[layer] = out
         packed.begin[layer] = count
+        row_begin, live = packed.row_begin[layers[layer, ROWS] :], packed.live[layer]
         if layers[layer, SPARSE]:
-            row_begin, live = packed.row_begin[layers[layer, ROWS] :], packed.live[layer]
-            packed.used[:] = _NONE
-            for k in range(live):
-                row_begin[k] = count
-                count = _index_row(
-                    mask_row,
-                    offset + rows[k] * inp,
-                    inp,
-                    packed.column,
-                    packed.position,
-                    count,
-                    packed.used,
-                )
-            row_begin[live] = count
+            count = _index_rows(
+                mask_row, offset, inp, rows, live, row_begin, column, position, count, used
+            )
         else:
             count += out * inp
         if layer > 0 and layers[layer - 1, HIDDEN]:
             _list_rows(layout, packed, layer - 1)
-        if layers[layer, SPARSE] and keep_dead and live < out:
-            k = 0
-            for o in range(out):
-                if k < live and rows[k] == o:
-                    k += 1
-                else:
-                    count = _index_row(
-                        mask_row,
-                        offset + o * inp,
-                        inp,
-                        packed.column,
-                        packed.position,
-                        count,
-                        packed.used,
-                    )
+        if keep_dead and live < out:
+            dead, begin = rows[live:], row_begin[live:]
+            count = _index_rows(
+                mask_row, offset, inp, dead, out - live, begin, column, position, count, used
+            )
     for layer in range(depth):
         packed.begin[depth + layer] = count
         count += layers[layer, OUT]
@@ -260,6 +249,26 @@ def turn(layout, packed, to_input):
 
 
 @njit(cache=True)
+def _gather(source, index, target):
+    for j in range(index.size):
+        target[j] = source[index[j]]
+
+
+@njit(cache=True)
+def _scatter(source, index, target):
+    for j in range(index.size):
+        target[index[j]] = source[j]
+
+
+@njit(cache=True)
+def _copy_kept(source, keep, target):
+    for j in range(keep.size):
+        # Read first: a conditional load would be a branch per weight.
+        value = source[j]
+        target[j] = value if keep[j] else _ZERO
+
+
+@njit(cache=True)
 def turn_values(layout, packed, to_input):
     """Refresh the copy of the sparse weights in column order, of the layers that `turn` indexed."""
     layers = layout.layers
@@ -267,8 +276,8 @@ def turn_values(layout, packed, to_input):
         below = layer > 0 and layers[layer - 1, HIDDEN]
         if layers[layer, SPARSE] and (below or to_input):
             row_begin = packed.row_begin[layers[layer, ROWS] :]
-            for j in range(row_begin[0], row_begin[packed.live[layer]]):
-                packed.turned[j] = packed.weight[packed.turned_from[j]]
+            begin, end = row_begin[0], row_begin[packed.live[layer]]
+            _gather(packed.weight, packed.turned_from[begin:end], packed.turned[begin:])
 
 
 @njit(cache=True)
@@ -285,22 +294,17 @@ def read_row(layout, packed, mask_row, source, target):
     depth = layers.shape[0]
     for layer in range(depth):
         begin, end = _span(layout, packed, layer)
-        weight, bias = layers[layer, WEIGHT], layers[layer, BIAS]
+        weight, bias, out = layers[layer, WEIGHT], layers[layer, BIAS], layers[layer, OUT]
         if layers[layer, SPARSE]:
-            for j in range(begin, end):
-                target[j] = source[packed.position[j]]
+            _gather(source, packed.position[begin:end], target[begin:])
         elif weight < mask_row.shape[0]:
-            for i in range(end - begin):
-                # Read first: a conditional load would be a branch per weight.
-                value = source[weight + i]
-                target[begin + i] = value if mask_row[weight + i] else _ZERO
+            _copy_kept(source[weight:], mask_row[weight : weight + end - begin], target[begin:])
         else:
             target[begin:end] = source[weight : weight + end - begin]
-        first = packed.begin[depth + layer]
-        for o in range(layers[layer, OUT]):
-            target[first + o] = source[bias + o]
-    for a in range(layout.actions):
-        target[packed.begin[2 * depth] + a] = source[layout.log_std + a]
+        begin = packed.begin[depth + layer]
+        target[begin : begin + out] = source[bias : bias + out]
+    begin = packed.begin[2 * depth]
+    target[begin : begin + layout.actions] = source[layout.log_std :][: layout.actions]
 
 
 @njit(cache=True)
@@ -311,19 +315,15 @@ def write_row(layout, packed, mask_row, source, target):
     target[: mask_row.shape[0]] = _ZERO
     for layer in range(depth):
         begin, end = _span(layout, packed, layer)
-        weight, bias = layers[layer, WEIGHT], layers[layer, BIAS]
+        weight, bias, out = layers[layer, WEIGHT], layers[layer, BIAS], layers[layer, OUT]
         if layers[layer, SPARSE]:
-            for j in range(begin, end):
-                target[packed.position[j]] = source[j]
+            _scatter(source[begin:], packed.position[begin:end], target)
         elif weight < mask_row.shape[0]:
-            for i in range(end - begin):
-                # A diverged ticket's NaN must not leave the mask either.
-                value = source[begin + i]
-                target[weight + i] = value if mask_row[weight + i] else _ZERO
+            # A diverged ticket's NaN must not leave the mask either.
+            _copy_kept(source[begin:], mask_row[weight : weight + end - begin], target[weight:])
         else:
             target[weight : weight + end - begin] = source[begin:end]
-        first = packed.begin[depth + layer]
-        for o in range(layers[layer, OUT]):
-            target[bias + o] = source[first + o]
-    for a in range(layout.actions):
-        target[layout.log_std + a] = source[packed.begin[2 * depth] + a]
+        begin = packed.begin[depth + layer]
+        target[bias : bias + out] = source[begin : begin + out]
+    begin = packed.begin[2 * depth]
+    target[layout.log_std :][: layout.actions] = source[begin : begin + layout.actions]

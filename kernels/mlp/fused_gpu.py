@@ -1,0 +1,319 @@
+"""A network forward and backward in Triton with activations and weight gradients in registers.
+
+For networks up to 64 wide. Forward, a program takes some rows of one ticket through all layers.
+Backward, it takes a stretch of the rows tile by tile, recomputes their activations, and sums the
+gradient of every weight in its registers; it writes these once, one row of the arena per stretch,
+which `split_gpu` adds in order. No atomics: a result depends neither on P nor on timing.
+
+Dots on CUDA cores only: a tensor-core dot keeps its operands' fragments, and sm_80 spills.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..compile import Case
+from .geometry import Geometry
+
+__all__ = [
+    "COMPILE_CASES",
+    "OPTIONS",
+    "ROWS",
+    "activate",
+    "backward_kernel",
+    "deactivate",
+    "forward_kernel",
+]
+
+ROWS = 16
+"""Samples per tile: with 64 columns one tile is all that dots on CUDA cores can take unspilled."""
+
+OPTIONS = {"num_warps": 8, "num_stages": 1}
+"""One stage: to prefetch weights that every tile reads again would only take shared memory."""
+
+
+@triton.jit
+def _tanh(x):
+    """Hyperbolic tangent within 3e-7 relative, as in Cephes; saturates, and keeps NaN."""
+    size = tl.abs(x)
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    return tl.where(size < 0.625, x + x * square * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """``tanh`` or ``relu``; both keep NaN."""
+    if ACTIVATION == "tanh":
+        y = _tanh(x)
+    else:
+        y = tl.where(x < 0, 0.0, x)
+    return y
+
+
+@triton.jit
+def deactivate(delta, y, ACTIVATION: tl.constexpr):
+    """Multiply a gradient by the activation's derivative, which its output ``y`` tells."""
+    if ACTIVATION == "tanh":
+        result = delta * (1.0 - y * y)
+    else:
+        result = tl.where(y <= 0, 0.0, delta)
+    return result
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.zeros((ROWS, COLS), dtype=tl.float32)
+
+
+@triton.jit
+def _load_rows(source, stride, left, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """``[ROWS, BLOCK]`` of which ``[left, SIZE]`` exists and the rest is zero."""
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    return tl.load(source + row * stride + col, mask=(row < left) & (col < SIZE), other=0.0)
+
+
+@triton.jit
+def _load_weight(
+    weight,
+    mask,
+    BEGIN: tl.constexpr,
+    OUT: tl.constexpr,
+    INP: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_INP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A layer ``[BLOCK_OUT, BLOCK_INP]``, zero off the mask and beyond its size."""
+    row = tl.arange(0, BLOCK_OUT)[:, None]
+    col = tl.arange(0, BLOCK_INP)[None, :]
+    inside = (row < OUT) & (col < INP)
+    entry = BEGIN + row * INP + col
+    values = tl.load(weight + entry, mask=inside, other=0.0)
+    if MASKED:
+        values = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, values, 0.0)
+    return values
+
+
+@triton.jit
+def _load_bias(weight, BEGIN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    col = tl.arange(0, BLOCK)
+    return tl.load(weight + BEGIN + col, mask=col < OUT, other=0.0)[None, :]
+
+
+@triton.jit
+def _hidden_layers(
+    x,
+    weight,
+    mask,
+    DEPTH: tl.constexpr,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """The input of every layer for a tile of rows: `x` and the hidden activations."""
+    inputs = (x,)
+    for layer in tl.static_range(DEPTH - 1):
+        matrix = _load_weight(
+            weight,
+            mask,
+            WEIGHTS[layer],
+            SIZES[layer + 1],
+            SIZES[layer],
+            BLOCKS[layer + 1],
+            BLOCKS[layer],
+            MASKED[layer],
+        )
+        bias = _load_bias(weight, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
+        total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + bias
+        inputs = inputs + (activate(total, ACTIVATION),)
+    return inputs
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    weight,
+    mask,
+    y,
+    samples,
+    x_ticket,
+    x_row,
+    weight_ticket,
+    mask_ticket,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``y[p] = network(x[p])``; y is contiguous, a row of x and of the arena too.
+
+    A ticket takes 2·samples·(weights) FLOPs, and moves x and y once; its weights and their mask
+    once per tile of rows, from L2 after the first.
+    """
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    tiles = tl.cdiv(samples, ROWS)
+    program = tl.program_id(0)
+    ticket = (program // tiles).to(tl.int64)
+    start = program % tiles * ROWS
+    left = samples - start
+    weight += ticket * weight_ticket
+    if mask is not None:
+        mask += ticket * mask_ticket
+    x += ticket * x_ticket + start.to(tl.int64) * x_row
+    y += (ticket * samples + start) * SIZES[DEPTH]
+
+    tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
+    inputs = _hidden_layers(
+        tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
+    )
+    matrix = _load_weight(
+        weight,
+        mask,
+        WEIGHTS[DEPTH - 1],
+        SIZES[DEPTH],
+        SIZES[DEPTH - 1],
+        BLOCKS[DEPTH],
+        BLOCKS[DEPTH - 1],
+        MASKED[DEPTH - 1],
+    )
+    bias = _load_bias(weight, BIASES[DEPTH - 1], SIZES[DEPTH], BLOCKS[DEPTH])
+    total = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + bias
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCKS[DEPTH])[None, :]
+    tl.store(y + row * SIZES[DEPTH] + col, total, mask=(row < left) & (col < SIZES[DEPTH]))
+
+
+@triton.jit
+def backward_kernel(
+    dy,
+    x,
+    weight,
+    mask,
+    target,
+    samples,
+    stretch,
+    dy_ticket,
+    dy_row,
+    x_ticket,
+    x_row,
+    weight_ticket,
+    mask_ticket,
+    target_row,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Gradient of a ticket's parameters over ``stretch`` of its samples, as a row of `target`.
+
+    Row ``ticket * stretches + split`` of `target` is laid out like the arena; entries of other
+    networks are left alone. A ticket takes 6·samples·(weights) FLOPs less 2 for the last layer,
+    which is not recomputed, and the first, whose input needs no gradient; it moves x and dy once,
+    weights once and masks twice per stretch, and writes its gradient once per stretch.
+    """
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    ticket = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    weight += ticket * weight_ticket
+    if mask is not None:
+        mask += ticket * mask_ticket
+    x += ticket * x_ticket
+    dy += ticket * dy_ticket
+
+    grads = ()
+    sums = ()
+    for layer in tl.static_range(DEPTH):
+        grads = grads + (_zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
+        # Per row of the tile, added up once at the end: a sum per tile would be one more barrier.
+        sums = sums + (_zeros(ROWS, BLOCKS[layer + 1]),)
+
+    begin = split * stretch
+    for start in range(begin, tl.minimum(begin + stretch, samples), ROWS):
+        left = samples - start
+        first = start.to(tl.int64)
+        tile = _load_rows(x + first * x_row, x_row, left, SIZES[0], BLOCKS[0], ROWS)
+        inputs = _hidden_layers(
+            tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
+        )
+        delta = _load_rows(dy + first * dy_row, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS)
+        new_grads = ()
+        new_sums = ()
+        for layer in tl.static_range(DEPTH - 1, -1, -1):
+            grad = tl.dot(tl.trans(delta), inputs[layer], grads[layer], input_precision="ieee")
+            new_grads = (grad,) + new_grads
+            new_sums = (sums[layer] + delta,) + new_sums
+            if layer > 0:
+                matrix = _load_weight(
+                    weight,
+                    mask,
+                    WEIGHTS[layer],
+                    SIZES[layer + 1],
+                    SIZES[layer],
+                    BLOCKS[layer + 1],
+                    BLOCKS[layer],
+                    MASKED[layer],
+                )
+                delta = tl.dot(delta, matrix, input_precision="ieee")
+                delta = deactivate(delta, inputs[layer], ACTIVATION)
+        grads = new_grads
+        sums = new_sums
+
+    target += (ticket * tl.num_programs(1) + split) * target_row
+    for layer in tl.static_range(DEPTH):
+        row = tl.arange(0, BLOCKS[layer + 1])
+        col = tl.arange(0, BLOCKS[layer])[None, :]
+        inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
+        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
+        grad = grads[layer]
+        if MASKED[layer]:
+            grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
+        tl.store(target + entry, grad, mask=inside)
+        tl.store(target + BIASES[layer] + row, tl.sum(sums[layer], 0), mask=row < SIZES[layer + 1])
+
+
+def _case(kernel: str, sizes: tuple[int, ...], activation: str, *, masked: bool = True) -> Case:
+    """A launch on an arena that holds one network, its rows not aligned."""
+    geometry = Geometry.of_sizes(sizes, masked=masked)
+    names = ("x", "weight", "y") if kernel == "forward" else ("dy", "x", "weight", "target")
+    integers = ["samples", "x_ticket", "x_row", "weight_ticket", "mask_ticket"]
+    if kernel == "backward":
+        integers += ["stretch", "dy_ticket", "dy_row", "target_row"]
+    signature = dict.fromkeys(names, "*fp32:16") | dict.fromkeys(integers, "i32")
+    constexprs = {**geometry.constexprs, "BLOCKS": geometry.blocks, "ROWS": ROWS}
+    constexprs["ACTIVATION"] = activation
+    if masked:
+        signature["mask"] = "*u8:16"
+    else:
+        constexprs["mask"] = None
+    name = f"{kernel}_{'_'.join(map(str, sizes))}_{activation}{'' if masked else '_dense'}"
+    function = forward_kernel if kernel == "forward" else backward_kernel
+    return Case(name, function, signature, constexprs, OPTIONS)
+
+
+COMPILE_CASES = [
+    _case(kernel, sizes, activation, masked=masked)
+    for kernel in ("forward", "backward")
+    for sizes, activation, masked in (
+        ((4, 64, 64, 2), "tanh", True),
+        ((4, 64, 64, 1), "tanh", False),
+        ((64, 64, 64, 64), "relu", True),
+        ((17, 64, 64, 64, 6), "tanh", True),
+        ((10, 32, 3), "relu", True),
+    )
+]

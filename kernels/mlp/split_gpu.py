@@ -1,0 +1,458 @@
+"""A network in Triton, layer after layer through memory: for what registers cannot hold.
+
+Forward, and down through the deltas (the gradients before each activation), one program takes some
+rows of one ticket through every layer; what it writes it reads again at once, from L1 or L2.
+The weights' gradients are one launch for all layers, a program per tile of a layer and stretch of
+the samples; `add_kernel` adds stretches in order. No atomics: a result depends neither on P nor on
+timing. ``hidden`` and ``deltas`` are ``[P, B, sum of hidden sizes]``, layer by layer in a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..compile import Case
+from .fused_gpu import activate, deactivate
+from .geometry import Geometry
+
+__all__ = [
+    "ADD_BLOCK",
+    "COMPILE_CASES",
+    "add_kernel",
+    "delta_kernel",
+    "forward_kernel",
+    "gradient_kernel",
+    "gradient_options",
+    "gradient_tiles",
+    "walk_options",
+]
+
+ADD_BLOCK = 512
+"""Entries of a row per program of `add_kernel`."""
+
+TILE = 64
+"""Largest side of a tile."""
+
+
+@triton.jit
+def _product(
+    a,
+    a_row,
+    b,
+    b_inner,
+    b_col,
+    mask,
+    row,
+    left,
+    col,
+    cols,
+    DEPTH: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``[ROWS, COLS]`` of ``a b``; rows of a are contiguous, b and its mask are strided alike."""
+    inner = tl.arange(0, STEP)
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for begin in range(0, DEPTH, STEP):
+        step = begin + inner
+        a_values = tl.load(
+            a + row * a_row + step[None, :], mask=(row < left) & (step[None, :] < DEPTH), other=0.0
+        )
+        inside = (step[:, None] < DEPTH) & (col < cols)
+        entry = step[:, None] * b_inner + col * b_col
+        b_values = tl.load(b + entry, mask=inside, other=0.0)
+        if MASKED:
+            keep = tl.load(mask + entry, mask=inside, other=0) != 0
+            b_values = tl.where(keep, b_values, 0.0)
+        total = tl.dot(a_values, b_values, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    weight,
+    mask,
+    y,
+    hidden,
+    samples,
+    x_ticket,
+    x_row,
+    weight_ticket,
+    mask_ticket,
+    SIZES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+    MASKED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """``y[p] = network(x[p])`` and its hidden activations.
+
+    A ticket takes 2·samples·(weights) FLOPs; it moves x once, activations twice, y once, and its
+    weights and their mask once per tile of rows, from L2 after the first.
+    """
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    tiles = tl.cdiv(samples, ROWS)
+    program = tl.program_id(0)
+    ticket = (program // tiles).to(tl.int64)
+    start = program % tiles * ROWS
+    left = samples - start
+    row = tl.arange(0, ROWS)[:, None]
+    weight += ticket * weight_ticket
+    mask_row = weight if mask is None else mask + ticket * mask_ticket
+    source = x + ticket * x_ticket + start.to(tl.int64) * x_row
+    source_row = x_row
+    hidden += (ticket * samples + start) * HIDDEN
+    y += (ticket * samples + start) * SIZES[DEPTH]
+
+    for layer in tl.static_range(DEPTH):
+        for begin in range(0, SIZES[layer + 1], COLS):
+            col = begin + tl.arange(0, COLS)[None, :]
+            total = _product(
+                source,
+                source_row,
+                weight + WEIGHTS[layer],
+                1,
+                SIZES[layer],
+                mask_row + WEIGHTS[layer],
+                row,
+                left,
+                col,
+                SIZES[layer + 1],
+                SIZES[layer],
+                MASKED[layer],
+                ROWS,
+                COLS,
+                STEP,
+                PRECISION,
+            )
+            inside = (row < left) & (col < SIZES[layer + 1])
+            total += tl.load(weight + BIASES[layer] + col, mask=col < SIZES[layer + 1], other=0.0)
+            if layer < DEPTH - 1:
+                tl.store(hidden + row * HIDDEN + col, activate(total, ACTIVATION), mask=inside)
+            else:
+                tl.store(y + row * SIZES[DEPTH] + col, total, mask=inside)
+        # Other threads of the program read what these wrote.
+        tl.debug_barrier()
+        source = hidden
+        source_row = HIDDEN
+        hidden += SIZES[layer + 1]
+
+
+@triton.jit
+def delta_kernel(
+    dy,
+    weight,
+    mask,
+    hidden,
+    deltas,
+    dx,
+    samples,
+    dy_ticket,
+    dy_row,
+    weight_ticket,
+    mask_ticket,
+    SIZES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Gradients of every hidden layer before its activation, and of the input unless dx is None.
+
+    A ticket takes 2·samples·(weights) FLOPs, the first layer's only for dx; it moves dy, activations
+    and deltas once, and its weights and their mask once per tile of rows.
+    """
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    tiles = tl.cdiv(samples, ROWS)
+    program = tl.program_id(0)
+    ticket = (program // tiles).to(tl.int64)
+    start = program % tiles * ROWS
+    left = samples - start
+    row = tl.arange(0, ROWS)[:, None]
+    weight += ticket * weight_ticket
+    mask_row = weight if mask is None else mask + ticket * mask_ticket
+    source = dy + ticket * dy_ticket + start.to(tl.int64) * dy_row
+    source_row = dy_row
+    # Past the end of the row's last layer; each layer steps back by its own size.
+    place = (ticket * samples + start) * HIDDEN + HIDDEN
+
+    for layer in tl.static_range(DEPTH - 1, -1, -1):
+        if layer > 0 or dx is not None:
+            place -= SIZES[layer]
+            for begin in range(0, SIZES[layer], COLS):
+                col = begin + tl.arange(0, COLS)[None, :]
+                total = _product(
+                    source,
+                    source_row,
+                    weight + WEIGHTS[layer],
+                    SIZES[layer],
+                    1,
+                    mask_row + WEIGHTS[layer],
+                    row,
+                    left,
+                    col,
+                    SIZES[layer],
+                    SIZES[layer + 1],
+                    MASKED[layer],
+                    ROWS,
+                    COLS,
+                    STEP,
+                    PRECISION,
+                )
+                inside = (row < left) & (col < SIZES[layer])
+                if layer > 0:
+                    entry = place + row * HIDDEN + col
+                    y = tl.load(hidden + entry, mask=inside, other=0.0)
+                    tl.store(deltas + entry, deactivate(total, y, ACTIVATION), mask=inside)
+                else:
+                    target = dx + (ticket * samples + start) * SIZES[0]
+                    tl.store(target + row * SIZES[0] + col, total, mask=inside)
+            # Other threads of the program read what these wrote.
+            tl.debug_barrier()
+            source = deltas + place
+            source_row = HIDDEN
+
+
+@triton.jit
+def _gradient_tile(
+    delta,
+    delta_row,
+    source,
+    source_row,
+    mask,
+    grad,
+    bias_grad,
+    begin,
+    end,
+    tile,
+    OUT: tl.constexpr,
+    INP: tl.constexpr,
+    MASKED: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_INP: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of ``deltaᵀ source`` over samples ``[begin, end)``; the first ones sum the bias."""
+    tiles_inp: tl.constexpr = (INP + TILE_INP - 1) // TILE_INP
+    row = tile // tiles_inp * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
+    col = tile % tiles_inp * TILE_INP + tl.arange(0, TILE_INP)[None, :]
+    step = tl.arange(0, STEP)
+    delta += begin.to(tl.int64) * delta_row
+    source += begin.to(tl.int64) * source_row
+    total = tl.zeros((TILE_OUT, TILE_INP), dtype=tl.float32)
+    sums = tl.zeros((TILE_OUT, STEP), dtype=tl.float32)
+    for start in range(begin, end, STEP):
+        left = end - start
+        d = tl.load(
+            delta + step[None, :] * delta_row + row,
+            mask=(step[None, :] < left) & (row < OUT),
+            other=0.0,
+        )
+        s = tl.load(
+            source + step[:, None] * source_row + col,
+            mask=(step[:, None] < left) & (col < INP),
+            other=0.0,
+        )
+        total = tl.dot(d, s, total, input_precision=PRECISION)
+        sums += d
+        delta += STEP * delta_row
+        source += STEP * source_row
+    inside = (row < OUT) & (col < INP)
+    entry = row * INP + col
+    if MASKED:
+        total = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, total, 0.0)
+    tl.store(grad + entry, total, mask=inside)
+    if tile % tiles_inp == 0:
+        out = tile // tiles_inp * TILE_OUT + tl.arange(0, TILE_OUT)
+        tl.store(bias_grad + out, tl.sum(sums, 1), mask=out < OUT)
+
+
+@triton.jit
+def gradient_kernel(
+    dy,
+    x,
+    hidden,
+    deltas,
+    mask,
+    target,
+    samples,
+    stretch,
+    dy_ticket,
+    dy_row,
+    x_ticket,
+    x_row,
+    mask_ticket,
+    target_row,
+    SIZES: tl.constexpr,
+    TILES: tl.constexpr,
+    COUNTS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+    MASKED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One tile of one layer's gradient over ``stretch`` samples, in a row of `target`.
+
+    Row ``ticket * stretches + split`` of `target` is laid out like the arena; entries of other
+    networks are left alone. A ticket takes 2·samples·(weights) FLOPs; a layer's deltas are read
+    once per tile of its inputs, its inputs once per tile of its outputs.
+    """
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    split = tl.program_id(1)
+    tiles = 0
+    for layer in tl.static_range(DEPTH):
+        tiles += COUNTS[layer]
+    program = tl.program_id(0)
+    ticket = (program // tiles).to(tl.int64)
+    tile = program % tiles
+    begin = split * stretch
+    end = tl.minimum(begin + stretch, samples)
+    mask_row = target if mask is None else mask + ticket * mask_ticket
+    target += (ticket * tl.num_programs(1) + split) * target_row
+    delta = deltas + ticket * samples * HIDDEN
+    source = x + ticket * x_ticket
+    source_row = x_row
+    for layer in tl.static_range(DEPTH):
+        if layer == DEPTH - 1:
+            delta = dy + ticket * dy_ticket
+        if (tile >= 0) & (tile < COUNTS[layer]):
+            _gradient_tile(
+                delta,
+                dy_row if layer == DEPTH - 1 else HIDDEN,
+                source,
+                source_row,
+                mask_row + WEIGHTS[layer],
+                target + WEIGHTS[layer],
+                target + BIASES[layer],
+                begin,
+                end,
+                tile,
+                SIZES[layer + 1],
+                SIZES[layer],
+                MASKED[layer],
+                TILES[layer + 1],
+                TILES[layer],
+                STEP,
+                PRECISION,
+            )
+        tile -= COUNTS[layer]
+        delta += SIZES[layer + 1]
+        if layer == 0:
+            source = hidden + ticket * samples * HIDDEN
+            source_row = HIDDEN
+        else:
+            source += SIZES[layer]
+
+
+@triton.jit
+def add_kernel(
+    partial,
+    target,
+    splits,
+    size,
+    target_row,
+    SIZES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the stretches' rows in order; entries that do not belong to the network become zero.
+
+    Reads 4·splits and writes 4 bytes an entry: bound by memory, in L2 if it fits there.
+    """
+    ticket = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    owned = column < 0
+    for layer in tl.static_range(len(SIZES) - 1):
+        matrix = column - WEIGHTS[layer]
+        bias = column - BIASES[layer]
+        owned = owned | ((matrix >= 0) & (matrix < SIZES[layer + 1] * SIZES[layer]))
+        owned = owned | ((bias >= 0) & (bias < SIZES[layer + 1]))
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    partial += ticket * splits * size + column
+    for _ in range(splits):
+        total += tl.load(partial, mask=owned, other=0.0)
+        partial += size
+    tl.store(target + ticket * target_row + column, total, mask=column < size)
+
+
+def walk_options(precision: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Blocks and launch options of `forward_kernel` and `delta_kernel`.
+
+    Depth as in the linear layer's products: IEEE dots and tf32x3 keep operands in registers.
+    """
+    step = 32 if precision == "tf32" else 16
+    return {"ROWS": 32, "COLS": TILE, "STEP": step}, {"num_warps": 4, "num_stages": 3}
+
+
+def gradient_options(precision: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Blocks and launch options of `gradient_kernel`."""
+    step = 32 if precision == "tf32" else 16
+    return {"STEP": step}, {"num_warps": 4, "num_stages": 3}
+
+
+def gradient_tiles(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """How `gradient_kernel` cuts the layers: sides of tiles by size, and tiles of each layer."""
+    sides = tuple(min(TILE, block) for block in geometry.blocks)
+    across = [-(-size // side) for size, side in zip(geometry.sizes, sides, strict=True)]
+    counts = tuple(inp * out for inp, out in zip(across, across[1:], strict=False))
+    return {"TILES": sides, "COUNTS": counts}
+
+
+def _case(kernel: Any, sizes: tuple[int, ...], precision: str, *, masked: bool = True) -> Case:
+    """A launch on an arena that holds one network, its rows not aligned."""
+    geometry = Geometry.of_sizes(sizes, masked=masked)
+    constants = geometry.constexprs | {"HIDDEN": geometry.hidden, "PRECISION": precision}
+    floats = ["x", "dy", "weight", "y", "dx", "hidden", "deltas", "target", "partial"]
+    arguments = dict.fromkeys(floats, "*fp32:16") | {"mask": "*u8:16"}
+    arguments |= dict.fromkeys(kernel.arg_names, "i32") | arguments
+    if kernel is gradient_kernel:
+        blocks, options = gradient_options(precision)
+        constants |= gradient_tiles(geometry) | blocks
+    elif kernel is add_kernel:
+        constants["BLOCK"], options = ADD_BLOCK, {}
+    else:
+        blocks, options = walk_options(precision)
+        constants |= {"ACTIVATION": "tanh", **blocks}
+    if not masked:
+        constants["mask"] = None
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    signature = {name: arguments[name] for name in kernel.arg_names if name not in constants}
+    parts = [kernel.__name__.removesuffix("_kernel"), "memory", *map(str, sizes), precision]
+    return Case("_".join(parts + ([] if masked else ["dense"])), kernel, signature, constants, options)
+
+
+COMPILE_CASES = [
+    *(
+        _case(kernel, sizes, precision, masked=masked)
+        for kernel in (forward_kernel, delta_kernel, gradient_kernel)
+        for sizes, precision, masked in (
+            ((17, 128, 128, 6), "ieee", True),
+            ((17, 128, 128, 6), "tf32", True),
+            ((17, 128, 128, 6), "tf32x3", True),
+            ((17, 64, 64, 1), "tf32x3", False),
+            ((100, 128, 64, 128, 20), "ieee", True),
+        )
+    ),
+    _case(gradient_kernel, (17, 256, 256, 6), "ieee"),
+    _case(add_kernel, (4, 64, 64, 2), "ieee"),
+]
