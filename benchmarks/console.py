@@ -10,7 +10,7 @@ from .measure import Record, Refusal
 from .results import BUSY, Run
 from .tables import NOISY, Table, duration, tables
 
-__all__ = ["show_line", "show_run", "warn_if_busy"]
+__all__ = ["show_line", "show_run", "show_table", "warn_if_busy"]
 
 _BAR = 16
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -48,16 +48,21 @@ def show_line(
 def show_run(console: Console, run: Run) -> None:
     """Every table of the run."""
     for table in tables(run, brief=True):
-        console.print(_rich(table))
-        for note in table.notes:
-            console.print(f"  {note}", style="dim", markup=False, highlight=False)
-        console.print()
+        show_table(console, table)
     console.print(f"~ spread (p20-p80) above {NOISY:.0%} either way", highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     console.print(
         f"{run.hardware}; {run.threads} threads; {versions}; commit {run.commit}", highlight=False
     )
     warn_if_busy(console, run)
+
+
+def show_table(console: Console, table: Table) -> None:
+    """One table with its notes."""
+    console.print(_rich(table))
+    for note in table.notes:
+        console.print(f"  {note}", style="dim", markup=False, highlight=False)
+    console.print()
 
 
 def warn_if_busy(console: Console, run: Run) -> None:
