@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.backends import BACKENDS, device_of
 from benchmarks.level_job import LevelJob, level_contender, sparsity_of
 
 pytestmark = [pytest.mark.bench, pytest.mark.benchmark(max_time=1.0, min_rounds=3, warmup=True)]
@@ -13,10 +14,18 @@ LEVELS = [1, 3, 7, 10, 13, 18, 21]
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tickets", [1, 8, 60])
 @pytest.mark.parametrize("iterations", [0, 4], ids=["prune+rewind", "whole"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def bench_level(timed, backend, iterations, tickets, level):
     timed(
-        lambda: level_contender(LevelJob(tickets, level, iterations=iterations, backend=backend)),
+        lambda: level_contender(
+            LevelJob(
+                tickets,
+                level,
+                iterations=iterations,
+                backend=backend,
+                device=device_of(backend),
+            )
+        ),
         sparsity=sparsity_of(level),
         tickets=tickets,
     )

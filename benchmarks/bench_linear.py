@@ -1,9 +1,18 @@
-"""The linear layer: forward and backward, by sparsity, shape, population, backend and peer."""
+"""The linear layer: forward and backward, by sparsity, shape, population, format, backend, peer."""
 
 import pytest
 
 from benchmarks import ours
-from benchmarks.peers import masked_bmm, scipy_csr, torch_csr, torch_dense
+from benchmarks.backends import BACKENDS, device_of
+from benchmarks.peers import (
+    masked_bmm,
+    scipy_csr,
+    sparseprop,
+    torch_bsr,
+    torch_csr,
+    torch_dense,
+    torch_semi_structured,
+)
 from benchmarks.problems import SPARSITIES, LinearProblem
 
 pytestmark = [pytest.mark.bench, pytest.mark.benchmark(max_time=0.2, min_rounds=3, warmup=True)]
@@ -14,33 +23,62 @@ SHAPES = {  # P, B, I, O
     "batch": (1, 2048, 256, 256),
     "wide": (1, 64, 1024, 1024),
     "population": (60, 128, 64, 64),
+    "crowd": (1024, 16, 64, 64),
 }
-FORWARD = {
-    "ours": ours.linear_forward,
-    "ours-reference": lambda problem: ours.linear_forward(problem, "reference"),
-    "torch-dense": torch_dense.linear_forward,
-    "torch-masked": masked_bmm.linear_forward,
-    "torch-csr": torch_csr.linear_forward,
-    "scipy-csr": scipy_csr.linear_forward,
+FORMATS = {  # what runs, and the size of the blocks that make up the mask
+    "auto": (None, 1),
+    "dense": ("dense", 1),
+    "csr": ("sparse", 1),
+    "blocked": ("sparse", 16),
 }
-BACKWARD = {
-    "ours": ours.linear_backward,
-    "ours-reference": lambda problem: ours.linear_backward(problem, "reference"),
-    "torch-dense": torch_dense.linear_backward,
-    "torch-masked": masked_bmm.linear_backward,
-    "torch-csr": torch_csr.linear_backward,
-}
+# The reference has one format, and on a GPU the mask decides.
+OURS = [
+    (backend, format)
+    for backend in BACKENDS
+    for format in FORMATS
+    if backend == "cpu" or format in ("auto", "blocked")
+]
+FORWARD = (
+    torch_dense,
+    masked_bmm,
+    torch_csr,
+    torch_bsr,
+    torch_semi_structured,
+    scipy_csr,
+    sparseprop,
+)
+BACKWARD = (torch_dense, masked_bmm, torch_csr, torch_bsr, sparseprop)
+
+
+def _ours(make, backend, format, shape, sparsity):
+    forced, block = FORMATS[format]
+    problem = LinearProblem(*SHAPES[shape], sparsity, block=block, device=device_of(backend))
+    return make(problem, backend, format=forced if backend == "cpu" else None)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("contender", FORWARD)
-def bench_forward(timed, contender, shape, sparsity):
-    timed(lambda: FORWARD[contender](LinearProblem(*SHAPES[shape], sparsity)), sparsity=sparsity)
+@pytest.mark.parametrize(("backend", "format"), OURS)
+def bench_forward(timed, backend, format, shape, sparsity):
+    timed(lambda: _ours(ours.linear_forward, backend, format, shape, sparsity), sparsity=sparsity)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("contender", BACKWARD)
-def bench_forward_backward(timed, contender, shape, sparsity):
-    timed(lambda: BACKWARD[contender](LinearProblem(*SHAPES[shape], sparsity)), sparsity=sparsity)
+@pytest.mark.parametrize(("backend", "format"), OURS)
+def bench_forward_backward(timed, backend, format, shape, sparsity):
+    timed(lambda: _ours(ours.linear_backward, backend, format, shape, sparsity), sparsity=sparsity)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("peer", FORWARD, ids=lambda peer: peer.NAME)
+def bench_forward_peer(timed, peer, shape, sparsity):
+    timed(lambda: peer.linear_forward(LinearProblem(*SHAPES[shape], sparsity)), sparsity=sparsity)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("peer", BACKWARD, ids=lambda peer: peer.NAME)
+def bench_forward_backward_peer(timed, peer, shape, sparsity):
+    timed(lambda: peer.linear_backward(LinearProblem(*SHAPES[shape], sparsity)), sparsity=sparsity)

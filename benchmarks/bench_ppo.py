@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.backends import BACKENDS, device_of
 from benchmarks.peers import sb3
 from benchmarks.ppo_job import PPOJob, ppo_contender
 from benchmarks.problems import SPARSITIES
@@ -11,11 +12,13 @@ pytestmark = [pytest.mark.bench, pytest.mark.benchmark(max_time=0.5, min_rounds=
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("tickets", [1, 60])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("tickets", [1, 60, 1024])
+@pytest.mark.parametrize("backend", BACKENDS)
 def bench_iteration(timed, backend, tickets, sparsity):
     timed(
-        lambda: ppo_contender(PPOJob(tickets, sparsity, backend=backend), backend),
+        lambda: ppo_contender(
+            PPOJob(tickets, sparsity, backend=backend, device=device_of(backend)), backend
+        ),
         sparsity=sparsity,
         tickets=tickets,
     )

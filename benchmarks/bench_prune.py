@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.backends import BACKENDS, device_of
 from benchmarks.ours import on_backend
 from benchmarks.problems import SPARSITIES, density_of, random_masks
 from sparse_tickets.kernels.prune import prune, reference
@@ -12,10 +13,10 @@ pytestmark = [pytest.mark.bench, pytest.mark.benchmark(max_time=0.2, min_rounds=
 
 
 def _contender(name, tickets, prunable, sparsity):
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(tickets, prunable, generator=generator)
-    mask = random_masks(tickets, prunable, sparsity, generator)
-    k = torch.full((tickets,), int(0.8 * density_of(sparsity) * prunable))
+    generator, device = torch.Generator().manual_seed(0), device_of(name)
+    scores = torch.rand(tickets, prunable, generator=generator).to(device)
+    mask = random_masks(tickets, prunable, sparsity, generator).to(device)
+    k = torch.full((tickets,), int(0.8 * density_of(sparsity) * prunable), device=device)
 
     def by_topk():
         best = torch.where(mask, scores, -1.0).topk(int(k[0]), dim=1).indices
@@ -30,7 +31,9 @@ def _contender(name, tickets, prunable, sparsity):
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize(("tickets", "prunable"), [(1, 4480), (60, 4480), (60, 70_000)])
-@pytest.mark.parametrize("name", ["auto", "reference", "topk"])
+@pytest.mark.parametrize(
+    ("tickets", "prunable"), [(1, 4480), (60, 4480), (1024, 4480), (60, 70_000)]
+)
+@pytest.mark.parametrize("name", [*BACKENDS, "topk"])
 def bench_prune(timed, name, tickets, prunable, sparsity):
     timed(lambda: _contender(name, tickets, prunable, sparsity), sparsity=sparsity)

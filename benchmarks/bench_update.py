@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.backends import BACKENDS, device_of
 from benchmarks.ours import on_backend
 from benchmarks.problems import SPARSITIES, random_masks
 from sparse_tickets.kernels import adam_, rewind_, use_backend
@@ -10,22 +11,27 @@ from sparse_tickets.timing import Contender, mismatch
 
 pytestmark = [pytest.mark.bench, pytest.mark.benchmark(max_time=0.2, min_rounds=3, warmup=True)]
 
-SHAPES = {"one": (1, 4480, 8900), "population": (60, 4480, 8900), "wide": (60, 70_000, 140_000)}
+SHAPES = {  # P, N, size
+    "one": (1, 4480, 8900),
+    "population": (60, 4480, 8900),
+    "crowd": (1024, 4480, 8900),
+    "wide": (60, 70_000, 140_000),
+}
 
 
 class _Rows:
     """Weights, gradient and moments of P tickets."""
 
-    def __init__(self, shape, sparsity, dtype=torch.float32):
+    def __init__(self, shape, sparsity, dtype=torch.float32, device="cpu"):
         tickets, prunable, size = shape
         generator = torch.Generator().manual_seed(0)
-        self.mask = random_masks(tickets, prunable, sparsity, generator)
-        rows = torch.randn(3, tickets, size, generator=generator).to(dtype)
+        self.mask = random_masks(tickets, prunable, sparsity, generator).to(device)
+        rows = torch.randn(3, tickets, size, generator=generator).to(device, dtype)
         rows[:, :, :prunable].masked_fill_(~self.mask, 0)
         self.weight, self.grad, self.initial = rows.unbind()
         self.m, self.v = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
-        self.step = torch.zeros(tickets, dtype=torch.int64)
-        self.lr = torch.full((tickets,), 1e-3)
+        self.step = torch.zeros(tickets, dtype=torch.int64, device=device)
+        self.lr = torch.full((tickets,), 1e-3, device=device)
 
     def adam(self):
         adam_(self.weight, self.grad, self.m, self.v, self.step, self.lr, self.mask)
@@ -37,13 +43,15 @@ class _Rows:
 
 
 def _ours(backend, op, shape, sparsity):
+    device = device_of(backend)
+
     def error():
-        fast, exact = _Rows(shape, sparsity), _Rows(shape, sparsity, torch.float64)
+        fast, exact = (_Rows(shape, sparsity, t, device) for t in (torch.float32, torch.float64))
         got = on_backend(backend, getattr(fast, op))()
         with use_backend("reference"):
             return mismatch([got], [getattr(exact, op)()], shape[2])
 
-    rows = _Rows(shape, sparsity)
+    rows = _Rows(shape, sparsity, device=device)
     return Contender(backend, on_backend(backend, getattr(rows, op)), error)
 
 
@@ -64,7 +72,7 @@ def _torch_adam(shape, sparsity):
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 def bench_adam(timed, backend, shape, sparsity):
     if backend == "torch":
         timed(lambda: _torch_adam(SHAPES[shape], sparsity), sparsity=sparsity)
@@ -74,6 +82,6 @@ def bench_adam(timed, backend, shape, sparsity):
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def bench_rewind(timed, backend, shape, sparsity):
     timed(lambda: _ours(backend, "rewind", SHAPES[shape], sparsity), sparsity=sparsity)

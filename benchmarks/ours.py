@@ -163,7 +163,7 @@ def layer_inside(deep: PolicyProblem, shallow: PolicyProblem, name: str = OURS) 
             for run, problem in zip(networks, (deep, shallow), strict=True)
         ),
         units=deep.arena.actor.depth - shallow.arena.actor.depth,
-        plan=f"mlp: {chosen.backend}/{chosen.format.split('/')[1]} (inside a network)",
+        plan=f"mlp: {chosen.backend}/{chosen.format.split('/')[-1]} (inside a network)",
         without=networks[1],
     )
 

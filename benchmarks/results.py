@@ -210,7 +210,7 @@ def share_out(runs: Sequence[Run]) -> list[Run]:
     shared = []
     for index, run in enumerate(runs):
         kept = [record for record in run.records if owner[record.table][-1] == index]
-        if kept or run.refused or run.counts:
+        if kept or run.refused or run.counts or run.parts:
             shared.append(replace(run, records=kept))
     return shared
 

@@ -182,7 +182,7 @@ def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Tab
     columns = ["pruned", "time"]
     columns += ["bound", "reached"] if any(bounds) else []
     columns += [f"vs {peer}" for peer in peers] + (["plan"] if warm and not brief else [])
-    table = Table(_title(records[0]) + said[0], columns)
+    table = Table(f"{records[0].op}{said[0]}: {shape_of(records[0])}", columns)
     baseline = _BASELINE.get(records[0].op, peers[0] if peers else "")
     for index, record in enumerate(records):
         time, speedup = _of(record, kind), _speedup(record, kind)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sparse_tickets.bench import Bench
 from sparse_tickets.ceilings import Ceilings, layer_cost, measure_ceilings
+from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.timing import (
     Budget,
@@ -34,7 +35,15 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from benchmarks import results, suites, tables  # noqa: E402
+from benchmarks import (  # noqa: E402
+    figures,
+    first_screen,
+    results,
+    runner,
+    scaling,
+    suites,
+    tables,
+)
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.compare import compare  # noqa: E402
 from benchmarks.console import bar, show_run  # noqa: E402
@@ -414,6 +423,125 @@ def test_times_are_compared_where_no_peer_ran(run):
     assert (change.measure, change.verdict) == ("time", "slower")
 
 
+def test_compare_sees_cold_regressions_and_small_changes_of_counts(run):
+    def cold(speedup):
+        return replace(record(90.0, 2.0), cold_speedup={"torch dense": spread(speedup)})
+
+    old = replace(run, records=[cold(3.0)], counts={"layer": 1000.0, "policy": 1000.0})
+    new = replace(run, records=[cold(2.0)], counts={"layer": 1010.0, "policy": 1002.0})
+    slower = [c for c in compare(old, new) if c.verdict == "slower"]
+    assert [c.measure for c in slower] == ["cold speed-up over torch dense", "instructions"]
+    assert slower[1].label == "layer"
+    assert all(c.verdict == "same" for c in compare(old, old))
+
+
+def instant_suite(monkeypatch, cases):
+    """Replace all that takes time: the suite, the ceilings, the pause that watches neighbours."""
+    monkeypatch.setattr(runner, "suite", lambda name, device: cases)
+    ceilings = Ceilings(spread(1e11), {1 << 20: spread(1e10)})
+    monkeypatch.setattr(runner, "measure_ceilings", lambda budget, device: ceilings)
+    monkeypatch.setattr(runner.time, "sleep", lambda seconds: None)
+
+
+def test_a_stopped_run_keeps_what_it_has_and_goes_on(monkeypatch, tmp_path):
+    built = []
+
+    def instant(index):
+        def build():
+            if index == 2 and stopping:
+                raise KeyboardInterrupt
+            built.append(index)
+            return Contest(Contender("ours", lambda: sum(range(2000)), lambda: 0.0))
+
+        return Case("op", {"P": index}, 90.0, build)
+
+    instant_suite(monkeypatch, [instant(index) for index in range(4)])
+    path, stopping = tmp_path / "run.json", True
+    console = Console(record=True, width=200, file=io.StringIO())
+    options = {"name": "quick", "device": "cpu", "threads": 1, "rounds": 1, "out": path}
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_suite(console, **options)
+    kept = results.load(path)
+    assert [r.label for r in kept.records] == ["op P=0 90%", "op P=1 90%"]
+    assert not kept.complete
+    stopping = False
+    assert runner.run_suite(console, **options) == 0
+    done = results.load(path)
+    assert built == [0, 1, 2, 3], "nothing is measured twice"
+    assert len(done.records) == 4
+    assert done.complete
+    assert done.records[:2] == kept.records
+    text = console.export_text()
+    assert "going on after 2 configurations" in text
+    assert " left" in text
+    results.save(replace(done, complete=False, commit="another"), path)
+    assert runner.run_suite(console, **options) == 0
+    assert "commit changed since: starting again" in console.export_text()
+    assert built == [0, 1, 2, 3] * 2
+    assert runner.run_suite(console, only="P=3", **options) == 0
+    assert results.load(path).suite == "quick-part"
+
+
+def test_time_left_is_what_the_rest_takes_at_this_pace():
+    remaining = runner.Remaining(10)
+    assert str(remaining) == ""
+    remaining.update(4, 100.0)
+    assert str(remaining) == "2:30 left"
+
+
+def test_curves_run_over_one_size_while_the_rest_is_held():
+    def layer(sparsity=90.0, seconds=1.0, **shape):
+        found = record(sparsity, 1.0)
+        ours = replace(found.contenders["sparse_tickets"], wall=spread(seconds))
+        shape = {"P": 1, "B": 64, "I": 32, "O": 32} | shape
+        return replace(found, shape=shape, contenders={"sparse_tickets": ours})
+
+    records = [layer(B=batch, seconds=batch / 64) for batch in (1, 4, 16, 256)]
+    records += [layer(), layer(50.0), layer(0.0, 10.0), layer(99.0), layer(80.0)]
+    records += [layer(threads=1, seconds=8.0), layer(threads=2, seconds=5.0)]
+    records += [layer(I=width, O=width, seconds=width**2 / 1024) for width in (64, 128, 256)]
+    width, batch, density, threads = scaling.curves(records)
+    assert [curve.axis for curve in (width, batch, density, threads)] == [
+        "width", "B", "density", "threads",
+    ]  # fmt: skip
+    assert [size for size, _ in batch.points] == [1, 4, 16, 64, 256]
+    assert batch.fixed == "P 1, width 32, density 10"
+    assert batch.ideal(64) == pytest.approx(1.0)
+    assert width.ideal(32) == pytest.approx(1.0)
+    assert [size for size, _ in density.points] == [1, 10, 20, 50, 100]
+    assert density.ideal(10) == pytest.approx(1.0)
+    assert threads.ideal(2) == pytest.approx(4.0)
+
+
+def test_scaling_is_drawn_where_a_run_has_two_axes(run, tmp_path):
+    shapes = [{"P": p, "B": 128} for p in (1, 4, 16, 64)] + [{"P": 1, "B": b} for b in (1, 4, 16)]
+    run.records = [replace(record(90.0, 2.0), shape=shape) for shape in shapes]
+    pictures = [path.name for path in figures.draw([run], tmp_path)]
+    assert pictures == ["cpu-test-2c-scaling.png"]
+
+
+def test_tables_show_the_bound_and_cold_calls_apart(run):
+    contenders = {
+        name: replace(item, cold=spread(5e-3)) for name, item in run.records[2].contenders.items()
+    }
+    run.records[2] = replace(
+        run.records[2],
+        contenders=contenders,
+        cold_speedup={"torch dense": spread(0.7)},
+        cost=Cost(2.5e7, 1.0),
+    )
+    run.copies = {1 << 20: spread(1e10)}
+    text = markdown({run.device: [run]}, {})
+    assert "| 90% | 1.00 ms | 250 us | 25% | 2.00x (1.98-2.02) | cpu/csr |" in text
+    assert "### linear forward, cold caches: P = 1, B = 2048" in text
+    assert "| 90% | 5.00 ms | 0.70x (0.69-0.71) |" in text
+    assert "linear forward, cold caches, P = 1, B = 2048 | torch dense 0.70x at 90%" in (
+        first_screen.losses(run)
+    )
+    run.counts = {"linear 64x64": 1234.0}
+    assert "| linear 64x64 | 1,234 |" in markdown({run.device: [run]}, {})
+
+
 def test_compare_command_fails_on_a_regression(run, tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     results.save(run, old)
@@ -509,6 +637,69 @@ def test_the_target_table_covers_every_target():
         suites.suite("none")
 
 
+def test_the_curves_cover_every_axis_and_can_run_alone():
+    labels = [case.label for case in suites.suite("curves")]
+    for p in (1, 4, 16, 64, 256, 1024):
+        assert f"policy forward+backward P={p} B=128 width=64 90%" in labels
+        assert f"PPO iteration P={p} envs=4 steps=128 90%" in labels
+    for width in (32, 64, 128, 256, 512, 1024):
+        assert f"linear forward P=1 B=256 I={width} O={width} 90%" in labels
+    assert any("threads=1" in label for label in labels)
+    assert set(labels) < {case.label for case in suites.suite("full")}
+    threaded = [case for case in suites.suite("curves") if "threads" in case.shape]
+    assert all(case.threads == case.shape["threads"] for case in threaded)
+
+
+def test_masks_of_blocks_and_of_two_in_four():
+    blocks = LinearProblem(2, 3, 32, 16, 50.0, block=16).mask
+    tiles = blocks.unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).sum((2, 4))
+    assert set(tiles.flatten().tolist()) == {0, 256}
+    two = LinearProblem(2, 3, 32, 16, 50.0, two_four=True)
+    assert (two.mask.unflatten(2, (-1, 4)).sum(3) == 2).all()
+    assert not two.weight[~two.mask].any()
+    with pytest.raises(ValueError, match="block must divide"):
+        LinearProblem(1, 1, 30, 16, 50.0, block=16)
+    with pytest.raises(ValueError, match="two_four needs"):
+        LinearProblem(1, 1, 32, 16, 90.0, two_four=True)
+
+
+def test_a_layer_inside_a_network_is_a_difference():
+    from benchmarks import ours
+    from benchmarks.peers import torch_dense
+
+    deep, shallow = (PolicyProblem(2, 6, (8,) * n, 80.0, "relu") for n in (6, 3))
+    with use_backend("reference"):
+        contenders = [f(deep, shallow) for f in (ours.layer_inside, torch_dense.layer_inside)]
+        for contender in contenders:
+            assert contender.error() <= 1
+            assert contender.units == 3
+            assert contender.without is not None
+
+
+def test_a_level_is_verified_and_a_wrong_mask_is_caught(monkeypatch):
+    from benchmarks import level_job
+
+    def job(**options):
+        return level_job.LevelJob(2, 3, backend="reference", iterations=0, **options)
+
+    with use_backend("reference"):
+        good = job()
+        assert level_job.level_contender(good).error() == 0
+        kept = good.run().parameters.mask.sum(1)
+        assert kept.tolist() == [good.kept] * 2
+        monkeypatch.setattr(good, "kept", good.kept + 1)
+        correct = level_job.next_population
+
+        def lazy(*arguments, kept, **options):
+            return correct(*arguments, kept=kept - 1, **options)
+
+        monkeypatch.setattr(level_job, "next_population", lazy)
+        assert good.error() > 1
+    assert level_job.sparsity_of(10) == 89.3
+    with pytest.raises(ValueError, match="level must be at least 1"):
+        level_job.LevelJob(2, 0)
+
+
 def test_problems_keep_exactly_as_many_weights_as_they_say():
     linear = LinearProblem(3, 5, 20, 10, 90.0)
     assert linear.mask.sum((1, 2)).tolist() == [20] * 3
@@ -524,8 +715,17 @@ def test_problems_keep_exactly_as_many_weights_as_they_say():
 def test_contenders_compute_the_reference(monkeypatch):
     """Every contender on a tiny problem, and a sabotaged one is refused."""
     from benchmarks import ours
-    from benchmarks.peers import loop_dense, masked_bmm, scipy_csr, torch_csr, torch_dense
+    from benchmarks.peers import (
+        loop_dense,
+        masked_bmm,
+        scipy_csr,
+        torch_bsr,
+        torch_csr,
+        torch_dense,
+        torch_func,
+    )
 
+    blocks = LinearProblem(1, 6, 32, 16, 50.0, block=16)
     problem, policy = LinearProblem(1, 6, 20, 10, 90.0), PolicyProblem(2, 6, (3, 8, 2))
     contenders = [
         ours.linear_forward(problem, "reference"),
@@ -533,7 +733,8 @@ def test_contenders_compute_the_reference(monkeypatch):
         ours.policy(policy, "reference"),
         *(peer.linear_forward(problem) for peer in (torch_dense, masked_bmm, torch_csr, scipy_csr)),
         *(peer.linear_backward(problem) for peer in (torch_dense, masked_bmm, torch_csr)),
-        *(peer.policy(policy) for peer in (torch_dense, masked_bmm, loop_dense)),
+        *(torch_bsr.linear_forward(p) for p in (problem, blocks)),
+        *(peer.policy(policy) for peer in (torch_dense, masked_bmm, loop_dense, torch_func)),
     ]
     for contender in contenders:
         assert contender.error() <= 1, contender.name
@@ -548,7 +749,6 @@ def test_contenders_compute_the_reference(monkeypatch):
 def test_ppo_job_is_verified_and_a_wrong_update_is_caught(monkeypatch):
     from benchmarks import ppo_job
     from sparse_tickets.algos.ppo import PPO
-    from sparse_tickets.kernels import use_backend
 
     settings = PPO(copies=2, horizon=8, minibatches=2, epochs=2)
     job = ppo_job.PPOJob(2, 50.0, settings, backend="reference")
@@ -570,7 +770,6 @@ def test_ppo_job_is_verified_and_a_wrong_update_is_caught(monkeypatch):
 
 def test_bench_command_lines_and_table():
     from sparse_tickets.bench import bench, bench_table
-    from sparse_tickets.kernels import use_backend
 
     with use_backend("reference"):
         found = bench(16, 8, sparsities=(90.0, 0.0), budget=BUDGET_OF_ONE)

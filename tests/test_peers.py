@@ -26,7 +26,14 @@ if str(ROOT) not in sys.path:
 from benchmarks import first_screen, results  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.measure import Measured, Record  # noqa: E402
-from benchmarks.peers import Unavailable, jax_ppo, sb3, sparseprop  # noqa: E402
+from benchmarks.peers import (  # noqa: E402
+    Unavailable,
+    jax_ppo,
+    sb3,
+    sparseprop,
+    torch_bsr,
+    torch_semi_structured,
+)
 from benchmarks.ppo_job import PPOJob  # noqa: E402
 from benchmarks.problems import LinearProblem, random_masks  # noqa: E402
 from benchmarks.suites import FUSED_DENSE  # noqa: E402
@@ -157,6 +164,24 @@ def test_sparseprop_computes_the_reference(batch, sparsity):
     assert sparseprop.linear_backward(problem).error() <= 1
     with pytest.raises(Unavailable, match="one ticket only"):
         sparseprop.linear_forward(LinearProblem(2, batch, 32, 24, sparsity))
+
+
+def test_sparse_torch_says_what_it_cannot_do(monkeypatch):
+    problem = LinearProblem(1, 4, 32, 16, 50.0)
+    with pytest.raises(Unavailable, match="no gradient here"):
+        torch_bsr.linear_backward(problem)
+    with pytest.raises(Unavailable, match="one ticket only"):
+        torch_bsr.linear_forward(LinearProblem(2, 4, 32, 16, 50.0))
+    with pytest.raises(Unavailable, match="no block of 2 x 2 divides"):
+        torch_bsr.linear_forward(LinearProblem(1, 4, 31, 16, 50.0))
+    with pytest.raises(Unavailable, match="CUDA only"):
+        torch_semi_structured.linear_forward(problem)
+    problem.device = SimpleNamespace(type="cuda")
+    with pytest.raises(Unavailable, match="more than two of some four"):
+        torch_semi_structured.linear_forward(problem)
+    problem.mask = LinearProblem(1, 4, 32, 16, 50.0, two_four=True).mask
+    with pytest.raises(Unavailable, match="torch refuses this weight"):
+        torch_semi_structured.linear_forward(problem)
 
 
 def test_absent_peers_say_how_to_get_them(monkeypatch):
