@@ -141,7 +141,7 @@ def _measure(layer: _Layer, direction: str, budget: Budget, ceilings: Ceilings) 
         dense=Spread.of(found.timings[_DENSE].wall),
         ours=Spread.of(found.timings[_OURS].wall),
         speedup=found.speedup[_DENSE],
-        bound=ceilings.bound(layer_cost(plan.format, layer.mask, len(layer.x), backward)),
+        bound=ceilings.bound(layer_cost(plan.format, layer.mask[None], len(layer.x), backward)),
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.kernels.cost import Cost
+from sparse_tickets.kernels.linear import cost
 from sparse_tickets.timing import Budget, Contender, Spread, device_clock, interleave
 
 __all__ = ["BUSY", "Ceilings", "Neighbours", "layer_cost", "measure_ceilings"]
@@ -51,41 +52,43 @@ class Ceilings:
         start = max((size for size in self.copies if size <= moved), default=0)
         return max(rate.median for size, rate in self.copies.items() if size >= start)
 
-    def bound(self, cost: Cost) -> float:
+    def bound(self, work: Cost) -> float:
         """Seconds that work of this cost takes at least.
 
         Raises:
             ValueError: no copy was measured.
         """
-        return cost.seconds(self.sgemm.median, self.bandwidth(cost.bytes))
+        return work.seconds(self.sgemm.median, self.bandwidth(work.bytes))
 
 
 def layer_cost(format: str, mask: Tensor, batch: int, training: bool) -> Cost:
     """What float32 linear layers in a format do at least, forward or forward and backward.
 
-    Dense formats multiply every weight; ``csr`` multiplies the kept ones and reads a column beside
-    each, ``blocked`` the kept ones alone. The backward pass reads x, dy and the weight again and
-    writes dx and a dense weight gradient.
+    The backward pass computes all gradients from one reading of dy.
 
     Args:
-        format: of the layer's plan.
-        mask: ``[..., O, I]`` bool.
-        batch: rows per ticket.
+        format: of the layer's plan: ``dense``, ``dense+mask``, ``csr``, ``blocked-16``...
+        mask: ``[P, O, I]`` bool.
+        batch: B, rows per ticket.
         training: forward and backward.
     """
-    *_, out, inp = mask.shape
-    weights = mask.numel()
-    tickets = weights // max(out * inp, 1)
-    kept = weights if format.startswith("dense") else int(mask.sum())
-    stored = 4 * (2 * kept + tickets * out if format == "csr" else kept)
-    x, y, bias = 4 * tickets * batch * inp, 4 * tickets * batch * out, 4 * tickets * out
-    product = Cost(2.0 * kept * batch, 0.0)
-    forward = product.plus(Cost(float(tickets * batch * out), x + stored + bias + y))
+    tickets, out, inp = mask.shape
+    sizes = tickets, batch, out, inp
+    kept = int(mask.sum()) / max(tickets, 1)
+    if format == "csr":
+        products = [f(*sizes, kept) for f in (cost.csr_forward, cost.csr_dx, cost.csr_dw)]
+    elif format.startswith("blocked"):
+        block = int(format.partition("-")[2])
+        passes = cost.blocked_forward, cost.blocked_dx, cost.blocked_dw
+        products = [f(*sizes, kept / block**2, block) for f in passes]
+    else:
+        masked = format != "dense"
+        products = [cost.forward(*sizes), cost.dx(*sizes), cost.dw(*sizes, masked=masked)]
+    forward, dx, dw = products
     if not training:
         return forward
-    dx = product.plus(Cost(0.0, y + stored + x))
-    dw = product.plus(Cost(float(tickets * batch * out), y + x + 4 * weights + bias))
-    return forward.plus(dx).plus(dw)
+    read_again = Cost(0.0, -2.0 * 4 * tickets * batch * out)
+    return forward.plus(dx).plus(dw).plus(cost.db(tickets, batch, out)).plus(read_again)
 
 
 def measure_ceilings(

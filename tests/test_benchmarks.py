@@ -190,10 +190,14 @@ def test_layer_costs_by_hand():
     mask = torch.tensor([[[True, False, False], [True, True, False]]])  # O = 2, I = 3, kept 3
     x, y = 4 * 5 * 3, 4 * 5 * 2
     assert layer_cost("dense+mask", mask, 5, False) == (2 * 6 * 5 + 10, x + y + 4 * 6 + 8)
-    assert layer_cost("csr", mask, 5, False) == (2 * 3 * 5 + 10, x + y + 8 * 3 + 8 + 8)
-    assert layer_cost("blocked-16", mask, 5, False) == (2 * 3 * 5 + 10, x + y + 4 * 3 + 8)
-    both = layer_cost("csr", mask, 5, True)
-    assert both == (3 * 2 * 3 * 5 + 2 * 10, 3 * (x + y) + 2 * (8 * 3 + 8) + 4 * 6 + 2 * 8)
+    assert layer_cost("csr", mask, 5, False) == (2 * 3 * 5 + 10, x + y + 8 * 3 + 8 * 3 + 8)
+    forward, dx, dw = x + y + 4 * 6 + 8, y + 4 * 6 + x, y + x + 4 * 6 + 6
+    whole = forward + dx + dw + 8 - y  # of dy, which dx, dw and db share, one reading
+    assert layer_cost("dense+mask", mask, 5, True) == (3 * 2 * 6 * 5 + 2 * 10, whole)
+    assert layer_cost("dense", mask, 5, True).bytes == whole - 6, "no mask is read"
+    full = torch.ones(1, 16, 32, dtype=torch.bool)
+    blocked = layer_cost("blocked-16", full, 5, False)
+    assert blocked.flops == layer_cost("dense", full, 5, False).flops
 
 
 def test_policy_costs_count_the_formats_and_no_first_input_gradient():
