@@ -2,7 +2,8 @@
 
 Three ways in, each loaded at first use:
 
-- a layer or model of yours: `SparseLinear`, `sparsify_`, `densify_`, `compact`;
+- a layer or model of yours: `SparseLinear`, `sparsify_`, `densify_`, `compact`,
+  `to_semi_structured`;
 - a study: `Sweep`, `run_sweep`, `load_results`, with `register_env`, `register_criterion` and
   `register_condition` for what is not built in;
 - the parts of such a study: `Population`, `Ticket`, `make_env`, `use_backend`.
@@ -30,6 +31,7 @@ __all__ = [
     "register_env",
     "run_sweep",
     "sparsify_",
+    "to_semi_structured",
     "use_backend",
 ]
 
@@ -47,12 +49,13 @@ _HOME = {
     "register_env": ("envs", "register_env"),
     "run_sweep": ("sweep.run", "run"),
     "sparsify_": ("convert", "sparsify_"),
+    "to_semi_structured": ("convert", "to_semi_structured"),
     "use_backend": ("kernels.dispatch", "use_backend"),
 }
 
 if TYPE_CHECKING:
     from sparse_tickets.conditions import register_condition
-    from sparse_tickets.convert import compact, densify_, sparsify_
+    from sparse_tickets.convert import compact, densify_, sparsify_, to_semi_structured
     from sparse_tickets.envs import make_env, register_env
     from sparse_tickets.kernels.dispatch import use_backend
     from sparse_tickets.linear import SparseLinear

@@ -32,6 +32,7 @@ from sparse_tickets.kernels.linear import (
     plan,
     plan_for,
 )
+from sparse_tickets.kernels.linear.blocks import find_blocks
 from sparse_tickets.kernels.prune import prune
 
 __all__ = ["SparseLinear", "count_kept", "make_dense_", "make_sparse_"]
@@ -379,9 +380,10 @@ class SparseLinear(nn.Linear):
         device, dtype = self.mask.device, self._dtype()
         if device.type == "cpu":
             return plan_for(self.mask, batch, dtype, training)
-        # Asks nothing of the device.
-        density = kept / self.weight.numel()
-        return plan(self.out_features, self.in_features, batch, density, dtype, device)
+        # Asks nothing of the device, unless a mask once made of blocks was written.
+        density, known = kept / self.weight.numel(), find_blocks(self.mask[None])
+        block = 0 if known is None else known.block
+        return plan(self.out_features, self.in_features, batch, density, dtype, device, block)
 
     def _runs_dense(self, batch: int, training: bool) -> bool:
         """Whether torch's own linear is what the plan comes to, on a weight zero off the mask."""

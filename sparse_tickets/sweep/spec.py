@@ -71,7 +71,8 @@ class Sweep:
     rate: float = 0.2
     """Fraction of the remaining weights pruned per level."""
     criterion: str = "magnitude"
-    """Which weights stay: magnitude, layerwise-magnitude, movement, magnitude-increase, yours."""
+    """Which weights stay: magnitude, layerwise-magnitude, movement, magnitude-increase, 1:4, 2:4,
+    fan-in, block-16, block-32, block-64, yours."""
     rewind_step: int = 0
     """Environment step of dense training to rewind to; 0 is initialisation."""
     hidden: tuple[int, ...] = (64, 64)
