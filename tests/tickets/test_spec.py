@@ -159,7 +159,7 @@ def test_steps_shrink_by_the_rewind_step():
         ({"conditions": ()}, "conditions must be at least one"),
         ({"conditions": (TICKET, TICKET)}, "conditions must be at least one, each once"),
         ({"conditions": ("mask/permuted",), "controls": ("ticket",)}, "need the condition"),
-        ({"criterion": "size"}, "criterion must be one of magnitude"),
+        ({"criterion": "size"}, "criterion must be one of .*magnitude"),
         ({"init": "xavier"}, "init must be one of lecun"),
         ({"activation": "gelu"}, "activation must be one of tanh"),
         ({"hidden": (64, 0)}, "hidden must be sizes"),
