@@ -11,7 +11,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take long"
 	@echo "make bench      what sparsity gains on this machine, a few minutes; writes benchmarks/"
-	@echo "make bench-full the same with scaling curves, much longer"
+	@echo "make bench-full the same with scaling curves and more shapes, about 20 minutes"
 	@echo "make check      ruff and mypy"
 	@echo "make format     format the code"
 

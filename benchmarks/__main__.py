@@ -13,6 +13,7 @@ from rich.console import Console
 from sparse_tickets.timing import Budget
 
 from .compare import compare
+from .console import warn_if_busy
 from .first_screen import rewrite
 from .instructions import count_instructions
 from .report import write_report
@@ -95,7 +96,10 @@ def _report(options: argparse.Namespace, console: Console) -> int:
 
 
 def _compare(options: argparse.Namespace, console: Console) -> int:
-    changes = compare(load(options.old), load(options.new))
+    old, new = load(options.old), load(options.new)
+    for run in (old, new):
+        warn_if_busy(console, run)
+    changes = compare(old, new)
     slower = [change for change in changes if change.verdict == "slower"]
     for change in changes:
         if change.verdict == "same":

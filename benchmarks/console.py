@@ -69,7 +69,7 @@ def warn_if_busy(console: Console, run: Run) -> None:
     """Idle threads spin: beside other work, whoever uses more threads loses more."""
     if run.busy > BUSY:
         console.print(
-            f"[yellow]Other processes use {run.busy:.0%} of the cores: neither times nor ratios "
+            f"[yellow]Other processes used {run.busy:.0%} of the cores: neither times nor ratios "
             "can be trusted. Run it again on a quiet machine.[/yellow]"
         )
 
