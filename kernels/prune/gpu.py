@@ -20,7 +20,7 @@ an entry read and 12 written. Short rows, which a cache holds, are rewound by a 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -284,19 +284,19 @@ def _finish_kernel(
 
 
 class Point(NamedTuple):
-    """What is rewound, and to what; all None where a mask is all that is wanted."""
+    """What is rewound, and to what; arguments as in `prune_rewind_`."""
 
-    weight: Tensor | None = None
-    initial: Tensor | None = None
-    m: Tensor | None = None
-    v: Tensor | None = None
-    initial_m: Tensor | None = None
-    initial_v: Tensor | None = None
+    weight: Tensor
+    initial: Tensor
+    m: Tensor
+    v: Tensor
+    initial_m: Tensor | None
+    initial_v: Tensor | None
 
 
 def prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
     out = torch.empty_like(mask)
-    _select(scores, mask, out, k, Point(), magnitude)
+    _select(scores, mask, out, k, None, magnitude)
     return out
 
 
@@ -309,7 +309,7 @@ def prune_rewind_(scores: Tensor, mask: Tensor, k: Tensor, point: Point, magnitu
 
 
 def _select(
-    scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, point: Point, magnitude: bool
+    scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, point: Point | None, magnitude: bool
 ) -> None:
     """Write the mask of every row to ``out``, which may be ``mask`` itself; rewind long rows."""
     check_dtype("scores on the Triton backend", scores, torch.float32)
@@ -337,10 +337,11 @@ def _select(
 
 
 def _select_long(
-    scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, point: Point, magnitude: bool
+    scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, point: Point | None, magnitude: bool
 ) -> None:
     tickets, prunable = mask.shape
-    size = prunable if point.weight is None else point.weight.shape[1]
+    size = prunable if point is None else point.weight.shape[1]
+    rows = point or (None,) * len(Point._fields)
     blocks = triton.cdiv(prunable, BLOCK)
     stretch = triton.cdiv(blocks, MAX_CHUNKS)
     chunks = triton.cdiv(blocks, stretch)
@@ -377,7 +378,7 @@ def _select_long(
         prefix,
         begin,
         undecided,
-        *point,
+        *rows,
         prunable,
         stride,
         size,
@@ -395,7 +396,7 @@ def _select_long(
         wanted,
         begin,
         undecided,
-        *point,
+        *rows,
         prunable,
         stride,
         size,
@@ -427,11 +428,11 @@ def _cases() -> list[Case]:
     for magnitude in (False, True):
         for block in (256, SHORT):
             signature = {**_SCORES, "out": "*i1:16", "k": "*i64:16"}
-            options = {"MAGNITUDE": magnitude, "BLOCK": block}
+            constants = {"MAGNITUDE": magnitude, "BLOCK": block}
             name = f"short_{block}_magnitude" if magnitude else f"short_{block}"
-            cases.append(case(name, _short_kernel, signature, options, _short_warps(block)))
+            cases.append(case(name, _short_kernel, signature, constants, _short_warps(block)))
     for name, types, absent in (("prune", {}, _NOTHING), ("prune_rewind", _REWIND, {})):
-        options = {"MAGNITUDE": True, "BLOCK": SPLIT_BLOCK, **absent}
+        options: dict[str, Any] = {"MAGNITUDE": True, "BLOCK": SPLIT_BLOCK, **absent}
         signature = {**_SCORES, **_OUT, **_CHUNKS, **_STATE, **types, "spans": "i32"}
         cases.append(case(f"{name}_split", _split_kernel, signature, options, 8))
         options = {"MAGNITUDE": True, "BLOCK": FINISH_BLOCK, **absent}
