@@ -79,15 +79,24 @@ def _scaling(found: Sequence[Curve]) -> Figure:
             )
         panel.set_xscale("log")
         panel.set_yscale("log")
-        ticks = sorted({size for curve in chosen for size, _ in curve.points})
-        step = max(1, len(ticks) // 7)
-        panel.set_xticks(ticks[::step], [f"{tick:g}" for tick in ticks[::step]])
+        ticks = _apart(sorted({size for curve in chosen for size, _ in curve.points}))
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.xaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.set_xlabel(AXES[axis])
         panel.legend(fontsize=4.5)
     panels[0, 0].set_ylabel("milliseconds (dashed: ideal)")
     return figure
+
+
+def _apart(sizes: Sequence[float]) -> list[float]:
+    """Those of ascending sizes that leave room for their labels on a log axis."""
+    room = (sizes[-1] / sizes[0]) ** 0.12
+    kept = list(sizes[:1])
+    for size in sizes[1:]:
+        if size >= room * kept[-1]:
+            kept.append(size)
+    return kept
 
 
 @styled

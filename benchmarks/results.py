@@ -182,7 +182,7 @@ def newest(folder: Path = RESULTS) -> dict[str, list[Run]]:
     Runs of smoke tests and of parts of a suite do not count.
 
     Returns:
-        By device its runs, those with most records first.
+        By device its runs, those with most records first, scaling curves behind them.
     """
     latest: dict[tuple[str, str], Run] = {}
     for path in sorted(folder.glob("*.json")):
@@ -193,7 +193,7 @@ def newest(folder: Path = RESULTS) -> dict[str, list[Run]]:
         if key not in latest or _rank(run) > _rank(latest[key]):
             latest[key] = run
     found: dict[str, list[Run]] = {}
-    for run in sorted(latest.values(), key=lambda run: -len(run.records)):
+    for run in sorted(latest.values(), key=lambda run: (run.suite == "curves", -len(run.records))):
         found.setdefault(run.device, []).append(run)
     return dict(sorted(found.items()))
 

@@ -77,9 +77,12 @@ class Table:
 
 
 def tables(run: Run, *, brief: bool = False) -> list[Table]:
-    """Every group of records as a table; ``brief`` ones have no spreads and no plans."""
+    """Every group of records as a table; ``brief`` ones have no spreads and no plans.
+
+    Sizes measured at one sparsity only, as for curves, share a table per op.
+    """
     result = []
-    for records in groups(run):
+    for records in _joined(groups(run)):
         if records[0].op == _STAGES:
             result += [_stages(record, run, brief) for record in records]
         elif records[0].unit == "agent-step":
@@ -92,6 +95,15 @@ def tables(run: Run, *, brief: bool = False) -> list[Table]:
         refused.rows = [[refusal.label, refusal.reason] for refusal in run.refused]
         result.append(refused)
     return result
+
+
+def _joined(found: Sequence[list[Record]]) -> list[list[Record]]:
+    """Groups of a single record joined by op, where the first of them stood."""
+    joined: dict[object, list[Record]] = {}
+    for records in found:
+        single = len(records) == 1 and records[0].op != _STAGES
+        joined.setdefault(records[0].op if single else records[0].table, []).extend(records)
+    return list(joined.values())
 
 
 def instructions(run: Run) -> list[Table]:
@@ -158,8 +170,14 @@ def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
     return "\n".join([line(columns), line(rules), *map(line, rows)])
 
 
-def _title(record: Record) -> str:
-    return f"{record.op}: {shape_of(record)}"
+def _heads(records: Sequence[Record], kind: str = "") -> tuple[str, str, list[str]]:
+    """Title, and the first column: what was pruned, or the sizes too where they differ."""
+    first, op = records[0], f"{records[0].op}{kind}"
+    pruned = "actor pruned" if first.unit == "agent-step" else "pruned"
+    if all(record.table == first.table for record in records):
+        return f"{op}: {shape_of(first)}", pruned, [f"{r.sparsity:g}%" for r in records]
+    cells = [f"{shape_of(record)}, {record.sparsity:g}%" for record in records]
+    return f"{op}, by size", f"sizes, {pruned}", cells
 
 
 def _of(record: Record, kind: str) -> Spread | None:
@@ -179,14 +197,15 @@ def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Tab
     """One kind of time; plans, bounds, crossovers and reasons stand with the warm ones."""
     peers, warm, said = _peers(records, kind), kind == "wall", _KINDS[kind]
     bounds = [_bound(record, run) for record in records] if warm else []
-    columns = ["pruned", "time"]
+    title, head, cells = _heads(records, said[0])
+    columns = [head, "time"]
     columns += ["bound", "reached"] if any(bounds) else []
     columns += [f"vs {peer}" for peer in peers] + (["plan"] if warm and not brief else [])
-    table = Table(f"{records[0].op}{said[0]}: {shape_of(records[0])}", columns)
+    table = Table(title, columns)
     baseline = _BASELINE.get(records[0].op, peers[0] if peers else "")
     for index, record in enumerate(records):
         time, speedup = _of(record, kind), _speedup(record, kind)
-        row = [f"{record.sparsity:g}%", "-" if time is None else duration(time.median)]
+        row = [cells[index], "-" if time is None else duration(time.median)]
         if any(bounds):
             bound = bounds[index]
             row += [duration(bound), f"{bound / time.median:.0%}"] if bound and time else ["-", "-"]
@@ -204,7 +223,7 @@ def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Tab
         return table
     if any(bounds):
         table.notes.append(_ROOFLINE)
-    if len(records) > 1:
+    if len({record.sparsity for record in records}) == len(records) > 1:
         table.notes += [f"Crossover with {peer}: {crossover(records, peer)}." for peer in peers]
     table.notes += _skipped(records)
     return table
@@ -220,11 +239,12 @@ def _bound(record: Record, run: Run) -> float | None:
 def _throughput(records: Sequence[Record], run: Run, brief: bool) -> Table:
     spread = [] if brief else ["p20-p80"]
     peers = _peers(records)
-    columns = ["actor pruned", "agent-steps/s", *spread, "of sgemm", *(f"vs {p}" for p in peers)]
-    table = Table(_title(records[0]), columns, bars_are="agent-steps/s")
-    for record in records:
+    title, head, cells = _heads(records)
+    columns = [head, "agent-steps/s", *spread, "of sgemm", *(f"vs {p}" for p in peers)]
+    table = Table(title, columns, bars_are="agent-steps/s")
+    for cell, record in zip(cells, records, strict=True):
         wall = record.contenders[record.subject].wall
-        row = [f"{record.sparsity:g}%", f"{record.per_second:,.0f}"]
+        row = [cell, f"{record.per_second:,.0f}"]
         row += [] if brief else [f"{1 / wall.p80:,.0f}-{1 / wall.p20:,.0f}"]
         row += [f"{_efficiency(record.per_second, run):.2f}"]
         row += [_ratio(record.speedup.get(peer), brief) for peer in peers]
@@ -240,7 +260,7 @@ def _stages(record: Record, run: Run, brief: bool) -> Table:
     """Each stage's gain over the one before; the subject, last and sparse, is the final stage."""
     spread = [] if brief else ["p20-p80"]
     columns = ["stage", "agent-steps/s", *spread, "gain"]
-    table = Table(_title(record), columns, bars_are="agent-steps/s")
+    table = Table(_heads([record])[0], columns, bars_are="agent-steps/s")
     names = [*record.speedup, record.subject]
     previous = None
     for name in names:

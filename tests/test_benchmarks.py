@@ -524,6 +524,15 @@ def test_scaling_is_drawn_where_a_run_has_two_axes(run, tmp_path):
     assert pictures == ["cpu-test-2c-scaling.png"]
 
 
+def test_sizes_measured_at_one_sparsity_share_a_table(run):
+    sizes = [replace(record(90.0, 2.0), shape={"P": p, "B": 4}) for p in (1, 4)]
+    text = markdown({run.device: [replace(run, records=[*run.records, *sizes])]}, {})
+    joined = text.split("### linear forward, by size")[1].split("###")[0]
+    assert "| P = 1, B = 4, 90% | 1.00 ms | 2.00x" in joined
+    assert "| P = 4, B = 4, 90% | 1.00 ms | 2.00x" in joined
+    assert "Crossover" not in joined
+
+
 def test_tables_show_the_bound_and_cold_calls_apart(run):
     contenders = {
         name: replace(item, cold=spread(5e-3)) for name, item in run.records[2].contenders.items()
