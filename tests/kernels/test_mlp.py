@@ -6,7 +6,7 @@ import torch
 
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.mlp import cpu, layout, mlp, plan, reference
+from sparse_tickets.kernels.mlp import bits, cpu, layout, mlp, packing, plan, reference
 from sparse_tickets.kernels.vector import LANES
 
 # Sums of at most a few hundred float32 products, through at most five layers: 32 roundings.
@@ -56,6 +56,8 @@ def poisoned(monkeypatch):
         ((4, 64, 64, 2), "tanh"),
         ((3, 17, 33, 5), "relu"),
         ((20, 16, 9, 40, 30), "tanh"),
+        # More than one word of the mask to a row, and a row that ends inside a word.
+        ((70, 130, 64, 9), "relu"),
         ((1, 1), "tanh"),
         ((20, 30), "relu"),
     ],
@@ -141,6 +143,66 @@ def test_build_rows_is_scipy_csr_order():
     assert pointer[:4].tolist() == [2, 4, 5, 7]
     assert columns[2:7].tolist() == [0, 1, 2, 1, 2]
     assert positions[2:7].tolist() == [1, 2, 6, 8, 9]
+
+
+def test_mask_words():
+    mask = np.random.default_rng(0).random(200) < 0.5
+    for begin, length in ((0, 64), (0, 1), (3, 50), (136, 64), (137, 63), (150, 50), (199, 1)):
+        word = int(bits.mask_word(mask, begin, length))
+        assert word == sum(1 << i for i in range(length) if mask[begin + i])
+    assert int(bits.mask_word(mask, 200, 5)) == 0b11111
+
+
+def packed(arena, density, mask_row, keep_dead):
+    """The layout, a packed ticket and its number of entries."""
+    plan = layout.lay_out(arena.nets, arena.prunable, density)
+    floats, integers = layout.allocate(plan, 1)
+    scratch = packing.open_scratch(plan, floats[0], integers[0])
+    return plan, scratch, packing.pack(plan, scratch, mask_row, keep_dead)
+
+
+def test_a_packed_ticket_knows_what_reaches_the_output():
+    arena = Arena.build((3, 9, 10, 2), (3, 9, 1))
+    mask = np.zeros(arena.prunable, bool)
+    first, second, third = (
+        arena.actor.weight(torch.from_numpy(mask)[None], i)[0] for i in (0, 1, 2)
+    )
+    first[:] = True
+    second[4, 2] = second[4, 7] = second[6, 1] = True
+    third[1, 4] = True
+    plan, scratch, count = packed(arena, 0.1, mask, keep_dead=False)
+    assert [
+        scratch.rows[plan.layers[layer, layout.ROWS] :][: scratch.live[layer]].tolist()
+        for layer in range(3)
+    ] == [[2, 7], [4], [0, 1]]
+    biases = 9 + 10 + 2 + 9 + 1
+    critic = 3 * 9 + 9
+    assert count == 1 + 2 + 2 * 3 + critic + biases
+
+    # An optimiser moves the others too.
+    plan, scratch, count = packed(arena, 0.1, mask, keep_dead=True)
+    weights = count - biases
+    assert weights == mask.sum() + critic
+    assert sorted(scratch.position[critic:weights]) == np.flatnonzero(mask).tolist()
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("density", [0.1, 0.6])
+def test_units_that_reach_no_output(activation, density, poisoned):
+    """Dead units beside living ones, under sparse rows and between tiles (density 0.6)."""
+    arena, weight, mask, x, dy = population((12, 20, 18, 16, 10), 0.3, activation=activation)
+    net = arena.actor
+    net.weight(mask, 1)[0, :, 5:] = False
+    net.weight(mask, 2)[1, :, ::2] = False
+    net.weight(mask, 3)[2] = False
+    actual = gradients(lambda x, w: mlp(x, w, net, mask, density=density), x, weight, dy)
+    expected = gradients(
+        lambda x, w: reference.mlp(x, w, net, mask), x.double(), weight.double(), dy.double()
+    )
+    for one, other in zip(actual, expected, strict=True):
+        assert_near(one, other)
+    # Nothing of the third ticket's input reaches its output.
+    assert (actual[1][2] == 0).all()
 
 
 def test_format_depends_on_shape_and_nominal_density_only():

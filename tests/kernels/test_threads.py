@@ -1,12 +1,14 @@
 """Tickets shared out to threads, and torch's own thread count left as it was."""
 
 import threading
+import time
+import weakref
 
 import pytest
 import torch
 
 from sparse_tickets.kernels.prune import prune
-from sparse_tickets.kernels.threads import count_threads, over_tickets
+from sparse_tickets.kernels.threads import claim, count_threads, finish, over_tickets, share
 
 
 @pytest.fixture
@@ -63,6 +65,65 @@ def test_several_callers_at_once(threads):
     for caller in callers:
         caller.join()
     assert sums == [4950] * len(sums)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("tickets", [0, 1, 2, 60])
+def test_every_ticket_is_claimed_once(count, tickets, threads):
+    threads(count)
+    done, lock = [], threading.Lock()
+
+    def work(thread, progress):
+        while (ticket := claim(progress)) < tickets:
+            with lock:
+                done.append(ticket)
+            finish(progress)
+
+    share(tickets, work)
+    assert sorted(done) == list(range(tickets))
+
+
+def test_a_slow_helper_is_waited_for_and_its_error_raised(threads):
+    threads(2)
+    claimed = threading.Event()
+
+    def work(thread, progress, error=None):
+        if thread == 0:
+            # The helper claims first.
+            claimed.wait(10)
+        while claim(progress) < 4:
+            if thread == 1:
+                claimed.set()
+                time.sleep(0.05)
+                if error is not None:
+                    raise error
+            finish(progress)
+            done.append(thread)
+
+    done = []
+    share(4, work)
+    assert len(done) == 4
+    assert 1 in done
+    claimed.clear()
+    with pytest.raises(ValueError, match="helper"):
+        share(4, lambda thread, progress: work(thread, progress, ValueError("helper")))
+
+
+def test_helpers_keep_nothing_alive(threads):
+    threads(2)
+
+    class Data:
+        pass
+
+    data = Data()
+    gone = weakref.ref(data)
+    share(2, lambda thread, progress, data=data: [finish(progress), finish(progress)])
+    del data
+    for _ in range(100):
+        if gone() is None:
+            break
+        time.sleep(0.01)
+    assert gone() is None
 
 
 @pytest.mark.parametrize("count", [1, 2])
