@@ -1,8 +1,7 @@
 """Classic control as pure functions: `initial`, `step` and `observe` on float64 states.
 
-CPU tensors go through Numba, one copy at a time, so that a copy's bits depend on nothing beside
-it. CUDA tensors go through the plain torch of `reference`, a dozen elementwise launches a step;
-there is no Triton kernel.
+CPU tensors go through Numba, one copy at a time, CUDA tensors through Triton, a lane per copy: a
+copy's bits depend on nothing beside it.
 
 The physics is gymnasium's in float64 throughout. gymnasium itself drops to float32 in two places:
 Acrobot's initial state, and Pendulum's torque terms when the action is a float32 array.
@@ -10,11 +9,14 @@ Acrobot's initial state, and Pendulum's torque terms when the action is a float3
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ..dispatch import resolve_backend
 from ..errors import check_device, check_dtype, check_shape
+from . import reference
 from .reference import TASKS, Task
 
 __all__ = ["TASKS", "Task", "initial", "observe", "step"]
@@ -36,11 +38,7 @@ def initial(task: Task, u: Tensor) -> Tensor:
     """
     check_dtype("u", u, torch.float32)
     check_shape("u", u, (*u.shape[:-1], task.state_dim))
-    if resolve_backend(u.device) == "cpu":
-        from . import cpu
-
-        return cpu.initial(task, u)
-    return task.initial(u)
+    return _backend(u.device).initial(task, u)
 
 
 def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,11 +71,7 @@ def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Ten
                 f"action must be in [0, {task.action_dim}) for {task.name}, "
                 f"got {low if low < 0 else high}"
             )
-    if resolve_backend(state.device) == "cpu":
-        from . import cpu
-
-        return cpu.step(task, state, action)
-    return task.step(state, action)
+    return _backend(state.device).step(task, state, action)
 
 
 def observe(task: Task, state: Tensor) -> Tensor:
@@ -96,8 +90,17 @@ def observe(task: Task, state: Tensor) -> Tensor:
     """
     check_dtype("state", state, torch.float64)
     check_shape("state", state, (*state.shape[:-1], task.state_dim))
-    if resolve_backend(state.device) == "cpu":
+    return _backend(state.device).observe(task, state)
+
+
+def _backend(device: torch.device) -> ModuleType:
+    name = resolve_backend(device)
+    if name == "cpu":
         from . import cpu
 
-        return cpu.observe(task, state)
-    return task.observe(state)
+        return cpu
+    if name == "triton":
+        from . import gpu
+
+        return gpu
+    return reference

@@ -16,7 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ACROBOT", "CARTPOLE", "MOUNTAIN_CAR", "PENDULUM", "TASKS", "Task"]
+__all__ = [
+    "ACROBOT",
+    "CARTPOLE",
+    "MOUNTAIN_CAR",
+    "PENDULUM",
+    "TASKS",
+    "Task",
+    "initial",
+    "observe",
+    "step",
+]
 
 Transition = tuple[Tensor, Tensor, Tensor]
 
@@ -27,7 +37,7 @@ class Task:
 
     Attributes:
         name: gymnasium's id.
-        id: small integer by which Numba kernels branch.
+        id: small integer by which fused kernels branch.
         state_dim: S.
         observation_dim: D.
         discrete: actions are indices ``[...]``; otherwise vectors ``[..., A]``.
@@ -217,3 +227,18 @@ PENDULUM = Task(
 
 TASKS = {task.name: task for task in (CARTPOLE, ACROBOT, MOUNTAIN_CAR, PENDULUM)}
 """The tasks by gymnasium id."""
+
+
+def initial(task: Task, u: Tensor) -> Tensor:
+    """See `sparse_tickets.kernels.dynamics.initial`."""
+    return task.initial(u)
+
+
+def step(task: Task, state: Tensor, action: Tensor) -> Transition:
+    """See `sparse_tickets.kernels.dynamics.step`."""
+    return task.step(state, action)
+
+
+def observe(task: Task, state: Tensor) -> Tensor:
+    """See `sparse_tickets.kernels.dynamics.observe`."""
+    return task.observe(state)

@@ -1,8 +1,9 @@
 """Acting in environments: `rollout` for training, `evaluate` for scores, `demonstrate` for cloning.
 
 An environment is anything with the attributes and methods of `sparse_tickets.envs.spec.Env`. Where
-its physics is one of `kernels.dynamics` and tensors live on the CPU, policy and physics are fused
-into one Numba call (`cpu.py`); every other environment and device takes the loop of `reference.py`.
+its physics is one of `kernels.dynamics`, policy and physics are fused into one call: on the CPU in
+Numba (`cpu.py`), on a GPU in Triton (`gpu.py`) if the networks fit its registers. Everything else
+takes the loop of `reference.py`; `plan` says which and why.
 
 Actions are drawn from each ticket's key at the environment's clock: discrete ones by `categorical`
 with ``uniform(key, E, step=clock)``, continuous ones as ``mean + exp(log_std) * noise`` with
@@ -19,14 +20,15 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import resolve_backend
+from ..dispatch import Backend, Plan, resolve_backend
 from ..errors import check_device, check_dtype, check_shape
+from ..mlp import composition
 from ..mlp.checks import check_density
 from ..random import Stream
 from . import reference
 from .reference import Rollout
 
-__all__ = ["Rollout", "demonstrate", "evaluate", "rollout"]
+__all__ = ["Rollout", "demonstrate", "evaluate", "plan", "rollout"]
 
 _EVALUATIONS = 1 << 43
 
@@ -48,7 +50,8 @@ def rollout(
     Args:
         parameters: of P tickets.
         arena: their layout; without a critic, values are zero.
-        env: P tickets times E copies, after ``env.reset``; advanced by T steps.
+        env: P tickets times E copies, after ``env.reset``; advanced by T steps. To capture this
+            call in a CUDA graph ``env.clock`` must be a tensor.
         obs: ``[P, E, D]`` float32, the observations `env` returned last.
         key: ``[P]`` int64, for the actions.
         steps: T, at least 1.
@@ -61,7 +64,8 @@ def rollout(
     Raises:
         TypeError: a wrong dtype.
         ValueError: shapes, devices or action spaces that do not fit, `steps` below 1, `density`
-            outside ``[0, 1]``, or a ticket whose action probabilities are not finite.
+            outside ``[0, 1]``, or a ticket whose action probabilities are not finite (looked at on
+            CPU tensors only: on a GPU that would wait for it).
     """
     outcome, _, obs = _run(parameters, arena, env, obs, key, steps, density, stream, False)
     return outcome, obs
@@ -142,11 +146,55 @@ def evaluate(
     if not 0 <= index < _EVALUATIONS:
         raise ValueError(f"index must be in [0, 2**43), got {index}")
     _check(parameters, arena, env, key, density)
-    if _is_fused(parameters, env):
+    backend, _ = _choose(replace(arena, critic=None), env, parameters.weight.device)
+    if backend == "cpu":
         from . import cpu
 
         return cpu.evaluate(parameters, arena, env, key, index, greedy, density)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.evaluate(parameters, arena, env, key, index, greedy)
     return reference.evaluate(parameters, arena, env, key, index, greedy)
+
+
+def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) -> Plan:
+    """What `rollout` does on ``device``, and why.
+
+    Args:
+        arena: the policies' layout.
+        env: the environment.
+        device: where the parameters live.
+        density: see `rollout`.
+
+    Raises:
+        ValueError: `density` outside ``[0, 1]``, or the chosen backend cannot run on the device.
+    """
+    check_density(density)
+    backend, reason = _choose(arena, env, device)
+    if backend != "cpu":
+        return Plan("rollout", backend, "dense", reason)
+    from .policy import network
+
+    sparse = [network(net, arena, density, env.copies).sparse for net in arena.nets]
+    return Plan("rollout", "cpu", "/".join("csr" if s else "dense" for s in sparse), reason)
+
+
+def _choose(arena: Arena, env: Any, device: torch.device) -> tuple[Backend, str]:
+    """Backend of a rollout, and why: what is not fused runs as the reference's loop."""
+    backend = resolve_backend(device)
+    if backend == "reference":
+        return backend, composition(backend)
+    if env.task is None:
+        return "reference", f"a loop of torch ops: the physics of {env.spec.name} is not built in"
+    if backend == "cpu":
+        return backend, "policy and physics fused; compressed rows where they beat tiles"
+    from .policy_gpu import misfit
+
+    obstacle = misfit(arena)
+    if obstacle is not None:
+        return "reference", f"a loop of torch ops: {obstacle}"
+    return backend, "policy and physics fused, a program per copy, weights in registers"
 
 
 def _run(
@@ -166,15 +214,16 @@ def _run(
     check_device("obs", obs, parameters.weight)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if _is_fused(parameters, env):
+    backend, _ = _choose(arena, env, parameters.weight.device)
+    if backend == "cpu":
         from . import cpu
 
         return cpu.rollout(parameters, arena, env, obs, key, steps, density, stream, keep_heads)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.rollout(parameters, arena, env, obs, key, steps, stream, keep_heads)
     return reference.rollout(parameters, arena, env, obs, key, steps, stream)
-
-
-def _is_fused(parameters: Parameters, env: Any) -> bool:
-    return env.task is not None and resolve_backend(parameters.weight.device) == "cpu"
 
 
 def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density: float) -> None:

@@ -77,7 +77,7 @@ class ClassicEnv:
     Attributes:
         state: ``[P, E, S]`` float64.
         elapsed: ``[P, E]`` int32, steps since each copy's last restart.
-        clock: steps since `reset`.
+        clock: steps since `reset`: an integer, or a tensor after `keep_clock_on_device`.
         key: ``[P]`` int64, as given to `reset`.
         offset: ``[D]`` float32.
         scale: ``[D]`` float32.
@@ -114,7 +114,7 @@ class ClassicEnv:
         self.reset_stream = reset_stream
         self.offset = torch.tensor(self.spec.offset, dtype=torch.float32, device=self.device)
         self.scale = torch.tensor(self.spec.scale, dtype=torch.float32, device=self.device)
-        self.clock = 0
+        self.clock: int | Tensor = 0
         self.key: Tensor | None = None
         shape = (tickets, copies)
         self.state = torch.zeros(
@@ -131,6 +131,14 @@ class ClassicEnv:
         self.state = self._initial(self.key)
         self.elapsed = torch.zeros_like(self.elapsed)
         return self.observe(self.state)
+
+    def keep_clock_on_device(self) -> None:
+        """Turn `clock` into an int64 tensor ``[]`` until the next `reset`.
+
+        A CUDA graph replays integers as they were captured. From here on `clock`, `state` and
+        `elapsed` change in place, so that every replay of a captured rollout goes on from the last.
+        """
+        self.clock = torch.as_tensor(self.clock, dtype=torch.int64, device=self.device)
 
     def step(self, action: Tensor) -> Step:
         """Act once in every copy; see `Env.step`.
@@ -153,7 +161,11 @@ class ClassicEnv:
             state = torch.where(done[..., None], restart, state)
             elapsed = elapsed.masked_fill(done, 0)
             obs = torch.where(done[..., None], self.observe(restart), final_obs)
-        self.state, self.elapsed = state, elapsed
+        if isinstance(self.clock, Tensor):
+            self.state.copy_(state)
+            self.elapsed.copy_(elapsed)
+        else:
+            self.state, self.elapsed = state, elapsed
         return Step(obs, reward, terminated, truncated, final_obs)
 
     def observe(self, state: Tensor) -> Tensor:

@@ -113,7 +113,11 @@ class Env(Protocol):
     tickets: int
     copies: int
     device: torch.device
-    clock: int
+
+    @property
+    def clock(self) -> int | Tensor:
+        """Steps so far; a tensor where CUDA graphs are to advance it."""
+        ...
 
     @property
     def task(self) -> Task | None:

@@ -1,0 +1,349 @@
+"""Classic control in Triton: equations on scalars or blocks, to inline into a fused rollout.
+
+`task_initial`, `task_step` and `task_observe` take a copy's state as four float64 values (a task
+with two ignores the others) and branch on `Task.id` while compiling. Same equations as `reference`,
+operation by operation: launched with `OPTIONS`, which keep a product and a sum two roundings, they
+differ from it only where two libraries' sines and cosines do.
+
+The ops below run a lane per copy. A step moves 16 S + 13 bytes and takes 30 to 500 float64
+operations, of which most are inside sines and cosines.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..compile import Case
+from .reference import ACROBOT, CARTPOLE, MOUNTAIN_CAR, TASKS, Task
+
+__all__ = [
+    "COMPILE_CASES",
+    "OPTIONS",
+    "initial",
+    "observe",
+    "step",
+    "task_initial",
+    "task_observe",
+    "task_step",
+]
+
+OPTIONS = {"enable_fp_fusion": False}
+"""Launch options of every kernel that inlines the physics."""
+
+_BLOCK = 128
+
+_CARTPOLE = tl.constexpr(CARTPOLE.id)
+_ACROBOT = tl.constexpr(ACROBOT.id)
+_MOUNTAIN_CAR = tl.constexpr(MOUNTAIN_CAR.id)
+_PI = tl.constexpr(math.pi)
+_TURN = tl.constexpr(2 * math.pi)
+_ANGLE_LIMIT = tl.constexpr(12 * 2 * math.pi / 360)
+_LOW = tl.constexpr({task.id: task.reset_low for task in TASKS.values()})
+_HIGH = tl.constexpr({task.id: task.reset_high for task in TASKS.values()})
+
+
+@triton.jit
+def _between(u, TASK: tl.constexpr, COMPONENT: tl.constexpr):
+    low: tl.constexpr = _LOW[TASK][COMPONENT]
+    span: tl.constexpr = _HIGH[TASK][COMPONENT] - low
+    return low + span * u.to(tl.float64)
+
+
+@triton.jit
+def _exact(value: tl.constexpr):
+    # Triton rounds a literal to float32 where it is compared, and in tl.fma; elsewhere it does not.
+    return tl.full([], value, tl.float64)
+
+
+@triton.jit
+def _clamp(x, low: tl.constexpr, high: tl.constexpr):
+    # Unlike tl.clamp, and like torch's, this keeps a NaN.
+    return tl.where(x < _exact(low), low, tl.where(x > _exact(high), high, x))
+
+
+@triton.jit
+def _cartpole_step(x, x_dot, theta, theta_dot, action):
+    force = tl.where(action == 1.0, 10.0, -10.0).to(tl.float64)
+    cos, sin = tl.cos(theta), tl.sin(theta)
+    push = (force + 0.05 * (theta_dot * theta_dot) * sin) / 1.1
+    theta_acc = (9.8 * sin - cos * push) / (0.5 * (4.0 / 3.0 - 0.1 * (cos * cos) / 1.1))
+    x_acc = push - 0.05 * theta_acc * cos / 1.1
+    x, x_dot = x + 0.02 * x_dot, x_dot + 0.02 * x_acc
+    theta, theta_dot = theta + 0.02 * theta_dot, theta_dot + 0.02 * theta_acc
+    terminated = (tl.abs(x) > _exact(2.4)) | (tl.abs(theta) > _exact(_ANGLE_LIMIT))
+    reward = tl.where(terminated, 1.0, 1.0)
+    return x, x_dot, theta, theta_dot, reward, terminated
+
+
+@triton.jit
+def _acrobot_accelerations(theta1, theta2, rate1, rate2, torque):
+    cos2, sin2 = tl.cos(theta2), tl.sin(theta2)
+    d1 = 0.25 + (1.25 + cos2) + 2.0
+    d2 = (0.25 + 0.5 * cos2) + 1.0
+    phi2 = 0.5 * 9.8 * tl.cos(theta1 + theta2 - _PI / 2)
+    phi1 = (
+        -0.5 * (rate2 * rate2) * sin2
+        - rate2 * rate1 * sin2
+        + 1.5 * 9.8 * tl.cos(theta1 - _PI / 2)
+        + phi2
+    )
+    acc2 = (torque + d2 / d1 * phi1 - 0.5 * (rate1 * rate1) * sin2 - phi2) / (1.25 - d2 * d2 / d1)
+    return -(d2 * acc2 + phi1) / d1, acc2
+
+
+@triton.jit
+def _wrap(angle):
+    above = tl.ceil((angle - _PI) / _TURN)
+    below = tl.floor((angle + _PI) / _TURN)
+    turns = tl.where(above < 0.0, 0.0, above) + tl.where(below > 0.0, 0.0, below)
+    return angle - turns * _TURN
+
+
+@triton.jit
+def _acrobot_step(a, b, c, d, action):
+    torque = action - 1.0
+    c1, d1 = _acrobot_accelerations(a, b, c, d, torque)
+    a2, b2 = c + 0.1 * c1, d + 0.1 * d1
+    c2, d2 = _acrobot_accelerations(a + 0.1 * c, b + 0.1 * d, a2, b2, torque)
+    a3, b3 = c + 0.1 * c2, d + 0.1 * d2
+    c3, d3 = _acrobot_accelerations(a + 0.1 * a2, b + 0.1 * b2, a3, b3, torque)
+    a4, b4 = c + 0.2 * c3, d + 0.2 * d3
+    c4, d4 = _acrobot_accelerations(a + 0.2 * a3, b + 0.2 * b3, a4, b4, torque)
+    theta1 = _wrap(a + 0.2 / 6.0 * (c + 2.0 * a2 + 2.0 * a3 + a4))
+    theta2 = _wrap(b + 0.2 / 6.0 * (d + 2.0 * b2 + 2.0 * b3 + b4))
+    rate1 = _clamp(c + 0.2 / 6.0 * (c1 + 2.0 * c2 + 2.0 * c3 + c4), -4 * _PI, 4 * _PI)
+    rate2 = _clamp(d + 0.2 / 6.0 * (d1 + 2.0 * d2 + 2.0 * d3 + d4), -9 * _PI, 9 * _PI)
+    terminated = -tl.cos(theta1) - tl.cos(theta2 + theta1) > 1.0
+    return theta1, theta2, rate1, rate2, terminated.to(tl.float32) - 1.0, terminated
+
+
+@triton.jit
+def _mountain_car_step(position, velocity, action):
+    velocity = velocity + ((action - 1.0) * 0.001 + tl.cos(3.0 * position) * -0.0025)
+    velocity = _clamp(velocity, -0.07, 0.07)
+    position = _clamp(position + velocity, -1.2, 0.6)
+    velocity = tl.where((position == _exact(-1.2)) & (velocity < 0.0), 0.0, velocity)
+    terminated = (position >= 0.5) & (velocity >= 0.0)
+    return position, velocity, tl.where(terminated, -1.0, -1.0), terminated
+
+
+@triton.jit
+def _pendulum_step(theta, theta_dot, action):
+    torque = _clamp(action, -2.0, 2.0)
+    # torch.remainder(theta + pi, 2 pi): the fused remainder is exact, and below zero where theta
+    # was negative or its quotient was rounded up to a whole number.
+    raised = theta + _PI
+    quotient = raised / _TURN
+    turns = tl.where(quotient < 0.0, tl.ceil(quotient), tl.floor(quotient))
+    rest = tl.fma(-turns, _exact(_TURN), raised)
+    angle = tl.where(rest < 0.0, rest + _TURN, rest) - _PI
+    cost = angle * angle + 0.1 * (theta_dot * theta_dot) + 0.001 * (torque * torque)
+    theta_dot = _clamp(theta_dot + (15.0 * tl.sin(theta) + 3.0 * torque) * 0.05, -8.0, 8.0)
+    theta = theta + theta_dot * 0.05
+    # No state ends an episode, not even NaN.
+    return theta, theta_dot, (-cost).to(tl.float32), theta < theta
+
+
+@triton.jit
+def task_initial(TASK: tl.constexpr, u0, u1, u2, u3):
+    """Initial state of four float32 uniforms, of which a task of two components ignores two."""
+    s0, s1 = _between(u0, TASK, 0), _between(u1, TASK, 1)
+    s2, s3 = s0, s1
+    if len(_LOW[TASK]) == 4:
+        s2, s3 = _between(u2, TASK, 2), _between(u3, TASK, 3)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def task_step(TASK: tl.constexpr, s0, s1, s2, s3, action):
+    """One step of ``action``, the float64 of an index or of a torque.
+
+    Returns the four values of the next state, a float32 reward and whether the task ended.
+    """
+    if TASK == _CARTPOLE:
+        s0, s1, s2, s3, reward, terminated = _cartpole_step(s0, s1, s2, s3, action)
+    elif TASK == _ACROBOT:
+        s0, s1, s2, s3, reward, terminated = _acrobot_step(s0, s1, s2, s3, action)
+    elif TASK == _MOUNTAIN_CAR:
+        s0, s1, reward, terminated = _mountain_car_step(s0, s1, action)
+    else:
+        s0, s1, reward, terminated = _pendulum_step(s0, s1, action)
+    return s0, s1, s2, s3, reward, terminated
+
+
+@triton.jit
+def task_observe(TASK: tl.constexpr, s0, s1, s2, s3, feature):
+    """Entry ``feature`` of the observation, float32; 0 beyond its end.
+
+    Where ``feature`` is a block whose entries the compiler knows, nothing is computed twice.
+    """
+    if TASK == _ACROBOT:
+        f0, f1, f2, f3, f4, f5 = tl.cos(s0), tl.sin(s0), tl.cos(s1), tl.sin(s1), s2, s3
+    elif TASK == _CARTPOLE:
+        f0, f1, f2, f3, f4, f5 = s0, s1, s2, s3, 0.0, 0.0
+    elif TASK == _MOUNTAIN_CAR:
+        f0, f1, f2, f3, f4, f5 = s0, s1, 0.0, 0.0, 0.0, 0.0
+    else:
+        f0, f1, f2, f3, f4, f5 = tl.cos(s0), tl.sin(s0), s1, 0.0, 0.0, 0.0
+    value = tl.where(feature == 0, f0, tl.where(feature == 1, f1, 0.0))
+    value = tl.where(feature == 2, f2, tl.where(feature == 3, f3, value))
+    value = tl.where(feature == 4, f4, tl.where(feature == 5, f5, value))
+    return value.to(tl.float32)
+
+
+@triton.jit
+def load_state(state, inside, SIZE: tl.constexpr):
+    """Four float64 values of the state at ``state``; one of two components fills up with them."""
+    s0 = tl.load(state, mask=inside)
+    s1 = tl.load(state + 1, mask=inside)
+    s2, s3 = s0, s1
+    if SIZE == 4:
+        s2 = tl.load(state + 2, mask=inside)
+        s3 = tl.load(state + 3, mask=inside)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def store_state(state, s0, s1, s2, s3, inside, SIZE: tl.constexpr):
+    """Inverse of `load_state`."""
+    tl.store(state, s0, mask=inside)
+    tl.store(state + 1, s1, mask=inside)
+    if SIZE == 4:
+        tl.store(state + 2, s2, mask=inside)
+        tl.store(state + 3, s3, mask=inside)
+
+
+@triton.jit
+def _initial_kernel(u, state, copies, TASK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    copy = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = copy < copies
+    u0, u1, u2, u3 = load_state(u + copy * SIZE, inside, SIZE)
+    s0, s1, s2, s3 = task_initial(TASK, u0, u1, u2, u3)
+    store_state(state + copy * SIZE, s0, s1, s2, s3, inside, SIZE)
+
+
+@triton.jit
+def _step_kernel(
+    state,
+    action,
+    successor,
+    reward,
+    terminated,
+    copies,
+    TASK: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    copy = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = copy < copies
+    s0, s1, s2, s3 = load_state(state + copy * SIZE, inside, SIZE)
+    chosen = tl.load(action + copy, mask=inside, other=0).to(tl.float64)
+    s0, s1, s2, s3, gain, ended = task_step(TASK, s0, s1, s2, s3, chosen)
+    store_state(successor + copy * SIZE, s0, s1, s2, s3, inside, SIZE)
+    tl.store(reward + copy, gain, mask=inside)
+    tl.store(terminated + copy, ended, mask=inside)
+
+
+@triton.jit
+def _observe_kernel(
+    state,
+    observation,
+    copies,
+    TASK: tl.constexpr,
+    SIZE: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    copy = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = copy < copies
+    s0, s1, s2, s3 = load_state(state + copy * SIZE, inside, SIZE)
+    for feature in tl.static_range(FEATURES):
+        value = task_observe(TASK, s0, s1, s2, s3, feature)
+        tl.store(observation + copy * FEATURES + feature, value, mask=inside)
+
+
+def _launch(kernel, task: Task, tensors: tuple[Tensor, ...], copies: int, **constexprs: int):
+    if not copies:
+        return
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(triton.cdiv(copies, _BLOCK),)](
+            *tensors,
+            copies,
+            TASK=task.id,
+            SIZE=task.state_dim,
+            BLOCK=_BLOCK,
+            **constexprs,
+            **OPTIONS,
+        )
+
+
+def initial(task: Task, u: Tensor) -> Tensor:
+    """See `sparse_tickets.kernels.dynamics.initial`."""
+    state = torch.empty(u.shape, dtype=torch.float64, device=u.device)
+    _launch(_initial_kernel, task, (u.contiguous(), state), u.shape[:-1].numel())
+    return state
+
+
+def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `sparse_tickets.kernels.dynamics.step`."""
+    shape = state.shape[:-1]
+    successor = torch.empty(state.shape, dtype=torch.float64, device=state.device)
+    reward = torch.empty(shape, dtype=torch.float32, device=state.device)
+    terminated = torch.empty(shape, dtype=torch.bool, device=state.device)
+    tensors = (state.contiguous(), action.contiguous(), successor, reward, terminated)
+    _launch(_step_kernel, task, tensors, shape.numel())
+    return successor, reward, terminated
+
+
+def observe(task: Task, state: Tensor) -> Tensor:
+    """See `sparse_tickets.kernels.dynamics.observe`."""
+    shape = (*state.shape[:-1], task.observation_dim)
+    observation = torch.empty(shape, dtype=torch.float32, device=state.device)
+    _launch(
+        _observe_kernel,
+        task,
+        (state.contiguous(), observation),
+        state.shape[:-1].numel(),
+        FEATURES=task.observation_dim,
+    )
+    return observation
+
+
+def _cases(task: Task) -> list[Case]:
+    name = task.name.partition("-")[0].lower()
+    constexprs = {"TASK": task.id, "SIZE": task.state_dim, "BLOCK": _BLOCK}
+    state, result, copies = "*fp64:16", {"successor": "*fp64:16"}, {"copies": "i32"}
+    action = "*i64:16" if task.discrete else "*fp32:16"
+    outcome = {"reward": "*fp32:16", "terminated": "*i1:16"}
+    options = {"num_warps": 4, **OPTIONS}
+    return [
+        Case(
+            f"initial_{name}",
+            _initial_kernel,
+            {"u": "*fp32:16", "state": state, **copies},
+            constexprs,
+            options,
+        ),
+        Case(
+            f"step_{name}",
+            _step_kernel,
+            {"state": state, "action": action, **result, **outcome, **copies},
+            constexprs,
+            options,
+        ),
+        Case(
+            f"observe_{name}",
+            _observe_kernel,
+            {"state": state, "observation": "*fp32:16", **copies},
+            {**constexprs, "FEATURES": task.observation_dim},
+            options,
+        ),
+    ]
+
+
+COMPILE_CASES = [case for task in TASKS.values() for case in _cases(task)]

@@ -1,0 +1,474 @@
+"""Rollouts and evaluations in Triton: one program lives through all steps of one environment copy.
+
+T steps are a chain of small dependent ones, so latency decides, not throughput. The actor's weights
+stay in registers from the first step to the last (`policy_gpu`); state, clock and random numbers
+are scalars that every thread computes for itself, for no thread could use them sooner. The critic
+is not on the chain: it values the observations of all steps afterwards, side by side.
+
+A program knows one copy only, so its bits depend neither on P nor on E, nor on how a rollout is cut
+into calls. Products and sums are rounded apart (`dynamics.gpu.OPTIONS`), so the physics equals that
+of `env.step` bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..arena import Arena, Parameters
+from ..compile import Case
+from ..dynamics import TASKS, Task
+from ..dynamics.gpu import load_state, store_state, task_initial, task_observe, task_step
+from ..errors import check_device, check_dtype, check_shape
+from ..random import Stream
+from ..random.gpu import box_muller, philox
+from .policy_gpu import choose_options, describe, entry_of, forward, judge, load_network
+from .reference import Rollout
+
+__all__ = ["COMPILE_CASES", "evaluate", "rollout"]
+
+_HALF_LOG_TWO_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
+_EVAL_RESET = tl.constexpr(int(Stream.EVAL_RESET))
+_EVAL_ACTION = tl.constexpr(int(Stream.EVAL_ACTION))
+
+
+@triton.jit
+def _words(key_pointer, block, stream, step):
+    """One block of a draw: see `sparse_tickets.kernels.random`.
+
+    The key is read for each draw, or the compiler would keep the keys of all ten rounds.
+    """
+    key = tl.load(key_pointer)
+    return philox(
+        block.to(tl.uint32),
+        step.to(tl.uint32),
+        (step >> 32).to(tl.uint32),
+        stream.to(tl.uint32),
+        key.to(tl.uint32),
+        (key >> 32).to(tl.uint32),
+    )
+
+
+@triton.jit
+def _to_uniform(word):
+    return (word >> 8).to(tl.float32) * 2.0**-24
+
+
+@triton.jit
+def _uniform(key, element, stream, step):
+    """Element of a draw of uniforms."""
+    a, b, c, d = _words(key, element // 4, stream, step)
+    word = element % 4
+    chosen = tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+    return _to_uniform(chosen)
+
+
+@triton.jit
+def _normal(key, element, stream, step):
+    """Element of a draw of standard normals."""
+    a, b, c, d = _words(key, element // 4, stream, step)
+    upper = element % 4 >= 2
+    even, odd = box_muller(tl.where(upper, c, a), tl.where(upper, d, b))
+    return tl.where(element % 2 == 0, even, odd)
+
+
+@triton.jit
+def _restart(TASK: tl.constexpr, STATES: tl.constexpr, key, copy, stream, step):
+    """Initial state of a copy, from its ``STATES`` uniforms of the draw."""
+    a, b, c, d = _words(key, copy * STATES // 4, stream, step)
+    if STATES == 2:
+        upper = copy % 2 == 1
+        a, b = tl.where(upper, c, a), tl.where(upper, d, b)
+    return task_initial(TASK, _to_uniform(a), _to_uniform(b), _to_uniform(c), _to_uniform(d))
+
+
+@triton.jit
+def _observe(
+    TASK: tl.constexpr, s0, s1, s2, s3, offset, scale, SIZE: tl.constexpr, FEATURES: tl.constexpr
+):
+    """Scaled observation ``[FEATURES]``; offset and scale are read anew to save registers."""
+    feature = tl.arange(0, FEATURES)
+    real = feature < SIZE
+    seen = task_observe(TASK, s0, s1, s2, s3, feature)
+    shifted = seen - tl.load(offset + feature, mask=real, other=0.0)
+    return tl.div_rn(shifted, tl.load(scale + feature, mask=real, other=1.0))
+
+
+@triton.jit
+def _sample_discrete(logits, u, ACTIONS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Action drawn as by `categorical` from the softmax, and its log-probability."""
+    top = entry_of(logits, 0, OUTPUTS)
+    for a in tl.static_range(1, ACTIONS):
+        top = tl.maximum(top, entry_of(logits, a, OUTPUTS))
+    total = top * 0.0
+    for a in tl.static_range(ACTIONS):
+        total += tl.exp(entry_of(logits, a, OUTPUTS) - top)
+    mass = total * 0.0
+    for a in tl.static_range(ACTIONS):
+        mass += tl.exp(entry_of(logits, a, OUTPUTS) - top) / total
+    threshold = u * mass
+    cumulative = mass * 0.0
+    action = tl.zeros([], tl.int64)
+    found = tl.zeros([], tl.int1)
+    for a in tl.static_range(ACTIONS):
+        probability = tl.exp(entry_of(logits, a, OUTPUTS) - top) / total
+        cumulative += probability
+        action = tl.where((found == 0) & (probability > 0.0), a, action)
+        found = found | (threshold < cumulative)
+    return action, entry_of(logits, action, OUTPUTS) - top - tl.log(total)
+
+
+@triton.jit
+def _sample_gaussian(mean, log_std, noise):
+    """A sample and its log-density."""
+    std = tl.exp(log_std)
+    action = mean + std * noise
+    z = (action - mean) / std
+    return action, -(0.5 * (z * z) + log_std + _HALF_LOG_TWO_PI)
+
+
+@triton.jit
+def _pick_greedy(logits, ACTIONS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Index of the largest of ``ACTIONS`` logits, of equals the lowest."""
+    best = entry_of(logits, 0, OUTPUTS)
+    action = tl.zeros([], tl.int64)
+    for a in tl.static_range(1, ACTIONS):
+        logit = entry_of(logits, a, OUTPUTS)
+        action = tl.where(logit > best, a, action)
+        best = tl.maximum(best, logit)
+    return action
+
+
+@triton.jit(do_not_specialize=["size", "steps", "copies", "clock", "stream", "reset_stream"])
+def _act_kernel(
+    weight,
+    key,
+    reset_key,
+    clock_pointer,
+    state,
+    elapsed,
+    obs,
+    offset,
+    scale,
+    seen,
+    action,
+    logp,
+    reward,
+    terminated,
+    truncated,
+    final_obs,
+    heads,
+    last_obs,
+    size,
+    steps,
+    copies,
+    clock,
+    stream,
+    reset_stream,
+    TASK: tl.constexpr,
+    TIME_LIMIT: tl.constexpr,
+    STATES: tl.constexpr,
+    LOG_STD: tl.constexpr,
+    NET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """All steps of one copy; ``state`` and ``elapsed`` change in place.
+
+    A step writes 4 D + 22 bytes (26 if discrete) and reads nothing.
+    """
+    features: tl.constexpr = NET[0][0]
+    actions: tl.constexpr = NET[0][len(NET[0]) - 1]
+    program = tl.program_id(0)
+    ticket, copy = program // copies, program % copies
+    lane = program.to(tl.int64)
+    row = weight + ticket.to(tl.int64) * size
+    layers = load_network(row, NET, WIDTH, FEATURES, OUTPUTS)
+    now = clock.to(tl.int64)
+    if clock_pointer is not None:
+        now += tl.load(clock_pointer)
+    log_std = 0.0
+    if LOG_STD is not None:
+        log_std = tl.load(row + LOG_STD)
+
+    feature = tl.arange(0, FEATURES)
+    real = feature < features
+    x = tl.load(obs + lane * features + feature, mask=real, other=0.0)
+    s0, s1, s2, s3 = load_state(state + lane * STATES, None, STATES)
+    age = tl.load(elapsed + lane)
+    for t in range(steps):
+        # 32 bits: of a longer index the compiler would keep an address for every output.
+        entry = (ticket * steps + t) * copies + copy
+        tl.store(seen + entry.to(tl.int64) * features + feature, x, mask=real)
+        head = forward(layers, x, NET)
+        if heads is not None:
+            output = tl.arange(0, OUTPUTS)
+            tl.store(heads + entry.to(tl.int64) * actions + output, head, mask=output < actions)
+        if LOG_STD is None:
+            u = _uniform(key + ticket, copy, stream, now)
+            chosen, density = _sample_discrete(head, u, actions, OUTPUTS)
+        else:
+            noise = _normal(key + ticket, copy, stream, now)
+            chosen, density = _sample_gaussian(entry_of(head, 0, OUTPUTS), log_std, noise)
+        tl.store(action + entry, chosen)
+        tl.store(logp + entry, density)
+
+        s0, s1, s2, s3, gain, ended = task_step(TASK, s0, s1, s2, s3, chosen.to(tl.float64))
+        age += 1
+        now += 1
+        cut = (age >= TIME_LIMIT) & (ended == 0)
+        tl.store(reward + entry, gain)
+        tl.store(terminated + entry, ended)
+        tl.store(truncated + entry, cut)
+        x = _observe(TASK, s0, s1, s2, s3, offset, scale, features, FEATURES)
+        if ended | cut:
+            if final_obs is not None:
+                tl.store(final_obs + entry.to(tl.int64) * features + feature, x, mask=real)
+            s0, s1, s2, s3 = _restart(TASK, STATES, reset_key + ticket, copy, reset_stream, now)
+            age *= 0
+            x = _observe(TASK, s0, s1, s2, s3, offset, scale, features, FEATURES)
+    store_state(state + lane * STATES, s0, s1, s2, s3, None, STATES)
+    tl.store(elapsed + lane, age)
+    tl.store(last_obs + lane * features + feature, x, mask=real)
+
+
+@triton.jit(do_not_specialize=["size", "copies", "index"])
+def _evaluate_kernel(
+    weight,
+    key,
+    offset,
+    scale,
+    total,
+    size,
+    copies,
+    index,
+    GREEDY: tl.constexpr,
+    TASK: tl.constexpr,
+    TIME_LIMIT: tl.constexpr,
+    STATES: tl.constexpr,
+    LOG_STD: tl.constexpr,
+    NET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """One episode of one copy, whose program ends with it."""
+    features: tl.constexpr = NET[0][0]
+    actions: tl.constexpr = NET[0][len(NET[0]) - 1]
+    program = tl.program_id(0).to(tl.int64)
+    ticket, copy = program // copies, program % copies
+    row = weight + ticket * size
+    layers = load_network(row, NET, WIDTH, FEATURES, OUTPUTS)
+    log_std = 0.0
+    if LOG_STD is not None:
+        log_std = tl.load(row + LOG_STD)
+
+    number = index.to(tl.int64)
+    stream = tl.full([], _EVAL_ACTION, tl.int32)
+    reset_stream = tl.full([], _EVAL_RESET, tl.int32)
+    s0, s1, s2, s3 = _restart(TASK, STATES, key + ticket, copy, reset_stream, number)
+    step = number << 20
+    end = step + TIME_LIMIT
+    score = tl.zeros([], tl.float32)
+    while step < end:
+        x = _observe(TASK, s0, s1, s2, s3, offset, scale, features, FEATURES)
+        head = forward(layers, x, NET)
+        if LOG_STD is None:
+            if GREEDY:
+                chosen = _pick_greedy(head, actions, OUTPUTS)
+            else:
+                u = _uniform(key + ticket, copy, stream, step)
+                chosen, _ = _sample_discrete(head, u, actions, OUTPUTS)
+        else:
+            chosen = entry_of(head, 0, OUTPUTS)
+            if not GREEDY:
+                chosen, _ = _sample_gaussian(
+                    chosen, log_std, _normal(key + ticket, copy, stream, step)
+                )
+        s0, s1, s2, s3, gain, ended = task_step(TASK, s0, s1, s2, s3, chosen.to(tl.float64))
+        score += gain
+        step = tl.where(ended, end, step + 1)
+    tl.store(total + program, score)
+
+
+def _describe_actor(arena: Arena, task: Task) -> dict[str, Any]:
+    """What a kernel knows of a policy and its task while it compiles."""
+    return {
+        **describe(arena.actor),
+        "OUTPUTS": triton.next_power_of_2(arena.actor.sizes[-1]),
+        "LOG_STD": arena.log_std,
+        "TASK": task.id,
+        "TIME_LIMIT": task.time_limit,
+        "STATES": task.state_dim,
+    }
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits: one kernel signature for every stream."""
+    return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
+
+
+def rollout(
+    parameters: Parameters,
+    arena: Arena,
+    env: Any,
+    obs: Tensor,
+    key: Tensor,
+    steps: int,
+    stream: int,
+    keep_heads: bool,
+) -> tuple[Rollout, Tensor, Tensor]:
+    """See `reference.rollout`; the heads are empty unless ``keep_heads``.
+
+    ``env.state`` and ``env.elapsed`` change in place, and so does ``env.clock`` if it is a tensor:
+    a captured call goes on from where its last replay ended, if ``obs`` is given back to it.
+    """
+    if env.key is None:
+        raise RuntimeError("env.reset must be called before rollout")
+    task, device = env.task, obs.device
+    tickets, copies, features = obs.shape
+    check_shape("env.state", env.state, (tickets, copies, task.state_dim))
+    check_shape("env.elapsed", env.elapsed, (tickets, copies))
+    if tickets * steps * copies >= 2**31:
+        raise ValueError(
+            f"steps must keep P * T * E below 2**31, got P={tickets}, T={steps}, E={copies}"
+        )
+    clock, clock_pointer = _clock(env, device)
+    shape = (tickets, steps, copies)
+    actions, critic = arena.actor.sizes[-1], arena.critic
+
+    def empty(*trailing: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((*shape, *trailing), dtype=dtype, device=device)
+
+    outcome = Rollout(
+        obs=empty(features),
+        action=empty(dtype=torch.int64) if task.discrete else empty(actions),
+        logp=empty(),
+        value=empty() if critic else torch.zeros(shape, device=device),
+        reward=empty(),
+        terminated=empty(dtype=torch.bool),
+        truncated=empty(dtype=torch.bool),
+        next_value=empty() if critic else torch.zeros(shape, device=device),
+    )
+    heads = empty(actions) if keep_heads else None
+    final_obs = empty(features) if critic else None
+    last_obs = torch.empty_like(obs, memory_format=torch.contiguous_format)
+    state, elapsed = env.state.contiguous(), env.elapsed.contiguous()
+    weight = parameters.weight.contiguous()
+    if tickets:
+        with torch.cuda.device_of(obs):
+            _act_kernel[(tickets * copies,)](
+                weight,
+                key.contiguous(),
+                env.key.contiguous(),
+                clock_pointer,
+                state,
+                elapsed,
+                obs.contiguous(),
+                env.offset,
+                env.scale,
+                outcome.obs,
+                outcome.action,
+                outcome.logp,
+                outcome.reward,
+                outcome.terminated,
+                outcome.truncated,
+                final_obs,
+                heads,
+                last_obs,
+                arena.size,
+                steps,
+                copies,
+                clock,
+                _signed(stream),
+                _signed(env.reset_stream),
+                **_describe_actor(arena, task),
+                **choose_options(arena.actor),
+            )
+    if tickets and critic is not None and final_obs is not None:
+        judge(weight, critic, outcome, last_obs, final_obs)
+    env.state, env.elapsed = state, elapsed
+    env.clock += steps
+    return outcome, empty(0) if heads is None else heads, last_obs
+
+
+def evaluate(
+    parameters: Parameters, arena: Arena, env: Any, key: Tensor, index: int, greedy: bool
+) -> Tensor:
+    """See `reference.evaluate`; ``env`` is left as it was."""
+    tickets, copies = key.shape[0], env.copies
+    total = torch.empty((tickets, copies), device=key.device)
+    if tickets:
+        with torch.cuda.device_of(key):
+            _evaluate_kernel[(tickets * copies,)](
+                parameters.weight.contiguous(),
+                key.contiguous(),
+                env.offset,
+                env.scale,
+                total,
+                arena.size,
+                copies,
+                index,
+                GREEDY=greedy,
+                **_describe_actor(arena, env.task),
+                **choose_options(arena.actor),
+            )
+    return total
+
+
+def _clock(env: Any, device: torch.device) -> tuple[int, Tensor | None]:
+    """The clock as an integer and a pointer, of which the kernel takes the sum."""
+    if isinstance(env.clock, Tensor):
+        check_dtype("env.clock", env.clock, torch.int64)
+        check_shape("env.clock", env.clock, ())
+        check_device("env.clock", env.clock, env.state)
+        return 0, env.clock
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "env.clock must be a tensor while a CUDA graph is captured, or every replay would draw "
+            f"the same numbers; got {env.clock} (env.keep_clock_on_device() makes it one)"
+        )
+    return env.clock, None
+
+
+def _cases(name: str, task: Task, hidden: tuple[int, ...], activation: str) -> list[Case]:
+    arena = Arena.build(
+        (task.observation_dim, *hidden, task.action_dim),
+        activation=activation,
+        continuous=not task.discrete,
+    )
+    constexprs, options = _describe_actor(arena, task), choose_options(arena.actor)
+    floats, integers, flags = "*fp32:16", "*i64:16", "*i1:16"
+    names = ("weight", "obs", "offset", "scale", "seen", "logp", "reward", "final_obs", "last_obs")
+    act = dict.fromkeys(names, floats)
+    act |= dict.fromkeys(("key", "reset_key", "clock_pointer"), integers)
+    act |= dict.fromkeys(("terminated", "truncated"), flags)
+    act |= {"state": "*fp64:16", "elapsed": "*i32:16"}
+    act |= {"action": integers if task.discrete else floats}
+    counts = ("size", "steps", "copies", "clock", "stream", "reset_stream")
+    act |= dict.fromkeys(counts, "i32")
+    evaluate = dict.fromkeys(("weight", "offset", "scale", "total"), floats) | {"key": integers}
+    evaluate |= dict.fromkeys(("size", "copies", "index"), "i32")
+    return [
+        Case(f"act_{name}", _act_kernel, act, {**constexprs, "heads": None}, options),
+        Case(f"act_heads_{name}", _act_kernel, {**act, "heads": floats}, constexprs, options),
+        Case(
+            f"evaluate_{name}", _evaluate_kernel, evaluate, {**constexprs, "GREEDY": False}, options
+        ),
+    ]
+
+
+COMPILE_CASES = [
+    *_cases("cartpole_64", TASKS["CartPole-v1"], (64, 64), "tanh"),
+    *_cases("pendulum_64", TASKS["Pendulum-v1"], (64, 64), "tanh"),
+    *_cases("mountain_car_32", TASKS["MountainCar-v0"], (32,), "relu"),
+    *_cases("cartpole_128", TASKS["CartPole-v1"], (128, 128), "tanh"),
+    *_cases("acrobot_128", TASKS["Acrobot-v1"], (128, 128), "relu"),
+    *_cases("acrobot_64_deep", TASKS["Acrobot-v1"], (64, 64, 64, 64, 64), "tanh"),
+]

@@ -1,0 +1,272 @@
+"""An observation's way through a network in Triton, a thread per unit; and the critic's values.
+
+The networks are small and an observation is a vector, so a product is bound by latency: a thread
+keeps its unit's row of weights in registers for the life of the program, sums over its inputs
+alone, and only the activations pass through shared memory. The sums run in one order whatever P, E
+and T are, products and sums rounded apart.
+
+Observations and outputs are so short that every thread holds all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..arena import Arena, Net
+from ..compile import Case
+from ..dynamics.gpu import OPTIONS
+from .reference import Rollout
+
+__all__ = [
+    "COMPILE_CASES",
+    "choose_options",
+    "describe",
+    "entry_of",
+    "forward",
+    "judge",
+    "load_network",
+    "misfit",
+]
+
+_WIDEST = 128
+# Between hidden layers: a quarter of the register file of a multiprocessor.
+_MOST_WEIGHTS = 128 * 128
+_WEIGHTS_PER_THREAD = 64
+# Observations a program of the critic walks through, having loaded the weights once.
+_STRETCH = 16
+
+
+@triton.jit
+def _tanh(x):
+    """To a few units in the last place: an odd polynomial where the exponential would cancel."""
+    square = x * x
+    small = 0.01573968 * square - 0.05230334
+    small = small * square + 0.13315297
+    small = small * square - 0.33332767
+    small = small * square * x + x
+    large = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
+    return tl.where(tl.abs(x) < 0.55, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def _activate(x, RELU: tl.constexpr):
+    if RELU:
+        return tl.where(x < 0.0, 0.0, x)
+    else:
+        return _tanh(x)
+
+
+@triton.jit
+def _load_layer(
+    row, NET: tl.constexpr, LAYER: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Weight ``[COUNT / 4, 4, WIDTH]``, inputs first, and bias ``[WIDTH]``, padded with zeros.
+
+    Loaded along one axis, so that the compiler cannot but give neighbouring units to neighbouring
+    threads. Shown two, it would share each row out to neighbours, for the sake of one read, and
+    every sum over a unit's inputs would be a sum over threads.
+    """
+    inp: tl.constexpr = NET[0][LAYER]
+    out: tl.constexpr = NET[0][LAYER + 1]
+    entry = tl.arange(0, COUNT * WIDTH)
+    source, unit = entry // WIDTH, entry % WIDTH
+    inside = (unit < out) & (source < inp)
+    weight = tl.load(row + NET[1][LAYER] + unit * inp + source, mask=inside, other=0.0)
+    unit = tl.arange(0, WIDTH)
+    bias = tl.load(row + NET[2][LAYER] + unit, mask=unit < out, other=0.0)
+    side: tl.constexpr = min(COUNT, 4)
+    return tl.reshape(weight, [COUNT // side, side, WIDTH]), bias
+
+
+@triton.jit
+def _load_head(row, NET: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Weight ``[OUTPUTS, WIDTH]`` of the last layer and its bias ``[OUTPUTS]``."""
+    last: tl.constexpr = len(NET[0]) - 2
+    inp: tl.constexpr = NET[0][last]
+    out: tl.constexpr = NET[0][last + 1]
+    entry = tl.arange(0, OUTPUTS * WIDTH)
+    output, source = entry // WIDTH, entry % WIDTH
+    inside = (output < out) & (source < inp)
+    weight = tl.load(row + NET[1][last] + output * inp + source, mask=inside, other=0.0)
+    output = tl.arange(0, OUTPUTS)
+    bias = tl.load(row + NET[2][last] + output, mask=output < out, other=0.0)
+    return tl.reshape(weight, [OUTPUTS, WIDTH]), bias
+
+
+@triton.jit
+def load_network(
+    row, NET: tl.constexpr, WIDTH: tl.constexpr, FEATURES: tl.constexpr, OUTPUTS: tl.constexpr
+):
+    """Weight and bias of every layer, one after the other."""
+    layers = _load_layer(row, NET, 0, FEATURES, WIDTH)
+    for layer in tl.static_range(1, len(NET[0]) - 2):
+        layers = layers + _load_layer(row, NET, layer, WIDTH, WIDTH)
+    return layers + _load_head(row, NET, OUTPUTS, WIDTH)
+
+
+@triton.jit
+def forward(layers, x, NET: tl.constexpr):
+    """Outputs ``[OUTPUTS]`` of one observation ``[FEATURES]``."""
+    last: tl.constexpr = len(NET[0]) - 2
+    for layer in tl.static_range(last):
+        weight = layers[2 * layer]
+        inputs = tl.reshape(x, [weight.shape[0], weight.shape[1]])[:, :, None]
+        # Four sums side by side within a thread, then the sum of the four.
+        total = tl.sum(tl.sum(weight * inputs, axis=0), axis=0)
+        x = _activate(total + layers[2 * layer + 1], NET[3])
+    return tl.sum(layers[2 * last] * x[None, :], axis=1) + layers[2 * last + 1]
+
+
+@triton.jit
+def entry_of(vector, index, SIZE: tl.constexpr):
+    """One entry of a vector ``[SIZE]`` that every thread holds: a choice of registers."""
+    return tl.sum(tl.where(tl.arange(0, SIZE) == index, vector, 0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["size", "steps", "copies", "stretches"])
+def _judge_kernel(
+    weight,
+    seen,
+    last_obs,
+    final_obs,
+    terminated,
+    truncated,
+    value,
+    next_value,
+    size,
+    steps,
+    copies,
+    stretches,
+    NET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURES: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    """Values of ``STRETCH`` of the T + 1 observations that one copy acted on or ended with.
+
+    Each is the value of its own step, and the next value of the step before if that ended nothing.
+    """
+    features: tl.constexpr = NET[0][0]
+    program = tl.program_id(0)
+    lane, stretch = (program // stretches).to(tl.int64), program % stretches
+    ticket, copy = lane // copies, lane % copies
+    layers = load_network(weight + ticket * size, NET, WIDTH, FEATURES, 1)
+    feature = tl.arange(0, FEATURES)
+    real = feature < features
+    begin = stretch * STRETCH
+    for t in range(begin, tl.minimum(begin + STRETCH, steps + 1)):
+        entry = (ticket * steps + t) * copies + copy
+        before = entry - copies
+        during = t < steps
+        x = tl.load(seen + entry * features + feature, mask=real & during, other=0.0)
+        x += tl.load(last_obs + lane * features + feature, mask=real & (t == steps), other=0.0)
+        worth = entry_of(forward(layers, x, NET), 0, 1)
+        tl.store(value + entry, worth, mask=during)
+        ended = tl.load(terminated + before, mask=t > 0, other=1).to(tl.int1)
+        cut = tl.load(truncated + before, mask=t > 0, other=1).to(tl.int1)
+        tl.store(next_value + before, worth, mask=(ended | cut) == 0)
+        ended = tl.load(terminated + entry, mask=during, other=0).to(tl.int1)
+        cut = tl.load(truncated + entry, mask=during, other=0).to(tl.int1)
+        tl.store(next_value + entry, 0.0, mask=ended)
+        if cut:
+            x = tl.load(final_obs + entry * features + feature, mask=real, other=0.0)
+            worth = entry_of(forward(layers, x, NET), 0, 1)
+            tl.store(next_value + entry, worth)
+
+
+def misfit(arena: Arena) -> str | None:
+    """Why registers cannot hold a population's networks, or None if they can."""
+    for net in arena.nets:
+        if net.depth < 2:
+            return "the fused kernel needs a hidden layer"
+        widest = max(net.sizes[1:-1])
+        if widest > _WIDEST:
+            return f"layers up to width {_WIDEST} fit the registers, not {widest}"
+        weights = _hidden_weights(net)
+        if weights > _MOST_WEIGHTS:
+            return f"{_MOST_WEIGHTS} weights between hidden layers fit the registers, not {weights}"
+    return None
+
+
+def describe(net: Net) -> dict[str, Any]:
+    """What a kernel knows of a network while it compiles."""
+    return {
+        "NET": (net.sizes, net.weights, net.biases, net.activation == "relu"),
+        "WIDTH": _width(net),
+        "FEATURES": triton.next_power_of_2(net.sizes[0]),
+    }
+
+
+def choose_options(net: Net) -> dict[str, Any]:
+    """Launch options: a thread per unit, or several where it would hold too many weights."""
+    threads = max(_width(net), triton.next_power_of_2(_hidden_weights(net)) // _WEIGHTS_PER_THREAD)
+    # Left alone, the assembler would rather spill a little than lose occupancy.
+    return {"num_warps": max(1, threads // 32), "maxnreg": 255, **OPTIONS}
+
+
+def _width(net: Net) -> int:
+    return max(16, triton.next_power_of_2(max(net.sizes[1:-1])))
+
+
+def _hidden_weights(net: Net) -> int:
+    """Of the matrices between hidden layers, padded."""
+    return (net.depth - 2) * _width(net) ** 2
+
+
+def judge(weight: Tensor, critic: Net, outcome: Rollout, last_obs: Tensor, final_obs: Tensor):
+    """Fill in ``outcome.value`` and ``outcome.next_value``.
+
+    Args:
+        weight: ``[P, size]`` float32, contiguous.
+        critic: the value network.
+        outcome: contiguous; all but the values is there.
+        last_obs: ``[P, E, D]``, what follows the last step.
+        final_obs: ``[P, T, E, D]``, what a truncated step led to; not read elsewhere.
+    """
+    tickets, steps, copies = outcome.value.shape
+    stretches = triton.cdiv(steps + 1, _STRETCH)
+    with torch.cuda.device_of(weight):
+        _judge_kernel[(tickets * copies * stretches,)](
+            weight,
+            outcome.obs,
+            last_obs,
+            final_obs,
+            outcome.terminated,
+            outcome.truncated,
+            outcome.value,
+            outcome.next_value,
+            weight.shape[1],
+            steps,
+            copies,
+            stretches,
+            **describe(critic),
+            STRETCH=_STRETCH,
+            **choose_options(critic),
+        )
+
+
+def _case(name: str, sizes: tuple[int, ...], activation: str) -> Case:
+    net = Arena.build(sizes, activation=activation).actor
+    floats = ("weight", "seen", "last_obs", "final_obs", "value", "next_value")
+    return Case(
+        f"judge_{name}",
+        _judge_kernel,
+        dict.fromkeys(floats, "*fp32:16")
+        | dict.fromkeys(("terminated", "truncated"), "*i1:16")
+        | dict.fromkeys(("size", "steps", "copies", "stretches"), "i32"),
+        {**describe(net), "STRETCH": _STRETCH},
+        choose_options(net),
+    )
+
+
+COMPILE_CASES = [
+    _case("tanh_64", (4, 64, 64, 1), "tanh"),
+    _case("relu_32", (2, 32, 1), "relu"),
+    _case("tanh_128", (4, 128, 128, 1), "tanh"),
+    _case("relu_64_deep", (6, 64, 64, 64, 64, 64, 1), "relu"),
+]

@@ -1,0 +1,164 @@
+"""The Triton physics against the reference, in the interpreter; what it costs, counted by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_tickets.kernels import dynamics
+from sparse_tickets.kernels.cost import Cost
+from sparse_tickets.kernels.dispatch import use_backend
+from sparse_tickets.kernels.dynamics import TASKS, cost
+
+pytest.importorskip("triton")
+
+from sparse_tickets.kernels.dynamics import gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Two libraries' sines; Acrobot's four Runge-Kutta stages amplify the last place by some hundreds.
+TOLERANCE = {"CartPole-v1": 1e-14, "Acrobot-v1": 1e-11, "MountainCar-v0": 1e-15}
+TOLERANCE["Pendulum-v1"] = 1e-14
+HIGH = {
+    "CartPole-v1": (2.6, 4.0, 0.25, 4.0),
+    "Acrobot-v1": (math.pi, math.pi, 4 * math.pi, 9 * math.pi),
+    "MountainCar-v0": (1.3, 0.07),
+    "Pendulum-v1": (20.0, 8.0),
+}
+ALL = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+
+
+def draw(task, *copies):
+    """States all over the reachable region and beyond its edges, and actions."""
+    generator = torch.Generator().manual_seed(len(copies))
+    state = torch.rand(*copies, task.state_dim, generator=generator).double() * 2 - 1
+    state *= torch.tensor(HIGH[task.name], dtype=torch.float64)
+    if task.discrete:
+        action = torch.randint(task.action_dim, copies, generator=generator)
+    else:
+        action = torch.randn(*copies, task.action_dim, generator=generator) * 2
+    return state.to(DEVICE), action.to(DEVICE)
+
+
+def assert_step(task, state, action):
+    before = state.clone()
+    with use_backend("triton"):
+        successor, reward, terminated = dynamics.step(task, state, action)
+        observation = dynamics.observe(task, state)
+    assert torch.equal(state, before)
+    expected = task.step(state, action)
+    assert successor.dtype == torch.float64
+    torch.testing.assert_close(successor, expected[0], rtol=0, atol=TOLERANCE[task.name])
+    torch.testing.assert_close(reward, expected[1], rtol=2**-23, atol=0)
+    assert torch.equal(terminated, expected[2])
+    torch.testing.assert_close(observation, task.observe(state), rtol=2**-23, atol=2**-23)
+
+
+@ALL
+@pytest.mark.parametrize("copies", [(), (1,), (300,), (3, 5), (0,)], ids=str)
+def test_steps_equal_the_reference(task, copies):
+    assert_step(task, *draw(task, *copies))
+
+
+@ALL
+def test_initial_states_equal_the_reference_bit_for_bit(task):
+    u = torch.rand(7, 3, task.state_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with use_backend("triton"):
+        state = dynamics.initial(task, u)
+    assert torch.equal(state, task.initial(u))
+
+
+def test_bounds_are_exact_in_float64():
+    """Triton compares with a literal rounded to float32, by which all of these would go wrong."""
+    cartpole, car = TASKS["CartPole-v1"], TASKS["MountainCar-v0"]
+    limit = 12 * 2 * math.pi / 360
+    edges = [
+        math.nextafter(bound, target) for bound in (2.4, -2.4) for target in (-math.inf, math.inf)
+    ]
+    state = torch.zeros(8, 4, dtype=torch.float64)
+    state[:4, 0] = torch.tensor(edges, dtype=torch.float64)
+    angles = [math.nextafter(limit, 0), math.nextafter(limit, 1), limit, -limit]
+    state[4:, 2] = torch.tensor(angles, dtype=torch.float64)
+    assert_step(cartpole, state.to(DEVICE), torch.zeros(8, dtype=torch.int64, device=DEVICE))
+    places = [[-1.19, -0.07], [-1.2, -0.01], [0.59, 0.07], [0.5, 0.0], [-1.0, 0.07], [0.0, -0.07]]
+    wall, action = torch.tensor(places, dtype=torch.float64), torch.tensor([0, 0, 2, 1, 2, 0])
+    assert_step(car, wall.to(DEVICE), action.to(DEVICE))
+    with use_backend("triton"):
+        successor, _, _ = dynamics.step(car, wall.to(DEVICE), action.to(DEVICE))
+    assert successor[:2].tolist() == [[-1.2, 0.0], [-1.2, 0.0]]
+    assert successor[4, 1].item() == 0.07
+
+
+def test_pendulum_angles_beyond_a_turn():
+    turn = 2 * math.pi
+    whole = [k * math.pi for k in (-29, -3, -1, 0, 1, 3, 27)]
+    beside = [math.nextafter(x, y) for x in whole for y in (-math.inf, math.inf)]
+    state = torch.tensor([[x, 0.5] for x in (*whole, *beside, turn, -turn)], dtype=torch.float64)
+    action = torch.zeros(len(state), 1)
+    assert_step(TASKS["Pendulum-v1"], state.to(DEVICE), action.to(DEVICE))
+
+
+@ALL
+def test_strides_and_neighbours_change_no_bit(task):
+    state, action = draw(task, 260)
+    wide = torch.full((260, 2 * task.state_dim), math.nan, dtype=torch.float64, device=DEVICE)
+    wide[:, ::2] = state
+    together = gpu.step(task, state, action)
+    for alone, everyone in zip(gpu.step(task, wide[:, ::2], action), together, strict=True):
+        assert torch.equal(alone, everyone)
+    for alone, everyone in zip(gpu.step(task, state[5:7], action[5:7]), together, strict=True):
+        assert torch.equal(alone, everyone[5:7])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@ALL
+def test_a_diverged_copy_stays_alone(task):
+    state, action = draw(task, 5)
+    state[2] = math.nan
+    successor, reward, _ = gpu.step(task, state, action)
+    expected = task.step(state, action)
+    assert successor[2].isnan().any()
+    torch.testing.assert_close(successor, expected[0], rtol=0, atol=1e-11, equal_nan=True)
+    torch.testing.assert_close(reward, expected[1], equal_nan=True)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the arithmetic that a reference does on one copy."""
+
+    COUNTED = frozenset(("add", "sub", "rsub", "mul", "div", "remainder", "sin", "cos"))
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.__name__.partition(".")[0] in self.COUNTED and out.is_floating_point():
+            self.count += out.numel()
+        return out
+
+
+@ALL
+def test_costs_count_what_the_reference_computes(task):
+    state, action = (tensor.cpu() for tensor in draw(task, 1))
+    u = torch.rand(1, task.state_dim)
+    if task.discrete:
+        action = action.double()
+    for function, args, expected in (
+        (task.initial, (u,), cost.initial(task, 1)),
+        (task.observe, (state,), cost.observe(task, 1)),
+    ):
+        with _Counter() as counter:
+            function(*args)
+        assert counter.count == expected.flops
+    with _Counter() as counter:
+        task.step(state, action)
+    assert counter.count == cost.step(task, 1).flops
+
+
+def test_costs_count_the_bytes():
+    cartpole, pendulum = TASKS["CartPole-v1"], TASKS["Pendulum-v1"]
+    assert cost.step(cartpole, 10) == Cost(280, 10 * (32 + 8 + 32 + 4 + 1))
+    assert cost.step(pendulum, 1).bytes == 16 + 4 + 16 + 4 + 1
+    assert cost.observe(pendulum, 3) == Cost(6, 3 * (16 + 12))
+    assert cost.initial(pendulum, 1) == Cost(4, 8 + 16)
