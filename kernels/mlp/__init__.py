@@ -10,20 +10,26 @@ from ..arena import Net
 from ..dispatch import Plan, resolve_backend
 from ..errors import check_device, check_dtype, check_shape
 from . import reference
-from .checks import check_density, check_rows
+from .checks import check_density, check_precision, check_rows
 
 __all__ = ["composition", "describe_layers", "mlp", "plan"]
 
 
 def mlp(
-    x: Tensor, weight: Tensor, net: Net, mask: Tensor | None = None, *, density: float = 1.0
+    x: Tensor,
+    weight: Tensor,
+    net: Net,
+    mask: Tensor | None = None,
+    *,
+    density: float = 1.0,
+    precision: str = "ieee",
 ) -> Tensor:
     """Apply each ticket's network to its own batch.
 
     Entries of `weight` off the mask count as zero and get an exactly zero gradient; so do all
-    parameters that do not belong to `net`. On the CPU the backward pass recomputes the forward
-    pass instead of keeping its activations, and is differentiable once; elsewhere this is a
-    composition of torch ops.
+    parameters that do not belong to `net`. The kernels are differentiable once; where they can,
+    they recompute the forward pass in the backward pass instead of keeping its activations. The
+    reference backend is a composition of torch ops.
 
     Args:
         x: ``[P, B, I]`` float32; float64 with the reference backend.
@@ -31,12 +37,15 @@ def mlp(
         net: where the network lies in the row.
         mask: ``[P, N]`` bool over the first N entries of the row, or None if nothing is pruned.
         density: nominal density of the level: chooses each layer's format, never its meaning.
+        precision: ``ieee``, ``tf32`` or ``tf32x3``: products of the Triton backend. Others follow
+            torch's own setting.
 
     Returns:
         ``[P, B, O]``: the output layer is linear.
 
     Raises:
-        ValueError: a shape, a device, a mask that ends inside a layer, or a density not in [0, 1].
+        ValueError: a shape, a device, a mask that ends inside a layer, a density not in [0, 1], or
+            a precision that is none of these.
         TypeError: a dtype the backend does not take.
     """
     if x.dim() != 3:
@@ -46,11 +55,16 @@ def mlp(
     check_density(density)
     check_rows(weight, (net,), mask, tickets)
     check_device("x", x, weight)
+    check_precision(precision)
     backend = resolve_backend(x.device)
     if backend == "cpu":
         check_dtype("weight", weight, torch.float32)
         check_dtype("x", x, torch.float32)
         return _Mlp.apply(x, weight, net, mask, float(density))
+    if backend == "triton":
+        check_dtype("weight", weight, torch.float32)
+        check_dtype("x", x, torch.float32)
+        return _MlpTriton.apply(x, weight, net, mask, precision)
     check_dtype("weight", weight, torch.float32, torch.float64)
     check_dtype("x", x, weight.dtype)
     return reference.mlp(x, weight, net, mask)
@@ -77,10 +91,69 @@ class _Mlp(torch.autograd.Function):
         return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def plan(net: Net, device: torch.device, *, density: float = 1.0, masked: bool = True) -> Plan:
-    """What `mlp` does on ``device``, and why; ``masked`` says whether a mask covers the network."""
+class _MlpTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, net, mask, precision):
+        from . import gpu
+
+        to_input, to_weight = ctx.needs_input_grad[:2]
+        route = gpu.choose(net, precision, to_input=to_input)
+        keep = (to_input or to_weight) and route.backward != "fused"
+        y, hidden = gpu.forward(x.detach(), weight.detach(), net, mask, precision, keep=keep)
+        # The mask too: autograd then raises if it is changed before the backward pass.
+        ctx.save_for_backward(x, weight, mask, hidden)
+        ctx.net, ctx.precision = net, precision
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from . import gpu
+
+        x, weight, mask, hidden = ctx.saved_tensors
+        dx, dweight = gpu.backward(
+            dy,
+            x.detach(),
+            weight.detach(),
+            ctx.net,
+            mask,
+            ctx.precision,
+            hidden=hidden,
+            to_input=ctx.needs_input_grad[0],
+        )
+        return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def plan(
+    net: Net,
+    device: torch.device,
+    *,
+    density: float = 1.0,
+    masked: bool = True,
+    precision: str = "ieee",
+    to_input: bool = False,
+) -> Plan:
+    """What `mlp` does on ``device``, and why.
+
+    Args:
+        net: the network.
+        device: where its tensors live.
+        density: nominal density of the level.
+        masked: whether a mask covers the network.
+        precision: of the products of the Triton backend.
+        to_input: whether the gradient of the input is asked for, not the weight's alone.
+
+    Raises:
+        ValueError: a density or a precision that `mlp` refuses, or a backend the device cannot run.
+    """
     check_density(density)
+    check_precision(precision)
     backend = resolve_backend(device)
+    if backend == "triton":
+        from . import gpu
+
+        reason = gpu.describe(net, precision, to_input=to_input)
+        return Plan("mlp", "triton", "dense+mask" if masked else "dense", reason)
     if backend == "cpu":
         nominal = density if masked else 1.0
         return Plan("mlp", "cpu", *describe_layers((net,), (nominal,)))

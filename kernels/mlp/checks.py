@@ -9,14 +9,27 @@ from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
 from ..errors import check_device, check_dtype, check_shape
+from ..linear import PRECISIONS
 
-__all__ = ["check_density", "check_optimiser", "check_parameters", "check_rows"]
+__all__ = [
+    "check_density",
+    "check_optimiser",
+    "check_parameters",
+    "check_precision",
+    "check_rows",
+]
 
 
 def check_density(density: float) -> None:
     """Raise ``ValueError`` unless ``density`` is in [0, 1]."""
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"density must be in [0, 1], got {density}")
+
+
+def check_precision(precision: str) -> None:
+    """Raise ``ValueError`` unless ``precision`` is one that the Triton kernels know."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def check_rows(weight: Tensor, nets: tuple[Net, ...], mask: Tensor | None, tickets: int) -> None:

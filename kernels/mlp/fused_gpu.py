@@ -29,7 +29,7 @@ __all__ = [
 ROWS = 16
 """Samples per tile: with 64 columns one tile is all that dots on CUDA cores can take unspilled."""
 
-OPTIONS = {"num_warps": 8, "num_stages": 1}
+OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
 """One stage: to prefetch weights that every tile reads again would only take shared memory."""
 
 
@@ -135,7 +135,7 @@ def _hidden_layers(
         )
         bias = _load_bias(weight, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
         total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + bias
-        inputs = inputs + (activate(total, ACTIVATION),)
+        inputs += (activate(total, ACTIVATION),)
     return inputs
 
 
@@ -233,31 +233,33 @@ def backward_kernel(
     weight += ticket * weight_ticket
     if mask is not None:
         mask += ticket * mask_ticket
-    x += ticket * x_ticket
-    dy += ticket * dy_ticket
-
-    grads = ()
-    sums = ()
-    for layer in tl.static_range(DEPTH):
-        grads = grads + (_zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
-        # Per row of the tile, added up once at the end: a sum per tile would be one more barrier.
-        sums = sums + (_zeros(ROWS, BLOCKS[layer + 1]),)
-
     begin = split * stretch
+    x += ticket * x_ticket + begin.to(tl.int64) * x_row
+    dy += ticket * dy_ticket + begin.to(tl.int64) * dy_row
+
+    # From the output down, the order in which a tile adds to them. The bias's has a row for each of
+    # the tile's, added up once at the end: a sum per tile would be one more barrier.
+    grads = ()
+    bias_grads = ()
+    for layer in tl.static_range(DEPTH - 1, -1, -1):
+        grads += (_zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
+        bias_grads += (_zeros(ROWS, BLOCKS[layer + 1]),)
+
     for start in range(begin, tl.minimum(begin + stretch, samples), ROWS):
         left = samples - start
-        first = start.to(tl.int64)
-        tile = _load_rows(x + first * x_row, x_row, left, SIZES[0], BLOCKS[0], ROWS)
+        tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
         inputs = _hidden_layers(
             tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
         )
-        delta = _load_rows(dy + first * dy_row, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS)
+        delta = _load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS)
         new_grads = ()
-        new_sums = ()
+        new_bias_grads = ()
         for layer in tl.static_range(DEPTH - 1, -1, -1):
-            grad = tl.dot(tl.trans(delta), inputs[layer], grads[layer], input_precision="ieee")
-            new_grads = (grad,) + new_grads
-            new_sums = (sums[layer] + delta,) + new_sums
+            grad = tl.dot(
+                tl.trans(delta), inputs[layer], grads[DEPTH - 1 - layer], input_precision="ieee"
+            )
+            new_grads += (grad,)
+            new_bias_grads += (bias_grads[DEPTH - 1 - layer] + delta,)
             if layer > 0:
                 matrix = _load_weight(
                     weight,
@@ -272,7 +274,9 @@ def backward_kernel(
                 delta = tl.dot(delta, matrix, input_precision="ieee")
                 delta = deactivate(delta, inputs[layer], ACTIVATION)
         grads = new_grads
-        sums = new_sums
+        bias_grads = new_bias_grads
+        x += ROWS * x_row
+        dy += ROWS * dy_row
 
     target += (ticket * tl.num_programs(1) + split) * target_row
     for layer in tl.static_range(DEPTH):
@@ -280,11 +284,12 @@ def backward_kernel(
         col = tl.arange(0, BLOCKS[layer])[None, :]
         inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
         entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
-        grad = grads[layer]
+        grad = grads[DEPTH - 1 - layer]
+        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
         if MASKED[layer]:
             grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
         tl.store(target + entry, grad, mask=inside)
-        tl.store(target + BIASES[layer] + row, tl.sum(sums[layer], 0), mask=row < SIZES[layer + 1])
+        tl.store(target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
 
 
 def _case(kernel: str, sizes: tuple[int, ...], activation: str, *, masked: bool = True) -> Case:

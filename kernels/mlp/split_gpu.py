@@ -9,6 +9,7 @@ timing. ``hidden`` and ``deltas`` are ``[P, B, sum of hidden sizes]``, layer by 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import triton
@@ -175,8 +176,8 @@ def delta_kernel(
 ):
     """Gradients of every hidden layer before its activation, and of the input unless dx is None.
 
-    A ticket takes 2·samples·(weights) FLOPs, the first layer's only for dx; it moves dy, activations
-    and deltas once, and its weights and their mask once per tile of rows.
+    A ticket takes 2·samples·(weights) FLOPs, the first layer's only for dx; it moves dy and
+    activations once, deltas twice, and its weights and their mask once per tile of rows.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
     tiles = tl.cdiv(samples, ROWS)
@@ -407,14 +408,14 @@ def walk_options(precision: str) -> tuple[dict[str, int], dict[str, int]]:
 def gradient_options(precision: str) -> tuple[dict[str, int], dict[str, int]]:
     """Blocks and launch options of `gradient_kernel`."""
     step = 32 if precision == "tf32" else 16
-    return {"STEP": step}, {"num_warps": 4, "num_stages": 3}
+    return {"STEP": step}, {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
 
 
 def gradient_tiles(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """How `gradient_kernel` cuts the layers: sides of tiles by size, and tiles of each layer."""
     sides = tuple(min(TILE, block) for block in geometry.blocks)
     across = [-(-size // side) for size, side in zip(geometry.sizes, sides, strict=True)]
-    counts = tuple(inp * out for inp, out in zip(across, across[1:], strict=False))
+    counts = tuple(inp * out for inp, out in pairwise(across))
     return {"TILES": sides, "COUNTS": counts}
 
 
@@ -438,7 +439,9 @@ def _case(kernel: Any, sizes: tuple[int, ...], precision: str, *, masked: bool =
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature = {name: arguments[name] for name in kernel.arg_names if name not in constants}
     parts = [kernel.__name__.removesuffix("_kernel"), "memory", *map(str, sizes), precision]
-    return Case("_".join(parts + ([] if masked else ["dense"])), kernel, signature, constants, options)
+    return Case(
+        "_".join(parts + ([] if masked else ["dense"])), kernel, signature, constants, options
+    )
 
 
 COMPILE_CASES = [
