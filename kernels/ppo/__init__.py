@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def ppo_update_(
     arena: Arena,
     batch: Batch,
     key: Tensor,
-    iteration: int,
+    iteration: int | Tensor,
     lr: Tensor,
     config: PPOConfig,
     *,
@@ -120,7 +120,8 @@ def ppo_update_(
         arena: with a critic.
         batch: S samples of each ticket.
         key: ``[P]`` int64.
-        iteration: number of this update, from 0.
+        iteration: number of this update, from 0; on a GPU also a 0-dim int64 tensor, so that a
+            captured CUDA graph counts on.
         lr: ``[P]`` float32 learning rates.
         config: see `PPOConfig`.
         density: nominal density of the level: chooses each layer's format, never its meaning.
@@ -146,7 +147,13 @@ def ppo_update_(
     check_density(density)
     check_parameters(parameters, arena, key, lr, floats)
     _check_batch(parameters, arena, batch)
-    if iteration < 0:
+    if isinstance(iteration, Tensor):
+        check_shape("iteration", iteration, ())
+        check_dtype("iteration", iteration, torch.int64)
+        check_device("iteration", iteration, parameters.weight)
+        if backend == "cpu":
+            raise TypeError("iteration must be an int on the CPU, got a tensor")
+    elif iteration < 0:
         raise ValueError(f"iteration must be >= 0, got {iteration}")
     samples = batch.logp.shape[1]
     if samples == 0 or samples % config.minibatches:
@@ -163,15 +170,26 @@ def ppo_update_(
                 parameters, arena, batch, key, iteration, lr, config, float(density)
             )
         else:
-            statistics = reference.ppo_update_(parameters, arena, batch, key, iteration, lr, config)
+            fused = backend == "triton" and parameters.weight.dtype == torch.float32
+            update = _load_gpu() if fused else reference.ppo_update_
+            statistics = update(parameters, arena, batch, key, iteration, lr, config)
     return Stats(*statistics.unbind())
+
+
+def _load_gpu() -> Any:
+    from . import gpu
+
+    return gpu.ppo_update_
 
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `ppo_update_` does on ``device``, and why."""
     check_density(density)
     backend = resolve_backend(device)
-    if backend != "cpu":
+    if backend == "triton":
+        reason = "loss and its gradient in one pass between the networks' passes; see `mlp.plan`"
+        return Plan("ppo_update_", "triton", "dense+mask", reason)
+    if backend == "reference":
         return Plan("ppo_update_", "reference", "dense+mask", composition(backend))
     densities = tuple(density if net.weights[0] < arena.prunable else 1.0 for net in arena.nets)
     return Plan("ppo_update_", "cpu", *describe_layers(arena.nets, densities))

@@ -1,0 +1,192 @@
+"""PPO on Triton, in the interpreter: the fused loss against autograd, updates against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_tickets.kernels.arena import Arena, Parameters
+from sparse_tickets.kernels.dispatch import use_backend
+from sparse_tickets.kernels.mlp.reference import mlp
+from sparse_tickets.kernels.ppo import Batch, PPOConfig, Stats, plan, ppo_update_, reference
+
+pytest.importorskip("triton")
+
+from sparse_tickets.kernels.ppo.loss_gpu import loss_and_gradient
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def _batch(tickets: int, samples: int, actions: int, continuous: bool) -> Batch:
+    generator = torch.Generator().manual_seed(samples)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    action = torch.randint(0, actions, (tickets, samples), generator=generator)
+    return Batch(
+        normal(tickets, samples, 4),
+        normal(tickets, samples, actions) if continuous else action,
+        # Wide enough that ratios are clipped on both sides.
+        normal(tickets, samples) - 1.5 * actions,
+        *(normal(tickets, samples) for _ in range(3)),
+    )
+
+
+def _float(batch: Batch) -> Batch:
+    return Batch(*(f.float() if f.is_floating_point() else f for f in batch))
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
+@pytest.mark.parametrize(
+    ("samples", "minibatch", "actions", "config"),
+    [
+        (12, 6, 3, PPOConfig()),
+        (2, 2, 2, PPOConfig(entropy_coef=0.0)),
+        (70, 35, 1, PPOConfig(clip_value=False, value_coef=2.0)),
+        (300, 300, 5, PPOConfig(normalise_advantage=False, clip=0.05)),
+    ],
+)
+def test_loss_and_gradient(monkeypatch, continuous, samples, minibatch, actions, config) -> None:
+    tickets, first = 3, samples - minibatch
+    arena = Arena.build((4, 8, actions), (4, 8, 1), continuous=continuous)
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.5 * torch.randn(tickets, arena.size, generator=generator, dtype=torch.float64)
+    batch = _batch(tickets, samples, actions, continuous)
+    order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(tickets)])
+    index = order[:, first : first + minibatch]
+    chosen = Batch(*(field[torch.arange(tickets)[:, None], index] for field in batch))
+    output, value = (
+        mlp(chosen.obs, weight, net, None).requires_grad_() for net in (arena.actor, arena.critic)
+    )
+
+    leaf = weight.clone().requires_grad_()
+    heads = iter([output, value])
+    monkeypatch.setattr(reference, "mlp", lambda *_: next(heads))
+    total, expected = reference.loss(leaf, torch.ones(()), arena, chosen, config)
+    leaves = [output, value, *([leaf] if continuous else [])]
+    gradients = torch.autograd.grad(total.sum(), leaves)
+
+    row = weight.float()
+    by_row = torch.full_like(row, torch.nan)
+    spread = slice(arena.log_std, None)
+    written = torch.full_like(output, torch.nan).float(), torch.full_like(value, torch.nan).float()
+    statistics = torch.full((tickets, 6), 10.0)
+    loss_and_gradient(
+        output.detach().float(),
+        value.detach().float(),
+        row[:, spread] if continuous else None,
+        order,
+        first,
+        _float(batch),
+        config,
+        0.5,
+        (*written, by_row[:, spread] if continuous else None),
+        statistics,
+    )
+
+    got = [*written, *([by_row[:, spread]] if continuous else [])]
+    wanted = [*gradients[:2], *([gradients[2][:, spread]] if continuous else [])]
+    for ours, theirs in zip(got, wanted, strict=True):
+        scale = float(theirs.abs().max())
+        # A few exponentials deep, and sums over the minibatch.
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=0, atol=64 * EPS * max(scale, 1e-3) * minibatch**0.5
+        )
+    torch.testing.assert_close(
+        statistics[:, :5].double(), 10 + 0.5 * expected.mT, rtol=1e-5, atol=1e-5
+    )
+    assert bool((statistics[:, 5] == 10).all())
+    assert bool(by_row[:, : arena.size - (actions if continuous else 0)].isnan().all())
+
+
+# The interpreter is NumPy, which warns of NaN.
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_ticket_that_diverged_stays_nan_and_spares_the_others() -> None:
+    batch = _float(_batch(2, 8, 3, continuous=False))
+    output, value = torch.zeros(2, 8, 3), torch.zeros(2, 8, 1)
+    output[0], value[0] = torch.nan, torch.nan
+    gradient = torch.zeros(2, 8, 3), torch.zeros(2, 8, 1)
+    order = torch.arange(8).expand(2, 8).contiguous()
+    statistics = torch.zeros(2, 6)
+    loss_and_gradient(
+        output, value, None, order, 0, batch, PPOConfig(), 1.0, (*gradient, None), statistics
+    )
+    assert bool(gradient[0][0].isnan().all())
+    assert bool(gradient[1][0].isnan().all())
+    assert bool(gradient[0][1].isfinite().all())
+    assert bool(statistics[1].isfinite().all())
+
+
+def _parameters(arena: Arena, tickets: int, dtype: torch.dtype) -> Parameters:
+    generator = torch.Generator().manual_seed(1)
+    weight = 0.5 * torch.randn(tickets, arena.size, generator=generator)
+    mask = torch.rand(tickets, arena.prunable, generator=generator) < 0.4
+    # A unit without inputs, and a ticket without weights.
+    mask[:, :4], mask[-1] = False, False
+    weight[:, : arena.prunable] *= mask
+    moments = torch.zeros(2, tickets, arena.size, dtype=dtype).unbind()
+    return Parameters(weight.to(dtype), mask, *moments, torch.zeros(tickets, dtype=torch.int64))
+
+
+def _update(
+    backend: str, arena: Arena, batch: Batch, config: PPOConfig, iteration: int | torch.Tensor = 3
+) -> tuple[Parameters, Stats]:
+    tickets, dtype = len(batch.logp), batch.logp.dtype
+    # Of three tickets, always the first ones.
+    parameters = Parameters(*(rows[:tickets].clone() for rows in _parameters(arena, 3, dtype)))
+    rate = torch.full((tickets,), 1e-2, dtype=dtype)
+    with use_backend(backend):
+        stats = ppo_update_(
+            parameters, arena, batch, torch.arange(tickets), iteration, rate, config
+        )
+    return parameters, stats
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("critic", [(4, 6, 1), (4, 70, 1)], ids=["fused", "split"])
+def test_updates_agree_with_the_reference(continuous, critic) -> None:
+    arena = Arena.build((4, 7, 6, 3), critic, continuous=continuous)
+    batch = _batch(3, 12, 3, continuous)
+    config = PPOConfig(epochs=2, minibatches=2, eps=1e-3)
+    ours, stats = _update("triton", arena, _float(batch), config)
+    theirs, expected = _update("reference", arena, batch, config)
+    for name in ("weight", "m", "v"):
+        torch.testing.assert_close(
+            getattr(ours, name).double(), getattr(theirs, name), rtol=1e-4, atol=1e-5
+        )
+    torch.testing.assert_close(
+        torch.stack(stats).double(), torch.stack(expected), rtol=1e-4, atol=1e-5
+    )
+    pruned = ~ours.mask
+    for rows in (ours.weight, ours.m, ours.v):
+        assert bool((rows[:, : arena.prunable][pruned] == 0).all())
+    assert ours.step.tolist() == [4, 4, 4]
+
+
+def test_a_ticket_does_not_depend_on_its_batch_mates() -> None:
+    arena = Arena.build((4, 8, 3), (4, 8, 1))
+    batch = _float(_batch(3, 12, 3, continuous=False))
+    config = PPOConfig(epochs=1, minibatches=2)
+    together, _ = _update("triton", arena, batch, config)
+    alone, _ = _update("triton", arena, Batch(*(field[:1] for field in batch)), config)
+    assert torch.equal(together.weight[:1], alone.weight)
+
+
+def test_the_iteration_may_lie_on_the_device() -> None:
+    arena = Arena.build((4, 8, 3), (4, 8, 1))
+    batch = _float(_batch(2, 8, 3, continuous=False))
+    config = PPOConfig(epochs=1, minibatches=2)
+    counted, _ = _update("triton", arena, batch, config, iteration=5)
+    read, _ = _update("triton", arena, batch, config, iteration=torch.tensor(5))
+    assert torch.equal(counted.weight, read.weight)
+    with pytest.raises(TypeError, match="iteration must be an int on the CPU"):
+        _update("cpu", arena, batch, config, iteration=torch.tensor(5))
+    with pytest.raises(ValueError, match="iteration must have shape"):
+        _update("triton", arena, batch, config, iteration=torch.tensor([5]))
+
+
+def test_plan_tells() -> None:
+    arena = Arena.build((4, 8, 3), (4, 8, 1))
+    with use_backend("triton"):
+        assert plan(arena, torch.device("cpu")).backend == "triton"
