@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow bench bench-full check format clean
+.PHONY: help demo test test-slow bench bench-full gpu check format clean
 
 help:
 	@echo "make demo       a small lottery-ticket study of CartPole-v1: table and figures"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow  the tests that take long"
 	@echo "make bench      what sparsity gains on this machine, a few minutes; writes benchmarks/"
 	@echo "make bench-full the same with scaling curves and more shapes, about 20 minutes"
+	@echo "make gpu        on an NVIDIA GPU, under 9 minutes, offline: tests, tuning, targets, a sweep"
 	@echo "make check      ruff and mypy"
 	@echo "make format     format the code"
 
@@ -39,6 +40,18 @@ bench: $(INSTALLED)
 bench-full: $(INSTALLED)
 	$(BIN)/python -m benchmarks run --suite full
 	$(BIN)/python -m benchmarks report
+
+# Offline, so nothing is installed: any Python with torch and triton does, .venv's if there is one.
+# Laid out as it would be installed, since the folder kernels is sparse_tickets.kernels.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_OPTIONS ?=
+gpu:
+	@rm -rf build/gpu && mkdir -p build/gpu/sparse_tickets
+	@ln -s $(CURDIR)/sparse_tickets/* build/gpu/sparse_tickets/
+	@ln -s $(CURDIR)/kernels build/gpu/sparse_tickets/kernels
+	@$(GPU_PYTHON) -c 'import setuptools; setuptools.setup()' -q egg_info --egg-base build/gpu
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) \
+		$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from pathlib import Path
 from sparse_tickets.files import write_atomic
 
 from .figures import draw
+from .gpu_report import gpu_tables
 from .results import BUSY, Run, share_out
 from .tables import Table, grid, instructions, tables
 
@@ -70,12 +71,13 @@ def markdown(runs: Mapping[str, Sequence[Run]], figures: Mapping[str, list[Path]
         parts += [f"![{path.stem}]({path.as_posix()})\n" for path in figures.get(device, [])]
         for run in share_out(several):
             parts.append(_origin(run))
+            parts += [_grid(table) for table in gpu_tables(run)]
             parts += [_grid(table) for table in tables(run)]
             parts += [_grid(table) for table in instructions(run)]
     if not any(device.startswith("nvidia") for device in runs):
         parts.append(
-            "## GPU\n\nNot yet measured. On a machine with one: "
-            "`python -m benchmarks run --suite quick --device cuda`.\n"
+            "## GPU\n\nNot yet measured. On a machine with one: `make gpu`, then "
+            "`python -m benchmarks report`.\n"
         )
     return "\n".join(parts)
 

@@ -1,0 +1,206 @@
+"""Time contenders on a GPU three ways: with launches, replayed from a CUDA graph, and cold.
+
+Everything is timed by events on the device, contenders in turn, as `sparse_tickets.timing` does on
+a CPU. *Launches*: calls one after another from Python, caches warm; short kernels then wait for
+Python. *Replay*: the same call captured once in a CUDA graph. *Cold*: a single replay after 256 MB
+were written, so that nothing of it is left in L2; the host runs ahead meanwhile, so no launch
+counts. A call that cannot be captured says why, and its cold calls are direct ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from sparse_tickets.timing import Contender, Spread, Unverified
+
+from .measure import Measured
+
+__all__ = ["CudaTimer", "HostTimer", "Timer", "Times", "compare", "make_timer", "ratio"]
+
+_FLUSH = 256 << 20
+_SAMPLE_S = 0.005
+_WARMUP = 3
+
+
+class Timer(Protocol):
+    """Seconds on some device."""
+
+    def seconds(self, run: Callable[[], Any], count: int) -> float:
+        """Per call, of ``count`` calls in a row."""
+
+    def cold_seconds(self, run: Callable[[], Any]) -> float:
+        """Of one call that finds nothing in the caches."""
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """The same call replayed.
+
+        Raises:
+            RuntimeError: it cannot be captured.
+        """
+
+
+class CudaTimer:
+    """Times by CUDA events on the current stream."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(_FLUSH // 4, device="cuda")
+
+    def seconds(self, run: Callable[[], Any], count: int) -> float:
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / count
+
+    def cold_seconds(self, run: Callable[[], Any]) -> float:
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Keeps the device busy while the host enqueues the call.
+        self._buffer.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUP):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                kept = run()
+        finally:
+            torch.cuda.synchronize()
+
+        def replay() -> object:
+            graph.replay()
+            return kept
+
+        return replay
+
+
+class HostTimer:
+    """Stands in where there is no GPU: the same calls by the wall clock; a rehearsal, no result."""
+
+    def seconds(self, run: Callable[[], Any], count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            run()
+        return (time.perf_counter() - began) / count
+
+    def cold_seconds(self, run: Callable[[], Any]) -> float:
+        return self.seconds(run, 1)
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        return run
+
+
+def make_timer(device: torch.device) -> Timer:
+    """The timer of a device."""
+    return CudaTimer() if device.type == "cuda" else HostTimer()
+
+
+@dataclass
+class Times:
+    """Seconds per unit of one contender, one entry per round.
+
+    Attributes:
+        wall: with launches.
+        replay: replayed; empty if it could not be captured.
+        cold: with cold caches.
+        error: share of the tolerance used up.
+        calls: per sample.
+        note: why it could not be captured.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    replay: list[float] = field(default_factory=list)
+    cold: list[float] = field(default_factory=list)
+    error: float | None = None
+    calls: int = 1
+    note: str = ""
+
+    def measured(self, plan: str) -> Measured:
+        """As a record keeps it; the host's CPU time is not measured here."""
+        wall = Spread.of(self.wall)
+        return Measured(
+            wall=wall,
+            cpu=wall,
+            error=self.error,
+            plan="; ".join(filter(None, (plan, self.note))),
+            calls=self.calls,
+            cold=Spread.of(self.cold),
+            replay=Spread.of(self.replay) if self.replay else None,
+        )
+
+
+def compare(
+    contenders: Sequence[Contender], timer: Timer, *, rounds: int, deadline: float
+) -> dict[str, Times]:
+    """Verify contenders, then time them in turn.
+
+    Args:
+        contenders: with names of their own; the first is the subject.
+        timer: see `make_timer`.
+        rounds: samples per contender and kind, fewer after the deadline, but at least three.
+        deadline: by `time.monotonic`.
+
+    Raises:
+        Unverified: a result is not the reference's; nothing was timed.
+    """
+    found = {contender.name: Times() for contender in contenders}
+    if len(found) < len(contenders):
+        raise ValueError(
+            f"contenders must have different names, got {[c.name for c in contenders]}"
+        )
+    for contender in contenders:
+        if contender.error is None:
+            continue
+        error = contender.error()
+        if not error <= 1:
+            raise Unverified(
+                f"{contender.name} must match the float64 reference, its error is {error:.3g} "
+                "times what is allowed"
+            )
+        found[contender.name].error = error
+
+    replays: dict[str, Callable[[], Any]] = {}
+    for contender in contenders:
+        times = found[contender.name]
+        once = min(timer.seconds(contender.run, 1) for _ in range(_WARMUP))
+        times.calls = max(1, min(1000, round(_SAMPLE_S / max(once, 1e-7))))
+        try:
+            replays[contender.name] = timer.capture(contender.run)
+        except RuntimeError as error:
+            times.note = f"not captured in a graph: {str(error).partition(chr(10))[0][:120]}"
+    for index in range(rounds):
+        if index >= min(3, rounds) and time.monotonic() > deadline:
+            break
+        first = index % len(contenders)
+        for contender in (*contenders[first:], *contenders[:first]):
+            times, replay = found[contender.name], replays.get(contender.name)
+            times.wall.append(timer.seconds(contender.run, times.calls) / contender.units)
+            if replay is not None:
+                times.replay.append(timer.seconds(replay, times.calls) / contender.units)
+            times.cold.append(timer.cold_seconds(replay or contender.run) / contender.units)
+    return found
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Spread | None:
+    """Their time over ours, paired within rounds; None if either was not measured."""
+    if not theirs or not ours:
+        return None
+    return Spread.of([their / own for their, own in zip(theirs, ours, strict=True)])
