@@ -211,41 +211,58 @@ def inputs(layout, packed, layer):
 
 
 @njit(cache=True)
+def _sort_columns(rows, number, row_begin, column, inp, end, turned_row, turned_from):
+    """Counting sort of the listed rows' nonzeros, rows ascending; ``end [inp]`` of each column."""
+    first = np.uint64(row_begin[0])
+    end[: inp + 1] = 0
+    for j in range(first, np.uint64(row_begin[number])):
+        end[np.uint64(column[j]) + _ONE] += 1
+    total = first
+    for i in range(inp + 1):
+        total += np.uint64(end[i])
+        end[i] = total
+    for k in range(number):
+        row = rows[k]
+        for j in range(np.uint64(row_begin[k]), np.uint64(row_begin[k + 1])):
+            column_j = np.uint64(column[j])
+            place = np.uint64(end[column_j])
+            end[column_j] = place + _ONE
+            turned_row[place] = row
+            turned_from[place] = j
+
+
+@njit(cache=True)
 def turn(layout, packed, to_input):
-    """Index the same nonzeros by column, rows ascending: a counting sort per layer.
+    """Index the same nonzeros by column.
 
     The first layer of a network is left out unless ``to_input``.
     """
-    layers, column = layout.layers, packed.column
+    layers = layout.layers
     for layer in range(layers.shape[0]):
         below = layer > 0 and layers[layer - 1, HIDDEN]
         if not layers[layer, SPARSE] or not (below or to_input):
             continue
-        rows, row_begin = (
-            packed.rows[layers[layer, ROWS] :],
-            packed.row_begin[layers[layer, ROWS] :],
+        rows = packed.rows[layers[layer, ROWS] :]
+        row_begin = packed.row_begin[layers[layer, ROWS] :]
+        column_begin = packed.column_begin[layers[layer, COLUMNS] :]
+        _sort_columns(
+            rows,
+            packed.live[layer],
+            row_begin,
+            packed.column,
+            layers[layer, IN],
+            column_begin,
+            packed.turned_row,
+            packed.turned_from,
         )
-        end = packed.column_begin[layers[layer, COLUMNS] :]
-        live, inp = packed.live[layer], layers[layer, IN]
-        first = row_begin[0]
-        end[: inp + 1] = 0
-        for j in range(first, row_begin[live]):
-            end[column[j] + 1] += 1
-        end[0] = first
-        for i in range(inp):
-            end[i + 1] += end[i]
-        for k in range(live):
-            row = rows[k]
-            for j in range(row_begin[k], row_begin[k + 1]):
-                place = end[column[j]]
-                end[column[j]] = place + 1
-                packed.turned_row[place] = row
-                packed.turned_from[place] = j
-        # Now every column's end; a column not listed is empty.
+        # From every column's end to the begin of each that is listed: the others are empty.
         wanted, number = inputs(layout, packed, layer)
+        begin = row_begin[0]
         for k in range(number):
-            first, end[k] = end[wanted[k]], first
-        end[number] = first
+            end = column_begin[wanted[k]]
+            column_begin[k] = begin
+            begin = end
+        column_begin[number] = begin
 
 
 @njit(cache=True)
