@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
-from sparse_tickets.envs import make_env
+from sparse_tickets.algos.replay import can_replay, replayed
+from sparse_tickets.envs import Env, make_env
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
@@ -117,7 +118,6 @@ def train(
     """
     if tuple(key.shape) != (len(population),):
         raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
-    arena, parameters, density = population.arena, population.parameters, population.density
     env = make_env(env_name, len(population), settings.copies, device=key.device)
     evaluator = Evaluator(
         evaluation or Evaluation(),
@@ -128,12 +128,54 @@ def train(
         settings.iterations,
         rewind_iteration,
     )
-    config = settings.config()
-    obs = env.reset(key)
+    iterate = _Iteration(settings, env, population, key, first_iteration)
+    advance: Callable[[], None] = iterate
+    if can_replay(env, population):
+        env.keep_clock_on_device()
+        iterate.keep_count_on_device()
+        advance = replayed(iterate)
     for iteration in range(first_iteration, settings.iterations):
         evaluator.before(iteration)
+        iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
+        advance()
+        evaluator.after(iteration)
+        if on_iteration is not None:
+            on_iteration(len(population) * settings.batch)
+    return evaluator.result((settings.iterations - first_iteration) * settings.batch)
+
+
+class _Iteration:
+    """Rollout, advantages and update; each call goes on from the last.
+
+    Args:
+        settings: the hyper-parameters.
+        env: the environment; reset here.
+        population: changed in place.
+        key: ``[P]`` int64.
+        first: number of the first iteration.
+
+    Attributes:
+        learning_rate: ``[P]`` of the next call.
+    """
+
+    def __init__(
+        self, settings: PPO, env: Env, population: Population, key: Tensor, first: int
+    ) -> None:
+        self._settings, self._config = settings, settings.config()
+        self._env, self._population, self._key = env, population, key
+        self._obs = env.reset(key)
+        self._number: int | Tensor = first
+        self.learning_rate = torch.empty(len(population), device=key.device)
+
+    def keep_count_on_device(self) -> None:
+        """Count iterations in a tensor, so that a captured CUDA graph counts on."""
+        self._number = torch.as_tensor(self._number, device=self._key.device)
+
+    def __call__(self) -> None:
+        settings, population = self._settings, self._population
+        arena, parameters, density = population.arena, population.parameters, population.density
         experience, obs = rollout(
-            parameters, arena, env, obs, key, settings.horizon, density=density
+            parameters, arena, self._env, self._obs, self._key, settings.horizon, density=density
         )
         advantage, target = gae(
             experience.reward,
@@ -153,13 +195,16 @@ def train(
             advantage.flatten(1),
             target.flatten(1),
         )
-        learning_rate = torch.full(
-            (len(population),), settings.learning_rate_at(iteration), device=key.device
-        )
         ppo_update_(
-            parameters, arena, batch, key, iteration, learning_rate, config, density=density
+            parameters,
+            arena,
+            batch,
+            self._key,
+            self._number,
+            self.learning_rate,
+            self._config,
+            density=density,
         )
-        evaluator.after(iteration)
-        if on_iteration is not None:
-            on_iteration(len(population) * settings.batch)
-    return evaluator.result((settings.iterations - first_iteration) * settings.batch)
+        # In place: a replay looks where the capture did.
+        self._obs.copy_(obs)
+        self._number += 1
