@@ -12,6 +12,7 @@ operations, of which most are inside sines and cosines.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -25,8 +26,10 @@ __all__ = [
     "COMPILE_CASES",
     "OPTIONS",
     "initial",
+    "load_state",
     "observe",
     "step",
+    "store_state",
     "task_initial",
     "task_observe",
     "task_step",
@@ -267,7 +270,9 @@ def _observe_kernel(
         tl.store(observation + copy * FEATURES + feature, value, mask=inside)
 
 
-def _launch(kernel, task: Task, tensors: tuple[Tensor, ...], copies: int, **constexprs: int):
+def _launch(
+    kernel: Any, task: Task, tensors: tuple[Tensor, ...], copies: int, **constexprs: int
+) -> None:
     if not copies:
         return
     with torch.cuda.device_of(tensors[0]):

@@ -218,7 +218,9 @@ def _hidden_weights(net: Net) -> int:
     return (net.depth - 2) * _width(net) ** 2
 
 
-def judge(weight: Tensor, critic: Net, outcome: Rollout, last_obs: Tensor, final_obs: Tensor):
+def judge(
+    weight: Tensor, critic: Net, outcome: Rollout, last_obs: Tensor, final_obs: Tensor
+) -> None:
     """Fill in ``outcome.value`` and ``outcome.next_value``.
 
     Args:
