@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
+    if options.rehearse and options.out is not None and options.out.resolve() == RESULTS.resolve():
+        raise SystemExit(f"error: out must not be {RESULTS} for a rehearsal: it measures nothing")
     if not options.rehearse and not torch.cuda.is_available():
         Console(stderr=True).print(
             "[red]error:[/red] torch sees no GPU; --rehearse tries the plumbing without one",
@@ -84,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_all(options: argparse.Namespace, console: Console) -> int:
+    if options.rehearse:
+        console.print("A rehearsal: no time and no rate below is a measurement.", style="yellow")
     began = time.monotonic()
     end = began + 60 * options.minutes - _END_S
     device = "cpu" if options.rehearse else "cuda"

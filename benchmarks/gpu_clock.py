@@ -148,55 +148,81 @@ class Times:
 
 
 def compare(
-    contenders: Sequence[Contender], timer: Timer, *, rounds: int, deadline: float
-) -> dict[str, Times]:
+    subject: Contender,
+    peers: Sequence[Contender],
+    timer: Timer,
+    *,
+    rounds: int,
+    deadline: float,
+) -> tuple[dict[str, Times], dict[str, str]]:
     """Verify contenders, then time them in turn.
 
+    A peer that fails, or whose result is wrong, is left out and does not take the subject with it.
+
     Args:
-        contenders: with names of their own; the first is the subject.
+        subject: whose speed-ups are asked for.
+        peers: over whom; all names differ.
         timer: see `make_timer`.
         rounds: samples per contender and kind, fewer after the deadline, but at least three.
         deadline: by `time.monotonic`.
 
-    Raises:
-        Unverified: a result is not the reference's; nothing was timed.
-    """
-    found = {contender.name: Times() for contender in contenders}
-    if len(found) < len(contenders):
-        raise ValueError(
-            f"contenders must have different names, got {[c.name for c in contenders]}"
-        )
-    for contender in contenders:
-        if contender.error is None:
-            continue
-        error = contender.error()
-        if not error <= 1:
-            raise Unverified(
-                f"{contender.name} must match the float64 reference, its error is {error:.3g} "
-                "times what is allowed"
-            )
-        found[contender.name].error = error
+    Returns:
+        Times of the subject and of the peers that are right; why the others were left out.
 
-    replays: dict[str, Callable[[], Any]] = {}
-    for contender in contenders:
-        times = found[contender.name]
-        once = min(timer.seconds(contender.run, 1) for _ in range(_WARMUP))
-        times.calls = max(1, min(1000, round(_SAMPLE_S / max(once, 1e-7))))
+    Raises:
+        Unverified: the subject's result is not the reference's; nothing was timed.
+        ValueError: two contenders share a name.
+    """
+    names = [contender.name for contender in (subject, *peers)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"contenders must have different names, got {names}")
+    ready, left_out = [_prepare(subject, timer)], {}
+    for peer in peers:
         try:
-            replays[contender.name] = timer.capture(contender.run)
-        except RuntimeError as error:
-            times.note = f"not captured in a graph: {str(error).partition(chr(10))[0][:120]}"
+            ready.append(_prepare(peer, timer))
+        except Exception as error:  # Compilers and other people's kernels fail in many ways.
+            left_out[peer.name] = f"{type(error).__name__}: {_first_line(error)}"
     for index in range(rounds):
         if index >= min(3, rounds) and time.monotonic() > deadline:
             break
-        first = index % len(contenders)
-        for contender in (*contenders[first:], *contenders[:first]):
-            times, replay = found[contender.name], replays.get(contender.name)
-            times.wall.append(timer.seconds(contender.run, times.calls) / contender.units)
-            if replay is not None:
-                times.replay.append(timer.seconds(replay, times.calls) / contender.units)
-            times.cold.append(timer.cold_seconds(replay or contender.run) / contender.units)
-    return found
+        first = index % len(ready)
+        for each in (*ready[first:], *ready[:first]):
+            run, times, units = each.contender.run, each.times, each.contender.units
+            times.wall.append(timer.seconds(run, times.calls) / units)
+            if each.replay is not None:
+                times.replay.append(timer.seconds(each.replay, times.calls) / units)
+            times.cold.append(timer.cold_seconds(each.replay or run) / units)
+    return {each.contender.name: each.times for each in ready}, left_out
+
+
+@dataclass
+class _Ready:
+    contender: Contender
+    times: Times
+    replay: Callable[[], Any] | None
+
+
+def _prepare(contender: Contender, timer: Timer) -> _Ready:
+    """Verified, warmed up, and captured in a graph if it can be."""
+    times = Times()
+    if contender.error is not None:
+        times.error = contender.error()
+        if not times.error <= 1:
+            raise Unverified(
+                f"{contender.name} must match the float64 reference, its error is "
+                f"{times.error:.3g} times what is allowed"
+            )
+    once = min(timer.seconds(contender.run, 1) for _ in range(_WARMUP))
+    times.calls = max(1, min(1000, round(_SAMPLE_S / max(once, 1e-7))))
+    try:
+        return _Ready(contender, times, timer.capture(contender.run))
+    except RuntimeError as error:
+        times.note = f"not captured in a graph: {_first_line(error)}"
+        return _Ready(contender, times, None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:160]
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Spread | None:

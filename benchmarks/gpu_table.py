@@ -250,14 +250,16 @@ def _measure(
     row: Row, timer: Timer, rates: Rates, rounds: int, deadline: float
 ) -> tuple[Record, dict[str, Any]]:
     contest = row.build()
-    contenders = [contest.subject, *contest.peers]
-    times = compare(contenders, timer, rounds=rounds, deadline=deadline)
+    times, left_out = compare(
+        contest.subject, contest.peers, timer, rounds=rounds, deadline=deadline
+    )
+    contenders = [c for c in (contest.subject, *contest.peers) if c.name in times]
     subject = times[contest.subject.name]
 
     def ratios(kind: str) -> dict[str, Any]:
         found = {
             peer.name: ratio(getattr(times[peer.name], kind), getattr(subject, kind))
-            for peer in contest.peers
+            for peer in contenders[1:]
         }
         return {name: spread for name, spread in found.items() if spread is not None}
 
@@ -269,7 +271,7 @@ def _measure(
         subject=contest.subject.name,
         contenders={c.name: times[c.name].measured(c.plan) for c in contenders},
         speedup=ratios("wall"),
-        skipped=contest.skipped,
+        skipped=contest.skipped | left_out,
         cold_speedup=ratios("cold"),
         replay_speedup=ratios("replay"),
     )

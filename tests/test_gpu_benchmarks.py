@@ -71,7 +71,9 @@ class FakeTimer:
 def test_contenders_are_timed_with_launches_replayed_and_cold():
     timer = FakeTimer(refuses=("peer",))
     ours = timer.contender("ours", 1e-3, error=0.5, units=2)
-    found = compare([ours, timer.contender("peer", 4e-3)], timer, rounds=3, deadline=LATER)
+    peer = timer.contender("peer", 4e-3)
+    found, left_out = compare(ours, [peer], timer, rounds=3, deadline=LATER)
+    assert left_out == {}
     assert found["ours"].wall == pytest.approx([0.5e-3] * 3)
     assert found["ours"].replay == pytest.approx([0.25e-3] * 3)
     assert found["ours"].cold == pytest.approx([0.75e-3] * 3)
@@ -89,24 +91,39 @@ def test_contenders_are_timed_with_launches_replayed_and_cold():
 @pytest.mark.parametrize("error", [1.5, math.nan, math.inf])
 def test_a_wrong_result_is_refused_before_anything_is_timed(error):
     timer = FakeTimer()
-    with pytest.raises(Unverified, match="peer must match"):
-        compare(
-            [timer.contender("ours", 1.0), timer.contender("peer", 1.0, error=error)],
-            timer, rounds=3, deadline=LATER,
-        )  # fmt: skip
+    ours, peer = timer.contender("ours", 1.0, error=error), timer.contender("peer", 1.0)
+    with pytest.raises(Unverified, match="ours must match"):
+        compare(ours, [peer], timer, rounds=3, deadline=LATER)
     assert timer.now == 0
+
+
+def test_a_peer_that_is_wrong_or_fails_is_left_out_by_name():
+    timer = FakeTimer()
+
+    def fails():
+        raise RuntimeError("no compiler\nat all")
+
+    peers = [
+        timer.contender("wrong", 1.0, error=9.0),
+        Contender("failing", fails, None),
+        timer.contender("good", 1.0),
+    ]
+    found, left_out = compare(timer.contender("ours", 1.0), peers, timer, rounds=1, deadline=LATER)
+    assert list(found) == ["ours", "good"]
+    assert left_out["failing"] == "RuntimeError: no compiler"
+    assert "its error is 9 times what is allowed" in left_out["wrong"]
 
 
 def test_names_must_differ():
     timer = FakeTimer()
-    twins = [timer.contender("one", 1.0), timer.contender("one", 1.0)]
+    one, other = timer.contender("one", 1.0), timer.contender("one", 1.0)
     with pytest.raises(ValueError, match="different names"):
-        compare(twins, timer, rounds=1, deadline=LATER)
+        compare(one, [other], timer, rounds=1, deadline=LATER)
 
 
 def test_after_the_deadline_three_rounds_are_enough():
     timer = FakeTimer()
-    found = compare([timer.contender("ours", 1e-3)], timer, rounds=9, deadline=0.0)
+    found, _ = compare(timer.contender("ours", 1e-3), [], timer, rounds=9, deadline=0.0)
     assert len(found["ours"].wall) == 3
 
 
@@ -418,6 +435,8 @@ def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 1
     assert "--rehearse" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="out must not be"):
+        gpu.main(["--rehearse", "--out", str(results.RESULTS)])
 
 
 def test_the_sweep_stops_at_its_deadline_and_goes_on_later(tmp_path):
