@@ -13,8 +13,8 @@ __all__ = ["THRESHOLD", "Change", "compare"]
 
 THRESHOLD = 0.05
 """Changes of times below this share are not reported, however quiet the machine was."""
-COUNT_THRESHOLD = 0.005
-"""The same for counts, which hardly vary: memory addresses decide a few branches."""
+COUNT_THRESHOLD = 0.01
+"""The same for counts, which two runs of the same code repeat to half a percent."""
 
 Verdict = Literal["slower", "faster", "same"]
 

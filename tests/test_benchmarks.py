@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import platform
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -38,6 +39,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import (  # noqa: E402
     figures,
     first_screen,
+    instructions,
     results,
     runner,
     scaling,
@@ -432,11 +434,27 @@ def test_compare_sees_cold_regressions_and_small_changes_of_counts(run):
         return replace(record(90.0, 2.0), cold_speedup={"torch dense": spread(speedup)})
 
     old = replace(run, records=[cold(3.0)], counts={"layer": 1000.0, "policy": 1000.0})
-    new = replace(run, records=[cold(2.0)], counts={"layer": 1010.0, "policy": 1002.0})
+    new = replace(run, records=[cold(2.0)], counts={"layer": 1020.0, "policy": 1004.0})
     slower = [c for c in compare(old, new) if c.verdict == "slower"]
     assert [c.measure for c in slower] == ["cold speed-up over torch dense", "instructions"]
     assert slower[1].label == "layer"
     assert all(c.verdict == "same" for c in compare(old, old))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the request is x86-64 code")
+def test_requests_to_valgrind_do_nothing_outside_it():
+    calls = []
+    instructions.Valgrind().count(lambda: calls.append(1), 3)
+    assert len(calls) == 3
+
+
+def test_counts_are_read_in_the_order_they_were_made(tmp_path):
+    for index in (10, 2, 1):
+        (tmp_path / f"out.{index}").write_text(f"events: Ir\ntotals: {index}00\n")
+    assert instructions.totals(tmp_path) == [100, 200, 1000]
+    (tmp_path / "out.3").write_text("events: Ir\n")
+    with pytest.raises(RuntimeError, match="valgrind must leave totals"):
+        instructions.totals(tmp_path)
 
 
 def instant_suite(monkeypatch, cases):
