@@ -29,7 +29,8 @@ def mlp(
     Entries of `weight` off the mask count as zero and get an exactly zero gradient; so do all
     parameters that do not belong to `net`. The kernels are differentiable once; where they can,
     they recompute the forward pass in the backward pass instead of keeping its activations. The
-    reference backend is a composition of torch ops.
+    reference backend is a composition of torch ops. On the CPU, a hidden unit between sparse layers
+    from which the mask leaves no path to the output is skipped, so a NaN there goes nowhere.
 
     Args:
         x: ``[P, B, I]`` float32; float64 with the reference backend.
