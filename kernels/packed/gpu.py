@@ -1,0 +1,536 @@
+"""Packed weights in Triton: the forward product, dX and packed dW of a layer, packing, unpacking.
+
+A program expands the tiles it multiplies by in registers (`tiles`), so dense weights and dense
+gradients never reach memory. Forward and dX give a program one tile of the output, which loops over
+a row or a column of the layer's tiles; dW gives it one tile of the layer and loops over the batch.
+Expanding costs some 400 instructions a tile and thread group, whatever the density: tiles of the
+output are as high as registers allow, and so few programs expand the same tile. No grid depends on
+how many weights are left. No atomics, sums in one order: a ticket's result does not depend on P.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..compile import Case
+from .layout import MAX_TILE, Layer
+from .tiles import load_packed_tile, store_packed_tile
+
+__all__ = ["COMPILE_CASES", "Launch", "choose_launch", "dw", "dx", "forward", "pack", "unpack"]
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    values,
+    bits,
+    start,
+    bias,
+    y,
+    batch,
+    out,
+    inp,
+    x_ticket,
+    x_row,
+    x_col,
+    values_ticket,
+    bits_ticket,
+    start_ticket,
+    bias_ticket,
+    bias_col,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``y[p] = x[p] w[p]ᵀ + bias[p]``; y is contiguous.
+
+    A ticket takes 2·batch·out·inp FLOPs on dense tiles; it reads x once per tile of outputs, and
+    its values and one bit a weight once per tile of rows.
+    """
+    tiles_out = tl.cdiv(out, TILE_OUT)
+    tiles_in = tl.cdiv(inp, TILE_IN)
+    tiles = tl.cdiv(batch, BLOCK_BATCH) * tiles_out
+    program = tl.program_id(0)
+    ticket = (program // tiles).to(tl.int64)
+    tile_out = program % tiles % tiles_out
+    row = program % tiles // tiles_out * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)[:, None]
+    col = tile_out * TILE_OUT + tl.arange(0, TILE_OUT)[None, :]
+    values += ticket * values_ticket
+    bits += ticket * bits_ticket
+    start += ticket * start_ticket
+
+    feature = tl.arange(0, TILE_IN)[None, :]
+    x_tile = x + ticket * x_ticket + row * x_row + feature * x_col
+    if WEIGHT_FIRST:
+        total = tl.zeros((TILE_OUT, BLOCK_BATCH), dtype=tl.float32)
+    else:
+        total = tl.zeros((BLOCK_BATCH, TILE_OUT), dtype=tl.float32)
+    for tile_in in range(tiles_in):
+        inside = (row < batch) & (feature < inp - tile_in * TILE_IN)
+        x_values = tl.load(x_tile, mask=inside, other=0.0)
+        tile = tile_out * tiles_in + tile_in
+        weight = load_packed_tile(values, bits, start, tile, TILE_OUT, TILE_IN)
+        if WEIGHT_FIRST:
+            total = tl.dot(weight, tl.trans(x_values), total, input_precision=PRECISION)
+        else:
+            total = tl.dot(x_values, tl.trans(weight), total, input_precision=PRECISION)
+        x_tile += TILE_IN * x_col
+
+    if WEIGHT_FIRST:
+        total = tl.trans(total)
+    if bias is not None:
+        bias_values = tl.load(bias + ticket * bias_ticket + col * bias_col, mask=col < out)
+        total += bias_values.to(tl.float32)
+    y_tile = y + ticket * batch * out + row * out + col
+    tl.store(y_tile, total.to(y.dtype.element_ty), mask=(row < batch) & (col < out))
+
+
+@triton.jit
+def _dx_kernel(
+    dy,
+    values,
+    bits,
+    start,
+    dx,
+    batch,
+    out,
+    inp,
+    dy_ticket,
+    dy_row,
+    dy_col,
+    values_ticket,
+    bits_ticket,
+    start_ticket,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``dx[p] = dy[p] w[p]``; dx is contiguous. Work and traffic are those of the forward pass."""
+    tiles_out = tl.cdiv(out, TILE_OUT)
+    tiles_in = tl.cdiv(inp, TILE_IN)
+    tiles = tl.cdiv(batch, BLOCK_BATCH) * tiles_in
+    program = tl.program_id(0)
+    ticket = (program // tiles).to(tl.int64)
+    tile_in = program % tiles % tiles_in
+    row = program % tiles // tiles_in * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)[:, None]
+    col = tile_in * TILE_IN + tl.arange(0, TILE_IN)[None, :]
+    values += ticket * values_ticket
+    bits += ticket * bits_ticket
+    start += ticket * start_ticket
+
+    feature = tl.arange(0, TILE_OUT)[None, :]
+    dy_tile = dy + ticket * dy_ticket + row * dy_row + feature * dy_col
+    total = tl.zeros((BLOCK_BATCH, TILE_IN), dtype=tl.float32)
+    for tile_out in range(tiles_out):
+        inside = (row < batch) & (feature < out - tile_out * TILE_OUT)
+        dy_values = tl.load(dy_tile, mask=inside, other=0.0)
+        tile = tile_out * tiles_in + tile_in
+        weight = load_packed_tile(values, bits, start, tile, TILE_OUT, TILE_IN)
+        total = tl.dot(dy_values, weight, total, input_precision=PRECISION)
+        dy_tile += TILE_OUT * dy_col
+
+    dx_tile = dx + ticket * batch * inp + row * inp + col
+    tl.store(dx_tile, total.to(dx.dtype.element_ty), mask=(row < batch) & (col < inp))
+
+
+@triton.jit
+def _dw_kernel(
+    dy,
+    x,
+    values,
+    bits,
+    start,
+    squares,
+    batch,
+    out,
+    inp,
+    dy_ticket,
+    dy_row,
+    dy_col,
+    x_ticket,
+    x_row,
+    x_col,
+    values_ticket,
+    bits_ticket,
+    start_ticket,
+    squares_ticket,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Entries of ``dy[p]ᵀ x[p]`` on the mask, packed, and the sum of their squares by tile.
+
+    A ticket takes 2·batch·out·inp FLOPs, reads dy once per tile of inputs and x once per tile of
+    outputs, and writes its values alone.
+    """
+    tiles_in = tl.cdiv(inp, TILE_IN)
+    tiles = tl.cdiv(out, TILE_OUT) * tiles_in
+    program = tl.program_id(0)
+    ticket = (program // tiles).to(tl.int64)
+    tile = program % tiles
+    row = tile // tiles_in * TILE_OUT + tl.arange(0, TILE_OUT)[None, :]
+    col = tile % tiles_in * TILE_IN + tl.arange(0, TILE_IN)[None, :]
+    sample = tl.arange(0, BLOCK_BATCH)[:, None]
+
+    dy_tile = dy + ticket * dy_ticket + sample * dy_row + row * dy_col
+    x_tile = x + ticket * x_ticket + sample * x_row + col * x_col
+    total = tl.zeros((TILE_OUT, TILE_IN), dtype=tl.float32)
+    for first in range(0, batch, BLOCK_BATCH):
+        left = sample < batch - first
+        dy_values = tl.load(dy_tile, mask=left & (row < out), other=0.0)
+        x_values = tl.load(x_tile, mask=left & (col < inp), other=0.0)
+        total = tl.dot(tl.trans(dy_values), x_values, total, input_precision=PRECISION)
+        dy_tile += BLOCK_BATCH * dy_row
+        x_tile += BLOCK_BATCH * x_row
+
+    kept = store_packed_tile(
+        values + ticket * values_ticket,
+        bits + ticket * bits_ticket,
+        start + ticket * start_ticket,
+        tile,
+        total,
+        TILE_OUT,
+        TILE_IN,
+    )
+    if squares is not None:
+        square = tl.sum(tl.reshape(kept * kept, [TILE_OUT * TILE_IN]), 0)
+        tl.store(squares + ticket * squares_ticket + tile, square.to(squares.dtype.element_ty))
+
+
+@triton.jit
+def _move_kernel(
+    dense,
+    values,
+    bits,
+    start,
+    out,
+    inp,
+    dense_ticket,
+    values_ticket,
+    bits_ticket,
+    start_ticket,
+    PACK: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+):
+    """One tile of a layer from ``dense``, row-major, to ``values`` (`PACK`) or back."""
+    tiles_in = tl.cdiv(inp, TILE_IN)
+    tiles = tl.cdiv(out, TILE_OUT) * tiles_in
+    ticket = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    row = tile // tiles_in * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
+    col = tile % tiles_in * TILE_IN + tl.arange(0, TILE_IN)[None, :]
+    inside = (row < out) & (col < inp)
+    dense_tile = dense + ticket * dense_ticket + row * inp + col
+    values += ticket * values_ticket
+    bits += ticket * bits_ticket
+    start += ticket * start_ticket
+    if PACK:
+        weight = tl.load(dense_tile, mask=inside, other=0.0)
+        store_packed_tile(values, bits, start, tile, weight, TILE_OUT, TILE_IN)
+    else:
+        weight = load_packed_tile(values, bits, start, tile, TILE_OUT, TILE_IN)
+        tl.store(dense_tile, weight, mask=inside)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a product goes over the batch, and the launch it takes.
+
+    Attributes:
+        batch: rows of the batch per program (forward, dX) or per step (dW).
+        warps: per program.
+        stages: of the software pipeline; expanded tiles do not pass through it.
+    """
+
+    batch: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def choose_launch(product: str, batch: int, dtype: torch.dtype, precision: str) -> Launch:
+    """A fixed function of product (``forward``, ``dx``, ``dw``), batch, dtype and precision.
+
+    The largest that spill no registers from Ampere to Blackwell. tf32x3 keeps three copies of what
+    it multiplies, IEEE float32 its operands in registers.
+    """
+    rows = max(16, triton.next_power_of_2(batch))
+    if dtype != torch.float32:
+        return Launch(min(64, rows), 4, 3) if product == "dw" else Launch(min(128, rows), 4, 1)
+    if product == "dw":
+        depth = {"ieee": 16, "tf32": 32, "tf32x3": 32}[precision]
+        return Launch(min(depth, rows), 4, 2)
+    if precision == "ieee":
+        return Launch(16, 8, 1)
+    if product == "forward" and precision == "tf32x3":
+        return Launch(min(32, rows), 4, 1)
+    return Launch(min(128, rows), 8 if rows >= 128 else 4, 1)
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    bias: Tensor | None,
+    layer: Layer,
+    precision: str,
+) -> Tensor:
+    """See `reference.forward`."""
+    tickets, batch, _ = x.shape
+    y = x.new_empty(tickets, batch, layer.out)
+    if y.numel() == 0:
+        return y
+    _check_spans(x=x, y=y)
+    launch = choose_launch("forward", batch, x.dtype, precision)
+    programs = tickets * triton.cdiv(batch, launch.batch) * layer.tiles_out
+    packed = _packed(values, bits, start, layer)
+    with torch.cuda.device_of(x):
+        _forward_kernel[(_check_programs(programs),)](
+            x,
+            *packed,
+            bias,
+            y,
+            batch,
+            layer.out,
+            layer.inp,
+            *x.stride(),
+            *(tensor.stride(0) for tensor in packed),
+            *(bias.stride() if bias is not None else (0, 0)),
+            **_constexprs("forward", layer, launch, x.dtype, precision),
+            **launch.options,
+        )
+    return y
+
+
+def dx(
+    dy: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: Layer, precision: str
+) -> Tensor:
+    """See `reference.dx`."""
+    tickets, batch, _ = dy.shape
+    result = dy.new_empty(tickets, batch, layer.inp)
+    if result.numel() == 0:
+        return result
+    _check_spans(dy=dy, dx=result)
+    launch = choose_launch("dx", batch, dy.dtype, precision)
+    programs = tickets * triton.cdiv(batch, launch.batch) * layer.tiles_in
+    packed = _packed(values, bits, start, layer)
+    with torch.cuda.device_of(dy):
+        _dx_kernel[(_check_programs(programs),)](
+            dy,
+            *packed,
+            result,
+            batch,
+            layer.out,
+            layer.inp,
+            *dy.stride(),
+            *(tensor.stride(0) for tensor in packed),
+            **_constexprs("dx", layer, launch, dy.dtype, precision),
+            **launch.options,
+        )
+    return result
+
+
+def dw(
+    target: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    layer: Layer,
+    precision: str,
+    squares: Tensor | None = None,
+) -> None:
+    """See `reference.dw`: the layer's entries of ``target [P, k]`` and ``squares [P, tiles]``."""
+    tickets, batch, _ = dy.shape
+    if tickets == 0:
+        return
+    _check_spans(dy=dy, x=x)
+    launch = choose_launch("dw", batch, x.dtype, precision)
+    packed = _packed(target, bits, start, layer)
+    with torch.cuda.device_of(x):
+        _dw_kernel[(_check_programs(tickets * layer.tiles),)](
+            dy,
+            x,
+            *packed,
+            None if squares is None else squares[:, layer.first_tile :],
+            batch,
+            layer.out,
+            layer.inp,
+            *dy.stride(),
+            *x.stride(),
+            *(tensor.stride(0) for tensor in packed),
+            0 if squares is None else squares.stride(0),
+            **_constexprs("dw", layer, launch, x.dtype, precision),
+            **launch.options,
+        )
+
+
+def pack(
+    dense: Tensor, bits: Tensor, start: Tensor, layers: tuple[Layer, ...], width: int
+) -> Tensor:
+    """See `reference.pack`."""
+    dense = dense if dense.stride(1) == 1 else dense.contiguous()
+    values = dense.new_zeros(dense.shape[0], width)
+    for layer in layers:
+        _move(dense, values, bits, start, layer, pack=True)
+    return values
+
+
+def unpack(
+    values: Tensor, bits: Tensor, start: Tensor, layers: tuple[Layer, ...], size: int
+) -> Tensor:
+    """See `reference.unpack`."""
+    dense = values.new_empty(values.shape[0], size)
+    for layer in layers:
+        _move(dense, values, bits, start, layer, pack=False)
+    return dense
+
+
+def _move(
+    dense: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: Layer, pack: bool
+) -> None:
+    tickets = dense.shape[0]
+    if tickets == 0:
+        return
+    packed = _packed(values, bits, start, layer)
+    with torch.cuda.device_of(dense):
+        _move_kernel[(_check_programs(tickets * layer.tiles),)](
+            dense[:, layer.offset :],
+            *packed,
+            layer.out,
+            layer.inp,
+            dense.stride(0),
+            *(tensor.stride(0) for tensor in packed),
+            PACK=pack,
+            TILE_OUT=layer.tile_out,
+            TILE_IN=layer.tile_in,
+        )
+
+
+def _packed(
+    values: Tensor, bits: Tensor, start: Tensor, layer: Layer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of all layers, and the bits (by byte) and starts of this one."""
+    octets = bits.view(torch.uint8)
+    return (
+        values if values.stride(1) == 1 else values.contiguous(),
+        octets[:, 4 * layer.first_word :],
+        start[:, layer.first_tile :],
+    )
+
+
+def _constexprs(
+    product: str, layer: Layer, launch: Launch, dtype: torch.dtype, precision: str
+) -> dict[str, object]:
+    exact = precision if dtype == torch.float32 else "ieee"
+    constexprs: dict[str, object] = {
+        "TILE_OUT": layer.tile_out,
+        "TILE_IN": layer.tile_in,
+        "BLOCK_BATCH": launch.batch,
+        "PRECISION": exact,
+    }
+    if product == "forward":
+        # Tensor cores want 64 rows of the first operand: a tile has them, a small batch has not.
+        constexprs["WEIGHT_FIRST"] = dtype != torch.float32 or exact != "ieee"
+    return constexprs
+
+
+def _check_spans(**operands: Tensor) -> None:
+    """Within a ticket, 32 bits address the entries."""
+    for name, operand in operands.items():
+        _, rows, cols = operand.shape
+        _, row_stride, col_stride = operand.stride()
+        if rows * row_stride + cols * col_stride >= 2**31:
+            raise ValueError(
+                f"one ticket's {name} must span fewer than 2**31 elements, "
+                f"got shape {tuple(operand.shape[1:])} with strides {operand.stride()[1:]}"
+            )
+
+
+def _check_programs(programs: int) -> int:
+    if programs >= 2**31:
+        raise ValueError(f"the product must take fewer than 2**31 tiles, got {programs}")
+    return programs
+
+
+_KERNELS = {"forward": _forward_kernel, "dx": _dx_kernel, "dw": _dw_kernel}
+_TYPES = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: "*bf16:16"}
+_PATTERN = {"bits": "*u8:16", "start": "*i32", "bits_ticket": "i32:16", "start_ticket": "i32"}
+
+
+def _signature(kernel: Callable[..., object], kind: str, size: str) -> dict[str, str]:
+    """Types of the operands, the pattern and the strides; unit strides are constexprs."""
+    operands = dict.fromkeys(("x", "dy", "values", "bias", "y", "dx", "dense"), kind)
+    sizes = dict.fromkeys(("batch", "out", "inp"), size)
+    names = ("x_ticket", "x_row", "dy_ticket", "dy_row", "dense_ticket", "bias_ticket")
+    strides = dict.fromkeys(names, size) | {"values_ticket": "i32", "squares_ticket": "i32"}
+    every = operands | sizes | strides | _PATTERN | {"squares": "*fp32"}
+    return {name: every[name] for name in inspect.signature(kernel.fn).parameters if name in every}
+
+
+def _case(product: str, dtype: torch.dtype, precision: str, batch: int, out: int, inp: int) -> Case:
+    """A launch on row-major operands, of even sizes if wide; see `linear.gpu`."""
+    layer = Layer(0, out, inp, 0, 0)
+    launch = choose_launch(product, batch, dtype, precision)
+    constexprs = _constexprs(product, layer, launch, dtype, precision)
+    constexprs |= {"forward": {"x_col": 1, "bias_col": 1}, "dx": {"dy_col": 1}}.get(
+        product, {"dy_col": 1, "x_col": 1}
+    )
+    size = "i32:16" if out % 16 == inp % 16 == batch % 16 == 0 else "i32"
+    kind = _TYPES[dtype]
+    tile = f"{layer.tile_out}x{layer.tile_in}"
+    name = f"{product}_{kind[1:5]}_{precision}_{launch.batch}_{tile}"
+    kernel = _KERNELS[product]
+    return Case(name, kernel, _signature(kernel, kind, size), constexprs, launch.options)
+
+
+COMPILE_CASES = [
+    *(
+        _case(product, dtype, precision, batch, 256, 256)
+        for product in ("forward", "dx", "dw")
+        for dtype, precision, batch in (
+            (torch.float32, "ieee", 256),
+            (torch.float32, "tf32", 64),
+            (torch.float32, "tf32", 256),
+            (torch.float32, "tf32x3", 64),
+            (torch.float32, "tf32x3", 256),
+            (torch.float16, "ieee", 256),
+            (torch.bfloat16, "ieee", 256),
+        )
+        if product == "dx" or (precision, batch) != ("tf32x3", 64)
+    ),
+    *(
+        _case(product, dtype, precision, batch, out, inp)
+        for product in ("forward", "dx", "dw")
+        for dtype, precision in ((torch.float32, "tf32x3"), (torch.bfloat16, "ieee"))
+        for batch, out, inp in ((64, 64, 4), (16, 2, 64))
+    ),
+    *(
+        Case(
+            f"{'pack' if packs else 'unpack'}_{kind[1:5]}",
+            _move_kernel,
+            _signature(_move_kernel, kind, "i32:16"),
+            {"PACK": packs, "TILE_OUT": MAX_TILE, "TILE_IN": MAX_TILE},
+            {},
+        )
+        for packs in (True, False)
+        for kind in _TYPES.values()
+    ),
+]
