@@ -218,7 +218,7 @@ def test_tanh_is_accurate_and_saturates():
     x = torch.cat([torch.linspace(-10, 10, 2001), torch.logspace(-30, 38, 500)]).to(DEVICE)
     y = gpu.forward(x.view(1, -1, 1), weight, net)[0].view(-1)
     expected = x.double().tanh()
-    assert ((y - expected).abs() <= 3e-7 * expected.abs()).all()
+    assert ((y - expected).abs() <= 4e-7 * expected.abs()).all()
     assert (y[x.abs() > 10].abs() == 1).all()
 
 
