@@ -76,8 +76,9 @@ class Case(NamedTuple):
         signature: Triton type of every runtime argument, e.g. ``"*fp32:16"``, ``"i32"``.
         constexprs: value of every ``tl.constexpr`` argument.
         options: launch options, e.g. ``{"num_warps": 4, "num_stages": 3}``.
-        smoke: compiled where time is short, too. The first case of a kernel for each combination
-            of floating-point types and named choices, such as a dot's precision, always is.
+        smoke: compiled where time is short, too. So is, unmarked, the first case of a kernel for
+            each combination of named choices, with tensor cores (tf32 or halves) and without;
+            float64 and tf32x3 only in kernels that know nothing else.
     """
 
     name: str
@@ -278,8 +279,10 @@ def cases(op: str, *, smoke: bool = False) -> list[Case]:
     if not smoke:
         return found
     first: dict[tuple[object, ...], Case] = {}
-    for case in found:
-        first.setdefault(_kind(case), case)
+    # Sorting is stable: what is seldom used comes last, and counts where its kernel has no other.
+    for case in sorted(found, key=_is_seldom):
+        if not _is_seldom(case) or all(case.kernel is not other.kernel for other in first.values()):
+            first.setdefault(_kind(case), case)
     chosen = {case.name for case in first.values()}
     return [case for case in found if case.smoke or case.name in chosen]
 
@@ -293,10 +296,15 @@ def _gpu_files(op: str) -> list[Path]:
 
 
 def _kind(case: Case) -> tuple[object, ...]:
-    """What makes a case unlike another of its kernel, sizes apart: the numbers and their dots."""
-    numbers = {kind for kind in case.signature.values() if kind.startswith(("*fp", "*bf"))}
+    """What makes a case unlike another of its kernel, sizes apart."""
     choices = {value for value in case.constexprs.values() if isinstance(value, str)}
-    return case.kernel, frozenset(numbers), frozenset(choices)
+    types = " ".join(case.signature.values())
+    matrix = "tf32" in choices or "*fp16" in types or "*bf16" in types
+    return case.kernel, matrix, frozenset(choices - {"ieee", "tf32"})
+
+
+def _is_seldom(case: Case) -> bool:
+    return "tf32x3" in case.constexprs.values() or any("fp64" in t for t in case.signature.values())
 
 
 def _dots(ttir: str) -> tuple[str, ...]:
@@ -378,7 +386,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("capabilities", help="90 for Hopper, or several: 80,90,100")
     parser.add_argument("ops", nargs="+", choices=ops_with_kernels())
-    parser.add_argument("--smoke", action="store_true", help="one case per kernel and data type")
+    parser.add_argument("--smoke", action="store_true", help="a few cases per kernel")
     parser.add_argument("--share", default="0/1", help="1/3: the second of three equal parts")
     arguments = parser.parse_args()
     first, shares = map(int, arguments.share.split("/"))

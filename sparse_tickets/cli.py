@@ -115,7 +115,7 @@ class InspectCommand:
     arch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="CCS")] = ()
     """Compute capabilities, of 80, 90 and 100; default: all three."""
     all: bool = False
-    """Every shipped configuration, not one per kernel and data type."""
+    """Every shipped configuration, not a few per kernel."""
     json: bool = False
     """Print the numbers as JSON."""
 

@@ -31,7 +31,7 @@ def inspect(
     Args:
         ops: folders under ``kernels/``; all that have GPU kernels by default.
         capabilities: e.g. ``[90]``; Ampere, Hopper and Blackwell by default.
-        everything: every configuration, not one per kernel and data type.
+        everything: every configuration, not a few per kernel.
         on_report: called with each report as it comes, from any thread.
 
     Returns:
@@ -57,8 +57,8 @@ def inspect(
 def inspect_table(reports: Sequence[Report]) -> Table:
     """One row per configuration and architecture, what must not be in red."""
     table = Table(box=box.SIMPLE_HEAD, title="GPU kernels, as compiled", title_justify="left")
-    for name in ("configuration", "arch"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("configuration", overflow="fold")
+    table.add_column("arch", no_wrap=True)
     for name in ("registers", "spills", "shared"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("occupancy, limit", "matrix instructions"):
