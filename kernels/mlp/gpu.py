@@ -135,8 +135,8 @@ def forward(
         route = "walk"
     if y is None:
         y = x.new_empty(tickets, samples, net.sizes[-1])
-    if hidden is None and route != "fused":
-        hidden = x.new_empty(tickets, samples, geometry.hidden)
+    if hidden is None:
+        hidden = x.new_empty(tickets, samples, 0 if route == "fused" else geometry.hidden)
     if y.numel():
         with torch.cuda.device_of(x):
             if route == "fused":
@@ -199,7 +199,8 @@ def backward(
         else:
             if hidden is None:
                 kept = None if mask is None else mask.view(torch.bool)
-                _, hidden = forward(x, weight, net, kept, precision, keep=True)
+                hidden = x.new_empty(tickets, samples, geometry.hidden)
+                forward(x, weight, net, kept, precision, keep=True, hidden=hidden)
             deltas = torch.empty_like(hidden)
             down = _deltas_walk if route == "split" else _deltas_layers
             down(dy, weight, mask, net, geometry, precision, hidden, deltas, dx)

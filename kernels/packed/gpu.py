@@ -10,9 +10,8 @@ how many weights are left. No atomics, sums in one order: a ticket's result does
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -272,7 +271,7 @@ def choose_launch(product: str, batch: int, dtype: torch.dtype, precision: str) 
     """
     rows = max(16, triton.next_power_of_2(batch))
     if dtype != torch.float32:
-        return Launch(min(64, rows), 4, 3) if product == "dw" else Launch(min(128, rows), 4, 1)
+        return Launch(min(64 if product == "dw" else 128, rows), 4, 2)
     if product == "dw":
         depth = {"ieee": 16, "tf32": 32, "tf32x3": 32}[precision]
         return Launch(min(depth, rows), 4, 2)
@@ -447,8 +446,9 @@ def _constexprs(
         "PRECISION": exact,
     }
     if product == "forward":
-        # Tensor cores want 64 rows of the first operand: a tile has them, a small batch has not.
-        constexprs["WEIGHT_FIRST"] = dtype != torch.float32 or exact != "ieee"
+        # Hopper's tensor cores take 64 rows of the first operand, which a batch may not have.
+        full = layer.tile_out == MAX_TILE
+        constexprs["WEIGHT_FIRST"] = full and (dtype != torch.float32 or exact != "ieee")
     return constexprs
 
 
@@ -475,14 +475,14 @@ _TYPES = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: 
 _PATTERN = {"bits": "*u8:16", "start": "*i32", "bits_ticket": "i32:16", "start_ticket": "i32"}
 
 
-def _signature(kernel: Callable[..., object], kind: str, size: str) -> dict[str, str]:
+def _signature(kernel: Any, kind: str, size: str) -> dict[str, str]:
     """Types of the operands, the pattern and the strides; unit strides are constexprs."""
     operands = dict.fromkeys(("x", "dy", "values", "bias", "y", "dx", "dense"), kind)
     sizes = dict.fromkeys(("batch", "out", "inp"), size)
     names = ("x_ticket", "x_row", "dy_ticket", "dy_row", "dense_ticket", "bias_ticket")
     strides = dict.fromkeys(names, size) | {"values_ticket": "i32", "squares_ticket": "i32"}
     every = operands | sizes | strides | _PATTERN | {"squares": "*fp32"}
-    return {name: every[name] for name in inspect.signature(kernel.fn).parameters if name in every}
+    return {name: every[name] for name in kernel.arg_names if name in every}
 
 
 def _case(product: str, dtype: torch.dtype, precision: str, batch: int, out: int, inp: int) -> Case:

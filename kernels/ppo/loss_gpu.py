@@ -270,7 +270,7 @@ def _case(name: str, continuous: bool, actions: int, count: int) -> Case:
     signature |= {"order": "*i64:16", "action": "*fp32:16" if continuous else "*i64:16"}
     signature |= dict.fromkeys(("row", "d_row", "samples", "first", "count"), "i32")
     signature |= dict.fromkeys(("clip", "value_coef", "entropy_coef", "share"), "fp32")
-    constexprs = {
+    constexprs: dict[str, object] = {
         "NORMALISE": True,
         "CLIP_VALUE": True,
         "CONTINUOUS": continuous,

@@ -70,7 +70,7 @@ def ppo_update_(
     arena: Arena,
     batch: Batch,
     key: Tensor,
-    iteration: int,
+    iteration: int | Tensor,
     lr: Tensor,
     config: PPOConfig,
 ) -> Tensor:
