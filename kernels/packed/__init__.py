@@ -12,7 +12,10 @@ as well, so an optimiser passes over k entries::
 
 Autograd's gradient by `values` covers all layers: every call's is zero outside its own layer, and
 autograd adds them up. A hand-written backward pass spares the additions: `write_gradient_` fills
-one layer's entries of a buffer, and the norm's partial sums on the way.
+one layer's entries of a buffer, and the norm's partial sums on the way::
+
+    write_gradient_(gradient, dy, x, pattern, 0, squares=squares)
+    adam_(values, gradient, m, v, step, lr, None, count=pattern.count, norm_partials=squares)
 
 A pattern is a snapshot. A mask that changes needs a new one, and values packed anew.
 """

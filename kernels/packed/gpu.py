@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
+from ..tuning import prefer
 from .layout import MAX_TILE, Layer
 from .tiles import load_packed_tile, store_packed_tile
 
@@ -263,11 +264,14 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def choose_launch(product: str, batch: int, dtype: torch.dtype, precision: str) -> Launch:
-    """A fixed function of product (``forward``, ``dx``, ``dw``), batch, dtype and precision.
+def choose_launch(
+    product: str, batch: int, layer: Layer, dtype: torch.dtype, precision: str
+) -> Launch:
+    """A fixed function of product (``forward``, ``dx``, ``dw``), shape, dtype and precision.
 
-    The largest that spill no registers from Ampere to Blackwell. tf32x3 keeps three copies of what
-    it multiplies, IEEE float32 its operands in registers.
+    The largest that spill no registers from Ampere to Blackwell: tf32x3 keeps three copies of what
+    it multiplies in registers, IEEE float32 its operands. IEEE needs fewer than 64 rows besides: on
+    such tiles Triton 3.6 and 3.7 compile larger dots to TF32 on Blackwell.
     """
     rows = max(16, triton.next_power_of_2(batch))
     if dtype != torch.float32:
@@ -277,8 +281,9 @@ def choose_launch(product: str, batch: int, dtype: torch.dtype, precision: str) 
         return Launch(min(depth, rows), 4, 2)
     if precision == "ieee":
         return Launch(16, 8, 1)
-    if product == "forward" and precision == "tf32x3":
-        return Launch(min(32, rows), 4, 1)
+    if precision == "tf32x3":
+        full = layer.tile_out == layer.tile_in == MAX_TILE
+        rows = min(32 if product == "forward" else 128 if full else 64, rows)
     return Launch(min(128, rows), 8 if rows >= 128 else 4, 1)
 
 
@@ -297,7 +302,7 @@ def forward(
     if y.numel() == 0:
         return y
     _check_spans(x=x, y=y)
-    launch = choose_launch("forward", batch, x.dtype, precision)
+    launch = _launch("forward", x, layer, precision)
     programs = tickets * triton.cdiv(batch, launch.batch) * layer.tiles_out
     packed = _packed(values, bits, start, layer)
     with torch.cuda.device_of(x):
@@ -327,7 +332,7 @@ def dx(
     if result.numel() == 0:
         return result
     _check_spans(dy=dy, dx=result)
-    launch = choose_launch("dx", batch, dy.dtype, precision)
+    launch = _launch("dx", dy, layer, precision)
     programs = tickets * triton.cdiv(batch, launch.batch) * layer.tiles_in
     packed = _packed(values, bits, start, layer)
     with torch.cuda.device_of(dy):
@@ -361,7 +366,7 @@ def dw(
     if tickets == 0:
         return
     _check_spans(dy=dy, x=x)
-    launch = choose_launch("dw", batch, x.dtype, precision)
+    launch = _launch("dw", x, layer, precision)
     packed = _packed(target, bits, start, layer)
     with torch.cuda.device_of(x):
         _dw_kernel[(_check_programs(tickets * layer.tiles),)](
@@ -421,6 +426,21 @@ def _move(
             TILE_OUT=layer.tile_out,
             TILE_IN=layer.tile_in,
         )
+
+
+def _launch(product: str, operand: Tensor, layer: Layer, precision: str) -> Launch:
+    """What was measured on this device for such a product, or what was built in."""
+    batch = operand.shape[1]
+    return prefer(
+        choose_launch(product, batch, layer, operand.dtype, precision),
+        f"linear_packed.{product}",
+        operand.device,
+        batch=batch,
+        out=layer.out,
+        inp=layer.inp,
+        dtype=operand.dtype,
+        precision=precision,
+    )
 
 
 def _packed(
@@ -488,7 +508,7 @@ def _signature(kernel: Any, kind: str, size: str) -> dict[str, str]:
 def _case(product: str, dtype: torch.dtype, precision: str, batch: int, out: int, inp: int) -> Case:
     """A launch on row-major operands, of even sizes if wide; see `linear.gpu`."""
     layer = Layer(0, out, inp, 0, 0)
-    launch = choose_launch(product, batch, dtype, precision)
+    launch = choose_launch(product, batch, layer, dtype, precision)
     constexprs = _constexprs(product, layer, launch, dtype, precision)
     constexprs |= {"forward": {"x_col": 1, "bias_col": 1}, "dx": {"dy_col": 1}}.get(
         product, {"dy_col": 1, "x_col": 1}

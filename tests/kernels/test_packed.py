@@ -24,6 +24,7 @@ from sparse_tickets.kernels.packed import (
     unpack,
     write_gradient_,
 )
+from sparse_tickets.kernels.update import adam_
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 BACKENDS = ["reference", "cpu", pytest.param("triton", marks=needs_triton)]
@@ -390,6 +391,38 @@ def test_write_gradient(backend: str) -> None:
         # Only the layers' entries are written.
         assert gradient[ticket, count:].isnan().all()
     torch.testing.assert_close(squares.sum(1), expected.square().sum(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adam_on_packed_rows_is_adam_on_the_mask(backend: str) -> None:
+    """Two steps of a packed layer and of a dense one, with clipping that bites."""
+    net = ((7, 20),)
+    dense, mask, pattern = population(net, (0.3, 1.0, 0.0), device=device_of(backend), width=150)
+    x, dy = draw(3, 4, 20).to(dense.device), draw(3, 4, 7, seed=1).to(dense.device)
+    lr = torch.full((3,), 1e-2, device=dense.device)
+
+    def state(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        steps = torch.zeros(3, dtype=torch.int64, device=weight.device)
+        return torch.zeros_like(weight), torch.zeros_like(weight), steps
+
+    with use_backend(backend):
+        values = pack(dense, pattern)
+        m, v, step = state(values)
+        gradient, squares = torch.full_like(values, float("nan")), values.new_empty(3, 1)
+        for _ in range(2):
+            write_gradient_(gradient, dy, x, pattern, 0, squares=squares)
+            count = pattern.count
+            rows = (values, gradient, m, v, step, lr, None)
+            norm = adam_(*rows, count=count, norm_partials=squares, max_norm=0.5)
+        unpacked = unpack(values, pattern)
+    with use_backend("reference"):
+        m, v, step = state(dense)
+        grad = (dy.mT @ x).flatten(1)
+        for _ in range(2):
+            expected = adam_(dense, grad, m, v, step, lr, mask, max_norm=0.5)
+    torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(unpacked, dense)
+    assert not unpacked[~mask].any()
 
 
 # torch's machinery.
