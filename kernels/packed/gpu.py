@@ -466,9 +466,9 @@ def _constexprs(
         "PRECISION": exact,
     }
     if product == "forward":
-        # Hopper's tensor cores take 64 rows of the first operand, which a batch may not have.
-        full = layer.tile_out == MAX_TILE
-        constexprs["WEIGHT_FIRST"] = full and (dtype != torch.float32 or exact != "ieee")
+        # Hopper's tensor cores take 64 rows of the first operand, of whichever has them.
+        fits = layer.tile_out == MAX_TILE or launch.batch < MAX_TILE
+        constexprs["WEIGHT_FIRST"] = fits and (dtype != torch.float32 or exact != "ieee")
     return constexprs
 
 
