@@ -140,6 +140,8 @@ class Report:
             found.append(f"spills {self.spills} bytes of registers")
         if self.needs_matrix and not self.matrix:
             found.append(f"multiplies {', '.join(self.dots)} without tensor cores")
+        if self.matrix and set(self.dots) == {"ieee"}:
+            found.append(f"rounds IEEE float32 for {', '.join(self.matrix)}")
         if not self.occupancy.programs:
             found.append(f"does not fit: too much of {self.occupancy.limit}")
         return found

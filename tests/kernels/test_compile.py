@@ -103,11 +103,13 @@ def report() -> Report:
     return Report("op", "case", 90, 4, 64, 0, 0, 49152, 0, ("tf32",), ("HGMMA",))
 
 
-def test_spills_missing_tensor_cores_and_what_does_not_fit_are_problems(report: Report) -> None:
+def test_spills_wrong_units_and_what_does_not_fit_are_problems(report: Report) -> None:
     assert report.problems == []
     assert replace(report, spills=8).problems == ["spills 8 bytes of registers"]
     assert replace(report, matrix=()).problems == ["multiplies tf32 without tensor cores"]
     assert replace(report, matrix=(), dots=("ieee",)).problems == []
+    assert replace(report, dots=("ieee",)).problems == ["rounds IEEE float32 for HGMMA"]
+    assert replace(report, matrix=("DMMA",), dots=("fp64",)).problems == []
     assert replace(report, matrix=(), dots=("fp64",)).problems == []
     assert replace(report, matrix=(), dots=("bf16",)).problems
     assert replace(report, shared=228 * 1024).problems == ["does not fit: too much of shared"]
