@@ -176,10 +176,11 @@ def ppo_iteration(
     device: str = "cpu",
     systems: bool = False,
     threads: int | None = None,
+    level: int | None = None,
 ) -> Case:
     """A whole PPO iteration on CartPole, the actor pruned, against the same code run dense.
 
-    ``systems`` adds other people's: JAX and Stable-Baselines3.
+    ``systems`` adds other people's: JAX and Stable-Baselines3; ``level`` names the sparsity.
     """
 
     def build() -> Contest:
@@ -194,7 +195,10 @@ def ppo_iteration(
         return contest
 
     shape = {"P": tickets, "envs": PPO.copies, "steps": PPO.horizon} | _with(threads)
-    return Case("PPO iteration", shape, sparsity, build, unit="agent-step", threads=threads)
+    op = "PPO iteration"
+    if level is not None:
+        op, shape = "PPO iteration, level by level", shape | {"level": level}
+    return Case(op, shape, sparsity, build, unit="agent-step", threads=threads)
 
 
 def level(level: int, *, tickets: int = 60, iterations: int = 4, device: str = "cpu") -> Case:
@@ -259,6 +263,8 @@ def curves(device: str = "cpu") -> list[Case]:
     cases += [policy(90.0, batch=b, device=device) for b in (8, 32, 128, 512, 2048)]
     cases += [linear_forward(s, batch=512, **at_256) for s in _DENSITIES]
     cases += [linear_backward(s, batch=512, **at_256) for s in _DENSITIES]
+    for k in range(20):
+        cases.append(ppo_iteration(round(100 * (1 - 0.8**k), 2), level=k, device=device))
     for threads in (
         t for t in (1, 2, 4, 8, 16, 32, 64) if device == "cpu" and t <= available_cores()
     ):
