@@ -95,7 +95,9 @@ def _run_all(options: argparse.Namespace, console: Console) -> int:
     run.commit = options.commit or run.commit
     if options.rehearse:
         run.device = f"{_REHEARSAL}-{run.device}"
-    scratch = Path(tempfile.mkdtemp(prefix="sparse-tickets-gpu-"))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="parts-", dir=options.out))
     out = options.out or (scratch if options.rehearse else None)
     path = (out or RESULTS) / f"{run.device}-{run.date[:10]}.json"
     wrong = False
@@ -113,7 +115,8 @@ def _run_all(options: argparse.Namespace, console: Console) -> int:
         if part == "tune" and found.get("configurations"):
             _write_configurations(run, found, out, console)
     _show(console, run)
-    console.print(f"{run.seconds:.0f} s; written to {path}", highlight=False, soft_wrap=True)
+    told = f"{run.seconds:.0f} s; written to {path}, logs in {scratch}"
+    console.print(told, highlight=False, soft_wrap=True)
     return 1 if wrong else 0
 
 
