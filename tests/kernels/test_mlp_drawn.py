@@ -1,0 +1,61 @@
+"""A whole network on every backend against plain torch in float64, on drawn shapes and masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.dispatch import has_triton, use_backend
+from sparse_tickets.kernels.mlp import mlp, reference
+
+# Sums of at most a hundred float32 products, through at most four layers: 32 roundings.
+TOLERANCE = 32 * torch.finfo(torch.float32).eps
+
+networks = st.lists(st.integers(1, 20), min_size=2, max_size=5).map(tuple)
+
+
+def _assert_equals_float64(backend, sizes, activation, tickets, samples, density, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    arena = Arena.build(sizes, activation=activation)
+    weight = torch.randn(tickets, arena.size, generator=generator) / max(sizes) ** 0.5
+    mask = torch.rand(tickets, arena.prunable, generator=generator) < density
+    x = torch.randn(tickets, samples, sizes[0], generator=generator)
+    dy = torch.randn(tickets, samples, sizes[-1], generator=generator)
+
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    with use_backend(backend):
+        y = mlp(*leaves, arena.actor, mask, density=density)
+        found = (y, *torch.autograd.grad(y, leaves, dy))
+    exact = x.double().requires_grad_(), weight.double().requires_grad_()
+    y = reference.mlp(*exact, arena.actor, mask)
+    expected = (y, *torch.autograd.grad(y, exact, dy.double()))
+    for ours, theirs in zip(found, (tensor.detach() for tensor in expected), strict=True):
+        scale = float(theirs.abs().max()) if theirs.numel() else 1.0
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCE * max(scale, 1e-2))
+    assert not found[2][:, : arena.prunable][~mask].any()
+
+
+drawn = given(
+    sizes=networks,
+    activation=st.sampled_from(["tanh", "relu"]),
+    tickets=st.integers(0, 3),
+    samples=st.sampled_from([0, 1, 5, 33]),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+
+
+@drawn
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_on_the_cpu(**shape) -> None:
+    _assert_equals_float64("cpu", **shape)
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+@drawn
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_in_triton(**shape) -> None:
+    _assert_equals_float64("triton", **shape)
