@@ -9,10 +9,11 @@ from torch.autograd.function import once_differentiable
 from ..arena import Net
 from ..dispatch import Plan, resolve_backend
 from ..errors import check_device, check_dtype, check_shape
+from ..packed import Pattern, linear_packed, unpack
 from . import reference
-from .checks import check_density, check_precision, check_rows
+from .checks import check_density, check_packed, check_precision, check_rows
 
-__all__ = ["composition", "describe_layers", "mlp", "plan"]
+__all__ = ["composition", "describe_layers", "mlp", "mlp_packed", "plan", "plan_packed"]
 
 
 def mlp(
@@ -71,6 +72,74 @@ def mlp(
     return reference.mlp(x, weight, net, mask)
 
 
+def mlp_packed(
+    x: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    rest: Tensor,
+    net: Net,
+    *,
+    precision: str = "ieee",
+) -> Tensor:
+    """`mlp` by packed weights; their gradient arrives packed as well.
+
+    Gradients by parameters that do not belong to `net` are exactly zero. On a GPU, networks up to
+    64 wide run in one launch, differentiable once, without a dense weight or an activation in
+    memory; what their kernels leave out (`plan_packed` tells) runs layer by layer as
+    `linear_packed`. Other backends unpack, and call `mlp`.
+
+    Args:
+        x: ``[P, B, I]`` float32; float64 with the reference backend.
+        values: ``[P, k]``, same dtype: the weights on the mask, as `packed.pack` has them.
+        pattern: where they lie. It covers the network's weight matrices, one after the other.
+        rest: ``[P, size - N]``, same dtype: what follows the prunable weights in a row of the
+            arena, so ``weight[:, N:]``; the biases lie there.
+        net: where the network lies in the row.
+        precision: see `mlp`.
+
+    Returns:
+        ``[P, B, O]``: the output layer is linear.
+
+    Raises:
+        ValueError: a shape, a device, a pattern or a precision that is none of these.
+        TypeError: a dtype the backend does not take, or the pattern is no `Pattern`.
+    """
+    if x.dim() != 3 or x.shape[2] != net.sizes[0]:
+        raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
+    check_packed(values, pattern, rest, net, x.shape[0])
+    check_device("x", x, values)
+    check_precision(precision)
+    backend = resolve_backend(x.device)
+    floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
+    check_dtype("values", values, *floats)
+    check_dtype("x", x, values.dtype)
+    if backend != "triton":
+        return mlp(x, torch.cat([unpack(values, pattern), rest], 1), net)
+
+    from . import packed_gpu
+
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, values, rest))
+    if packed_gpu.is_fused(net, precision, to_input=x.requires_grad, backward=needed):
+        return _MlpPacked.apply(x, values, pattern.bits, pattern.start, rest, pattern, net)
+    # As in the kernels, products do not take autocast's dtype.
+    with torch.autocast(x.device.type, enabled=False):
+        return _packed_layers(x, values, pattern, rest, net, precision)
+
+
+def _packed_layers(
+    x: Tensor, values: Tensor, pattern: Pattern, rest: Tensor, net: Net, precision: str
+) -> Tensor:
+    """The network as a composition of `linear_packed`."""
+    first = [layer.offset for layer in pattern.layers].index(net.weights[0])
+    for layer in range(net.depth):
+        begin = net.biases[layer] - pattern.size
+        bias = rest[:, begin : begin + net.sizes[layer + 1]]
+        x = linear_packed(x, values, pattern, first + layer, bias, precision=precision)
+        if layer < net.depth - 1:
+            x = torch.tanh(x) if net.activation == "tanh" else torch.relu(x)
+    return x
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, net, mask, density):
@@ -125,6 +194,28 @@ class _MlpTriton(torch.autograd.Function):
         return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None
 
 
+class _MlpPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, bits, start, rest, pattern, net):
+        from . import packed_gpu
+
+        # The pattern's tensors too: autograd then raises if they are changed in between.
+        ctx.save_for_backward(x, values, bits, start, rest)
+        ctx.pattern, ctx.net = pattern, net
+        return packed_gpu.forward(x.detach(), values.detach(), pattern, rest.detach(), net)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from . import packed_gpu
+
+        x, values, _, _, rest = ctx.saved_tensors
+        dvalues, drest = packed_gpu.backward(
+            dy, x.detach(), values.detach(), ctx.pattern, rest.detach(), ctx.net
+        )
+        return None, dvalues, None, None, drest, None, None
+
+
 def plan(
     net: Net,
     device: torch.device,
@@ -159,6 +250,32 @@ def plan(
         nominal = density if masked else 1.0
         return Plan("mlp", "cpu", *describe_layers((net,), (nominal,)))
     return Plan("mlp", "reference", "dense+mask", composition(backend))
+
+
+def plan_packed(
+    net: Net, device: torch.device, *, precision: str = "ieee", to_input: bool = False
+) -> Plan:
+    """What `mlp_packed` does on ``device`` where gradients are asked for, and why.
+
+    Args:
+        net: the network.
+        device: where its tensors live.
+        precision: of the products of the Triton backend.
+        to_input: whether the gradient of the input is asked for, not the parameters' alone.
+
+    Raises:
+        ValueError: a precision that `mlp_packed` refuses, or a backend the device cannot run.
+    """
+    check_precision(precision)
+    backend = resolve_backend(device)
+    if backend != "triton":
+        inner = plan(net, device, masked=False)
+        reason = f"unpacked for every call, then as mlp: {inner.reason}"
+        return Plan("mlp_packed", backend, inner.format, reason)
+    from . import packed_gpu
+
+    reason = packed_gpu.describe(net, precision, to_input=to_input)
+    return Plan("mlp_packed", "triton", "packed", reason)
 
 
 def describe_layers(nets: tuple[Net, ...], densities: tuple[float, ...]) -> tuple[str, str]:

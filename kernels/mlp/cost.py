@@ -1,7 +1,8 @@
 """What a network's passes must compute and move on a GPU, by the route that `gpu.choose` takes.
 
 Weights and their mask count once per ticket, activations and deltas only where a route writes them
-to memory. ``masked`` weights cost a byte of mask each. Numbers are float32.
+to memory. ``masked`` weights cost a byte of mask each; packed ones count alone, with their bits.
+Numbers are float32.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 from ..cost import Cost
+from ..packed.cost import pattern_bytes
 
-__all__ = ["forward", "fused_backward", "split_backward"]
+__all__ = ["forward", "fused_backward", "packed_backward", "packed_forward", "split_backward"]
 
 _ITEM = 4
 """Bytes of a float32."""
@@ -72,6 +74,45 @@ def split_backward(
     moved = 2 * sizes[-1] + 4 * hidden + sizes[0] * (1 + to_input)
     items = batch * moved + (weights - first) + weights + biases
     return _cost(tickets, flops, items, (2 * weights - first) * masked)
+
+
+def packed_forward(
+    tickets: int, batch: int, sizes: tuple[int, ...], nonzeros: tuple[int, ...]
+) -> Cost:
+    """All layers by packed weights; FLOPs of the nonzeros alone, though whole tiles are multiplied.
+
+    Args:
+        tickets: P.
+        batch: B, rows per ticket.
+        sizes: features from input to output.
+        nonzeros: of one ticket's layers.
+    """
+    _, biases, hidden = _count(sizes)
+    flops = batch * (2 * sum(nonzeros) + biases + hidden)
+    items = batch * (sizes[0] + sizes[-1]) + sum(nonzeros) + biases
+    return _packed_cost(tickets, flops, items, sizes)
+
+
+def packed_backward(
+    tickets: int, batch: int, sizes: tuple[int, ...], nonzeros: tuple[int, ...]
+) -> Cost:
+    """Gradients of the packed weights, the hidden layers recomputed; see `packed_forward`.
+
+    Values are read, their gradient written; the pattern counts once for both.
+    """
+    _, biases, hidden = _count(sizes)
+    weights = sum(nonzeros)
+    recomputed = 2 * (weights - nonzeros[-1]) + 2 * hidden
+    deltas = 2 * (weights - nonzeros[0]) + 3 * hidden
+    flops = batch * (recomputed + deltas + 2 * weights + biases)
+    items = batch * (sizes[0] + sizes[-1]) + 2 * (weights + biases)
+    return _packed_cost(tickets, flops, items, sizes)
+
+
+def _packed_cost(tickets: int, flops: int, items: int, sizes: tuple[int, ...]) -> Cost:
+    cost = _cost(tickets, flops, items, 0)
+    pattern = sum(pattern_bytes(tickets, out, inp) for inp, out in pairwise(sizes))
+    return Cost(cost.flops, cost.bytes + pattern)
 
 
 def _count(sizes: tuple[int, ...]) -> tuple[int, int, int]:

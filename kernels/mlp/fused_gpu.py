@@ -5,6 +5,10 @@ Backward, it takes a stretch of the rows tile by tile, recomputes their activati
 gradient of every weight in its registers; it writes these once, one row of the arena per stretch,
 which `split_gpu` adds in order. No atomics: a result depends neither on P nor on timing.
 
+Weights lie in rows of the arena, or packed (`packed_gpu` launches these): then ``weight`` is the
+values, ``mask`` the pattern's bits as octets, ``start`` what precedes each tile. A layer this
+narrow is one tile, so it is read as a whole either way.
+
 Dots on CUDA cores only: a tensor-core dot keeps its operands' fragments, and sm_80 spills.
 """
 
@@ -14,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..compile import Case
+from ..packed.tiles import load_packed_tile, store_packed_tile
 from .geometry import Geometry
 
 __all__ = [
@@ -22,6 +27,7 @@ __all__ = [
     "ROWS",
     "activate",
     "backward_kernel",
+    "case",
     "deactivate",
     "forward_kernel",
 ]
@@ -83,28 +89,34 @@ def _load_rows(source, stride, left, SIZE: tl.constexpr, BLOCK: tl.constexpr, RO
 def _load_weight(
     weight,
     mask,
-    BEGIN: tl.constexpr,
-    OUT: tl.constexpr,
-    INP: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_INP: tl.constexpr,
+    start,
+    layer: tl.constexpr,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     MASKED: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """A layer ``[BLOCK_OUT, BLOCK_INP]``, zero off the mask and beyond its size."""
-    row = tl.arange(0, BLOCK_OUT)[:, None]
-    col = tl.arange(0, BLOCK_INP)[None, :]
-    inside = (row < OUT) & (col < INP)
-    entry = BEGIN + row * INP + col
-    values = tl.load(weight + entry, mask=inside, other=0.0)
-    if MASKED:
-        values = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, values, 0.0)
+    """A layer ``[out, inp]`` in whole blocks, zero off the mask and beyond its size."""
+    if start is None:
+        row = tl.arange(0, BLOCKS[layer + 1])[:, None]
+        col = tl.arange(0, BLOCKS[layer])[None, :]
+        inside = (row < SIZES[layer + 1]) & (col < SIZES[layer])
+        entry = WEIGHTS[layer] + row * SIZES[layer] + col
+        values = tl.load(weight + entry, mask=inside, other=0.0)
+        if MASKED[layer]:
+            values = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, values, 0.0)
+    else:
+        bits = mask + WEIGHTS[layer]
+        first = start + TILES[layer]
+        values = load_packed_tile(weight, bits, first, 0, BLOCKS[layer + 1], BLOCKS[layer])
     return values
 
 
 @triton.jit
-def _load_bias(weight, BEGIN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr):
+def _load_bias(bias, BEGIN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr):
     col = tl.arange(0, BLOCK)
-    return tl.load(weight + BEGIN + col, mask=col < OUT, other=0.0)[None, :]
+    return tl.load(bias + BEGIN + col, mask=col < OUT, other=0.0)[None, :]
 
 
 @triton.jit
@@ -112,29 +124,23 @@ def _hidden_layers(
     x,
     weight,
     mask,
+    start,
+    bias,
     DEPTH: tl.constexpr,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
+    TILES: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     """The input of every layer for a tile of rows: `x` and the hidden activations."""
     inputs = (x,)
     for layer in tl.static_range(DEPTH - 1):
-        matrix = _load_weight(
-            weight,
-            mask,
-            WEIGHTS[layer],
-            SIZES[layer + 1],
-            SIZES[layer],
-            BLOCKS[layer + 1],
-            BLOCKS[layer],
-            MASKED[layer],
-        )
-        bias = _load_bias(weight, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
-        total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + bias
+        matrix = _load_weight(weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
+        shift = _load_bias(bias, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
+        total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + shift
         inputs += (activate(total, ACTIVATION),)
     return inputs
 
@@ -144,17 +150,22 @@ def forward_kernel(
     x,
     weight,
     mask,
+    start,
+    bias,
     y,
     samples,
     x_ticket,
     x_row,
     weight_ticket,
     mask_ticket,
+    start_ticket,
+    bias_ticket,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
+    TILES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -167,30 +178,39 @@ def forward_kernel(
     tiles = tl.cdiv(samples, ROWS)
     program = tl.program_id(0)
     ticket = (program // tiles).to(tl.int64)
-    start = program % tiles * ROWS
-    left = samples - start
+    begin = program % tiles * ROWS
+    left = samples - begin
     weight += ticket * weight_ticket
+    bias += ticket * bias_ticket
     if mask is not None:
         mask += ticket * mask_ticket
-    x += ticket * x_ticket + start.to(tl.int64) * x_row
-    y += (ticket * samples + start) * SIZES[DEPTH]
+    if start is not None:
+        start += ticket * start_ticket
+    x += ticket * x_ticket + begin.to(tl.int64) * x_row
+    y += (ticket * samples + begin) * SIZES[DEPTH]
 
     tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
     inputs = _hidden_layers(
-        tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
-    )
-    matrix = _load_weight(
+        tile,
         weight,
         mask,
-        WEIGHTS[DEPTH - 1],
-        SIZES[DEPTH],
-        SIZES[DEPTH - 1],
-        BLOCKS[DEPTH],
-        BLOCKS[DEPTH - 1],
-        MASKED[DEPTH - 1],
+        start,
+        bias,
+        DEPTH,
+        SIZES,
+        BLOCKS,
+        WEIGHTS,
+        BIASES,
+        MASKED,
+        TILES,
+        ACTIVATION,
     )
-    bias = _load_bias(weight, BIASES[DEPTH - 1], SIZES[DEPTH], BLOCKS[DEPTH])
-    total = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + bias
+    if start is not None:
+        # Else the compiler expands the last tile early, and spills.
+        tl.debug_barrier()
+    matrix = _load_weight(weight, mask, start, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
+    shift = _load_bias(bias, BIASES[DEPTH - 1], SIZES[DEPTH], BLOCKS[DEPTH])
+    total = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + shift
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCKS[DEPTH])[None, :]
     tl.store(y + row * SIZES[DEPTH] + col, total, mask=(row < left) & (col < SIZES[DEPTH]))
@@ -202,7 +222,10 @@ def backward_kernel(
     x,
     weight,
     mask,
+    start,
+    bias,
     target,
+    bias_target,
     samples,
     stretch,
     dy_ticket,
@@ -211,28 +234,36 @@ def backward_kernel(
     x_row,
     weight_ticket,
     mask_ticket,
+    start_ticket,
+    bias_ticket,
     target_row,
+    bias_target_row,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
+    TILES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradient of a ticket's parameters over ``stretch`` of its samples, as a row of `target`.
+    """Gradient of a ticket's parameters over ``stretch`` of its samples, as a row of the targets.
 
-    Row ``ticket * stretches + split`` of `target` is laid out like the arena; entries of other
-    networks are left alone. A ticket takes 6·samples·(weights) FLOPs less 2 for the last layer,
-    which is not recomputed, and the first, whose input needs no gradient; it moves x and dy once,
-    weights once and masks twice per stretch, and writes its gradient once per stretch.
+    Row ``ticket * stretches + split`` of `target` is laid out like `weight`, that of `bias_target`
+    like `bias`; entries of other networks are left alone. A ticket takes 6·samples·(weights) FLOPs
+    less 2 for the last layer, which is not recomputed, and the first, whose input needs no
+    gradient; it moves x and dy once, weights once and masks twice per stretch, and writes its
+    gradient once per stretch.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
     ticket = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     weight += ticket * weight_ticket
+    bias += ticket * bias_ticket
     if mask is not None:
         mask += ticket * mask_ticket
+    if start is not None:
+        start += ticket * start_ticket
     begin = split * stretch
     x += ticket * x_ticket + begin.to(tl.int64) * x_row
     dy += ticket * dy_ticket + begin.to(tl.int64) * dy_row
@@ -245,11 +276,23 @@ def backward_kernel(
         grads += (_zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
         bias_grads += (_zeros(ROWS, BLOCKS[layer + 1]),)
 
-    for start in range(begin, tl.minimum(begin + stretch, samples), ROWS):
-        left = samples - start
+    for done in range(begin, tl.minimum(begin + stretch, samples), ROWS):
+        left = samples - done
         tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
         inputs = _hidden_layers(
-            tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
+            tile,
+            weight,
+            mask,
+            start,
+            bias,
+            DEPTH,
+            SIZES,
+            BLOCKS,
+            WEIGHTS,
+            BIASES,
+            MASKED,
+            TILES,
+            ACTIVATION,
         )
         delta = _load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS)
         new_grads = ()
@@ -262,14 +305,7 @@ def backward_kernel(
             new_bias_grads += (bias_grads[DEPTH - 1 - layer] + delta,)
             if layer > 0:
                 matrix = _load_weight(
-                    weight,
-                    mask,
-                    WEIGHTS[layer],
-                    SIZES[layer + 1],
-                    SIZES[layer],
-                    BLOCKS[layer + 1],
-                    BLOCKS[layer],
-                    MASKED[layer],
+                    weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES
                 )
                 delta = tl.dot(delta, matrix, input_precision="ieee")
                 delta = deactivate(delta, inputs[layer], ACTIVATION)
@@ -278,41 +314,63 @@ def backward_kernel(
         x += ROWS * x_row
         dy += ROWS * dy_row
 
-    target += (ticket * tl.num_programs(1) + split) * target_row
+    place = ticket * tl.num_programs(1) + split
+    target += place * target_row
+    bias_target += place * bias_target_row
     for layer in tl.static_range(DEPTH):
         row = tl.arange(0, BLOCKS[layer + 1])
-        col = tl.arange(0, BLOCKS[layer])[None, :]
-        inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
-        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
         grad = grads[DEPTH - 1 - layer]
         bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
-        if MASKED[layer]:
-            grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
-        tl.store(target + entry, grad, mask=inside)
-        tl.store(target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
+        if start is None:
+            col = tl.arange(0, BLOCKS[layer])[None, :]
+            inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
+            entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
+            if MASKED[layer]:
+                grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
+            tl.store(target + entry, grad, mask=inside)
+        else:
+            bits = mask + WEIGHTS[layer]
+            first = start + TILES[layer]
+            store_packed_tile(target, bits, first, 0, grad, BLOCKS[layer + 1], BLOCKS[layer])
+        tl.store(bias_target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
 
 
-def _case(kernel: str, sizes: tuple[int, ...], activation: str, *, masked: bool = True) -> Case:
-    """A launch on an arena that holds one network, its rows not aligned."""
-    geometry = Geometry.of_sizes(sizes, masked=masked)
-    names = ("x", "weight", "y") if kernel == "forward" else ("dy", "x", "weight", "target")
-    integers = ["samples", "x_ticket", "x_row", "weight_ticket", "mask_ticket"]
-    if kernel == "backward":
-        integers += ["stretch", "dy_ticket", "dy_row", "target_row"]
-    signature = dict.fromkeys(names, "*fp32:16") | dict.fromkeys(integers, "i32")
+def case(
+    kernel: str, geometry: Geometry, activation: str, *, masked: bool = True, suffix: str = ""
+) -> Case:
+    """A launch on rows that are not aligned, named after the network."""
+    floats = ["x", "weight", "bias"]
+    integers = ["samples", "x_ticket", "x_row"]
+    integers += ["weight_ticket", "mask_ticket", "start_ticket", "bias_ticket"]
+    if kernel == "forward":
+        floats.append("y")
+    else:
+        floats += ["dy", "target", "bias_target"]
+        integers += ["stretch", "dy_ticket", "dy_row", "target_row", "bias_target_row"]
+    signature = dict.fromkeys(floats, "*fp32:16") | dict.fromkeys(integers, "i32")
     constexprs = {**geometry.constexprs, "BLOCKS": geometry.blocks, "ROWS": ROWS}
-    constexprs["ACTIVATION"] = activation
+    constexprs |= {"TILES": geometry.tiles, "ACTIVATION": activation}
     if masked:
         signature["mask"] = "*u8:16"
     else:
         constexprs["mask"] = None
-    name = f"{kernel}_{'_'.join(map(str, sizes))}_{activation}{'' if masked else '_dense'}"
+    if geometry.tiles is None:
+        constexprs["start"] = None
+    else:
+        signature["start"] = "*i32:16"
+    name = f"{kernel}_{'_'.join(map(str, geometry.sizes))}_{activation}{suffix}"
     function = forward_kernel if kernel == "forward" else backward_kernel
     return Case(name, function, signature, constexprs, OPTIONS)
 
 
 COMPILE_CASES = [
-    _case(kernel, sizes, activation, masked=masked)
+    case(
+        kernel,
+        Geometry.of_sizes(sizes, masked=masked),
+        activation,
+        masked=masked,
+        suffix="" if masked else "_dense",
+    )
     for kernel in ("forward", "backward")
     for sizes, activation, masked in (
         ((4, 64, 64, 2), "tanh", True),

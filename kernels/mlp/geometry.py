@@ -1,4 +1,7 @@
-"""What the Triton kernels know of a network when they are compiled: its sizes and its offsets."""
+"""What the Triton kernels know of a network when they are compiled: its sizes and its offsets.
+
+Of weights in a row of the arena, or of packed ones.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arena import Arena, Net
+from ..packed import Layer
 
 __all__ = ["Geometry"]
 
@@ -16,15 +20,17 @@ class Geometry:
 
     Attributes:
         sizes: features from input to output.
-        weights: offset of each weight matrix.
-        biases: offset of each bias vector.
+        weights: offset of each weight matrix; if packed, of the octets of its bits.
+        biases: offset of each bias vector; if packed, in what follows the prunable weights.
         masked: whether a mask covers each weight matrix.
+        tiles: if packed, the first tile of each weight matrix; else None.
     """
 
     sizes: tuple[int, ...]
     weights: tuple[int, ...]
     biases: tuple[int, ...]
     masked: tuple[bool, ...]
+    tiles: tuple[int, ...] | None = None
 
     @staticmethod
     def of(net: Net, prunable: int) -> Geometry:
@@ -37,6 +43,17 @@ class Geometry:
         """Of the only network of an arena, for `COMPILE_CASES`."""
         arena = Arena.build(sizes)
         return Geometry.of(arena.actor, arena.prunable if masked else 0)
+
+    @staticmethod
+    def of_packed(net: Net, layers: tuple[Layer, ...], prunable: int) -> Geometry:
+        """Of a network whose weights are these layers of a pattern over ``prunable`` entries."""
+        return Geometry(
+            net.sizes,
+            tuple(4 * layer.first_word for layer in layers),
+            tuple(begin - prunable for begin in net.biases),
+            (True,) * net.depth,
+            tuple(layer.first_tile for layer in layers),
+        )
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -21,7 +21,16 @@ from ..linear import gpu as layer_gpu
 from . import fused_gpu, split_gpu
 from .geometry import Geometry
 
-__all__ = ["COMPILE_CASES", "Route", "backward", "choose", "describe", "forward"]
+__all__ = [
+    "COMPILE_CASES",
+    "Route",
+    "backward",
+    "choose",
+    "cut",
+    "describe",
+    "forward",
+    "with_rows",
+]
 
 COMPILE_CASES = [*fused_gpu.COMPILE_CASES, *split_gpu.COMPILE_CASES]
 
@@ -127,7 +136,7 @@ def forward(
     Returns:
         y, and the hidden activations if ``keep``, else None.
     """
-    x, weight, mask = _with_rows(x), _with_rows(weight), _as_bytes(mask)
+    x, weight, mask = with_rows(x), with_rows(weight), _as_bytes(mask)
     tickets, samples, _ = x.shape
     geometry = _geometry(net, mask)
     route = choose(net, precision).forward
@@ -178,7 +187,7 @@ def backward(
     Returns:
         dx or None, and dweight: zero off the mask and where `net` has no parameters.
     """
-    dy, x, weight, mask = _with_rows(dy), _with_rows(x), _with_rows(weight), _as_bytes(mask)
+    dy, x, weight, mask = with_rows(dy), with_rows(x), with_rows(weight), _as_bytes(mask)
     tickets, samples, _ = x.shape
     geometry = _geometry(net, mask)
     route = choose(net, precision, to_input=to_input).backward
@@ -191,7 +200,7 @@ def backward(
     if tickets == 0 or samples == 0:
         return dx, dweight.zero_()
 
-    splits, stretch = _cut(samples, FUSED_STRETCH if route == "fused" else SPLIT_STRETCH)
+    splits, stretch = cut(samples, FUSED_STRETCH if route == "fused" else SPLIT_STRETCH)
     rows = dweight.zero_() if splits == 1 else weight.new_empty(tickets * splits, weight.shape[1])
     with torch.cuda.device_of(x):
         if route == "fused":
@@ -218,14 +227,19 @@ def _forward_fused(
         x,
         weight,
         mask,
+        None,
+        weight,
         y,
         samples,
         x.stride(0),
         x.stride(1),
         weight.stride(0),
         _stride(mask),
+        0,
+        weight.stride(0),
         **geometry.constexprs,
         BLOCKS=geometry.blocks,
+        TILES=None,
         ACTIVATION=net.activation,
         ROWS=fused_gpu.ROWS,
         **fused_gpu.OPTIONS,
@@ -303,6 +317,9 @@ def _backward_fused(
         x,
         weight,
         mask,
+        None,
+        weight,
+        rows,
         rows,
         samples,
         stretch,
@@ -312,9 +329,13 @@ def _backward_fused(
         x.stride(1),
         weight.stride(0),
         _stride(mask),
+        0,
+        weight.stride(0),
+        rows.stride(0),
         rows.stride(0),
         **geometry.constexprs,
         BLOCKS=geometry.blocks,
+        TILES=None,
         ACTIVATION=net.activation,
         ROWS=fused_gpu.ROWS,
         **fused_gpu.OPTIONS,
@@ -434,7 +455,7 @@ def _add(rows: Tensor, dweight: Tensor, geometry: Geometry, splits: int) -> None
     )
 
 
-def _cut(samples: int, stretch: int) -> tuple[int, int]:
+def cut(samples: int, stretch: int) -> tuple[int, int]:
     """How many stretches the samples make, and the length of all but the last: whole tiles."""
     splits = min(triton.cdiv(samples, stretch), MOST_STRETCHES)
     length = triton.cdiv(triton.cdiv(samples, splits), STRETCH_UNIT) * STRETCH_UNIT
@@ -458,13 +479,13 @@ def _geometry(net: Net, mask: Tensor | None) -> Geometry:
     return Geometry.of(net, 0 if mask is None else mask.shape[1])
 
 
-def _with_rows(tensor: Tensor) -> Tensor:
+def with_rows(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it, with contiguous rows: the kernels stride all else."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _as_bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else _with_rows(mask).view(torch.uint8)
+    return None if mask is None else with_rows(mask).view(torch.uint8)
 
 
 def _stride(mask: Tensor | None) -> int:

@@ -282,7 +282,7 @@ def test_refuses_what_it_cannot_do():
 def test_stretches_are_whole_tiles_and_cover_the_samples():
     for samples in (1, 31, 64, 65, 130, 5000, 10**6):
         for stretch in (gpu.FUSED_STRETCH, gpu.SPLIT_STRETCH):
-            splits, length = gpu._cut(samples, stretch)
+            splits, length = gpu.cut(samples, stretch)
             assert 1 <= splits <= gpu.MOST_STRETCHES
             assert (splits - 1) * length < samples <= splits * length
             for options in (split_gpu.walk_options, split_gpu.gradient_options):
