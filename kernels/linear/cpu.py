@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.kernels.dispatch import Plan
-from sparse_tickets.kernels.linear import blocked, compressed, reference
+from sparse_tickets.kernels.linear import blocked, compressed, recycling, reference
 from sparse_tickets.kernels.linear.crossover import Choice, Pass, bucket, choose, is_forced
 from sparse_tickets.kernels.linear.patterns import Pattern, find_pattern
 from sparse_tickets.kernels.linear.single import SingleRow
@@ -107,7 +107,7 @@ def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Ten
         return reference.linear(x, weight, mask, bias)
     pattern, groups = found
     tickets, batch = x.shape[:2]
-    y = x.new_empty(tickets, batch, weight.shape[1])
+    y = recycling.empty(tickets, batch, weight.shape[1])
     bias_ = np.zeros(tickets * weight.shape[1], np.float32) if bias is None else _flat(bias)
     arguments = (_flat(x), _flat(weight), pattern, bias_, _flat(y))
     for name, backend in (("csr", compressed), ("blocked", blocked)):
@@ -125,7 +125,7 @@ def dx(dy: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     found = _group(mask, dy.shape[1], dy.dtype, training=True)
     if found is None:
         return reference.linear_dx(dy, weight, mask)
-    result = dy.new_empty(*dy.shape[:2], weight.shape[2])
+    result = recycling.empty(*dy.shape[:2], weight.shape[2])
     _add_formats(*found, dy, None, weight, result, None, None)
     if "dense" in found[1]:
         i = torch.from_numpy(found[1]["dense"])
@@ -151,7 +151,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tenso
     found = _group(mask, dy.shape[1], dy.dtype, training=True)
     if found is None:
         return reference.linear_dx(dy, weight, mask), _dense_dw(dy, x, mask), dy.sum(1)
-    result = dy.new_empty(x.shape), dy.new_zeros(mask.shape), dy.new_empty(mask.shape[:2])
+    result = recycling.empty(*x.shape), dy.new_zeros(mask.shape), dy.new_empty(mask.shape[:2])
     _add_formats(*found, dy, x, weight, *result)
     if "dense" in found[1]:
         i = torch.from_numpy(found[1]["dense"])
