@@ -176,19 +176,19 @@ class SparseLinear(nn.Linear):
             raise ValueError(
                 f"input must have shape [..., {self.in_features}], got {tuple(input.shape)}"
             )
-        weight = self.weight
+        # Each attribute of a module is a search: once is enough.
+        weight, mask, bias = self.weight, self.mask, self.bias
         if weight.is_meta or torch._C._are_functorch_transforms_active():
             # What the op does not know, torch's own operations do.
-            return F.linear(input, torch.where(self.mask, weight, 0), self.bias)
+            return F.linear(input, torch.where(mask, weight, 0), bias)
         batch = math.prod(input.shape[:-1])
         if torch.compiler.is_compiling() or not self._is_clean(weight):
-            weight = torch.where(self.mask, weight, 0)
+            weight = torch.where(mask, weight, 0)
         elif batch == 1 or self._runs_dense(batch, tracked):
             # A single row that `_act` leaves has nothing to gain: overhead is all it costs.
             return self._forward_dense(input)
-        bias = None if self.bias is None else self.bias[None]
         rows = input.reshape(1, batch, self.in_features)
-        output = linear(rows, weight[None], self.mask[None], bias)
+        output = linear(rows, weight[None], mask[None], None if bias is None else bias[None])
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _is_trained(self) -> bool:
@@ -386,12 +386,12 @@ class SparseLinear(nn.Linear):
         return plan(self.out_features, self.in_features, batch, density, dtype, device, block)
 
     def _runs_dense(self, batch: int, training: bool) -> bool:
-        """Whether torch's own linear is what the plan comes to, on a weight zero off the mask."""
-        kept = self._kept()
-        if kept is None or kept == self.mask.numel():
+        """Whether torch's own linear is what the plan comes to, on a weight known to be clean."""
+        seen = cast(_Seen, self._seen)
+        kept, mask, choices = seen.kept, seen.mask, seen.choices
+        if kept is None or kept == mask.numel():
             return kept is not None
-        choices = cast(_Seen, self._seen).choices
-        backend = resolve_backend(self.mask.device)
+        backend = resolve_backend(mask.device)
         key = (backend, self._dtype(), training, (batch - 1).bit_length() if batch else -1)
         if key not in choices:
             chosen = self._plan(batch, kept, training)

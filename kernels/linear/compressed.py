@@ -33,7 +33,8 @@ __all__ = ["backward", "multiply"]
 
 # Multiply-adds below which a parallel launch costs more than it saves.
 _SERIAL = 1 << 20
-# The batch is cut into at most so many groups, each with its own sums of the weight gradient.
+# The batch is cut into at most so many groups, each with its own panels and, backward, its own sums of
+# the weight gradient.
 _GROUPS = 16
 # Rows of a weight gradient whose groups are added up together.
 _CHUNK = 32
@@ -70,31 +71,35 @@ def _gather(weight, begin, position, tickets, out):
 
 
 @njit(cache=True)
-def _product_item(item, x, values, begin, column, bias, y, tickets, batch, inp, out):
-    """One panel of one ticket of ``y[p] = x[p] wᵀ + bias[p]``."""
+def _product_item(item, groups, x, values, begin, column, bias, y, tickets, batch, inp, out):
+    """A group of panels of one ticket of ``y[p] = x[p] wᵀ + bias[p]``."""
     panels = (batch + PANEL - 1) // PANEL
-    p = tickets[item // panels]
-    first = item % panels * PANEL
-    count = min(PANEL, batch - first)
+    p = tickets[item // groups]
+    group = item % groups
     x_panel = aligned_empty(inp * PANEL)
     y_panel = aligned_empty(out * PANEL)
-    to_panel(x, (p * batch + first) * inp, inp, count, x_panel)
-    _multiply_panel(values, begin, column, p * out, out, count, x_panel, bias, y_panel)
-    from_panel(y_panel, y, (p * batch + first) * out, out, count)
+    for panel in range(group * panels // groups, (group + 1) * panels // groups):
+        first = panel * PANEL
+        count = min(PANEL, batch - first)
+        to_panel(x, (p * batch + first) * inp, inp, count, x_panel)
+        _multiply_panel(values, begin, column, p * out, out, count, x_panel, bias, y_panel)
+        from_panel(y_panel, y, (p * batch + first) * out, out, count)
 
 
 @njit(cache=True, nogil=True)
-def _product(x, weight, begin, column, position, bias, y, tickets, batch, inp, out):
+def _product(groups, x, weight, begin, column, position, bias, y, tickets, batch, inp, out):
     values = _gather(weight, begin, position, tickets, out)
-    for item in range(tickets.size * ((batch + PANEL - 1) // PANEL)):
-        _product_item(item, x, values, begin, column, bias, y, tickets, batch, inp, out)
+    for item in range(tickets.size * groups):
+        _product_item(item, groups, x, values, begin, column, bias, y, tickets, batch, inp, out)
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _product_parallel(x, weight, begin, column, position, bias, y, tickets, batch, inp, out):
+def _product_parallel(
+    groups, x, weight, begin, column, position, bias, y, tickets, batch, inp, out
+):
     values = _gather(weight, begin, position, tickets, out)
-    for item in prange(tickets.size * ((batch + PANEL - 1) // PANEL)):
-        _product_item(item, x, values, begin, column, bias, y, tickets, batch, inp, out)
+    for item in prange(tickets.size * groups):
+        _product_item(item, groups, x, values, begin, column, bias, y, tickets, batch, inp, out)
 
 
 def multiply(
@@ -117,12 +122,19 @@ def multiply(
         tickets: int64.
         batch: rows per ticket.
     """
-    arguments = (x, weight, *pattern.rows, bias, y, tickets, batch, pattern.inp, pattern.out)
+    groups = _count_groups(batch)
+    arguments = (
+        groups, x, weight, *pattern.rows, bias, y, tickets, batch, pattern.inp, pattern.out
+    )  # fmt: skip
     if _is_small(pattern, batch):
         _product(*arguments)
     else:
         with launch():
             _product_parallel(*arguments)
+
+
+def _count_groups(batch: int) -> int:
+    return max(1, min(_GROUPS, -(-batch // PANEL)))
 
 
 def _is_small(pattern: Pattern, batch: int) -> bool:
@@ -310,7 +322,7 @@ def backward(
         batch: rows per ticket.
     """
     out, inp = pattern.out, pattern.inp
-    groups = max(1, min(_GROUPS, -(-batch // PANEL)))
+    groups = _count_groups(batch)
     nonzeros = int(np.diff(pattern.rows.begin[::out]).max())
     # A whole register beyond the last nonzero may be touched.
     width = nonzeros + LANES if dw is not None else 0
