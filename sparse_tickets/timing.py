@@ -404,10 +404,11 @@ def verified_ratio(
             )
     timings = interleave(contenders, budget, clock)
     for contender in contenders:
-        if contender.without is not None and min(timings[contender.name].wall) <= 0:
+        # A round that was interrupted may come out negative, and then counts against us.
+        if contender.without is not None and Spread.of(timings[contender.name].wall).p20 <= 0:
             raise Unverified(
                 f"{contender.name} must take longer with the part of interest than without it, "
-                "in some round it did not: their difference is noise here"
+                "in a fifth of the rounds it did not: their difference is noise here"
             )
     warm = {name: timing.wall for name, timing in timings.items()}
     cold = interleave_cold(contenders, budget, evict, clock) if evict is not None else {}

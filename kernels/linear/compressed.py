@@ -33,8 +33,8 @@ __all__ = ["backward", "multiply"]
 
 # Multiply-adds below which a parallel launch costs more than it saves.
 _SERIAL = 1 << 20
-# The batch is cut into at most so many groups, each with its own panels and, backward, its own sums of
-# the weight gradient.
+# The batch is cut into at most so many groups, each with its own panels and, backward, its own sums
+# of the weight gradient.
 _GROUPS = 16
 # Rows of a weight gradient whose groups are added up together.
 _CHUNK = 32
