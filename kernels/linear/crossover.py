@@ -56,6 +56,9 @@ _LOW, _HIGH = 0.05, 0.6
 _MARGIN = 1.05
 # Below this many weights the overhead of a call decides, and torch has the least of it.
 _SMALLEST = 16 * 16
+# Up to this many multiply-adds of several rows the Python around a sparse call costs what it saves;
+# a measurement in a tight loop would not see it.
+_SMALLEST_WORK = 1 << 22
 # The largest batch measured, and the most multiply-adds: times grow in proportion beyond.
 _LARGEST_BATCH = 4096
 _MOST_WORK = 1 << 27
@@ -128,6 +131,8 @@ def choose(format: Format, pass_: Pass, out: int, inp: int, batch: int, density:
     if not batch or out * inp < _SMALLEST:
         return Choice(False, f"{out} x {inp} weights are too few to pay for {format}")
     mode = crossover_mode()
+    if mode == "measure" and batch > 1 and batch * out * inp <= _SMALLEST_WORK:
+        return Choice(False, f"batch {batch}, {out} x {inp}: too little work to pay for a call")
     if mode == "measure":
         gain = _times(format, out, inp, bucket(batch))[pass_].gain(density)
         sparse = gain >= _MARGIN

@@ -305,7 +305,16 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(crossover, "_SECONDS", 0.005)
     monkeypatch.setattr(crossover, "_table", {})
+    monkeypatch.setattr(crossover, "_SMALLEST_WORK", 0)
     return crossover.cache_file()
+
+
+def test_little_work_is_dense_unmeasured(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "measure")
+    plan = SparseLinear(64, 48).prune_(0.1).plan(batch=100)
+    assert plan.format == "dense+mask"
+    assert "too little work" in plan.reason
 
 
 def test_measured_once_and_kept(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
