@@ -13,7 +13,7 @@ from rich.console import Console
 from sparse_tickets.timing import Budget
 
 from .compare import compare
-from .console import warn_if_busy
+from .console import show_comparison, warn_if_busy
 from .first_screen import rewrite
 from .instructions import count_instructions
 from .report import write_report
@@ -62,10 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         help="whose measured and losses markers are filled in",
     )
 
-    two = commands.add_parser("compare", help="what became slower beyond noise")
+    two = commands.add_parser(
+        "compare",
+        help="what became slower by more than the machine did",
+        description="Compares results of two versions of the code. One pair of files sees large "
+        "changes; several, measured in turn (old, new, old, new), see smaller ones.",
+    )
     two.set_defaults(command=_compare)
-    two.add_argument("old", type=Path)
-    two.add_argument("new", type=Path)
+    two.add_argument("results", type=Path, nargs="+", metavar="OLD NEW", help="one or more pairs")
 
     count = commands.add_parser("instructions", help="instructions per call under valgrind")
     count.set_defaults(command=_instructions)
@@ -96,24 +100,15 @@ def _report(options: argparse.Namespace, console: Console) -> int:
 
 
 def _compare(options: argparse.Namespace, console: Console) -> int:
-    old, new = load(options.old), load(options.new)
-    for run in (old, new):
+    runs = [load(path) for path in options.results]
+    if len(runs) % 2:
+        raise ValueError(f"results must come in pairs, OLD NEW, got {len(runs)} files")
+    pairs = list(zip(runs[::2], runs[1::2], strict=True))
+    for run in runs:
         warn_if_busy(console, run)
-    changes = compare(old, new)
-    slower = [change for change in changes if change.verdict == "slower"]
-    for change in changes:
-        if change.verdict == "same":
-            continue
-        colour = "red" if change.verdict == "slower" else "green"
-        console.print(
-            f"[{colour}]{change.verdict}[/{colour}] {change.label}, {change.measure}: "
-            f"{change.old.median:.3g} ({change.old.p20:.3g}-{change.old.p80:.3g}) -> "
-            f"{change.new.median:.3g} ({change.new.p20:.3g}-{change.new.p80:.3g})",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"{len(changes)} compared, {len(slower)} slower beyond noise")
-    return 1 if slower else 0
+    found = compare(pairs)
+    show_comparison(console, pairs, found)
+    return 1 if found.slower else 0
 
 
 def _instructions(options: argparse.Namespace, console: Console) -> int:

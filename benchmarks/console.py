@@ -1,19 +1,27 @@
-"""What `run` shows: a line as each configuration finishes, and at the end tables with bars."""
+"""What `run` shows, a line as each configuration finishes and tables with bars; and `compare`."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from .compare import FALSE_ALARMS, Change, Comparison
 from .measure import Record, Refusal
 from .results import BUSY, Run
 from .tables import NOISY, Table, duration, tables
 
-__all__ = ["show_line", "show_run", "show_table", "warn_if_busy"]
+__all__ = ["show_comparison", "show_line", "show_run", "show_table", "warn_if_busy"]
 
 _BAR = 16
 _EIGHTHS = " ▏▎▍▌▋▊▉"
+_VERDICTS = {"slower": "red", "faster": "green", "unknown": "yellow", "same": "dim"}
+# What two runs must have in common, or peers changed for other reasons than the machine's.
+_ALIKE = ("device", "hardware", "threads", "versions")
 
 
 def bar(value: float, largest: float, width: int = _BAR) -> str:
@@ -63,6 +71,104 @@ def show_table(console: Console, table: Table) -> None:
     for note in table.notes:
         console.print(f"  {note}", style="dim", markup=False, highlight=False)
     console.print()
+
+
+def show_comparison(console: Console, pairs: Sequence[tuple[Run, Run]], found: Comparison) -> None:
+    """Ops, then single configurations and counts that changed, and what could have been seen."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    for old, new in pairs:
+        say(f"{old.date[:16]} {old.commit} -> {new.date[:16]} {new.commit}")
+        changed = [name for name in _ALIKE if getattr(old, name) != getattr(new, name)]
+        if changed:
+            say(
+                f"[yellow]Their {' and '.join(changed)} differ, so peers changed for that reason "
+                "too: what is said of ours is relative to them.[/yellow]"
+            )
+    if found.ops:
+        console.print(_ops(found.ops))
+    for change in found.configurations:
+        if change.verdict in ("slower", "faster"):
+            say(
+                f"{_coloured(change.verdict)} {change.label}, {change.kind}: "
+                f"{_percent(change.ours)} beyond what {change.against} changed by"
+            )
+    for count in found.counts:
+        if count.verdict != "same":
+            say(
+                f"{_coloured(count.verdict)} {count.label}: {count.old:,.0f} -> {count.new:,.0f} "
+                "instructions"
+            )
+    for text in _limits(found):
+        say(text)
+
+
+def _ops(changes: Sequence[Change]) -> RichTable:
+    grid = RichTable(title="Time of an op, all levels together", box=box.SIMPLE_HEAD)
+    grid.title_justify = "left"
+    for column in ("op", "caches", "levels"):
+        grid.add_column(column, justify="right" if column == "levels" else "left")
+    for column in ("machine", "ours beyond it", "visible from"):
+        grid.add_column(column, justify="right", no_wrap=True)
+    grid.add_column("verdict")
+    for change in changes:
+        against = "" if change.against == "peers" else f", against {change.against}"
+        visible = "-" if math.isinf(change.visible) else _percent(change.visible)
+        grid.add_row(
+            change.label + against,
+            change.kind,
+            str(change.count),
+            _percent(change.machine),
+            _percent(change.ours),
+            visible,
+            _coloured(change.verdict),
+        )
+    return grid
+
+
+def _limits(found: Comparison) -> list[str]:
+    """How to read the table, and what these runs cannot tell."""
+    said = []
+    alone = sorted(c.visible for c in found.configurations if not math.isinf(c.visible))
+    if found.ops:
+        said.append(
+            "Machine: what the peers' times changed by, whose code is the same. Visible from: the "
+            "smallest slow-down of ours that noise between these runs would not explain; noise is "
+            "what peers changed by beyond one another."
+        )
+    if alone:
+        said.append(
+            f"A single configuration shows a change from {_percent(alone[0])} at best, "
+            f"{_percent(median(alone))} typically. Runs of the same code raise an alarm in the "
+            f"table once in {1 / FALSE_ALARMS:.0f} comparisons, and as often below it. For smaller "
+            "changes give several pairs, measured in turn: compare OLD NEW OLD NEW."
+        )
+    if any(change.verdict == "unknown" for change in found.ops):
+        said.append(
+            "[yellow]unknown: too few peers ran in both, so noise cannot be told from change."
+            "[/yellow]"
+        )
+    if found.counts:
+        largest = max((count.new / count.old for count in found.counts), key=lambda x: abs(x - 1))
+        said.append(
+            f"Instructions: {len(found.counts)} counted, changed by at most "
+            f"{100 * (largest - 1):+.1f}%."
+        )
+    if found.left_out:
+        said.append(f"Nobody ran beside us, not compared: {', '.join(found.left_out)}.")
+    said.append(f"{len(found.slower)} slower beyond noise")
+    return said
+
+
+def _coloured(verdict: str) -> str:
+    return f"[{_VERDICTS[verdict]}]{verdict}[/{_VERDICTS[verdict]}]"
+
+
+def _percent(factor: float) -> str:
+    """``+30%`` of 1.3."""
+    return f"{100 * (factor - 1):+.0f}%"
 
 
 def warn_if_busy(console: Console, run: Run) -> None:

@@ -30,18 +30,26 @@ from .ppo_job import PPOJob, ppo_contender
 from .problems import SPARSITIES, LinearProblem, PolicyProblem
 from .results import available_cores
 
-__all__ = ["FUSED_DENSE", "SUITES", "TORCH_LEVEL", "suite"]
+__all__ = ["FUSED_DENSE", "SUITES", "TORCH_LEVEL", "is_ours", "suite"]
 
 FUSED_DENSE = "sparse_tickets, run dense"
 """Our own fused kernels told that nothing is pruned: what sparsity alone gains is over this."""
 TORCH_LEVEL = "torch, all tickets at once"
 """The reference backend: the same population as plain batched torch, dense weights times masks."""
 
+_ALL_FUSED = "population, fused, dense"
+_ALL_SPARSE = "population, fused, sparse"
+
 _TARGETS = (0.0, 50.0, 80.0, 90.0, 95.0, 99.0)
 _ACTOR_SPARSITIES = (0.0, 50.0, 75.0, 90.0, 95.0, 99.0)
 _SYSTEMS = (0.0, 90.0)
 _LEVELS = (1, 10, 20)
 _DENSITIES = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender runs our kernels; the reference backend is plain torch, and does not."""
+    return name.startswith(ours.OURS) or name in (_ALL_FUSED, _ALL_SPARSE)
 
 
 def linear_forward(
@@ -223,12 +231,12 @@ def told_apart(*, tickets: int = 60, sparsity: float = 90.0, device: str = "cpu"
     stages = (
         ("loop of dense policies", PPOJob, {"tickets": 1, "backend": "reference"}),
         ("population, dense", PPOJob, {"tickets": tickets, "backend": "reference"}),
-        ("population, fused, dense", PPOJob, {"tickets": tickets}),
+        (_ALL_FUSED, PPOJob, {"tickets": tickets}),
     )
 
     def build() -> Contest:
         job = PPOJob(tickets, sparsity, device=device)
-        contest = Contest(ppo_contender(job, "population, fused, sparse"))
+        contest = Contest(ppo_contender(job, _ALL_SPARSE))
         for name, make, options in stages:
             contest.peers.append(ppo_contender(make(device=device, **options), name))
         return contest

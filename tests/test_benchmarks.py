@@ -46,8 +46,6 @@ from benchmarks import (  # noqa: E402
     suites,
     tables,
 )
-from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.compare import compare  # noqa: E402
 from benchmarks.console import bar, show_run  # noqa: E402
 from benchmarks.costs import policy_cost  # noqa: E402
 from benchmarks.measure import Case, Contest, Measured, Record, Refusal, measure  # noqa: E402
@@ -401,46 +399,6 @@ def test_neighbours_use_what_is_neither_idle_nor_ours(monkeypatch):
     assert neighbours.share() == 0.0
 
 
-def test_compare_flags_a_planted_regression_and_nothing_else(run):
-    slower = [
-        record(90.0, 1.6) if r.sparsity == 90.0 and r.unit == "call" else r for r in run.records
-    ]
-    changes = compare(run, replace(run, records=slower))
-    assert [c.label for c in changes if c.verdict == "slower"] == ["linear forward P=1 B=2048 90%"]
-    assert not [c for c in changes if c.verdict == "faster"]
-    back = compare(replace(run, records=slower), run)
-    assert [c.label for c in back if c.verdict == "faster"] == ["linear forward P=1 B=2048 90%"]
-
-
-def test_compare_keeps_quiet_within_noise(run):
-    old, new = record(90.0, 2.0, width=0.2), record(90.0, 1.6, width=0.2)
-    assert [
-        c.verdict for c in compare(replace(run, records=[old]), replace(run, records=[new]))
-    ] == ["same"]
-    with pytest.raises(ValueError, match="none in common"):
-        compare(run, replace(run, records=[record(12.0, 1.0)]))
-
-
-def test_times_are_compared_where_no_peer_ran(run):
-    old = replace(record(90.0, 2.0), speedup={})
-    slow = Measured(spread(2e-3), spread(2e-3), 0.1, "", 3)
-    new = replace(old, contenders={**old.contenders, "sparse_tickets": slow})
-    (change,) = compare(replace(run, records=[old]), replace(run, records=[new]))
-    assert (change.measure, change.verdict) == ("time", "slower")
-
-
-def test_compare_sees_cold_regressions_and_small_changes_of_counts(run):
-    def cold(speedup):
-        return replace(record(90.0, 2.0), cold_speedup={"torch dense": spread(speedup)})
-
-    old = replace(run, records=[cold(3.0)], counts={"layer": 1000.0, "policy": 1000.0})
-    new = replace(run, records=[cold(2.0)], counts={"layer": 1020.0, "policy": 1004.0})
-    slower = [c for c in compare(old, new) if c.verdict == "slower"]
-    assert [c.measure for c in slower] == ["cold speed-up over torch dense", "instructions"]
-    assert slower[1].label == "layer"
-    assert all(c.verdict == "same" for c in compare(old, old))
-
-
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the request is x86-64 code")
 def test_requests_to_valgrind_do_nothing_outside_it():
     calls = []
@@ -571,17 +529,6 @@ def test_tables_show_the_bound_and_cold_calls_apart(run):
     )
     run.counts = {"linear 64x64": 1234.0}
     assert "| linear 64x64 | 1,234 |" in markdown({run.device: [run]}, {})
-
-
-def test_compare_command_fails_on_a_regression(run, tmp_path, capsys):
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    results.save(run, old)
-    results.save(replace(run, records=[record(90.0, 1.0)]), new)
-    assert main(["compare", str(old), str(old)]) == 0
-    assert main(["compare", str(old), str(new)]) == 1
-    assert "slower linear forward" in capsys.readouterr().out
-    assert main(["compare", str(old), str(tmp_path / "absent.json")]) == 1
-    assert main(["run", "--only", "no such case"]) == 1
 
 
 @pytest.mark.parametrize(
