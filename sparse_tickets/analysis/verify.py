@@ -23,7 +23,7 @@ from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.kernels.rollout import evaluate
 from sparse_tickets.population import Population
-from sparse_tickets.sweep.data import read_data
+from sparse_tickets.sweep.data import checksum, read_data
 from sparse_tickets.sweep.run import DEMONSTRATIONS, cell_population, train_population
 from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import Store, Unit
@@ -189,4 +189,5 @@ def _demonstrations(store: Store) -> bc.Dataset:
     stored = read_data(store, DEMONSTRATIONS)
     if stored is None:
         raise StoreError(f"{store.data} has no demonstrations: run the sweep again")
+    store.check_inputs("bc", DEMONSTRATIONS, checksum(stored))
     return bc.Dataset(**stored)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_tickets.files import write_atomic
 from sparse_tickets.sweep.store import Store
 
-__all__ = ["read_data", "write_data"]
+__all__ = ["checksum", "read_data", "write_data"]
 
 _CHECKSUM = "sha256"
 
@@ -26,7 +26,7 @@ def write_data(store: Store, name: str, tensors: Mapping[str, Tensor]) -> None:
         StoreError: the disk is full.
     """
     contents = {key: value.contiguous().cpu() for key, value in tensors.items()}
-    header = {_CHECKSUM: _digest(contents)}
+    header = {_CHECKSUM: checksum(contents)}
     write_atomic(store.data / f"{name}.safetensors", to_safetensors(contents, metadata=header))
 
 
@@ -41,7 +41,7 @@ def read_data(store: Store, name: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if (file.metadata() or {}).get(_CHECKSUM) == _digest(tensors):
+            if (file.metadata() or {}).get(_CHECKSUM) == checksum(tensors):
                 return tensors
         reason = "does not match its checksum"
     except SafetensorError as error:
@@ -55,10 +55,11 @@ def read_data(store: Store, name: str) -> dict[str, Tensor] | None:
     return None
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, on whatever device: names, dtypes, shapes and contents."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].contiguous().cpu()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.numpy().tobytes())
     return sha.hexdigest()

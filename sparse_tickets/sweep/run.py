@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from sparse_tickets.kernels import ppo as kernels_ppo
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.population import Population, initialise
-from sparse_tickets.sweep.data import read_data, write_data
+from sparse_tickets.sweep.data import checksum, read_data, write_data
 from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
@@ -100,6 +102,7 @@ class _Runner:
         self._device = device
         self._notify = notify
         self._dataset: bc.Dataset | None = None
+        self._inputs: dict[str, str] = {}
 
     def algorithm(self, algo: str) -> Iterator[Unit]:
         """Train an algorithm level by level; yields a unit that another process is working on."""
@@ -108,6 +111,8 @@ class _Runner:
             while left := [each for each in left if not self._finish(*each)]:
                 self._notify(f"{self._describe(left[0][0])}: waiting for another process", 0)
                 yield left[0][0]
+        if algo == "bc":
+            self._store.check_inputs(algo, DEMONSTRATIONS)
 
     def _finish(self, unit: Unit, tracks: Sequence[Track]) -> bool:
         """Train one chunk of a level if nobody has; False while another process does."""
@@ -131,8 +136,10 @@ class _Runner:
 
     def _train(self, unit: Unit, tracks: Sequence[Track]) -> None:
         spec = self._spec
-        if unit.algo == "bc" and self._dataset is None:
-            self._dataset = bc.Dataset(*(part.to(self._device) for part in self._demonstrations()))
+        if unit.algo == "bc":
+            if self._dataset is None:
+                self._dataset = self._demonstrations()
+            self._store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])
         population, key = cell_population(spec, self._store, unit.algo, unit.level, tracks)
         population = population.to(self._device)
         what = self._describe(unit)
@@ -152,20 +159,32 @@ class _Runner:
         return f"{unit.algo} level {unit.level}, density {self._spec.density(unit.level):.1%}"
 
     def _demonstrations(self) -> bc.Dataset:
-        """The experts' data set, from the store or made now."""
+        """The experts' data set, from the store or made now: the one all cells are trained on."""
         spec, store = self._spec, self._store
         while (stored := read_data(store, DEMONSTRATIONS)) is None:
             with store.claim(_EXPERTS) as mine:
                 # Another process may have finished it a moment ago.
                 if mine and read_data(store, DEMONSTRATIONS) is None:
+                    _refuse_guessing(store)
                     dataset = bc.demonstrations(
                         self._experts(), spec.env, expert_arena(spec), spec.ppo.steps
-                    )
-                    write_data(store, DEMONSTRATIONS, dataset._asdict())
+                    )._asdict()
+                    # Other hardware or libraries make others, which must not be mixed in.
+                    store.check_inputs("bc", DEMONSTRATIONS, checksum(dataset))
+                    write_data(store, DEMONSTRATIONS, dataset)
             if not mine:
                 self._notify("bc experts: waiting for another process", 0)
                 time.sleep(_POLL_S)
-        return bc.Dataset(**stored)
+        self._inputs[DEMONSTRATIONS] = checksum(stored)
+        silent = store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])
+        if silent:
+            warnings.warn(
+                f"{len(silent)} units, {silent[0].name} first, were written by a version that did "
+                "not record their demonstrations: taken to be those of "
+                f"{store.data / DEMONSTRATIONS}.safetensors",
+                stacklevel=2,
+            )
+        return bc.Dataset(**{name: part.to(self._device) for name, part in stored.items()})
 
     def _experts(self) -> bc.Experts:
         stored = read_data(self._store, "experts")
@@ -194,7 +213,13 @@ class _Runner:
         links = connectivity(mask.cpu(), population.arena)
         kept = spec.kept(algo, level)
         initial = initialise(population.arena, _initial_keys(spec, tracks), spec.init, spec.log_std)
-        how = {"versions": _versions(), "plan": str(_plan(population, algo, self._device))}
+        how: dict[str, Any] = {
+            "versions": _versions(),
+            "plan": str(_plan(population, algo, self._device)),
+        }
+        inputs = self._inputs if algo == "bc" else {}
+        if inputs:
+            how["inputs"] = dict(inputs)
         rewind = result.initial if result.rewind is None else result.rewind.weight
         environment = spec.env_spec
         rows, tickets = [], []
@@ -242,7 +267,18 @@ class _Runner:
                     metadata=how,
                 )
             )
-        self._store.write(unit, rows, tickets)
+        self._store.write(unit, rows, tickets, inputs)
+
+
+def _refuse_guessing(store: Store) -> None:
+    """Demonstrations made anew could not be compared with those of units that recorded none."""
+    silent = store.check_inputs("bc", DEMONSTRATIONS)
+    if silent:
+        raise StoreError(
+            f"{store.data / DEMONSTRATIONS}.safetensors is gone, and {silent[0].name}, written by "
+            "an earlier version, did not record it: new ones could differ. Restore the file, "
+            "delete units/bc-* to train all of cloning again, or choose another --out"
+        )
 
 
 def expert_arena(spec: Sweep) -> Arena:

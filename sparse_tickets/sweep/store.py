@@ -203,7 +203,11 @@ class Store:
         return owner or None
 
     def write(
-        self, unit: Unit, rows: Sequence[Mapping[str, Any]], tickets: Sequence[Ticket]
+        self,
+        unit: Unit,
+        rows: Sequence[Mapping[str, Any]],
+        tickets: Sequence[Ticket],
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         """Store a finished unit: rows, tickets, then the manifest that makes it count.
 
@@ -211,6 +215,7 @@ class Store:
             unit: which.
             rows: one mapping per track with every column of `COLUMNS`; more columns are kept.
             tickets: the trained tickets, of one architecture.
+            inputs: checksum of each data set the unit was trained on, by name, for `check_inputs`.
 
         Raises:
             ValueError: no rows, a missing column, or a value that does not fit its column.
@@ -226,6 +231,7 @@ class Store:
             "spec_hash": self.spec_hash,
             "rows": len(rows),
             "tickets": len(tickets),
+            "inputs": dict(inputs or {}),
             "files": files,
         }
         contents["json"] = (json.dumps(manifest, indent=2) + "\n").encode()
@@ -255,6 +261,51 @@ class Store:
         """
         self._require(unit)
         return load_tickets(self._file(unit, "safetensors"))
+
+    def inputs(self, unit: Unit) -> dict[str, str] | None:
+        """Checksums of the data sets a unit was trained on, by name.
+
+        Empty where none was recorded; None where the manifest is damaged or has just gone.
+        """
+        try:
+            return json.loads(self._file(unit, "json").read_bytes()).get("inputs", {})
+        except (FileNotFoundError, ValueError, AttributeError):
+            return None
+
+    def check_inputs(self, algo: str, name: str, checksum: str | None = None) -> list[Unit]:
+        """Refuse a run whose units were trained on different versions of one data set.
+
+        Args:
+            algo: the algorithm whose finished units are asked.
+            name: the data set.
+            checksum: of the version at hand; None compares the units with each other alone.
+
+        Returns:
+            The units that record no checksum, as those written before there was one do.
+
+        Raises:
+            StoreError: two versions; the message names a unit of each and the ways out.
+        """
+        found: dict[str, str] = {} if checksum is None else {checksum: "the one at hand"}
+        silent = []
+        for unit in self.units():
+            if unit.algo != algo:
+                continue
+            inputs = self.inputs(unit)
+            if inputs is None:
+                continue
+            if name in inputs:
+                found.setdefault(inputs[name], f"that of {unit.name}")
+            else:
+                silent.append(unit)
+        if len(found) > 1:
+            versions = ", ".join(f"{which} ({digest[:12]})" for digest, which in found.items())
+            raise StoreError(
+                f"{self.path} mixes different {name}: {versions}. Restore data/{name}.safetensors "
+                f"and units/{algo}-* from one copy of the run; or delete both, to train every unit "
+                f"of {algo} again; or choose another --out"
+            )
+        return silent
 
     def _require(self, unit: Unit) -> None:
         if not self.has(unit):
@@ -320,7 +371,8 @@ class Store:
 def load_results(path: str | Path) -> polars.DataFrame:
     """Every finished unit of a run as one frame, sorted by `SORTED_BY`.
 
-    A unit whose table does not match its checksum is left out with a warning that names it.
+    A unit whose table does not match its checksum is left out with a warning that names it. Units
+    trained on different versions of a data set are named in a warning too.
 
     Raises:
         StoreError: there is no run, or it has no finished unit.
@@ -329,7 +381,14 @@ def load_results(path: str | Path) -> polars.DataFrame:
 
     store = Store(path)
     frames = []
-    for unit in store.units():
+    units = store.units()
+    used = {(unit.algo, name) for unit in units for name in store.inputs(unit) or ()}
+    for algo, name in sorted(used):
+        try:
+            store.check_inputs(algo, name)
+        except StoreError as error:
+            warnings.warn(str(error), stacklevel=2)
+    for unit in units:
         problems = store._problems(unit, suffixes=("parquet",))
         if problems:
             reason = "; ".join(f"{unit.name}.{suffix} {what}" for suffix, what in problems.items())

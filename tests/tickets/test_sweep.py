@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.files import StoreError
 from sparse_tickets.sweep import run as run_module
-from sparse_tickets.sweep.data import read_data, write_data
+from sparse_tickets.sweep.data import checksum, read_data, write_data
 from sparse_tickets.sweep.progress import total_steps
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
@@ -82,8 +83,6 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    import shutil
-
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -275,6 +274,100 @@ def test_experts_are_not_trained_twice(copy, monkeypatch):
     experts = read_data(store, "experts")
     assert sorted(experts) == ["returns", "seeds", "weight"]
     assert (experts["seeds"] >= 1_000_000).all()
+
+
+def lose(out, *patterns):
+    for pattern in patterns:
+        for file in list(out.glob(pattern)):
+            file.unlink()
+
+
+def other_demonstrations(out):
+    """Put demonstrations in place that another machine's rounding could have made."""
+    store = Store(out)
+    data = {name: value.clone() for name, value in read_data(store, "demonstrations").items()}
+    data["target"][0, 0, 0] += 1e-6
+    write_data(store, "demonstrations", data)
+    return checksum(data)
+
+
+def forget_demonstrations(out):
+    """Manifests as they were before they recorded demonstrations."""
+    for file in (out / "units").glob("*.json"):
+        manifest = json.loads(file.read_bytes())
+        del manifest["inputs"]
+        file.write_text(json.dumps(manifest))
+
+
+def test_every_cloned_ticket_names_its_demonstrations(finished):
+    store = Store(finished)
+    used = checksum(read_data(store, "demonstrations"))
+    for unit in store.units():
+        for ticket in store.read_tickets(unit):
+            expected = {"demonstrations": used} if unit.algo == "bc" else None
+            assert ticket.metadata.get("inputs") == expected
+    assert store.check_inputs("bc", "demonstrations", used) == []
+
+
+def test_cloning_does_not_go_on_with_other_demonstrations(copy, finished):
+    other_demonstrations(copy)
+    lose(copy, "units/bc-level-02*")
+    before = sorted(file.name for file in (copy / "units").iterdir())
+    with pytest.raises(StoreError, match="mixes different demonstrations") as error:
+        run(SPEC, copy)
+    assert "bc-level-00-chunk-00" in str(error.value)
+    assert sorted(file.name for file in (copy / "units").iterdir()) == before
+    # The ways out that the message names.
+    lose(copy, "units/bc-*", "data/demonstrations*")
+    run(SPEC, copy)
+    assert table(copy).equals(table(finished))
+
+
+def test_other_demonstrations_made_anew_are_not_stored(copy, monkeypatch):
+    lose(copy, "data/demonstrations*", "units/bc-level-02*")
+    make = run_module.bc.demonstrations
+
+    def other_rounding(*args, **kwargs):
+        data = make(*args, **kwargs)
+        return data._replace(target=data.target + 1e-6)
+
+    monkeypatch.setattr(run_module.bc, "demonstrations", other_rounding)
+    with pytest.raises(StoreError, match="mixes different demonstrations"):
+        run(SPEC, copy)
+    assert not (copy / "data" / "demonstrations.safetensors").exists()
+    monkeypatch.undo()
+    run(SPEC, copy)
+
+
+def test_units_of_two_machines_in_one_folder_are_refused(copy, finished, tmp_path):
+    """Both ran the whole sweep by the same spec; someone copied one's files over the other's."""
+    elsewhere = shutil.copytree(finished, tmp_path / "elsewhere")
+    lose(elsewhere, "units/bc-*")
+    other_demonstrations(elsewhere)
+    run(SPEC, elsewhere)
+    for file in (elsewhere / "units").glob("bc-level-01-chunk-00.*"):
+        (copy / "units" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(StoreError, match="mixes different demonstrations"):
+        run(SPEC, copy)
+    with pytest.warns(UserWarning, match="mixes different demonstrations"):
+        assert len(load_results(copy)) == len(load_results(finished))
+
+
+def test_folders_from_before_demonstrations_were_recorded(copy, finished):
+    forget_demonstrations(copy)
+    run(SPEC, copy)  # Nothing to train, nothing to say.
+    assert table(copy).equals(table(finished))
+    lose(copy, "units/bc-level-02*")
+    with pytest.warns(UserWarning, match="units, bc-level-00-chunk-00 first, .*taken to be those"):
+        run(SPEC, copy)
+    assert table(copy).equals(table(finished))
+    # With the data set gone too nobody can tell.
+    lose(copy, "units/bc-level-02*", "data/demonstrations*")
+    with pytest.raises(StoreError, match="did not record it: new ones could differ"):
+        run(SPEC, copy)
+    lose(copy, "units/bc-*")
+    run(SPEC, copy)
+    assert table(copy).equals(table(finished))
 
 
 def test_a_lost_rewind_point_is_made_again(copy, finished):

@@ -12,6 +12,7 @@ from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.analysis.verify import verify
 from sparse_tickets.cli import main
 from sparse_tickets.envs.registry import _registry
+from sparse_tickets.sweep.data import read_data, write_data
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, Unit
@@ -112,6 +113,15 @@ def test_what_cannot_be_verified_says_why(copy, tmp_path, capsys):
         file.unlink()
     assert main(["verify", str(copy)]) == 1
     assert "no finished unit" in capsys.readouterr().err
+
+
+def test_other_demonstrations_are_noticed(copy, capsys):
+    store = Store(copy)
+    data = {name: value.clone() for name, value in read_data(store, "demonstrations").items()}
+    data["obs"][0, 0] += 1
+    write_data(store, "demonstrations", data)
+    assert main(["verify", str(copy), "--cells", "99"]) == 1
+    assert "mixes different demonstrations" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_observation_scale_is_noticed(finished, monkeypatch, capsys):
