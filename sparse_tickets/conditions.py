@@ -2,8 +2,9 @@
 
 A condition is a pure function of the rewind values, the IMP mask, a key and fresh initial values.
 Comparing conditions separates what a ticket owes to its mask, to the share of weights in each
-layer, and to its initial values. All shuffles are over whole layers: shuffling rows only would keep
-every unit's fan-in and every dead input.
+layer, and to its initial values. A condition is about the policy: a critic, pruned or not, is
+treated alike in all of them (`imp.next_population`). All shuffles are over whole layers: shuffling
+rows only would keep every unit's fan-in and every dead input.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def register_condition(
         name: a new name.
         mask: what kind of mask it draws. With ``imp`` or ``permuted`` its levels form a chain, the
             IMP mask at each level coming from the level before; with ``random`` or ``erk-random``
-            only the IMP mask's count is meaningful, and levels run concurrently.
+            only the IMP mask's count is meaningful, and no trained network is needed.
         weights: what kind of weights it draws.
 
     Raises:

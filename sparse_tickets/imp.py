@@ -61,16 +61,18 @@ def next_population(
 ) -> Population:
     """Prune to ``kept`` weights, rewind, and apply each track's condition.
 
-    Every condition restores biases, critic and log_std to the rewind point; permutation and
-    re-initialisation touch the actor's weights alone. Moments and step counts are those of the
-    rewind point (zero at initialisation); where a condition replaces the actor's weights, the
-    moments of those weights restart at zero.
+    Every condition restores biases, critic and log_std to the rewind point; permutation, random
+    masks and re-initialisation touch the actor's weights alone. A critic under the mask is pruned
+    by ``trained`` in every condition, jointly with the actor: conditions ask what the policy's mask
+    and values are worth, and a critic they damaged too would be counted as the policy's. Moments
+    and step counts are those of the rewind point (zero at initialisation); where a condition
+    replaces the actor's weights, the moments of those weights restart at zero.
 
     Args:
         arena: the layout.
         conditions: the condition of each of the P tickets.
         trained: weights and masks the new masks are derived from; for conditions without a chain
-            any mask will do, only its row count matters.
+            any mask will do, only its row count matters, unless a critic is under it.
         rewind_point: ``[P, ...]`` the dense parameters each ticket is rewound to.
         key: ``[P]`` int64, the keys of the new level's cells.
         kept: exact number of weights each ticket keeps.

@@ -90,7 +90,13 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
         raise ValueError(f"cells must be at least 1, got {cells}")
     store = Store(path)
     spec = Sweep.from_dict(store.spec)
-    if spec.to_dict() != store.spec:
+    today = spec.to_dict()
+    if today.get("critic_layout") != store.spec.get("critic_layout"):
+        raise StoreError(
+            f"{store.path} was run when random conditions took a pruned critic's mask from "
+            "one-shot pruning: its table can be read, its cells cannot be retrained with this version"
+        )
+    if today != store.spec:
         raise StoreError(
             f"{spec.env} scales observations otherwise than when {store.path} was run: it cannot "
             "be retrained with this version or plugin"

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sparse_tickets.algos import bc, ppo
 from sparse_tickets.algos.evaluation import Evaluation, Result
-from sparse_tickets.conditions import find_condition
 from sparse_tickets.connectivity import connectivity
 from sparse_tickets.imp import Trained, dense_population, next_population
 from sparse_tickets.kernels import imitation
@@ -372,7 +371,9 @@ def cell_population(
         initial_key = _initial_keys(spec, tracks)
         return dense_population(arena, initial_key, spec.init, spec.log_std), key
     # Random masks have no chain: any trained network will do, and level 0 is always there.
-    sources = [(track.source, level - 1 if _chained(track) else 0) for track in tracks]
+    sources = [
+        (track.source, level - 1 if spec.chained(track.condition) else 0) for track in tracks
+    ]
     previous = _finished(spec, store, algo, sources)
     trained = Trained(
         torch.stack([ticket.final[: arena.prunable] for ticket in previous]),
@@ -394,10 +395,6 @@ def cell_population(
 
 def _initial_keys(spec: Sweep, tracks: Sequence[Track]) -> Tensor:
     return torch.tensor([spec.initial_key(track.seed) for track in tracks])
-
-
-def _chained(track: Track) -> bool:
-    return find_condition(track.condition).chained
 
 
 def _finished(

@@ -23,6 +23,9 @@ __all__ = ["ALGOS", "CONTROLS", "Sweep", "Track", "protocol"]
 ALGOS = ("ppo", "bc")
 CONTROLS = ("own", "ticket")
 TICKET = "mask/weights"
+# How conditions treat a critic under the mask, hashed where there is one. 1 (not recorded): random
+# conditions pruned it in one shot. 2: every condition prunes it iteratively.
+_CRITIC_LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Sweep:
     log_std: float = 0.0
     """Initial log standard deviation of continuous actions."""
     prune_critic: bool = False
-    """Prune the critic's weights too, jointly with the actor's."""
+    """Prune the critic's weights too, jointly with the actor's; in every condition its mask comes
+    from training and its values are rewound, so that conditions differ in the actor alone."""
     chunk: int = 64
     """Most tracks trained together; results do not depend on it."""
     ppo: PPO = field(default_factory=PPO)
@@ -167,6 +171,14 @@ class Sweep:
         """The exact number of weights a ticket keeps at a level."""
         return kept(self.arena(algo).prunable, level, self.rate)
 
+    def chained(self, condition: str) -> bool:
+        """Whether a condition's level needs a trained network of the level before.
+
+        A critic under the mask makes a chain of every condition: random masks are the actor's,
+        while the critic, in which conditions do not differ, is pruned by its training.
+        """
+        return self.prune_critic or find_condition(condition).chained
+
     def tracks(self, level: int) -> list[Track]:
         """All tracks trained at a level, in a fixed order."""
         seeds = range(self.seeds)
@@ -176,7 +188,7 @@ class Sweep:
         for controls in CONTROLS:
             for name in self.conditions:
                 # Without a chain, or being the ticket itself, both kinds of controls coincide.
-                single = name == TICKET or not find_condition(name).chained
+                single = name == TICKET or not self.chained(name)
                 wanted = controls == "own" if single else controls in self.controls
                 if wanted:
                     tracks += [Track(seed, name, controls) for seed in seeds]
@@ -203,7 +215,10 @@ class Sweep:
         """Plain JSON types, observation scale included, as stored and hashed."""
         spec = self.env_spec
         scale = {"offset": list(spec.offset), "scale": list(spec.scale)}
-        return json.loads(json.dumps(asdict(self) | {"observations": scale}))
+        content = asdict(self) | {"observations": scale}
+        if self.prune_critic:
+            content["critic_layout"] = _CRITIC_LAYOUT
+        return json.loads(json.dumps(content))
 
     @classmethod
     def from_dict(cls, stored: dict) -> Sweep:
@@ -212,7 +227,8 @@ class Sweep:
         Raises:
             ValueError: a field is missing, unknown or out of range.
         """
-        given = {name: value for name, value in stored.items() if name != "observations"}
+        derived = ("observations", "critic_layout")
+        given = {name: value for name, value in stored.items() if name not in derived}
         parts = {"ppo": PPO, "bc": BC, "evaluation": Evaluation}
         _require_fields(cls, given)
         settings: dict[str, Any] = {}

@@ -399,3 +399,79 @@ def test_pruning_the_critic_through_a_sweep(tmp_path):
     tickets = [ticket for unit in store.units() for ticket in store.read_tickets(unit)]
     assert [int(ticket.mask.sum()) for ticket in tickets] == [88, 44, 44]
     assert all(ticket.prune_critic for ticket in tickets)
+
+
+def test_the_critic_is_pruned_and_rewound_alike_in_every_condition(generator):
+    """The same trained network gives every condition the same critic: they differ in the actor."""
+    conditions = (*BUILT_IN, "mask/weights")
+    count = len(conditions)
+    point = rewound(BOTH, 1, generator)
+    point = Parameters(*(value.expand(count, *value.shape[1:]) for value in point))
+    earlier = torch.rand(1, BOTH.prunable, generator=generator) < 0.6
+    weight = torch.randn(1, BOTH.prunable, generator=generator) * earlier
+    trained = Trained(weight.expand(count, -1), earlier.expand(count, -1))
+    key = keys("cell", count=count)
+    settings = {"kept": 150, "density": 0.4}
+    got = next_population(BOTH, conditions, trained, point, key, **settings).parameters
+    critic = slice(ACTOR.prunable, BOTH.prunable)
+    for tensor in (got.mask, got.weight):
+        assert torch.equal(tensor[:, critic], tensor[-1:, critic].expand(count, -1))
+    actors = {tuple(mask.tolist()) for mask in got.mask[:, : ACTOR.prunable]}
+    assert len(actors) == 5  # IMP, two permuted, two random
+    assert (got.mask[:, : ACTOR.prunable].sum(1) == got.mask[-1, : ACTOR.prunable].sum()).all()
+
+
+@pytest.fixture(scope="module")
+def pruned_critics(tmp_path_factory):
+    from sparse_tickets.sweep.run import run
+    from sparse_tickets.sweep.spec import Sweep
+
+    spec = Sweep(
+        algos=("ppo",),
+        conditions=("mask/weights", "random/re-init", "erk-random/re-init"),
+        controls=("own", "ticket"),
+        seeds=2,
+        levels=4,
+        rate=0.4,
+        hidden=(8,),
+        prune_critic=True,
+        ppo=PPO(steps=512, horizon=32),
+        evaluation=Evaluation(1, 2, 2),
+    )
+    with use_backend("auto"):
+        store = run(spec, tmp_path_factory.mktemp("critics"))
+    return spec, {
+        (ticket.condition, ticket.controls, ticket.seed, ticket.level): ticket
+        for unit in store.units()
+        for ticket in store.read_tickets(unit)
+    }
+
+
+@pytest.mark.parametrize("condition", ["random/re-init", "erk-random/re-init"])
+@pytest.mark.parametrize("controls", ["own", "ticket"])
+def test_random_conditions_prune_the_critic_level_by_level(condition, controls, pruned_critics):
+    spec, tickets = pruned_critics
+    critic = slice(policy_actor(spec).prunable, None)
+    source = ("mask/weights", "own") if controls == "ticket" else (condition, controls)
+    for seed in range(spec.seeds):
+        for level in range(1, spec.levels):
+            ticket = tickets[condition, controls, seed, level]
+            before = ("dense", "shared") if level == 1 else source
+            trained = tickets[*before, seed, level - 1]
+            prunable = len(trained.mask)
+            # Neither ties nor revivals: the largest trained weights of the level before.
+            top = trained.final[:prunable].abs().topk(spec.kept("ppo", level)).indices
+            expected = torch.zeros_like(trained.mask).scatter(0, top, True)
+            assert torch.equal(ticket.mask[critic], expected[critic])
+            assert not (ticket.mask & ~trained.mask)[critic].any()
+            assert int(ticket.mask.sum()) == spec.kept("ppo", level)
+            dense = tickets["dense", "shared", seed, 0].initial[:prunable][critic]
+            assert torch.equal(ticket.rewind[:prunable][critic], dense * ticket.mask[critic])
+    # The actor's mask is drawn, not nested.
+    actor = slice(0, critic.start)
+    masks = [tickets[condition, controls, 0, level].mask[actor] for level in (1, 2)]
+    assert (masks[1] & ~masks[0]).any()
+
+
+def policy_actor(spec):
+    return Arena.build(spec.arena("ppo").actor.sizes)

@@ -89,6 +89,27 @@ def test_tracks_of_both_kinds_of_controls():
     )
 
 
+def test_a_pruned_critic_chains_every_condition():
+    conditions = (TICKET, "random/re-init")
+    plain = Sweep(conditions=conditions, controls=("own", "ticket"))
+    assert not plain.chained("random/re-init")
+    pruned = replace(plain, prune_critic=True)
+    assert all(pruned.chained(name) for name in conditions)
+    # The critic's mask is the track's own or the ticket's: no longer the same.
+    assert names(pruned, 1) == [*names(plain, 1), ("random/re-init", "ticket")]
+
+
+def test_what_pruned_critics_mean_is_hashed_and_nothing_else_changes():
+    stored = Sweep(prune_critic=True).to_dict()
+    assert stored.pop("critic_layout") == 2
+    assert Sweep.from_dict(stored) == Sweep(prune_critic=True)
+    assert spec_hash(stored) != spec_hash(Sweep(prune_critic=True).to_dict())
+    assert "critic_layout" not in Sweep().to_dict()
+    # The published study: experiments/README.md.
+    study = replace(protocol("CartPole-v1"), seeds=15, levels=20)
+    assert spec_hash(study.to_dict()) == "cfea99db37a5"
+
+
 def test_a_ticket_control_is_pruned_by_its_own_seeds_ticket():
     assert Track(3, "permuted/permuted", "ticket").source == Track(3, TICKET, "own")
     own = Track(3, "permuted/permuted", "own")

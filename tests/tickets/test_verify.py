@@ -15,7 +15,7 @@ from sparse_tickets.envs.registry import _registry
 from sparse_tickets.sweep.data import read_data, write_data
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
-from sparse_tickets.sweep.store import Store, Unit
+from sparse_tickets.sweep.store import Store, StoreError, Unit, load_results
 
 SPEC = Sweep(
     conditions=("mask/weights", "permuted/permuted"),
@@ -129,6 +129,23 @@ def test_another_observation_scale_is_noticed(finished, monkeypatch, capsys):
     monkeypatch.setitem(_registry, SPEC.env, (factory, replace(spec, scale=(3.0,) * 4)))
     assert main(["verify", str(finished)]) == 1
     assert "scales observations otherwise" in " ".join(capsys.readouterr().err.split())
+
+
+def test_critics_pruned_in_one_shot_are_read_but_neither_verified_nor_mixed(tmp_path, capsys):
+    spec = replace(SPEC, algos=("ppo",), levels=1, rewind_step=0, prune_critic=True)
+    before = spec.to_dict()
+    del before["critic_layout"]
+    out = tmp_path / "run"
+    Store.open(out, before)
+    store = run(spec, tmp_path / "now")
+    unit = store.units()[0]
+    Store(out).write(unit, store.read_rows(unit), store.read_tickets(unit))
+    assert len(load_results(out)) == 1
+    assert main(["report", str(out)]) == 0
+    assert main(["verify", str(out)]) == 1
+    assert "took a pruned critic's mask from one-shot" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(StoreError, match=r"critic_layout is absent there, 2 here.*another --out"):
+        run(spec, out)
 
 
 def test_the_reference_backend_is_used_for_training_only(finished, monkeypatch):
