@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .measure import Record
+from .tables import in_words
 
 __all__ = ["AXES", "Curve", "curves"]
 
@@ -67,7 +68,7 @@ def curves(records: Sequence[Record]) -> list[Curve]:
             if axis not in sizes or (axis == "density" and record.unit in _PER_TICKET):
                 continue
             rest = {name: size for name, size in sizes.items() if name != axis}
-            fixed = ", ".join(f"{name} {size:g}" for name, size in rest.items())
+            fixed = in_words(rest)
             found.setdefault((axis, record.op, fixed), {})[sizes[axis]] = record
     longest: dict[tuple[str, str], Curve] = {}
     for (axis, op, fixed), points in found.items():

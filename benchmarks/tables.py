@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparse_tickets.bench import crossover as interpolated
@@ -21,6 +21,7 @@ __all__ = [
     "duration",
     "grid",
     "groups",
+    "in_words",
     "instructions",
     "shape_of",
     "significant",
@@ -37,6 +38,16 @@ _BASELINE = {
     "PPO iteration": FUSED_DENSE,
 }
 _STAGES = "whole job, gains told apart"
+_WORDS = {
+    "P": "{:g} tickets",
+    "B": "batch {:g}",
+    "envs": "{:g} copies",
+    "steps": "{:g} steps",
+    "block": "blocks of {0:g} x {0:g}",
+    "threads": "{:g} threads",
+    "iterations": "{:g} iterations",
+    "density": "{:g}% kept",
+}
 _ROOFLINE = (
     "Bound: the operations of the format at this run's sgemm rate, or its bytes at the rate of a "
     "copy of as many, whichever takes longer."
@@ -158,6 +169,16 @@ def _ratio(spread: Spread | None, brief: bool) -> str:
 def shape_of(record: Record) -> str:
     """``P = 1, B = 2048, ...``."""
     return ", ".join(f"{name} = {size}" for name, size in record.shape.items())
+
+
+def in_words(shape: Mapping[str, float]) -> str:
+    """``60 tickets, batch 128, width 64`` of ``{"P": 60, "B": 128, "width": 64}``."""
+    if "I" in shape and "O" in shape:
+        shape = dict(shape)
+        inp, out = shape.pop("I"), shape.pop("O")
+        shape["width" if inp == out else f"{inp:g} to"] = out
+    said = (_WORDS.get(name, f"{name} {{:g}}").format(size) for name, size in shape.items())
+    return ", ".join(text.removesuffix("s") if text.startswith("1 ") else text for text in said)
 
 
 def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_tickets.ceilings import (
     BUSY,
@@ -39,9 +39,9 @@ __all__ = ["SPARSITIES", "Bench", "Line", "bench", "bench_table", "crossover"]
 SPARSITIES = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
 """Percent of the weights pruned."""
 
-_OURS, _DENSE = "sparse_tickets", "torch dense"
+_OURS, _DENSE = "sparse_tickets", "nn.Linear"
 _DIRECTIONS = ("forward", "forward+backward")
-_BAR = 12
+_BAR = 10
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,13 @@ class Bench:
         lines: for every sparsity, ascending, one per direction.
         ceilings: of the machine, measured in the same run.
         busy: share of the cores that other processes used meanwhile.
+        what: the layer and the machine, in words.
     """
 
     lines: tuple[Line, ...]
     ceilings: Ceilings
     busy: float = 0.0
+    what: str = ""
 
 
 def bench(
@@ -95,8 +97,9 @@ def bench(
     sparsities: Sequence[float] = SPARSITIES,
     threads: int | None = None,
     budget: Budget | None = None,
+    on_line: Callable[[Line], None] | None = None,
 ) -> Bench:
-    """Time a `SparseLinear` of ``width x width`` beside torch's dense one, after verifying both.
+    """Time a `SparseLinear` of ``width x width`` beside `nn.Linear`, after verifying both.
 
     Args:
         width: inputs and outputs.
@@ -105,28 +108,44 @@ def bench(
         sparsities: percents pruned.
         threads: for both sides; torch's current number by default.
         budget: how long to time.
+        on_line: called with each line as it is measured.
 
     Raises:
-        ValueError: a size below 1, a sparsity outside [0, 100], or a device torch does not have.
+        ValueError: a size below 1, no sparsity or one outside [0, 100], a device other than
+            ``cpu`` and ``cuda``, or one that torch does not have.
         Unverified: a result differs from the float64 reference: nothing is reported.
     """
     for name, size in (("width", width), ("batch", batch)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if not sparsities:
+        raise ValueError("sparsities must not be empty")
     for sparsity in sparsities:
         if not 0 <= sparsity <= 100:
             raise ValueError(f"sparsities must be in [0, 100], got {sparsity}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must exist, got {device} and torch sees no GPU")
     budget, neighbours = budget or Budget(), Neighbours()
     with pinned_threads(torch.get_num_threads() if threads is None else threads):
+        count = torch.get_num_threads()
+        where = f"{count} thread" if count == 1 else f"{count} threads"
+        if kind == "cuda":
+            where = torch.cuda.get_device_name(device)
         ceilings = measure_ceilings(budget, device)
-        lines = [
-            _measure(_Layer(width, batch, sparsity, device), direction, budget, ceilings)
-            for sparsity in sorted(sparsities)
-            for direction in _DIRECTIONS
-        ]
-    return Bench(tuple(lines), ceilings, neighbours.share())
+        lines = []
+        for sparsity in sorted(set(sparsities)):
+            layer = _Layer(width, batch, sparsity, device)
+            for direction in _DIRECTIONS:
+                lines.append(_measure(layer, direction, budget, ceilings))
+                if on_line is not None:
+                    on_line(lines[-1])
+    what = f"{width} x {width}, batch {batch}, float32, {where}"
+    return Bench(tuple(lines), ceilings, neighbours.share(), what)
 
 
 def _measure(layer: _Layer, direction: str, budget: Budget, ceilings: Ceilings) -> Line:
@@ -169,52 +188,98 @@ def crossover(points: Sequence[tuple[float, Spread]]) -> str:
 
 
 def bench_table(found: Bench) -> Group:
-    """A table per direction with a bar per speed-up, losses red; what the numbers mean below."""
-    rates = [rate.median for rate in found.ceilings.copies.values()]
-    notes = (
-        "Speed-up: median (p20-p80) of paired rounds, both results verified. Bound: the format's "
-        "operations at the sgemm rate or its bytes at a copy's, whichever takes longer; here "
-        f"{found.ceilings.sgemm.median / 1e9:,.0f} GFLOP/s and {min(rates) / 1e9:,.0f}-"
-        f"{max(rates) / 1e9:,.0f} GB/s by size. Reached: its share of our time."
-    )
+    """A table per direction with a bar per speed-up, losses hollow; what it says below."""
     parts: list[RenderableType] = []
+    if found.busy > BUSY:
+        parts.append(
+            f"[yellow]Other processes used {found.busy:.0%} of the cores: neither times nor ratios "
+            "can be trusted.[/yellow]"
+        )
     for direction in _DIRECTIONS:
         lines = [line for line in found.lines if line.direction == direction]
-        points = [(line.sparsity, line.speedup) for line in lines]
-        parts += [_table(direction, lines), f"  Crossover: {crossover(points)}.", ""]
-    if found.busy > BUSY:
-        notes = (
-            f"[yellow]Other processes used {found.busy:.0%} of the cores: neither times nor ratios "
-            f"can be trusted.[/yellow] {notes}"
-        )
-    return Group(*parts, notes)
+        if lines:
+            parts += [_table(f"{direction}, {found.what}", lines), _said(lines), ""]
+    rates = [rate.median / 1e9 for rate in found.ceilings.copies.values()]
+    gflops = found.ceilings.sgemm.median / 1e9
+    return Group(
+        *parts,
+        _hanging(
+            (
+                "speed-up",
+                "time of nn.Linear over that of SparseLinear, in calls that took turns: median, "
+                "and half of p80 - p20. Above 1 we are faster. Both results were verified first.",
+            ),
+            (
+                "bound",
+                "no kernel that keeps the weight so can be faster on this machine: its operations "
+                f"at {gflops:,.0f} GFLOP/s, the rate of a large product here, or its bytes at "
+                f"{min(rates):.3g}-{max(rates):.3g} GB/s, that of a copy by size; whichever "
+                "takes longer.",
+            ),
+            ("crossover", "the sparsity from which we are faster, between measured ones."),
+            ("reached", "the bound over our time: 100% is the machine's limit."),
+            ("plan", "how the weight is kept: csr is compressed rows, dense torch's own layout."),
+        ),
+    )
 
 
-def _table(direction: str, lines: Sequence[Line]) -> Table:
-    title = f"{direction}: SparseLinear against torch's dense layer"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("pruned", "dense, us", "ours, us", "speed-up"):
-        table.add_column(column, justify="right")
+def _hanging(*rows: tuple[str, str]) -> Table:
+    """Words and what is said of them, each in a column of its own."""
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _table(title: str, lines: Sequence[Line]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    for column in ("pruned", "dense", "ours", "speed-up", ""):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=_BAR)
-    for column in ("bound, us", "reached"):
-        table.add_column(column, justify="right")
-    table.add_column("plan")
+    for column in ("bound", "reached"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("plan", no_wrap=True)
     longest = max((line.speedup.median for line in lines), default=1.0)
     for line in lines:
         gain = line.speedup
         # A win or a loss is one only if the whole spread lies on that side of 1.
         colour = "green" if gain.p20 > 1 else "red" if gain.p80 < 1 else "yellow"
+        bar = ("█" if gain.median >= 1 else "░") * max(1, round(_BAR * gain.median / longest))
         table.add_row(
             f"{line.sparsity:g}%",
-            f"{1e6 * line.dense.median:,.1f}",
-            f"{1e6 * line.ours.median:,.1f}",
-            f"{gain.median:.2f}x ({gain.p20:.2f}-{gain.p80:.2f})",
-            f"[{colour}]{'█' * max(1, round(_BAR * gain.median / longest))}[/{colour}]",
-            f"{1e6 * line.bound:,.1f}",
+            _microseconds(line.dense.median),
+            _microseconds(line.ours.median),
+            f"[{colour}]{gain.median:.2f}x[/{colour}]",
+            f"± {gain.noise:.0%}",
+            f"[{colour}]{bar}[/{colour}]",
+            _microseconds(line.bound),
             f"{line.reached:.0%}",
-            f"{line.plan.backend}/{line.plan.format}",
+            line.plan.format,
         )
     return table
+
+
+def _said(lines: Sequence[Line]) -> Table:
+    """From where on sparsity pays, and why each plan was chosen."""
+    rows = [("crossover", crossover([(line.sparsity, line.speedup) for line in lines]))]
+    for _, several in groupby(lines, lambda line: (line.plan.backend, line.plan.format)):
+        alike = list(several)
+        ends = dict.fromkeys((f"{alike[0].sparsity:g}", f"{alike[-1].sparsity:g}"))
+        # Of neighbours with the same plan, the last one's reason.
+        plan = alike[-1].plan
+        rows.append((f"plan at {'-'.join(ends)}%", f"{plan.backend}/{plan.format}: {plan.reason}"))
+    return _hanging(*rows)
+
+
+def _microseconds(seconds: float) -> str:
+    """``4.2 us``, ``970 us``, ``12.3 ms``: three digits."""
+    value, unit = (1e3 * seconds, "ms") if seconds >= 1e-3 else (1e6 * seconds, "us")
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(max(value, 0.1))))}f} {unit}"
 
 
 class _Layer:
@@ -237,6 +302,8 @@ class _Layer:
             self.module.weight.copy_(self.weight)
             self.module.bias.copy_(self.bias)
         self.module.apply_mask_()
+        self.dense = nn.Linear(width, width, device=self.x.device)
+        self.dense.load_state_dict({"weight": self.weight, "bias": self.bias})
         x, dy, exact = (t.double()[None] for t in (self.x, self.dy, self.weight))
         masks = self.mask[None]
         results = (
@@ -250,14 +317,13 @@ class _Layer:
 
     def contender(self, name: str, backward: bool) -> Contender:
         """Ours or torch's, forward alone or with gradients for x, weight and bias."""
+        module = self.module if name == _OURS else self.dense
         x = self.x.clone().requires_grad_(backward)
-        weight, bias = self.weight.clone(), self.bias.clone()
-        if name == _OURS:
-            weight, bias = self.module.weight, self.module.bias
-        parts = (x, weight.requires_grad_(backward), bias.requires_grad_(backward))
+        module.requires_grad_(backward)
+        parts = (x, module.weight, module.bias)
 
         def forward() -> Tensor:
-            return self.module(x) if name == _OURS else F.linear(x, weight, bias)
+            return module(x)
 
         def forward_backward() -> tuple[Tensor, ...]:
             y = forward()

@@ -41,11 +41,11 @@ class SweepCommand:
     dry_run: bool = False
     """Print the cells, the time and the disk the sweep will take, and stop."""
     overwrite: bool = False
-    """Discard what the folder holds for another specification."""
+    """Discard the run the folder holds, of whatever specification, and start anew."""
     plugin: Files = ()
     """Python files that register your own environments, criteria or conditions."""
     device: str = "cpu"
-    """Where to train."""
+    """Where to train: cpu or cuda; results agree to rounding, which training amplifies."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class ShowCommand:
     run: tyro.conf.Positional[Path]
     """The folder given to sweep as --out."""
     algo: str = "ppo"
-    """Training algorithm."""
+    """ppo or bc."""
     condition: str = "mask/weights"
-    """Condition of the track."""
+    """Condition of the track: how its mask and weights are drawn."""
     controls: str = "own"
-    """Kind of controls of the track."""
+    """own, or ticket where the condition was run on the ticket's masks."""
     seed: int = 0
-    """Seed of the track."""
+    """Seed of the track, from 0."""
     level: int | None = None
     """Level; default: the sparsest finished."""
     export: Path | None = None
@@ -89,7 +89,7 @@ class VerifyCommand:
     run: tyro.conf.Positional[Path]
     """The folder given to sweep as --out."""
     cells: int = 5
-    """How many cells, spread over algorithms and levels."""
+    """How many cells, one of every algorithm and level before a second of any."""
     plugin: Files = ()
     """Python files that register your own environments, criteria or conditions."""
 
@@ -104,6 +104,10 @@ class BenchCommand:
     """Rows per call; 1 is a policy acting."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""
+    sparsities: tuple[float, ...] = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
+    """Percents of the weights pruned."""
+    threads: int | None = None
+    """Of both sides; torch's own number if not given."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,18 @@ def _bench(rest: list[str], console: Console) -> int:
     device = command.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    console.print(bench_table(bench(command.width, command.batch, device)))
+    with Console(stderr=True).status("measuring what this machine can do") as status:
+        found = bench(
+            command.width,
+            command.batch,
+            device,
+            sparsities=command.sparsities,
+            threads=command.threads,
+            on_line=lambda line: status.update(
+                f"{line.sparsity:g}% pruned, {line.direction}: {line.speedup.median:.2f}x"
+            ),
+        )
+    console.print(bench_table(found), highlight=False)
     return 0
 
 

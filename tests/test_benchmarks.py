@@ -485,7 +485,7 @@ def test_curves_run_over_one_size_while_the_rest_is_held():
         "width", "B", "density", "threads",
     ]  # fmt: skip
     assert [size for size, _ in batch.points] == [1, 4, 16, 64, 256]
-    assert batch.fixed == "P 1, width 32, density 10"
+    assert batch.fixed == "1 ticket, width 32, 10% kept"
     assert batch.ideal(64) == pytest.approx(1.0)
     assert width.ideal(32) == pytest.approx(1.0)
     assert [size for size, _ in density.points] == [1, 10, 20, 50, 100]
@@ -749,29 +749,69 @@ def test_ppo_job_is_verified_and_a_wrong_update_is_caught(monkeypatch):
 def test_bench_command_lines_and_table():
     from sparse_tickets.bench import bench, bench_table
 
+    seen = []
     with use_backend("reference"):
-        found = bench(16, 8, sparsities=(90.0, 0.0), budget=BUDGET_OF_ONE)
+        found = bench(
+            16, 8, sparsities=(90.0, 0.0, 90.0), budget=BUDGET_OF_ONE, on_line=seen.append
+        )
     assert [(line.sparsity, line.direction) for line in found.lines] == [
         (0.0, "forward"),
         (0.0, "forward+backward"),
         (90.0, "forward"),
         (90.0, "forward+backward"),
     ]
+    assert tuple(seen) == found.lines
+    assert found.what.startswith("16 x 16, batch 8, float32, ")
     assert all(line.bound > 0 and line.plan.backend == "reference" for line in found.lines)
-    console = Console(record=True, width=140, file=io.StringIO())
+    console = Console(record=True, width=80, file=io.StringIO())
     fast, slow = (replace(found.lines[0], speedup=spread(x)) for x in (2.0, 0.5))
-    lines = (slow, replace(fast, sparsity=90.0, bound=fast.ours.median / 4))
-    console.print(bench_table(Bench(lines, Ceilings(spread(1.5e11), {1 << 20: spread(2e10)}))))
-    text = console.export_text()
-    for said in ("2.00x", "0.50x", "█", "25%", "reference/", "150 GFLOP/s", "20-20 GB/s"):
+    fast = replace(fast, sparsity=90.0, ours=spread(1.234e-3), bound=1.234e-3 / 4)
+    ceilings = Ceilings(spread(1.5e11), {1 << 20: spread(2e10)})
+    console.print(bench_table(Bench((slow, fast), ceilings, what="a layer")))
+    text = " ".join(console.export_text().split())
+    for said in (
+        "forward, a layer",
+        "2.00x ± 1% ██████████ 308 us 25%",
+        "0.50x ± 1% ░░ ",
+        "1.23 ms",
+        "reference/",
+        "150 GFLOP/s",
+        "20-20 GB/s",
+        "crossover about 45%",
+    ):
         assert said in text, said
-    assert "Crossover: about 45%." in text
-    assert "Crossover: not measured." in text
+    assert "…" not in text, "nothing is cut off in 80 columns"
+    assert "forward+backward" not in text
     assert "Other processes" not in text
-    with pytest.raises(ValueError, match="width must be at least 1"):
-        bench(0)
-    with pytest.raises(ValueError, match="sparsities must be in"):
-        bench(8, 8, sparsities=(101.0,))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"batch": -1}, "batch must be at least 1, got -1"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"sparsities": ()}, "sparsities must not be empty"),
+        ({"sparsities": (101.0,)}, r"sparsities must be in \[0, 100\], got 101.0"),
+        ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_bench_names_what_it_cannot_do(options, said):
+    from sparse_tickets.bench import bench
+
+    with pytest.raises(ValueError, match=said):
+        bench(**{"width": 8, "batch": 8} | options)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0.000 us"), (2e-7, "0.200 us"), (4.23e-6, "4.23 us"), (9.7e-4, "970 us"),
+     (1.23e-2, "12.3 ms"), (1.5, "1,500 ms")],
+)  # fmt: skip
+def test_bench_writes_times_with_three_digits(seconds, text):
+    from sparse_tickets.bench import _microseconds
+
+    assert _microseconds(seconds) == text
 
 
 def test_stored_results_are_readable():
