@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 from torch import Tensor
@@ -99,13 +100,18 @@ class Arena:
             prune_critic: count the critic's weights among the prunable ones.
 
         Raises:
+            TypeError: a size that is no integer.
             ValueError: fewer than two sizes, a size below 1, an unknown activation, or
                 `prune_critic` without a critic.
         """
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
         for name, sizes in (("actor", actor), ("critic", critic)):
-            if sizes is not None and (len(sizes) < 2 or min(sizes) < 1):
+            if sizes is None:
+                continue
+            if not all(isinstance(size, Integral) for size in sizes):
+                raise TypeError(f"{name} must be sizes that are integers, got {sizes}")
+            if len(sizes) < 2 or min(sizes) < 1:
                 raise ValueError(f"{name} must be at least two sizes >= 1, got {sizes}")
         if prune_critic and critic is None:
             raise ValueError("prune_critic needs a critic, got critic=None")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import operator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["check_device", "check_dtype", "check_separate", "check_shape"]
+__all__ = [
+    "check_data",
+    "check_device",
+    "check_dtype",
+    "check_integer",
+    "check_shape",
+    "check_untransformed",
+]
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -29,13 +37,41 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
 
 
-def check_separate(**tensors: Tensor) -> None:
-    """Raise ``ValueError`` if any two of these contiguous tensors share memory."""
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
-        for name, tensor in tensors.items()
-        if tensor.numel()
-    )
-    for (_, end, one), (begin, _, other) in pairwise(spans):
-        if begin < end:
-            raise ValueError(f"{other} must not share memory with {one}")
+def check_data(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if ``tensor`` is a meta tensor, whose values nobody can look at."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} must hold data, got a tensor on meta")
+
+
+def check_integer(name: str, value: int, low: int, high: int) -> int:
+    """The integer ``value``; raise unless it is one, and in ``[low, high)``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if not low <= number < high:
+        limit = f"2**{high.bit_length() - 1}" if high > 9999 and not high & (high - 1) else high
+        raise ValueError(f"{name} must be in [{low}, {limit}), got {number}")
+    return number
+
+
+def check_untransformed(op: str, *tensors: Tensor | None) -> None:
+    """Raise unless ``op``, whose work torch does not see, gets tensors it may work on.
+
+    ``RuntimeError`` inside ``torch.func`` transforms, whose tensors have no memory of their own;
+    ``NotImplementedError`` where a tensor carries a forward-mode tangent, which would be lost.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op} must run outside of torch.func transforms (vmap, grad, jvp); for vmap it has an "
+            "axis of tickets"
+        )
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    ):
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative: its tensors must carry no tangent"
+        )

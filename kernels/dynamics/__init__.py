@@ -1,7 +1,7 @@
 """Classic control as pure functions: `initial`, `step` and `observe` on float64 states.
 
 CPU tensors go through Numba, one copy at a time, CUDA tensors through Triton, a lane per copy: a
-copy's bits depend on nothing beside it.
+copy's bits depend on nothing beside it. All results are constants to autograd.
 
 The physics is gymnasium's in float64 throughout. gymnasium itself drops to float32 in two places:
 Acrobot's initial state, and Pendulum's torque terms when the action is a float32 array.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import resolve_backend
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_device, check_dtype, check_shape, check_untransformed
 from . import reference
 from .reference import TASKS, Task
 
@@ -38,7 +38,7 @@ def initial(task: Task, u: Tensor) -> Tensor:
     """
     check_dtype("u", u, torch.float32)
     check_shape("u", u, (*u.shape[:-1], task.state_dim))
-    return _backend(u.device).initial(task, u)
+    return _backend("initial", u.device).initial(task, u.detach())
 
 
 def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +71,7 @@ def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Ten
                 f"action must be in [0, {task.action_dim}) for {task.name}, "
                 f"got {low if low < 0 else high}"
             )
-    return _backend(state.device).step(task, state, action)
+    return _backend("step", state.device).step(task, state.detach(), action.detach())
 
 
 def observe(task: Task, state: Tensor) -> Tensor:
@@ -90,11 +90,13 @@ def observe(task: Task, state: Tensor) -> Tensor:
     """
     check_dtype("state", state, torch.float64)
     check_shape("state", state, (*state.shape[:-1], task.state_dim))
-    return _backend(state.device).observe(task, state)
+    return _backend("observe", state.device).observe(task, state.detach())
 
 
-def _backend(device: torch.device) -> ModuleType:
+def _backend(op: str, device: torch.device) -> ModuleType:
     name = resolve_backend(device)
+    if name != "reference":
+        check_untransformed(op)
     if name == "cpu":
         from . import cpu
 

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import Plan, resolve_backend
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+    check_untransformed,
+)
+from ..memory import mark_written
 from ..mlp import composition, describe_layers
 from ..mlp.checks import check_density, check_optimiser, check_parameters
 from . import reference
@@ -81,22 +88,24 @@ def clone_update_(
         ``[P]``: each ticket's loss, mean over the updates of this call.
 
     Raises:
-        ValueError: a shape, a device, an empty dataset, or a number out of range.
-        TypeError: a dtype; the CPU kernel takes float32 only.
+        ValueError: a shape, a device, an empty dataset, a number out of range, or a tensor that is
+            written and not contiguous or shares memory with another.
+        TypeError: a dtype, the CPU kernel takes float32 only; or `first_update` no integer.
     """
     weight = parameters.weight
+    check_untransformed("clone_update_", weight, parameters.m, parameters.v, lr, obs, target)
     backend = resolve_backend(weight.device)
     floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
     check_density(density)
-    check_parameters(parameters, arena, key, lr, floats)
+    data = {"obs": obs, "target": target, "dataset": dataset}
+    check_parameters(parameters, arena, key, lr, floats, data)
     _check_data(weight, arena, obs, target, dataset)
-    if first_update < 0:
-        raise ValueError(f"first_update must be >= 0, got {first_update}")
+    first_update = check_integer("first_update", first_update, 0, 1 << 62)
     with torch.no_grad():
         if backend == "cpu":
             from . import cpu
 
-            return cpu.clone_update_(
+            loss = cpu.clone_update_(
                 parameters,
                 arena,
                 obs,
@@ -108,6 +117,8 @@ def clone_update_(
                 config,
                 float(density),
             )
+            mark_written(parameters.weight, parameters.m, parameters.v, parameters.step)
+            return loss
         return reference.clone_update_(
             parameters, arena, obs, target, dataset, key, first_update, lr, config
         )

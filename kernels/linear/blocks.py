@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.errors import check_dtype
+from sparse_tickets.kernels.errors import check_data, check_dtype
 
 __all__ = ["BLOCK_SIZES", "BlockPattern", "block_pattern", "find_blocks"]
 
@@ -83,6 +83,7 @@ def block_pattern(mask: Tensor, block: int) -> BlockPattern:
     if mask.dim() not in (2, 3):
         raise ValueError(f"mask must have shape (P, O, I) or (O, I), got {tuple(mask.shape)}")
     check_dtype("mask", mask, torch.bool)
+    check_data("mask", mask)
     mask = mask[None] if mask.dim() == 2 else mask
     out, inp = mask.shape[1:]
     if out % block or inp % block:

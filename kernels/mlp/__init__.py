@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from ..arena import Net
 from ..dispatch import Plan, resolve_backend
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_device, check_dtype, check_shape, check_untransformed
 from ..packed import Pattern, linear_packed, unpack
 from . import reference
 from .checks import check_density, check_packed, check_precision, check_rows
@@ -49,6 +49,9 @@ def mlp(
         ValueError: a shape, a device, a mask that ends inside a layer, a density not in [0, 1], or
             a precision that is none of these.
         TypeError: a dtype the backend does not take.
+        NotImplementedError: from forward-mode differentiation, but by the reference backend.
+        RuntimeError: inside ``torch.func`` transforms, but by the reference backend; from the
+            backward pass, if an input was changed in place in between.
     """
     if x.dim() != 3:
         raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
@@ -59,6 +62,8 @@ def mlp(
     check_device("x", x, weight)
     check_precision(precision)
     backend = resolve_backend(x.device)
+    if backend != "reference":
+        check_untransformed("mlp", x, weight)
     if backend == "cpu":
         check_dtype("weight", weight, torch.float32)
         check_dtype("x", x, torch.float32)
@@ -103,6 +108,7 @@ def mlp_packed(
     Raises:
         ValueError: a shape, a device, a pattern or a precision that is none of these.
         TypeError: a dtype the backend does not take, or the pattern is no `Pattern`.
+        NotImplementedError, RuntimeError: as `mlp`.
     """
     if x.dim() != 3 or x.shape[2] != net.sizes[0]:
         raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
@@ -113,6 +119,8 @@ def mlp_packed(
     floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
     check_dtype("values", values, *floats)
     check_dtype("x", x, values.dtype)
+    if backend != "reference":
+        check_untransformed("mlp_packed", x, values, rest)
     if backend != "triton":
         return mlp(x, torch.cat([unpack(values, pattern), rest], 1), net)
 

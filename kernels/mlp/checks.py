@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..arena import Arena, Net, Parameters
 from ..errors import check_device, check_dtype, check_shape
 from ..linear import PRECISIONS
+from ..memory import check_separate
 from ..packed import Pattern
 
 __all__ = [
@@ -104,8 +106,8 @@ def check_packed(values: Tensor, pattern: Pattern, rest: Tensor, net: Net, ticke
 
 def check_optimiser(max_norm: float | None, beta1: float, beta2: float, eps: float) -> None:
     """Raise ``ValueError`` unless the fused kernels can run this Adam."""
-    if max_norm is not None and not max_norm >= 0:
-        raise ValueError(f"max_norm must be >= 0 or None, got {max_norm}")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be > 0 or None, got {max_norm}")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name} must be in [0, 1), got {beta}")
@@ -120,8 +122,12 @@ def check_parameters(
     key: Tensor,
     lr: Tensor,
     floats: tuple[torch.dtype, ...],
+    data: Mapping[str, Tensor],
 ) -> None:
-    """Raise unless the tensors of an update fit the arena and each other."""
+    """Raise unless the tensors of an update fit the arena, and what it writes is nobody else's.
+
+    Of ``data``, what an update learns from, only whose memory it is counts here.
+    """
     weight, mask, m, v, step = parameters
     tickets = weight.shape[0]
     check_shape("weight", weight, (tickets, arena.size))
@@ -139,6 +145,8 @@ def check_parameters(
     for name, tensor in (("m", m), ("v", v), ("step", step), ("key", key), ("lr", lr)):
         check_device(name, tensor, weight)
     # The kernels and `adam_` update these in place, row by row.
-    for name, tensor in (("weight", weight), ("m", m), ("v", v), ("step", step)):
+    written = {"weight": weight, "m": m, "v": v, "step": step}
+    for name, tensor in written.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    check_separate(written, {"mask": mask, "key": key, "lr": lr, **data})

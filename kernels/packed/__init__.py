@@ -30,7 +30,14 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from ..dispatch import Backend, Plan, resolve_backend, use_backend
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+    check_untransformed,
+)
+from ..memory import check_separate, mark_written
 from . import reference
 from .layout import Layer, Pattern, build_pattern, lay_out
 
@@ -172,23 +179,28 @@ def write_gradient_(
 
     Raises:
         TypeError: a dtype is not as above, or the pattern is no `Pattern`.
-        ValueError: a shape, a stride, a device, the layer or the precision is not as above.
+        ValueError: a shape, a stride, a device, the layer or the precision is not as above; or a
+            tensor that is written shares memory with another.
+        NotImplementedError: from forward-mode differentiation.
     """
     place = _check_product(gradient, pattern, layer, precision, "gradient")
     _check_batch("x", x, gradient, place.inp)
     _check_batch("dy", dy, gradient, place.out)
     check_shape("dy", dy, (pattern.tickets, x.shape[1], place.out))
-    targets = [("gradient", gradient)]
+    targets = {"gradient": gradient}
     if squares is not None:
         check_shape("squares", squares, (pattern.tickets, pattern.start.shape[1] - 1))
         check_dtype("squares", squares, torch.float32, torch.float64)
         check_device("squares", squares, x)
-        targets.append(("squares", squares))
-    for name, target in targets:
+        targets["squares"] = squares
+    for name, target in targets.items():
         if not target.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {target.stride()}")
+    check_untransformed("write_gradient_", gradient, dy, x, squares)
+    check_separate(targets, {"dy": dy, "x": x})
     with torch.no_grad():
         _write(gradient, dy, x, pattern.bits, pattern.start, place, precision, squares)
+    mark_written(*targets.values())
 
 
 def plan(
@@ -249,9 +261,7 @@ def _check_product(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     _check_values(values, pattern, name)
-    if not 0 <= layer < len(pattern.layers):
-        raise ValueError(f"layer must be in [0, {len(pattern.layers)}), got {layer}")
-    return pattern.layers[layer]
+    return pattern.layers[check_integer("layer", layer, 0, len(pattern.layers))]
 
 
 def _check_batch(name: str, tensor: Tensor, values: Tensor, features: int) -> None:

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..errors import check_dtype
+from ..errors import check_data, check_dtype, check_integer
 
 __all__ = ["MAX_TILE", "Layer", "Pattern", "build_pattern", "lay_out"]
 
@@ -139,12 +139,13 @@ def build_pattern(
         RuntimeError: on a GPU and later, if a count exceeds `width`: a device-side assertion.
     """
     check_dtype("mask", mask, torch.bool)
+    check_data("mask", mask)
     if mask.dim() != 2:
         raise ValueError(f"mask must have shape (P, N), got {tuple(mask.shape)}")
     laid = lay_out(*(size for _, out, inp in layers for size in (out, inp)))
     _check_layers(mask, layers, laid)
-    if width is not None and width < 0:
-        raise ValueError(f"width must be at least 0, got {width}")
+    if width is not None:
+        width = check_integer("width", width, 0, 1 << 31)
 
     tickets = mask.shape[0]
     bits = [mask.new_empty(tickets, 0, dtype=torch.uint8)]

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import Plan, resolve_backend
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+    check_untransformed,
+)
+from ..memory import mark_written
 from ..mlp import composition, describe_layers
 from ..mlp.checks import check_density, check_optimiser, check_parameters
 from . import reference
@@ -131,9 +138,9 @@ def ppo_update_(
 
     Raises:
         ValueError: an arena without a critic, a shape, a device, S not divisible into minibatches,
-            minibatches of one sample whose advantages should be normalised, or a number out of
-            range.
-        TypeError: a dtype; the CPU kernel takes float32 only.
+            minibatches of one sample whose advantages should be normalised, a number out of range,
+            or a tensor that is written and not contiguous or shares memory with another.
+        TypeError: a dtype, the CPU kernel takes float32 only; or `iteration` no integer.
     """
     if arena.critic is None or arena.critic.sizes[-1] != 1:
         raise ValueError(f"arena must have a critic with one output, got critic={arena.critic}")
@@ -142,10 +149,11 @@ def ppo_update_(
             f"actor and critic must read the same observation, got {arena.actor.sizes[0]} and "
             f"{arena.critic.sizes[0]} features"
         )
+    check_untransformed("ppo_update_", parameters.weight, parameters.m, parameters.v, lr, *batch)
     backend = resolve_backend(parameters.weight.device)
     floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
     check_density(density)
-    check_parameters(parameters, arena, key, lr, floats)
+    check_parameters(parameters, arena, key, lr, floats, batch._asdict())
     _check_batch(parameters, arena, batch)
     if isinstance(iteration, Tensor):
         check_shape("iteration", iteration, ())
@@ -153,8 +161,8 @@ def ppo_update_(
         check_device("iteration", iteration, parameters.weight)
         if backend == "cpu":
             raise TypeError("iteration must be an int on the CPU, got a tensor")
-    elif iteration < 0:
-        raise ValueError(f"iteration must be >= 0, got {iteration}")
+    else:
+        iteration = check_integer("iteration", iteration, 0, 1 << 48)
     samples = batch.logp.shape[1]
     if samples == 0 or samples % config.minibatches:
         raise ValueError(
@@ -169,6 +177,7 @@ def ppo_update_(
             statistics = cpu.ppo_update_(
                 parameters, arena, batch, key, iteration, lr, config, float(density)
             )
+            mark_written(parameters.weight, parameters.m, parameters.v, parameters.step)
         else:
             fused = backend == "triton" and parameters.weight.dtype == torch.float32
             update = _load_gpu() if fused else reference.ppo_update_

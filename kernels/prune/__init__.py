@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import resolve_backend
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_data, check_device, check_dtype, check_shape, check_untransformed
+from ..memory import mark_written
 from ..update import rewind_
 from ..update.checks import check_like, check_rewind_separate, check_rows
 from . import cpu, reference
@@ -100,6 +101,7 @@ def prune_rewind_(
     for name, given in (("initial", initial), ("initial_m", initial_m), ("initial_v", initial_v)):
         if given is not None:
             check_like(name, given, weight)
+    check_untransformed("prune_rewind_", weight, initial, m, v, initial_m, initial_v)
     torch.ops.sparse_tickets.prune_rewind_(
         scores.detach(),
         mask,
@@ -140,6 +142,7 @@ def _checked(
             raise ValueError(f"k must be in [0, {prunable}], got {k}")
         k = torch.full((tickets,), k, dtype=torch.int64, device=scores.device)
     if check:
+        check_data("scores", scores)
         _check_no_nan(scores, mask)
     return k, criterion == "magnitude"
 
@@ -185,20 +188,21 @@ def _prune_rewind_impl(
     initial = initial.contiguous()
     initial_m = None if initial_m is None else initial_m.contiguous()
     initial_v = None if initial_v is None else initial_v.contiguous()
-    check_rewind_separate(weight, initial, m, v, initial_m, initial_v, mask=mask)
+    k = k.contiguous()
+    check_rewind_separate(
+        weight, initial, m, v, initial_m, initial_v, written={"mask": mask}, read={"k": k}
+    )
     if resolve_backend(weight.device) == "triton":
         from . import gpu
 
         if not _is_prefix(scores, weight) and _share_storage(scores, mask, weight, m, v):
             scores = scores.clone()
         point = gpu.Point(weight, initial, m, v, initial_m, initial_v)
-        gpu.prune_rewind_(scores, mask, k.contiguous(), point, magnitude)
+        gpu.prune_rewind_(scores, mask, k, point, magnitude)
     else:
         mask.copy_(_prune_impl(scores, mask, k, magnitude))
         rewind_(weight, initial, m, v, mask, initial_m=initial_m, initial_v=initial_v)
-    for tensor in (mask, weight, m, v):
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    mark_written(mask, weight, m, v)
 
 
 def _is_prefix(scores: Tensor, weight: Tensor) -> bool:

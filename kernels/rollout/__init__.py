@@ -8,7 +8,8 @@ takes the loop of `reference.py`; `plan` says which and why.
 Actions are drawn from each ticket's key at the environment's clock: discrete ones by `categorical`
 with ``uniform(key, E, step=clock)``, continuous ones as ``mean + exp(log_std) * noise`` with
 ``noise = normal(key, E * A, step=clock)``. So a rollout continued in a second call equals one long
-call bit for bit, and a ticket's rollout does not depend on the tickets beside it.
+call bit for bit, and a ticket's rollout does not depend on the tickets beside it. All results are
+constants to autograd.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import Backend, Plan, resolve_backend
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+    check_untransformed,
+)
 from ..mlp import composition
 from ..mlp.checks import check_density
 from ..random import Stream
@@ -29,8 +36,6 @@ from . import reference
 from .reference import Rollout
 
 __all__ = ["Rollout", "demonstrate", "evaluate", "plan", "rollout"]
-
-_EVALUATIONS = 1 << 43
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def rollout(
             call in a CUDA graph ``env.clock`` must be a tensor.
         obs: ``[P, E, D]`` float32, the observations `env` returned last.
         key: ``[P]`` int64, for the actions.
-        steps: T, at least 1.
+        steps: T, at least 1 and below 2^31.
         density: the population's nominal density; decides dense or sparse products, never bits.
         stream: of the actions' draws.
 
@@ -62,10 +67,11 @@ def rollout(
         ``(Rollout, obs [P, E, D])``: what happened, and the observations to continue from.
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: shapes, devices or action spaces that do not fit, `steps` below 1, `density`
-            outside ``[0, 1]``, or a ticket whose action probabilities are not finite (looked at on
-            CPU tensors only: on a GPU that would wait for it).
+        TypeError: a wrong dtype, or `steps` or `stream` no integer.
+        ValueError: shapes, devices or action spaces that do not fit, `steps`, `stream` or `density`
+            out of range, or a ticket whose action probabilities are not finite (looked at on CPU
+            tensors only: on a GPU that would wait for it).
+        RuntimeError: `env` was never reset.
     """
     outcome, _, obs = _run(parameters, arena, env, obs, key, steps, density, stream, False)
     return outcome, obs
@@ -104,6 +110,7 @@ def demonstrate(
         TypeError, ValueError: see `rollout`.
     """
     actor = replace(arena, critic=None)
+    parameters = _detached(parameters)
     outcome, heads, obs = _run(parameters, actor, env, obs, key, steps, density, stream, True)
     return outcome.obs, reference.targets(parameters, arena, heads), obs
 
@@ -143,9 +150,9 @@ def evaluate(
         TypeError, ValueError: see `rollout`; also an `index` out of range, or an episode that does
             not end within 2^20 steps.
     """
-    if not 0 <= index < _EVALUATIONS:
-        raise ValueError(f"index must be in [0, 2**43), got {index}")
+    index = check_integer("index", index, 0, 1 << 43)
     _check(parameters, arena, env, key, density)
+    parameters = _detached(parameters)
     backend, _ = _choose(replace(arena, critic=None), env, parameters.weight.device)
     if backend == "cpu":
         from . import cpu
@@ -212,8 +219,11 @@ def _run(
     check_dtype("obs", obs, torch.float32)
     check_shape("obs", obs, (key.shape[0], env.copies, arena.actor.sizes[0]))
     check_device("obs", obs, parameters.weight)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = check_integer("steps", steps, 1, 1 << 31)
+    stream = check_integer("stream", stream, 0, 1 << 32)
+    if env.task is not None:
+        _check_copies(env, obs)
+    parameters, obs = _detached(parameters), obs.detach()
     backend, _ = _choose(arena, env, parameters.weight.device)
     if backend == "cpu":
         from . import cpu
@@ -226,7 +236,12 @@ def _run(
     return reference.rollout(parameters, arena, env, obs, key, steps, stream)
 
 
+def _detached(parameters: Parameters) -> Parameters:
+    return parameters._replace(weight=parameters.weight.detach())
+
+
 def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density: float) -> None:
+    check_untransformed("rollout")
     check_density(density)
     check_dtype("key", key, torch.int64)
     if key.dim() != 1:
@@ -251,3 +266,20 @@ def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density:
         critic = arena.critic.sizes
         if (critic[0], critic[-1]) != (sizes[0], 1):
             raise ValueError(f"critic must map {sizes[0]} features to 1 output, got {critic}")
+
+
+def _check_copies(env: Any, obs: Tensor) -> None:
+    """Where the fused kernels take an environment's copies from, and leave them."""
+    if env.key is None:
+        raise RuntimeError("env.reset must be called before rollout")
+    check_untransformed("rollout", env.state)
+    shape = tuple(obs.shape[:2])
+    for name, dtype, expected in (
+        ("key", torch.int64, shape[:1]),
+        ("state", torch.float64, (*shape, env.task.state_dim)),
+        ("elapsed", torch.int32, shape),
+    ):
+        tensor = getattr(env, name)
+        check_dtype(f"env.{name}", tensor, dtype)
+        check_shape(f"env.{name}", tensor, expected)
+        check_device(f"env.{name}", tensor, obs)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dynamics.cpu import task_observe, task_reset, task_step
-from ..errors import check_shape
 from ..random import Stream
 from ..random.cpu import fill_normal, fill_uniform, pick
 from ..threads import over_tickets
@@ -264,12 +263,8 @@ def rollout(
     keep_heads: bool,
 ) -> tuple[Rollout, Tensor, Tensor]:
     """See `reference.rollout`; the heads are empty unless ``keep_heads``."""
-    if env.key is None:
-        raise RuntimeError("env.reset must be called before rollout")
     task = env.task
     tickets, copies, features = obs.shape
-    check_shape("env.state", env.state, (tickets, copies, task.state_dim))
-    check_shape("env.elapsed", env.elapsed, (tickets, copies))
     shape = (tickets, steps, copies)
     actions = arena.actor.sizes[-1]
     outcome = Rollout(

@@ -5,7 +5,7 @@ leave weights and moments exactly zero where the mask is False. A packed arena s
 entries only and has no mask: ``mask=None`` counts every entry, and ``count [P]`` tells where a
 row's padding begins. Nothing crosses tickets: a row's result does not depend on P. The optimisers
 compute `torch.nn.utils.clip_grad_norm_` followed by `torch.optim.Adam` or `torch.optim.SGD` on
-every row by itself.
+every row by itself. None has a derivative, forward-mode tangents are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import resolve_backend
-from ..errors import check_separate
+from ..errors import check_untransformed
+from ..memory import check_separate, mark_written
 from . import cpu, reference
 from .checks import (
     check_count,
@@ -67,6 +68,7 @@ def rewind_(
         if given is not None:
             check_like(name, given, weight)
     check_count(count, mask, weight)
+    check_untransformed("rewind_", weight, initial, m, v, initial_m, initial_v)
     torch.ops.sparse_tickets.rewind_(
         weight.detach(),
         initial.detach(),
@@ -138,6 +140,7 @@ def adam_(
     limit = check_max_norm(max_norm)
     check_count(count, mask, weight)
     check_partials(norm_partials, weight)
+    check_untransformed("adam_", weight, grad, m, v, lr, norm_partials)
     return torch.ops.sparse_tickets.adam_(
         weight.detach(),
         grad.detach(),
@@ -202,6 +205,7 @@ def sgd_(
     limit = check_max_norm(max_norm)
     check_count(count, mask, weight)
     check_partials(norm_partials, weight)
+    check_untransformed("sgd_", weight, grad, momentum_buffer, lr, norm_partials)
     return torch.ops.sparse_tickets.sgd_(
         weight.detach(),
         grad.detach(),
@@ -225,15 +229,16 @@ def _backend(device: torch.device) -> ModuleType:
     return cpu if name == "cpu" else reference
 
 
-def _mutated(*tensors: Tensor) -> None:
-    """Tell autograd, which does not see below the dispatcher, that these were written."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
-
-
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def _optional(
+    mask: Tensor | None, count: Tensor | None, norm_partials: Tensor | None
+) -> dict[str, Tensor | None]:
+    """By name, in the order in which the backends take them."""
+    given = {"mask": mask, "count": count, "norm_partials": norm_partials}
+    return {name: _contiguous(tensor) for name, tensor in given.items()}
 
 
 def _rewind_impl(
@@ -248,10 +253,11 @@ def _rewind_impl(
 ) -> None:
     initial = initial.contiguous()
     initial_m, initial_v = _contiguous(initial_m), _contiguous(initial_v)
-    check_rewind_separate(weight, initial, m, v, initial_m, initial_v)
-    masked = _contiguous(mask), _contiguous(count)
-    _backend(weight.device).rewind_(weight, initial, m, v, *masked, initial_m, initial_v)
-    _mutated(weight, m, v)
+    mask, count = _contiguous(mask), _contiguous(count)
+    rows = (weight, initial, m, v)
+    check_rewind_separate(*rows, initial_m, initial_v, read={"mask": mask, "count": count})
+    _backend(weight.device).rewind_(*rows, mask, count, initial_m, initial_v)
+    mark_written(weight, m, v)
 
 
 def _adam_impl(
@@ -269,13 +275,14 @@ def _adam_impl(
     beta2: float,
     eps: float,
 ) -> Tensor:
-    grad = grad.contiguous()
-    check_separate(weight=weight, grad=grad, m=m, v=v)
-    optional = (_contiguous(tensor) for tensor in (mask, count, norm_partials))
+    grad, lr = grad.contiguous(), lr.contiguous()
+    optional = _optional(mask, count, norm_partials)
+    written = {"weight": weight, "m": m, "v": v, "step": step}
+    check_separate(written, {"grad": grad, "lr": lr, **optional})
     numbers = (max_norm, beta1, beta2, eps)
     backend = _backend(weight.device)
-    norm = backend.adam_(weight, grad, m, v, step, lr.contiguous(), *optional, *numbers)
-    _mutated(weight, m, v, step)
+    norm = backend.adam_(weight, grad, m, v, step, lr, *optional.values(), *numbers)
+    mark_written(weight, m, v, step)
     return norm
 
 
@@ -291,13 +298,14 @@ def _sgd_impl(
     momentum: float,
     weight_decay: float,
 ) -> Tensor:
-    grad = grad.contiguous()
-    check_separate(weight=weight, grad=grad, momentum_buffer=momentum_buffer)
-    optional = (_contiguous(tensor) for tensor in (mask, count, norm_partials))
+    grad, lr = grad.contiguous(), lr.contiguous()
+    optional = _optional(mask, count, norm_partials)
+    written = {"weight": weight, "momentum_buffer": momentum_buffer}
+    check_separate(written, {"grad": grad, "lr": lr, **optional})
     numbers = (max_norm, momentum, weight_decay)
     backend = _backend(weight.device)
-    norm = backend.sgd_(weight, grad, momentum_buffer, lr.contiguous(), *optional, *numbers)
-    _mutated(weight, momentum_buffer)
+    norm = backend.sgd_(weight, grad, momentum_buffer, lr, *optional.values(), *numbers)
+    mark_written(weight, momentum_buffer)
     return norm
 
 

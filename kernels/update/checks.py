@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..errors import check_device, check_dtype, check_separate, check_shape
+from ..errors import check_device, check_dtype, check_shape
+from ..memory import check_separate
 
 __all__ = [
     "PARTIALS_LIMIT",
@@ -105,7 +107,9 @@ def check_rewind_separate(
     v: Tensor,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
-    **others: Tensor,
+    *,
+    written: Mapping[str, Tensor] | None = None,
+    read: Mapping[str, Tensor | None] | None = None,
 ) -> None:
     """What is written shares no memory, but a row may be rewound to itself: that only masks it."""
     sources = {
@@ -117,8 +121,5 @@ def check_rewind_separate(
         )
         if source is not None and source.data_ptr() != target.data_ptr()
     }
-    # Sources are read only: each is held against the targets, not against one another.
-    targets = {"weight": weight, "m": m, "v": v, **others}
-    check_separate(**targets)
-    for name, source in sources.items():
-        check_separate(**targets, **{name: source})
+    targets = {"weight": weight, "m": m, "v": v, **(written or {})}
+    check_separate(targets, {**sources, **(read or {})})

@@ -148,7 +148,7 @@ def test_a_width_given_needs_no_device() -> None:
         (torch.zeros(2, 7, dtype=torch.bool), [(0, 2, 3)], None, ValueError, "cover the mask's 7"),
         (torch.zeros(2, 6, dtype=torch.bool), [(1, 2, 3)], None, ValueError, "one after the other"),
         (torch.zeros(2, 0, dtype=torch.bool), [(0, 0, 3)], None, ValueError, "at least one output"),
-        (torch.zeros(2, 6, dtype=torch.bool), [(0, 2, 3)], -1, ValueError, "at least 0, got -1"),
+        (torch.zeros(2, 6, dtype=torch.bool), [(0, 2, 3)], -1, ValueError, "must be in .*, got -1"),
         (torch.ones(2, 6, dtype=torch.bool), [(0, 2, 3)], 5, ValueError, "count 6, got 5"),
         (
             torch.zeros(1, 1, dtype=torch.bool).expand(1, 2**31),

@@ -411,7 +411,7 @@ def test_arguments_are_checked():
     parameters = make_parameters(arena, 2)
     env, obs, key = start("CartPole-v1", 2, 4)
     run = partial(rollout, parameters, arena, env)
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"steps must be in \[1, 2\*\*31\), got 0"):
         run(obs, key, 0)
     with pytest.raises(ValueError, match="obs must have shape"):
         run(obs[:, :3], key, 1)

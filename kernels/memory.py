@@ -1,0 +1,48 @@
+"""Memory that an op writes: nobody else's (`check_separate`), and autograd hears of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_separate", "mark_written"]
+
+
+def check_separate(
+    written: Mapping[str, Tensor], read: Mapping[str, Tensor | None] | None = None
+) -> None:
+    """Raise ``ValueError`` if a tensor that is written shares memory with any other.
+
+    Of a strided tensor everything from its first to its last entry counts as its memory. Those
+    only read may share theirs with one another.
+    """
+    spans = sorted((*_span(tensor), name) for name, tensor in written.items() if tensor.numel())
+    for (_, end, one), (begin, _, other) in pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{other} must not share memory with {one}")
+    for name, tensor in (read or {}).items():
+        if tensor is None or not tensor.numel():
+            continue
+        low, high = _span(tensor)
+        for begin, end, other in spans:
+            if low < end and begin < high:
+                raise ValueError(f"{name} must not share memory with {other}")
+
+
+def mark_written(*tensors: Tensor) -> None:
+    """Tell autograd, which does not see below the dispatcher, that these were written."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return begin, begin + (last + 1) * tensor.itemsize
