@@ -8,9 +8,17 @@ import re
 import secrets
 import shutil
 import socket
+from functools import cache
 from pathlib import Path
 
-__all__ = ["StoreError", "is_alive", "process_token", "remove_leftovers", "write_atomic"]
+__all__ = [
+    "StoreError",
+    "is_alive",
+    "is_here",
+    "process_token",
+    "remove_leftovers",
+    "write_atomic",
+]
 
 _TEMPORARY = re.compile(r"\.(?P<owner>[^~]+)~[0-9a-f]+~.*\.tmp")
 
@@ -64,16 +72,26 @@ def remove_leftovers(folder: Path) -> None:
 def process_token() -> str:
     """Name of this process: ``pid-start@host``; the start time tells a reused pid apart."""
     pid = os.getpid()
-    return f"{pid}-{_started(pid)}@{socket.gethostname()}"
+    return f"{pid}-{_started(pid)}@{_host()}"
 
 
 def is_alive(token: str) -> bool:
     """Whether the process of a `process_token` runs; one on another host counts as running."""
-    process, _, host = token.partition("@")
-    pid, _, started = process.partition("-")
-    if host != socket.gethostname():
+    pid, _, started = token.partition("@")[0].partition("-")
+    if not is_here(token):
         return True
     return pid.isdigit() and _started(int(pid)) == started
+
+
+def is_here(token: str) -> bool:
+    """Whether the process of a `process_token` is, or was, one of this host."""
+    return token.partition("@")[2] == _host()
+
+
+@cache
+def _host() -> str:
+    # Asked once: a laptop's name changes with its network, and a process must know its own locks.
+    return socket.gethostname()
 
 
 def _started(pid: int) -> str | None:

@@ -34,6 +34,7 @@ class PPO:
     minibatches: int = 4
     """Minibatches per pass."""
     learning_rate: float = 2.5e-4
+    """Adam's, in the first iteration."""
     gamma: float = 0.99
     """Discount."""
     lam: float = 0.95
@@ -41,9 +42,11 @@ class PPO:
     clip: float = 0.2
     """Clip range of the probability ratio."""
     clip_value: bool = True
-    """Clip the value loss as well; --ppo.no-clip-value turns it off."""
+    """Clip the value loss too, at the same range; --ppo.no-clip-value turns it off."""
     entropy_coef: float = 0.01
+    """Weight of the policy's entropy, a bonus."""
     value_coef: float = 0.5
+    """Weight of the value loss, half a squared error."""
     max_norm: float = 0.5
     """Each ticket's gradient is clipped to this norm, actor and critic jointly."""
 

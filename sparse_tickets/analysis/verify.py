@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +78,8 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
 
     Args:
         path: the run's folder.
-        cells: how many cells, chosen by a fixed hash.
+        cells: how many cells; one of every algorithm and level before a second of any, and
+            otherwise by a fixed hash.
         console: where progress is shown.
 
     Returns:
@@ -94,7 +97,7 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
     if today.get("critic_layout") != store.spec.get("critic_layout"):
         raise StoreError(
             f"{store.path} was run when random conditions took a pruned critic's mask from "
-            "one-shot pruning: its table can be read, its cells cannot be retrained with this version"
+            "one-shot pruning: its table can be read, its cells cannot be retrained"
         )
     if today != store.spec:
         raise StoreError(
@@ -113,12 +116,19 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
     finished.sort(
         key=lambda cell: derive_key("verify", cell.unit.name, cell.track.condition, cell.track.seed)
     )
+    taken: Counter[tuple[str, int]] = Counter()
+    spread = []
+    for cell in finished:
+        place = cell.unit.algo, cell.unit.level
+        spread.append((taken[place], cell))
+        taken[place] += 1
+    chosen = [cell for _, cell in sorted(spread, key=itemgetter(0))[:cells]]
     # Plain torch takes as long for one ticket as for several: what trains alike trains together.
     groups: dict[tuple[str, bool], list[_Cell]] = {}
-    for cell in finished[:cells]:
+    for cell in chosen:
         groups.setdefault((cell.unit.algo, cell.unit.level == 0), []).append(cell)
 
-    table = Table(title=f"{spec.env}: {min(cells, len(finished))} cells again, in plain torch")
+    table = Table(title=f"{spec.env}: {len(chosen)} cells again, in plain torch")
     for column in ("cell", "start", "stored weights", "stored return", "retrained", "verdict"):
         table.add_column(column, justify="left" if column == "cell" else "right")
     agree = True

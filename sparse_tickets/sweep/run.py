@@ -58,7 +58,7 @@ def run(
     Args:
         spec: what to run.
         out: folder of the store.
-        overwrite: throw away what the folder holds for another specification.
+        overwrite: throw away the run that the folder holds, of whatever specification.
         device: where to train.
         on_progress: called as work advances.
 
@@ -76,6 +76,13 @@ def run(
     if "bc" in spec.algos:
         _expert_budget(spec), _expert_gate(spec)
     where = _device(device)
+    if spec.env_spec.time_limit is None:
+        warnings.warn(
+            f"{spec.env} names no time limit: evaluation waits for every episode to end. If a "
+            "policy can go on for ever, register the environment wrapped in "
+            "gymnasium.wrappers.TimeLimit",
+            stacklevel=2,
+        )
     store = Store.open(out, content, overwrite=overwrite)
     runner = _Runner(spec, store, where, on_progress or (lambda description, steps: None))
     algorithms = [runner.algorithm(algo) for algo in spec.algos]
@@ -102,6 +109,7 @@ class _Runner:
         self._notify = notify
         self._dataset: bc.Dataset | None = None
         self._inputs: dict[str, str] = {}
+        self._warned: set[str] = set()
 
     def algorithm(self, algo: str) -> Iterator[Unit]:
         """Train an algorithm level by level; yields a unit that another process is working on."""
@@ -109,6 +117,7 @@ class _Runner:
             left = [(Unit(algo, level, chunk), tracks) for _, chunk, tracks in units]
             while left := [each for each in left if not self._finish(*each)]:
                 self._notify(f"{self._describe(left[0][0])}: waiting for another process", 0)
+                self._warn_of_foreign_claim(left[0][0])
                 yield left[0][0]
         if algo == "bc":
             self._store.check_inputs(algo, DEMONSTRATIONS)
@@ -154,6 +163,13 @@ class _Runner:
         )
         self._write(unit, tracks, population, result)
 
+    def _warn_of_foreign_claim(self, unit: Unit) -> None:
+        """Say once what is waited for where nobody can tell whether it will ever come."""
+        claim = self._store.unknowable_claim(unit)
+        if claim is not None and claim not in self._warned:
+            self._warned.add(claim)
+            warnings.warn(f"waiting: {claim}", stacklevel=2)
+
     def _describe(self, unit: Unit) -> str:
         return f"{unit.algo} level {unit.level}, density {self._spec.density(unit.level):.1%}"
 
@@ -173,6 +189,7 @@ class _Runner:
                     write_data(store, DEMONSTRATIONS, dataset)
             if not mine:
                 self._notify("bc experts: waiting for another process", 0)
+                self._warn_of_foreign_claim(_EXPERTS)
                 time.sleep(_POLL_S)
         self._inputs[DEMONSTRATIONS] = checksum(stored)
         silent = store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])

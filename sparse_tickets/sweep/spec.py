@@ -54,9 +54,9 @@ class Sweep:
     """A lottery-ticket study: every condition, seed and level of one environment."""
 
     env: str = "CartPole-v1"
-    """A built-in or registered environment, or any gymnasium id."""
+    """CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, your own, or any gymnasium id."""
     algos: tuple[str, ...] = ALGOS
-    """Training algorithms: ppo, bc."""
+    """Training algorithms: ppo, and bc, behavioural cloning of PPO experts."""
     conditions: tuple[str, ...] = (
         TICKET,
         "mask/permuted",
@@ -74,10 +74,10 @@ class Sweep:
     rate: float = 0.2
     """Fraction of the remaining weights pruned per level."""
     criterion: str = "magnitude"
-    """Which weights stay: magnitude, layerwise-magnitude, movement, magnitude-increase, 1:4, 2:4,
-    fan-in, block-16, block-32, block-64, yours."""
+    """Which weights stay: magnitude, layerwise-magnitude, movement, magnitude-increase, yours;
+    or a structure's magnitudes: 1:4, 2:4, fan-in, block-16, block-32, block-64."""
     rewind_step: int = 0
-    """Environment step of dense training to rewind to; 0 is initialisation."""
+    """Step of dense training to rewind to, a multiple of copies x horizon; 0: initialisation."""
     hidden: tuple[int, ...] = (64, 64)
     """Hidden sizes of actor, critic and student."""
     activation: str = "tanh"
@@ -87,8 +87,7 @@ class Sweep:
     log_std: float = 0.0
     """Initial log standard deviation of continuous actions."""
     prune_critic: bool = False
-    """Prune the critic's weights too, jointly with the actor's; in every condition its mask comes
-    from training and its values are rewound, so that conditions differ in the actor alone."""
+    """Prune the critic's weights too, jointly with the actor's, alike in every condition."""
     chunk: int = 64
     """Most tracks trained together; results do not depend on it."""
     ppo: PPO = field(default_factory=PPO)

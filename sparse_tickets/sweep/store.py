@@ -27,7 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import StoreError, is_alive, process_token, remove_leftovers, write_atomic
+from ..files import (
+    StoreError,
+    is_alive,
+    is_here,
+    process_token,
+    remove_leftovers,
+    write_atomic,
+)
 from ..ticket import Ticket, dump_tickets, load_tickets
 
 if TYPE_CHECKING:
@@ -201,6 +208,17 @@ class Store:
         """``pid-start@host`` of the process that claims a unit, or None."""
         owner = _owner(self._file(unit, "lock"))
         return owner or None
+
+    def unknowable_claim(self, unit: Unit) -> str | None:
+        """What to do about a claim of another host, whose process cannot be looked up from here.
+
+        Containers count as hosts: one restarted under another name finds its own claims foreign.
+        """
+        owner = self.claimed_by(unit)
+        if owner is None or is_here(owner):
+            return None
+        lock = self._file(unit, "lock")
+        return f"unit {unit.name} is claimed by {owner}: if that process is gone, delete {lock}"
 
     def write(
         self,

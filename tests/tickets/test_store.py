@@ -404,6 +404,13 @@ class TestProcesses:
         with pytest.raises(StoreError, match=r"claimed by process 1-1@elsewhere.*delete"):
             fill(store)
 
+    def test_a_claim_is_known_again_under_another_host_name(self, store, monkeypatch):
+        with store.claim(UNIT) as mine:
+            assert mine
+            monkeypatch.setattr("socket.gethostname", lambda: "another-network")
+            assert store.unknowable_claim(UNIT) is None
+        assert store.claimed_by(UNIT) is None
+
     def test_an_empty_lock_is_respected_for_a_minute(self, store):
         lock = unit_file(store, "lock")
         lock.touch()

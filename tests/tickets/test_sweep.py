@@ -17,6 +17,7 @@ from sparse_tickets import files
 from sparse_tickets.algos.bc import BC, ExpertError
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.envs import registry
 from sparse_tickets.files import StoreError
 from sparse_tickets.sweep import run as run_module
 from sparse_tickets.sweep.data import checksum, read_data, write_data
@@ -217,8 +218,15 @@ def test_a_process_trains_what_no_other_works_on(finished, tmp_path):
 
     lock = tmp_path / "units" / "ppo-level-00-chunk-00.lock"
     lock.write_text("1-1@another-host")
-    with pytest.raises(Enough):
+    with (
+        pytest.warns(
+            UserWarning, match=r"waiting: .*claimed by 1-1@another-host: .*delete"
+        ) as told,
+        pytest.raises(Enough),
+    ):
         run(spec, tmp_path, on_progress=advance)
+    assert len(told) == 1
+    assert str(lock) in str(told[0].message)
     assert {unit.algo for unit in store.units()} == {"bc"}
     assert len(store.units()) == 2
     lock.unlink()
@@ -411,6 +419,13 @@ def test_another_spec_is_refused_unless_overwritten(copy):
     assert store.units() == [Unit("ppo", 0, 0)]
     assert len(load_results(copy)) == 1
     assert not (copy / "data" / "demonstrations.safetensors").exists()
+
+
+def test_an_environment_without_a_time_limit_is_pointed_out(tmp_path, monkeypatch):
+    factory, spec = registry._registry[SPEC.env]
+    monkeypatch.setitem(registry._registry, SPEC.env, (factory, replace(spec, time_limit=None)))
+    with pytest.warns(UserWarning, match="names no time limit: .*TimeLimit"):
+        run(replace(SPEC, seeds=1, levels=1, algos=("ppo",)), tmp_path)
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
@@ -71,6 +72,14 @@ def test_every_cell_of_both_algorithms_agrees(finished, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert f"{CELLS} cells again, in plain torch" in text
     assert text.count("agrees") == CELLS
+
+
+def test_cells_are_spread_over_algorithms_and_levels(finished):
+    table, agree = verify(finished, 4, Console(quiet=True))
+    assert agree
+    cells = [str(cell).split() for cell in table.columns[0].cells]
+    places = {(cell[0], cell[-1]) for cell in cells}
+    assert places == {(algo, level) for algo in ("ppo", "bc") for level in ("0", "1")}
 
 
 @pytest.mark.parametrize("algo", ["ppo", "bc"])
@@ -149,8 +158,6 @@ def test_critics_pruned_in_one_shot_are_read_but_neither_verified_nor_mixed(tmp_
 
 
 def test_the_reference_backend_is_used_for_training_only(finished, monkeypatch):
-    from rich.console import Console
-
     from sparse_tickets.analysis import verify as module
     from sparse_tickets.kernels.dispatch import resolve_backend
 
