@@ -28,6 +28,7 @@ from sparse_tickets.kernels.linear.blocks import (
 )
 
 if TYPE_CHECKING:
+    from sparse_tickets.kernels.linear.rows import Rows
     from sparse_tickets.kernels.linear.single import SingleRow
 
 __all__ = [
@@ -35,12 +36,14 @@ __all__ = [
     "PRECISIONS",
     "BlockPattern",
     "block_pattern",
+    "find_rows",
     "find_single",
     "is_overridden",
     "is_plain",
     "is_watched",
     "linear",
     "linear_blocked",
+    "multiply_rows",
     "plan",
     "plan_for",
 ]
@@ -249,6 +252,41 @@ def find_single(mask: Tensor) -> SingleRow | None:
     return cpu.single(mask) if cpu.wins_single(mask) else None
 
 
+def find_rows(mask: Tensor) -> Rows | None:
+    """How batches pass through one CPU layer in compressed rows; None for another format.
+
+    For `multiply_rows`, where the plan is ``csr``.
+
+    Args:
+        mask: ``[O, I]`` bool, on the CPU.
+    """
+    if resolve_backend(mask.device) != "cpu":
+        return None
+    from sparse_tickets.kernels.linear import cpu
+
+    return cpu.rows(mask)
+
+
+def multiply_rows(
+    rows: Rows, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`linear` of one layer without its checks: the caller warrants what `Rows` asks for.
+
+    Args:
+        rows: of the mask as it is now.
+        x: ``[B, I]``.
+        weight: ``[O, I]``.
+        mask: ``[O, I]``.
+        bias: ``[O]`` or None.
+
+    Returns:
+        ``[B, O]``, twice differentiable.
+    """
+    if _needs_grad(x, weight, bias):
+        return _Rows.apply(rows, x, weight, mask, bias)
+    return rows.forward(x, weight, bias)
+
+
 def _under_autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -445,6 +483,32 @@ class _Linear(_Differentiable):
                 None,
                 None,
             )
+
+
+class _Rows(torch.autograd.Function):
+    """`_Linear` of one CPU layer whose mask is ready."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Rows, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.rows = rows
+        ctx.save_for_backward(x, weight, mask)
+        return rows.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mask = ctx.saved_tensors
+        _, needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
+        if not torch.is_grad_enabled() and not is_watched() and is_plain(dy):
+            needs_dw = needs_weight or needs_bias
+            dx, dw, db = ctx.rows.backward(dy.contiguous(), x, weight, needs_x, needs_dw)
+            return None, dx, dw if needs_weight else None, None, db if needs_bias else None
+        form = (None, 0, "ieee")
+        with use_backend("cpu"):
+            dx = _DX(dy[None], weight[None], mask[None], *form)[0] if needs_x else None
+            dw = _DW(dy[None], x[None], mask[None], *form)[0] if needs_weight else None
+        return None, dx, dw, None, dy.sum(0) if needs_bias else None
 
 
 class _LinearDX(_Differentiable):

@@ -16,6 +16,7 @@ from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.kernels.linear import blocked, compressed, recycling, reference
 from sparse_tickets.kernels.linear.crossover import Choice, Pass, bucket, choose, is_forced
 from sparse_tickets.kernels.linear.patterns import Pattern, find_pattern
+from sparse_tickets.kernels.linear.rows import Rows
 from sparse_tickets.kernels.linear.single import SingleRow
 
 __all__ = ["backward", "dw", "dx", "forward", "plan", "plan_for"]
@@ -192,3 +193,9 @@ def wins_single(mask: Tensor) -> bool:
 def single(mask: Tensor) -> SingleRow:
     """How one row passes through a layer with this mask ``[O, I]``."""
     return SingleRow(find_pattern(mask[None]))
+
+
+def rows(mask: Tensor) -> Rows | None:
+    """How batches pass through a layer with this mask ``[O, I]``; None if it is made of blocks."""
+    pattern = find_pattern(mask[None])
+    return None if pattern.block[0] else Rows(pattern)

@@ -37,13 +37,15 @@ def empty(*shape: int) -> Tensor:
     if not _LARGE <= size <= _MOST_ELEMENTS:
         return torch.empty(shape)
     buffer = _take(size)
-    result = torch.from_numpy(buffer).view(shape)
+    if buffer is None:
+        buffer = aligned_empty(size)
+        _drop_oldest(size)
     _buffers.append(buffer)
-    _drop_oldest()
-    return result
+    return torch.from_numpy(buffer.reshape(shape))
 
 
-def _take(size: int) -> np.ndarray:
+def _take(size: int) -> np.ndarray | None:
+    """A kept buffer of this size that nobody uses, taken out."""
     for _ in range(len(_buffers)):
         try:
             buffer = _buffers.popleft()
@@ -53,12 +55,13 @@ def _take(size: int) -> np.ndarray:
         if buffer.size == size and getrefcount(buffer) == 2:
             return buffer
         _buffers.append(buffer)
-    return aligned_empty(size)
+    return None
 
 
-def _drop_oldest() -> None:
+def _drop_oldest(size: int) -> None:
+    """Make room for a buffer of this size."""
     kept = list(_buffers)
-    while len(kept) > _MOST_BUFFERS or sum(buffer.size for buffer in kept) > _MOST_ELEMENTS:
+    while len(kept) >= _MOST_BUFFERS or sum(b.size for b in kept) + size > _MOST_ELEMENTS:
         try:
             _buffers.popleft()
         except IndexError:
