@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..arena import Net
 from ..dispatch import Plan, resolve_backend
@@ -50,8 +49,9 @@ def mlp(
             a precision that is none of these.
         TypeError: a dtype the backend does not take.
         NotImplementedError: from forward-mode differentiation, but by the reference backend.
-        RuntimeError: inside ``torch.func`` transforms, but by the reference backend; from the
-            backward pass, if an input was changed in place in between.
+        RuntimeError: inside ``torch.func`` transforms, or where a gradient is differentiated, but
+            by the reference backend; from the backward pass, if an input was changed in place in
+            between.
     """
     if x.dim() != 3:
         raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
@@ -148,6 +148,32 @@ def _packed_layers(
     return x
 
 
+class _Once(torch.autograd.Function):
+    """Gradients, which raise when they are differentiated.
+
+    torch's `once_differentiable` forgets by what: `torch.autograd.grad` then leaves out silently
+    what goes through them.
+    """
+
+    @staticmethod
+    def forward(ctx, count, *gradients_and_sources):
+        return gradients_and_sources[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "mlp is differentiable once: its kernels have no second derivative; "
+            "use_backend('reference') has"
+        )
+
+
+def _once(gradients: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients, tied to what they were computed from if somebody may differentiate them."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return _Once.apply(len(gradients), *gradients, *sources)
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, net, mask, density):
@@ -158,15 +184,14 @@ class _Mlp(torch.autograd.Function):
         return cpu.mlp(x.detach(), weight.detach(), net, mask, density)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         from . import cpu
 
         x, weight, mask = ctx.saved_tensors
-        dx, dweight = cpu.mlp_backward(
-            x.detach(), weight.detach(), ctx.net, mask, ctx.density, dy, ctx.needs_input_grad[0]
-        )
-        return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None
+        to_input, to_weight = ctx.needs_input_grad[:2]
+        inputs = (x.detach(), weight.detach(), ctx.net, mask, ctx.density, dy.detach())
+        dx, dweight = cpu.mlp_backward(*inputs, to_input)
+        return *_once((dx, dweight if to_weight else None), dy, x, weight), None, None, None
 
 
 class _MlpTriton(torch.autograd.Function):
@@ -184,22 +209,22 @@ class _MlpTriton(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         from . import gpu
 
         x, weight, mask, hidden = ctx.saved_tensors
+        to_input, to_weight = ctx.needs_input_grad[:2]
         dx, dweight = gpu.backward(
-            dy,
+            dy.detach(),
             x.detach(),
             weight.detach(),
             ctx.net,
             mask,
             ctx.precision,
             hidden=hidden,
-            to_input=ctx.needs_input_grad[0],
+            to_input=to_input,
         )
-        return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None
+        return *_once((dx, dweight if to_weight else None), dy, x, weight), None, None, None
 
 
 class _MlpPacked(torch.autograd.Function):
@@ -213,15 +238,15 @@ class _MlpPacked(torch.autograd.Function):
         return packed_gpu.forward(x.detach(), values.detach(), pattern, rest.detach(), net)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         from . import packed_gpu
 
         x, values, _, _, rest = ctx.saved_tensors
         dvalues, drest = packed_gpu.backward(
-            dy, x.detach(), values.detach(), ctx.pattern, rest.detach(), ctx.net
+            dy.detach(), x.detach(), values.detach(), ctx.pattern, rest.detach(), ctx.net
         )
-        return None, dvalues, None, None, drest, None, None
+        of_values, of_rest = _once((dvalues, drest), dy, x, values, rest)
+        return None, of_values, None, None, of_rest, None, None
 
 
 def plan(

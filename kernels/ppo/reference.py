@@ -47,8 +47,10 @@ def loss(
     ratio = log_ratio.exp()
     advantage = batch.advantage
     if config.normalise_advantage:
-        mean, std = advantage.mean(1, keepdim=True), advantage.std(1, keepdim=True)
-        advantage = (advantage - mean) / (std + 1e-8)
+        advantage = advantage - advantage.mean(1, keepdim=True)
+        # Not torch's `std`, which warns of no tickets.
+        square = advantage.square().sum(1, keepdim=True)
+        advantage = advantage / ((square / (advantage.shape[1] - 1)).sqrt() + 1e-8)
     clipped_ratio = ratio.clamp(1 - config.clip, 1 + config.clip)
     policy_loss = torch.max(-advantage * ratio, -advantage * clipped_ratio).mean(1)
 

@@ -101,7 +101,7 @@ def prune_rewind_(
     for name, given in (("initial", initial), ("initial_m", initial_m), ("initial_v", initial_v)):
         if given is not None:
             check_like(name, given, weight)
-    check_untransformed("prune_rewind_", weight, initial, m, v, initial_m, initial_v)
+    check_untransformed("prune_rewind_", scores, weight, initial, m, v, initial_m, initial_v)
     torch.ops.sparse_tickets.prune_rewind_(
         scores.detach(),
         mask,

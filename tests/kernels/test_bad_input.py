@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.kernels import dynamics, random
@@ -51,11 +54,13 @@ class Case:
         call: the op, on named tensors.
         make: the tensors of P tickets, B rows each, at a density.
         written: names of those it writes; of the others, it may write none.
+        derivatives: how many times it may be differentiated.
     """
 
     call: Callable[..., Any]
     make: Callable[[int, int, float], Tensors]
     written: tuple[str, ...] = ()
+    derivatives: int = 0
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -68,18 +73,6 @@ def draw_mask(*shape: int, density: float) -> Tensor:
 
 def whole(high: int, *shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel()).reshape(shape) % high
-
-
-def differentiated(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """The op's result and its gradients by every float tensor, of a sum: strides of dy are 0."""
-
-    def call(**tensors: Tensor) -> tuple[Tensor, ...]:
-        floats = {k: t.detach() for k, t in tensors.items() if t.is_floating_point()}
-        leaves = [leaf.requires_grad_() for leaf in floats.values()]
-        y = op(**(tensors | floats))
-        return (y, *torch.autograd.grad(y.sum(), leaves))
-
-    return call
 
 
 # Layers of a network of 2 x 3 and 4 x 2 weights, 14 prunable ones.
@@ -283,7 +276,7 @@ def call_acting(op: Callable[..., Any]) -> Callable[..., Any]:
     def call(weight: Tensor, mask: Tensor, obs: Tensor, key: Tensor, **start: Tensor) -> Any:
         env = environment(weight.shape[0], obs.shape[1], key.device)
         env.state, env.elapsed, env.key = (start[n] for n in ("state", "elapsed", "reset_key"))
-        outcome = op(parameters_of(weight, mask), POLICY, env, obs, key, 2)
+        outcome = op(parameters_of(weight, mask), POLICY, env, obs, key, 1)
         return outcome, env.state, env.elapsed
 
     return call
@@ -309,30 +302,32 @@ def call_clone_update_(**tensors: Tensor) -> Tensor:
 TASK = dynamics.TASKS["CartPole-v1"]
 
 CASES = {
-    "linear": Case(differentiated(linear), make_linear),
+    "linear": Case(linear, make_linear, derivatives=2),
     "linear_blocked": Case(
-        differentiated(
-            lambda x, weight, mask, bias: linear_blocked(x, weight, block_pattern(mask, 16), bias)
-        ),
+        lambda x, weight, mask, bias: linear_blocked(x, weight, block_pattern(mask, 16), bias),
         make_blocked,
+        derivatives=2,
     ),
     "linear_packed": Case(
-        differentiated(call_packed(linear_packed, layer=0)),
+        call_packed(linear_packed, layer=0),
         lambda *sizes: make_packed(*sizes) | {"x": draw(*sizes[:2], 3), "bias": draw(sizes[0], 2)},
+        derivatives=2,
     ),
     "pack": Case(
-        differentiated(call_packed(pack)),
+        call_packed(pack),
         lambda *sizes: {"dense": draw(sizes[0], ARENA.size), "mask": make_packed(*sizes)["mask"]},
+        derivatives=2,
     ),
-    "unpack": Case(differentiated(call_packed(unpack)), make_packed),
+    "unpack": Case(call_packed(unpack), make_packed, derivatives=2),
     "build_pattern": Case(call_build_pattern, lambda *sizes: {"mask": make_packed(*sizes)["mask"]}),
     "write_gradient_": Case(call_write_gradient_, make_gradient, ("gradient", "squares")),
-    "mlp": Case(differentiated(lambda **tensors: mlp(net=ARENA.actor, **tensors)), make_network),
+    "mlp": Case(lambda **tensors: mlp(net=ARENA.actor, **tensors), make_network, derivatives=1),
     "mlp_packed": Case(
-        differentiated(call_packed(mlp_packed, net=ARENA.actor)),
+        call_packed(mlp_packed, net=ARENA.actor),
         lambda *sizes: (
             make_packed(*sizes) | {"x": draw(*sizes[:2], 3), "rest": draw(sizes[0], TAIL)}
         ),
+        derivatives=1,
     ),
     "prune": Case(prune, make_prune),
     "prune_rewind_": Case(prune_rewind_, make_prune_rewind, ("mask", "weight", "m", "v")),
@@ -392,10 +387,17 @@ def flatten(result: Any) -> list[Tensor]:
 
 
 def run(case: Case, backend: str, tensors: Tensors) -> list[Tensor]:
-    """What comes back, and what was written."""
+    """What comes back, gradients by all that has some, and what was written."""
+    floats = {n: t.detach() for n, t in tensors.items() if t.is_floating_point()}
     with use_backend(backend):
-        result = case.call(**tensors)
-    return [tensor.detach() for tensor in (*flatten(result), *(tensors[n] for n in case.written))]
+        if case.derivatives:
+            leaves = [leaf.requires_grad_() for leaf in floats.values()]
+            y = case.call(**(tensors | floats))
+            # Of a sum: all strides of the result's gradient are 0.
+            found = [y, *torch.autograd.grad(y.sum(), leaves)]
+        else:
+            found = flatten(case.call(**tensors))
+    return [tensor.detach() for tensor in (*found, *(tensors[n] for n in case.written))]
 
 
 def assert_refused(error: Exception, names: Iterable[str]) -> None:
@@ -430,12 +432,22 @@ def assert_right_or_refused(
         )
 
 
-def arguments_of(names: Any = CASES) -> list[Any]:
-    return [
-        pytest.param(name, argument, id=f"{name}-{argument}")
-        for name in names
-        for argument in CASES[name].make(1, 1, 0.5)
-    ]
+def on_each_backend(test: Callable[..., None]) -> Any:
+    return pytest.mark.parametrize("backend", BACKENDS)(test)
+
+
+def of_each_op(test: Callable[..., None]) -> Any:
+    return pytest.mark.parametrize("name", CASES)(test)
+
+
+@contextmanager
+def spoiling(argument: str) -> Iterator[None]:
+    """Whatever fails here, fails with this argument."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"spoiled: {argument}")
+        raise
 
 
 OTHER_DTYPES = {
@@ -447,30 +459,41 @@ OTHER_DTYPES = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "argument"), arguments_of())
-def test_other_dtypes(name: str, argument: str, backend: str) -> None:
+@on_each_backend
+@of_each_op
+def test_other_dtypes(name: str, backend: str) -> None:
     tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
-    for dtype in OTHER_DTYPES[tensors[argument].dtype]:
-        copies = {n: t.clone() for n, t in tensors.items()}
-        spoiled = copies | {argument: tensors[argument].to(dtype)}
-        assert_right_or_refused(name, backend, spoiled, tensors, tolerance=1e-2)
+    for argument, tensor in tensors.items():
+        for dtype in OTHER_DTYPES[tensor.dtype]:
+            spoiled = {n: t.clone() for n, t in tensors.items()} | {argument: tensor.to(dtype)}
+            with spoiling(argument):
+                assert_right_or_refused(name, backend, spoiled, tensors, tolerance=1e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "argument"), arguments_of())
-def test_another_device(name: str, argument: str, backend: str) -> None:
+@on_each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@of_each_op
+def test_all_of_another_precision(name: str, dtype: torch.dtype, backend: str) -> None:
     tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
-    spoiled = tensors | {argument: tensors[argument].to("meta")}
-    try:
-        with use_backend(backend):
-            result = CASES[name].call(**spoiled)
-    except (ValueError, TypeError) as error:
-        assert_refused(error, tensors)
-    else:
-        # An op of one tensor is where that is.
-        assert len(tensors) == 1
-        assert all(tensor.is_meta for tensor in flatten(result))
+    cast = {n: t.to(dtype) if t.dtype == torch.float32 else t for n, t in tensors.items()}
+    assert_right_or_refused(name, backend, cast, tensors, tolerance=1e-2)
+
+
+@on_each_backend
+@of_each_op
+def test_another_device(name: str, backend: str) -> None:
+    tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
+    for argument, tensor in tensors.items():
+        with spoiling(argument):
+            try:
+                with use_backend(backend):
+                    result = CASES[name].call(**(tensors | {argument: tensor.to("meta")}))
+            except (ValueError, TypeError) as error:
+                assert_refused(error, tensors)
+            else:
+                # An op of one tensor is where that is.
+                assert len(tensors) == 1
+                assert all(tensor.is_meta for tensor in flatten(result))
 
 
 def other_shapes(tensor: Tensor) -> Iterator[Tensor]:
@@ -483,19 +506,23 @@ def other_shapes(tensor: Tensor) -> Iterator[Tensor]:
     yield tensor[..., None]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "argument"), arguments_of())
-def test_other_shapes(name: str, argument: str, backend: str) -> None:
+@on_each_backend
+@of_each_op
+def test_other_shapes(name: str, backend: str) -> None:
     tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
-    for other in other_shapes(tensors[argument]):
-        spoiled = {n: t.clone() for n, t in tensors.items()} | {argument: other.contiguous()}
-        assert_right_or_refused(name, backend, spoiled)
+    for argument, tensor in tensors.items():
+        for other in other_shapes(tensor):
+            spoiled = {n: t.clone() for n, t in tensors.items()} | {argument: other.contiguous()}
+            with spoiling(f"{argument} {tuple(other.shape)}"):
+                assert_right_or_refused(name, backend, spoiled)
 
 
 def read_together(test: Callable[..., None]) -> Any:
     """An op's tensors to spoil: each that it writes by itself, and all that it reads together."""
     spoils = [
-        pytest.param(name, spoiled, id=f"{name}-{'+'.join(spoiled)}")
+        pytest.param(
+            name, spoiled, id=f"{name}-{spoiled[0] if spoiled[0] in case.written else 'read'}"
+        )
         for name, case in CASES.items()
         for spoiled in (
             *((written,) for written in case.written),
@@ -541,13 +568,13 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_each_backend
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @read_together
 def test_other_strides(
     name: str, spoiled: tuple[str, ...], layout: Callable[[Tensor], Tensor], backend: str
 ) -> None:
-    tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
+    tensors = on_device(backend, CASES[name].make(2, 2, 0.6))
     strided = {argument: layout(tensors[argument]) for argument in spoiled}
     if "mask" in strided:
         # What is updated in place has to be zero off the mask beforehand.
@@ -557,36 +584,266 @@ def test_other_strides(
     assert_right_or_refused(name, backend, tensors | strided)
 
 
-def pairs_of() -> list[Any]:
-    return [
-        pytest.param(name, target, other, id=f"{name}-{target}-{other}")
-        for name, case in CASES.items()
-        for target in case.written
-        for other, tensor in case.make(1, 1, 0.5).items()
-        if other != target and tensor.dtype == case.make(1, 1, 0.5)[target].dtype
-    ]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "target", "other"), pairs_of())
-def test_tensors_that_overlap(name: str, target: str, other: str, backend: str) -> None:
+@on_each_backend
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.written])
+def test_tensors_that_overlap(name: str, backend: str) -> None:
     """One that is written begins where another does, or in its middle."""
     tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
-    for begin in (0, tensors[target].numel() // 2):
-        copies = {n: t.clone() for n, t in tensors.items()}
-        length = tensors[other].numel()
-        memory = torch.cat([copies[target].flatten(), tensors[other].flatten()])
-        shared = {
-            target: memory[: tensors[target].numel()].view_as(tensors[target]),
-            other: memory[begin : begin + length].view_as(tensors[other]),
-        }
-        assert_right_or_refused(name, backend, copies | shared)
+    for target, other in product(CASES[name].written, tensors):
+        one, two = tensors[target], tensors[other]
+        if other == target or one.dtype != two.dtype:
+            continue
+        for begin in (0, one.numel() // 2):
+            memory = torch.cat([one.flatten(), two.flatten()])
+            shared = {
+                target: memory[: one.numel()].view_as(one),
+                other: memory[begin : begin + two.numel()].view_as(two),
+            }
+            spoiled = {n: t.clone() for n, t in tensors.items()} | shared
+            with spoiling(f"{target} at {begin} {other}"):
+                assert_right_or_refused(name, backend, spoiled)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_each_backend
 @pytest.mark.parametrize("sizes", [(0, 3, 0.6), (2, 0, 0.6), (0, 0, 0.6), (2, 3, 0.0), (1, 1, 1.0)])
-@pytest.mark.parametrize("name", CASES)
+@of_each_op
 def test_nothing_to_do(name: str, sizes: tuple[int, int, float], backend: str) -> None:
     """No tickets, no rows, masks with no ones; and one of each."""
     tensors = on_device(backend, CASES[name].make(*sizes))
     assert_right_or_refused(name, backend, tensors)
+
+
+@on_each_backend
+@pytest.mark.parametrize("k", [-1, 6, torch.tensor([1, -1]), torch.tensor([6, 0])], ids=str)
+@pytest.mark.parametrize("name", ["prune", "prune_rewind_"])
+def test_counts_out_of_range(name: str, k: int | Tensor, backend: str) -> None:
+    tensors = CASES[name].make(2, 3, 0.6) | {"k": k}
+    tensors = on_device(backend, {n: torch.as_tensor(t) for n, t in tensors.items()})
+    before = {n: tensors[n].clone() for n in CASES[name].written}
+    count = tensors["k"] if isinstance(k, Tensor) else k
+    with (
+        use_backend(backend),
+        pytest.raises(ValueError, match=r"k must be in \[0, 5\], got (6|-1)"),
+    ):
+        CASES[name].call(**(tensors | {"k": count}))
+    assert all(torch.equal(tensor, tensors[n]) for n, tensor in before.items())
+
+
+@on_each_backend
+@pytest.mark.parametrize("name", ["prune", "prune_rewind_"])
+def test_nan_scores(name: str, backend: str) -> None:
+    """Refused inside the mask, ignored off it."""
+    tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
+    finite = {n: t.clone() for n, t in tensors.items()}
+    tensors["scores"].masked_fill_(~tensors["mask"], torch.nan)
+    inside = tensors["scores"].masked_fill(tensors["mask"], torch.nan)
+    with use_backend(backend), pytest.raises(ValueError, match="scores must not be NaN inside"):
+        CASES[name].call(**(tensors | {"scores": inside}))
+    for one, other in zip(
+        run(CASES[name], backend, tensors), run(CASES[name], backend, finite), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def acting(**numbers: Any) -> Any:
+    tensors = make_actors(1, 1, 1.0)
+    env = environment(1, 1, torch.device("cpu"))
+    env.reset(tensors["key"])
+    parameters = parameters_of(tensors["weight"], tensors["mask"])
+    arguments = (parameters, POLICY, env, tensors["obs"], tensors["key"])
+    return rollout(*arguments, **({"steps": 1} | numbers))
+
+
+def judging(index: Any) -> Tensor:
+    tensors = make_policy(1, 1, 1.0)
+    parameters = parameters_of(tensors["weight"], tensors["mask"])
+    env = environment(1, 1, torch.device("cpu"))
+    return evaluate(parameters, POLICY, env, tensors["key"], index=index, greedy=True)
+
+
+def training(iteration: Any) -> Any:
+    tensors = make_ppo(1, 2, 1.0)
+    parameters = Parameters(*(tensors.pop(name) for name in Parameters._fields))
+    key, lr = tensors.pop("key"), tensors.pop("lr")
+    return ppo_update_(parameters, POLICY, Batch(**tensors), key, iteration, lr, PPOConfig(1, 1))
+
+
+def cloning(first_update: Any) -> Tensor:
+    tensors = make_clone(1, 2, 1.0) | {"dataset": torch.tensor([0])}
+    parameters = Parameters(*(tensors.pop(name) for name in Parameters._fields))
+    config = CloneConfig(updates=1, batch=1)
+    return clone_update_(parameters, POLICY, first_update=first_update, config=config, **tensors)
+
+
+def multiplying(**numbers: Any) -> Tensor:
+    pattern = build_pattern(torch.ones(1, PRUNABLE, dtype=torch.bool), LAYERS)
+    arguments = {"x": draw(1, 2, 3), "values": draw(1, PRUNABLE), "pattern": pattern, "layer": 0}
+    return linear_packed(**(arguments | numbers))
+
+
+def layering(width: Any) -> Any:
+    return build_pattern(torch.ones(1, PRUNABLE, dtype=torch.bool), LAYERS, width=width)
+
+
+def optimising(**numbers: Any) -> Tensor:
+    return adam_(**(make_optimiser(1, 1, 1.0) | numbers))
+
+
+def descending(**numbers: Any) -> Tensor:
+    return sgd_(**(make_sgd(1, 1, 1.0) | numbers))
+
+
+def estimating(**numbers: Any) -> Any:
+    return gae(**make_returns(1, 2, 1.0), **({"gamma": 0.9, "lam": 0.9} | numbers))
+
+
+def drawing(**numbers: Any) -> Tensor:
+    return random.integers(
+        torch.tensor([1]), **({"n": 2, "high": 3, "stream": 0, "step": 0} | numbers)
+    )
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "values"),
+    [
+        (acting, "steps", (0, -1, 2**31, 1.5, None)),
+        (acting, "stream", (-1, 2**32, 1.5)),
+        (acting, "density", (-0.1, 1.1, NAN)),
+        (judging, "index", (-1, 2**43, 0.5)),
+        (training, "iteration", (-1, 2**48, 0.5)),
+        (cloning, "first_update", (-1, 2**62, 0.5)),
+        (multiplying, "layer", (-1, 2, 0.5)),
+        (multiplying, "precision", ("fp8", None)),
+        (layering, "width", (-1, PRUNABLE - 1, 2**31, 9.5)),
+        (optimising, "max_norm", (0.0, -1.0, NAN)),
+        (optimising, "beta1", (-0.1, 1.0, NAN)),
+        (optimising, "beta2", (-0.1, 1.0, NAN)),
+        (optimising, "eps", (-1e-9, NAN)),
+        (descending, "momentum", (-0.1, NAN)),
+        (descending, "weight_decay", (-0.1, NAN)),
+        (estimating, "gamma", (-0.1, 1.1, NAN)),
+        (estimating, "lam", (-0.1, 1.1, NAN)),
+        (drawing, "n", (-1, 2**31, 1.5)),
+        (drawing, "high", (0, 2**31 + 1, 1.5)),
+        (drawing, "step", (-1, 2**63, 1.5)),
+        (PPOConfig, "max_norm", (0.0, -1.0, NAN)),
+        (PPOConfig, "minibatches", (0,)),
+        (PPOConfig, "clip", (0.0, NAN)),
+        (lambda **numbers: CloneConfig(1, 1, **numbers), "max_norm", (0.0, -1.0, NAN)),
+        (lambda **numbers: CloneConfig(1, 1, **numbers), "eps", (0.0, NAN)),
+        (Arena.build, "actor", ((), (3,), (3, 0), (3, -1, 2), (3, 2.5))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_numbers_out_of_range(call: Callable[..., Any], name: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=rf"^{name} must be .*got"):
+            call(**{name: value})
+
+
+# Transforms of torch's.
+
+
+def jvp(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
+    return lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+
+@on_each_backend
+@of_each_op
+def test_forward_mode(name: str, backend: str) -> None:
+    """Refused, or right; only what is constant to autograd may lose a tangent."""
+    case = CASES[name]
+    tensors = on_device(backend, case.make(2, 3, 0.6))
+    floats = [n for n, t in tensors.items() if t.is_floating_point()]
+    gradients = run(case, "reference", tensors)[1:] if case.derivatives else [None] * len(floats)
+    for argument, gradient in zip(floats, gradients, strict=True):
+        with spoiling(argument), use_backend(backend), forward_ad.dual_level():
+            tangent = torch.ones_like(tensors[argument])
+            dual = {argument: forward_ad.make_dual(tensors[argument], tangent)}
+            try:
+                results = flatten(case.call(**(tensors | dual)))
+            except NotImplementedError as error:
+                assert "no forward-mode derivative" in str(error)  # noqa: PT017
+                continue
+            assert not case.written
+            tangents = [forward_ad.unpack_dual(result).tangent for result in results]
+            if gradient is None:
+                assert tangents == [None] * len(results)
+            else:
+                assert backend == "reference"
+                torch.testing.assert_close(tangents[0].sum(), gradient.sum())
+
+
+@on_each_backend
+@of_each_op
+def test_vmap(name: str, backend: str) -> None:
+    """More tickets, or refused."""
+    case = CASES[name]
+    tensors = on_device(backend, case.make(2, 3, 0.6))
+    stacked = {n: torch.stack([t, t.flip(0)]) for n, t in tensors.items()}
+    before = {n: t.clone() for n, t in stacked.items()}
+    try:
+        with use_backend(backend):
+            found = torch.func.vmap(lambda batch: tuple(flatten(case.call(**batch))))(stacked)
+    except RuntimeError as error:
+        assert re.search("vmap|Batching rule not implemented", str(error)), error  # noqa: PT017
+        for n, tensor in before.items():
+            assert torch.equal(stacked[n], tensor)
+        return
+    assert not case.written
+    for i in range(2):
+        with use_backend("reference"):
+            expected = flatten(case.call(**{n: t[i] for n, t in before.items()}))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-4)
+
+
+@on_each_backend
+@pytest.mark.parametrize("transform", [torch.func.grad, jvp], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.written])
+def test_nothing_is_written_inside_transforms(
+    name: str, transform: Callable[..., Any], backend: str
+) -> None:
+    case = CASES[name]
+    tensors = on_device(backend, case.make(2, 3, 0.6))
+    before = {n: t.clone() for n, t in tensors.items()}
+    argument = next(n for n, t in tensors.items() if t.is_floating_point())
+
+    def function(x: Tensor) -> Tensor:
+        case.call(**(tensors | {argument: x}))
+        return x.sum()
+
+    with use_backend(backend), pytest.raises(RuntimeError, match=r"outside of torch\.func"):
+        transform(function)(tensors[argument])
+    assert all(torch.equal(tensors[n], tensor) for n, tensor in before.items())
+
+
+@on_each_backend
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.derivatives])
+def test_second_derivatives(name: str, backend: str) -> None:
+    """Those of the reference in float64; refused by kernels that are differentiable once."""
+    case = CASES[name]
+    tensors = on_device(backend, case.make(2, 3, 0.6))
+    exact = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+
+    def differentiate(backend: str, tensors: Tensors) -> list[Tensor]:
+        floats = {n: t.clone() for n, t in tensors.items() if t.is_floating_point()}
+        leaves = [leaf.requires_grad_() for leaf in floats.values()]
+        with use_backend(backend):
+            y = case.call(**(tensors | floats))
+            first = torch.autograd.grad(y.tanh().sum(), leaves, create_graph=True)
+            # Torch must find no way past the gradients: what it cannot reach, it leaves out.
+            total = y.sum() + sum((gradient * gradient.detach().sin()).sum() for gradient in first)
+            return list(torch.autograd.grad(total, leaves))
+
+    try:
+        found = differentiate(backend, tensors)
+    except RuntimeError as error:
+        assert "differentiable once" in str(error)  # noqa: PT017
+        assert case.derivatives == 1
+        return
+    for one, other in zip(found, differentiate("reference", exact), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)

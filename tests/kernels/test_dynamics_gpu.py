@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_tickets.kernels import dynamics
@@ -40,9 +42,9 @@ def draw(task, *copies):
     return state.to(DEVICE), action.to(DEVICE)
 
 
-def assert_step(task, state, action):
+def assert_step(task, state, action, backend="triton"):
     before = state.clone()
-    with use_backend("triton"):
+    with use_backend(backend):
         successor, reward, terminated = dynamics.step(task, state, action)
         observation = dynamics.observe(task, state)
     assert torch.equal(state, before)
@@ -58,6 +60,22 @@ def assert_step(task, state, action):
 @pytest.mark.parametrize("copies", [(), (1,), (300,), (3, 5), (0,)], ids=str)
 def test_steps_equal_the_reference(task, copies):
     assert_step(task, *draw(task, *copies))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@ALL
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(data=st.data())
+def test_a_step_from_any_state(task, backend, data):
+    """Edges and zeros among them, which uniform numbers never hit."""
+    number = st.one_of(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0]), st.floats(-1, 1))
+    copies = data.draw(st.integers(0, 5))
+    numbers = [[data.draw(number) for _ in range(task.state_dim)] for _ in range(copies)]
+    state = torch.tensor(numbers, dtype=torch.float64).reshape(copies, task.state_dim)
+    _, action = draw(task, copies)
+    device = DEVICE if backend == "triton" else "cpu"
+    state = state * torch.tensor(HIGH[task.name], dtype=torch.float64)
+    assert_step(task, state.to(device), action.to(device), backend)
 
 
 @ALL

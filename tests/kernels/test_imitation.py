@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
@@ -13,13 +15,21 @@ LR = 1e-3
 EPS = torch.finfo(torch.float32).eps
 
 
-def problem(density, *, continuous=False, tickets=4, critic=(5, 8, 1), activation="tanh"):
+def problem(
+    density,
+    *,
+    continuous=False,
+    tickets=4,
+    hidden=(40, 24),
+    critic=(5, 8, 1),
+    activation="tanh",
+):
     generator = torch.Generator().manual_seed(tickets)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    arena = Arena.build((5, 40, 24, 3), critic, continuous=continuous, activation=activation)
+    arena = Arena.build((5, *hidden, 3), critic, continuous=continuous, activation=activation)
     mask = torch.rand(tickets, arena.prunable, generator=generator) < density
     weight = 0.2 * normal(tickets, arena.size)
     m, v = 0.01 * normal(tickets, arena.size), 1e-3 * normal(tickets, arena.size) ** 2
@@ -89,6 +99,21 @@ def test_updates_equal_float64(continuous, density, poisoned):
 
 def test_without_a_critic_and_with_relu(poisoned):
     compare(0.3, CloneConfig(updates=2, batch=17, max_norm=None), critic=None, activation="relu")
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(
+    hidden=st.lists(st.integers(1, 50), max_size=3),
+    tickets=st.integers(0, 3),
+    batch=st.integers(1, 140),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    continuous=st.booleans(),
+    activation=st.sampled_from(["tanh", "relu"]),
+)
+def test_any_network_and_batch(hidden, tickets, batch, density, continuous, activation):
+    config = CloneConfig(updates=1, batch=batch)
+    shape = {"hidden": hidden, "tickets": tickets, "activation": activation}
+    compare(density, config, continuous=continuous, **shape)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.1])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.cost import Cost
@@ -223,6 +225,36 @@ def test_a_pattern_changed_before_the_backward_pass_raises():
     pattern.bits.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=2, max_size=4).map(tuple),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    activation=st.sampled_from(["tanh", "relu"]),
+    tickets=st.integers(0, 2),
+    samples=st.sampled_from([0, 1, 5, 17]),
+    to_input=st.booleans(),
+)
+def test_any_network(backend, sizes, density, activation, tickets, samples, to_input):
+    shape = {"tickets": tickets, "samples": samples, "activation": activation}
+    assert_equals_float64(backend, *population(sizes, density, **shape), to_input=to_input)
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_triton)])
+def test_a_gradient_s_gradient_is_refused(backend):
+    """Also where `torch.autograd.grad` finds another way to the values, past the gradient."""
+    arena, net, weight, mask, width, x, _ = population((5, 7, 3), samples=4)
+    device = device_of(backend)
+    pattern = build_pattern(mask.to(device), arena.prunable_layers(), width=width)
+    values = pack(weight.to(device), pattern).requires_grad_()
+    rest = weight[:, arena.prunable :].to(device)
+    with use_backend(backend):
+        y = mlp_packed(x.to(device), values, pattern, rest, net)
+        (gradient,) = torch.autograd.grad(y.square().sum(), values, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(y.sum() + gradient.square().sum(), values)
 
 
 def test_reference_gradcheck():

@@ -286,6 +286,17 @@ def test_products(backend: str, net) -> None:
     check_products(backend, net, batch=5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=3),
+    density=st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0]), max_size=2).map(tuple),
+    batch=st.integers(0, 20),
+)
+def test_products_of_any_layers(backend: str, sizes, density, batch: int) -> None:
+    check_products(backend, tuple(zip(sizes[1:], sizes, strict=False)), batch, density=density)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_products_of_other_dtypes(backend: str, dtype: torch.dtype) -> None:
@@ -371,18 +382,19 @@ def test_gradcheck(backend: str) -> None:
         torch.autograd.gradgradcheck(lambda x, v: linear_packed(x, v, pattern, 1), (x, values))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_write_gradient(backend: str) -> None:
-    """Layer by layer into one buffer, with the squares that add up to the squared norm."""
-    net = ((70, 20), (3, 70))
-    dense, _, pattern = population(net, (0.3, 1.0, 0.0), device=device_of(backend))
-    gradient = dense.new_full((3, pattern.width), float("nan"))
-    squares = dense.new_full((3, pattern.start.shape[1] - 1), float("nan"))
+def check_write_gradient(
+    backend: str, net: tuple[tuple[int, int], ...], density: tuple[float, ...], batch: int
+) -> None:
+    tickets = len(density)
+    dense, _, pattern = population(net, density, device=device_of(backend))
+    gradient = dense.new_full((tickets, pattern.width), float("nan"))
+    squares = dense.new_full((tickets, pattern.start.shape[1] - 1), float("nan"))
     expected = 0
     with use_backend(backend):
         values = pack(dense, pattern).requires_grad_()
         for layer, (out, inp) in enumerate(net):
-            x, dy = draw(3, 4, inp).to(dense.device), draw(3, 4, out, seed=1).to(dense.device)
+            x = draw(tickets, batch, inp).to(dense.device)
+            dy = draw(tickets, batch, out, seed=1).to(dense.device)
             write_gradient_(gradient, dy, x, pattern, layer, squares=squares)
             y = linear_packed(x, values, pattern, layer)
             expected = expected + torch.autograd.grad(y, values, dy)[0]
@@ -391,6 +403,23 @@ def test_write_gradient(backend: str) -> None:
         # Only the layers' entries are written.
         assert gradient[ticket, count:].isnan().all()
     torch.testing.assert_close(squares.sum(1), expected.square().sum(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_write_gradient(backend: str) -> None:
+    """Layer by layer into one buffer, with the squares that add up to the squared norm."""
+    check_write_gradient(backend, ((70, 20), (3, 70)), (0.3, 1.0, 0.0), 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=6, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=3),
+    density=st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0]), max_size=2).map(tuple),
+    batch=st.integers(0, 9),
+)
+def test_write_gradient_of_any_layers(backend: str, sizes, density, batch: int) -> None:
+    check_write_gradient(backend, tuple(zip(sizes[1:], sizes, strict=False)), density, batch)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
@@ -14,7 +16,15 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def problem(
-    density, *, continuous=False, activation="tanh", tickets=3, samples=148, prune_critic=False
+    density,
+    *,
+    continuous=False,
+    activation="tanh",
+    tickets=3,
+    samples=148,
+    hidden=(40, 24),
+    critic=(33,),
+    prune_critic=False,
 ):
     generator = torch.Generator().manual_seed(tickets + samples)
 
@@ -22,8 +32,8 @@ def problem(
         return torch.randn(*shape, generator=generator)
 
     arena = Arena.build(
-        (5, 40, 24, 3),
-        (5, 33, 1),
+        (5, *hidden, 3),
+        (5, *critic, 1),
         activation=activation,
         continuous=continuous,
         prune_critic=prune_critic,
@@ -88,7 +98,7 @@ def compare(arena, parameters, batch, config, density, updates):
     # weight by at most about lr, whatever the gradient; its relative error is the gradient's,
     # magnified where the gradient nearly cancels.
     error = 32 * EPS * updates
-    scale = max(1.0, float(expected.m.abs().max()))
+    scale = max(1.0, float(expected.m.abs().max())) if len(key) else 1.0
     close = torch.testing.assert_close
     close(parameters.weight.double(), expected.weight, rtol=0, atol=4 * EPS + LR * 1e3 * error)
     close(parameters.m.double(), expected.m, rtol=0, atol=scale * error)
@@ -134,6 +144,22 @@ def test_a_whole_iteration_stays_near_float64(continuous, density):
 def test_batches_of_any_size(samples, poisoned):
     config = PPOConfig(epochs=1, minibatches=1)
     compare(*problem(0.3, samples=samples), config, 0.3, updates=1)
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(
+    hidden=st.lists(st.integers(1, 50), max_size=3),
+    critic=st.lists(st.integers(1, 50), max_size=2),
+    tickets=st.integers(0, 3),
+    minibatch=st.integers(2, 70),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    continuous=st.booleans(),
+    activation=st.sampled_from(["tanh", "relu"]),
+    prune_critic=st.booleans(),
+)
+def test_any_networks_and_minibatch(minibatch, density, **shape):
+    config = PPOConfig(epochs=1, minibatches=2)
+    compare(*problem(density, samples=2 * minibatch, **shape), config, density, updates=2)
 
 
 def test_pruned_critic():

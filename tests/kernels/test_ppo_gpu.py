@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
@@ -162,6 +164,30 @@ def test_updates_agree_with_the_reference(continuous, critic) -> None:
     for rows in (ours.weight, ours.m, ours.v):
         assert bool((rows[:, : arena.prunable][pruned] == 0).all())
     assert ours.step.tolist() == [4, 4, 4]
+
+
+@settings(deadline=None, max_examples=5, derandomize=True)
+@given(
+    hidden=st.lists(st.integers(1, 20), max_size=2),
+    tickets=st.integers(0, 2),
+    minibatch=st.integers(2, 20),
+    continuous=st.booleans(),
+    activation=st.sampled_from(["tanh", "relu"]),
+)
+def test_any_networks_and_minibatch(hidden, tickets, minibatch, continuous, activation) -> None:
+    critic = (4, *hidden, 1)
+    arena = Arena.build((4, *hidden, 3), critic, continuous=continuous, activation=activation)
+    batch = _batch(tickets, 2 * minibatch, 3, continuous)
+    config = PPOConfig(epochs=1, minibatches=2, eps=1e-3)
+    ours, stats = _update("triton", arena, _float(batch), config)
+    theirs, expected = _update("reference", arena, batch, config)
+    for name in ("weight", "m", "v"):
+        torch.testing.assert_close(
+            getattr(ours, name).double(), getattr(theirs, name), rtol=1e-4, atol=1e-5
+        )
+    torch.testing.assert_close(
+        torch.stack(stats).double(), torch.stack(expected), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_ticket_does_not_depend_on_its_batch_mates() -> None:

@@ -271,6 +271,29 @@ def test_categorical_equals_reference(backend, shape, generator):
     assert bool((probs.gather(-1, got[..., None]) > 0).all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(
+    rows=st.integers(0, 40),
+    actions=st.integers(1, 20),
+    zeros=st.sampled_from([0.0, 0.5, 0.95]),
+    grid=st.sampled_from([3, 2**24]),
+    seed=st.integers(0, 99),
+)
+def test_categorical_of_any_shape(backend, rows, actions, zeros, grid, seed):
+    """On coarse grids sums and thresholds are equal often."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.randint(1, 5, (rows, actions), generator=generator).float()
+    probs *= torch.rand(rows, actions, generator=generator) >= zeros
+    probs[torch.arange(rows), torch.randint(actions, (rows,), generator=generator)] = 1.0
+    u = torch.randint(grid, (rows,), generator=generator) / grid
+    with use_backend("reference"):
+        expected = random.categorical(probs, u)
+    with use_backend(backend):
+        got = random.categorical(on(backend, probs), on(backend, u)).cpu()
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize(
     ("probs", "u", "index"),

@@ -185,6 +185,27 @@ def test_discounted_returns(backend):
     assert actual[0].t().tolist() == columns
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 5)),
+    rate=st.sampled_from([0.0, 0.3, 1.0]),
+    gamma=st.floats(0, 1),
+)
+def test_discounted_returns_of_any_rollout(backend, shape, rate, gamma):
+    """The recursion of the definition, in float64."""
+    reward, _, bootstrap, terminated, truncated = rollout(shape, torch.float64, rate=rate)
+    cut = truncated.clone()
+    cut[:, -1:] = True
+    expected, following = torch.zeros_like(reward), torch.zeros(shape[0], shape[2]).double()
+    for t in reversed(range(shape[1])):
+        following = torch.where(cut[:, t], bootstrap[:, t], following)
+        following = reward[:, t] + gamma * torch.where(terminated[:, t], 0.0, following)
+        expected[:, t] = following
+    arguments = (reward.float(), terminated, truncated, bootstrap.float(), gamma)
+    close(on(backend, discounted_returns, *arguments), expected, shape[1])
+
+
 def test_results_are_constants_and_inputs_may_be_strided():
     batch = rollout((2, 6, 4))
     expected = gae(*batch, 0.99, 0.95)

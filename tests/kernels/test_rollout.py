@@ -7,6 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.envs.gym_adapter import GymEnv
@@ -86,6 +88,33 @@ def test_fused_follows_the_reference(name):
     torch.testing.assert_close(fused.state, plain.state, **CLOSE)
     assert torch.equal(fused.elapsed, plain.elapsed)
     assert fused.clock == plain.clock == 20
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(
+    name=st.sampled_from(TASKS),
+    hidden=st.lists(st.integers(1, 40), max_size=3),
+    activation=st.sampled_from(["tanh", "relu"]),
+    critic=st.booleans(),
+    tickets=st.integers(1, 3),
+    copies=st.integers(1, 20),
+    density=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+)
+def test_any_policy(name, hidden, activation, critic, tickets, copies, density):
+    arena = make_arena(name, hidden, critic, activation)
+    parameters = make_parameters(arena, tickets, density)
+    results = []
+    for backend in ("cpu", "reference"):
+        env, obs, key = start(name, tickets, copies)
+        with use_backend(backend):
+            outcome, last = rollout(parameters, arena, env, obs, key, 3, density=density)
+            seen, target, _ = demonstrate(parameters, arena, env, last, key, 2, density=density)
+            scores = ()
+            if name == "CartPole-v1":
+                scores = (evaluate(parameters, arena, env, key, index=1, greedy=False),)
+        results.append((*outcome, last, seen, target, *scores))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.envs.gym_adapter import GymEnv
@@ -115,6 +117,31 @@ def test_follows_the_reference(name, poison):
     torch.testing.assert_close(env.state, plain.state, rtol=0, atol=1e-6)
     assert torch.equal(env.elapsed, plain.elapsed)
     assert env.clock == plain.clock == 4
+
+
+@settings(deadline=None, max_examples=6, derandomize=True)
+@given(
+    name=st.sampled_from(sorted(SHAPES)),
+    hidden=st.lists(st.integers(1, 20), min_size=1, max_size=2),
+    activation=st.sampled_from(["tanh", "relu"]),
+    tickets=st.integers(1, 2),
+    copies=st.integers(1, 3),
+)
+def test_any_policy(name, hidden, activation, tickets, copies):
+    task = TASKS[name]
+    sizes = (task.observation_dim, *hidden, task.action_dim)
+    arena = Arena.build(
+        sizes, (sizes[0], 5, 1), activation=activation, continuous=not task.discrete
+    )
+    results = []
+    for backend in ("triton", "reference"):
+        env, obs, key = start(name, tickets, copies)
+        with use_backend(backend):
+            parameters = make_parameters(arena, tickets)
+            outcome, last = rollout(parameters, arena, env, obs, key, 2)
+        results.append((*outcome, last))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 def test_terminations_restart():

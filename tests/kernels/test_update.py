@@ -394,6 +394,39 @@ def test_adam_on_any_shape(backend, tickets, size, data, density):
         close(rows[name], exact[name])
 
 
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(
+    tickets=st.integers(0, 3),
+    size=st.integers(0, 1100),
+    data=st.data(),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
+    late=st.booleans(),
+)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_rewind_and_sgd_on_any_shape(backend, tickets, size, data, density, late):
+    rows = population(tickets, size, data.draw(st.integers(0, size)), density=density)
+    exact = {name: row.clone() for name, row in rows.items()}
+    point = {"initial_m": gradient(rows, seed=2)} if late else {}
+    moments = {name: rows[name] for name in ("weight", "m", "v", "mask")}
+    expected = {name: row.clone() for name, row in moments.items()}
+    initial = gradient(rows, seed=3)
+    on("reference", rewind_, initial=initial, **expected, **point)
+    on(backend, rewind_, initial=initial, **moments, **point)
+    for name, row in moments.items():
+        assert torch.equal(row, expected[name])
+
+    state = {name: exact[name] for name in ("weight", "mask", "lr")}
+    state["momentum_buffer"] = exact["m"]
+    mine = {name: row.clone() for name, row in state.items()}
+    for name in ("weight", "momentum_buffer"):
+        state[name] = state[name].double()
+    grad = gradient(rows)
+    norm = on("reference", sgd_, grad=grad.double(), weight_decay=0.1, **state)
+    close(on(backend, sgd_, grad=grad, weight_decay=0.1, **mine), norm)
+    for name in ("weight", "momentum_buffer"):
+        close(mine[name], state[name])
+
+
 def test_inputs_may_be_strided_and_parameters_may_require_grad():
     rows = population(3, 12, 9)
     expected = {name: row.clone() for name, row in rows.items()}
