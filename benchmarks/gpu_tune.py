@@ -1,9 +1,11 @@
 """Tune launches on a GPU: what ops ask `kernels.tuning` for, answered by measurement.
 
-A subject runs once, and every question its ops ask is heard. For each, one number of the launch at
-a time is doubled, halved or moved by one from the configuration the op was built with; a candidate
-that fails to compile, gives a wrong result or gains less than noise is dropped. Winners are kept
-under shapes and nominal density, so a plan never depends on what is pruned or who shares a batch.
+A subject runs once, and every question its ops ask is heard. Some questions name what may be
+launched; for the others one number of the launch at a time is doubled, halved or moved by one from
+the configuration the op was built with. A candidate that fails to compile, gives a wrong result or
+gains less than noise is dropped. Winners are kept under shapes and nominal density, so a plan never
+depends on what is pruned or who shares a batch. Each subject has its share of the time, and what
+those before it left.
 """
 
 from __future__ import annotations
@@ -16,16 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.files import write_atomic
-from sparse_tickets.kernels import tuning
+from sparse_tickets.kernels import tuning, use_backend
+from sparse_tickets.kernels.mlp import mlp_packed
+from sparse_tickets.kernels.packed import build_pattern, pack, unpack
+from sparse_tickets.kernels.prune import prune
+from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.kernels.tuning import Question
-from sparse_tickets.timing import Contender
+from sparse_tickets.timing import Contender, mismatch
 
 from . import gpu_ours, gpu_packed, ours
 from .gpu_clock import Timer, make_timer
-from .gpu_problems import LayerProblem
+from .gpu_problems import LayerProblem, random_masks_on
 from .gpu_table import Sizes
+from .ppo_job import PPOJob
 from .problems import PolicyProblem
 
 __all__ = ["Subject", "candidates", "subjects", "tune", "write_configurations"]
@@ -44,10 +53,12 @@ class Subject:
     Attributes:
         name: for the log.
         build: makes inputs and the contender.
+        share: of the time, in relation to the others'.
     """
 
     name: str
     build: Callable[[], Contender]
+    share: float = 1.0
 
 
 def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
@@ -70,22 +81,90 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
         )
         return gpu_ours.backward_masked(problem)
 
-    yield Subject("packed layer, step", packed)
-    yield Subject("blocked layer, forward+backward", blocked)
-    yield Subject("dense+mask layer, forward+backward", masked)
-    for hidden in sizes.policy_widths:
+    def policy(hidden: int) -> PolicyProblem:
         network = (4, hidden, hidden, 2)
-        yield Subject(
-            f"policy of width {hidden}, forward+backward",
-            lambda network=network: ours.policy(
-                PolicyProblem(sizes.policies, sizes.policy_batch, network, 90.0, device=device)
-            ),
-        )
+        return PolicyProblem(sizes.policies, sizes.policy_batch, network, 90.0, device=device)
+
+    def job() -> PPOJob:
+        settings = PPO(horizon=-(-sizes.policy_batch // PPO.copies), epochs=1, minibatches=1)
+        return PPOJob(sizes.policies, 90.0, settings, device=str(device))
+
+    yield Subject("packed layer, step", packed, 3.0)
+    yield Subject("blocked layer, forward+backward", blocked, 3.0)
+    yield Subject("dense+mask layer, forward+backward", masked, 2.0)
+    for hidden in sizes.policy_widths:
+        name = f"policy of width {hidden}, forward+backward"
+        yield Subject(name, lambda hidden=hidden: ours.policy(policy(hidden)))
+    yield Subject("rollout", lambda: _act(job()))
+    yield Subject("PPO update", lambda: _update(job()))
+    yield Subject("prune", lambda: _prune(*sizes.pruned, device))
+    yield Subject(
+        "Adam, dense+mask",
+        lambda: gpu_ours.adam_masked(
+            LayerProblem(tickets, batch, width, width, 90.0, device=device)
+        ),
+    )
+    hidden = sizes.policy_widths[0]
+    name = f"packed policy of width {hidden}, forward+backward"
+    yield Subject(name, lambda: _packed_policy(policy(hidden)))
+    yield Subject(f"policy of width {width}, forward+backward", lambda: ours.policy(policy(width)))
 
 
-def candidates(default: Any) -> Iterator[dict[str, int]]:
-    """Neighbours of a launch, one number changed: warps and tile sides by 2, stages by one."""
-    fields = asdict(default)
+def _act(job: PPOJob) -> Contender:
+    """A rollout alone; its clock lies on the device, or no graph could hold it."""
+
+    def run() -> Any:
+        job.env.keep_clock_on_device()
+        parameters, steps = job.population.parameters, job.settings.horizon
+        return rollout(parameters, job.arena, job.env, job.obs, job.key, steps, density=job.density)
+
+    return Contender("rollout", run, job.error)
+
+
+def _update(job: PPOJob) -> Contender:
+    """An update on one batch, over and over."""
+    batch = job.prepare(job.act())
+    return Contender("PPO update", lambda: job.update(batch), job.error)
+
+
+def _prune(tickets: int, prunable: int, device: torch.device) -> Contender:
+    mask = random_masks_on(device, tickets, prunable, 50.0)
+    # All different, so that there is one right answer.
+    scores = torch.rand(tickets, prunable, device=device).argsort(1).float()
+    kept = round(0.4 * prunable)
+    with use_backend("reference"):
+        expected = prune(scores, mask, kept)
+    return gpu_ours.prune_to(scores, mask, kept, expected)
+
+
+def _packed_policy(problem: PolicyProblem) -> Contender:
+    """A whole network by its packed weights, and the gradient."""
+    arena, mask = problem.arena, problem.mask
+    pattern = build_pattern(mask, arena.prunable_layers())
+    values = pack(problem.weight, pattern).requires_grad_()
+    rest = problem.weight[:, arena.prunable :].clone().requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        y = mlp_packed(problem.x, values, pattern, rest, arena.actor)
+        return (y.detach(), *torch.autograd.grad(y, (values, rest), problem.dy))
+
+    def error() -> float:
+        y, of_values, of_rest = run()
+        grad = torch.cat([unpack(of_values, pattern), of_rest], 1)
+        return mismatch([y, grad], problem.forward_backward, problem.terms)
+
+    return Contender("packed policy", run, error)
+
+
+def candidates(question: Question) -> Iterator[dict[str, int]]:
+    """What the op says it can be launched with, or neighbours of its default.
+
+    A neighbour has one number changed: warps and tile sides by 2, stages by one.
+    """
+    fields = asdict(question.default)
+    if question.among:
+        yield from (asdict(other) for other in question.among if other != question.default)
+        return
     for name, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int):
             continue
@@ -119,15 +198,21 @@ def tune(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        for subject in subjects(sizes, device):
-            if time.monotonic() > deadline:
+        chosen = list(subjects(sizes, device))
+        for place, subject in enumerate(chosen):
+            left = deadline - time.monotonic()
+            if left < 0:
                 found["left_out"].append(subject.name)
                 continue
+            share = subject.share / sum(each.share for each in chosen[place:])
+            until = time.monotonic() + share * left
             try:
-                _tune_subject(subject, timer, deadline, found, save, report)
+                _tune_subject(subject, timer, until, found, save, report)
             except Exception as error:  # One subject must not take the others with it.
                 found["failed"][subject.name] = f"{type(error).__name__}: {error}"
                 report(f"{subject.name}: failed: {type(error).__name__}: {error}")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             save()
     finally:
         torch.set_float32_matmul_precision(before)
@@ -142,8 +227,10 @@ def _tune_subject(
     report: Callable[[str], None],
 ) -> None:
     contender = subject.build()
+    _check(contender)
+    # Of what is timed alone: the check may run more.
     with tuning.listen() as heard:
-        _check(contender)
+        contender.run()
     asked = list({(q.op, q.shapes): q for q in heard}.values())
     known = found["configurations"]
     for question in asked:
@@ -170,7 +257,7 @@ def _best(
     with tuning.override(question.op, question.shapes, asdict(question.default)):
         default = _seconds(contender, timer)
     best, gain = None, 1.0
-    for candidate in candidates(question.default):
+    for candidate in candidates(question):
         if time.monotonic() > deadline:
             break
         entry = {"op": question.op, "shapes": question.shapes, "candidate": candidate}

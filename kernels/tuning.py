@@ -7,6 +7,9 @@ Without a file, or without an entry, an op takes the configuration it was built 
 
     tiles = prefer(default_tiles(...), "linear", x.device, rows=64, cols=256, dtype=x.dtype)
 
+An op whose kernels registers hold barely names what it can be launched with (``among``): what its
+`COMPILE_CASES` compile, so that nothing is tried, or read from a file, that spills.
+
     {"layout": 1, "device": "NVIDIA H100 80GB HBM3", ...,
      "configurations": {"linear": {"cols=256 dtype=float32 rows=64": {"1.0": {"rows": 64, ...}}}}}
 """
@@ -17,7 +20,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -60,12 +63,14 @@ class Question(NamedTuple):
         shapes: see `shape_class`.
         density: nominal.
         default: the configuration it was built with, a frozen dataclass of integers.
+        among: what it can be launched with; empty if any neighbour of the default may be tried.
     """
 
     op: str
     shapes: str
     density: float
     default: Any
+    among: Sequence[Any] = ()
 
 
 # Not context variables: backward passes ask from threads of their own.
@@ -116,7 +121,13 @@ def configuration(
 
 
 def prefer(
-    default: Launch, op: str, device: torch.device, *, density: float = 1.0, **sizes: Any
+    default: Launch,
+    op: str,
+    device: torch.device,
+    *,
+    among: Sequence[Launch] = (),
+    density: float = 1.0,
+    **sizes: Any,
 ) -> Launch:
     """``default``, or what was measured for the same type of launch.
 
@@ -124,6 +135,8 @@ def prefer(
         default: what the op was built with, a frozen dataclass of integers.
         op: see `configuration`.
         device: see `configuration`.
+        among: all that counts, a function of ``sizes`` rounded as `shape_class` does; empty if
+            anything that fits ``default`` does.
         density: see `configuration`.
         **sizes: see `shape_class`.
 
@@ -134,14 +147,20 @@ def prefer(
         return default
     shapes = shape_class(**sizes)
     if _heard is not None:
-        _heard.append(Question(op, shapes, density, default))
+        _heard.append(Question(op, shapes, density, default, tuple(among)))
     chosen = configuration(op, shapes, density, device)
     if chosen is None:
         return default
     try:
-        return replace(default, **chosen)  # type: ignore[type-var]
+        launch = replace(default, **chosen)  # type: ignore[type-var]
     except TypeError as error:
         raise ValueError(f"configuration of {op!r} for {shapes!r} does not fit: {error}") from error
+    if among and launch not in among:
+        allowed = "; ".join(map(str, among))
+        raise ValueError(
+            f"configuration of {op!r} for {shapes!r} must be one of {allowed}; got {launch}"
+        )
+    return launch
 
 
 def configuration_file(device_name: str) -> Path:

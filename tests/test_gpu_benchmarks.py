@@ -287,13 +287,19 @@ class Launch:
 
 
 def test_candidates_change_one_number_within_its_limits():
-    found = list(candidates(Launch(16, 4, 1)))
+    found = list(candidates(tuning.Question("op", "x", 1.0, Launch(16, 4, 1))))
     assert found == [
         {"rows": 32, "warps": 4, "stages": 1},
         {"rows": 16, "warps": 2, "stages": 1},
         {"rows": 16, "warps": 8, "stages": 1},
         {"rows": 16, "warps": 4, "stages": 2},
     ]
+
+
+def test_candidates_are_what_the_op_can_be_launched_with():
+    default, other = Launch(16, 4, 1), Launch(32, 8, 2)
+    question = tuning.Question("op", "x", 1.0, default, (default, other))
+    assert list(candidates(question)) == [{"rows": 32, "warps": 8, "stages": 2}]
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ Dots on CUDA cores only: a tensor-core dot keeps its operands' fragments, and sm
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import triton
 import triton.language as tl
 
@@ -23,20 +26,14 @@ from .geometry import Geometry
 
 __all__ = [
     "COMPILE_CASES",
-    "OPTIONS",
-    "ROWS",
+    "Launch",
     "activate",
     "backward_kernel",
     "case",
     "deactivate",
     "forward_kernel",
+    "launches",
 ]
-
-ROWS = 16
-"""Samples per tile: with 64 columns one tile is all that dots on CUDA cores can take unspilled."""
-
-OPTIONS = {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
-"""One stage: to prefetch weights that every tile reads again would only take shared memory."""
 
 
 @triton.jit
@@ -335,8 +332,59 @@ def backward_kernel(
         tl.store(bias_target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a pass is launched.
+
+    Attributes:
+        rows: samples per tile.
+        warps: per program.
+    """
+
+    rows: int
+    warps: int
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        """The kernels' block size."""
+        return {"ROWS": self.rows}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """One stage: to prefetch weights that every tile reads again would cost shared memory."""
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": 255}
+
+
+_DEFAULT = Launch(16, 8)
+"""With 64 columns 16 rows are all that dots on CUDA cores can take unspilled."""
+
+_NARROW = 32
+
+
+@cache
+def launches(blocks: tuple[int, ...], packed: bool) -> tuple[Launch, ...]:
+    """What a pass can be launched with, the default first: what registers hold on every GPU.
+
+    Beyond 32 wide that is the default alone: more rows, and fewer or more warps, were compiled, and
+    spill somewhere.
+
+    Args:
+        blocks: see `Geometry`.
+        packed: whether weights are.
+    """
+    if max(blocks) > _NARROW:
+        return (_DEFAULT,)
+    return (_DEFAULT, Launch(16, 4), *(() if packed else (Launch(32, 8),)))
+
+
 def case(
-    kernel: str, geometry: Geometry, activation: str, *, masked: bool = True, suffix: str = ""
+    kernel: str,
+    geometry: Geometry,
+    activation: str,
+    launch: Launch = _DEFAULT,
+    *,
+    masked: bool = True,
+    suffix: str = "",
 ) -> Case:
     """A launch on rows that are not aligned, named after the network."""
     floats = ["x", "weight", "bias"]
@@ -348,7 +396,7 @@ def case(
         floats += ["dy", "target", "bias_target"]
         integers += ["stretch", "dy_ticket", "dy_row", "target_row", "bias_target_row"]
     signature = dict.fromkeys(floats, "*fp32:16") | dict.fromkeys(integers, "i32")
-    constexprs = {**geometry.constexprs, "BLOCKS": geometry.blocks, "ROWS": ROWS}
+    constexprs = {**geometry.constexprs, "BLOCKS": geometry.blocks, **launch.constexprs}
     constexprs |= {"TILES": geometry.tiles, "ACTIVATION": activation}
     if masked:
         signature["mask"] = "*u8:16"
@@ -359,8 +407,10 @@ def case(
     else:
         signature["start"] = "*i32:16"
     name = f"{kernel}_{'_'.join(map(str, geometry.sizes))}_{activation}{suffix}"
+    if launch != _DEFAULT:
+        name += f"_rows{launch.rows}_warps{launch.warps}"
     function = forward_kernel if kernel == "forward" else backward_kernel
-    return Case(name, function, signature, constexprs, OPTIONS)
+    return Case(name, function, signature, constexprs, launch.options)
 
 
 COMPILE_CASES = [
@@ -368,6 +418,7 @@ COMPILE_CASES = [
         kernel,
         Geometry.of_sizes(sizes, masked=masked),
         activation,
+        launch,
         masked=masked,
         suffix="" if masked else "_dense",
     )
@@ -378,5 +429,7 @@ COMPILE_CASES = [
         ((64, 64, 64, 64), "relu", True),
         ((17, 64, 64, 64, 6), "tanh", True),
         ((10, 32, 3), "relu", True),
+        ((32, 32, 32, 32, 32), "tanh", True),
     )
+    for launch in launches(Geometry.of_sizes(sizes, masked=masked).blocks, packed=False)
 ]

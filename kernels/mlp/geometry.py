@@ -61,6 +61,11 @@ class Geometry:
         return tuple(max(16, 1 << (size - 1).bit_length()) for size in self.sizes)
 
     @property
+    def label(self) -> str:
+        """`blocks` as `kernels.tuning` names them."""
+        return "x".join(map(str, self.blocks))
+
+    @property
     def hidden(self) -> int:
         """Activations of a sample, input and output not counted."""
         return sum(self.sizes[1:-1])

@@ -3,14 +3,16 @@
 Raw functions without autograd, validation or host synchronisation: `forward`, `backward` and
 `choose`, which tells how wide networks may be for which kernels. Outputs can be given, so that a
 CUDA graph finds them where it left them. How the samples are cut follows from their number and the
-shape of the network alone, never from P.
+shape of the network alone, never from P; so do the launches, measured (`kernels.tuning`) or not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import triton
@@ -18,19 +20,25 @@ from torch import Tensor
 
 from ..arena import Net
 from ..linear import gpu as layer_gpu
+from ..tuning import prefer
 from . import fused_gpu, split_gpu
 from .geometry import Geometry
 
 __all__ = [
     "COMPILE_CASES",
     "Route",
+    "Stretch",
     "backward",
     "choose",
     "cut",
+    "cut_as_measured",
     "describe",
     "forward",
+    "prefer_launch",
     "with_rows",
 ]
+
+Launch = TypeVar("Launch")
 
 COMPILE_CASES = [*fused_gpu.COMPILE_CASES, *split_gpu.COMPILE_CASES]
 
@@ -64,6 +72,17 @@ MOST_STRETCHES = 16
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """What `cut` is asked for.
+
+    Attributes:
+        samples: whose gradient a program sums up.
+    """
+
+    samples: int
+
+
+@dataclass(frozen=True)
 class Route:
     """Which kernels run.
 
@@ -82,23 +101,31 @@ def choose(net: Net, precision: str, *, to_input: bool = False) -> Route:
 
     Args:
         net: its sizes count.
-        precision: the fused kernels know ``ieee`` alone.
+        precision: the fused kernels know ``ieee`` alone: on tensor cores they spill.
         to_input: whether the input's gradient is asked for, which the fused backward leaves out.
     """
     if max(net.sizes) > WIDTH:
         return Route("layers", "layers")
-    if precision != "ieee" or max(net.sizes) > FUSED_WIDTH or net.depth > FUSED_DEPTH:
+    if precision != "ieee" or not _is_narrow(net):
         return Route("walk", "split")
     blocks = Geometry.of(net, 0).blocks
     weights = sum(inp * out for inp, out in pairwise(blocks))
     return Route("fused", "split" if to_input or weights > FUSED_WEIGHTS else "fused")
 
 
+def _is_narrow(net: Net) -> bool:
+    """Whether registers hold a sample's way through the network."""
+    return max(net.sizes) <= FUSED_WIDTH and net.depth <= FUSED_DEPTH
+
+
 def describe(net: Net, precision: str, *, to_input: bool = False) -> str:
     """The route in words; arguments as for `choose`."""
     route = choose(net, precision, to_input=to_input)
+    registers = "forward in one launch with activations in registers"
+    if route.backward != "fused":
+        registers += ", or in memory where a backward pass reads them"
     forward = {
-        "fused": "forward in one launch with activations in registers",
+        "fused": registers,
         "walk": "forward in one launch with activations in memory",
         "layers": "forward layer by layer",
     }[route.forward]
@@ -107,7 +134,10 @@ def describe(net: Net, precision: str, *, to_input: bool = False) -> str:
         "split": "backward in a launch for the deltas and one for the gradients of all layers",
         "layers": "deltas layer by layer and one launch for the gradients of all layers",
     }[route.backward]
-    return f"{forward}; {backward}; width {max(net.sizes)}, {precision} products"
+    reason = f"{forward}; {backward}; width {max(net.sizes)}, {precision} products"
+    if precision != "ieee" and _is_narrow(net):
+        reason += ", for which tensor cores want the registers that would hold activations"
+    return reason
 
 
 def forward(
@@ -200,7 +230,8 @@ def backward(
     if tickets == 0 or samples == 0:
         return dx, dweight.zero_()
 
-    splits, stretch = cut(samples, FUSED_STRETCH if route == "fused" else SPLIT_STRETCH)
+    fused = route == "fused"
+    splits, stretch = cut_as_measured(x, geometry, FUSED_STRETCH if fused else SPLIT_STRETCH)
     rows = dweight.zero_() if splits == 1 else weight.new_empty(tickets * splits, weight.shape[1])
     with torch.cuda.device_of(x):
         if route == "fused":
@@ -223,7 +254,9 @@ def _forward_fused(
     x: Tensor, weight: Tensor, mask: Tensor | None, net: Net, geometry: Geometry, y: Tensor
 ) -> None:
     tickets, samples, _ = x.shape
-    fused_gpu.forward_kernel[(tickets * triton.cdiv(samples, fused_gpu.ROWS),)](
+    launches = fused_gpu.launches(geometry.blocks, packed=False)
+    launch = prefer_launch(launches, "fused_forward", x, geometry, net.activation)
+    fused_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
         x,
         weight,
         mask,
@@ -241,8 +274,8 @@ def _forward_fused(
         BLOCKS=geometry.blocks,
         TILES=None,
         ACTIVATION=net.activation,
-        ROWS=fused_gpu.ROWS,
-        **fused_gpu.OPTIONS,
+        **launch.constexprs,
+        **launch.options,
     )
 
 
@@ -257,8 +290,8 @@ def _forward_walk(
     hidden: Tensor,
 ) -> None:
     tickets, samples, _ = x.shape
-    blocks, options = split_gpu.walk_options(precision)
-    split_gpu.forward_kernel[(tickets * triton.cdiv(samples, blocks["ROWS"]),)](
+    launch = prefer_launch(split_gpu.WALKS, "forward", x, geometry, precision)
+    split_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
         x,
         weight,
         mask,
@@ -273,8 +306,8 @@ def _forward_walk(
         HIDDEN=geometry.hidden,
         ACTIVATION=net.activation,
         PRECISION=precision,
-        **blocks,
-        **options,
+        **launch.constexprs(precision),
+        **launch.options,
     )
 
 
@@ -312,6 +345,8 @@ def _backward_fused(
     stretch: int,
 ) -> None:
     tickets, samples, _ = x.shape
+    launches = fused_gpu.launches(geometry.blocks, packed=False)
+    launch = prefer_launch(launches, "fused_backward", x, geometry, net.activation)
     fused_gpu.backward_kernel[(tickets, splits)](
         dy,
         x,
@@ -337,8 +372,8 @@ def _backward_fused(
         BLOCKS=geometry.blocks,
         TILES=None,
         ACTIVATION=net.activation,
-        ROWS=fused_gpu.ROWS,
-        **fused_gpu.OPTIONS,
+        **launch.constexprs,
+        **launch.options,
     )
 
 
@@ -356,8 +391,8 @@ def _deltas_walk(
     tickets, samples, _ = dy.shape
     constants = geometry.constexprs
     del constants["BIASES"]
-    blocks, options = split_gpu.walk_options(precision)
-    split_gpu.delta_kernel[(tickets * triton.cdiv(samples, blocks["ROWS"]),)](
+    launch = prefer_launch(split_gpu.WALKS, "deltas", dy, geometry, precision)
+    split_gpu.delta_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
         dy,
         weight,
         mask,
@@ -373,8 +408,8 @@ def _deltas_walk(
         HIDDEN=geometry.hidden,
         ACTIVATION=net.activation,
         PRECISION=precision,
-        **blocks,
-        **options,
+        **launch.constexprs(precision),
+        **launch.options,
     )
 
 
@@ -414,9 +449,9 @@ def _gradient(
     stretch: int,
 ) -> None:
     tickets, samples, _ = x.shape
-    cut = split_gpu.gradient_tiles(geometry)
-    blocks, options = split_gpu.gradient_options(precision)
-    split_gpu.gradient_kernel[(tickets * sum(cut["COUNTS"]), splits)](
+    launch = prefer_launch(split_gpu.GRADIENTS, "gradient", x, geometry, precision)
+    cut_layers = launch.constexprs(geometry, precision)
+    split_gpu.gradient_kernel[(tickets * sum(cut_layers["COUNTS"]), splits)](
         dy,
         x,
         hidden,
@@ -432,11 +467,10 @@ def _gradient(
         _stride(mask),
         rows.stride(0),
         **geometry.constexprs,
-        **cut,
+        **cut_layers,
         HIDDEN=geometry.hidden,
         PRECISION=precision,
-        **blocks,
-        **options,
+        **launch.options,
     )
 
 
@@ -460,6 +494,59 @@ def cut(samples: int, stretch: int) -> tuple[int, int]:
     splits = min(triton.cdiv(samples, stretch), MOST_STRETCHES)
     length = triton.cdiv(triton.cdiv(samples, splits), STRETCH_UNIT) * STRETCH_UNIT
     return triton.cdiv(samples, length), length
+
+
+def cut_as_measured(x: Tensor, geometry: Geometry, stretch: int) -> tuple[int, int]:
+    """`cut` of the samples of ``x [P, B, I]``, by ``stretch`` or what was measured to be better."""
+    samples = triton.next_power_of_2(x.shape[1])
+    among = _stretches(samples, stretch)
+    chosen = prefer(
+        among[0],
+        "mlp.stretch",
+        x.device,
+        among=among,
+        layers=geometry.label,
+        packed=geometry.tiles is not None,
+        built_in=f"{stretch}",
+        samples=samples,
+    )
+    return cut(x.shape[1], chosen.samples)
+
+
+@cache
+def _stretches(samples: int, default: int) -> tuple[Stretch, ...]:
+    """The default, and its neighbours that cut the samples otherwise."""
+    found = {}
+    for stretch in (default, default // 2, default * 2, default // 4, default * 4):
+        if stretch >= STRETCH_UNIT:
+            found.setdefault(cut(samples, stretch), Stretch(stretch))
+    return tuple(found.values())
+
+
+def prefer_launch(
+    launches: Sequence[Launch], kernel: str, x: Tensor, geometry: Geometry, kind: str
+) -> Launch:
+    """The first of these, or what was measured on this device for such a network.
+
+    Args:
+        launches: what the kernel can be launched with.
+        kernel: its name in `kernels.tuning`.
+        x: ``[P, B, ...]``, whose device and B count.
+        geometry: of the network.
+        kind: the activation, or the precision, where the launch may depend on it.
+    """
+    if len(launches) == 1:
+        return launches[0]
+    return prefer(
+        launches[0],
+        f"mlp.{kernel}",
+        x.device,
+        among=launches,
+        layers=geometry.label,
+        kind=kind,
+        masked=any(geometry.masked),
+        samples=x.shape[1],
+    )
 
 
 def _places(net: Net, hidden: Tensor) -> list[Tensor]:

@@ -20,7 +20,15 @@ from ..packed import Pattern
 from ..packed.layout import Layer, lay_out
 from . import fused_gpu
 from .geometry import Geometry
-from .gpu import FUSED_DEPTH, FUSED_STRETCH, FUSED_WIDTH, choose, cut, with_rows
+from .gpu import (
+    FUSED_DEPTH,
+    FUSED_STRETCH,
+    FUSED_WIDTH,
+    choose,
+    cut_as_measured,
+    prefer_launch,
+    with_rows,
+)
 
 __all__ = ["COMPILE_CASES", "backward", "describe", "forward", "is_fused"]
 
@@ -114,8 +122,9 @@ def forward(x: Tensor, values: Tensor, pattern: Pattern, rest: Tensor, net: Net)
     tickets, samples, _ = x.shape
     y = x.new_empty(tickets, samples, net.sizes[-1])
     if y.numel():
+        launch = _launch("forward", x, net, pattern)
         with torch.cuda.device_of(x):
-            fused_gpu.forward_kernel[(tickets * triton.cdiv(samples, fused_gpu.ROWS),)](
+            fused_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
                 x,
                 values,
                 *_places(pattern),
@@ -128,6 +137,8 @@ def forward(x: Tensor, values: Tensor, pattern: Pattern, rest: Tensor, net: Net)
                 *_strides(pattern),
                 rest.stride(0),
                 **_constants(net, pattern),
+                **launch.constexprs,
+                **launch.options,
             )
     return y
 
@@ -139,7 +150,8 @@ def backward(
     dy, x, values, rest = (with_rows(tensor) for tensor in (dy, x, values, rest))
     tickets, samples, _ = x.shape
     width, size = values.shape[1], values.shape[1] + rest.shape[1]
-    splits, stretch = cut(samples, FUSED_STRETCH) if samples else (0, 0)
+    geometry = _geometry(net, pattern)
+    splits, stretch = cut_as_measured(x, geometry, FUSED_STRETCH) if samples else (0, 0)
     if tickets == 0 or splits < 2:
         dvalues, drest = torch.zeros_like(values), torch.zeros_like(rest)
         target, bias_target = dvalues, drest
@@ -149,6 +161,7 @@ def backward(
         target, bias_target = partial[:, :width], partial[:, width:]
     if tickets == 0 or samples == 0:
         return dvalues, drest
+    launch = _launch("backward", x, net, pattern)
     with torch.cuda.device_of(x):
         fused_gpu.backward_kernel[(tickets, splits)](
             dy,
@@ -170,10 +183,11 @@ def backward(
             target.stride(0),
             bias_target.stride(0),
             **_constants(net, pattern),
+            **launch.constexprs,
+            **launch.options,
         )
         if splits > 1:
             layers = _layers(net, pattern)
-            geometry = _geometry(net, pattern)
             add_kernel[(tickets, triton.cdiv(size, ADD_BLOCK))](
                 partial,
                 pattern.start,
@@ -209,9 +223,14 @@ def _constants(net: Net, pattern: Pattern) -> dict[str, Any]:
         "BLOCKS": geometry.blocks,
         "TILES": geometry.tiles,
         "ACTIVATION": net.activation,
-        "ROWS": fused_gpu.ROWS,
-        **fused_gpu.OPTIONS,
     }
+
+
+def _launch(kernel: str, x: Tensor, net: Net, pattern: Pattern) -> fused_gpu.Launch:
+    """What was measured on this device for such a pass, or what is built in."""
+    geometry = _geometry(net, pattern)
+    launches = fused_gpu.launches(geometry.blocks, packed=True)
+    return prefer_launch(launches, f"packed_{kernel}", x, geometry, net.activation)
 
 
 def _places(pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -224,12 +243,15 @@ def _strides(pattern: Pattern) -> tuple[int, int]:
     return 4 * pattern.bits.stride(0), pattern.start.stride(0)
 
 
-def _packed_case(kernel: str, sizes: tuple[int, ...], activation: str) -> Case:
-    """A launch on a pattern of one network."""
+def _packed_cases(kernel: str, sizes: tuple[int, ...], activation: str) -> list[Case]:
+    """All launches on a pattern of one network."""
     arena = Arena.build(sizes)
     shapes = [size for _, *shape in arena.prunable_layers() for size in shape]
     geometry = Geometry.of_packed(arena.actor, lay_out(*shapes), arena.prunable)
-    return fused_gpu.case(kernel, geometry, activation, suffix="_packed")
+    return [
+        fused_gpu.case(kernel, geometry, activation, launch, suffix="_packed")
+        for launch in fused_gpu.launches(geometry.blocks, packed=True)
+    ]
 
 
 _ADD = Case(
@@ -243,23 +265,19 @@ _ADD = Case(
 )
 
 COMPILE_CASES = [
-    *(
-        _packed_case("forward", sizes, activation)
-        for sizes, activation in (
-            ((4, 64, 64, 2), "tanh"),
-            ((4, 64, 64, 2), "relu"),
-            ((64, 64, 64, 64), "relu"),
-            ((17, 64, 64, 64, 6), "tanh"),
-        )
-    ),
-    *(
-        _packed_case("backward", sizes, activation)
-        for sizes, activation in (
-            ((4, 64, 64, 2), "tanh"),
-            ((64, 64, 64, 20), "tanh"),
-            ((20, 33, 20, 20), "tanh"),
-            ((64, 64, 20), "relu"),
-        )
-    ),
-    _ADD,
+    case
+    for kernel, sizes, activation in (
+        ("forward", (4, 64, 64, 2), "tanh"),
+        ("forward", (4, 64, 64, 2), "relu"),
+        ("forward", (64, 64, 64, 64), "relu"),
+        ("forward", (17, 64, 64, 64, 6), "tanh"),
+        ("forward", (32, 32, 32, 32, 32), "tanh"),
+        ("backward", (4, 64, 64, 2), "tanh"),
+        ("backward", (64, 64, 64, 20), "tanh"),
+        ("backward", (20, 33, 20, 20), "tanh"),
+        ("backward", (32, 32, 32, 32), "tanh"),
+        ("backward", (64, 64, 20), "relu"),
+    )
+    for case in _packed_cases(kernel, sizes, activation)
 ]
+COMPILE_CASES.append(_ADD)

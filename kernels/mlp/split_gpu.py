@@ -9,6 +9,7 @@ timing. ``hidden`` and ``deltas`` are ``[P, B, sum of hidden sizes]``, layer by 
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,20 +23,18 @@ from .geometry import Geometry
 __all__ = [
     "ADD_BLOCK",
     "COMPILE_CASES",
+    "GRADIENTS",
+    "WALKS",
+    "Gradient",
+    "Walk",
     "add_kernel",
     "delta_kernel",
     "forward_kernel",
     "gradient_kernel",
-    "gradient_options",
-    "gradient_tiles",
-    "walk_options",
 ]
 
 ADD_BLOCK = 512
 """Entries of a row per program of `add_kernel`."""
-
-TILE = 64
-"""Largest side of a tile."""
 
 
 @triton.jit
@@ -396,58 +395,113 @@ def add_kernel(
     tl.store(target + ticket * target_row + column, total, mask=column < size)
 
 
-def walk_options(precision: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Blocks and launch options of `forward_kernel` and `delta_kernel`.
+@dataclass(frozen=True)
+class Walk:
+    """How `forward_kernel` and `delta_kernel` are launched.
 
-    Depth as in the linear layer's products: IEEE dots and tf32x3 keep operands in registers.
+    Attributes:
+        rows: samples per program.
+        cols: features of a tile.
+        warps: per program.
+        stages: of the software pipeline.
     """
-    step = 32 if precision == "tf32" else 16
-    return {"ROWS": 32, "COLS": TILE, "STEP": step}, {"num_warps": 4, "num_stages": 3}
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+
+    def constexprs(self, precision: str) -> dict[str, int]:
+        """The kernels' block sizes."""
+        return {"ROWS": self.rows, "COLS": self.cols, "STEP": _step(precision)}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def gradient_options(precision: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Blocks and launch options of `gradient_kernel`."""
-    step = 32 if precision == "tf32" else 16
-    return {"STEP": step}, {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
+@dataclass(frozen=True)
+class Gradient:
+    """How `gradient_kernel` is launched.
+
+    Attributes:
+        tile: largest side of a tile.
+        warps: per program.
+        stages: of the software pipeline.
+    """
+
+    tile: int
+    warps: int
+    stages: int
+
+    def constexprs(self, geometry: Geometry, precision: str) -> dict[str, Any]:
+        """How the layers are cut: sides of tiles by size, tiles of each layer, samples a step."""
+        sides = tuple(min(self.tile, block) for block in geometry.blocks)
+        across = [-(-size // side) for size, side in zip(geometry.sizes, sides, strict=True)]
+        counts = tuple(inp * out for inp, out in pairwise(across))
+        return {"TILES": sides, "COUNTS": counts, "STEP": _step(precision)}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 168}
 
 
-def gradient_tiles(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """How `gradient_kernel` cuts the layers: sides of tiles by size, and tiles of each layer."""
-    sides = tuple(min(TILE, block) for block in geometry.blocks)
-    across = [-(-size // side) for size, side in zip(geometry.sizes, sides, strict=True)]
-    counts = tuple(inp * out for inp, out in pairwise(across))
-    return {"TILES": sides, "COUNTS": counts}
+def _step(precision: str) -> int:
+    """Depth as in the linear layer's products: IEEE dots and tf32x3 keep operands in registers."""
+    return 32 if precision == "tf32" else 16
 
 
-def _case(kernel: Any, sizes: tuple[int, ...], precision: str, *, masked: bool = True) -> Case:
+WALKS = (Walk(32, 64, 4, 3), Walk(16, 64, 4, 3), Walk(32, 64, 8, 3), Walk(32, 32, 4, 3))
+"""What a walk can be launched with, the default first."""
+
+GRADIENTS = (Gradient(64, 4, 3), Gradient(32, 4, 3), Gradient(64, 8, 3), Gradient(64, 4, 4))
+"""What `gradient_kernel` can be launched with, the default first."""
+
+
+def _case(
+    kernel: Any,
+    sizes: tuple[int, ...],
+    precision: str,
+    launch: Walk | Gradient | None = None,
+    *,
+    masked: bool = True,
+) -> Case:
     """A launch on an arena that holds one network, its rows not aligned."""
     geometry = Geometry.of_sizes(sizes, masked=masked)
     constants = geometry.constexprs | {"HIDDEN": geometry.hidden, "PRECISION": precision}
     floats = ["x", "dy", "weight", "y", "dx", "hidden", "deltas", "target", "partial"]
     arguments = dict.fromkeys(floats, "*fp32:16") | {"mask": "*u8:16"}
     arguments |= dict.fromkeys(kernel.arg_names, "i32") | arguments
-    if kernel is gradient_kernel:
-        blocks, options = gradient_options(precision)
-        constants |= gradient_tiles(geometry) | blocks
-    elif kernel is add_kernel:
-        constants["BLOCK"], options = ADD_BLOCK, {}
+    if isinstance(launch, Gradient):
+        constants |= launch.constexprs(geometry, precision)
+    elif isinstance(launch, Walk):
+        constants |= {"ACTIVATION": "tanh", **launch.constexprs(precision)}
     else:
-        blocks, options = walk_options(precision)
-        constants |= {"ACTIVATION": "tanh", **blocks}
+        constants["BLOCK"] = ADD_BLOCK
     if not masked:
         constants["mask"] = None
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature = {name: arguments[name] for name in kernel.arg_names if name not in constants}
     parts = [kernel.__name__.removesuffix("_kernel"), "memory", *map(str, sizes), precision]
-    return Case(
-        "_".join(parts + ([] if masked else ["dense"])), kernel, signature, constants, options
-    )
+    parts += [] if masked else ["dense"]
+    if launch is None:
+        return Case("_".join(parts), kernel, signature, constants, {})
+    if launch not in (WALKS[0], GRADIENTS[0]):
+        parts += [f"{name}{value}" for name, value in asdict(launch).items()]
+    return Case("_".join(parts), kernel, signature, constants, launch.options)
 
 
 COMPILE_CASES = [
     *(
-        _case(kernel, sizes, precision, masked=masked)
-        for kernel in (forward_kernel, delta_kernel, gradient_kernel)
+        _case(kernel, sizes, precision, launch, masked=masked)
+        for kernel, launches in (
+            (forward_kernel, WALKS),
+            (delta_kernel, WALKS),
+            (gradient_kernel, GRADIENTS),
+        )
+        for launch in launches
         for sizes, precision, masked in (
             ((17, 128, 128, 6), "ieee", True),
             ((17, 128, 128, 6), "tf32", True),
@@ -455,7 +509,9 @@ COMPILE_CASES = [
             ((17, 64, 64, 1), "tf32x3", False),
             ((100, 128, 64, 128, 20), "ieee", True),
         )
+        # Smaller than others of the same launch.
+        if masked or launch is launches[0]
     ),
-    _case(gradient_kernel, (17, 256, 256, 6), "ieee"),
+    _case(gradient_kernel, (17, 256, 256, 6), "ieee", GRADIENTS[0]),
     _case(add_kernel, (4, 64, 64, 2), "ieee"),
 ]

@@ -12,6 +12,8 @@ diverged ticket passes through.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,18 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
+from ..tuning import prefer
 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["COMPILE_CASES", "LOSS_STATISTICS", "loss_and_gradient"]
+__all__ = ["COMPILE_CASES", "LOSS_STATISTICS", "Launch", "loss_and_gradient"]
 
 LOSS_STATISTICS = 5
 """Policy loss, value loss, entropy, KL and clip fraction: the first entries of a statistics row."""
 
 _MOST_BLOCK, _MOST_ENTRIES = 256, 1024
 """Samples, and samples times actions, of one step: more would not fit the registers."""
-_WARPS = 2
 _LOG_SQRT_TWO_PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
 
 
@@ -225,6 +227,16 @@ def loss_and_gradient(
     d_output, d_value, d_log_std = gradient
     if tickets == 0:
         return
+    among = _launches(triton.next_power_of_2(count), _padded(actions))
+    launch = prefer(
+        among[0],
+        "ppo.loss",
+        output.device,
+        among=among,
+        samples=count,
+        actions=_padded(actions),
+        continuous=log_std is not None,
+    )
     with torch.cuda.device_of(output):
         _loss_kernel[(tickets,)](
             output,
@@ -250,8 +262,8 @@ def loss_and_gradient(
             CONTINUOUS=log_std is not None,
             ACTIONS=actions,
             PADDED=_padded(actions),
-            BLOCK=_block(count, actions),
-            num_warps=_WARPS,
+            BLOCK=launch.block,
+            **launch.options,
         )
 
 
@@ -259,12 +271,34 @@ def _padded(actions: int) -> int:
     return max(2, triton.next_power_of_2(actions))
 
 
-def _block(count: int, actions: int) -> int:
-    most = max(16, min(_MOST_BLOCK, _MOST_ENTRIES // _padded(actions)))
-    return min(most, max(16, triton.next_power_of_2(count)))
+@dataclass(frozen=True)
+class Launch:
+    """How a ticket's program walks its minibatch.
+
+    Attributes:
+        block: samples of one step.
+        warps: per program.
+    """
+
+    block: int
+    warps: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Left alone, the assembler spills a little for an occupancy of no use to one program."""
+        return {"num_warps": self.warps, "maxnreg": 255}
 
 
-def _case(name: str, continuous: bool, actions: int, count: int) -> Case:
+@cache
+def _launches(count: int, padded: int) -> tuple[Launch, ...]:
+    """What the kernel can be launched with, the default first; both sizes are powers of two."""
+    block = min(max(16, min(_MOST_BLOCK, _MOST_ENTRIES // padded)), max(16, count))
+    longer = (Launch(2 * block, 8),) if 2 * block <= count else ()
+    return (Launch(block, 2), Launch(block, 4), Launch(block, 8), *longer)
+
+
+def _cases(name: str, continuous: bool, actions: int, count: int) -> list[Case]:
+    """One for every launch; the first has the plain name."""
     fields = ("logp", "old_value", "advantage", "target", "d_output", "d_value", "statistics")
     signature = dict.fromkeys(("output", "value", *fields), "*fp32:16")
     signature |= {"order": "*i64:16", "action": "*fp32:16" if continuous else "*i64:16"}
@@ -276,17 +310,28 @@ def _case(name: str, continuous: bool, actions: int, count: int) -> Case:
         "CONTINUOUS": continuous,
         "ACTIONS": actions,
         "PADDED": _padded(actions),
-        "BLOCK": _block(count, actions),
     }
     if continuous:
         signature |= {"log_std": "*fp32", "d_log_std": "*fp32"}
     else:
         constexprs |= {"log_std": None, "d_log_std": None}
-    return Case(name, _loss_kernel, signature, constexprs, {"num_warps": _WARPS})
+    default, *others = _launches(count, _padded(actions))
+    named = [(name, default), *((f"{name}_{x.block}_warps{x.warps}", x) for x in others)]
+    return [
+        Case(
+            full,
+            _loss_kernel,
+            signature,
+            {**constexprs, "BLOCK": launch.block},
+            launch.options,
+        )
+        for full, launch in named
+    ]
 
 
 COMPILE_CASES = [
-    _case("loss_discrete", False, 2, 128),
-    _case("loss_discrete_wide", False, 18, 1024),
-    _case("loss_continuous", True, 6, 128),
+    *_cases("loss_discrete", False, 2, 128),
+    *_cases("loss_discrete_long", False, 2, 1024),
+    *_cases("loss_discrete_wide", False, 18, 1024),
+    *_cases("loss_continuous", True, 6, 128),
 ]

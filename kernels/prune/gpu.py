@@ -16,10 +16,17 @@ Finishing is slow only where very many scores agree in 16 bits, as ties do.
 
 Rewinding is part of `split` and `finish`: weight and moments are written where the mask is, 4 bytes
 an entry read and 12 written. Short rows, which a cache holds, are rewound by a second launch.
+
+Blocks and warps of `count`, `split` and of short rows may be measured (`kernels.tuning`), by the
+row's length: whatever they are, the mask is the same. `choose` and `finish`, which a program per
+ticket runs through in no time, keep theirs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,17 +36,38 @@ from torch import Tensor
 
 from ..compile import Case
 from ..errors import check_dtype
+from ..tuning import prefer
 from ..update.gpu import rewind_
 
-__all__ = ["COMPILE_CASES", "Point", "prune", "prune_rewind_"]
+__all__ = ["COMPILE_CASES", "Launch", "Point", "prune", "prune_rewind_"]
 
 SHORT = 8192
-BLOCK = 8192
-SPLIT_BLOCK = 4096
+CHUNK = 8192
+"""Entries of a chunk, or of each stretch of a longer one: blocks divide it."""
 MAX_CHUNKS = 512
 """A very long row has longer chunks, not more of them: one program adds up their counts."""
 CHOOSE_ROWS = 32
 FINISH_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a row, or a chunk of it, is walked.
+
+    Attributes:
+        block: entries that a program takes at once.
+        warps: per program.
+    """
+
+    block: int
+    warps: int
+
+
+COUNTS = (Launch(8192, 8), Launch(8192, 16), Launch(4096, 8))
+"""What `count` can be launched with, the default first."""
+
+SPLITS = (Launch(4096, 8), Launch(4096, 16), Launch(2048, 8), Launch(2048, 4))
+"""The same of `split`."""
 
 
 @triton.jit
@@ -322,7 +350,9 @@ def _select(
         if prunable > SHORT:
             _select_long(scores, mask, out, k, point, magnitude)
             return
-        block = max(triton.next_power_of_2(prunable), 256)
+        launch = _launch(
+            "short", _short_launches(triton.next_power_of_2(prunable)), mask, magnitude
+        )
         _short_kernel[(tickets,)](
             scores,
             mask,
@@ -331,8 +361,8 @@ def _select(
             prunable,
             scores.stride(0),
             MAGNITUDE=magnitude,
-            BLOCK=block,
-            num_warps=_short_warps(block),
+            BLOCK=launch.block,
+            num_warps=launch.warps,
         )
 
 
@@ -342,11 +372,13 @@ def _select_long(
     tickets, prunable = mask.shape
     size = prunable if point is None else point.weight.shape[1]
     rows = point or (None,) * len(Point._fields)
-    blocks = triton.cdiv(prunable, BLOCK)
-    stretch = triton.cdiv(blocks, MAX_CHUNKS)
-    chunks = triton.cdiv(blocks, stretch)
-    spans = triton.cdiv(size, stretch * BLOCK)
+    stretches = triton.cdiv(prunable, CHUNK)
+    length = triton.cdiv(stretches, MAX_CHUNKS) * CHUNK
+    chunks = triton.cdiv(prunable, length)
+    spans = triton.cdiv(size, length)
     stride = scores.stride(0)
+    count = _launch("count", COUNTS, mask, magnitude)
+    split = _launch("split", SPLITS, mask, magnitude, rewinds=point is not None)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=mask.device)
@@ -362,11 +394,11 @@ def _select_long(
             prunable,
             stride,
             chunks,
-            stretch,
+            length // count.block,
             SECOND=second,
             MAGNITUDE=magnitude,
-            BLOCK=BLOCK,
-            num_warps=8,
+            BLOCK=count.block,
+            num_warps=count.warps,
         )
         _choose_kernel[(tickets,)](
             counts, k, prefix, wanted, begin, chunks, SECOND=second, ROWS=CHOOSE_ROWS, num_warps=8
@@ -383,11 +415,11 @@ def _select_long(
         stride,
         size,
         chunks,
-        stretch * BLOCK // SPLIT_BLOCK,
+        length // split.block,
         spans,
         MAGNITUDE=magnitude,
-        BLOCK=SPLIT_BLOCK,
-        num_warps=8,
+        BLOCK=split.block,
+        num_warps=split.warps,
     )
     _finish_kernel[(tickets,)](
         scores,
@@ -407,9 +439,25 @@ def _select_long(
     )
 
 
-def _short_warps(block: int) -> int:
-    """Up to 16 entries a thread."""
-    return max(4, block // 512)
+@cache
+def _short_launches(length: int) -> tuple[Launch, ...]:
+    """What a row of up to ``length``, a power of two, can be launched with, the default first."""
+    block = max(length, 256)
+    # Up to 16 entries a thread; in between, assemblers spill a little for more occupancy.
+    default = Launch(block, max(4, block // 512))
+    return (default, Launch(block, 8)) if block == SHORT else (default,)
+
+
+def _launch(
+    kernel: str, among: Sequence[Launch], mask: Tensor, magnitude: bool, **kind: bool
+) -> Launch:
+    """What was measured on this device for rows of this length, or the first of these."""
+    if len(among) == 1:
+        return among[0]
+    op, length = f"prune.{kernel}", mask.shape[1]
+    return prefer(
+        among[0], op, mask.device, among=among, length=length, magnitude=magnitude, **kind
+    )
 
 
 _SCORES = {"scores": "*fp32:16", "mask": "*i1:16", "prunable": "i32", "stride": "i32"}
@@ -421,32 +469,38 @@ _REWIND = dict.fromkeys(Point._fields, "*fp32:16")
 
 
 def _cases() -> list[Case]:
-    def case(name, kernel, signature, constexprs, warps):
-        return Case(name, kernel, signature, constexprs, {"num_warps": warps})
-
     cases = []
+
+    def add(name, kernel, signature, constexprs, launches):
+        """One for every launch; the first has the plain name."""
+        for launch in launches:
+            plain = launch == launches[0]
+            full = name if plain else f"{name}_block{launch.block}_warps{launch.warps}"
+            constants = {**constexprs, "BLOCK": launch.block}
+            cases.append(Case(full, kernel, signature, constants, {"num_warps": launch.warps}))
+
     for magnitude in (False, True):
-        for block in (256, SHORT):
+        for length in (256, SHORT):
             signature = {**_SCORES, "out": "*i1:16", "k": "*i64:16"}
-            constants = {"MAGNITUDE": magnitude, "BLOCK": block}
-            name = f"short_{block}_magnitude" if magnitude else f"short_{block}"
-            cases.append(case(name, _short_kernel, signature, constants, _short_warps(block)))
+            name = f"short_{length}_magnitude" if magnitude else f"short_{length}"
+            constants = {"MAGNITUDE": magnitude}
+            add(name, _short_kernel, signature, constants, _short_launches(length))
     for name, types, absent in (("prune", {}, _NOTHING), ("prune_rewind", _REWIND, {})):
-        options: dict[str, Any] = {"MAGNITUDE": True, "BLOCK": SPLIT_BLOCK, **absent}
+        options: dict[str, Any] = {"MAGNITUDE": True, **absent}
         signature = {**_SCORES, **_OUT, **_CHUNKS, **_STATE, **types, "spans": "i32"}
-        cases.append(case(f"{name}_split", _split_kernel, signature, options, 8))
-        options = {"MAGNITUDE": True, "BLOCK": FINISH_BLOCK, **absent}
+        add(f"{name}_split", _split_kernel, signature, options, SPLITS)
         signature = {**_SCORES, **_OUT, **_STATE, **types, "wanted": "*i32:16", "chunks": "i32"}
         del signature["mask"]
-        cases.append(case(f"{name}_finish", _finish_kernel, signature, options, 8))
+        add(f"{name}_finish", _finish_kernel, signature, options, [Launch(FINISH_BLOCK, 8)])
     for second in (False, True):
         signature = {**_SCORES, **_CHUNKS, "prefix": "*i32:16", "counts": "*i32:16"}
-        options = {"SECOND": second, "MAGNITUDE": False, "BLOCK": BLOCK}
-        cases.append(case(f"count_{second + 1}", _count_kernel, signature, options, 8))
+        options = {"SECOND": second, "MAGNITUDE": False}
+        add(f"count_{second + 1}", _count_kernel, signature, options, COUNTS)
         integers = dict.fromkeys(("counts", "prefix", "wanted", "begin"), "*i32:16")
         signature = {**integers, "k": "*i64:16", "chunks": "i32"}
         options = {"SECOND": second, "ROWS": CHOOSE_ROWS}
-        cases.append(case(f"choose_{second + 1}", _choose_kernel, signature, options, 8))
+        name = f"choose_{second + 1}"
+        cases.append(Case(name, _choose_kernel, signature, options, {"num_warps": 8}))
     return cases
 
 

@@ -27,7 +27,15 @@ from ..dynamics.gpu import load_state, store_state, task_initial, task_observe, 
 from ..errors import check_device, check_dtype, check_shape
 from ..random import Stream
 from ..random.gpu import box_muller, philox
-from .policy_gpu import choose_options, describe, entry_of, forward, judge, load_network
+from .policy_gpu import (
+    describe,
+    entry_of,
+    forward,
+    judge,
+    launches,
+    load_network,
+    prefer_launch,
+)
 from .reference import Rollout
 
 __all__ = ["COMPILE_CASES", "evaluate", "rollout"]
@@ -329,13 +337,8 @@ def rollout(
     ``env.state`` and ``env.elapsed`` change in place, and so does ``env.clock`` if it is a tensor:
     a captured call goes on from where its last replay ended, if ``obs`` is given back to it.
     """
-    if env.key is None:
-        raise RuntimeError("env.reset must be called before rollout")
     task, device = env.task, obs.device
     tickets, copies, features = obs.shape
-    check_shape("env.state", env.state, (tickets, copies, task.state_dim))
-    check_shape("env.elapsed", env.elapsed, (tickets, copies))
-    check_device("env.state", env.state, obs)
     if tickets * steps * copies >= 2**31:
         raise ValueError(
             f"steps must keep P * T * E below 2**31, got P={tickets}, T={steps}, E={copies}"
@@ -390,7 +393,7 @@ def rollout(
                 _signed(stream),
                 _signed(env.reset_stream),
                 **_describe_actor(arena, task),
-                **choose_options(arena.actor),
+                **prefer_launch(arena.actor, task.name, device).options,
             )
     if tickets and critic is not None and final_obs is not None:
         judge(weight, critic, outcome, last_obs, final_obs)
@@ -418,7 +421,7 @@ def evaluate(
                 index,
                 GREEDY=greedy,
                 **_describe_actor(arena, env.task),
-                **choose_options(arena.actor),
+                **prefer_launch(arena.actor, env.task.name, key.device).options,
             )
     return total
 
@@ -444,7 +447,7 @@ def _cases(name: str, task: Task, hidden: tuple[int, ...], activation: str) -> l
         activation=activation,
         continuous=not task.discrete,
     )
-    constexprs, options = _describe_actor(arena, task), choose_options(arena.actor)
+    constexprs = _describe_actor(arena, task)
     floats, integers, flags = "*fp32:16", "*i64:16", "*i1:16"
     names = ("weight", "obs", "offset", "scale", "seen", "logp", "reward", "final_obs", "last_obs")
     act = dict.fromkeys(names, floats)
@@ -456,13 +459,22 @@ def _cases(name: str, task: Task, hidden: tuple[int, ...], activation: str) -> l
     act |= dict.fromkeys(counts, "i32")
     evaluate = dict.fromkeys(("weight", "offset", "scale", "total"), floats) | {"key": integers}
     evaluate |= dict.fromkeys(("size", "copies", "index"), "i32")
-    return [
-        Case(f"act_{name}", _act_kernel, act, {**constexprs, "heads": None}, options),
-        Case(f"act_heads_{name}", _act_kernel, {**act, "heads": floats}, constexprs, options),
-        Case(
-            f"evaluate_{name}", _evaluate_kernel, evaluate, {**constexprs, "GREEDY": False}, options
-        ),
-    ]
+    cases = []
+    for launch in launches(arena.actor):
+        default = launch == launches(arena.actor)[0]
+        full, options = name if default else f"{name}_warps{launch.warps}", launch.options
+        cases += [
+            Case(f"act_{full}", _act_kernel, act, {**constexprs, "heads": None}, options),
+            Case(f"act_heads_{full}", _act_kernel, {**act, "heads": floats}, constexprs, options),
+            Case(
+                f"evaluate_{full}",
+                _evaluate_kernel,
+                evaluate,
+                {**constexprs, "GREEDY": False},
+                options,
+            ),
+        ]
+    return cases
 
 
 COMPILE_CASES = [

@@ -6,10 +6,15 @@ alone, and only the activations pass through shared memory. The sums run in one 
 and T are, products and sums rounded apart.
 
 Observations and outputs are so short that every thread holds all of them.
+
+How many threads share a unit may be measured (`kernels.tuning`), by networks alone: never by P, E
+or T, which no bit of a result may depend on.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,25 +25,27 @@ from torch import Tensor
 from ..arena import Arena, Net
 from ..compile import Case
 from ..dynamics.gpu import OPTIONS
+from ..tuning import prefer
 from .reference import Rollout
 
 __all__ = [
     "COMPILE_CASES",
-    "choose_options",
+    "Launch",
     "describe",
     "entry_of",
     "forward",
     "judge",
+    "launches",
     "load_network",
     "misfit",
+    "prefer_launch",
 ]
 
 _WIDEST = 128
 # Between hidden layers: a quarter of the register file of a multiprocessor.
 _MOST_WEIGHTS = 128 * 128
 _WEIGHTS_PER_THREAD = 64
-# Observations a program of the critic walks through, having loaded the weights once.
-_STRETCH = 16
+_MOST_WARPS = 8
 
 
 @triton.jit
@@ -202,11 +209,62 @@ def describe(net: Net) -> dict[str, Any]:
     }
 
 
-def choose_options(net: Net) -> dict[str, Any]:
-    """Launch options: a thread per unit, or several where it would hold too many weights."""
+@dataclass(frozen=True)
+class Launch:
+    """How many threads live through an episode.
+
+    Attributes:
+        warps: per program.
+    """
+
+    warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Left alone, the assembler would rather spill a little than lose occupancy."""
+        return {"num_warps": self.warps, "maxnreg": 255, **OPTIONS}
+
+
+@dataclass(frozen=True)
+class JudgeLaunch(Launch):
+    """The same, and how far a program of the critic walks.
+
+    Attributes:
+        stretch: observations, for which it loads the weights once.
+    """
+
+    stretch: int
+
+
+@cache
+def launches(net: Net) -> tuple[Launch, ...]:
+    """What can be launched, the default first: a thread per unit, or several of many weights."""
     threads = max(_width(net), triton.next_power_of_2(_hidden_weights(net)) // _WEIGHTS_PER_THREAD)
-    # Left alone, the assembler would rather spill a little than lose occupancy.
-    return {"num_warps": max(1, threads // 32), "maxnreg": 255, **OPTIONS}
+    warps = max(1, threads // 32)
+    found = (warps, warps // 2, 2 * warps)
+    return tuple(Launch(each) for each in found if 1 <= each <= _MOST_WARPS)
+
+
+@cache
+def _judge_launches(net: Net) -> tuple[JudgeLaunch, ...]:
+    default, *others = (JudgeLaunch(each.warps, 16) for each in launches(net))
+    return (default, *others, JudgeLaunch(default.warps, 8), JudgeLaunch(default.warps, 32))
+
+
+def prefer_launch(net: Net, task: str, device: torch.device) -> Launch:
+    """What was measured on this device for such an actor on a task, or the default."""
+    among = launches(net)
+    return prefer(among[0], "rollout.act", device, among=among, task=task, **_key(net))
+
+
+def _key(net: Net) -> dict[str, Any]:
+    return {
+        "inputs": net.sizes[0],
+        "outputs": net.sizes[-1],
+        "width": _width(net),
+        "depth": f"{net.depth}",
+        "activation": net.activation,
+    }
 
 
 def _width(net: Net) -> int:
@@ -231,7 +289,9 @@ def judge(
         final_obs: ``[P, T, E, D]``, what a truncated step led to; not read elsewhere.
     """
     tickets, steps, copies = outcome.value.shape
-    stretches = triton.cdiv(steps + 1, _STRETCH)
+    among = _judge_launches(critic)
+    launch = prefer(among[0], "rollout.judge", weight.device, among=among, **_key(critic))
+    stretches = triton.cdiv(steps + 1, launch.stretch)
     with torch.cuda.device_of(weight):
         _judge_kernel[(tickets * copies * stretches,)](
             weight,
@@ -247,28 +307,35 @@ def judge(
             copies,
             stretches,
             **describe(critic),
-            STRETCH=_STRETCH,
-            **choose_options(critic),
+            STRETCH=launch.stretch,
+            **launch.options,
         )
 
 
-def _case(name: str, sizes: tuple[int, ...], activation: str) -> Case:
+def _cases(name: str, sizes: tuple[int, ...], activation: str) -> list[Case]:
+    """One for every launch; the first has the plain name."""
     net = Arena.build(sizes, activation=activation).actor
     floats = ("weight", "seen", "last_obs", "final_obs", "value", "next_value")
-    return Case(
-        f"judge_{name}",
-        _judge_kernel,
-        dict.fromkeys(floats, "*fp32:16")
-        | dict.fromkeys(("terminated", "truncated"), "*i1:16")
-        | dict.fromkeys(("size", "steps", "copies", "stretches"), "i32"),
-        {**describe(net), "STRETCH": _STRETCH},
-        choose_options(net),
-    )
+    signature = dict.fromkeys(floats, "*fp32:16")
+    signature |= dict.fromkeys(("terminated", "truncated"), "*i1:16")
+    signature |= dict.fromkeys(("size", "steps", "copies", "stretches"), "i32")
+    default = _judge_launches(net)[0]
+    return [
+        Case(
+            f"judge_{name}"
+            + ("" if launch == default else f"_warps{launch.warps}_stretch{launch.stretch}"),
+            _judge_kernel,
+            signature,
+            {**describe(net), "STRETCH": launch.stretch},
+            launch.options,
+        )
+        for launch in _judge_launches(net)
+    ]
 
 
 COMPILE_CASES = [
-    _case("tanh_64", (4, 64, 64, 1), "tanh"),
-    _case("relu_32", (2, 32, 1), "relu"),
-    _case("tanh_128", (4, 128, 128, 1), "tanh"),
-    _case("relu_64_deep", (6, 64, 64, 64, 64, 64, 1), "relu"),
+    *_cases("tanh_64", (4, 64, 64, 1), "tanh"),
+    *_cases("relu_32", (2, 32, 1), "relu"),
+    *_cases("tanh_128", (4, 128, 128, 1), "tanh"),
+    *_cases("relu_64_deep", (6, 64, 64, 64, 64, 64, 1), "relu"),
 ]

@@ -5,11 +5,16 @@ lie inside a row and their number depends on the row's length only: a ticket's r
 depend on P. Adam reads 4 (grad) + 1 (mask) bytes an entry for the norm, then 17 and writes 12;
 about 15 FLOPs an entry: bound by memory. Without a mask none is read, and with partial norms from
 elsewhere the first launch falls away. Scalars of a row, such as ``1 - beta2^step``, are float64.
+
+Blocks of Adam and of its norm may be measured (`kernels.tuning`): by the row's length, and for
+packed rows, whose length counts nonzeros, for all of them at once. SGD and rewinding, which no
+training loop here repeats, keep theirs.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,13 +23,31 @@ from torch import Tensor
 
 from ..compile import Case
 from ..errors import check_dtype
+from ..tuning import prefer
 from .checks import PARTIALS_LIMIT
 
-__all__ = ["COMPILE_CASES", "adam_", "rewind_", "sgd_"]
+__all__ = ["COMPILE_CASES", "Launch", "adam_", "rewind_", "sgd_"]
 
 BLOCK = 1024
 MAX_PARTIALS = 1024
 """A long row has longer stretches per partial sum, not more partials: the update reads them all."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a row is cut.
+
+    Attributes:
+        block: entries of a row that a program takes at once.
+        warps: per program.
+    """
+
+    block: int
+    warps: int
+
+
+LAUNCHES = (Launch(BLOCK, 4), Launch(2 * BLOCK, 8), Launch(BLOCK, 8), Launch(BLOCK // 2, 4))
+"""What Adam and its norm can be launched with, the default first."""
 
 
 @triton.jit
@@ -262,7 +285,6 @@ def adam_(
 ) -> Tensor:
     check_dtype("weight on the Triton backend", weight, torch.float32)
     tickets, size = weight.shape
-    blocks = triton.cdiv(size, BLOCK)
     if norm_partials is not None or weight.numel() == 0:
         step += 1
     if weight.numel() == 0:
@@ -272,6 +294,8 @@ def adam_(
         if norm_partials is None:
             norm_partials = _partial_norms(grad, mask, count, step)
         parts = norm_partials.shape[1]
+        launch = _launch("adam", weight, mask)
+        blocks = triton.cdiv(size, launch.block)
         _adam_kernel[(tickets * blocks,)](
             weight,
             grad,
@@ -296,7 +320,8 @@ def adam_(
             eps,
             CLIP=math.isfinite(max_norm),
             PARTS=triton.next_power_of_2(parts),
-            BLOCK=BLOCK,
+            BLOCK=launch.block,
+            num_warps=launch.warps,
         )
     return norm
 
@@ -351,14 +376,33 @@ def _partial_norms(
 ) -> Tensor:
     """``[P, parts]`` sums of squares; also increments ``step`` if given."""
     tickets, size = grad.shape
-    blocks = triton.cdiv(size, BLOCK)
+    launch = _launch("norm", grad, mask)
+    blocks = triton.cdiv(size, launch.block)
     stretch = triton.cdiv(blocks, MAX_PARTIALS)
     parts = triton.cdiv(blocks, stretch)
     partial = grad.new_empty(tickets, parts)
     _norm_kernel[(tickets * parts,)](
-        grad, mask, count, partial, step, size, _prunable(mask), parts, stretch, BLOCK=BLOCK
+        grad,
+        mask,
+        count,
+        partial,
+        step,
+        size,
+        _prunable(mask),
+        parts,
+        stretch,
+        BLOCK=launch.block,
+        num_warps=launch.warps,
     )
     return partial
+
+
+def _launch(kernel: str, rows: Tensor, mask: Tensor | None) -> Launch:
+    """What was measured on this device for such rows, or the default."""
+    sizes = {} if mask is None else {"size": rows.shape[1]}
+    op = f"update.{kernel}"
+    masked = mask is not None
+    return prefer(LAUNCHES[0], op, rows.device, among=LAUNCHES, masked=masked, **sizes)
 
 
 def _norm_of_nothing(weight: Tensor, norm_partials: Tensor | None) -> Tensor:
@@ -429,7 +473,18 @@ def _cases() -> list[Case]:
         Case("rewind_late", _rewind_kernel, _REWIND | late, {"BLOCK": BLOCK, "count": None}, {}),
         Case("adam_partials", _adam_kernel, _ADAM | {"count": "*i64:16"}, widest, {}),
     ]
-    return cases
+    return cases + [
+        Case(
+            f"{case.name}_{launch.block}_warps{launch.warps}",
+            case.kernel,
+            case.signature,
+            {**case.constexprs, "BLOCK": launch.block},
+            {"num_warps": launch.warps},
+        )
+        for launch in LAUNCHES[1:]
+        for case in cases
+        if case.kernel is _adam_kernel or case.name in ("norm_masked", "norm_packed")
+    ]
 
 
 COMPILE_CASES = _cases()

@@ -270,6 +270,18 @@ def test_plan_names_the_route_and_the_precision(width, words):
     assert "ieee" in chosen.reason
 
 
+def test_plan_tells_why_tensor_cores_go_through_memory():
+    net = Arena.build((4, 64, 64, 2)).actor
+    with use_backend("triton"):
+        assert "tensor cores want the registers" not in plan(net, torch.device(DEVICE)).reason
+        reason = plan(net, torch.device(DEVICE), precision="tf32").reason
+        assert "activations in memory" in reason
+        assert "tensor cores want the registers" in reason
+        # The forward pass then keeps what the backward pass reads.
+        with_input = plan(net, torch.device(DEVICE), to_input=True).reason
+        assert "or in memory where a backward pass reads them" in with_input
+
+
 def test_refuses_what_it_cannot_do():
     net, weight, mask, x, _ = population((3, 9, 2))
     with use_backend("triton"):
@@ -285,9 +297,9 @@ def test_stretches_are_whole_tiles_and_cover_the_samples():
             splits, length = gpu.cut(samples, stretch)
             assert 1 <= splits <= gpu.MOST_STRETCHES
             assert (splits - 1) * length < samples <= splits * length
-            for options in (split_gpu.walk_options, split_gpu.gradient_options):
-                assert length % options("tf32")[0]["STEP"] == 0
-            assert length % fused_gpu.ROWS == 0
+            assert length % split_gpu.WALKS[0].constexprs("tf32")["STEP"] == 0
+            for launch in fused_gpu.launches((16, 32, 16), packed=False):
+                assert length % launch.rows == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sparse_tickets.kernels.update import rewind_
 # "triton long" takes the path of long rows whatever their length, through several chunks.
 TRITON = ["triton", "triton long"] if has_triton() else []
 BACKENDS = ["reference", "cpu", *TRITON]
-TINY = {"SHORT": 0, "BLOCK": 128, "SPLIT_BLOCK": 64, "FINISH_BLOCK": 64, "CHOOSE_ROWS": 2}
+TINY = {"SHORT": 0, "CHUNK": 128, "FINISH_BLOCK": 64, "CHOOSE_ROWS": 2}
 
 
 @pytest.fixture
@@ -33,7 +33,8 @@ def using(backend):
     if backend == "triton long":
         from sparse_tickets.kernels.prune import gpu
 
-        with mock.patch.multiple(gpu, MAX_CHUNKS=3, **TINY), use_backend("triton"):
+        blocks = {"COUNTS": (gpu.Launch(128, 8),), "SPLITS": (gpu.Launch(64, 8),)}
+        with mock.patch.multiple(gpu, MAX_CHUNKS=3, **TINY, **blocks), use_backend("triton"):
             yield
     else:
         with use_backend(backend):
@@ -158,7 +159,7 @@ def test_a_ticket_does_not_depend_on_its_company(backend, generator):
 def test_long_rows_as_they_are_cut_on_a_gpu(generator, poisoned):
     from sparse_tickets.kernels.prune import gpu
 
-    prunable = 2 * gpu.BLOCK + 77
+    prunable = 2 * gpu.CHUNK + 77
     scores = torch.randn(2, prunable, generator=generator)
     scores[1] = (scores[1] * 8).round()
     mask = torch.rand(2, prunable, generator=generator) < 0.9
@@ -225,6 +226,24 @@ def level(tickets, size, prunable, generator):
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_prune_rewind_is_prune_then_rewind(backend, shape, late, generator, poisoned):
+    check_prune_rewind(backend, shape, late, generator)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(
+    tickets=st.integers(0, 3),
+    size=st.integers(0, 300),
+    beyond=st.integers(0, 40),
+    late=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_prune_rewind_of_any_rows(backend, tickets, size, beyond, late, seed):
+    generator = torch.Generator().manual_seed(seed)
+    check_prune_rewind(backend, (tickets, size + beyond, size), late, generator)
+
+
+def check_prune_rewind(backend, shape, late, generator):
     mask, k, rows = level(*shape, generator)
     device = device_of(backend)
     point = {name: torch.randn(shape[:2], generator=generator) for name in ("m", "v")}

@@ -81,6 +81,16 @@ def test_a_measured_configuration_is_preferred_field_by_field(written):
         tuning.prefer(default, "op", CUDA, n=256)
 
 
+def test_only_a_launch_that_the_op_knows_counts(written):
+    default, other = Tiles(64, 4), Tiles(64, 8)
+    written({"op": {"n=128": {"1.0": {"warps": 8}}, "n=256": {"1.0": {"warps": 2}}}})
+    among = (default, other)
+    assert tuning.prefer(default, "op", CUDA, among=among, n=100) == other
+    allowed = "must be one of .*warps=4.*; .*warps=8.*; got .*warps=2"
+    with pytest.raises(ValueError, match=rf"configuration of 'op' for 'n=256' {allowed}"):
+        tuning.prefer(default, "op", CUDA, among=among, n=256)
+
+
 def test_a_candidate_is_tried_on_its_own_op_and_shapes_in_every_thread():
     default, cpu = Tiles(64, 4), torch.device("cpu")
 
@@ -102,7 +112,7 @@ def test_questions_are_heard_from_every_thread():
     default = Tiles(64, 4)
     with tuning.listen() as heard, ThreadPoolExecutor(1) as pool:
         pool.submit(tuning.prefer, default, "op", torch.device("cpu"), density=0.5, n=3).result()
-    assert heard == [tuning.Question("op", "n=4", 0.5, default)]
+    assert heard == [tuning.Question("op", "n=4", 0.5, default, ())]
     tuning.prefer(default, "op", torch.device("cpu"))
     assert len(heard) == 1
 
