@@ -822,6 +822,15 @@ def test_nothing_is_written_inside_transforms(
 
 
 @on_each_backend
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.written])
+def test_autograd_hears_of_what_is_written(name: str, backend: str) -> None:
+    tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
+    versions = {n: tensors[n]._version for n in CASES[name].written}
+    run(CASES[name], backend, tensors)
+    assert all(tensors[n]._version > version for n, version in versions.items())
+
+
+@on_each_backend
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.derivatives])
 def test_second_derivatives(name: str, backend: str) -> None:
     """Those of the reference in float64; refused by kernels that are differentiable once."""
