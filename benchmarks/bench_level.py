@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.backends import BACKENDS, device_of
+from benchmarks.backends import device_of, swept
 from benchmarks.level_job import LevelJob, level_contender, sparsity_of
 
 pytestmark = [pytest.mark.bench, pytest.mark.benchmark(max_time=1.0, min_rounds=3, warmup=True)]
@@ -11,10 +11,9 @@ pytestmark = [pytest.mark.bench, pytest.mark.benchmark(max_time=1.0, min_rounds=
 LEVELS = [1, 3, 7, 10, 13, 18, 21]
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("backend", "level"), swept(LEVELS))
 @pytest.mark.parametrize("tickets", [1, 8, 60])
 @pytest.mark.parametrize("iterations", [0, 4], ids=["prune+rewind", "whole"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def bench_level(timed, backend, iterations, tickets, level):
     timed(
         lambda: level_contender(

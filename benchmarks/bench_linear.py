@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import ours
-from benchmarks.backends import BACKENDS, device_of
+from benchmarks.backends import device_of, swept
 from benchmarks.peers import (
     masked_bmm,
     scipy_csr,
@@ -30,13 +30,14 @@ FORMATS = {  # what runs, and the size of the blocks that make up the mask
     "dense": ("dense", 1),
     "csr": ("sparse", 1),
     "blocked": ("sparse", 16),
+    "packed": (None, 1),
 }
-# The reference has one format, and on a GPU the mask decides.
+# The reference has one format besides, and on a GPU the mask decides.
 OURS = [
-    (backend, format)
-    for backend in BACKENDS
+    (backend, format, sparsity)
     for format in FORMATS
-    if backend == "cpu" or format in ("auto", "blocked")
+    for backend, sparsity in swept(SPARSITIES)
+    if backend == "cpu" or format in ("auto", "blocked", "packed")
 ]
 FORWARD = (
     torch_dense,
@@ -50,24 +51,25 @@ FORWARD = (
 BACKWARD = (torch_dense, masked_bmm, torch_csr, torch_bsr, sparseprop)
 
 
-def _ours(make, backend, format, shape, sparsity):
+def _ours(backward, backend, format, shape, sparsity):
     forced, block = FORMATS[format]
     problem = LinearProblem(*SHAPES[shape], sparsity, block=block, device=device_of(backend))
+    if format == "packed":
+        return ours.linear_packed(problem, backend, backward=backward)
+    make = ours.linear_backward if backward else ours.linear_forward
     return make(problem, backend, format=forced if backend == "cpu" else None)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("backend", "format"), OURS)
+@pytest.mark.parametrize(("backend", "format", "sparsity"), OURS)
 def bench_forward(timed, backend, format, shape, sparsity):
-    timed(lambda: _ours(ours.linear_forward, backend, format, shape, sparsity), sparsity=sparsity)
+    timed(lambda: _ours(False, backend, format, shape, sparsity), sparsity=sparsity)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("backend", "format"), OURS)
+@pytest.mark.parametrize(("backend", "format", "sparsity"), OURS)
 def bench_forward_backward(timed, backend, format, shape, sparsity):
-    timed(lambda: _ours(ours.linear_backward, backend, format, shape, sparsity), sparsity=sparsity)
+    timed(lambda: _ours(True, backend, format, shape, sparsity), sparsity=sparsity)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)

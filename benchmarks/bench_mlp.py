@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import ours
-from benchmarks.backends import BACKENDS, device_of
+from benchmarks.backends import BACKENDS, device_of, swept
 from benchmarks.peers import loop_dense, masked_bmm, torch_compile, torch_dense, torch_func
 from benchmarks.problems import SPARSITIES, PolicyProblem
 
@@ -17,7 +17,12 @@ SHAPES = {  # P, B, sizes
 }
 # The nominal density that makes the CPU kernels run every layer in a format.
 FORMATS = {"auto": None, "dense": 1.0, "csr": 0.0}
-OURS = [*((backend, "auto") for backend in BACKENDS), ("cpu", "dense"), ("cpu", "csr")]
+OURS = [
+    *((backend, format) for backend in BACKENDS for format in ("auto", "packed")),
+    ("cpu", "dense"),
+    ("cpu", "csr"),
+]
+SWEPT = [(*ours, sparsity) for ours in OURS for _, sparsity in swept(SPARSITIES, ours[:1])]
 PEERS = (torch_dense, masked_bmm, torch_func, loop_dense)
 
 
@@ -26,16 +31,16 @@ def _problem(shape, sparsity, device="cpu"):
     return PolicyProblem(tickets, batch, sizes, sparsity, device=device)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("backend", "format"), OURS)
+@pytest.mark.parametrize(("backend", "format", "sparsity"), SWEPT)
 def bench_policy(timed, backend, format, shape, sparsity):
-    timed(
-        lambda: ours.policy(
-            _problem(shape, sparsity, device_of(backend)), backend, FORMATS[format]
-        ),
-        sparsity=sparsity,
-    )
+    def build():
+        problem = _problem(shape, sparsity, device_of(backend))
+        if format == "packed":
+            return ours.policy_packed(problem, backend)
+        return ours.policy(problem, backend, FORMATS[format])
+
+    timed(build, sparsity=sparsity)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)

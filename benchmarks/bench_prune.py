@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.backends import BACKENDS, device_of
+from benchmarks.backends import BACKENDS, device_of, swept
 from benchmarks.ours import on_backend
 from benchmarks.problems import SPARSITIES, density_of, random_masks
 from sparse_tickets.kernels.prune import prune, reference
@@ -30,10 +30,9 @@ def _contender(name, tickets, prunable, sparsity):
     return Contender(name, run, error)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize(("name", "sparsity"), swept(SPARSITIES, [*BACKENDS, "topk"]))
 @pytest.mark.parametrize(
     ("tickets", "prunable"), [(1, 4480), (60, 4480), (1024, 4480), (60, 70_000)]
 )
-@pytest.mark.parametrize("name", [*BACKENDS, "topk"])
 def bench_prune(timed, name, tickets, prunable, sparsity):
     timed(lambda: _contender(name, tickets, prunable, sparsity), sparsity=sparsity)

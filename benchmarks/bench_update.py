@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.backends import BACKENDS, device_of
+from benchmarks.backends import BACKENDS, device_of, swept
 from benchmarks.ours import on_backend
 from benchmarks.problems import SPARSITIES, random_masks
 from sparse_tickets.kernels import adam_, rewind_, use_backend
@@ -70,9 +70,8 @@ def _torch_adam(shape, sparsity):
     return Contender("torch fused Adam", run, None)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize(("backend", "sparsity"), swept(SPARSITIES, [*BACKENDS, "torch"]))
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 def bench_adam(timed, backend, shape, sparsity):
     if backend == "torch":
         timed(lambda: _torch_adam(SHAPES[shape], sparsity), sparsity=sparsity)
@@ -80,8 +79,7 @@ def bench_adam(timed, backend, shape, sparsity):
         timed(lambda: _ours(backend, "adam", SHAPES[shape], sparsity), sparsity=sparsity)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize(("backend", "sparsity"), swept(SPARSITIES))
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 def bench_rewind(timed, backend, shape, sparsity):
     timed(lambda: _ours(backend, "rewind", SHAPES[shape], sparsity), sparsity=sparsity)

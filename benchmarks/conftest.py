@@ -1,5 +1,6 @@
-"""pytest-benchmark over every op: ``pytest benchmarks -m bench -k linear``.
+"""pytest-benchmark over every op: ``pytest benchmarks/bench_linear.py -m bench -k "csr and act"``.
 
+All files together take hours; ``--benchmark-disable`` verifies and runs everything once.
 A result is verified before it is timed; what the two have in common with `python -m benchmarks` is
 the contenders. Speed-ups come from the latter only: here nothing is interleaved.
 """

@@ -14,8 +14,10 @@ from sparse_tickets.kernels.dispatch import resolve_backend
 from sparse_tickets.kernels.linear import linear, plan_for
 from sparse_tickets.kernels.linear import plan as linear_plan
 from sparse_tickets.kernels.linear.crossover import forced_format
-from sparse_tickets.kernels.mlp import mlp
+from sparse_tickets.kernels.mlp import mlp, mlp_packed
 from sparse_tickets.kernels.mlp import plan as mlp_plan
+from sparse_tickets.kernels.packed import build_pattern, pack, unpack
+from sparse_tickets.kernels.packed import linear_packed as packed_product
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import Contender, mismatch
 
@@ -27,8 +29,10 @@ __all__ = [
     "layer_inside",
     "linear_backward",
     "linear_forward",
+    "linear_packed",
     "on_backend",
     "policy",
+    "policy_packed",
 ]
 
 OURS = "sparse_tickets"
@@ -99,6 +103,34 @@ def linear_backward(
     )
 
 
+def linear_packed(
+    problem: LinearProblem, backend: str = "auto", name: str = OURS, *, backward: bool = False
+) -> Contender:
+    """`kernels.packed.linear_packed`, forward alone or with gradients, the weight's packed too."""
+    _, out, inp = problem.weight.shape
+    kept = int(problem.mask[0].sum())
+    pattern = build_pattern(problem.mask.flatten(1), [(0, out, inp)], width=kept)
+    values = pack(problem.weight.flatten(1), pattern).requires_grad_(backward)
+    x, _, bias = (leaf.requires_grad_(backward) for leaf in problem.leaves())
+
+    def run() -> tuple[Tensor, ...]:
+        y = packed_product(x, values, pattern, 0, bias)
+        if not backward:
+            return (y,)
+        return (y.detach(), *torch.autograd.grad(y, (x, values, bias), problem.dy))
+
+    timed = on_backend(backend, run)
+
+    def error() -> float:
+        found = list(timed())
+        if not backward:
+            return mismatch(found, problem.forward, problem.terms[:1])
+        found[2] = unpack(found[2], pattern).unflatten(1, (out, inp))
+        return mismatch(found, problem.forward_backward, problem.terms)
+
+    return Contender(name, timed, error, plan="linear_packed")
+
+
 def _in_format(format: Format | None, run: Callable[[], Result]) -> Callable[[], Result]:
     if format is None:
         return run
@@ -145,6 +177,28 @@ def policy(
         lambda: mismatch(timed(), problem.forward_backward, problem.terms),
         plan=chosen,
     )
+
+
+def policy_packed(problem: PolicyProblem, backend: str = "auto", name: str = OURS) -> Contender:
+    """`kernels.mlp.mlp_packed` and its gradient, packed as the weights are."""
+    prunable = problem.arena.prunable
+    kept = int(problem.mask[0].sum())
+    pattern = build_pattern(problem.mask, problem.arena.prunable_layers(), width=kept)
+    values = pack(problem.weight[:, :prunable], pattern).requires_grad_()
+    rest = problem.weight[:, prunable:].clone().requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        y = mlp_packed(problem.x, values, pattern, rest, problem.arena.actor)
+        return (y.detach(), *torch.autograd.grad(y, (values, rest), problem.dy))
+
+    timed = on_backend(backend, run)
+
+    def error() -> float:
+        y, packed, others = timed()
+        gradient = torch.cat([unpack(packed, pattern), others], dim=1)
+        return mismatch([y, gradient], problem.forward_backward, problem.terms)
+
+    return Contender(name, timed, error, plan="mlp_packed")
 
 
 def layer_inside(deep: PolicyProblem, shallow: PolicyProblem, name: str = OURS) -> Contender:

@@ -146,6 +146,14 @@ class PPOJob:
         self.restart()
         return worst
 
+    def acting_error(self) -> float:
+        """As `error`, of the rollout alone."""
+        self.restart()
+        before = Parameters(*(t.clone() for t in self.population.parameters))
+        worst = self._rollout_error(self.act(), before)
+        self.restart()
+        return worst
+
     def _rollout_error(self, experience: Rollout, before: Parameters) -> float:
         some = slice(0, _CHECKED)
         few = Parameters(*(t[some].clone() for t in before))

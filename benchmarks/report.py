@@ -51,8 +51,14 @@ fared, are in [NOTES.md](NOTES.md).
 | JAX PPO, vmap of w*mask | one compiled [program](peers/jax_trainer.py) in PureJaxRL's style |
 | SB3 PPO (1 agent, 1 core) | Stable-Baselines3 as installed; one such process per core adds up |
 
-Run it: `make bench`, or `python -m benchmarks run --suite curves` for the scaling curves, `--suite
-full` for everything. A run that was stopped goes on with the same command.
+- All of this again: `make bench`, or `python -m benchmarks run --suite curves` for the scaling
+  curves, `--suite full` for everything. A run that was stopped goes on with the same command.
+- A layer of your size: `sparse-tickets bench --width 256 --batch 2048`.
+- One op, on every backend and in every format, on other sizes: `pytest benchmarks/bench_linear.py
+  -m bench -k "cpu and act"`. Speed-ups come from the former alone: here nobody takes turns.
+- Two versions of the code: `python -m benchmarks compare OLD.json NEW.json`; peers are its control
+  group, and it says which changes it cannot see. On one machine, take runs in turn and give several
+  pairs: `compare OLD1 NEW1 OLD2 NEW2`.
 """
 
 

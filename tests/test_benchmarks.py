@@ -709,6 +709,8 @@ def test_contenders_compute_the_reference(monkeypatch):
         ours.linear_forward(problem, "reference"),
         ours.linear_backward(problem, "reference"),
         ours.policy(policy, "reference"),
+        ours.policy_packed(policy, "reference"),
+        *(ours.linear_packed(problem, "reference", backward=grad) for grad in (False, True)),
         *(peer.linear_forward(problem) for peer in (torch_dense, masked_bmm, torch_csr, scipy_csr)),
         *(peer.linear_backward(problem) for peer in (torch_dense, masked_bmm, torch_csr)),
         *(torch_bsr.linear_forward(p) for p in (problem, blocks)),
@@ -724,6 +726,16 @@ def test_contenders_compute_the_reference(monkeypatch):
         verified_ratio(ours.linear_forward(several), [], BUDGET)
 
 
+def test_plain_torch_is_timed_at_two_levels_only():
+    from benchmarks.backends import swept
+
+    levels = (0.0, 50.0, 90.0)
+    assert swept(levels, ("reference", "cpu")) == [
+        *(("reference", level) for level in levels[:2]),
+        *(("cpu", level) for level in levels),
+    ]
+
+
 def test_ppo_job_is_verified_and_a_wrong_update_is_caught(monkeypatch):
     from benchmarks import ppo_job
     from sparse_tickets.algos.ppo import PPO
@@ -732,6 +744,9 @@ def test_ppo_job_is_verified_and_a_wrong_update_is_caught(monkeypatch):
     job = ppo_job.PPOJob(2, 50.0, settings, backend="reference")
     contender = ppo_job.ppo_contender(job, "ours")
     assert contender.error() <= 1
+    with use_backend("reference"):
+        assert job.acting_error() <= 1
+    assert job.iteration == 0, "verifying leaves the job at its start"
     contender.run()
     assert job.iteration == 1
     correct = ppo_job.ppo_update_
