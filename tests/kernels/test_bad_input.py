@@ -387,7 +387,7 @@ def flatten(result: Any) -> list[Tensor]:
 
 
 def run(case: Case, backend: str, tensors: Tensors) -> list[Tensor]:
-    """What comes back, gradients by all that has some, and what was written."""
+    """What comes back, gradients by all that has some, and what was written; on the host."""
     floats = {n: t.detach() for n, t in tensors.items() if t.is_floating_point()}
     with use_backend(backend):
         if case.derivatives:
@@ -397,7 +397,16 @@ def run(case: Case, backend: str, tensors: Tensors) -> list[Tensor]:
             found = [y, *torch.autograd.grad(y.sum(), leaves)]
         else:
             found = flatten(case.call(**tensors))
-    return [tensor.detach() for tensor in (*found, *(tensors[n] for n in case.written))]
+    written = [tensors[n] for n in case.written]
+    return [tensor.detach().cpu() for tensor in (*found, *written)]
+
+
+def on_host(tensors: Tensors) -> Tensors:
+    """Contiguous copies, where the reference runs: on a GPU its products are not deterministic."""
+    return {
+        name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def assert_refused(error: Exception, names: Iterable[str]) -> None:
@@ -413,9 +422,7 @@ def assert_right_or_refused(
 ) -> None:
     """As the reference on ``sound`` copies; or an error, and nothing written."""
     case = CASES[name]
-    sound = {
-        n: t.clone(memory_format=torch.contiguous_format) for n, t in (sound or spoiled).items()
-    }
+    sound = on_host(sound or spoiled)
     before = {n: spoiled[n].clone() for n in case.written}
     try:
         found = run(case, backend, spoiled)
@@ -758,7 +765,9 @@ def test_forward_mode(name: str, backend: str) -> None:
     case = CASES[name]
     tensors = on_device(backend, case.make(2, 3, 0.6))
     floats = [n for n, t in tensors.items() if t.is_floating_point()]
-    gradients = run(case, "reference", tensors)[1:] if case.derivatives else [None] * len(floats)
+    gradients = (
+        run(case, "reference", on_host(tensors))[1:] if case.derivatives else [None] * len(floats)
+    )
     for argument, gradient in zip(floats, gradients, strict=True):
         with spoiling(argument), use_backend(backend), forward_ad.dual_level():
             tangent = torch.ones_like(tensors[argument])
@@ -796,9 +805,9 @@ def test_vmap(name: str, backend: str) -> None:
     assert not case.written
     for i in range(2):
         with use_backend("reference"):
-            expected = flatten(case.call(**{n: t[i] for n, t in before.items()}))
+            expected = flatten(case.call(**on_host({n: t[i] for n, t in before.items()})))
         for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one[i], other, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(one[i].cpu(), other, rtol=1e-4, atol=1e-4)
 
 
 @on_each_backend
@@ -836,7 +845,7 @@ def test_second_derivatives(name: str, backend: str) -> None:
     """Those of the reference in float64; refused by kernels that are differentiable once."""
     case = CASES[name]
     tensors = on_device(backend, case.make(2, 3, 0.6))
-    exact = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+    exact = {n: t.double() if t.is_floating_point() else t for n, t in on_host(tensors).items()}
 
     def differentiate(backend: str, tensors: Tensors) -> list[Tensor]:
         floats = {n: t.clone() for n, t in tensors.items() if t.is_floating_point()}
@@ -855,4 +864,4 @@ def test_second_derivatives(name: str, backend: str) -> None:
         assert case.derivatives == 1
         return
     for one, other in zip(found, differentiate("reference", exact), strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-4, atol=1e-4)
