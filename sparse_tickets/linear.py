@@ -12,28 +12,33 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from threading import Lock
-from typing import Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from sparse_tickets.kernels.dispatch import Plan, resolve_backend
+from sparse_tickets.kernels.dispatch import Plan, is_chosen, resolve_backend
 from sparse_tickets.kernels.errors import check_dtype, check_shape
 from sparse_tickets.kernels.linear import (
+    find_rows,
     find_single,
-    is_overridden,
     is_plain,
     is_watched,
     linear,
+    multiply_rows,
     plan,
     plan_for,
 )
 from sparse_tickets.kernels.linear.blocks import find_blocks
 from sparse_tickets.kernels.prune import prune
+
+if TYPE_CHECKING:
+    from sparse_tickets.kernels.linear.rows import Rows
 
 __all__ = ["SparseLinear", "count_kept", "make_dense_", "make_sparse_"]
 
@@ -62,6 +67,20 @@ class _Seen(NamedTuple):
     mask_version: int
     kept: int | None
     choices: dict[Any, Any]
+
+
+# Names of the module, because each dot would be a look-up in `SparseLinear.forward`.
+_float32 = torch.float32
+_empty_like = torch.empty_like
+_grads_are_recorded = torch.is_grad_enabled
+_is_compiled = torch.compiler.is_dynamo_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
+_autocasts = torch._C._is_any_autocast_enabled
+
+_NOT_READY: tuple[Any, ...] = (None,) * 10
 
 
 class SparseLinear(nn.Linear):
@@ -106,6 +125,8 @@ class SparseLinear(nn.Linear):
 
     mask: Tensor
     _seen: _Seen | None = None
+    # Without a default, which would slow its look-up down: see `_act`.
+    _ready: tuple[Any, ...]
 
     def __init__(
         self,
@@ -155,6 +176,7 @@ class SparseLinear(nn.Linear):
         """Make the layer sparse: buffer, registration with the optimiser hook, zeroed weights."""
         kept = torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
         self.register_buffer("mask", kept)
+        self._ready = _NOT_READY
         _track(self)
         if mask is None:
             self._remember(self.mask.numel())
@@ -167,6 +189,55 @@ class SparseLinear(nn.Linear):
         Raises:
             ValueError: the last dimension of the input is not ``in_features``.
         """
+        # First, because under a compiler all that follows would become guards.
+        if _is_compiled():
+            return self._forward(input)
+        # One row without gradients, as in acting, is bound by overhead: 40 ns for each question to
+        # a tensor, 60 for a call. So only what may have changed since `_act` is asked, `is_watched`
+        # is written out, and what tells a larger batch apart comes early.
+        shape, weight, version, weight_at, bias, bias_at, mask, mask_version, like, row = (
+            self._ready
+        )
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        if (
+            type(input) is not Tensor
+            or _tracing_state() is not None
+            or input.shape != shape
+            or _functorch_active()
+            or _dispatch_modes()
+            or _function_modes()
+            or forward_ad._current_level >= 0
+            or _autocasts()
+            or is_chosen()
+            or parameters.get("weight") is not weight
+            or parameters.get("bias") is not bias
+            or buffers.get("mask") is not mask
+            or version != weight._version
+            or mask_version != mask._version
+            or weight_at != weight.data_ptr()
+            or (bias is not None and bias_at != bias.data_ptr())
+            or not input.is_cpu
+            or not input.dtype is weight.dtype is _float32
+            or not input.is_contiguous()
+            or (
+                _grads_are_recorded()
+                and (
+                    input.requires_grad
+                    or weight.requires_grad
+                    or (bias is not None and bias.requires_grad)
+                )
+            )
+        ):
+            return self._forward(input)
+        if row is None:
+            return F.linear(input, weight, bias)
+        output = _empty_like(like)
+        row.multiply(input.data_ptr(), weight_at, bias_at, output.data_ptr(), row.form)
+        return output
+
+    def _forward(self, input: Tensor) -> Tensor:
+        """`forward` of what it is not ready for."""
         tracked = torch.is_grad_enabled() and (input.requires_grad or self._is_trained())
         if not tracked:
             acted = self._act(input)
@@ -187,9 +258,30 @@ class SparseLinear(nn.Linear):
         elif batch == 1 or self._runs_dense(batch, tracked):
             # A single row that `_act` leaves has nothing to gain: overhead is all it costs.
             return self._forward_dense(input)
-        rows = input.reshape(1, batch, self.in_features)
-        output = linear(rows, weight[None], mask[None], None if bias is None else bias[None])
+        else:
+            rows = self._find_rows(input, weight, bias)
+            if rows is not None:
+                output = multiply_rows(rows, input.view(batch, -1), weight, mask, bias)
+                return output if input.dim() == 2 else output.view(*input.shape[:-1], -1)
+        x = input.reshape(1, batch, self.in_features)
+        output = linear(x, weight[None], mask[None], None if bias is None else bias[None])
         return output.reshape(*input.shape[:-1], self.out_features)
+
+    def _find_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Rows | None:
+        """This mask's own way through the CPU kernels, or None where `linear` must look closer."""
+        if (
+            is_chosen()
+            or _autocasts()
+            or is_watched()
+            or not is_plain(input, weight, bias)
+            or not all(_is_ordinary(t) for t in (input, weight, bias) if t is not None)
+            or not input.numel()
+        ):
+            return None
+        seen = cast(_Seen, self._seen)
+        if "rows" not in seen.choices:
+            seen.choices["rows"] = find_rows(seen.mask)
+        return cast("Rows | None", seen.choices["rows"])
 
     def _is_trained(self) -> bool:
         """Whether a gradient of the weight or the bias is wanted."""
@@ -198,41 +290,41 @@ class SparseLinear(nn.Linear):
         return wanted or (bias is not None and bias.requires_grad)
 
     def _act(self, input: Tensor) -> Tensor | None:
-        """One row without gradients by the shortest way, or None where that is not the plan.
+        """One row without gradients, or None where that is not the plan.
 
-        Acting is bound by overhead: `nn.Module` finds ``self.weight`` in half a microsecond, the
-        dictionary in a twentieth.
+        Leaves `forward` ready for the next such row: with what it has to compare, and what to do.
         """
-        seen = self._seen
         # First, because under a compiler all that follows would become guards.
-        if is_watched() or seen is None or input.shape != (1, self.in_features):
+        if is_watched() or input.shape != (1, self.in_features):
             return None
-        parameters = self._parameters
-        weight, bias, mask = parameters.get("weight"), parameters.get("bias"), seen.mask
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if (
-            seen.weight is not weight
-            or seen.weight_version != weight._version
-            or seen.storage != weight.data_ptr()
-            or self._buffers.get("mask") is not mask
-            or seen.mask_version != mask._version
+            weight is None
+            or not self._is_clean(weight)
+            or is_chosen()
+            or _autocasts()
             or type(input) is not Tensor
-            or is_overridden()
-            or torch._C._is_any_autocast_enabled()
-            or not input.is_contiguous()
-            or not input.is_cpu
-            or not input.dtype is weight.dtype is torch.float32
+            or not is_plain(weight, bias)
+            or not all(_is_ordinary(t) for t in (input, weight, bias) if t is not None)
         ):
             return None
-        single = seen.choices.get("single")
-        if single is None:
-            ordinary = seen.kept is not None and is_plain(weight, bias) and weight.is_contiguous()
-            if not ordinary or (bias is not None and not bias.is_contiguous()):
-                return None
-            sparse = seen.kept != weight.numel()
-            single = seen.choices["single"] = (sparse and find_single(mask)) or F.linear
-        if bias is not None and not (bias.is_cpu and bias.dtype is torch.float32):
+        seen = cast(_Seen, self._seen)
+        if seen.kept is None:
             return None
-        return single(input, weight, bias)
+        if "row" not in seen.choices:
+            pruned = seen.kept < weight.numel()
+            seen.choices["row"] = find_single(seen.mask) if pruned else None
+        row = seen.choices["row"]
+        if bias is not None:
+            bias_at = bias.data_ptr()
+        else:
+            bias_at = 0 if row is None else row.no_bias
+        like = torch.empty(1, self.out_features, dtype=torch.float32, device="cpu")
+        self._ready = (
+            *(input.shape, weight, seen.weight_version, seen.storage, bias, bias_at),
+            *(seen.mask, seen.mask_version, like, row),
+        )
+        return F.linear(input, weight, bias) if row is None else row(input, weight, bias)
 
     def _forward_dense(self, input: Tensor) -> Tensor:
         """Torch's own linear with nothing in between but a hook: zeros in the weight are zeros."""
@@ -452,10 +544,11 @@ class SparseLinear(nn.Linear):
         self.apply_mask_()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_seen"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_ready")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._ready = _NOT_READY
         _track(self)
 
 
@@ -478,9 +571,15 @@ def make_dense_(layer: SparseLinear) -> nn.Linear:
     _untrack(layer)
     del layer.mask
     layer.__dict__.pop("_seen", None)
+    layer.__dict__.pop("_ready", None)
     dense = cast(nn.Linear, layer)
     dense.__class__ = nn.Linear
     return dense
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether the CPU kernels can read it where it lies."""
+    return tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous()
 
 
 _layers: WeakSet[SparseLinear] = WeakSet()

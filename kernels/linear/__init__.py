@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
-from sparse_tickets.kernels.dispatch import Backend, Plan, is_chosen, resolve_backend, use_backend
+from sparse_tickets.kernels.dispatch import Backend, Plan, resolve_backend, use_backend
 from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
 from sparse_tickets.kernels.linear import reference
 from sparse_tickets.kernels.linear.blocks import (
@@ -38,7 +38,6 @@ __all__ = [
     "block_pattern",
     "find_rows",
     "find_single",
-    "is_overridden",
     "is_plain",
     "is_watched",
     "linear",
@@ -353,11 +352,6 @@ def is_watched() -> bool:
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors, with data and without a subclass."""
     return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
-
-
-def is_overridden() -> bool:
-    """Whether `use_backend` is in force here."""
-    return is_chosen()
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -64,7 +64,7 @@ _LARGEST_BATCH = 4096
 _MOST_WORK = 1 << 27
 # Of one pass: at least so long, and so many rounds.
 _SECONDS, _ROUNDS = 0.15, 5
-_VERSION = 2
+_VERSION = 3
 
 
 class Choice(NamedTuple):

@@ -1,15 +1,23 @@
-"""One row through one layer, as in acting: dot products over the registers that hold a nonzero.
+"""One row through one layer, as in acting: dot products over what the mask leaves of each row.
 
 At 256 x 256 torch's own call takes 5 us, half of it overhead, so everything here serves the
-overhead: tensors pass by address, nothing is launched, copied or packed. A row of the weight is
-read in registers of `LANES` entries. Where most of them hold a nonzero, all are read, since a loop
-of known length costs less than a list to follow; else the list of those that do. Bound by the
-weight's cache lines, 64 bytes to a register on AVX-512, which come from L2.
+overhead: tensors pass by address, nothing is launched, copied or packed. A mask has three forms:
+
+- ``whole``: every register of `LANES` weights, one row after the other. Bound by the cache lines
+  of the weight, which come from L2 the faster the more regularly they are asked for.
+- ``registers``: those that hold a nonzero, for masks with structure.
+- ``singles``: nonzeros one by one. Where a register holds few of them, a horizontal sum per row
+  costs more than it saves.
+
+The last two take rows by fours, sorted by how much they keep: four chains of multiply-adds overlap,
+and one loop serves four rows, which at 99% sparsity halves the time.
 
 The weight is read where it lies, for it may have been written through ``weight.data`` unseen.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numba import carray, njit, types
@@ -21,9 +29,11 @@ from sparse_tickets.kernels.vector import LANES, fma, load, splat, sum_lanes
 
 __all__ = ["SingleRow"]
 
-# A listed register costs its address too, and the end of each row's list is a branch mispredicted.
-_LISTED = 0.6
-"""Share of registers with a nonzero below which they are listed."""
+_FOUR = 4
+
+# Relative times, measured at 256 x 256 on AVX-512: of a register read in order, of a listed one, of
+# a nonzero, and of a row that is not read whole.
+_WHOLE, _LISTED, _SINGLE, _ROW = 2, 3, 2, 4
 
 
 @intrinsic
@@ -36,94 +46,216 @@ def _pointer(typingctx, address):
     return types.voidptr(types.int64), generate
 
 
-@njit(cache=True, nogil=True)
+def _element(context, builder, signature, arguments):
+    data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+    return builder.gep(data, [arguments[1]])
+
+
+@intrinsic
+def _get(typingctx, array, index):
+    """``array[index]``, without asking whether the index is negative."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_element(context, builder, signature, arguments))
+
+    return array.dtype(array, types.int64), generate
+
+
+@intrinsic
+def _set(typingctx, array, index, value):
+    """``array[index] = value``, likewise."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store(arguments[2], _element(context, builder, signature, arguments))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype), generate
+
+
+@intrinsic
+def _fma_one(typingctx, a, b, c):
+    """``a * b + c`` of scalars, rounded once."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    one = types.float32
+    return one(one, one, one), generate
+
+
+@njit(cache=True)
 def _find_registers(begin, column, out, inp):
-    """The registers to read of every row, and where the nonzeros start that no register covers.
+    """The registers that hold a nonzero, and the nonzeros that no register covers.
 
     Returns:
-        ``(first [out + 1], start [registers], rest [out, 2])``: row r reads the registers that
-        begin at the columns ``start[first[r]:first[r + 1]]``, and one by one the nonzeros from
-        ``rest[r, 0]`` to ``rest[r, 1]``.
+        ``(begin, column)`` of either, as in `patterns.Compressed`; a register is where it begins.
     """
     covered = inp // LANES * LANES
     first = np.zeros(out + 1, np.int64)
-    start = np.empty(column.size + 1, np.int64)
-    rest = np.empty((out, 2), np.int64)
-    count = 0
+    rest = np.zeros(out + 1, np.int64)
+    start = np.empty(column.size, np.int32)
+    single = np.empty(column.size, np.int32)
     for r in range(out):
-        j, end = begin[r], begin[r + 1]
-        last = -1
-        while j < end and column[j] < covered:
+        count, left, last = first[r], rest[r], -1
+        for j in range(begin[r], begin[r + 1]):
             at = column[j] // LANES * LANES
-            if at != last:
+            if column[j] >= covered:
+                single[left] = column[j]
+                left += 1
+            elif at != last:
                 start[count] = at
                 count += 1
                 last = at
-            j += 1
-        rest[r] = j, end
-        first[r + 1] = count
-    return first, start[:count].copy(), rest
+        first[r + 1], rest[r + 1] = count, left
+    return first, start[: first[out]].copy(), rest, single[: rest[out]].copy()
 
 
-@njit(cache=True, nogil=True)
-def _whole_row(weight, w0, x, covered):
-    """Four chains of multiply-adds over all whole registers of a row."""
-    zero = splat(np.float32(0.0))
-    a, b, c, d = zero, zero, zero, zero
-    i = 0
-    while i + 4 * LANES <= covered:
-        a = fma(load(weight, w0 + i), load(x, i), a)
-        b = fma(load(weight, w0 + i + LANES), load(x, i + LANES), b)
-        c = fma(load(weight, w0 + i + 2 * LANES), load(x, i + 2 * LANES), c)
-        d = fma(load(weight, w0 + i + 3 * LANES), load(x, i + 3 * LANES), d)
-        i += 4 * LANES
-    while i < covered:
-        a = fma(load(weight, w0 + i), load(x, i), a)
-        i += LANES
-    return (a + b) + (c + d)
+@njit(cache=True)
+def _by_fours(begin, column, lowest, step):
+    """Rows in groups of four with equally many entries each, sorted by how many.
+
+    A row with fewer than its neighbours is filled up with entries that hold no nonzero, and a
+    group with fewer than four rows with its last one.
+
+    Args:
+        begin: ``[out + 1]`` int64.
+        column: ``[entries]`` int32, ascending within a row.
+        lowest: the first column that may be an entry.
+        step: columns per entry.
+
+    Returns:
+        ``(count [groups], row [groups * 4], column [sum of count * 4])``, all int64 but the last;
+        a group's columns lie by entry, then row.
+    """
+    out = begin.size - 1
+    order = np.argsort(begin[1:] - begin[:-1], kind="mergesort")
+    groups = (out + _FOUR - 1) // _FOUR
+    count = np.empty(groups, np.int64)
+    row = np.empty(groups * _FOUR, np.int64)
+    for g in range(groups):
+        for i in range(_FOUR):
+            row[g * _FOUR + i] = order[min(g * _FOUR + i, out - 1)]
+        last = row[g * _FOUR + _FOUR - 1]
+        count[g] = begin[last + 1] - begin[last]
+    filled = np.empty(count.sum() * _FOUR, np.int32)
+    at = 0
+    for g in range(groups):
+        for i in range(_FOUR):
+            r = row[g * _FOUR + i]
+            own = begin[r + 1] - begin[r]
+            for k in range(own):
+                filled[at + k * _FOUR + i] = column[begin[r] + k]
+            empty, j = lowest, begin[r]
+            for k in range(own, count[g]):
+                while j < begin[r + 1] and column[j] == empty:
+                    empty += step
+                    j += 1
+                filled[at + k * _FOUR + i] = empty
+                empty += step
+        at += count[g] * _FOUR
+    return count, row, filled
 
 
-@njit(cache=True, nogil=True)
-def _listed_row(weight, w0, x, start, low, high):
-    """Two chains over the listed registers of a row."""
-    a, b = splat(np.float32(0.0)), splat(np.float32(0.0))
-    k = low
-    while k < high - 1:
-        c, d = start[k], start[k + 1]
-        a = fma(load(weight, w0 + c), load(x, c), a)
-        b = fma(load(weight, w0 + d), load(x, d), b)
-        k += 2
-    if k < high:
-        a = fma(load(weight, w0 + start[k]), load(x, start[k]), a)
-    return a + b
+def _make_multiply_fours(zero: Callable, read: Callable, add: Callable, total: Callable):
+    """Multiply rows arranged by `_by_fours`, of registers or of single nonzeros."""
+
+    @njit
+    def multiply_fours(x, weight, inp, start, y, groups, count, row, column):
+        j = 0
+        for g in range(groups):
+            r, s = _get(row, _FOUR * g), _get(row, _FOUR * g + 1)
+            t, u = _get(row, _FOUR * g + 2), _get(row, _FOUR * g + 3)
+            a, b, c, d = zero(), zero(), zero(), zero()
+            end = j + _FOUR * _get(count, g)
+            while j < end:
+                i, k = np.int64(_get(column, j)), np.int64(_get(column, j + 1))
+                m, n = np.int64(_get(column, j + 2)), np.int64(_get(column, j + 3))
+                a = add(read(weight, r * inp + i), read(x, i), a)
+                b = add(read(weight, s * inp + k), read(x, k), b)
+                c = add(read(weight, t * inp + m), read(x, m), c)
+                d = add(read(weight, u * inp + n), read(x, n), d)
+                j += _FOUR
+            # All are read before any is written: a group may hold a row more than once.
+            e, f, v, w = _get(start, r), _get(start, s), _get(start, t), _get(start, u)
+            _set(y, r, e + total(a))
+            _set(y, s, f + total(b))
+            _set(y, t, v + total(c))
+            _set(y, u, w + total(d))
+
+    return multiply_fours
 
 
-_FORM = 7
+@njit
+def _no_register():
+    return splat(np.float32(0.0))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
+def _no_single():
+    return np.float32(0.0)
+
+
+@njit
+def _same(value):
+    return value
+
+
+_multiply_registers = _make_multiply_fours(_no_register, load, fma, sum_lanes)
+_multiply_singles = _make_multiply_fours(_no_single, _get, _fma_one, _same)
+
+
+@njit
+def _multiply_whole(x, weight, inp, out, start, y):
+    """All whole registers, in four chains of multiply-adds per row."""
+    by_four, covered = inp // (4 * LANES) * (4 * LANES), inp // LANES * LANES
+    for r in range(out):
+        a, b, c, d = _no_register(), _no_register(), _no_register(), _no_register()
+        w0, i = r * inp, 0
+        while i < by_four:
+            a = fma(load(weight, w0 + i), load(x, i), a)
+            b = fma(load(weight, w0 + i + LANES), load(x, i + LANES), b)
+            c = fma(load(weight, w0 + i + 2 * LANES), load(x, i + 2 * LANES), c)
+            d = fma(load(weight, w0 + i + 3 * LANES), load(x, i + 3 * LANES), d)
+            i += 4 * LANES
+        while i < covered:
+            a = fma(load(weight, w0 + i), load(x, i), a)
+            i += LANES
+        _set(y, r, _get(start, r) + sum_lanes((a + b) + (c + d)))
+
+
+@njit
+def _three(form, at, groups):
+    """The arrays of `_by_fours` behind the addresses from ``form[at]``."""
+    count = carray(_pointer(form[at]), (groups,), np.int64)
+    row = carray(_pointer(form[at + 1]), (groups * _FOUR,), np.int64)
+    return count, row, carray(_pointer(form[at + 2]), (1,), np.int32)
+
+
+_FORM = 11
+
+
+# The GIL is kept: giving it back costs a tenth of a product, and getting it again another thread's
+# time slice.
+@njit(cache=True, error_model="numpy")
 def _multiply(x_at, weight_at, bias_at, y_at, form_at):
-    """``y = x wᵀ + bias``; no bias where its address is 0. ``form_at``: see `SingleRow`."""
+    """``y = x wᵀ + bias``. ``form_at``: see `SingleRow`."""
     form = carray(_pointer(form_at), (_FORM,), np.int64)
-    inp, out, listed = form[0], form[1], form[2]
+    inp, out, whole = form[0], form[1], form[2]
     x = carray(_pointer(x_at), (inp,), np.float32)
     weight = carray(_pointer(weight_at), (out * inp,), np.float32)
-    bias = carray(_pointer(bias_at), (out,), np.float32)
+    start = carray(_pointer(bias_at), (out,), np.float32)
     y = carray(_pointer(y_at), (out,), np.float32)
-    first = carray(_pointer(form[3]), (out + 1,), np.int64)
-    start = carray(_pointer(form[4]), (out * inp,), np.int64)
-    rest = carray(_pointer(form[5]), (out, 2), np.int64)
-    column = carray(_pointer(form[6]), (out * inp,), np.int32)
-    covered = inp // LANES * LANES
-    for r in range(out):
-        w0 = r * inp
-        if listed:
-            total = sum_lanes(_listed_row(weight, w0, x, start, first[r], first[r + 1]))
-        else:
-            total = sum_lanes(_whole_row(weight, w0, x, covered))
-        for j in range(rest[r, 0], rest[r, 1]):
-            total += weight[w0 + column[j]] * x[column[j]]
-        y[r] = total + (bias[r] if bias_at else np.float32(0.0))
+    if whole:
+        _multiply_whole(x, weight, inp, out, start, y)
+        start = y
+    if form[3]:
+        _multiply_registers(x, weight, inp, start, y, form[3], *_three(form, 4, form[3]))
+        start = y
+    if form[7]:
+        _multiply_singles(x, weight, inp, start, y, form[7], *_three(form, 8, form[7]))
+
+
+_SIGNATURE = (types.int64,) * 5
 
 
 class SingleRow:
@@ -131,20 +263,47 @@ class SingleRow:
 
     Args:
         pattern: of a population of one ticket.
+
+    Attributes:
+        multiply: compiled ``multiply(x, weight, bias, y, form)``, all of them addresses of
+            contiguous float32 but the last.
+        form: the last argument; valid as long as this object lives.
+        no_bias: address of zeros, for a layer without a bias.
     """
 
-    __slots__ = ("_form", "_form_at", "_memory", "_shape")
+    __slots__ = ("_memory", "_shape", "form", "multiply", "no_bias")
 
     def __init__(self, pattern: Pattern) -> None:
         rows, out, inp = pattern.rows, pattern.out, pattern.inp
-        first, start, rest = _find_registers(rows.begin, rows.column, out, inp)
-        listed = start.size < _LISTED * out * (inp // LANES)
-        self._shape = (1, out)
+        first, start, rest, single = _find_registers(rows.begin, rows.column, out, inp)
+        times = {
+            "whole": _WHOLE * out * (inp // LANES),
+            "registers": _LISTED * start.size + _ROW * out,
+            "singles": _SINGLE * rows.column.size + _ROW * out,
+        }
+        name = min(times, key=times.__getitem__)
+        nothing = (np.zeros(0, np.int64),) * 3
+        registers, singles = nothing, nothing
+        if name == "registers":
+            registers = _by_fours(first, start, 0, LANES)
+        if name == "singles":
+            singles = _by_fours(rows.begin, rows.column, 0, 1)
+        elif single.size:
+            singles = _by_fours(rest, single, inp // LANES * LANES, 1)
+        zeros = np.zeros(out, np.float32)
         # Held, because addresses alone would not keep it.
-        self._memory = (first, start, rest, rows.column)
-        addresses = [array.ctypes.data for array in self._memory]
-        self._form = np.array([inp, out, listed, *addresses], np.int64)
-        self._form_at = self._form.ctypes.data
+        self._memory = (*registers, *singles, zeros)
+        at = [array.ctypes.data for array in self._memory]
+        form = np.array(
+            [inp, out, name == "whole", registers[0].size, *at[:3], singles[0].size, *at[3:6]],
+            np.int64,
+        )
+        self._memory += (form,)
+        self._shape = (1, out)
+        self.form, self.no_bias = form.ctypes.data, at[6]
+        _multiply.compile(_SIGNATURE)
+        # Numba's own dispatch on the types of the arguments takes as long as a call.
+        self.multiply = _multiply.get_overload(_SIGNATURE)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x wᵀ + bias`` of one row.
@@ -156,6 +315,6 @@ class SingleRow:
             ``[1, O]``.
         """
         y = x.new_empty(self._shape)
-        bias_at = 0 if bias is None else bias.data_ptr()
-        _multiply(x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr(), self._form_at)
+        bias_at = self.no_bias if bias is None else bias.data_ptr()
+        self.multiply(x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr(), self.form)
         return y

@@ -7,6 +7,7 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.linear import cpu, crossover, linear, patterns, reference
+from sparse_tickets.kernels.linear import cpu, crossover, linear, patterns, reference, single
 from sparse_tickets.kernels.linear.panels import PANEL
 from sparse_tickets.kernels.vector import LANES
 from sparse_tickets.linear import SparseLinear
@@ -146,6 +147,39 @@ def test_single_row(out, inp, density, bias, seed) -> None:
     wide = [None if t is None else t.double() for t in (x, weight, offset)]
     size = [None if t is None else t.abs() for t in wide]
     assert_close(y, F.linear(*wide), F.linear(*size), inp + 1)
+
+
+@pytest.mark.parametrize("form", ["_WHOLE", "_LISTED", "_SINGLE"])
+@pytest.mark.parametrize("block", [1, 16])
+def test_forms_of_a_single_row(form: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on masks that would not choose it, with columns that no register covers."""
+    for name in ("_WHOLE", "_LISTED", "_SINGLE", "_ROW"):
+        monkeypatch.setattr(single, name, 0 if name in (form, "_ROW") else 1000)
+    for out, inp, density in product((1, 5, 70), (7, 16, 37, 150), (0.1, 0.5, 1.0)):
+        x, weight, mask, bias, _ = inputs(1, 1, out, inp, density, block, out + inp)
+        row, memory = single.SingleRow(patterns.find_pattern(mask)), torch.full((out + 2,), -7.0)
+        y = memory[1:-1].fill_(torch.nan)
+        for offset in (None, bias[0]):
+            at = row.no_bias if offset is None else offset.data_ptr()
+            row.multiply(x.data_ptr(), weight.data_ptr(), at, y.data_ptr(), row.form)
+            wide = [None if t is None else t.double() for t in (x[0], weight[0], offset)]
+            size = [None if t is None else t.abs() for t in wide]
+            assert_close(y[None], F.linear(*wide), F.linear(*size), inp + 1)
+            assert memory[0] == memory[-1] == -7
+
+
+def test_a_single_row_takes_the_form_of_its_mask() -> None:
+    def form(mask: Tensor) -> str:
+        row = single.SingleRow(patterns.find_pattern(mask[None]))
+        whole, registers, singles = (bool(row._memory[-1][i]) for i in (2, 3, 7))
+        return "whole" * whole + "registers" * registers + "singles" * singles
+
+    unstructured, blocks = torch.rand(256, 256), torch.rand(16, 16)
+    blocks = (blocks < 0.1).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert form(unstructured < 0.5) == "whole"
+    assert form(blocks) == "registers"
+    assert form(unstructured < 0.01) == "singles"
+    assert form(torch.rand(64, 250) < 0.5) == "wholesingles"
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 2), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
@@ -278,7 +312,7 @@ def test_acting_reads_the_weight_where_it_lies(monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(1, 64)
     with torch.no_grad():
         layer(x)
-        assert "single" in layer._seen.choices
+        assert layer._ready[-1] is not None
         # As soft target updates do, which no version counter sees.
         layer.weight.data.mul_(0.5)
         layer.bias.data.add_(1)

@@ -13,9 +13,14 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_tickets.linear as implementation
-from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.dispatch import Plan, use_backend
+from sparse_tickets.kernels.linear.single import SingleRow
 from sparse_tickets.linear import SparseLinear, count_kept
 
 OPTIMIZERS = {
@@ -369,15 +374,15 @@ def test_forward_notices(how):
 
 
 def test_clean_forward_takes_the_weight_itself(monkeypatch):
-    """In a training loop no masked copy is made, and the op runs only where it is sparse."""
+    """In a training loop no masked copy is made, and kernels run only where they are sparse."""
     seen = []
-    op = implementation.linear
+    kernel = implementation.multiply_rows
 
-    def spy(x, weight, *rest):
-        seen.append(weight._base is layer.weight)
-        return op(x, weight, *rest)
+    def spy(rows, x, weight, *rest):
+        seen.append(weight is layer.weight)
+        return kernel(rows, x, weight, *rest)
 
-    monkeypatch.setattr(implementation, "linear", spy)
+    monkeypatch.setattr(implementation, "multiply_rows", spy)
     for name, calls in (("dense", 0), ("masked", 0), ("sparse", 3)):
         inputs, outputs, density = PATHS[name]
         layer = SparseLinear(inputs, outputs).prune_(density)
@@ -786,3 +791,192 @@ def test_a_frozen_row_with_gradients_enabled(shape, monkeypatch):
     layer(wanted).sum().backward()
     gradient = layer.weight.sum(0).expand(shape)
     torch.testing.assert_close(wanted.grad, gradient, rtol=1e-5, atol=1e-5)
+
+
+# Acting: one row without gradients, by way of `_ready`
+
+
+class Refuses:
+    """Stands for the compiled row: whoever multiplies by it did not look."""
+
+    form = 0
+
+    def multiply(self, *args):
+        raise AssertionError("multiplied without a look")
+
+
+@pytest.fixture
+def ready(monkeypatch) -> SparseLinear:
+    """A frozen layer that has acted, and will fail where it acts again by the shortest way."""
+    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
+    torch.manual_seed(0)
+    layer = SparseLinear(48, 40, mask=torch.rand(40, 48) > 0.8).requires_grad_(False)
+    layer(torch.randn(1, 48))
+    assert isinstance(layer._ready[-1], SingleRow)
+    layer._ready = (*layer._ready[:-1], Refuses())
+    return layer
+
+
+def assert_looks(layer: SparseLinear, x: torch.Tensor) -> None:
+    torch.testing.assert_close(layer(x), dense_twin(layer)(x).detach())
+
+
+def test_an_unchanged_row_is_multiplied_at_once(ready):
+    with pytest.raises(AssertionError, match="without a look"):
+        ready(torch.randn(1, 48))
+
+
+class Sees(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+class SeesFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Sees, SeesFunctions])
+def test_acting_under_a_mode_is_seen(ready, mode):
+    with mode() as watcher:
+        ready(torch.randn(1, 48))
+    assert watcher.seen
+
+
+def test_acting_under_use_backend_and_autocast(ready):
+    x = torch.randn(1, 48)
+    with use_backend("reference"):
+        assert_looks(ready, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ready(x).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_acting_under_transforms_and_tracers(ready):
+    x, twin = torch.randn(3, 1, 48), dense_twin(ready).requires_grad_(False)
+    torch.testing.assert_close(torch.func.vmap(ready)(x), twin(x))
+    row = x[0]
+    primal, tangent = torch.func.jvp(ready, (row,), (row,))
+    torch.testing.assert_close(primal, twin(row))
+    torch.testing.assert_close(tangent, F.linear(row, twin.weight))
+    with forward_ad.dual_level():
+        primal, tangent = forward_ad.unpack_dual(ready(forward_ad.make_dual(row, row)))
+    torch.testing.assert_close(primal, twin(row))
+    torch.testing.assert_close(tangent, F.linear(row, twin.weight))
+    traced = torch.jit.trace(ready, (row,), check_trace=False)
+    torch.testing.assert_close(traced(x[1]), twin(x[1]))
+    torch._dynamo.reset()
+    compiled = torch.compile(ready, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(row), twin(row))
+    for strict in (True, False):
+        program = torch.export.export(ready, (row,), strict=strict)
+        torch.testing.assert_close(program.module()(x[1]), twin(x[1]))
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_acting_with_a_gradient_wanted(ready, name):
+    x = torch.randn(1, 48)
+    tensors = {"input": x, "weight": ready.weight, "bias": ready.bias}
+    tensors[name].requires_grad_()
+    ready(x).sum().backward()
+    assert tensors[name].grad is not None
+    with torch.no_grad(), pytest.raises(AssertionError, match="without a look"):
+        ready(x)
+
+
+def unmasked(layer: SparseLinear) -> nn.Parameter:
+    return nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+
+
+CHANGES = {
+    "weight written": lambda layer: layer.weight.normal_(),
+    "weight replaced": lambda layer: setattr(layer, "weight", unmasked(layer)),
+    "weight's storage replaced": lambda layer: setattr(layer.weight, "data", unmasked(layer).data),
+    "mask written": lambda layer: layer.mask.logical_not_(),
+    "mask replaced": lambda layer: setattr(layer, "mask", ~layer.mask),
+    "mask set": lambda layer: layer.set_mask_(~layer.mask),
+    "bias replaced": lambda layer: setattr(layer, "bias", nn.Parameter(torch.randn(40))),
+    "bias strided": lambda layer: setattr(layer, "bias", nn.Parameter(torch.randn(40, 3)[:, 1])),
+    "bias's storage replaced": lambda layer: setattr(layer.bias, "data", torch.randn(40, 2)[:, 0]),
+    "bias gone": lambda layer: setattr(layer, "bias", None),
+    "pruned": lambda layer: layer.prune_(0.05),
+    "state loaded": lambda layer: layer.load_state_dict(nn.Linear(48, 40).state_dict()),
+    "vector to parameters": lambda layer: nn.utils.vector_to_parameters(
+        torch.randn(40 * 48 + 40), layer.parameters()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_acting_sees_every_change(ready, change):
+    x = torch.randn(1, 48)
+    CHANGES[change](ready)
+    ready.requires_grad_(False)
+    for _ in range(2):
+        assert_looks(ready, x)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(48),
+        torch.randn(1, 1, 48),
+        torch.randn(2, 48),
+        torch.randn(48, 2).t()[:1],
+        nn.Parameter(torch.randn(1, 48), requires_grad=False),
+    ],
+    ids=["vector", "three dimensions", "two rows", "strided", "parameter"],
+)
+def test_acting_on_other_inputs(ready, x):
+    assert_looks(ready, x)
+
+
+def test_acting_on_what_is_no_float32(ready):
+    with pytest.raises(RuntimeError, match="dtype"):
+        ready(torch.randn(1, 48, dtype=torch.float64))
+    assert ready.double()(torch.randn(1, 48, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_acting_calls_hooks_and_recomputes_the_weight(ready):
+    x, calls = torch.randn(1, 48), []
+    handle = ready.register_forward_pre_hook(lambda *args: calls.append(args))
+    with pytest.raises(AssertionError, match="without a look"):
+        ready(x)
+    assert len(calls) == 1
+    handle.remove()
+    parametrize.register_parametrization(ready, "weight", nn.Tanh())
+    torch.testing.assert_close(ready(x), F.linear(x, ready.weight * ready.mask, ready.bias))
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, clone_by_torch_save])
+def test_copies_act_by_themselves(ready, clone):
+    other = clone(ready)
+    x = torch.randn(1, 48)
+    for _ in range(2):
+        assert_looks(other, x)
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_acting_returns_fresh_tensors(monkeypatch, density, inside):
+    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
+    layer = SparseLinear(48, 40).prune_(density).requires_grad_(False)
+    x = torch.randn(2, 1, 48)
+    with inside():
+        layer(x[0])
+    torch.set_default_dtype(torch.float64)
+    try:
+        first = layer(x[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kept = first.clone()
+    second = layer(x[1])
+    assert first.dtype == torch.float32
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, kept)
+    assert first.untyped_storage().nbytes() == 160
+    assert not first.is_inference()
+    assert not first._is_view()
+    first.requires_grad_().square().sum().backward()
