@@ -65,14 +65,14 @@ def linear_forward(
 
     def run() -> Tensor:
         if layer is not None:
-            return layer(row)[None]
+            return layer(row)
         return linear(problem.x, problem.weight, problem.mask, problem.bias)
 
     timed = _in_format(format, on_backend(backend, run))
     return Contender(
         name,
         timed,
-        lambda: mismatch([timed()], problem.forward, problem.terms[:1]),
+        lambda: mismatch([timed().view_as(problem.forward[0])], problem.forward, problem.terms[:1]),
         plan=_linear_plan(problem, backend, layer, format, training=False),
     )
 

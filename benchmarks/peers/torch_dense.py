@@ -28,13 +28,15 @@ def linear_forward(problem: LinearProblem) -> Contender:
     layer, row = nn.Linear(*problem.weight.shape[:0:-1], device="meta"), problem.x[0]
     layer.weight = nn.Parameter(problem.weight[0], requires_grad=False)
     layer.bias = nn.Parameter(problem.bias[0], requires_grad=False)
+    alone = len(problem.x) == 1
 
     def run() -> Tensor:
-        if len(problem.x) == 1:
-            return layer(row)[None]
-        return _linear(problem.x, problem.weight, problem.bias)
+        return layer(row) if alone else _linear(problem.x, problem.weight, problem.bias)
 
-    return Contender(NAME, run, lambda: mismatch([run()], problem.forward, problem.terms[:1]))
+    def error() -> float:
+        return mismatch([run().view_as(problem.forward[0])], problem.forward, problem.terms[:1])
+
+    return Contender(NAME, run, error)
 
 
 def linear_backward(problem: LinearProblem) -> Contender:
