@@ -216,7 +216,7 @@ def _prepare(contender: Contender, timer: Timer) -> _Ready:
     times.calls = max(1, min(1000, round(_SAMPLE_S / max(once, 1e-7))))
     try:
         return _Ready(contender, times, timer.capture(contender.run))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         times.note = f"not captured in a graph: {_first_line(error)}"
         return _Ready(contender, times, None)
 

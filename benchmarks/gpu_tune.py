@@ -111,14 +111,13 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
 
 
 def _act(job: PPOJob) -> Contender:
-    """A rollout alone; its clock lies on the device, or no graph could hold it."""
+    """A rollout alone."""
 
     def run() -> Any:
-        job.env.keep_clock_on_device()
         parameters, steps = job.population.parameters, job.settings.horizon
         return rollout(parameters, job.arena, job.env, job.obs, job.key, steps, density=job.density)
 
-    return Contender("rollout", run, job.error)
+    return Contender("rollout", run, job.acting_error)
 
 
 def _update(job: PPOJob) -> Contender:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.algos.replay import can_replay
 from sparse_tickets.envs import env_spec, make_env
 from sparse_tickets.kernels import Batch, Parameters, gae, ppo_update_, use_backend
 from sparse_tickets.kernels.mlp import mlp
@@ -79,7 +80,12 @@ class PPOJob:
         self.population = Population.create(self.arena, weight, mask, self.density)
         self.env = make_env(self.env_name, self.tickets, self.settings.copies, device=self.device)
         self.obs = self.env.reset(self.key)
-        self.iteration = 0
+        self.iteration: int | Tensor = 0
+        with use_backend(self.backend):
+            if can_replay(self.env, self.population):
+                # As training does it: a CUDA graph replays integers as they were captured.
+                self.env.keep_clock_on_device()
+                self.iteration = torch.zeros((), dtype=torch.int64, device=self.device)
 
     @property
     def agent_steps(self) -> int:
@@ -93,7 +99,7 @@ class PPOJob:
 
     def act(self) -> Rollout:
         """The rollout."""
-        experience, self.obs = rollout(
+        experience, obs = rollout(
             self.population.parameters,
             self.arena,
             self.env,
@@ -102,6 +108,7 @@ class PPOJob:
             self.settings.horizon,
             density=self.density,
         )
+        self.obs.copy_(obs)
         return experience
 
     def prepare(self, experience: Rollout) -> Batch:
