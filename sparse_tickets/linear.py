@@ -80,6 +80,8 @@ _function_modes = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
 _autocasts = torch._C._is_any_autocast_enabled
 
+_DENSE = F.linear
+"""In place of a `SingleRow`: torch's own product is the plan for a pruned layer."""
 _NOT_READY: tuple[Any, ...] = (None,) * 10
 
 
@@ -193,8 +195,8 @@ class SparseLinear(nn.Linear):
         if _is_compiled():
             return self._forward(input)
         # One row without gradients, as in acting, is bound by overhead: 40 ns for each question to
-        # a tensor, 60 for a call. So only what may have changed since `_act` is asked, `is_watched`
-        # is written out, and what tells a larger batch apart comes early.
+        # a tensor, 60 for a call. So only what may have changed since `_act` is asked, and
+        # `is_watched` is written out.
         shape, weight, version, weight_at, bias, bias_at, mask, mask_version, like, row = (
             self._ready
         )
@@ -204,22 +206,10 @@ class SparseLinear(nn.Linear):
             type(input) is not Tensor
             or _tracing_state() is not None
             or input.shape != shape
-            or _functorch_active()
-            or _dispatch_modes()
-            or _function_modes()
-            or forward_ad._current_level >= 0
-            or _autocasts()
-            or is_chosen()
             or parameters.get("weight") is not weight
             or parameters.get("bias") is not bias
             or buffers.get("mask") is not mask
-            or version != weight._version
             or mask_version != mask._version
-            or weight_at != weight.data_ptr()
-            or (bias is not None and bias_at != bias.data_ptr())
-            or not input.is_cpu
-            or not input.dtype is weight.dtype is _float32
-            or not input.is_contiguous()
             or (
                 _grads_are_recorded()
                 and (
@@ -231,6 +221,24 @@ class SparseLinear(nn.Linear):
         ):
             return self._forward(input)
         if row is None:
+            # Nothing is pruned: torch does the rest, whatever was written and whoever watches.
+            return F.linear(input, weight, bias)
+        if (
+            _functorch_active()
+            or _dispatch_modes()
+            or _function_modes()
+            or forward_ad._current_level >= 0
+            or _autocasts()
+            or is_chosen()
+            or version != weight._version
+            or weight_at != weight.data_ptr()
+            or (bias is not None and bias_at != bias.data_ptr())
+            or not input.is_cpu
+            or not input.dtype is weight.dtype is _float32
+            or not input.is_contiguous()
+        ):
+            return self._forward(input)
+        if row is _DENSE:
             return F.linear(input, weight, bias)
         output = _empty_like(like)
         row.multiply(input.data_ptr(), weight_at, bias_at, output.data_ptr(), row.form)
@@ -313,18 +321,18 @@ class SparseLinear(nn.Linear):
             return None
         if "row" not in seen.choices:
             pruned = seen.kept < weight.numel()
-            seen.choices["row"] = find_single(seen.mask) if pruned else None
+            seen.choices["row"] = (find_single(seen.mask) or _DENSE) if pruned else None
         row = seen.choices["row"]
+        sparse = row is not None and row is not _DENSE
+        bias_at = row.no_bias if sparse else 0
         if bias is not None:
             bias_at = bias.data_ptr()
-        else:
-            bias_at = 0 if row is None else row.no_bias
         like = torch.empty(1, self.out_features, dtype=torch.float32, device="cpu")
         self._ready = (
             *(input.shape, weight, seen.weight_version, seen.storage, bias, bias_at),
             *(seen.mask, seen.mask_version, like, row),
         )
-        return F.linear(input, weight, bias) if row is None else row(input, weight, bias)
+        return row(input, weight, bias) if sparse else F.linear(input, weight, bias)
 
     def _forward_dense(self, input: Tensor) -> Tensor:
         """Torch's own linear with nothing in between but a hook: zeros in the weight are zeros."""

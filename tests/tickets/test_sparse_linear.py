@@ -918,6 +918,27 @@ def test_acting_sees_every_change(ready, change):
         assert_looks(ready, x)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_acting_unpruned_sees_every_change(change):
+    layer, x = SparseLinear(48, 40).requires_grad_(False), torch.randn(1, 48)
+    assert_looks(layer, x)
+    assert layer._ready[-1] is None
+    CHANGES[change](layer)
+    layer.requires_grad_(False)
+    for _ in range(2):
+        assert_looks(layer, x)
+
+
+def test_acting_by_the_dense_product_sees_a_written_weight(monkeypatch):
+    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "0")
+    layer, x = SparseLinear(48, 40).prune_(0.1).requires_grad_(False), torch.randn(1, 48)
+    assert_looks(layer, x)
+    assert layer._ready[-1] is implementation._DENSE
+    layer.weight.normal_()
+    for _ in range(2):
+        assert_looks(layer, x)
+
+
 @pytest.mark.parametrize(
     "x",
     [
