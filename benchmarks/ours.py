@@ -83,22 +83,20 @@ def linear_backward(
     """The same and its gradients for x, weight and bias."""
     x, weight, bias = problem.leaves()
     layer = None if format else _module(problem, trained=True)
-    row = problem.x[0].clone().requires_grad_()
+    row, row_dy = problem.x[0].clone().requires_grad_(), problem.dy[0]
 
     def run() -> tuple[Tensor, ...]:
         if layer is not None:
             y = layer(row)
-            parts = (row, layer.weight, layer.bias)
-            grads = torch.autograd.grad(y, parts, problem.dy[0])
-            return tuple(part[None] for part in (y.detach(), *grads))
+            return y, *torch.autograd.grad(y, (row, layer.weight, layer.bias), row_dy)
         y = linear(x, weight, problem.mask, bias)
-        return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), problem.dy))
+        return y, *torch.autograd.grad(y, (x, weight, bias), problem.dy)
 
     timed = _in_format(format, on_backend(backend, run))
     return Contender(
         name,
         timed,
-        lambda: mismatch(timed(), problem.forward_backward, problem.terms),
+        lambda: mismatch(problem.alike(timed()), problem.forward_backward, problem.terms),
         plan=_linear_plan(problem, backend, layer, format, training=True),
     )
 

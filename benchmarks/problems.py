@@ -116,6 +116,12 @@ class LinearProblem:
         dx = linear_reference.linear_dx(dy, weight, self.mask)
         return (*self.forward, dx, linear_reference.linear_dw(dy, x, self.mask), dy.sum(1))
 
+    def alike(self, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """``(y, dx, dW, db)``, or the first of them, of a lone ticket or of all: as for all."""
+        wanted = self.forward_backward
+        found = zip(results, wanted[: len(results)], strict=True)
+        return tuple(result.detach().view_as(expected) for result, expected in found)
+
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(x, weight, bias)`` as fresh leaves that want gradients."""
         x, weight, bias = (t.clone().requires_grad_() for t in (self.x, self.weight, self.bias))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_tickets.timing import Contender, mismatch
@@ -16,28 +17,50 @@ __all__ = ["NAME", "linear_backward", "linear_forward", "masked_policy", "policy
 NAME = "torch w*mask"
 
 
-def _linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
-    return torch.baddbmm(bias[:, None], x, (weight * mask).mT)
+def _batched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.baddbmm(bias[:, None], x, weight.mT)
+
+
+def _one_or_all(problem: LinearProblem, trained: bool) -> list[Tensor]:
+    """``x, weight, mask, bias, dy``: of a lone ticket without the axis of tickets."""
+    tensors = [problem.x, problem.weight, problem.mask, problem.bias, problem.dy]
+    if len(problem.x) == 1:
+        tensors = [tensor[0] for tensor in tensors]
+    leaves = [tensor.clone() for tensor in tensors]
+    for place in (0, 1, 3):
+        leaves[place].requires_grad_(trained)
+    return leaves
+
+
+def _apply(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    return (F.linear if x.dim() == 2 else _batched)(x, weight * mask, bias)
 
 
 def linear_forward(problem: LinearProblem) -> Contender:
-    """Masked, then `torch.baddbmm`."""
+    """Masked, then `F.linear` for one ticket, `torch.baddbmm` for several."""
+    *parts, _ = _one_or_all(problem, trained=False)
 
     def run() -> Tensor:
-        return _linear(problem.x, problem.weight, problem.mask, problem.bias)
+        return _apply(*parts)
 
-    return Contender(NAME, run, lambda: mismatch([run()], problem.forward, problem.terms[:1]))
+    def error() -> float:
+        return mismatch([run().view_as(problem.forward[0])], problem.forward, problem.terms[:1])
+
+    return Contender(NAME, run, error)
 
 
 def linear_backward(problem: LinearProblem) -> Contender:
     """The same with gradients; autograd masks dW."""
-    x, weight, bias = problem.leaves()
+    x, weight, mask, bias, dy = _one_or_all(problem, trained=True)
 
     def run() -> tuple[Tensor, ...]:
-        y = _linear(x, weight, problem.mask, bias)
-        return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), problem.dy))
+        y = _apply(x, weight, mask, bias)
+        return y, *torch.autograd.grad(y, (x, weight, bias), dy)
 
-    return Contender(NAME, run, lambda: mismatch(run(), problem.forward_backward, problem.terms))
+    def error() -> float:
+        return mismatch(problem.alike(run()), problem.forward_backward, problem.terms)
+
+    return Contender(NAME, run, error)
 
 
 def masked_policy(problem: PolicyProblem) -> tuple[list[Tensor], Callable[[], Tensor]]:
@@ -48,7 +71,7 @@ def masked_policy(problem: PolicyProblem) -> tuple[list[Tensor], Callable[[], Te
     def network() -> Tensor:
         y = problem.x
         for index, (weight, bias, mask) in enumerate(layers):
-            y = _linear(y, weight, mask, bias)
+            y = _batched(y, weight * mask, bias)
             if index < len(layers) - 1:
                 y = activation(y)
         return y

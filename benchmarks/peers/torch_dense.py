@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_tickets.timing import Contender, mismatch
@@ -17,21 +16,27 @@ __all__ = ["NAME", "layer_inside", "linear_backward", "linear_forward", "policy"
 NAME = "torch dense"
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if len(x) == 1:
-        return F.linear(x[0], weight[0], bias[0]).unsqueeze(0)
+def _layer(problem: LinearProblem, trained: bool) -> nn.Linear:
+    """`nn.Linear`, as a policy holds it, with the weights of a lone ticket."""
+    layer = nn.Linear(*problem.weight.shape[:0:-1], device="meta")
+    layer.weight = nn.Parameter(problem.weight[0].clone(), requires_grad=trained)
+    layer.bias = nn.Parameter(problem.bias[0].clone(), requires_grad=trained)
+    return layer
+
+
+def _batched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight.mT)
 
 
 def linear_forward(problem: LinearProblem) -> Contender:
-    """`nn.Linear`, as a policy holds it, for one ticket; `torch.baddbmm` for several."""
-    layer, row = nn.Linear(*problem.weight.shape[:0:-1], device="meta"), problem.x[0]
-    layer.weight = nn.Parameter(problem.weight[0], requires_grad=False)
-    layer.bias = nn.Parameter(problem.bias[0], requires_grad=False)
-    alone = len(problem.x) == 1
+    """`nn.Linear` for one ticket, `torch.baddbmm` for several."""
+    layer = _layer(problem, trained=False) if len(problem.x) == 1 else None
+    row = problem.x[0]
 
     def run() -> Tensor:
-        return layer(row) if alone else _linear(problem.x, problem.weight, problem.bias)
+        if layer is not None:
+            return layer(row)
+        return _batched(problem.x, problem.weight, problem.bias)
 
     def error() -> float:
         return mismatch([run().view_as(problem.forward[0])], problem.forward, problem.terms[:1])
@@ -41,14 +46,19 @@ def linear_forward(problem: LinearProblem) -> Contender:
 
 def linear_backward(problem: LinearProblem) -> Contender:
     """The same with gradients; dW is dense, and masked untimed."""
+    layer = _layer(problem, trained=True) if len(problem.x) == 1 else None
+    row, row_dy = problem.x[0].clone().requires_grad_(), problem.dy[0]
     x, weight, bias = problem.leaves()
 
     def run() -> tuple[Tensor, ...]:
-        y = _linear(x, weight, bias)
-        return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), problem.dy))
+        if layer is not None:
+            y = layer(row)
+            return y, *torch.autograd.grad(y, (row, layer.weight, layer.bias), row_dy)
+        y = _batched(x, weight, bias)
+        return y, *torch.autograd.grad(y, (x, weight, bias), problem.dy)
 
     def error() -> float:
-        y, dx, dw, db = run()
+        y, dx, dw, db = problem.alike(run())
         results = (y, dx, dw.masked_fill(~problem.mask, 0), db)
         return mismatch(results, problem.forward_backward, problem.terms)
 
@@ -74,7 +84,7 @@ def layer_inside(deep: PolicyProblem, shallow: PolicyProblem) -> Contender:
 def _chain(problem: PolicyProblem, layers: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     y = problem.x
     for index, (weight, bias, _) in enumerate(layers):
-        y = _linear(y, weight, bias)
+        y = _batched(y, weight, bias)
         if index < len(layers) - 1:
             y = torch.relu_(y) if problem.activation == "relu" else torch.tanh_(y)
     return y

@@ -71,8 +71,10 @@ class Rows:
         dx = recycling.empty(batch, pattern.inp) if wants_dx else None
         dw = recycling.empty(pattern.out, pattern.inp).zero_() if wants_dw else None
         db = torch.empty(pattern.out) if wants_dw else None
-        gradients = [None if tensor is None else _flat(tensor) for tensor in (dx, dw, db)]
-        compressed.backward(_flat(dy), _flat(x), _flat(weight), pattern, *gradients, _FIRST, batch)
+        dx_, dw_, db_ = (None if tensor is None else _flat(tensor) for tensor in (dx, dw, db))
+        compressed.backward(
+            _flat(dy), _flat(x), _flat(weight), pattern, dx_, dw_, db_, _FIRST, batch
+        )
         return dx, dw, db
 
 

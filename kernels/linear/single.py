@@ -291,14 +291,14 @@ class SingleRow:
         elif single.size:
             singles = _by_fours(rest, single, inp // LANES * LANES, 1)
         zeros = np.zeros(out, np.float32)
-        # Held, because addresses alone would not keep it.
-        self._memory = (*registers, *singles, zeros)
-        at = [array.ctypes.data for array in self._memory]
+        memory = (*registers, *singles, zeros)
+        at = [array.ctypes.data for array in memory]
         form = np.array(
             [inp, out, name == "whole", registers[0].size, *at[:3], singles[0].size, *at[3:6]],
             np.int64,
         )
-        self._memory += (form,)
+        # Held, because addresses alone would not keep it.
+        self._memory = (*memory, form)
         self._shape = (1, out)
         self.form, self.no_bias = form.ctypes.data, at[6]
         _multiply.compile(_SIGNATURE)

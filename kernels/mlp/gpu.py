@@ -516,7 +516,7 @@ def cut_as_measured(x: Tensor, geometry: Geometry, stretch: int) -> tuple[int, i
 @cache
 def _stretches(samples: int, default: int) -> tuple[Stretch, ...]:
     """The default, and its neighbours that cut the samples otherwise."""
-    found = {}
+    found: dict[object, Stretch] = {}
     for stretch in (default, default // 2, default * 2, default // 4, default * 4):
         if stretch >= STRETCH_UNIT:
             found.setdefault(cut(samples, stretch), Stretch(stretch))
