@@ -1,8 +1,8 @@
 """The one way things are timed here: interleaved, side by side, and only after they were verified.
 
 Contenders take turns (A B C, B C A, ...), so that a machine that slows down slows all of them, and
-a ratio is taken within each round. Between turns there is a pause and an untimed call: idle threads
-of one contender's pool spin for a while, on the cores that the next one needs. A speed-up is
+a ratio is taken within each round. Between turns there is a pause and an untimed sample: idle
+threads of one contender's pool spin for a while, on the cores that the next one needs. A speed-up is
 reported by `verified_ratio` alone, which first compares every contender's own result with the
 float64 reference and refuses if one is wrong.
 
@@ -285,9 +285,13 @@ def interleave(
 def _sample(
     run: Callable[[], Any], count: int, budget: Budget, clock: Clock
 ) -> tuple[float, float]:
-    """Wall and CPU seconds of ``count`` calls, after a pause and an untimed one."""
+    """Wall and CPU seconds of ``count`` calls, after a pause and as many untimed ones.
+
+    As many, because a core that idled takes milliseconds to come up to speed: one untimed call of a
+    slow contender covers them, one of a fast contender does not.
+    """
     time.sleep(budget.settle_seconds)
-    if count > 1:
+    for _ in range(count if count > 1 else 0):
         run()
     wall_before, cpu_before = clock()
     for _ in range(count):
