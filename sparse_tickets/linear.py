@@ -255,17 +255,16 @@ class SparseLinear(nn.Linear):
             raise ValueError(
                 f"input must have shape [..., {self.in_features}], got {tuple(input.shape)}"
             )
-        # Each attribute of a module is a search: once is enough.
-        weight, mask, bias = self.weight, self.mask, self.bias
+        weight, mask, bias = self._operands()
         if weight.is_meta or torch._C._are_functorch_transforms_active():
             # What the op does not know, torch's own operations do.
             return F.linear(input, torch.where(mask, weight, 0), bias)
-        batch = math.prod(input.shape[:-1])
+        batch = input.shape[0] if input.dim() == 2 else math.prod(input.shape[:-1])
         if torch.compiler.is_compiling() or not self._is_clean(weight):
             weight = torch.where(mask, weight, 0)
         elif batch == 1 or self._runs_dense(batch, tracked):
             # A single row that `_act` leaves has nothing to gain: overhead is all it costs.
-            return self._forward_dense(input)
+            return self._forward_dense(input, weight, mask, bias)
         else:
             rows = self._find_rows(input, weight, bias)
             if rows is not None:
@@ -274,6 +273,21 @@ class SparseLinear(nn.Linear):
         x = input.reshape(1, batch, self.in_features)
         output = linear(x, weight[None], mask[None], None if bias is None else bias[None])
         return output.reshape(*input.shape[:-1], self.out_features)
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, mask and bias.
+
+        Asked of the module each is half a microsecond of searching, so its dictionaries come first;
+        what is recomputed by a hook or a parametrization is not in them.
+        """
+        parameters: Any = self._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        mask = self._buffers.get("mask")
+        return (
+            self.weight if weight is None else weight,
+            self.mask if mask is None else mask,
+            self.bias if bias is None else bias,
+        )
 
     def _find_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Rows | None:
         """This mask's own way through the CPU kernels, or None where `linear` must look closer."""
@@ -334,14 +348,15 @@ class SparseLinear(nn.Linear):
         )
         return row(input, weight, bias) if sparse else F.linear(input, weight, bias)
 
-    def _forward_dense(self, input: Tensor) -> Tensor:
+    def _forward_dense(
+        self, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """Torch's own linear with nothing in between but a hook: zeros in the weight are zeros."""
-        weight = self.weight
         if weight.requires_grad and torch.is_grad_enabled():
             weight = weight.view_as(weight)
             dense = self._kept() == weight.numel()
-            weight.register_hook(partial(_mask_gradient, self.mask, self.mask._version, dense))
-        return F.linear(input, weight, self.bias)
+            weight.register_hook(partial(_mask_gradient, mask, mask._version, dense))
+        return F.linear(input, weight, bias)
 
     def prune_(self, density: float, scores: Tensor | None = None) -> Self:
         """Keep the weights of largest score, ``floor(density * N + 0.5)`` of all N; in place.
@@ -491,8 +506,10 @@ class SparseLinear(nn.Linear):
         kept, mask, choices = seen.kept, seen.mask, seen.choices
         if kept is None or kept == mask.numel():
             return kept is not None
-        backend = resolve_backend(mask.device)
-        key = (backend, self._dtype(), training, (batch - 1).bit_length() if batch else -1)
+        unusual = None
+        if is_chosen() or _autocasts():
+            unusual = resolve_backend(mask.device), self._dtype()
+        key = (unusual, training, (batch - 1).bit_length() if batch else -1)
         if key not in choices:
             chosen = self._plan(batch, kept, training)
             choices[key] = chosen.backend != "triton" and chosen.format == "dense+mask"

@@ -2,8 +2,8 @@
 
 Contenders take turns (A B C, B C A, ...), so that a machine that slows down slows all of them, and
 a ratio is taken within each round. Between turns there is a pause and an untimed sample: idle
-threads of one contender's pool spin for a while, on the cores that the next one needs. A speed-up is
-reported by `verified_ratio` alone, which first compares every contender's own result with the
+threads of one contender's pool spin for a while, on the cores that the next one needs. A speed-up
+is reported by `verified_ratio` alone, which first compares every contender's own result with the
 float64 reference and refuses if one is wrong.
 
 Samples are warm: a call finds in the caches what the one before it left. `interleave_cold` times
