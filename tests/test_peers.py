@@ -232,7 +232,7 @@ def run():
 PAGE = """\
 # Title
 <!-- measured:begin -->
-old
+what stood there
 <!-- measured:end -->
 between
 <!-- losses:begin -->
@@ -264,7 +264,7 @@ def test_the_report_fills_in_the_first_screen(run, tmp_path):
     ):
         assert said in text, said
     assert "B = 1, I = 256" not in text, "within noise"
-    assert "old" not in text
+    assert "what stood there" not in text
     assert "Other" not in text
     table = text.split("<!-- measured:end -->")[0]
     assert sum(line.startswith("| ") for line in table.splitlines()) <= 13
