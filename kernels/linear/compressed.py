@@ -29,7 +29,7 @@ from sparse_tickets.kernels.vector import (
     sum_lanes,
 )
 
-__all__ = ["backward", "multiply"]
+__all__ = ["backward", "flat", "multiply"]
 
 # Multiply-adds below which a parallel launch costs more than it saves.
 _SERIAL = 1 << 20
@@ -100,6 +100,11 @@ def _product_parallel(
     values = _gather(weight, begin, position, tickets, out)
     for item in prange(tickets.size * groups):
         _product_item(item, groups, x, values, begin, column, bias, y, tickets, batch, inp, out)
+
+
+def flat(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a CPU tensor, contiguous, as these kernels take it."""
+    return tensor.detach().contiguous().numpy().reshape(-1)
 
 
 def multiply(

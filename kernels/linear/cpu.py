@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.kernels.linear import blocked, compressed, recycling, reference
+from sparse_tickets.kernels.linear.compressed import flat
 from sparse_tickets.kernels.linear.crossover import Choice, Pass, bucket, choose, is_forced
 from sparse_tickets.kernels.linear.patterns import Pattern, find_pattern
 from sparse_tickets.kernels.linear.rows import Rows
@@ -89,10 +90,6 @@ def _group(
     return None if len(groups.get("dense", ())) == tickets else (pattern, groups)
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy().reshape(-1)
-
-
 def _dense_dw(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """`reference.linear_dw`; masked by its bits, 20 times as fast as ``masked_fill``."""
     product = torch.bmm(dy.mT, x)
@@ -109,8 +106,8 @@ def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Ten
     pattern, groups = found
     tickets, batch = x.shape[:2]
     y = recycling.empty(tickets, batch, weight.shape[1])
-    bias_ = np.zeros(tickets * weight.shape[1], np.float32) if bias is None else _flat(bias)
-    arguments = (_flat(x), _flat(weight), pattern, bias_, _flat(y))
+    bias_ = np.zeros(tickets * weight.shape[1], np.float32) if bias is None else flat(bias)
+    arguments = (flat(x), flat(weight), pattern, bias_, flat(y))
     for name, backend in (("csr", compressed), ("blocked", blocked)):
         if name in groups:
             backend.multiply(*arguments, groups[name], batch)
@@ -139,7 +136,7 @@ def dw(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     found = _group(mask, dy.shape[1], dy.dtype, training=True)
     if found is None:
         return _dense_dw(dy, x, mask)
-    result = dy.new_zeros(mask.shape)
+    result = recycling.zeros(*mask.shape)
     _add_formats(*found, dy, x, None, None, result, dy.new_empty(mask.shape[:2]))
     if "dense" in found[1]:
         i = torch.from_numpy(found[1]["dense"])
@@ -152,7 +149,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tenso
     found = _group(mask, dy.shape[1], dy.dtype, training=True)
     if found is None:
         return reference.linear_dx(dy, weight, mask), _dense_dw(dy, x, mask), dy.sum(1)
-    result = recycling.empty(*x.shape), dy.new_zeros(mask.shape), dy.new_empty(mask.shape[:2])
+    result = recycling.empty(*x.shape), recycling.zeros(*mask.shape), dy.new_empty(mask.shape[:2])
     _add_formats(*found, dy, x, weight, *result)
     if "dense" in found[1]:
         i = torch.from_numpy(found[1]["dense"])
@@ -173,9 +170,9 @@ def _add_formats(
     db: Tensor | None,
 ) -> None:
     """Write the gradients given of the tickets in sparse formats; db comes with dw."""
-    batch, dy_ = dy.shape[1], _flat(dy)
+    batch, dy_ = dy.shape[1], flat(dy)
     x_, weight_, dx_, dw_, db_ = (
-        None if tensor is None else _flat(tensor) for tensor in (x, weight, dx, dw, db)
+        None if tensor is None else flat(tensor) for tensor in (x, weight, dx, dw, db)
     )
     if "csr" in groups:
         compressed.backward(dy_, x_, weight_, pattern, dx_, dw_, db_, groups["csr"], batch)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparse_tickets.kernels.vector import aligned_empty
 
-__all__ = ["empty"]
+__all__ = ["empty", "zeros"]
 
 _LARGE = 1 << 16
 """Elements from which a result is worth keeping: smaller ones stay in the C library's heap."""
@@ -42,6 +42,11 @@ def empty(*shape: int) -> Tensor:
         _drop_oldest(size)
     _buffers.append(buffer)
     return torch.from_numpy(buffer.reshape(shape))
+
+
+def zeros(*shape: int) -> Tensor:
+    """A float32 CPU tensor of zeros of this shape."""
+    return empty(*shape).zero_()
 
 
 def _take(size: int) -> np.ndarray | None:

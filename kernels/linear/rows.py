@@ -7,13 +7,12 @@ is made ready once, and forward and backward are one node of autograd.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_tickets.kernels.linear import compressed, recycling
+from sparse_tickets.kernels.linear.compressed import flat
 from sparse_tickets.kernels.linear.patterns import Pattern
 
 __all__ = ["Rows"]
@@ -51,8 +50,8 @@ class Rows:
         """
         pattern, batch = self._pattern, x.shape[0]
         y = recycling.empty(batch, pattern.out)
-        offset = self._no_bias if bias is None else _flat(bias)
-        compressed.multiply(_flat(x), _flat(weight), pattern, offset, _flat(y), _FIRST, batch)
+        offset = self._no_bias if bias is None else flat(bias)
+        compressed.multiply(flat(x), flat(weight), pattern, offset, flat(y), _FIRST, batch)
         return y
 
     def backward(
@@ -69,14 +68,8 @@ class Rows:
         """
         pattern, batch = self._pattern, x.shape[0]
         dx = recycling.empty(batch, pattern.inp) if wants_dx else None
-        dw = recycling.empty(pattern.out, pattern.inp).zero_() if wants_dw else None
+        dw = recycling.zeros(pattern.out, pattern.inp) if wants_dw else None
         db = torch.empty(pattern.out) if wants_dw else None
-        dx_, dw_, db_ = (None if tensor is None else _flat(tensor) for tensor in (dx, dw, db))
-        compressed.backward(
-            _flat(dy), _flat(x), _flat(weight), pattern, dx_, dw_, db_, _FIRST, batch
-        )
+        dx_, dw_, db_ = (None if tensor is None else flat(tensor) for tensor in (dx, dw, db))
+        compressed.backward(flat(dy), flat(x), flat(weight), pattern, dx_, dw_, db_, _FIRST, batch)
         return dx, dw, db
-
-
-def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().numpy().reshape(-1)
