@@ -291,14 +291,7 @@ class SparseLinear(nn.Linear):
 
     def _find_rows(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Rows | None:
         """This mask's own way through the CPU kernels, or None where `linear` must look closer."""
-        if (
-            is_chosen()
-            or _autocasts()
-            or is_watched()
-            or not is_plain(input, weight, bias)
-            or not all(_is_ordinary(t) for t in (input, weight, bias) if t is not None)
-            or not input.numel()
-        ):
+        if not (input.numel() and _is_usual(input, weight, bias)):
             return None
         seen = cast(_Seen, self._seen)
         if "rows" not in seen.choices:
@@ -320,15 +313,7 @@ class SparseLinear(nn.Linear):
         if is_watched() or input.shape != (1, self.in_features):
             return None
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if (
-            weight is None
-            or not self._is_clean(weight)
-            or is_chosen()
-            or _autocasts()
-            or type(input) is not Tensor
-            or not is_plain(weight, bias)
-            or not all(_is_ordinary(t) for t in (input, weight, bias) if t is not None)
-        ):
+        if weight is None or not self._is_clean(weight) or not _is_usual(input, weight, bias):
             return None
         seen = cast(_Seen, self._seen)
         if seen.kept is None:
@@ -602,9 +587,17 @@ def make_dense_(layer: SparseLinear) -> nn.Linear:
     return dense
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether the CPU kernels can read it where it lies."""
-    return tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous()
+def _is_usual(*tensors: Tensor | None) -> bool:
+    """Whether CPU kernels may be called directly on these, and can read them where they lie."""
+    return (
+        not (is_watched() or is_chosen() or _autocasts())
+        and is_plain(*tensors)
+        and all(
+            tensor is None
+            or (tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous())
+            for tensor in tensors
+        )
+    )
 
 
 _layers: WeakSet[SparseLinear] = WeakSet()

@@ -145,12 +145,8 @@ def _update(
     return parameters, stats
 
 
-@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
-@pytest.mark.parametrize("critic", [(4, 6, 1), (4, 70, 1)], ids=["fused", "split"])
-def test_updates_agree_with_the_reference(continuous, critic) -> None:
-    arena = Arena.build((4, 7, 6, 3), critic, continuous=continuous)
-    batch = _batch(3, 12, 3, continuous)
-    config = PPOConfig(epochs=2, minibatches=2, eps=1e-3)
+def _update_like_the_reference(arena: Arena, batch: Batch, config: PPOConfig) -> Parameters:
+    """What Triton made of an update, after it was found to agree with the reference."""
     ours, stats = _update("triton", arena, _float(batch), config)
     theirs, expected = _update("reference", arena, batch, config)
     for name in ("weight", "m", "v"):
@@ -160,6 +156,16 @@ def test_updates_agree_with_the_reference(continuous, critic) -> None:
     torch.testing.assert_close(
         torch.stack(stats).double(), torch.stack(expected), rtol=1e-4, atol=1e-5
     )
+    return ours
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("critic", [(4, 6, 1), (4, 70, 1)], ids=["fused", "split"])
+def test_updates_agree_with_the_reference(continuous, critic) -> None:
+    arena = Arena.build((4, 7, 6, 3), critic, continuous=continuous)
+    batch = _batch(3, 12, 3, continuous)
+    config = PPOConfig(epochs=2, minibatches=2, eps=1e-3)
+    ours = _update_like_the_reference(arena, batch, config)
     pruned = ~ours.mask
     for rows in (ours.weight, ours.m, ours.v):
         assert bool((rows[:, : arena.prunable][pruned] == 0).all())
@@ -179,15 +185,7 @@ def test_any_networks_and_minibatch(hidden, tickets, minibatch, continuous, acti
     arena = Arena.build((4, *hidden, 3), critic, continuous=continuous, activation=activation)
     batch = _batch(tickets, 2 * minibatch, 3, continuous)
     config = PPOConfig(epochs=1, minibatches=2, eps=1e-3)
-    ours, stats = _update("triton", arena, _float(batch), config)
-    theirs, expected = _update("reference", arena, batch, config)
-    for name in ("weight", "m", "v"):
-        torch.testing.assert_close(
-            getattr(ours, name).double(), getattr(theirs, name), rtol=1e-4, atol=1e-5
-        )
-    torch.testing.assert_close(
-        torch.stack(stats).double(), torch.stack(expected), rtol=1e-4, atol=1e-5
-    )
+    _update_like_the_reference(arena, batch, config)
 
 
 def test_a_ticket_does_not_depend_on_its_batch_mates() -> None:
