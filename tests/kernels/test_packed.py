@@ -29,6 +29,11 @@ from sparse_tickets.kernels.update import adam_
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 BACKENDS = ["reference", "cpu", pytest.param("triton", marks=needs_triton)]
 
+DRAWN_LAYERS = {
+    "sizes": st.lists(st.integers(1, 40), min_size=2, max_size=3),
+    "density": st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0]), max_size=2).map(tuple),
+}
+
 # Layers as (out, inp): one weight, odd sizes, whole tiles, several tiles both ways.
 NETS = [((1, 1),), ((7, 9), (2, 7)), ((64, 32),), ((70, 20), (3, 70), (17, 3))]
 
@@ -288,11 +293,7 @@ def test_products(backend: str, net) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=8, derandomize=True)
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=3),
-    density=st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0]), max_size=2).map(tuple),
-    batch=st.integers(0, 20),
-)
+@given(**DRAWN_LAYERS, batch=st.integers(0, 20))
 def test_products_of_any_layers(backend: str, sizes, density, batch: int) -> None:
     check_products(backend, tuple(zip(sizes[1:], sizes, strict=False)), batch, density=density)
 
@@ -413,11 +414,7 @@ def test_write_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=6, derandomize=True)
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=3),
-    density=st.lists(st.sampled_from([0.0, 0.1, 0.6, 1.0]), max_size=2).map(tuple),
-    batch=st.integers(0, 9),
-)
+@given(**DRAWN_LAYERS, batch=st.integers(0, 9))
 def test_write_gradient_of_any_layers(backend: str, sizes, density, batch: int) -> None:
     check_write_gradient(backend, tuple(zip(sizes[1:], sizes, strict=False)), density, batch)
 

@@ -15,6 +15,13 @@ from sparse_tickets.kernels.update import adam_, cost, rewind_, sgd_
 BACKENDS = ["reference", "cpu", "triton"]
 SHAPES = [(3, 37, 23), (1, 1, 1), (2, 1500, 1100), (4, 8, 0), (2, 5, 5), (0, 7, 3), (3, 0, 0)]
 
+DRAWN_ROWS = {
+    "tickets": st.integers(0, 3),
+    "size": st.integers(0, 1100),
+    "data": st.data(),
+    "density": st.sampled_from([0.0, 0.1, 1.0]),
+}
+
 
 @pytest.fixture
 def poisoned():
@@ -374,12 +381,7 @@ def test_rewind(backend, late, shape):
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
-@given(
-    tickets=st.integers(0, 3),
-    size=st.integers(0, 1100),
-    data=st.data(),
-    density=st.sampled_from([0.0, 0.1, 1.0]),
-)
+@given(**DRAWN_ROWS)
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_adam_on_any_shape(backend, tickets, size, data, density):
     prunable = data.draw(st.integers(0, size))
@@ -395,13 +397,7 @@ def test_adam_on_any_shape(backend, tickets, size, data, density):
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
-@given(
-    tickets=st.integers(0, 3),
-    size=st.integers(0, 1100),
-    data=st.data(),
-    density=st.sampled_from([0.0, 0.1, 1.0]),
-    late=st.booleans(),
-)
+@given(**DRAWN_ROWS, late=st.booleans())
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_rewind_and_sgd_on_any_shape(backend, tickets, size, data, density, late):
     rows = population(tickets, size, data.draw(st.integers(0, size)), density=density)
