@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_tickets.conditions import draw, find_condition
+from sparse_tickets.conditions import Condition, draw, find_condition
 from sparse_tickets.kernels.arena import Arena, Parameters
-from sparse_tickets.kernels.update import rewind_
 from sparse_tickets.population import Population, initialise
-from sparse_tickets.prune import prune_masks
+from sparse_tickets.prune import prune_and_rewind_
 
 __all__ = ["Trained", "dense_population", "next_population"]
 
@@ -84,41 +83,58 @@ def next_population(
         The population ready to train.
 
     Raises:
-        ValueError: an unknown condition or criterion, or shapes that do not fit the arena.
+        ValueError: an unknown condition or criterion, not as many conditions as keys, or shapes
+            that do not fit the arena.
     """
-    prunable = arena.prunable
-    values = rewind_point.weight[:, :prunable]
-    imp_mask = prune_masks(criterion, trained.weight, values, trained.mask, kept, arena)
-    fresh = initialise(arena, key, scheme)[:, :prunable]
-
-    # The actor's weights come first in the arena, so its part of a mask is a prefix.
-    actor = Arena.build(arena.actor.sizes, activation=arena.actor.activation)
-    weight, mask = rewind_point.weight.clone(), imp_mask.clone()
-    keeps_values = torch.zeros(len(key), 1, dtype=torch.bool, device=key.device)
-    for name in dict.fromkeys(conditions):
-        rows = torch.tensor([name == other for other in conditions], device=key.device)
-        condition = find_condition(name)
-        part = slice(0, actor.prunable)
-        drawn, drawn_mask = draw(
-            condition, values[rows, part], imp_mask[rows, part], key[rows], fresh[rows, part], actor
+    if len(conditions) != len(key):
+        raise ValueError(
+            f"conditions must be one for each of {len(key)} tickets, got {len(conditions)}"
         )
-        weight[rows, part] = drawn
-        mask[rows, part] = drawn_mask
-        keeps_values[rows] = condition.weights == "init"
-
-    population = Population.create(arena, weight, mask, density)
+    population = Population.create(arena, rewind_point.weight, trained.mask, density)
     parameters = population.parameters
-    m, v = rewind_point.m.clone(), rewind_point.v.clone()
-    for moment in (m, v):
-        moment[:, : actor.prunable] *= keeps_values
-    rewind_(
-        parameters.weight,
-        weight,
-        parameters.m,
-        parameters.v,
-        parameters.mask,
-        initial_m=m,
-        initial_v=v,
-    )
-    parameters.step.copy_(rewind_point.step)
+    prune_and_rewind_(criterion, trained.weight, parameters, rewind_point, kept, arena)
+    # That is mask/weights, the ticket. The other conditions draw a policy from it.
+    for name in dict.fromkeys(conditions):
+        condition = find_condition(name)
+        if not _is_ticket(condition):
+            own = torch.tensor([i for i, other in enumerate(conditions) if other == name])
+            _redraw_policy_(condition, own.to(key.device), population, rewind_point, key, scheme)
     return population
+
+
+def _is_ticket(condition: Condition) -> bool:
+    """Whether pruning and rewinding is all that a condition asks for."""
+    return condition.function is None and (condition.mask, condition.weights) == ("imp", "init")
+
+
+def _redraw_policy_(
+    condition: Condition,
+    own: Tensor,
+    population: Population,
+    rewind_point: Parameters,
+    key: Tensor,
+    scheme: str,
+) -> None:
+    """Draw masks and weights of the actors of a condition's own tickets anew."""
+    parameters = population.parameters
+    net = population.arena.actor
+    actor = Arena.build(net.sizes, activation=net.activation)
+    # The actor's weights come first in the arena.
+    policy = slice(0, actor.prunable)
+
+    def of_own(rows: Tensor) -> Tensor:
+        return rows[:, policy].index_select(0, own)
+
+    key = key.index_select(0, own)
+    # On the host: a GPU's logarithms may differ in the last bit, and where a level starts must not
+    # depend on the device.
+    fresh = initialise(actor, key.cpu(), scheme)[:, policy].to(key.device)
+    imp_mask, initial = of_own(parameters.mask), of_own(rewind_point.weight)
+    weight, mask = draw(condition, initial, imp_mask, key, fresh, actor)
+    if condition.weights == "init":
+        m, v = (torch.where(mask, of_own(rows), 0.0) for rows in (rewind_point.m, rewind_point.v))
+    else:
+        m = v = torch.zeros_like(weight)
+    targets = (parameters.weight, parameters.mask, parameters.m, parameters.v)
+    for rows, drawn in zip(targets, (weight, mask, m, v), strict=True):
+        rows[:, policy].index_copy_(0, own, drawn)

@@ -1,9 +1,9 @@
 """Which weights to keep: pruning criteria, exact counts per level, and masks drawn at random.
 
-A criterion turns trained and initial weights into scores; the `prune` op keeps exactly k of them.
-Some criteria give masks a `Structure`: n of every m inputs, equal fan-in, square blocks.
-Random masks are drawn from each ticket's own Philox stream, so a mask does not depend on which
-other tickets are drawn with it.
+A criterion turns trained and initial weights into scores; the `prune` op keeps exactly k of them,
+and `prune_and_rewind_` reaches the start of the next level in the same pass. Some criteria give
+masks a `Structure`: n of every m inputs, equal fan-in, square blocks. Random masks are drawn from
+each ticket's own Philox stream, so a mask does not depend on which other tickets are drawn with it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .kernels.arena import Arena
+from .kernels.arena import Arena, Parameters
 from .kernels.errors import check_dtype, check_shape
-from .kernels.prune import prune
+from .kernels.prune import Criterion as Ranking
+from .kernels.prune import prune, prune_rewind_
 from .kernels.random import Stream, permutation
 from .structure import Blocks, FanIn, NOfM, Structure
 
@@ -26,6 +27,7 @@ __all__ = [
     "CRITERIA",
     "erk_counts",
     "kept",
+    "prune_and_rewind_",
     "prune_masks",
     "random_layer_mask",
     "random_mask",
@@ -144,6 +146,57 @@ def prune_masks(
             a structure that k weights of this arena, or of this mask, cannot have.
         TypeError: the mask is not bool.
     """
+    scores, ranking = _scores(criterion, weight, initial, mask, k, arena)
+    smaller = prune(scores, mask, k, criterion=ranking)
+    _check_structure(criterion, smaller, arena)
+    return smaller
+
+
+def prune_and_rewind_(
+    criterion: str,
+    weight: Tensor,
+    parameters: Parameters,
+    rewind_point: Parameters,
+    k: int | Tensor,
+    arena: Arena,
+) -> None:
+    """From one level to the next in one pass: `prune_masks` and, on its mask, the rewind point.
+
+    Args:
+        criterion: as in `prune_masks`.
+        weight: ``[P, N]`` trained weights, as in `prune_masks`.
+        parameters: ``[P, ...]``, written: the mask is pruned further, the others are replaced.
+        rewind_point: ``[P, ...]`` what weights, moments and step counts go back to; zero where
+            pruned. Its own mask is not looked at.
+        k: as in `prune_masks`.
+        arena: the layout.
+
+    Raises:
+        ValueError: as `prune_masks`; or a rewind point of another shape.
+        TypeError: a dtype.
+    """
+    initial = rewind_point.weight[:, : arena.prunable]
+    scores, ranking = _scores(criterion, weight, initial, parameters.mask, k, arena)
+    prune_rewind_(
+        scores,
+        parameters.mask,
+        k,
+        parameters.weight,
+        rewind_point.weight,
+        parameters.m,
+        parameters.v,
+        initial_m=rewind_point.m,
+        initial_v=rewind_point.v,
+        criterion=ranking,
+    )
+    parameters.step.copy_(rewind_point.step)
+    _check_structure(criterion, parameters.mask, arena)
+
+
+def _scores(
+    criterion: str, weight: Tensor, initial: Tensor, mask: Tensor, k: int | Tensor, arena: Arena
+) -> tuple[Tensor, Ranking]:
+    """``[P, N]`` numbers that tell which weights stay, and how the op is to rank them."""
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {_known()}, got {criterion!r}")
     shape = (weight.shape[0], arena.prunable)
@@ -154,12 +207,20 @@ def prune_masks(
     if isinstance(chosen, Structure):
         count = _per_ticket("k", k, len(weight), arena.prunable, weight.device)
         chosen.check_count(count, arena)
-        smaller = prune(chosen.scores(weight, mask, arena), mask, count)
-        chosen.check_mask(smaller, arena)
-        return smaller
+        return chosen.scores(weight, mask, arena), "score"
+    if chosen is magnitude:
+        # Read from the weights themselves, without a pass to compute it.
+        return weight, "magnitude"
     scores = chosen(weight, initial, arena)
     check_shape(f"scores of criterion {criterion!r}", scores, shape)
-    return prune(scores, mask, k)
+    return scores, "score"
+
+
+def _check_structure(criterion: str, mask: Tensor, arena: Arena) -> None:
+    """An earlier level may have left too little for the structure."""
+    chosen = CRITERIA[criterion]
+    if isinstance(chosen, Structure):
+        chosen.check_mask(mask, arena)
 
 
 def random_mask(key: Tensor, k: int | Tensor, arena: Arena, step: int = 0) -> Tensor:

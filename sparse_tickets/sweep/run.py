@@ -148,14 +148,15 @@ class _Runner:
             if self._dataset is None:
                 self._dataset = self._demonstrations()
             self._store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])
-        population, key = cell_population(spec, self._store, unit.algo, unit.level, tracks)
-        population = population.to(self._device)
+        population, key = cell_population(
+            spec, self._store, unit.algo, unit.level, tracks, self._device
+        )
         what = self._describe(unit)
         result = train_population(
             spec,
             unit.algo,
             population,
-            key.to(self._device),
+            key,
             unit.level,
             tracks,
             self._dataset,
@@ -379,28 +380,38 @@ def train_population(
 
 
 def cell_population(
-    spec: Sweep, store: Store, algo: str, level: int, tracks: Sequence[Track]
+    spec: Sweep,
+    store: Store,
+    algo: str,
+    level: int,
+    tracks: Sequence[Track],
+    device: torch.device | str = "cpu",
 ) -> tuple[Population, Tensor]:
-    """The population some cells start training with, and its random keys ``[P]``."""
+    """The population some cells start training with, and its random keys ``[P]``.
+
+    They are the same bit for bit on every device: initial values are drawn on the host.
+    """
     arena = spec.arena(algo)
-    key = torch.tensor([spec.key(algo, track, level) for track in tracks])
+    key = torch.tensor([spec.key(algo, track, level) for track in tracks]).to(device)
     if level == 0:
         initial_key = _initial_keys(spec, tracks)
-        return dense_population(arena, initial_key, spec.init, spec.log_std), key
+        dense = dense_population(arena, initial_key, spec.init, spec.log_std)
+        return dense.to(device), key
     # Random masks have no chain: any trained network will do, and level 0 is always there.
     sources = [
         (track.source, level - 1 if spec.chained(track.condition) else 0) for track in tracks
     ]
     previous = _finished(spec, store, algo, sources)
     trained = Trained(
-        torch.stack([ticket.final[: arena.prunable] for ticket in previous]),
-        torch.stack([ticket.mask for ticket in previous]),
+        torch.stack([ticket.final[: arena.prunable] for ticket in previous]).to(device),
+        torch.stack([ticket.mask for ticket in previous]).to(device),
     )
+    rewind_point = _rewind_point(spec, store, algo, tracks)
     population = next_population(
         arena,
         [track.condition for track in tracks],
         trained,
-        _rewind_point(spec, store, algo, tracks),
+        Parameters(*(rows.to(device) for rows in rewind_point)),
         key,
         kept=spec.kept(algo, level),
         density=spec.density(level),

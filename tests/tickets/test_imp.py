@@ -1,23 +1,27 @@
 """One level of iterative magnitude pruning: what each condition starts from, and what it keeps."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
-from sparse_tickets.conditions import CONDITIONS
+from sparse_tickets.conditions import CONDITIONS, Condition, draw
 from sparse_tickets.imp import Trained, dense_population, next_population
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.arena import Arena, Parameters
+from sparse_tickets.kernels.prune import prune_rewind_
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.population import initialise
+from sparse_tickets.prune import CRITERIA
+from sparse_tickets.structure import NOfM, Structure
 
 BUILT_IN = tuple(CONDITIONS)
 ARENA = Arena.build((6, 16, 12, 3), (6, 16, 12, 1), continuous=True)
 BOTH = Arena.build((6, 16, 12, 3), (6, 16, 12, 1), continuous=True, prune_critic=True)
 ACTOR = Arena.build((6, 16, 12, 3))
+# Every criterion has a mask here, groups of four inputs included.
+EVEN = Arena.build((8, 16, 12, 3), (8, 16, 12, 1), continuous=True)
+EVEN_BOTH = Arena.build((8, 16, 12, 3), (8, 16, 12, 1), continuous=True, prune_critic=True)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +61,71 @@ def level(arena, conditions, point, generator, *, mask=None, kept=90, number=1, 
         arena, conditions, trained, point, key, kept=kept, density=0.4, **settings
     )
     return population.parameters, trained
+
+
+def by_the_rule(arena, name, trained, point, key, kept, criterion):
+    """A ticket's start as the protocol says it, in plain torch; every argument has one row."""
+    chosen, condition = CRITERIA[criterion], CONDITIONS[name]
+    values = point.weight[:, : arena.prunable]
+    if isinstance(chosen, Structure):
+        scores = chosen.scores(trained.weight, trained.mask, arena)
+    else:
+        scores = chosen(trained.weight, values, arena)
+    scores = scores.masked_fill(~trained.mask, -torch.inf)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :kept]
+    mask = torch.zeros_like(trained.mask).scatter(1, best, True) & trained.mask
+
+    actor = Arena.build(arena.actor.sizes)
+    policy = slice(0, actor.prunable)
+    fresh = initialise(arena, key)[:, policy]
+    weight, m, v = point.weight.clone(), point.m.clone(), point.v.clone()
+    weight[:, policy], mask[:, policy] = draw(
+        condition, values[:, policy], mask[:, policy], key, fresh, actor
+    )
+    if condition.weights != "init":
+        m[:, policy] = v[:, policy] = 0
+    for row in (weight, m, v):
+        row[:, : arena.prunable][~mask] = 0
+    return Parameters(weight, mask, m, v, point.step)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("late", [False, True], ids=["initial", "late"])
+@pytest.mark.parametrize("arena", [EVEN, EVEN_BOTH], ids=["actor", "critic too"])
+def test_a_level_starts_by_the_rule(arena, late, criterion, generator, monkeypatch):
+    """Bit for bit: every criterion and condition, and a user's own."""
+    monkeypatch.setitem(CONDITIONS, "random/init", Condition("random/init", "random", "init"))
+
+    def mirrored(values, imp_mask, key, fresh, arena):
+        mask = imp_mask.flip(1)
+        return torch.where(mask, fresh - values, 0), mask
+
+    monkeypatch.setitem(CONDITIONS, "own", Condition("own", "imp", "init", mirrored))
+    names = (*CONDITIONS, "mask/weights", "random/re-init")
+    point = rewound(arena, len(names), generator, trained=late)
+    mask = torch.ones(len(names), arena.prunable, dtype=torch.bool)
+    kept, rule = arena.prunable // 3, CRITERIA[criterion]
+    if isinstance(rule, NOfM):
+        kept = arena.prunable * rule.n // rule.m
+    else:
+        mask = torch.rand(mask.shape, generator=generator) < 0.8
+    trained, key = trained_under(mask, generator), keys("cell", count=len(names))
+    got = next_population(
+        arena, names, trained, point, key, kept=kept, density=0.4, criterion=criterion
+    ).parameters
+    for row, name in enumerate(names):
+        one = slice(row, row + 1)
+        wanted = by_the_rule(
+            arena,
+            name,
+            Trained(*(value[one] for value in trained)),
+            Parameters(*(value[one] for value in point)),
+            key[one],
+            kept,
+            criterion,
+        )
+        for field, ours, theirs in zip(got._fields, got, wanted, strict=True):
+            assert torch.equal(ours[one], theirs), f"{name}: {field}"
 
 
 @pytest.mark.parametrize("arena", [ARENA, BOTH], ids=["actor", "critic too"])
@@ -212,6 +281,23 @@ def test_a_tickets_start_depends_on_nothing_beside_it(generator):
             assert torch.equal(got, expected[one]), name
 
 
+def test_one_pass_prunes_and_rewinds_by_the_weights_themselves(generator, monkeypatch):
+    """Without a pass to compute magnitudes, and without writing a ticket's rows again."""
+    calls = []
+
+    def spy(scores, *rows, **options):
+        calls.append((scores, options["criterion"]))
+        prune_rewind_(scores, *rows, **options)
+
+    monkeypatch.setattr("sparse_tickets.prune.prune_rewind_", spy)
+    monkeypatch.delattr("sparse_tickets.imp._redraw_policy_")
+    point = rewound(BOTH, 3, generator, trained=True)
+    _, trained = level(BOTH, ["mask/weights"] * 3, point, generator)
+    ((scores, criterion),) = calls
+    assert scores is trained.weight
+    assert criterion == "magnitude"
+
+
 def test_inputs_are_left_alone(generator):
     point = rewound(ARENA, len(BUILT_IN), generator, trained=True)
     copies = [value.clone() for value in point]
@@ -219,12 +305,17 @@ def test_inputs_are_left_alone(generator):
     assert all(torch.equal(now, before) for now, before in zip(point, copies, strict=True))
 
 
-def test_unknown_names_are_refused(generator):
+def test_unknown_names_and_a_wrong_number_of_them_are_refused(generator):
     point = rewound(ARENA, 1, generator)
     with pytest.raises(ValueError, match="condition must be one of"):
         level(ARENA, ["mask/nothing"], point, generator)
     with pytest.raises(ValueError, match="criterion must be one of"):
         level(ARENA, ["mask/weights"], point, generator, criterion="size")
+    with pytest.raises(ValueError, match="one for each of 1 tickets, got 2"):
+        next_population(
+            ARENA, ["mask/weights"] * 2, trained_under(point.mask, generator), point,
+            keys("cell", count=1), kept=3, density=0.4,
+        )  # fmt: skip
 
 
 def test_dense_populations_start_from_the_seeds_weights():
@@ -234,20 +325,34 @@ def test_dense_populations_start_from_the_seeds_weights():
     assert torch.equal(population.parameters.weight, initialise(ARENA, key, "kaiming", -1.0))
 
 
-# The chain through a whole sweep, on the fast kernels.
+# The chain through whole sweeps.
+
+
+def swept(folder, **settings):
+    """A small sweep on the fast kernels, its store, its tickets by (condition, ..., level)."""
+    from sparse_tickets.sweep.run import run
+    from sparse_tickets.sweep.spec import Sweep
+
+    small = {
+        "algos": ("ppo",),
+        "seeds": 2,
+        "hidden": (8,),
+        "ppo": PPO(steps=256, horizon=32),
+        "evaluation": Evaluation(1, 2, 2),
+    }
+    spec = Sweep(**(small | settings))
+    with use_backend("auto"):
+        store = run(spec, folder)
+    tickets = [ticket for unit in store.units() for ticket in store.read_tickets(unit)]
+    return spec, store, {(t.condition, t.controls, t.seed, t.level): t for t in tickets}
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Tickets of a small sweep by (condition, controls, seed, level), and its store."""
-    from sparse_tickets.sweep.run import run
-    from sparse_tickets.sweep.spec import Sweep
-
-    spec = Sweep(
-        algos=("ppo",),
+    return swept(
+        tmp_path_factory.mktemp("chain"),
         conditions=("mask/weights", "mask/permuted", "permuted/permuted", "random/re-init"),
         controls=("own", "ticket"),
-        seeds=2,
         levels=4,
         rate=0.6,
         hidden=(8, 8),
@@ -255,10 +360,6 @@ def chain(tmp_path_factory):
         ppo=PPO(steps=1024, horizon=32),
         evaluation=Evaluation(2, 2, 4),
     )
-    with use_backend("auto"):
-        store = run(spec, tmp_path_factory.mktemp("chain"))
-    tickets = [ticket for unit in store.units() for ticket in store.read_tickets(unit)]
-    return spec, store, {(t.condition, t.controls, t.seed, t.level): t for t in tickets}
 
 
 def test_ticket_controls_take_mask_and_values_from_the_same_seeds_ticket(chain):
@@ -339,25 +440,20 @@ def test_the_schedule_goes_on_where_it_was(chain, monkeypatch):
 @pytest.mark.parametrize("algo", ["ppo", "bc"])
 def test_disconnected_policies_train_and_are_counted(algo, tmp_path):
     from sparse_tickets.algos.bc import BC
-    from sparse_tickets.sweep.run import run
-    from sparse_tickets.sweep.spec import Sweep
     from sparse_tickets.sweep.store import load_results
 
-    spec = Sweep(
+    spec, _, tickets = swept(
+        tmp_path,
         algos=(algo,),
         conditions=("mask/weights", "random/re-init"),
-        seeds=2,
         levels=3,
         rate=0.95,
         hidden=(8, 8),
-        ppo=PPO(steps=256, horizon=32),
         bc=BC(experts=1, expert_gate=0.0),
         evaluation=Evaluation(1, 2, 3),
     )
     assert spec.kept(algo, 2) == 0
-    with use_backend("auto"):
-        store = run(spec, tmp_path)
-        results = load_results(tmp_path)
+    results = load_results(tmp_path)
     assert len(results) == 2 * 5
     last = results.filter(level=2)
     assert last["has_path"].to_list() == [False] * 4
@@ -366,7 +462,7 @@ def test_disconnected_policies_train_and_are_counted(algo, tmp_path):
     assert last["dead_inputs"].to_list() == [4] * 4
     assert results["return_final"].is_finite().all()
     assert (results["return_final"] >= 8).all()
-    for ticket in (ticket for unit in store.units() for ticket in store.read_tickets(unit)):
+    for ticket in tickets.values():
         assert ticket.final.isfinite().all()
         # What is left of a policy without weights is its biases, and these learn.
         assert not torch.equal(
@@ -380,25 +476,17 @@ def head_biases(ticket):
 
 
 def test_pruning_the_critic_through_a_sweep(tmp_path):
-    from sparse_tickets.sweep.run import run
-    from sparse_tickets.sweep.spec import Sweep
-
-    spec = Sweep(
-        algos=("ppo",),
+    _, _, tickets = swept(
+        tmp_path,
         conditions=("mask/weights", "permuted/permuted"),
         seeds=1,
         levels=2,
         rate=0.5,
-        hidden=(8,),
         prune_critic=True,
-        ppo=PPO(steps=256, horizon=32),
-        evaluation=Evaluation(1, 2, 2),
+        chunk=1,
     )
-    with use_backend("auto"):
-        store = run(replace(spec, chunk=1), tmp_path)
-    tickets = [ticket for unit in store.units() for ticket in store.read_tickets(unit)]
-    assert [int(ticket.mask.sum()) for ticket in tickets] == [88, 44, 44]
-    assert all(ticket.prune_critic for ticket in tickets)
+    assert [int(ticket.mask.sum()) for ticket in tickets.values()] == [88, 44, 44]
+    assert all(ticket.prune_critic for ticket in tickets.values())
 
 
 def test_the_critic_is_pruned_and_rewound_alike_in_every_condition(generator):
@@ -423,34 +511,21 @@ def test_the_critic_is_pruned_and_rewound_alike_in_every_condition(generator):
 
 @pytest.fixture(scope="module")
 def pruned_critics(tmp_path_factory):
-    from sparse_tickets.sweep.run import run
-    from sparse_tickets.sweep.spec import Sweep
-
-    spec = Sweep(
-        algos=("ppo",),
+    return swept(
+        tmp_path_factory.mktemp("critics"),
         conditions=("mask/weights", "random/re-init", "erk-random/re-init"),
         controls=("own", "ticket"),
-        seeds=2,
         levels=4,
         rate=0.4,
-        hidden=(8,),
         prune_critic=True,
         ppo=PPO(steps=512, horizon=32),
-        evaluation=Evaluation(1, 2, 2),
     )
-    with use_backend("auto"):
-        store = run(spec, tmp_path_factory.mktemp("critics"))
-    return spec, {
-        (ticket.condition, ticket.controls, ticket.seed, ticket.level): ticket
-        for unit in store.units()
-        for ticket in store.read_tickets(unit)
-    }
 
 
 @pytest.mark.parametrize("condition", ["random/re-init", "erk-random/re-init"])
 @pytest.mark.parametrize("controls", ["own", "ticket"])
 def test_random_conditions_prune_the_critic_level_by_level(condition, controls, pruned_critics):
-    spec, tickets = pruned_critics
+    spec, _, tickets = pruned_critics
     critic = slice(policy_actor(spec).prunable, None)
     source = ("mask/weights", "own") if controls == "ticket" else (condition, controls)
     for seed in range(spec.seeds):
