@@ -9,6 +9,7 @@ from sparse_tickets.conditions import CONDITIONS, Condition, draw
 from sparse_tickets.imp import Trained, dense_population, next_population
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.arena import Arena, Parameters
+from sparse_tickets.kernels.dispatch import has_triton, interpreting
 from sparse_tickets.kernels.prune import prune_rewind_
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.population import initialise
@@ -126,6 +127,23 @@ def test_a_level_starts_by_the_rule(arena, late, criterion, generator, monkeypat
         )
         for field, ours, theirs in zip(got._fields, got, wanted, strict=True):
             assert torch.equal(ours[one], theirs), f"{name}: {field}"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_backend_starts_alike(backend, generator):
+    if backend == "triton" and not (has_triton() and interpreting()):
+        pytest.skip("needs Triton's interpreter")
+    point = rewound(BOTH, len(BUILT_IN), generator, trained=True)
+    mask = torch.rand(len(BUILT_IN), BOTH.prunable, generator=generator) < 0.8
+    trained, key = trained_under(mask, generator), keys("cell", count=len(BUILT_IN))
+    arguments = BOTH, BUILT_IN, trained, point, key
+    wanted = next_population(*arguments, kept=150, density=0.4).parameters
+    with use_backend(backend):
+        got = next_population(*arguments, kept=150, density=0.4).parameters
+    for ours, theirs in ((got.mask, wanted.mask), (got.m, wanted.m), (got.v, wanted.v)):
+        assert torch.equal(ours, theirs)
+    # Normals may differ by a unit in the last place.
+    torch.testing.assert_close(got.weight, wanted.weight, rtol=2e-7, atol=1e-15)
 
 
 @pytest.mark.parametrize("arena", [ARENA, BOTH], ids=["actor", "critic too"])
