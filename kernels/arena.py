@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import pairwise
 from numbers import Integral
 from typing import NamedTuple
@@ -36,6 +37,20 @@ class Net:
     activation: str
     weights: tuple[int, ...]
     biases: tuple[int, ...]
+
+    @cached_property
+    def code(self) -> tuple[int, ...]:
+        """These attributes as integers, the form in which a registered op takes a network."""
+        return ACTIVATIONS.index(self.activation), *self.sizes, *self.weights, *self.biases
+
+    @staticmethod
+    @cache
+    def decode(code: tuple[int, ...]) -> Net:
+        """The network of a `code`."""
+        activation, *numbers = code
+        depth = len(numbers) // 3
+        sizes, offsets = tuple(numbers[: depth + 1]), tuple(numbers[depth + 1 :])
+        return Net(sizes, ACTIVATIONS[activation], offsets[:depth], offsets[depth:])
 
     @property
     def depth(self) -> int:
@@ -141,6 +156,28 @@ class Arena:
             critic_net = Net(critic, activation, critic_weights, take_biases(critic))
         log_std = take(actor[-1]) if continuous else None
         return Arena(actor_net, critic_net, log_std, prunable, cursor)
+
+    @cached_property
+    def code(self) -> tuple[int, ...]:
+        """The layout as integers, the form in which a registered op takes an arena."""
+        log_std = -1 if self.log_std is None else self.log_std
+        critic = () if self.critic is None else self.critic.code
+        actor = self.actor.code
+        return self.prunable, self.size, log_std, len(actor), *actor, *critic
+
+    @staticmethod
+    @cache
+    def decode(code: tuple[int, ...]) -> Arena:
+        """The arena of a `code`."""
+        prunable, size, log_std, length, *nets = code
+        critic = tuple(nets[length:])
+        return Arena(
+            Net.decode(tuple(nets[:length])),
+            Net.decode(critic) if critic else None,
+            None if log_std < 0 else log_std,
+            prunable,
+            size,
+        )
 
     @property
     def nets(self) -> tuple[Net, ...]:
