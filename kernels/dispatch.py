@@ -16,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Plan",
+    "differentiating",
     "has_triton",
     "interpreting",
     "is_chosen",
@@ -86,6 +87,17 @@ def use_backend(name: str) -> Iterator[None]:
 def is_chosen() -> bool:
     """Whether a `use_backend` context is open here."""
     return _chosen.get() is not None
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Let torch differentiate inside a registered op, whose caller asks for no gradient.
+
+    Under a dispatch mode, `torch.library.opcheck`'s for one, an op runs where autograd is past.
+    """
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
+        yield
 
 
 def resolve_backend(device: torch.device) -> Backend:
