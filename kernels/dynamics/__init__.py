@@ -9,17 +9,19 @@ Acrobot's initial state, and Pendulum's torque terms when the action is a float3
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from ..dispatch import resolve_backend
 from ..errors import check_device, check_dtype, check_shape, check_untransformed
 from . import reference
 from .reference import TASKS, Task
 
-__all__ = ["TASKS", "Task", "initial", "observe", "step"]
+__all__ = ["TASKS", "Task", "check_task", "initial", "observe", "step"]
 
 
 def initial(task: Task, u: Tensor) -> Tensor:
@@ -34,11 +36,13 @@ def initial(task: Task, u: Tensor) -> Tensor:
 
     Raises:
         TypeError: `u` is not float32.
-        ValueError: its last size is not the task's `state_dim`.
+        ValueError: its last size is not the task's `state_dim`, or another task.
     """
+    check_task(task)
     check_dtype("u", u, torch.float32)
     check_shape("u", u, (*u.shape[:-1], task.state_dim))
-    return _backend("initial", u.device).initial(task, u.detach())
+    check_untransformed("initial")
+    return torch.ops.sparse_tickets.dynamics_initial(u.detach(), task.name)
 
 
 def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,9 +59,10 @@ def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Ten
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape or device, or an action outside ``[0, n)`` (looked at on CPU
+        ValueError: a wrong task, shape or device, or an action outside ``[0, n)`` (looked at on CPU
             tensors only: on a GPU that would wait for it).
     """
+    check_task(task)
     check_dtype("state", state, torch.float64)
     check_shape("state", state, (*state.shape[:-1], task.state_dim))
     check_device("action", action, state)
@@ -71,7 +76,8 @@ def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Ten
                 f"action must be in [0, {task.action_dim}) for {task.name}, "
                 f"got {low if low < 0 else high}"
             )
-    return _backend("step", state.device).step(task, state.detach(), action.detach())
+    check_untransformed("step")
+    return torch.ops.sparse_tickets.dynamics_step(state.detach(), action.detach(), task.name)
 
 
 def observe(task: Task, state: Tensor) -> Tensor:
@@ -86,17 +92,27 @@ def observe(task: Task, state: Tensor) -> Tensor:
 
     Raises:
         TypeError: `state` is not float64.
-        ValueError: its last size is not the task's `state_dim`.
+        ValueError: its last size is not the task's `state_dim`, or another task.
     """
+    check_task(task)
     check_dtype("state", state, torch.float64)
     check_shape("state", state, (*state.shape[:-1], task.state_dim))
-    return _backend("observe", state.device).observe(task, state.detach())
+    check_untransformed("observe")
+    return torch.ops.sparse_tickets.dynamics_observe(state.detach(), task.name)
 
 
-def _backend(op: str, device: torch.device) -> ModuleType:
+def check_task(task: Task) -> None:
+    """Raise ``ValueError`` unless ``task`` is one of `TASKS`, of which the kernels know by name.
+
+    A time limit of its own is allowed: it is the environment's, not the physics'.
+    """
+    known = TASKS.get(task.name)
+    if known is not task and (known is None or replace(known, time_limit=task.time_limit) != task):
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got another {task.name}")
+
+
+def _backend(device: torch.device) -> ModuleType:
     name = resolve_backend(device)
-    if name != "reference":
-        check_untransformed(op)
     if name == "cpu":
         from . import cpu
 
@@ -106,3 +122,43 @@ def _backend(op: str, device: torch.device) -> ModuleType:
 
         return gpu
     return reference
+
+
+def _initial_impl(u: Tensor, task: str) -> Tensor:
+    return _backend(u.device).initial(TASKS[task], u)
+
+
+def _step_impl(state: Tensor, action: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _backend(state.device).step(TASKS[task], state, action)
+
+
+def _observe_impl(state: Tensor, task: str) -> Tensor:
+    return _backend(state.device).observe(TASKS[task], state)
+
+
+_library = Library("sparse_tickets", "FRAGMENT")
+_library.define("dynamics_initial(Tensor u, str task) -> Tensor")
+_library.define("dynamics_step(Tensor state, Tensor action, str task) -> (Tensor, Tensor, Tensor)")
+_library.define("dynamics_observe(Tensor state, str task) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    _library.impl("dynamics_initial", _initial_impl, _key)
+    _library.impl("dynamics_step", _step_impl, _key)
+    _library.impl("dynamics_observe", _observe_impl, _key)
+
+
+@register_fake("sparse_tickets::dynamics_initial", lib=_library)
+def _initial_fake(u, task):
+    return u.new_empty(u.shape, dtype=torch.float64)
+
+
+@register_fake("sparse_tickets::dynamics_step", lib=_library)
+def _step_fake(state, action, task):
+    copies = state.shape[:-1]
+    reward = state.new_empty(copies, dtype=torch.float32)
+    return state.new_empty(state.shape), reward, state.new_empty(copies, dtype=torch.bool)
+
+
+@register_fake("sparse_tickets::dynamics_observe", lib=_library)
+def _observe_fake(state, task):
+    shape = (*state.shape[:-1], TASKS[task].observation_dim)
+    return state.new_empty(shape, dtype=torch.float32)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels import dynamics
 from sparse_tickets.kernels.dynamics import TASKS
+from sparse_tickets.kernels.dynamics.copies import Copies
 from sparse_tickets.kernels.errors import check_dtype, check_shape
-from sparse_tickets.kernels.random import Stream, uniform
+from sparse_tickets.kernels.random import Stream
 
 from .spec import EnvSpec, Step
 
@@ -58,7 +58,7 @@ CLASSIC_SPECS = {
 """The built-in environments by name."""
 
 
-class ClassicEnv:
+class ClassicEnv(Copies):
     """E copies of a classic control task for each of P tickets.
 
     Random numbers: `reset` draws ``E * S`` uniforms per ticket with step 0 on `reset_stream`, and
@@ -86,6 +86,10 @@ class ClassicEnv:
         ValueError: an unknown task, no tickets or no copies, or a spec of another task's shape.
     """
 
+    state: Tensor
+    elapsed: Tensor
+    clock: int | Tensor
+
     def __init__(
         self,
         task_name: str,
@@ -101,26 +105,27 @@ class ClassicEnv:
         for name, count in (("tickets", tickets), ("copies", copies)):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
-        self.task = TASKS[task_name]
+        task = TASKS[task_name]
         self.spec = CLASSIC_SPECS[task_name] if spec is None else spec
-        if self.spec.observation_dim != self.task.observation_dim:
+        if self.spec.observation_dim != task.observation_dim:
             raise ValueError(
-                f"spec must have observation_dim {self.task.observation_dim} for {task_name}, "
+                f"spec must have observation_dim {task.observation_dim} for {task_name}, "
                 f"got {self.spec.observation_dim}"
             )
         self.tickets = tickets
-        self.copies = copies
-        self.device = torch.device(device)
-        self.reset_stream = reset_stream
-        self.offset = torch.tensor(self.spec.offset, dtype=torch.float32, device=self.device)
-        self.scale = torch.tensor(self.spec.scale, dtype=torch.float32, device=self.device)
-        self.clock: int | Tensor = 0
-        self.key: Tensor | None = None
+        self.device = device = torch.device(device)
         shape = (tickets, copies)
-        self.state = torch.zeros(
-            (*shape, self.task.state_dim), dtype=torch.float64, device=self.device
+        super().__init__(
+            task,
+            copies,
+            offset=torch.tensor(self.spec.offset, dtype=torch.float32, device=device),
+            scale=torch.tensor(self.spec.scale, dtype=torch.float32, device=device),
+            reset_stream=reset_stream,
+            key=None,
+            state=torch.zeros((*shape, task.state_dim), dtype=torch.float64, device=device),
+            elapsed=torch.zeros(shape, dtype=torch.int32, device=device),
+            clock=0,
         )
-        self.elapsed = torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def reset(self, key: Tensor) -> Tensor:
         """Start every copy afresh; see `Env.reset`."""
@@ -128,7 +133,7 @@ class ClassicEnv:
         check_shape("key", key, (self.tickets,))
         self.key = key.to(self.device)
         self.clock = 0
-        self.state = self._initial(self.key)
+        self.state = self.draw_initial(self.key, self.reset_stream, self.clock)
         self.elapsed = torch.zeros_like(self.elapsed)
         return self.observe(self.state)
 
@@ -147,32 +152,4 @@ class ClassicEnv:
             RuntimeError: `reset` was never called.
             TypeError, ValueError: see `sparse_tickets.kernels.dynamics.step`.
         """
-        if self.key is None:
-            raise RuntimeError("reset must be called before step")
-        state, reward, terminated = dynamics.step(self.task, self.state, action)
-        elapsed = self.elapsed + 1
-        truncated = (elapsed >= self.task.time_limit) & ~terminated
-        done = terminated | truncated
-        final_obs = obs = self.observe(state)
-        self.clock += 1
-        # On a GPU looking would wait for the device; drawing in vain costs less there.
-        if self.device.type != "cpu" or bool(done.any()):
-            restart = self._initial(self.key)
-            state = torch.where(done[..., None], restart, state)
-            elapsed = elapsed.masked_fill(done, 0)
-            obs = torch.where(done[..., None], self.observe(restart), final_obs)
-        if isinstance(self.clock, Tensor):
-            self.state.copy_(state)
-            self.elapsed.copy_(elapsed)
-        else:
-            self.state, self.elapsed = state, elapsed
-        return Step(obs, reward, terminated, truncated, final_obs)
-
-    def observe(self, state: Tensor) -> Tensor:
-        """Scaled observations ``[..., D]`` float32 of states ``[..., S]`` float64."""
-        return (dynamics.observe(self.task, state) - self.offset) / self.scale
-
-    def _initial(self, key: Tensor) -> Tensor:
-        draw = self.copies * self.task.state_dim
-        u = uniform(key, draw, stream=self.reset_stream, step=self.clock)
-        return dynamics.initial(self.task, u.unflatten(1, (self.copies, self.task.state_dim)))
+        return Step(*super().step(action))
