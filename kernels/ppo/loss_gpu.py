@@ -12,8 +12,6 @@ diverged ticket passes through.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,18 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
-from ..tuning import prefer
+from ..mlp.heads import launches, padded, prefer_launch
 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["COMPILE_CASES", "LOSS_STATISTICS", "Launch", "loss_and_gradient"]
+__all__ = ["COMPILE_CASES", "LOSS_STATISTICS", "loss_and_gradient"]
 
 LOSS_STATISTICS = 5
 """Policy loss, value loss, entropy, KL and clip fraction: the first entries of a statistics row."""
 
-_MOST_BLOCK, _MOST_ENTRIES = 256, 1024
-"""Samples, and samples times actions, of one step: more would not fit the registers."""
 _LOG_SQRT_TWO_PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
 
 
@@ -227,16 +223,7 @@ def loss_and_gradient(
     d_output, d_value, d_log_std = gradient
     if tickets == 0:
         return
-    among = _launches(triton.next_power_of_2(count), _padded(actions))
-    launch = prefer(
-        among[0],
-        "ppo.loss",
-        output.device,
-        among=among,
-        samples=count,
-        actions=_padded(actions),
-        continuous=log_std is not None,
-    )
+    launch = prefer_launch("ppo.loss", output, continuous=log_std is not None)
     with torch.cuda.device_of(output):
         _loss_kernel[(tickets,)](
             output,
@@ -261,40 +248,10 @@ def loss_and_gradient(
             CLIP_VALUE=config.clip_value,
             CONTINUOUS=log_std is not None,
             ACTIONS=actions,
-            PADDED=_padded(actions),
+            PADDED=padded(actions),
             BLOCK=launch.block,
             **launch.options,
         )
-
-
-def _padded(actions: int) -> int:
-    return max(2, triton.next_power_of_2(actions))
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a ticket's program walks its minibatch.
-
-    Attributes:
-        block: samples of one step.
-        warps: per program.
-    """
-
-    block: int
-    warps: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Left alone, the assembler spills a little for an occupancy of no use to one program."""
-        return {"num_warps": self.warps, "maxnreg": 255}
-
-
-@cache
-def _launches(count: int, padded: int) -> tuple[Launch, ...]:
-    """What the kernel can be launched with, the default first; both sizes are powers of two."""
-    block = min(max(16, min(_MOST_BLOCK, _MOST_ENTRIES // padded)), max(16, count))
-    longer = (Launch(2 * block, 8),) if 2 * block <= count else ()
-    return (Launch(block, 2), Launch(block, 4), Launch(block, 8), *longer)
 
 
 def _cases(name: str, continuous: bool, actions: int, count: int) -> list[Case]:
@@ -309,13 +266,13 @@ def _cases(name: str, continuous: bool, actions: int, count: int) -> list[Case]:
         "CLIP_VALUE": True,
         "CONTINUOUS": continuous,
         "ACTIONS": actions,
-        "PADDED": _padded(actions),
+        "PADDED": padded(actions),
     }
     if continuous:
         signature |= {"log_std": "*fp32", "d_log_std": "*fp32"}
     else:
         constexprs |= {"log_std": None, "d_log_std": None}
-    default, *others = _launches(count, _padded(actions))
+    default, *others = launches(count, padded(actions))
     named = [(name, default), *((f"{name}_{x.block}_warps{x.warps}", x) for x in others)]
     return [
         Case(
