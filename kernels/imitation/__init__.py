@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -58,7 +61,7 @@ def clone_update_(
     target: Tensor,
     dataset: Tensor,
     key: Tensor,
-    first_update: int,
+    first_update: int | Tensor,
     lr: Tensor,
     config: CloneConfig,
     *,
@@ -77,9 +80,11 @@ def clone_update_(
         obs: ``[D, n, I]`` float32, the observations of D datasets, normalised.
         target: the expert's log-probabilities ``[D, n, A]``, or for continuous actions its means
             and log standard deviations ``[D, n, 2A]``. Log-probabilities below -87 count as -87.
-        dataset: ``[P]`` int64, which dataset each ticket learns from.
+        dataset: ``[P]`` int64, which dataset each ticket learns from. On a GPU values are not
+            looked at, since that would wait for them: a ticket without a dataset becomes NaN.
         key: ``[P]`` int64.
-        first_update: number of the first update of this call.
+        first_update: number of the first update of this call; on a GPU also a 0-dim int64 tensor,
+            so that a captured CUDA graph counts on.
         lr: ``[P]`` float32 learning rates.
         config: see `CloneConfig`.
         density: nominal density of the level: chooses each layer's format, never its meaning.
@@ -90,45 +95,55 @@ def clone_update_(
     Raises:
         ValueError: a shape, a device, an empty dataset, a number out of range, or a tensor that is
             written and not contiguous or shares memory with another.
-        TypeError: a dtype, the CPU kernel takes float32 only; or `first_update` no integer.
+        TypeError: a dtype, the kernels take float32 only; or `first_update` no integer.
     """
-    weight = parameters.weight
-    check_untransformed("clone_update_", weight, parameters.m, parameters.v, lr, obs, target)
+    weight, mask, m, v, step = parameters
+    check_untransformed("clone_update_", weight, m, v, lr, obs, target)
     backend = resolve_backend(weight.device)
-    floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
+    floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
     check_density(density)
     data = {"obs": obs, "target": target, "dataset": dataset}
     check_parameters(parameters, arena, key, lr, floats, data)
     _check_data(weight, arena, obs, target, dataset)
-    first_update = check_integer("first_update", first_update, 0, 1 << 62)
-    with torch.no_grad():
+    if isinstance(first_update, Tensor):
+        check_shape("first_update", first_update, ())
+        check_dtype("first_update", first_update, torch.int64)
+        check_device("first_update", first_update, weight)
         if backend == "cpu":
-            from . import cpu
-
-            loss = cpu.clone_update_(
-                parameters,
-                arena,
-                obs,
-                target,
-                dataset,
-                key,
-                first_update,
-                lr,
-                config,
-                float(density),
-            )
-            mark_written(parameters.weight, parameters.m, parameters.v, parameters.step)
-            return loss
-        return reference.clone_update_(
-            parameters, arena, obs, target, dataset, key, first_update, lr, config
-        )
+            raise TypeError("first_update must be an int on the CPU, got a tensor")
+    else:
+        first_update = check_integer("first_update", first_update, 0, 1 << 62)
+    return torch.ops.sparse_tickets.clone_update_(
+        weight.detach(),
+        mask,
+        m.detach(),
+        v.detach(),
+        step,
+        obs.detach(),
+        target.detach(),
+        dataset,
+        key,
+        first_update,
+        lr.detach(),
+        arena.code,
+        config.updates,
+        config.batch,
+        math.inf if config.max_norm is None else config.max_norm,
+        config.beta1,
+        config.beta2,
+        config.eps,
+        density,
+    )
 
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `clone_update_` does on ``device``, and why."""
     check_density(density)
     backend = resolve_backend(device)
-    if backend != "cpu":
+    if backend == "triton":
+        reason = "loss and its gradient in one pass between the network's passes; see `mlp.plan`"
+        return Plan("clone_update_", "triton", "dense+mask", reason)
+    if backend == "reference":
         return Plan("clone_update_", "reference", "dense+mask", composition(backend))
     return Plan("clone_update_", "cpu", *describe_layers((arena.actor,), (density,)))
 
@@ -148,7 +163,103 @@ def _check_data(weight: Tensor, arena: Arena, obs: Tensor, target: Tensor, datas
     check_dtype("dataset", dataset, torch.int64)
     for name, tensor in (("obs", obs), ("target", target), ("dataset", dataset)):
         check_device(name, tensor, weight)
-    if len(dataset) and not 0 <= int(dataset.min()) <= int(dataset.max()) < datasets:
-        raise ValueError(
-            f"dataset must be in [0, {datasets}), got {int(dataset.min())}..{int(dataset.max())}"
-        )
+
+
+def _check_dataset(dataset: Tensor, datasets: int) -> None:
+    """On a GPU the check would wait for it."""
+    if dataset.device.type != "cpu" or not len(dataset):
+        return
+    low, high = (int(bound) for bound in dataset.aminmax())
+    if not 0 <= low <= high < datasets:
+        raise ValueError(f"dataset must be in [0, {datasets}), got {low}..{high}")
+
+
+def _backend(device: torch.device) -> ModuleType:
+    name = resolve_backend(device)
+    if name == "triton":
+        from . import gpu
+
+        return gpu
+    if name == "cpu":
+        from . import cpu
+
+        return cpu
+    return reference
+
+
+def _clone_impl(
+    weight: Tensor,
+    mask: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    obs: Tensor,
+    target: Tensor,
+    dataset: Tensor,
+    key: Tensor,
+    first_update: int | Tensor,
+    lr: Tensor,
+    arena: Sequence[int],
+    updates: int,
+    batch: int,
+    max_norm: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    density: float,
+) -> Tensor:
+    _check_dataset(dataset, obs.shape[0])
+    loss = _backend(weight.device).clone_update_(
+        Parameters(weight, mask.contiguous(), m, v, step),
+        Arena.decode(tuple(arena)),
+        obs.contiguous(),
+        target.contiguous(),
+        dataset.contiguous(),
+        key.contiguous(),
+        first_update,
+        lr.contiguous(),
+        CloneConfig(updates, batch, max_norm, beta1, beta2, eps),
+        density,
+    )
+    mark_written(weight, m, v, step)
+    return loss
+
+
+_SCHEMA = (
+    "(Tensor(a!) weight, Tensor mask, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, Tensor obs, "
+    "Tensor target, Tensor dataset, Tensor key, {} first_update, Tensor lr, int[] arena, "
+    "int updates, int batch, float max_norm, float beta1, float beta2, float eps, float density) "
+    "-> Tensor"
+)
+
+
+def _clone_fake(
+    weight,
+    mask,
+    m,
+    v,
+    step,
+    obs,
+    target,
+    dataset,
+    key,
+    first_update,
+    lr,
+    arena,
+    updates,
+    batch,
+    max_norm,
+    beta1,
+    beta2,
+    eps,
+    density,
+):
+    return weight.new_empty(weight.shape[0])
+
+
+_library = torch.library.Library("sparse_tickets", "FRAGMENT")
+for _op, _kind in (("clone_update_", "int"), ("clone_update_.on_device", "Tensor")):
+    _library.define(f"{_op}{_SCHEMA.format(_kind)}")
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_op, _clone_impl, _key)
+    torch.library.register_fake(f"sparse_tickets::{_op}", _clone_fake, lib=_library)

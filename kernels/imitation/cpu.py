@@ -219,7 +219,7 @@ def _update(
 def clone_update_(
     parameters, arena, obs, target, dataset, key, first_update, lr, config, density
 ) -> torch.Tensor:
-    """Mean loss ``[P]``; see the op."""
+    """Mean loss ``[P]``; see the op. All tensors are contiguous."""
     rows = target.shape[-1] + 1
     layout = lay_out((arena.actor,), arena.prunable, density, arena.log_std, rows)
     constants = Constants(
@@ -235,15 +235,12 @@ def clone_update_(
         _update,
         layout,
         len(key),
-        tuple(
-            tensor.detach().numpy()
-            for tensor in parameters._replace(mask=parameters.mask.contiguous())
-        ),
-        (obs.detach().contiguous().numpy(), target.detach().contiguous().numpy()),
-        dataset.contiguous().numpy(),
-        key.contiguous().numpy(),
+        tuple(tensor.numpy() for tensor in parameters),
+        (obs.numpy(), target.numpy()),
+        dataset.numpy(),
+        key.numpy(),
         first_update,
-        lr.double().contiguous().numpy(),
+        lr.double().numpy(),
         constants,
         losses,
     )

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arena import Arena, Net, Parameters
+from ..arena import Arena, Parameters
+from ..dispatch import differentiating
 from ..mlp.reference import mlp
 from ..random import Stream, integers
 from ..update import adam_
@@ -15,7 +16,7 @@ from ..update import adam_
 if TYPE_CHECKING:
     from . import CloneConfig
 
-__all__ = ["clone_update_", "loss"]
+__all__ = ["clone_update_", "critic_spans", "loss"]
 
 
 def loss(weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, target: Tensor) -> Tensor:
@@ -38,17 +39,18 @@ def clone_update_(
     target: Tensor,
     dataset: Tensor,
     key: Tensor,
-    first_update: int,
+    first_update: int | Tensor,
     lr: Tensor,
     config: CloneConfig,
+    density: float,
 ) -> Tensor:
     losses = []
     samples = obs.shape[1]
-    critic = [] if arena.critic is None else _spans(arena.critic)
-    for update in range(first_update, first_update + config.updates):
-        index = integers(key, config.batch, samples, stream=Stream.MINIBATCH, step=update)
-        rows = dataset[:, None]
-        with torch.enable_grad():
+    rows = dataset[:, None]
+    for update in range(config.updates):
+        step = first_update + update
+        index = integers(key, config.batch, samples, stream=Stream.MINIBATCH, step=step)
+        with differentiating():
             weight = parameters.weight.detach().requires_grad_()
             total = loss(weight, parameters.mask, arena, obs[rows, index], target[rows, index])
             (grad,) = torch.autograd.grad(total.sum(), weight)
@@ -69,17 +71,23 @@ def clone_update_(
         )
         # Adam would still move the critic by what its moments remember.
         for tensor, old in zip(state, before, strict=True):
-            for span in critic:
-                tensor[:, span] = old[:, span]
+            for begin, end in critic_spans(arena):
+                tensor[:, begin:end] = old[:, begin:end]
         losses.append(total.detach())
     return torch.stack(losses).mean(0)
 
 
-def _spans(net: Net) -> list[slice]:
-    """Where a network's weights and biases lie in a row."""
-    spans = []
-    for layer in range(net.depth):
-        out, inp = net.shape(layer)
-        spans.append(slice(net.weights[layer], net.weights[layer] + out * inp))
-        spans.append(slice(net.biases[layer], net.biases[layer] + out))
-    return spans
+def critic_spans(arena: Arena) -> list[tuple[int, int]]:
+    """``[begin, end)`` of the critic's parameters in a row, in order, neighbours as one."""
+    net, spans = arena.critic, []
+    if net is not None:
+        for layer in range(net.depth):
+            out, inp = net.shape(layer)
+            spans.append((net.weights[layer], net.weights[layer] + out * inp))
+            spans.append((net.biases[layer], net.biases[layer] + out))
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if joined and joined[-1][1] == begin:
+            begin = joined.pop()[0]
+        joined.append((begin, end))
+    return joined

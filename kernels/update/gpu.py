@@ -51,9 +51,18 @@ LAUNCHES = (Launch(BLOCK, 4), Launch(2 * BLOCK, 8), Launch(BLOCK, 8), Launch(BLO
 
 
 @triton.jit
-def _support(mask, count, ticket, column, prunable, size):
+def _touched(column, size, FROZEN: tl.constexpr):
+    """Which of these columns of a row exist, and lie in no span that stays as it is."""
+    touched = column < size
+    for span in tl.static_range(len(FROZEN) // 2):
+        touched = touched & ((column < FROZEN[2 * span]) | (column >= FROZEN[2 * span + 1]))
+    return touched
+
+
+@triton.jit
+def _support(mask, count, ticket, column, prunable, exists):
     """Which of these columns of a row exist and are not pruned."""
-    keep = column < size
+    keep = exists
     if mask is not None:
         masked = column < prunable
         inside = tl.load(mask + ticket * prunable + column, mask=masked, other=0).to(tl.int1)
@@ -74,6 +83,7 @@ def _norm_kernel(
     prunable,
     parts,
     stretch,
+    FROZEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum of squares of ``stretch`` consecutive blocks of a row; one program also counts the step.
@@ -86,7 +96,8 @@ def _norm_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(part * stretch, (part + 1) * stretch):
         column = block * BLOCK + lane
-        keep = _support(mask, count, ticket, column, prunable, size)
+        exists = _touched(column, size, FROZEN)
+        keep = _support(mask, count, ticket, column, prunable, exists)
         entry = tl.load(grad + ticket * size + column, mask=keep, other=0.0)
         total += entry * entry
     tl.store(partial + ticket * parts + part, tl.sum(total, 0))
@@ -135,6 +146,7 @@ def _adam_kernel(
     rate1,
     rate2,
     eps,
+    FROZEN: tl.constexpr,
     CLIP: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -150,8 +162,8 @@ def _adam_kernel(
     root = tl.sqrt_rn(correction2.to(tl.float32))
 
     column = block * BLOCK + tl.arange(0, BLOCK)
-    exists = column < size
-    keep = _support(mask, count, ticket, column, prunable, size)
+    exists = _touched(column, size, FROZEN)
+    keep = _support(mask, count, ticket, column, prunable, exists)
     entry = ticket * size + column
     g = tl.load(grad + entry, mask=keep, other=0.0) * scale
     m_old = tl.load(m + entry, mask=keep, other=0.0)
@@ -193,7 +205,7 @@ def _sgd_kernel(
 
     column = block * BLOCK + tl.arange(0, BLOCK)
     exists = column < size
-    keep = _support(mask, count, ticket, column, prunable, size)
+    keep = _support(mask, count, ticket, column, prunable, exists)
     entry = ticket * size + column
     g = tl.load(grad + entry, mask=keep, other=0.0) * scale
     old = tl.load(weight + entry, mask=keep, other=0.0)
@@ -229,7 +241,7 @@ def _rewind_kernel(
     ticket = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     exists = column < size
-    keep = _support(mask, count, ticket, column, prunable, size)
+    keep = _support(mask, count, ticket, column, prunable, exists)
     entry = ticket * size + column
     _copy_or_zero(weight, initial, entry, keep, exists)
     _copy_or_zero(m, initial_m, entry, keep, exists)
@@ -282,7 +294,13 @@ def adam_(
     beta1: float,
     beta2: float,
     eps: float,
+    *,
+    frozen: tuple[int, ...] = (),
 ) -> Tensor:
+    """See `update.adam_`; begins and ends of spans ``frozen`` are of columns that stay as they are.
+
+    Neither weights nor moments change there, and gradients do not count.
+    """
     check_dtype("weight on the Triton backend", weight, torch.float32)
     tickets, size = weight.shape
     if norm_partials is not None or weight.numel() == 0:
@@ -292,7 +310,7 @@ def adam_(
     norm = weight.new_empty(tickets)
     with torch.cuda.device_of(weight):
         if norm_partials is None:
-            norm_partials = _partial_norms(grad, mask, count, step)
+            norm_partials = _partial_norms(grad, mask, count, step, frozen)
         parts = norm_partials.shape[1]
         launch = _launch("adam", weight, mask)
         blocks = triton.cdiv(size, launch.block)
@@ -318,6 +336,7 @@ def adam_(
             1.0 - beta1,
             1.0 - beta2,
             eps,
+            FROZEN=frozen,
             CLIP=math.isfinite(max_norm),
             PARTS=triton.next_power_of_2(parts),
             BLOCK=launch.block,
@@ -372,7 +391,11 @@ def sgd_(
 
 
 def _partial_norms(
-    grad: Tensor, mask: Tensor | None, count: Tensor | None, step: Tensor | None
+    grad: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    step: Tensor | None,
+    frozen: tuple[int, ...] = (),
 ) -> Tensor:
     """``[P, parts]`` sums of squares; also increments ``step`` if given."""
     tickets, size = grad.shape
@@ -391,6 +414,7 @@ def _partial_norms(
         _prunable(mask),
         parts,
         stretch,
+        FROZEN=frozen,
         BLOCK=launch.block,
         num_warps=launch.warps,
     )
@@ -452,9 +476,10 @@ def _cases() -> list[Case]:
     ):
         block = {"BLOCK": BLOCK, **absent}
         clipped = {"CLIP": True, "PARTS": MAX_PARTIALS, **block}
+        whole = {"FROZEN": ()}
         cases += [
-            Case(f"norm_{form}", _norm_kernel, _NORM | present, block, {}),
-            Case(f"adam_{form}", _adam_kernel, _ADAM | present, clipped, {}),
+            Case(f"norm_{form}", _norm_kernel, _NORM | present, block | whole, {}),
+            Case(f"adam_{form}", _adam_kernel, _ADAM | present, clipped | whole, {}),
             Case(f"sgd_{form}", _sgd_kernel, _SGD | present, clipped, {}),
             Case(
                 f"rewind_{form}",
@@ -464,11 +489,17 @@ def _cases() -> list[Case]:
                 {},
             ),
         ]
-    stepless = {"BLOCK": BLOCK, "count": None, "step": None}
+    stepless = {"BLOCK": BLOCK, "count": None, "step": None, "FROZEN": ()}
     norm = {name: kind for name, kind in _NORM.items() if name != "step"}
     late = {"mask": "*i1:16", **_LATE}
-    widest = {"CLIP": True, "PARTS": PARTIALS_LIMIT, "BLOCK": BLOCK, "mask": None}
+    clipped = {"CLIP": True, "PARTS": PARTIALS_LIMIT, "BLOCK": BLOCK}
+    widest = {**clipped, "mask": None, "FROZEN": ()}
+    # As where a policy's critic stays as it is.
+    spans = {"count": None, "FROZEN": (4480, 8704, 8770, 8899)}
+    masked = {"mask": "*i1:16"}
     cases += [
+        Case("norm_frozen", _norm_kernel, _NORM | masked, {"BLOCK": BLOCK, **spans}, {}),
+        Case("adam_frozen", _adam_kernel, _ADAM | masked, {**clipped, **spans}, {}),
         Case("norm_stepless", _norm_kernel, norm | {"mask": "*i1:16"}, stepless, {}),
         Case("rewind_late", _rewind_kernel, _REWIND | late, {"BLOCK": BLOCK, "count": None}, {}),
         Case("adam_partials", _adam_kernel, _ADAM | {"count": "*i64:16"}, widest, {}),

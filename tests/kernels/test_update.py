@@ -203,6 +203,30 @@ def test_triton_norm_of_a_row_with_several_blocks_per_partial_sum(monkeypatch):
     close(rows["weight"], exact["weight"])
 
 
+@pytest.mark.parametrize("spans", [((0, 0),), ((0, 37),), ((3, 5), (20, 31)), ((23, 24), (36, 37))])
+def test_triton_leaves_frozen_spans_alone(spans):
+    gpu = pytest.importorskip("sparse_tickets.kernels.update.gpu")
+    rows, frozen = population(2, 37, 23), torch.zeros(37, dtype=torch.bool)
+    for begin, end in spans:
+        frozen[begin:end] = True
+    # Whatever lies there, off the mask or on it, and whatever its gradient.
+    rows["weight"][:, frozen], rows["m"][:, frozen], grad = 3.0, 5.0, gradient(rows)
+    grad[:, frozen] = float("nan")
+    before = {name: row.clone() for name, row in rows.items()}
+    exact = {name: row.double() if row.is_floating_point() else row for name, row in rows.items()}
+    exact["step"] = rows["step"].clone()
+    expected = on("reference", adam_, grad=grad.masked_fill(frozen, 0).double(), **exact)
+    arguments = {"grad": grad, **rows, "count": None, "norm_partials": None}
+    numbers = {"max_norm": 0.5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
+    bounds = tuple(bound for span in spans for bound in span)
+    norm = on("triton", gpu.adam_, **arguments, **numbers, frozen=bounds)
+    close(norm, expected)
+    for name in ("weight", "m", "v"):
+        close(rows[name][:, ~frozen], exact[name][:, ~frozen])
+        assert torch.equal(rows[name][:, frozen], before[name][:, frozen])
+    assert torch.equal(rows["step"], before["step"] + 1)
+
+
 def packed(counts, size, seed=0):
     """Packed rows of these lengths, zero in the padding, and the same rows under a mask."""
     count = torch.tensor(counts, dtype=torch.int64)
