@@ -1,6 +1,8 @@
 """Shared set-up: without a GPU, Triton kernels run in the interpreter on CPU tensors."""
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +13,18 @@ if not torch.cuda.is_available():
 
 # The same formats on every machine, and nothing written to the user's cache.
 os.environ.setdefault("SPARSE_TICKETS_CROSSOVER", "fixed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreted_kernels_are_watched() -> Iterator[None]:
+    """Every launch in the interpreter may fail for what a GPU would not forgive."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    from sanitizer import watched
+
+    with watched():
+        yield
 
 
 @pytest.fixture
