@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..arena import Net
 from ..dispatch import Plan, resolve_backend
-from ..errors import check_device, check_dtype, check_shape, check_untransformed
-from ..packed import Pattern, linear_packed, unpack
-from . import reference
-from .checks import check_density, check_packed, check_precision, check_rows
+from ..errors import check_device, check_shape, check_untransformed
+from ..packed import Pattern, unpack
+from . import ops, reference
+from .checks import check_density, check_floats, check_packed, check_precision, check_rows
 
 __all__ = ["composition", "describe_layers", "mlp", "mlp_packed", "plan", "plan_packed"]
 
@@ -24,7 +24,7 @@ def mlp(
     density: float = 1.0,
     precision: str = "ieee",
 ) -> Tensor:
-    """Apply each ticket's network to its own batch.
+    """Apply each ticket's network to its own batch; traceable by ``torch.compile``.
 
     Entries of `weight` off the mask count as zero and get an exactly zero gradient; so do all
     parameters that do not belong to `net`. The kernels are differentiable once; where they can,
@@ -61,20 +61,16 @@ def mlp(
     check_rows(weight, (net,), mask, tickets)
     check_device("x", x, weight)
     check_precision(precision)
+    arguments = x, weight, mask, net, float(density), precision
+    if torch.compiler.is_compiling():
+        # A compiler sees no backend: the op asks for it whenever it runs.
+        return ops.call(*arguments)
     backend = resolve_backend(x.device)
-    if backend != "reference":
-        check_untransformed("mlp", x, weight)
-    if backend == "cpu":
-        check_dtype("weight", weight, torch.float32)
-        check_dtype("x", x, torch.float32)
-        return _Mlp.apply(x, weight, net, mask, float(density))
-    if backend == "triton":
-        check_dtype("weight", weight, torch.float32)
-        check_dtype("x", x, torch.float32)
-        return _MlpTriton.apply(x, weight, net, mask, precision)
-    check_dtype("weight", weight, torch.float32, torch.float64)
-    check_dtype("x", x, weight.dtype)
-    return reference.mlp(x, weight, net, mask)
+    check_floats(backend, weight=weight, x=x)
+    if backend == "reference":
+        return reference.mlp(x, weight, net, mask)
+    check_untransformed("mlp", x, weight)
+    return ops.run(*arguments, backend)
 
 
 def mlp_packed(
@@ -88,10 +84,9 @@ def mlp_packed(
 ) -> Tensor:
     """`mlp` by packed weights; their gradient arrives packed as well.
 
-    Gradients by parameters that do not belong to `net` are exactly zero. On a GPU, networks up to
-    64 wide run in one launch, differentiable once, without a dense weight or an activation in
-    memory; what their kernels leave out (`plan_packed` tells) runs layer by layer as
-    `linear_packed`. Other backends unpack, and call `mlp`.
+    Gradients by parameters that do not belong to `net` are exactly zero. On a GPU no dense weight
+    reaches memory, nor a dense gradient; which launches run is told by `plan_packed`. Other
+    backends unpack, and call `mlp`.
 
     Args:
         x: ``[P, B, I]`` float32; float64 with the reference backend.
@@ -115,138 +110,17 @@ def mlp_packed(
     check_packed(values, pattern, rest, net, x.shape[0])
     check_device("x", x, values)
     check_precision(precision)
+    tensors = x, values, pattern.bits, pattern.start, rest
+    arguments = *tensors, net, pattern.shapes, precision
+    if torch.compiler.is_compiling():
+        return ops.call_packed(*arguments)
     backend = resolve_backend(x.device)
-    floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
-    check_dtype("values", values, *floats)
-    check_dtype("x", x, values.dtype)
+    check_floats(backend, values=values, x=x)
     if backend != "reference":
         check_untransformed("mlp_packed", x, values, rest)
     if backend != "triton":
         return mlp(x, torch.cat([unpack(values, pattern), rest], 1), net)
-
-    from . import packed_gpu
-
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, values, rest))
-    if packed_gpu.is_fused(net, precision, to_input=x.requires_grad, backward=needed):
-        return _MlpPacked.apply(x, values, pattern.bits, pattern.start, rest, pattern, net)
-    # As in the kernels, products do not take autocast's dtype.
-    with torch.autocast(x.device.type, enabled=False):
-        return _packed_layers(x, values, pattern, rest, net, precision)
-
-
-def _packed_layers(
-    x: Tensor, values: Tensor, pattern: Pattern, rest: Tensor, net: Net, precision: str
-) -> Tensor:
-    """The network as a composition of `linear_packed`."""
-    first = [layer.offset for layer in pattern.layers].index(net.weights[0])
-    for layer in range(net.depth):
-        begin = net.biases[layer] - pattern.size
-        bias = rest[:, begin : begin + net.sizes[layer + 1]]
-        x = linear_packed(x, values, pattern, first + layer, bias, precision=precision)
-        if layer < net.depth - 1:
-            x = torch.tanh(x) if net.activation == "tanh" else torch.relu(x)
-    return x
-
-
-class _Once(torch.autograd.Function):
-    """Gradients, which raise when they are differentiated.
-
-    torch's `once_differentiable` forgets by what: `torch.autograd.grad` then leaves out silently
-    what goes through them.
-    """
-
-    @staticmethod
-    def forward(ctx, count, *gradients_and_sources):
-        return gradients_and_sources[:count]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "mlp is differentiable once: its kernels have no second derivative; "
-            "use_backend('reference') has"
-        )
-
-
-def _once(gradients: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients, tied to what they were computed from if somebody may differentiate them."""
-    if not torch.is_grad_enabled():
-        return gradients
-    return _Once.apply(len(gradients), *gradients, *sources)
-
-
-class _Mlp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, net, mask, density):
-        from . import cpu
-
-        ctx.save_for_backward(x, weight, mask)
-        ctx.net, ctx.density = net, density
-        return cpu.mlp(x.detach(), weight.detach(), net, mask, density)
-
-    @staticmethod
-    def backward(ctx, dy):
-        from . import cpu
-
-        x, weight, mask = ctx.saved_tensors
-        to_input, to_weight = ctx.needs_input_grad[:2]
-        inputs = (x.detach(), weight.detach(), ctx.net, mask, ctx.density, dy.detach())
-        dx, dweight = cpu.mlp_backward(*inputs, to_input)
-        return *_once((dx, dweight if to_weight else None), dy, x, weight), None, None, None
-
-
-class _MlpTriton(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, net, mask, precision):
-        from . import gpu
-
-        to_input, to_weight = ctx.needs_input_grad[:2]
-        route = gpu.choose(net, precision, to_input=to_input)
-        keep = (to_input or to_weight) and route.backward != "fused"
-        y, hidden = gpu.forward(x.detach(), weight.detach(), net, mask, precision, keep=keep)
-        # The mask too: autograd then raises if it is changed before the backward pass.
-        ctx.save_for_backward(x, weight, mask, hidden)
-        ctx.net, ctx.precision = net, precision
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        from . import gpu
-
-        x, weight, mask, hidden = ctx.saved_tensors
-        to_input, to_weight = ctx.needs_input_grad[:2]
-        dx, dweight = gpu.backward(
-            dy.detach(),
-            x.detach(),
-            weight.detach(),
-            ctx.net,
-            mask,
-            ctx.precision,
-            hidden=hidden,
-            to_input=to_input,
-        )
-        return *_once((dx, dweight if to_weight else None), dy, x, weight), None, None, None
-
-
-class _MlpPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, values, bits, start, rest, pattern, net):
-        from . import packed_gpu
-
-        # The pattern's tensors too: autograd then raises if they are changed in between.
-        ctx.save_for_backward(x, values, bits, start, rest)
-        ctx.pattern, ctx.net = pattern, net
-        return packed_gpu.forward(x.detach(), values.detach(), pattern, rest.detach(), net)
-
-    @staticmethod
-    def backward(ctx, dy):
-        from . import packed_gpu
-
-        x, values, _, _, rest = ctx.saved_tensors
-        dvalues, drest = packed_gpu.backward(
-            dy.detach(), x.detach(), values.detach(), ctx.pattern, rest.detach(), ctx.net
-        )
-        of_values, of_rest = _once((dvalues, drest), dy, x, values, rest)
-        return None, of_values, None, None, of_rest, None, None
+    return ops.run_packed(*arguments, backend)
 
 
 def plan(
@@ -305,9 +179,9 @@ def plan_packed(
         inner = plan(net, device, masked=False)
         reason = f"unpacked for every call, then as mlp: {inner.reason}"
         return Plan("mlp_packed", backend, inner.format, reason)
-    from . import packed_gpu
+    from . import gpu
 
-    reason = packed_gpu.describe(net, precision, to_input=to_input)
+    reason = gpu.describe(net, precision, to_input=to_input, packed=True)
     return Plan("mlp_packed", "triton", "packed", reason)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
+from ..dispatch import Backend
 from ..errors import check_device, check_dtype, check_shape
 from ..linear import PRECISIONS
 from ..memory import check_separate
@@ -16,6 +17,7 @@ from ..packed import Pattern
 
 __all__ = [
     "check_density",
+    "check_floats",
     "check_optimiser",
     "check_packed",
     "check_parameters",
@@ -34,6 +36,18 @@ def check_precision(precision: str) -> None:
     """Raise ``ValueError`` unless ``precision`` is one that the Triton kernels know."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def check_floats(backend: Backend, **tensors: Tensor) -> None:
+    """Raise ``TypeError`` unless all are float32, or all float64 with the reference backend."""
+    if backend != "reference":
+        for name, tensor in tensors.items():
+            check_dtype(name, tensor, torch.float32)
+        return
+    (first, leader), *others = tensors.items()
+    check_dtype(first, leader, torch.float32, torch.float64)
+    for name, tensor in others:
+        check_dtype(name, tensor, leader.dtype)
 
 
 def check_rows(weight: Tensor, nets: tuple[Net, ...], mask: Tensor | None, tickets: int) -> None:

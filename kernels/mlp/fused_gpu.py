@@ -397,7 +397,7 @@ def case(
         integers += ["stretch", "dy_ticket", "dy_row", "target_row", "bias_target_row"]
     signature = dict.fromkeys(floats, "*fp32:16") | dict.fromkeys(integers, "i32")
     constexprs = {**geometry.constexprs, "BLOCKS": geometry.blocks, **launch.constexprs}
-    constexprs |= {"TILES": geometry.tiles, "ACTIVATION": activation}
+    constexprs["ACTIVATION"] = activation
     if masked:
         signature["mask"] = "*u8:16"
     else:

@@ -78,4 +78,5 @@ class Geometry:
             "WEIGHTS": self.weights,
             "BIASES": self.biases,
             "MASKED": self.masked,
+            "TILES": self.tiles,
         }

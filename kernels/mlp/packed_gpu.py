@@ -1,13 +1,13 @@
-"""A network of packed weights on a GPU: the fused kernels, launched on a pattern's layers.
+"""A network of packed weights on a GPU: what `gpu` is to rows of the arena, on a pattern's layers.
 
-What `gpu` is to rows of the arena. The gradient arrives packed: no dense weight or gradient reaches
-memory. Raw functions without autograd, validation or host synchronisation. How the samples are cut
-follows from their number alone, never from P or from how many weights are left.
+The gradient arrives packed: no dense weight or gradient reaches memory. Raw functions without
+autograd, validation or host synchronisation.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,27 +16,14 @@ from torch import Tensor
 
 from ..arena import Arena, Net
 from ..compile import Case
-from ..packed import Pattern
+from ..packed import gpu as layer_gpu
 from ..packed.layout import Layer, lay_out
-from . import fused_gpu
+from . import fused_gpu, passes_gpu, split_gpu
 from .geometry import Geometry
-from .gpu import (
-    FUSED_DEPTH,
-    FUSED_STRETCH,
-    FUSED_WIDTH,
-    choose,
-    cut_as_measured,
-    prefer_launch,
-    with_rows,
-)
+from .gpu import choose
+from .passes_gpu import Weights, with_rows
 
-__all__ = ["COMPILE_CASES", "backward", "describe", "forward", "is_fused"]
-
-BACKWARD_DEPTH = {"tanh": 3, "relu": 2}
-"""Most layers whose gradients stay in registers beside the tiles: beyond it, compilers spill."""
-
-BACKWARD_OUTPUT = 32
-"""Widest output of the same."""
+__all__ = ["COMPILE_CASES", "Packed", "backward", "forward"]
 
 ADD_BLOCK = 1024
 """Entries of a row that a program of `add_kernel` sums up."""
@@ -80,178 +67,146 @@ def add_kernel(
     tl.store(bias_target + ticket * (size - width) + column - width, total, mask=beyond)
 
 
-def is_fused(net: Net, precision: str, *, to_input: bool, backward: bool) -> bool:
-    """Whether the kernels take the network.
+@dataclass(frozen=True)
+class Packed(Weights):
+    """Packed weights, and the biases in what follows the prunable weights.
 
-    Args:
-        net: its sizes count.
-        precision: the kernels know ``ieee`` alone.
-        to_input: whether the input's gradient is asked for, which they leave out.
-        backward: whether any gradient is asked for.
+    Attributes:
+        layers: the network's weight matrices in the pattern.
     """
-    route = choose(net, precision, to_input=to_input)
-    if not backward:
-        return route.forward == "fused"
-    fits = net.depth <= BACKWARD_DEPTH[net.activation] and net.sizes[-1] <= BACKWARD_OUTPUT
-    return fits and route.backward == "fused"
+
+    layers: tuple[Layer, ...]
+
+    @staticmethod
+    def of(
+        values: Tensor, bits: Tensor, start: Tensor, shapes: list[int], rest: Tensor, net: Net
+    ) -> Packed:
+        """Of a pattern's tensors, and the shapes of all its layers; see `mlp_packed`."""
+        values, rest = with_rows(values), with_rows(rest)
+        every = lay_out(*shapes)
+        first = [layer.offset for layer in every].index(net.weights[0])
+        layers = every[first : first + net.depth]
+        geometry = Geometry.of_packed(net, layers, every[-1].offset + every[-1].out * every[-1].inp)
+        return Packed(net, geometry, values, bits.view(torch.uint8), start, rest, layers)
+
+    def product(self, x: Tensor, layer: int, precision: str) -> Tensor:
+        begin = self.geometry.biases[layer]
+        bias = self.bias[:, begin : begin + self.net.sizes[layer + 1]]
+        return layer_gpu.forward(x, *self._pattern, bias, self.layers[layer], precision)
+
+    def dx(self, dy: Tensor, layer: int, precision: str) -> Tensor:
+        return layer_gpu.dx(dy, *self._pattern, self.layers[layer], precision)
+
+    @property
+    def _pattern(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.mask, self.start
 
 
-def describe(net: Net, precision: str, *, to_input: bool) -> str:
-    """What runs where gradients are asked for, in words; arguments as for `is_fused`."""
-    if is_fused(net, precision, to_input=to_input, backward=True):
-        return (
-            "forward in one launch with tiles and activations in registers; backward in one launch "
-            "that recomputes them, and one that adds up stretches"
-        )
-    if is_fused(net, precision, to_input=to_input, backward=False):
-        return (
-            "layer by layer as linear_packed, of which one launch takes the place where no "
-            "gradient is asked for: the fused backward pass takes no input gradient, at most "
-            f"{BACKWARD_DEPTH[net.activation]} layers of {net.activation} and "
-            f"{BACKWARD_OUTPUT} outputs"
-        )
-    return (
-        "layer by layer as linear_packed: the fused kernels take at most "
-        f"{FUSED_DEPTH} layers of width {FUSED_WIDTH}, and ieee products"
-    )
-
-
-def forward(x: Tensor, values: Tensor, pattern: Pattern, rest: Tensor, net: Net) -> Tensor:
-    """``[P, B, I] -> [P, B, O]``; see `mlp_packed`. All numbers are float32."""
-    x, values, rest = with_rows(x), with_rows(values), with_rows(rest)
-    tickets, samples, _ = x.shape
-    y = x.new_empty(tickets, samples, net.sizes[-1])
-    if y.numel():
-        launch = _launch("forward", x, net, pattern)
-        with torch.cuda.device_of(x):
-            fused_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
-                x,
-                values,
-                *_places(pattern),
-                rest,
-                y,
-                samples,
-                x.stride(0),
-                x.stride(1),
-                values.stride(0),
-                *_strides(pattern),
-                rest.stride(0),
-                **_constants(net, pattern),
-                **launch.constexprs,
-                **launch.options,
-            )
-    return y
+def forward(
+    weights: Packed, x: Tensor, precision: str, *, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``[P, B, I] -> [P, B, O]``, and the hidden activations if ``keep``; see `gpu.forward`."""
+    route = choose(weights.net, precision, packed=True).forward
+    return passes_gpu.forward(weights, x, route, precision, keep)
 
 
 def backward(
-    dy: Tensor, x: Tensor, values: Tensor, pattern: Pattern, rest: Tensor, net: Net
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `values` and of `rest`, zero where `net` has no parameters; see `mlp_packed`."""
-    dy, x, values, rest = (with_rows(tensor) for tensor in (dy, x, values, rest))
+    weights: Packed,
+    dy: Tensor,
+    x: Tensor,
+    precision: str,
+    *,
+    hidden: Tensor | None = None,
+    to_input: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of the input, if asked for, of the values and of what follows the prunable weights.
+
+    The last two are zero where the network has no parameters; see `gpu.backward`.
+    """
     tickets, samples, _ = x.shape
-    width, size = values.shape[1], values.shape[1] + rest.shape[1]
-    geometry = _geometry(net, pattern)
-    splits, stretch = cut_as_measured(x, geometry, FUSED_STRETCH) if samples else (0, 0)
-    if tickets == 0 or splits < 2:
-        dvalues, drest = torch.zeros_like(values), torch.zeros_like(rest)
-        target, bias_target = dvalues, drest
-    else:
-        dvalues, drest = values.new_empty(values.shape), rest.new_empty(rest.shape)
-        partial = values.new_empty(tickets * splits, size)
-        target, bias_target = partial[:, :width], partial[:, width:]
+    width, size = weights.weight.shape[1], weights.weight.shape[1] + weights.bias.shape[1]
+    route = choose(weights.net, precision, to_input=to_input, packed=True).backward
+    dx = x.new_empty(x.shape) if to_input else None
     if tickets == 0 or samples == 0:
-        return dvalues, drest
-    launch = _launch("backward", x, net, pattern)
-    with torch.cuda.device_of(x):
-        fused_gpu.backward_kernel[(tickets, splits)](
-            dy,
-            x,
-            values,
-            *_places(pattern),
-            rest,
-            target,
-            bias_target,
-            samples,
-            stretch,
-            dy.stride(0),
-            dy.stride(1),
-            x.stride(0),
-            x.stride(1),
-            values.stride(0),
-            *_strides(pattern),
-            rest.stride(0),
-            target.stride(0),
-            bias_target.stride(0),
-            **_constants(net, pattern),
-            **launch.constexprs,
-            **launch.options,
+        return dx, *_zeros(weights)
+    splits, stretch = passes_gpu.cut_as_measured(x, weights.geometry, route)
+    stretches = splits, stretch
+    if splits == 1:
+        targets = _zeros(weights)
+        passes_gpu.backward(weights, dy, x, route, precision, hidden, dx, targets, stretches)
+        return dx, *targets
+    partial = weights.weight.new_empty(tickets * splits, size)
+    targets = partial[:, :width], partial[:, width:]
+    passes_gpu.backward(weights, dy, x, route, precision, hidden, dx, targets, stretches)
+    return dx, *_add(partial, weights, splits)
+
+
+def _zeros(weights: Packed) -> tuple[Tensor, Tensor]:
+    """For the gradients; rows are contiguous, however the weights' lie."""
+    return tuple(rows.new_zeros(rows.shape) for rows in (weights.weight, weights.bias))
+
+
+def _add(partial: Tensor, weights: Packed, splits: int) -> tuple[Tensor, Tensor]:
+    """The gradients of values and rest from their rows per stretch."""
+    tickets, width = weights.weight.shape
+    size = partial.shape[1]
+    dvalues, drest = partial.new_empty(tickets, width), partial.new_empty(tickets, size - width)
+    last = weights.layers[-1]
+    with torch.cuda.device_of(partial):
+        add_kernel[(tickets, triton.cdiv(size, ADD_BLOCK))](
+            partial,
+            weights.start,
+            dvalues,
+            drest,
+            splits,
+            width,
+            size,
+            weights.start.stride(0),
+            FIRST=weights.layers[0].first_tile,
+            END=last.first_tile + last.tiles,
+            SIZES=weights.geometry.sizes,
+            BIASES=weights.geometry.biases,
+            BLOCK=ADD_BLOCK,
         )
-        if splits > 1:
-            layers = _layers(net, pattern)
-            add_kernel[(tickets, triton.cdiv(size, ADD_BLOCK))](
-                partial,
-                pattern.start,
-                dvalues,
-                drest,
-                splits,
-                width,
-                size,
-                pattern.start.stride(0),
-                FIRST=layers[0].first_tile,
-                END=layers[-1].first_tile + layers[-1].tiles,
-                SIZES=geometry.sizes,
-                BIASES=geometry.biases,
-                BLOCK=ADD_BLOCK,
-            )
     return dvalues, drest
 
 
-def _layers(net: Net, pattern: Pattern) -> tuple[Layer, ...]:
-    """The network's weight matrices in the pattern."""
-    first = [layer.offset for layer in pattern.layers].index(net.weights[0])
-    return pattern.layers[first : first + net.depth]
-
-
-def _geometry(net: Net, pattern: Pattern) -> Geometry:
-    return Geometry.of_packed(net, _layers(net, pattern), pattern.size)
-
-
-def _constants(net: Net, pattern: Pattern) -> dict[str, Any]:
-    geometry = _geometry(net, pattern)
-    return {
-        **geometry.constexprs,
-        "BLOCKS": geometry.blocks,
-        "TILES": geometry.tiles,
-        "ACTIVATION": net.activation,
-    }
-
-
-def _launch(kernel: str, x: Tensor, net: Net, pattern: Pattern) -> fused_gpu.Launch:
-    """What was measured on this device for such a pass, or what is built in."""
-    geometry = _geometry(net, pattern)
-    launches = fused_gpu.launches(geometry.blocks, packed=True)
-    return prefer_launch(launches, f"packed_{kernel}", x, geometry, net.activation)
-
-
-def _places(pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The bits as octets, and the tiles' starts."""
-    return pattern.bits.view(torch.uint8), pattern.start
-
-
-def _strides(pattern: Pattern) -> tuple[int, int]:
-    """Of `_places`, from ticket to ticket."""
-    return 4 * pattern.bits.stride(0), pattern.start.stride(0)
-
-
-def _packed_cases(kernel: str, sizes: tuple[int, ...], activation: str) -> list[Case]:
-    """All launches on a pattern of one network."""
+def _geometry(sizes: tuple[int, ...]) -> Geometry:
+    """Of a pattern of one network."""
     arena = Arena.build(sizes)
     shapes = [size for _, *shape in arena.prunable_layers() for size in shape]
-    geometry = Geometry.of_packed(arena.actor, lay_out(*shapes), arena.prunable)
-    return [
-        fused_gpu.case(kernel, geometry, activation, launch, suffix="_packed")
-        for launch in fused_gpu.launches(geometry.blocks, packed=True)
-    ]
+    return Geometry.of_packed(arena.actor, lay_out(*shapes), arena.prunable)
+
+
+def _fused_cases() -> Iterator[Case]:
+    """Every launch in registers."""
+    for kernel, sizes, activation in (
+        ("forward", (4, 64, 64, 2), "tanh"),
+        ("forward", (4, 64, 64, 2), "relu"),
+        ("forward", (64, 64, 64, 64), "relu"),
+        ("forward", (17, 64, 64, 64, 6), "tanh"),
+        ("forward", (32, 32, 32, 32, 32), "tanh"),
+        ("backward", (4, 64, 64, 2), "tanh"),
+        ("backward", (64, 64, 64, 20), "tanh"),
+        ("backward", (20, 33, 20, 20), "tanh"),
+        ("backward", (32, 32, 32, 32), "tanh"),
+        ("backward", (64, 64, 20), "relu"),
+    ):
+        geometry = _geometry(sizes)
+        for launch in fused_gpu.launches(geometry.blocks, packed=True):
+            yield fused_gpu.case(kernel, geometry, activation, launch, suffix="_packed")
+
+
+def _split_cases() -> Iterator[Case]:
+    """Every launch through memory, on whole tiles and on parts."""
+    for sizes in ((17, 128, 128, 6), (100, 128, 64, 128, 20)):
+        geometry = _geometry(sizes)
+        for precision in ("ieee", "tf32", "tf32x3"):
+            for kernel in (split_gpu.forward_kernel, split_gpu.delta_kernel):
+                for walk in split_gpu.walks(precision, packed=True):
+                    yield split_gpu.case(kernel, geometry, precision, walk)
+            for launch in split_gpu.gradients(packed=True):
+                yield split_gpu.case(split_gpu.gradient_kernel, geometry, precision, launch)
 
 
 _ADD = Case(
@@ -264,20 +219,4 @@ _ADD = Case(
     {},
 )
 
-COMPILE_CASES = [
-    case
-    for kernel, sizes, activation in (
-        ("forward", (4, 64, 64, 2), "tanh"),
-        ("forward", (4, 64, 64, 2), "relu"),
-        ("forward", (64, 64, 64, 64), "relu"),
-        ("forward", (17, 64, 64, 64, 6), "tanh"),
-        ("forward", (32, 32, 32, 32, 32), "tanh"),
-        ("backward", (4, 64, 64, 2), "tanh"),
-        ("backward", (64, 64, 64, 20), "tanh"),
-        ("backward", (20, 33, 20, 20), "tanh"),
-        ("backward", (32, 32, 32, 32), "tanh"),
-        ("backward", (64, 64, 20), "relu"),
-    )
-    for case in _packed_cases(kernel, sizes, activation)
-]
-COMPILE_CASES.append(_ADD)
+COMPILE_CASES = [*_fused_cases(), *_split_cases(), _ADD]

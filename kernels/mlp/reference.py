@@ -7,16 +7,27 @@ from torch import Tensor
 
 from sparse_tickets.kernels.arena import Net
 
-__all__ = ["mlp"]
+__all__ = ["hidden_layers", "mlp"]
 
 
 def mlp(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> Tensor:
+    return _layers(x, weight, net, mask)[-1]
+
+
+def hidden_layers(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> Tensor:
+    """``[P, B, sum of hidden sizes]``, layer by layer in a row."""
+    return torch.cat([x[..., :0], *_layers(x, weight, net, mask)[:-1]], 2)
+
+
+def _layers(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> list[Tensor]:
     if mask is not None:
         prunable = mask.shape[1]
         weight = torch.cat([torch.where(mask, weight[:, :prunable], 0), weight[:, prunable:]], 1)
     activation = torch.tanh if net.activation == "tanh" else torch.relu
+    outputs = []
     for layer, (matrix, bias) in enumerate(net.layers(weight)):
         x = torch.baddbmm(bias[:, None], x, matrix.mT)
         if layer < net.depth - 1:
             x = activation(x)
-    return x
+        outputs.append(x)
+    return outputs

@@ -5,10 +5,14 @@ rows of one ticket through every layer; what it writes it reads again at once, f
 The weights' gradients are one launch for all layers, a program per tile of a layer and stretch of
 the samples; `add_kernel` adds stretches in order. No atomics: a result depends neither on P nor on
 timing. ``hidden`` and ``deltas`` are ``[P, B, sum of hidden sizes]``, layer by layer in a row.
+
+Weights lie in rows of the arena, or packed: then ``weight`` is the values, ``mask`` the pattern's
+bits as octets, ``start`` what precedes each tile, and a tile of a product is a tile of the pattern.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,20 +21,23 @@ import triton
 import triton.language as tl
 
 from ..compile import Case
+from ..packed.layout import MAX_TILE
+from ..packed.tiles import load_packed_tile, store_packed_tile
 from .fused_gpu import activate, deactivate
 from .geometry import Geometry
 
 __all__ = [
     "ADD_BLOCK",
     "COMPILE_CASES",
-    "GRADIENTS",
-    "WALKS",
     "Gradient",
     "Walk",
     "add_kernel",
+    "case",
     "delta_kernel",
     "forward_kernel",
     "gradient_kernel",
+    "gradients",
+    "walks",
 ]
 
 ADD_BLOCK = 512
@@ -75,10 +82,45 @@ def _product(
 
 
 @triton.jit
+def _packed_product(
+    a,
+    a_row,
+    values,
+    bits,
+    start,
+    row,
+    left,
+    tile,
+    next_tile,
+    DEPTH: tl.constexpr,
+    DOWN: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``[ROWS, TILE_OUT]`` of ``a wᵀ`` over a row of tiles; `DOWN` a column, ``a w``."""
+    STEP: tl.constexpr = TILE_OUT if DOWN else TILE_IN
+    inner = tl.arange(0, STEP)[None, :]
+    total = tl.zeros((ROWS, TILE_IN if DOWN else TILE_OUT), dtype=tl.float32)
+    for begin in range(0, DEPTH, STEP):
+        inside = (row < left) & (begin + inner < DEPTH)
+        a_values = tl.load(a + row * a_row + begin + inner, mask=inside, other=0.0)
+        weight = load_packed_tile(values, bits, start, tile, TILE_OUT, TILE_IN)
+        if not DOWN:
+            weight = tl.trans(weight)
+        total = tl.dot(a_values, weight, total, input_precision=PRECISION)
+        tile += next_tile
+    return total
+
+
+@triton.jit
 def forward_kernel(
     x,
     weight,
     mask,
+    start,
+    bias,
     y,
     hidden,
     samples,
@@ -86,59 +128,85 @@ def forward_kernel(
     x_row,
     weight_ticket,
     mask_ticket,
+    start_ticket,
+    bias_ticket,
     SIZES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
+    TILES: tl.constexpr,
     HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    SIDES: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """``y[p] = network(x[p])`` and its hidden activations.
 
     A ticket takes 2·samples·(weights) FLOPs; it moves x once, activations twice, y once, and its
-    weights and their mask once per tile of rows, from L2 after the first.
+    weights and their mask once per tile of rows, from L2 after the first. A packed tile is expanded
+    as often.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
     tiles = tl.cdiv(samples, ROWS)
     program = tl.program_id(0)
     ticket = (program // tiles).to(tl.int64)
-    start = program % tiles * ROWS
-    left = samples - start
+    first = program % tiles * ROWS
+    left = samples - first
     row = tl.arange(0, ROWS)[:, None]
     weight += ticket * weight_ticket
+    bias += ticket * bias_ticket
     mask_row = weight if mask is None else mask + ticket * mask_ticket
-    source = x + ticket * x_ticket + start.to(tl.int64) * x_row
+    if start is not None:
+        start += ticket * start_ticket
+    source = x + ticket * x_ticket + first.to(tl.int64) * x_row
     source_row = x_row
-    hidden += (ticket * samples + start) * HIDDEN
-    y += (ticket * samples + start) * SIZES[DEPTH]
+    hidden += (ticket * samples + first) * HIDDEN
+    y += (ticket * samples + first) * SIZES[DEPTH]
 
     for layer in tl.static_range(DEPTH):
-        for begin in range(0, SIZES[layer + 1], COLS):
-            col = begin + tl.arange(0, COLS)[None, :]
-            total = _product(
-                source,
-                source_row,
-                weight + WEIGHTS[layer],
-                1,
-                SIZES[layer],
-                mask_row + WEIGHTS[layer],
-                row,
-                left,
-                col,
-                SIZES[layer + 1],
-                SIZES[layer],
-                MASKED[layer],
-                ROWS,
-                COLS,
-                STEP,
-                PRECISION,
-            )
+        for begin in range(0, SIZES[layer + 1], SIDES[layer + 1]):
+            col = begin + tl.arange(0, SIDES[layer + 1])[None, :]
+            if start is None:
+                total = _product(
+                    source,
+                    source_row,
+                    weight + WEIGHTS[layer],
+                    1,
+                    SIZES[layer],
+                    mask_row + WEIGHTS[layer],
+                    row,
+                    left,
+                    col,
+                    SIZES[layer + 1],
+                    SIZES[layer],
+                    MASKED[layer],
+                    ROWS,
+                    SIDES[layer + 1],
+                    STEP,
+                    PRECISION,
+                )
+            else:
+                total = _packed_product(
+                    source,
+                    source_row,
+                    weight,
+                    mask_row + WEIGHTS[layer],
+                    start + TILES[layer],
+                    row,
+                    left,
+                    begin // SIDES[layer + 1] * tl.cdiv(SIZES[layer], SIDES[layer]),
+                    1,
+                    SIZES[layer],
+                    False,
+                    ROWS,
+                    SIDES[layer + 1],
+                    SIDES[layer],
+                    PRECISION,
+                )
             inside = (row < left) & (col < SIZES[layer + 1])
-            total += tl.load(weight + BIASES[layer] + col, mask=col < SIZES[layer + 1], other=0.0)
+            total += tl.load(bias + BIASES[layer] + col, mask=col < SIZES[layer + 1], other=0.0)
             if layer < DEPTH - 1:
                 tl.store(hidden + row * HIDDEN + col, activate(total, ACTIVATION), mask=inside)
             else:
@@ -155,6 +223,7 @@ def delta_kernel(
     dy,
     weight,
     mask,
+    start,
     hidden,
     deltas,
     dx,
@@ -163,14 +232,16 @@ def delta_kernel(
     dy_row,
     weight_ticket,
     mask_ticket,
+    start_ticket,
     SIZES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     MASKED: tl.constexpr,
+    TILES: tl.constexpr,
     HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    SIDES: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Gradients of every hidden layer before its activation, and of the input unless dx is None.
@@ -182,46 +253,67 @@ def delta_kernel(
     tiles = tl.cdiv(samples, ROWS)
     program = tl.program_id(0)
     ticket = (program // tiles).to(tl.int64)
-    start = program % tiles * ROWS
-    left = samples - start
+    first = program % tiles * ROWS
+    left = samples - first
     row = tl.arange(0, ROWS)[:, None]
     weight += ticket * weight_ticket
     mask_row = weight if mask is None else mask + ticket * mask_ticket
-    source = dy + ticket * dy_ticket + start.to(tl.int64) * dy_row
+    if start is not None:
+        start += ticket * start_ticket
+    source = dy + ticket * dy_ticket + first.to(tl.int64) * dy_row
     source_row = dy_row
     # Past the end of the row's last layer; each layer steps back by its own size.
-    place = (ticket * samples + start) * HIDDEN + HIDDEN
+    place = (ticket * samples + first) * HIDDEN + HIDDEN
 
     for layer in tl.static_range(DEPTH - 1, -1, -1):
         if layer > 0 or dx is not None:
             place -= SIZES[layer]
-            for begin in range(0, SIZES[layer], COLS):
-                col = begin + tl.arange(0, COLS)[None, :]
-                total = _product(
-                    source,
-                    source_row,
-                    weight + WEIGHTS[layer],
-                    SIZES[layer],
-                    1,
-                    mask_row + WEIGHTS[layer],
-                    row,
-                    left,
-                    col,
-                    SIZES[layer],
-                    SIZES[layer + 1],
-                    MASKED[layer],
-                    ROWS,
-                    COLS,
-                    STEP,
-                    PRECISION,
-                )
+            for begin in range(0, SIZES[layer], SIDES[layer]):
+                col = begin + tl.arange(0, SIDES[layer])[None, :]
+                if start is None:
+                    total = _product(
+                        source,
+                        source_row,
+                        weight + WEIGHTS[layer],
+                        SIZES[layer],
+                        1,
+                        mask_row + WEIGHTS[layer],
+                        row,
+                        left,
+                        col,
+                        SIZES[layer],
+                        SIZES[layer + 1],
+                        MASKED[layer],
+                        ROWS,
+                        SIDES[layer],
+                        STEP,
+                        PRECISION,
+                    )
+                else:
+                    total = _packed_product(
+                        source,
+                        source_row,
+                        weight,
+                        mask_row + WEIGHTS[layer],
+                        start + TILES[layer],
+                        row,
+                        left,
+                        begin // SIDES[layer],
+                        tl.cdiv(SIZES[layer], SIDES[layer]),
+                        SIZES[layer + 1],
+                        True,
+                        ROWS,
+                        SIDES[layer + 1],
+                        SIDES[layer],
+                        PRECISION,
+                    )
                 inside = (row < left) & (col < SIZES[layer])
                 if layer > 0:
                     entry = place + row * HIDDEN + col
                     y = tl.load(hidden + entry, mask=inside, other=0.0)
                     tl.store(deltas + entry, deactivate(total, y, ACTIVATION), mask=inside)
                 else:
-                    target = dx + (ticket * samples + start) * SIZES[0]
+                    target = dx + (ticket * samples + first) * SIZES[0]
                     tl.store(target + row * SIZES[0] + col, total, mask=inside)
             # Other threads of the program read what these wrote.
             tl.debug_barrier()
@@ -236,6 +328,7 @@ def _gradient_tile(
     source,
     source_row,
     mask,
+    start,
     grad,
     bias_grad,
     begin,
@@ -258,8 +351,8 @@ def _gradient_tile(
     source += begin.to(tl.int64) * source_row
     total = tl.zeros((TILE_OUT, TILE_INP), dtype=tl.float32)
     sums = tl.zeros((TILE_OUT, STEP), dtype=tl.float32)
-    for start in range(begin, end, STEP):
-        left = end - start
+    for done in range(begin, end, STEP):
+        left = end - done
         d = tl.load(
             delta + step[None, :] * delta_row + row,
             mask=(step[None, :] < left) & (row < OUT),
@@ -274,11 +367,14 @@ def _gradient_tile(
         sums += d
         delta += STEP * delta_row
         source += STEP * source_row
-    inside = (row < OUT) & (col < INP)
-    entry = row * INP + col
-    if MASKED:
-        total = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, total, 0.0)
-    tl.store(grad + entry, total, mask=inside)
+    if start is None:
+        inside = (row < OUT) & (col < INP)
+        entry = row * INP + col
+        if MASKED:
+            total = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, total, 0.0)
+        tl.store(grad + entry, total, mask=inside)
+    else:
+        store_packed_tile(grad, mask, start, tile, total, TILE_OUT, TILE_INP)
     if tile % tiles_inp == 0:
         out = tile // tiles_inp * TILE_OUT + tl.arange(0, TILE_OUT)
         tl.store(bias_grad + out, tl.sum(sums, 1), mask=out < OUT)
@@ -291,7 +387,9 @@ def gradient_kernel(
     hidden,
     deltas,
     mask,
+    start,
     target,
+    bias_target,
     samples,
     stretch,
     dy_ticket,
@@ -299,22 +397,26 @@ def gradient_kernel(
     x_ticket,
     x_row,
     mask_ticket,
+    start_ticket,
     target_row,
+    bias_target_row,
     SIZES: tl.constexpr,
-    TILES: tl.constexpr,
+    SIDES: tl.constexpr,
     COUNTS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
+    TILES: tl.constexpr,
     HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of one layer's gradient over ``stretch`` samples, in a row of `target`.
+    """One tile of one layer's gradient over ``stretch`` samples, in a row of the targets.
 
-    Row ``ticket * stretches + split`` of `target` is laid out like the arena; entries of other
-    networks are left alone. A ticket takes 2·samples·(weights) FLOPs; a layer's deltas are read
-    once per tile of its inputs, its inputs once per tile of its outputs.
+    Row ``ticket * stretches + split`` of `target` is laid out like the weights, that of
+    `bias_target` like what holds the biases; entries of other networks are left alone. A ticket
+    takes 2·samples·(weights) FLOPs; a layer's deltas are read once per tile of its inputs, its
+    inputs once per tile of its outputs.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
     split = tl.program_id(1)
@@ -327,7 +429,11 @@ def gradient_kernel(
     begin = split * stretch
     end = tl.minimum(begin + stretch, samples)
     mask_row = target if mask is None else mask + ticket * mask_ticket
-    target += (ticket * tl.num_programs(1) + split) * target_row
+    if start is not None:
+        start += ticket * start_ticket
+    place = ticket * tl.num_programs(1) + split
+    target += place * target_row
+    bias_target += place * bias_target_row
     delta = deltas + ticket * samples * HIDDEN
     source = x + ticket * x_ticket
     source_row = x_row
@@ -341,16 +447,17 @@ def gradient_kernel(
                 source,
                 source_row,
                 mask_row + WEIGHTS[layer],
-                target + WEIGHTS[layer],
-                target + BIASES[layer],
+                None if start is None else start + TILES[layer],
+                target + WEIGHTS[layer] if start is None else target,
+                bias_target + BIASES[layer],
                 begin,
                 end,
                 tile,
                 SIZES[layer + 1],
                 SIZES[layer],
                 MASKED[layer],
-                TILES[layer + 1],
-                TILES[layer],
+                SIDES[layer + 1],
+                SIDES[layer],
                 STEP,
                 PRECISION,
             )
@@ -401,9 +508,9 @@ class Walk:
 
     Attributes:
         rows: samples per program.
-        cols: features of a tile.
+        cols: most features of a tile.
         warps: per program.
-        stages: of the software pipeline.
+        stages: of the software pipeline; expanded tiles do not pass through it.
     """
 
     rows: int
@@ -411,14 +518,15 @@ class Walk:
     warps: int
     stages: int
 
-    def constexprs(self, precision: str) -> dict[str, int]:
-        """The kernels' block sizes."""
-        return {"ROWS": self.rows, "COLS": self.cols, "STEP": _step(precision)}
+    def constexprs(self, geometry: Geometry, precision: str) -> dict[str, Any]:
+        """How samples and layers are cut: sides of tiles by size, depth of a step."""
+        sides = _sides(geometry, self.cols)
+        return {"ROWS": self.rows, "SIDES": sides, "STEP": _step(precision)}
 
     @property
     def options(self) -> dict[str, int]:
-        """Triton's launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        """Left alone, the assembler spills a little here and there for an occupancy of no use."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -437,10 +545,10 @@ class Gradient:
 
     def constexprs(self, geometry: Geometry, precision: str) -> dict[str, Any]:
         """How the layers are cut: sides of tiles by size, tiles of each layer, samples a step."""
-        sides = tuple(min(self.tile, block) for block in geometry.blocks)
+        sides = _sides(geometry, self.tile)
         across = [-(-size // side) for size, side in zip(geometry.sizes, sides, strict=True)]
         counts = tuple(inp * out for inp, out in pairwise(across))
-        return {"TILES": sides, "COUNTS": counts, "STEP": _step(precision)}
+        return {"SIDES": sides, "COUNTS": counts, "STEP": _step(precision)}
 
     @property
     def options(self) -> dict[str, int]:
@@ -448,70 +556,108 @@ class Gradient:
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 168}
 
 
+def _sides(geometry: Geometry, largest: int) -> tuple[int, ...]:
+    """Side of the tiles that each size is cut into; of packed weights 64 gives the pattern's."""
+    return tuple(min(largest, block) for block in geometry.blocks)
+
+
 def _step(precision: str) -> int:
     """Depth as in the linear layer's products: IEEE dots and tf32x3 keep operands in registers."""
     return 32 if precision == "tf32" else 16
 
 
-WALKS = (Walk(32, 64, 4, 3), Walk(16, 64, 4, 3), Walk(32, 64, 8, 3), Walk(32, 32, 4, 3))
-"""What a walk can be launched with, the default first."""
+_WALKS = (Walk(32, 64, 4, 3), Walk(16, 64, 4, 3), Walk(32, 64, 8, 3), Walk(32, 32, 4, 3))
 
-GRADIENTS = (Gradient(64, 4, 3), Gradient(32, 4, 3), Gradient(64, 8, 3), Gradient(64, 4, 4))
-"""What `gradient_kernel` can be launched with, the default first."""
+_GRADIENTS = (Gradient(64, 4, 3), Gradient(32, 4, 3), Gradient(64, 8, 3), Gradient(64, 4, 4))
 
 
-def _case(
-    kernel: Any,
-    sizes: tuple[int, ...],
-    precision: str,
-    launch: Walk | Gradient | None = None,
-    *,
-    masked: bool = True,
+_PACKED_WALKS = {
+    "ieee": (Walk(16, 64, 8, 1),),
+    "tf32": (
+        Walk(32, 64, 4, 1),
+        Walk(16, 64, 4, 1),
+        Walk(64, 64, 4, 1),
+        Walk(64, 64, 8, 1),
+        Walk(128, 64, 8, 1),
+    ),
+    "tf32x3": (Walk(32, 64, 8, 1), Walk(16, 64, 4, 1), Walk(16, 64, 8, 1)),
+}
+"""What holds whole tiles, which the dots take from registers; IEEE leaves no choice."""
+
+
+def walks(precision: str, *, packed: bool) -> tuple[Walk, ...]:
+    """What a walk can be launched with, the default first: what spills on no GPU."""
+    return _PACKED_WALKS[precision] if packed else _WALKS
+
+
+def gradients(*, packed: bool) -> tuple[Gradient, ...]:
+    """What `gradient_kernel` can be launched with; a packed tile is stored as a whole."""
+    return tuple(launch for launch in _GRADIENTS if not packed or launch.tile == MAX_TILE)
+
+
+def case(
+    kernel: Any, geometry: Geometry, precision: str, launch: Walk | Gradient, *, masked: bool = True
 ) -> Case:
-    """A launch on an arena that holds one network, its rows not aligned."""
-    geometry = Geometry.of_sizes(sizes, masked=masked)
+    """A launch on rows that are not aligned, named after the network."""
+    floats = ("x", "dy", "weight", "bias", "y", "dx", "hidden", "deltas", "target", "bias_target")
+    arguments = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "*fp32:16")
+    arguments |= {"mask": "*u8:16", "start": "*i32:16"}
     constants = geometry.constexprs | {"HIDDEN": geometry.hidden, "PRECISION": precision}
-    floats = ["x", "dy", "weight", "y", "dx", "hidden", "deltas", "target", "partial"]
-    arguments = dict.fromkeys(floats, "*fp32:16") | {"mask": "*u8:16"}
-    arguments |= dict.fromkeys(kernel.arg_names, "i32") | arguments
-    if isinstance(launch, Gradient):
-        constants |= launch.constexprs(geometry, precision)
-    elif isinstance(launch, Walk):
-        constants |= {"ACTIVATION": "tanh", **launch.constexprs(precision)}
-    else:
-        constants["BLOCK"] = ADD_BLOCK
-    if not masked:
-        constants["mask"] = None
+    constants |= {"ACTIVATION": "tanh", **launch.constexprs(geometry, precision)}
+    packed = geometry.tiles is not None
+    constants |= {} if masked else {"mask": None}
+    constants |= {} if packed else {"start": None}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature = {name: arguments[name] for name in kernel.arg_names if name not in constants}
-    parts = [kernel.__name__.removesuffix("_kernel"), "memory", *map(str, sizes), precision]
+    sizes = map(str, geometry.sizes)
+    parts = [kernel.__name__.removesuffix("_kernel"), "memory", *sizes, precision]
     parts += [] if masked else ["dense"]
-    if launch is None:
-        return Case("_".join(parts), kernel, signature, constants, {})
-    if launch not in (WALKS[0], GRADIENTS[0]):
+    parts += ["packed"] if packed else []
+    built_in = walks(precision, packed=packed)[0], gradients(packed=packed)[0]
+    if launch not in built_in:
         parts += [f"{name}{value}" for name, value in asdict(launch).items()]
     return Case("_".join(parts), kernel, signature, constants, launch.options)
 
 
-COMPILE_CASES = [
-    *(
-        _case(kernel, sizes, precision, launch, masked=masked)
-        for kernel, launches in (
-            (forward_kernel, WALKS),
-            (delta_kernel, WALKS),
-            (gradient_kernel, GRADIENTS),
-        )
-        for launch in launches
+def _row_cases() -> Iterator[Case]:
+    """Every launch on rows of the arena."""
+    for kernel in (forward_kernel, delta_kernel, gradient_kernel):
         for sizes, precision, masked in (
             ((17, 128, 128, 6), "ieee", True),
             ((17, 128, 128, 6), "tf32", True),
             ((17, 128, 128, 6), "tf32x3", True),
             ((17, 64, 64, 1), "tf32x3", False),
             ((100, 128, 64, 128, 20), "ieee", True),
-        )
-        # Smaller than others of the same launch.
-        if masked or launch is launches[0]
+        ):
+            geometry = Geometry.of_sizes(sizes, masked=masked)
+            walking = kernel is not gradient_kernel
+            launches = walks(precision, packed=False) if walking else gradients(packed=False)
+            # Without a mask it is smaller than others of the same launch.
+            for launch in launches if masked else launches[:1]:
+                yield case(kernel, geometry, precision, launch, masked=masked)
+
+
+_ADD = Case(
+    "add_memory_4_64_64_2_ieee",
+    add_kernel,
+    dict.fromkeys(("partial", "target"), "*fp32:16")
+    | dict.fromkeys(("splits", "size", "target_row"), "i32"),
+    {
+        name: value
+        for name, value in Geometry.of_sizes((4, 64, 64, 2), masked=True).constexprs.items()
+        if name in add_kernel.arg_names
+    }
+    | {"BLOCK": ADD_BLOCK},
+    {},
+)
+
+COMPILE_CASES = [
+    *_row_cases(),
+    case(
+        gradient_kernel,
+        Geometry.of_sizes((17, 256, 256, 6), masked=True),
+        "ieee",
+        gradients(packed=False)[0],
     ),
-    _case(gradient_kernel, (17, 256, 256, 6), "ieee", GRADIENTS[0]),
-    _case(add_kernel, (4, 64, 64, 2), "ieee"),
+    _ADD,
 ]

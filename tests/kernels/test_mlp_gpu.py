@@ -10,7 +10,7 @@ from sparse_tickets.kernels.mlp import cost, mlp, plan, reference
 
 pytest.importorskip("triton")
 
-from sparse_tickets.kernels.mlp import fused_gpu, gpu, split_gpu
+from sparse_tickets.kernels.mlp import fused_gpu, gpu, passes_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -110,7 +110,7 @@ def test_any_number_of_samples(samples, to_input):
 
 
 def test_the_gradients_of_many_samples_are_added(monkeypatch):
-    monkeypatch.setattr(gpu, "SPLIT_STRETCH", 64)
+    monkeypatch.setattr(passes_gpu, "SPLIT_STRETCH", 64)
     for sizes in THREE:
         assert_equals_float64(*population(sizes, samples=150), to_input=True)
 
@@ -293,11 +293,11 @@ def test_refuses_what_it_cannot_do():
 
 def test_stretches_are_whole_tiles_and_cover_the_samples():
     for samples in (1, 31, 64, 65, 130, 5000, 10**6):
-        for stretch in (gpu.FUSED_STRETCH, gpu.SPLIT_STRETCH):
-            splits, length = gpu.cut(samples, stretch)
-            assert 1 <= splits <= gpu.MOST_STRETCHES
+        for stretch in (passes_gpu.FUSED_STRETCH, passes_gpu.SPLIT_STRETCH):
+            splits, length = passes_gpu.cut(samples, stretch)
+            assert 1 <= splits <= passes_gpu.MOST_STRETCHES
             assert (splits - 1) * length < samples <= splits * length
-            assert length % split_gpu.WALKS[0].constexprs("tf32")["STEP"] == 0
+            assert length % passes_gpu.STRETCH_UNIT == 0
             for launch in fused_gpu.launches((16, 32, 16), packed=False):
                 assert length % launch.rows == 0
 

@@ -18,6 +18,10 @@ BACKENDS = ["reference", "cpu", pytest.param("triton", marks=needs_triton)]
 TOLERANCE = 32 * torch.finfo(torch.float32).eps
 
 
+SPLIT = ((3, 70, 2), (3, 130, 2))
+"""A network through memory, and one layer by layer."""
+
+
 @pytest.fixture(autouse=True)
 def _poisoned():
     """Fill what `torch.empty` returns with NaN, so that an entry nobody wrote shows."""
@@ -102,10 +106,59 @@ def test_forward_and_gradients_equal_float64(sizes, activation, backend):
 
 
 @needs_triton
-@pytest.mark.parametrize("sizes", [(3, 9, 2), (3, 70, 2), (2, 3, 4, 4, 3, 2)])
-def test_layer_by_layer(sizes):
-    """Asked for the input's gradient, or too wide or too deep."""
-    assert_equals_float64("triton", *population(sizes, samples=18), to_input=True)
+@pytest.mark.parametrize("to_input", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "activation"),
+    [
+        # Through memory, for the input's gradient, or too wide or too deep; then layer by layer.
+        ((3, 9, 2), "tanh"),
+        ((3, 70, 2), "relu"),
+        ((2, 3, 4, 4, 3, 2), "relu"),
+        ((90, 33, 100), "tanh"),
+        ((3, 130, 2), "tanh"),
+        ((140, 5, 3), "relu"),
+    ],
+)
+def test_through_memory_and_layer_by_layer(sizes, activation, to_input):
+    problem = population(sizes, samples=18, activation=activation)
+    assert_equals_float64("triton", *problem, to_input=to_input)
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", SPLIT)
+def test_the_gradients_of_many_samples_are_added(sizes, monkeypatch):
+    from sparse_tickets.kernels.mlp import passes_gpu
+
+    monkeypatch.setattr(passes_gpu, "SPLIT_STRETCH", 64)
+    assert_equals_float64("triton", *population(sizes, samples=150), to_input=True)
+    assert_equals_float64("triton", *population(sizes, critic=(3, 17, 1), samples=70))
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", SPLIT)
+@pytest.mark.parametrize(("density", "spare"), [(0.0, 0), (0.0, 3), (1.0, 0)])
+def test_all_or_nothing_through_memory(sizes, density, spare):
+    assert_equals_float64("triton", *population(sizes, density, spare=spare), to_input=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("sizes", SPLIT)
+def test_pruned_tiles_and_tickets_through_memory(sizes):
+    """The second ticket lost all, the first a row and a column of tiles."""
+    arena, net, weight, mask, *others = population(sizes)
+    net.weight(mask, 0)[0, :64] = False
+    net.weight(mask, 1)[0, :, 64:] = False
+    mask[1] = False
+    weight[:, : arena.prunable].masked_fill_(~mask, 0)
+    assert_equals_float64("triton", arena, net, weight, mask, *others, to_input=True)
+
+
+@needs_triton
+@pytest.mark.parametrize(("tickets", "samples"), [(2, 0), (0, 5), (1, 1), (2, 33)])
+def test_any_number_of_samples_through_memory(tickets, samples):
+    for sizes in SPLIT:
+        problem = population(sizes, tickets=tickets, samples=samples)
+        assert_equals_float64("triton", *problem, to_input=True)
 
 
 @needs_triton
@@ -128,8 +181,10 @@ def test_in_one_launch_where_no_gradient_is_asked_for(sizes):
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter multiplies exactly")
-def test_other_precisions():
-    assert_equals_float64("triton", *population((3, 9, 2)), precision="tf32x3")
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("sizes", [(3, 9, 2), *SPLIT])
+def test_other_precisions(sizes, precision):
+    assert_equals_float64("triton", *population(sizes), precision=precision, to_input=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -167,11 +222,14 @@ def test_another_network_beside_it(samples, backend):
 
 
 @needs_triton
-def test_a_ticket_does_not_see_its_batch():
-    arena, net, weight, mask, width, x, dy = population((3, 9, 2), tickets=3, samples=70)
+@pytest.mark.parametrize("sizes", [(3, 9, 2), *SPLIT])
+def test_a_ticket_does_not_see_its_batch(sizes):
+    arena, net, weight, mask, width, x, dy = population(sizes, tickets=3, samples=70)
+    to_input = sizes in SPLIT
 
     def part(rows):
-        results, _ = run("triton", arena, net, weight[rows], mask[rows], width, x[rows], dy[rows])
+        problem = arena, net, weight[rows], mask[rows], width, x[rows], dy[rows]
+        results, _ = run("triton", *problem, to_input=to_input)
         return results
 
     together = part(slice(None))
@@ -183,13 +241,14 @@ def test_a_ticket_does_not_see_its_batch():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @needs_triton
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
-def test_nan_of_one_ticket_stays_there(activation):
-    problem = population((3, 9, 2), activation=activation)
+@pytest.mark.parametrize("sizes", [(3, 9, 2), *SPLIT])
+def test_nan_of_one_ticket_stays_there(sizes, activation):
+    problem = population(sizes, activation=activation)
     arena, _, weight, mask, *_ = problem
     weight[1, : arena.prunable].masked_fill_(mask[1], torch.nan)
-    (y, dvalues, drest), _ = run("triton", *problem)
-    assert y[1].isnan().all()
-    for tensor in (y, dvalues, drest):
+    results, _ = run("triton", *problem, to_input=sizes in SPLIT)
+    assert results[0][1].isnan().all()
+    for tensor in results:
         assert tensor[0].isfinite().all()
 
 
@@ -215,8 +274,9 @@ def test_strided_and_expanded_inputs():
 
 
 @needs_triton
-def test_a_pattern_changed_before_the_backward_pass_raises():
-    arena, net, weight, mask, width, x, _ = population((3, 9, 2))
+@pytest.mark.parametrize("sizes", [(3, 9, 2), *SPLIT])
+def test_a_pattern_changed_before_the_backward_pass_raises(sizes):
+    arena, net, weight, mask, width, x, _ = population(sizes)
     device = device_of("triton")
     pattern = build_pattern(mask.to(device), arena.prunable_layers(), width=width)
     values = pack(weight.to(device), pattern).requires_grad_()
@@ -287,9 +347,33 @@ def test_plan_says_what_runs():
             ((4, 64, 33), {}),
             ((4, 64, 2), {"to_input": True}),
         ):
-            assert "one launch takes the place" in reason("triton", *sizes, **options)
-        assert reason("triton", 4, 128, 2).startswith("layer by layer as linear_packed: ")
-        assert reason("triton", 4, 64, 2, precision="tf32").startswith("layer by layer")
+            found = reason("triton", *sizes, **options)
+            assert "in registers, or in memory where a backward pass reads them" in found
+            assert "a launch for the deltas" in found
+        walked = "forward in one launch with activations in memory"
+        assert reason("triton", 4, 128, 2).startswith(walked)
+        assert reason("triton", 4, 64, 2, precision="tf32").startswith(walked)
+        assert reason("triton", 4, 129, 2).startswith("forward layer by layer; deltas layer by")
+        assert reason("triton", 4, 129, 2).endswith("tiles expanded in registers")
+
+
+@needs_triton
+def test_routes():
+    from sparse_tickets.kernels.mlp import gpu
+
+    def route(*sizes, precision="ieee", activation="tanh", to_input=False):
+        net = Arena.build(sizes, activation=activation).actor
+        chosen = gpu.choose(net, precision, to_input=to_input, packed=True)
+        return chosen.forward, chosen.backward
+
+    assert route(4, 64, 64, 2) == ("fused", "fused")
+    assert route(4, 64, 64, 2, to_input=True) == ("fused", "split")
+    assert route(4, 64, 64, 2, activation="relu") == ("fused", "split")
+    assert route(17, 64, 64, 64, 6) == ("fused", "split")
+    assert route(4, 64, 33) == ("fused", "split")
+    assert route(4, 64, 64, 2, precision="tf32x3") == ("walk", "split")
+    assert route(4, 128, 128, 2) == ("walk", "split")
+    assert route(4, 256, 256, 2) == ("layers", "layers")
 
 
 def test_refuses_what_it_cannot_do():

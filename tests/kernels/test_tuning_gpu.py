@@ -143,10 +143,12 @@ CASES: dict[str, tuple[Any, str, Callable]] = {
     "mlp.forward": (split_gpu, "forward_kernel", _network((3, 70, 2), 37)),
     "mlp.deltas": (split_gpu, "delta_kernel", _network((3, 70, 2), 37)),
     "mlp.gradient": (split_gpu, "gradient_kernel", _network((3, 130, 2), 37)),
-    "mlp.packed_forward": (
+    "mlp.packed_fused_forward": (
         fused_gpu, "forward_kernel", _network((3, 17, 9, 2), 37, packed=True)),
-    "mlp.packed_backward": (
+    "mlp.packed_fused_backward": (
         fused_gpu, "backward_kernel", _network((3, 17, 9, 2), 37, packed=True)),
+    "mlp.packed_gradient": (
+        split_gpu, "gradient_kernel", _network((3, 130, 2), 37, packed=True)),
     "rollout.act": (rollout_gpu, "_act_kernel", _rollout),
     "rollout.judge": (policy_gpu, "_judge_kernel", _rollout),
     "ppo.loss": (loss_gpu, "_loss_kernel", _ppo),
@@ -214,13 +216,14 @@ def _assert_launched(launched: list, launch: Any) -> None:
     names = {"warps": "num_warps", "stages": "num_stages"}
     found = []
     for _, options in launched:
-        if fields.get("tile"):
-            found.append(max(options["TILES"]) == fields["tile"])
+        sides = fields.get("tile") or fields.get("cols")
+        if sides:
+            found.append(max(options["SIDES"]) == sides)
         found.append(
             all(
                 options[names.get(name, name.upper())] == value
                 for name, value in fields.items()
-                if name != "tile"
+                if name not in ("tile", "cols")
             )
         )
     assert any(found)

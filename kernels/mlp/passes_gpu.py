@@ -1,0 +1,458 @@
+"""The launches of a network's passes, one way for weights in rows of the arena and for packed ones.
+
+`Weights` says where a network's parameters lie; `forward` and `backward` run a route over them. How
+the samples are cut follows from their number and the shape of the network alone, never from P or
+from how many weights are left; so do the launches, measured (`kernels.tuning`) or not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+from ..arena import Net
+from ..tuning import prefer
+from . import fused_gpu, split_gpu
+from .geometry import Geometry
+
+__all__ = [
+    "COMPILE_CASES",
+    "Route",
+    "Stretch",
+    "Weights",
+    "backward",
+    "cut",
+    "cut_as_measured",
+    "forward",
+    "with_rows",
+]
+
+Launch = TypeVar("Launch")
+
+COMPILE_CASES = [*fused_gpu.COMPILE_CASES, *split_gpu.COMPILE_CASES]
+
+FUSED_STRETCH = 64
+"""Samples whose gradient a program sums up, unless that took more than `MOST_STRETCHES`.
+
+At 60 tickets and 128 samples that makes 120 programs, about one per multiprocessor of an H100.
+"""
+
+SPLIT_STRETCH = 512
+"""The same where a layer's tiles are programs of their own."""
+
+STRETCH_UNIT = 32
+"""Samples that a tile of any kernel divides."""
+
+MOST_STRETCHES = 16
+"""Beyond it their sums would cost more traffic than the samples do."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which kernels run.
+
+    Attributes:
+        forward: ``fused`` in registers, ``walk`` through memory in one launch too, or ``layers``.
+        backward: ``fused`` with the forward pass recomputed, or ``split``: deltas, then every
+            layer's weight gradient in one launch; ``layers`` makes the deltas layer by layer.
+    """
+
+    forward: Literal["fused", "walk", "layers"]
+    backward: Literal["fused", "split", "layers"]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What `cut` is asked for.
+
+    Attributes:
+        samples: whose gradient a program sums up.
+    """
+
+    samples: int
+
+
+@dataclass(frozen=True)
+class Weights(ABC):
+    """A network's parameters as the kernels take them; rows are contiguous, all else is strided.
+
+    Attributes:
+        net: the network.
+        geometry: its constants.
+        weight: ``[P, size]`` float32: rows of the arena, or packed values.
+        mask: uint8, or None: the mask, or the bits of packed weights as octets.
+        start: if packed, what precedes each tile; else None.
+        bias: ``[P, .]`` float32: the rows that hold the biases.
+    """
+
+    net: Net
+    geometry: Geometry
+    weight: Tensor
+    mask: Tensor | None
+    start: Tensor | None
+    bias: Tensor
+
+    @abstractmethod
+    def product(self, x: Tensor, layer: int, precision: str) -> Tensor:
+        """``[P, B, I] -> [P, B, O]`` by one layer, bias included."""
+
+    @abstractmethod
+    def dx(self, dy: Tensor, layer: int, precision: str) -> Tensor:
+        """``[P, B, O] -> [P, B, I]``, the gradient of a layer's input."""
+
+    @property
+    def pointers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of weights, mask and tiles."""
+        return self.weight, self.mask, self.start
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Of `pointers`, from ticket to ticket."""
+        return self.weight.stride(0), _stride(self.mask), _stride(self.start)
+
+
+def forward(
+    weights: Weights,
+    x: Tensor,
+    route: str,
+    precision: str,
+    keep: bool,
+    y: Tensor | None = None,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``[P, B, I] -> [P, B, O]``.
+
+    Args:
+        weights: of the network.
+        x: ``[P, B, I]`` float32, as all tensors here.
+        route: see `Route.forward`.
+        precision: of the products.
+        keep: return the hidden activations, which every backward pass but the fused one needs.
+        y: ``[P, B, O]`` contiguous, written and returned.
+        hidden: ``[P, B, sum of hidden sizes]`` contiguous; written, unless the pass is fused.
+
+    Returns:
+        y, and the hidden activations if ``keep``, else None.
+    """
+    x = with_rows(x)
+    tickets, samples, _ = x.shape
+    if route == "fused" and keep:
+        route = "walk"
+    if y is None:
+        y = x.new_empty(tickets, samples, weights.net.sizes[-1])
+    if hidden is None:
+        hidden = x.new_empty(tickets, samples, 0 if route == "fused" else weights.geometry.hidden)
+    if y.numel():
+        run = {"fused": _forward_fused, "walk": _forward_walk, "layers": _forward_layers}[route]
+        with torch.cuda.device_of(x):
+            run(weights, x, precision, y, hidden)
+    return y, hidden if keep else None
+
+
+def backward(
+    weights: Weights,
+    dy: Tensor,
+    x: Tensor,
+    route: str,
+    precision: str,
+    hidden: Tensor | None,
+    dx: Tensor | None,
+    targets: tuple[Tensor, Tensor],
+    stretches: tuple[int, int],
+) -> None:
+    """Write ``dx``, unless None, and a row of the parameters' gradients per ticket and stretch.
+
+    Args:
+        weights: of the network.
+        dy: ``[P, B, O]``; P and B are not 0.
+        x: ``[P, B, I]``.
+        route: see `Route.backward`.
+        precision: of the products.
+        hidden: what `forward` kept; recomputed if it is needed and None.
+        dx: ``[P, B, I]``, contiguous; the fused pass has none.
+        targets: rows laid out like ``weights.weight`` and ``weights.bias``, of which the network's
+            entries are written.
+        stretches: how many there are, and the samples of all but the last; see `cut`.
+    """
+    dy, x = with_rows(dy), with_rows(x)
+    with torch.cuda.device_of(x):
+        if route == "fused":
+            _backward_fused(weights, dy, x, targets, stretches)
+            return
+        if hidden is None:
+            hidden = x.new_empty(*x.shape[:2], weights.geometry.hidden)
+            walk = "walk" if route == "split" else "layers"
+            forward(weights, x, walk, precision, True, hidden=hidden)
+        deltas = torch.empty_like(hidden)
+        down = _deltas_walk if route == "split" else _deltas_layers
+        down(weights, dy, precision, hidden, deltas, dx)
+        _gradient(weights, dy, x, precision, hidden, deltas, targets, stretches)
+
+
+def _forward_fused(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:
+    tickets, samples, _ = x.shape
+    geometry, activation = weights.geometry, weights.net.activation
+    launches = fused_gpu.launches(geometry.blocks, packed=geometry.tiles is not None)
+    launch = _prefer_launch(launches, "fused_forward", x, geometry, activation)
+    fused_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
+        x,
+        *weights.pointers,
+        weights.bias,
+        y,
+        samples,
+        x.stride(0),
+        x.stride(1),
+        *weights.strides,
+        weights.bias.stride(0),
+        **geometry.constexprs,
+        BLOCKS=geometry.blocks,
+        ACTIVATION=activation,
+        **launch.constexprs,
+        **launch.options,
+    )
+
+
+def _forward_walk(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:
+    tickets, samples, _ = x.shape
+    geometry = weights.geometry
+    launches = split_gpu.walks(precision, packed=geometry.tiles is not None)
+    launch = _prefer_launch(launches, "forward", x, geometry, precision)
+    split_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
+        x,
+        *weights.pointers,
+        weights.bias,
+        y,
+        hidden,
+        samples,
+        x.stride(0),
+        x.stride(1),
+        *weights.strides,
+        weights.bias.stride(0),
+        **geometry.constexprs,
+        HIDDEN=geometry.hidden,
+        ACTIVATION=weights.net.activation,
+        PRECISION=precision,
+        **launch.constexprs(geometry, precision),
+        **launch.options,
+    )
+
+
+def _forward_layers(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:
+    inputs = x
+    for layer, place in enumerate(_places(weights.net, hidden)):
+        inputs = weights.product(inputs, layer, precision)
+        if weights.net.activation == "tanh":
+            inputs = torch.tanh(inputs, out=place)
+        else:
+            inputs = torch.clamp_min(inputs, 0, out=place)
+    y.copy_(weights.product(inputs, weights.net.depth - 1, precision))
+
+
+def _backward_fused(
+    weights: Weights,
+    dy: Tensor,
+    x: Tensor,
+    targets: tuple[Tensor, Tensor],
+    stretches: tuple[int, int],
+) -> None:
+    tickets, samples, _ = x.shape
+    splits, stretch = stretches
+    geometry, activation = weights.geometry, weights.net.activation
+    launches = fused_gpu.launches(geometry.blocks, packed=geometry.tiles is not None)
+    launch = _prefer_launch(launches, "fused_backward", x, geometry, activation)
+    fused_gpu.backward_kernel[(tickets, splits)](
+        dy,
+        x,
+        *weights.pointers,
+        weights.bias,
+        *targets,
+        samples,
+        stretch,
+        dy.stride(0),
+        dy.stride(1),
+        x.stride(0),
+        x.stride(1),
+        *weights.strides,
+        weights.bias.stride(0),
+        *(target.stride(0) for target in targets),
+        **geometry.constexprs,
+        BLOCKS=geometry.blocks,
+        ACTIVATION=activation,
+        **launch.constexprs,
+        **launch.options,
+    )
+
+
+def _deltas_walk(
+    weights: Weights,
+    dy: Tensor,
+    precision: str,
+    hidden: Tensor,
+    deltas: Tensor,
+    dx: Tensor | None,
+) -> None:
+    tickets, samples, _ = dy.shape
+    geometry = weights.geometry
+    constants = geometry.constexprs
+    del constants["BIASES"]
+    launches = split_gpu.walks(precision, packed=geometry.tiles is not None)
+    launch = _prefer_launch(launches, "deltas", dy, geometry, precision)
+    split_gpu.delta_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
+        dy,
+        *weights.pointers,
+        hidden,
+        deltas,
+        dx,
+        samples,
+        dy.stride(0),
+        dy.stride(1),
+        *weights.strides,
+        **constants,
+        HIDDEN=geometry.hidden,
+        ACTIVATION=weights.net.activation,
+        PRECISION=precision,
+        **launch.constexprs(geometry, precision),
+        **launch.options,
+    )
+
+
+def _deltas_layers(
+    weights: Weights,
+    dy: Tensor,
+    precision: str,
+    hidden: Tensor,
+    deltas: Tensor,
+    dx: Tensor | None,
+) -> None:
+    net, delta = weights.net, dy
+    layers = zip(_places(net, hidden), _places(net, deltas), strict=True)
+    for layer, (y, place) in reversed(list(enumerate(layers, 1))):
+        above = weights.dx(delta, layer, precision)
+        if net.activation == "tanh":
+            delta = torch.ops.aten.tanh_backward.grad_input(above, y, grad_input=place)
+        else:
+            delta = torch.ops.aten.threshold_backward.grad_input(above, y, 0, grad_input=place)
+    if dx is not None:
+        dx.copy_(weights.dx(delta, 0, precision))
+
+
+def _gradient(
+    weights: Weights,
+    dy: Tensor,
+    x: Tensor,
+    precision: str,
+    hidden: Tensor,
+    deltas: Tensor,
+    targets: tuple[Tensor, Tensor],
+    stretches: tuple[int, int],
+) -> None:
+    tickets, samples, _ = x.shape
+    splits, stretch = stretches
+    geometry = weights.geometry
+    launches = split_gpu.gradients(packed=geometry.tiles is not None)
+    launch = _prefer_launch(launches, "gradient", x, geometry, precision)
+    cut_layers = launch.constexprs(geometry, precision)
+    split_gpu.gradient_kernel[(tickets * sum(cut_layers["COUNTS"]), splits)](
+        dy,
+        x,
+        hidden,
+        deltas,
+        weights.mask,
+        weights.start,
+        *targets,
+        samples,
+        stretch,
+        dy.stride(0),
+        dy.stride(1),
+        x.stride(0),
+        x.stride(1),
+        *weights.strides[1:],
+        *(target.stride(0) for target in targets),
+        **geometry.constexprs,
+        **cut_layers,
+        HIDDEN=geometry.hidden,
+        PRECISION=precision,
+        **launch.options,
+    )
+
+
+def cut(samples: int, stretch: int) -> tuple[int, int]:
+    """How many stretches the samples make, and the length of all but the last: whole tiles."""
+    splits = min(triton.cdiv(samples, stretch), MOST_STRETCHES)
+    length = triton.cdiv(triton.cdiv(samples, splits), STRETCH_UNIT) * STRETCH_UNIT
+    return triton.cdiv(samples, length), length
+
+
+def cut_as_measured(x: Tensor, geometry: Geometry, route: str) -> tuple[int, int]:
+    """`cut` of the samples of ``x [P, B, I]`` for a route's backward pass, or as was measured."""
+    stretch = FUSED_STRETCH if route == "fused" else SPLIT_STRETCH
+    samples = triton.next_power_of_2(x.shape[1])
+    among = _stretches(samples, stretch)
+    chosen = prefer(
+        among[0],
+        "mlp.stretch",
+        x.device,
+        among=among,
+        layers=geometry.label,
+        packed=geometry.tiles is not None,
+        built_in=f"{stretch}",
+        samples=samples,
+    )
+    return cut(x.shape[1], chosen.samples)
+
+
+@cache
+def _stretches(samples: int, default: int) -> tuple[Stretch, ...]:
+    """The default, and its neighbours that cut the samples otherwise."""
+    found: dict[object, Stretch] = {}
+    for stretch in (default, default // 2, default * 2, default // 4, default * 4):
+        if stretch >= STRETCH_UNIT:
+            found.setdefault(cut(samples, stretch), Stretch(stretch))
+    return tuple(found.values())
+
+
+def _prefer_launch(
+    launches: Sequence[Launch], kernel: str, x: Tensor, geometry: Geometry, kind: str
+) -> Launch:
+    """The first of these, or what was measured on this device for such a network.
+
+    Args:
+        launches: what the kernel can be launched with.
+        kernel: its name in `kernels.tuning`, but for what tells packed weights.
+        x: ``[P, B, ...]``, whose device and B count.
+        geometry: of the network.
+        kind: the activation, or the precision, where the launch may depend on it.
+    """
+    if len(launches) == 1:
+        return launches[0]
+    return prefer(
+        launches[0],
+        f"mlp.{kernel}" if geometry.tiles is None else f"mlp.packed_{kernel}",
+        x.device,
+        among=launches,
+        layers=geometry.label,
+        kind=kind,
+        masked=any(geometry.masked),
+        samples=x.shape[1],
+    )
+
+
+def _places(net: Net, hidden: Tensor) -> list[Tensor]:
+    """Views ``[P, B, size]`` of the hidden layers."""
+    return list(hidden.split(list(net.sizes[1:-1]), dim=2)) if net.depth > 1 else []
+
+
+def with_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, with contiguous rows: the kernels stride all else."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
