@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_tickets.algos import ppo
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.algos.replay import can_replay_cloning, replayed
 from sparse_tickets.envs import make_env
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
@@ -208,28 +209,70 @@ def train(
         budget.iterations,
         rewind_iteration,
     )
-    updates = budget.epochs * budget.minibatches
-    config = CloneConfig(
-        updates=updates, batch=budget.batch // budget.minibatches, max_norm=budget.max_norm
-    )
+    iterate = _Iteration(budget, population, key, dataset, assignment, first_iteration)
+    advance: Callable[[], None] = iterate
+    if can_replay_cloning(population):
+        iterate.keep_count_on_device()
+        advance = replayed(iterate)
     for iteration in range(first_iteration, budget.iterations):
         evaluator.before(iteration)
-        learning_rate = torch.full(
-            (len(population),), budget.learning_rate_at(iteration), device=key.device
-        )
-        clone_update_(
-            population.parameters,
-            population.arena,
-            dataset.obs,
-            dataset.target,
-            assignment,
-            key,
-            iteration * updates,
-            learning_rate,
-            config,
-            density=population.density,
-        )
+        iterate.learning_rate.fill_(budget.learning_rate_at(iteration))
+        advance()
         evaluator.after(iteration)
         if on_iteration is not None:
             on_iteration(len(population) * budget.batch)
     return evaluator.result((budget.iterations - first_iteration) * budget.batch)
+
+
+class _Iteration:
+    """As many updates as PPO makes of a rollout; each call goes on from the last.
+
+    Args:
+        budget: the PPO settings whose budget is matched.
+        population: changed in place.
+        key: ``[P]`` int64.
+        dataset: the experts' transitions.
+        assignment: ``[P]`` int64, which expert each ticket imitates.
+        first: number of the first iteration.
+
+    Attributes:
+        learning_rate: ``[P]`` of the next call.
+    """
+
+    def __init__(
+        self,
+        budget: ppo.PPO,
+        population: Population,
+        key: Tensor,
+        dataset: Dataset,
+        assignment: Tensor,
+        first: int,
+    ) -> None:
+        updates = budget.epochs * budget.minibatches
+        self._config = CloneConfig(
+            updates=updates, batch=budget.batch // budget.minibatches, max_norm=budget.max_norm
+        )
+        self._population, self._key = population, key
+        self._dataset, self._assignment = dataset, assignment
+        self._update: int | Tensor = first * updates
+        self.learning_rate = torch.empty(len(population), device=key.device)
+
+    def keep_count_on_device(self) -> None:
+        """Count updates in a tensor, so that a captured CUDA graph counts on."""
+        self._update = torch.as_tensor(self._update, device=self._key.device)
+
+    def __call__(self) -> None:
+        clone_update_(
+            self._population.parameters,
+            self._population.arena,
+            self._dataset.obs,
+            self._dataset.target,
+            self._assignment,
+            self._key,
+            self._update,
+            self.learning_rate,
+            self._config,
+            density=self._population.density,
+        )
+        # In place: a replay looks where the capture did.
+        self._update += self._config.updates

@@ -13,10 +13,10 @@ from typing import TypeGuard
 import torch
 
 from sparse_tickets.envs import ClassicEnv, Env
-from sparse_tickets.kernels import ppo, rollout
+from sparse_tickets.kernels import imitation, ppo, rollout
 from sparse_tickets.population import Population
 
-__all__ = ["can_replay", "replayed"]
+__all__ = ["can_replay", "can_replay_cloning", "replayed"]
 
 SWITCH = "SPARSE_TICKETS_GRAPHS"
 """Environment variable; 0 launches every kernel by itself."""
@@ -28,16 +28,29 @@ def can_replay(env: Env, population: Population) -> TypeGuard[ClassicEnv]:
     Raises:
         ValueError: ``SPARSE_TICKETS_GRAPHS`` is neither 0 nor 1.
     """
-    switch = os.environ.get(SWITCH, "1")
-    if switch not in ("0", "1"):
-        raise ValueError(f"{SWITCH} must be 0 or 1, got {switch!r}")
-    if switch == "0" or env.device.type != "cuda" or not isinstance(env, ClassicEnv):
+    if not (_is_wanted(env.device) and isinstance(env, ClassicEnv)):
         return False
     plans = (
         rollout.plan(population.arena, env, env.device, density=population.density),
         ppo.plan(population.arena, env.device, density=population.density),
     )
     return all(plan.backend == "triton" for plan in plans)
+
+
+def can_replay_cloning(population: Population) -> bool:
+    """Whether an iteration of cloning is; see `can_replay`."""
+    device = population.parameters.weight.device
+    if not _is_wanted(device):
+        return False
+    plan = imitation.plan(population.arena, device, density=population.density)
+    return plan.backend == "triton"
+
+
+def _is_wanted(device: torch.device) -> bool:
+    switch = os.environ.get(SWITCH, "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"{SWITCH} must be 0 or 1, got {switch!r}")
+    return switch == "1" and device.type == "cuda"
 
 
 def replayed(step: Callable[[], None]) -> Callable[[], None]:
