@@ -48,6 +48,23 @@ class Copies:
     elapsed: Tensor
     clock: int | Tensor
 
+    @staticmethod
+    def start(
+        task: Task,
+        copies: int,
+        offset: Tensor,
+        scale: Tensor,
+        key: Tensor,
+        stream: int,
+        draw: int,
+    ) -> Copies:
+        """Copies at the beginning of their first episodes, the ``draw``-th on a stream."""
+        state = offset.new_empty((len(key), copies, task.state_dim), dtype=torch.float64)
+        elapsed = torch.zeros_like(state[..., 0], dtype=torch.int32)
+        started = Copies(task, copies, offset, scale, stream, key, state, elapsed, clock=0)
+        started.state = started.draw_initial(key, stream, draw)
+        return started
+
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Act once in every copy; those whose episode ends restart within the same step.
 

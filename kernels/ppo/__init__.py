@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from ..arena import Arena, Parameters
 from ..dispatch import Plan, resolve_backend
@@ -170,25 +171,16 @@ def ppo_update_(
         )
     if config.normalise_advantage and samples == config.minibatches:
         raise ValueError("normalise_advantage needs minibatches of two samples or more, got 1")
-    with torch.no_grad():
-        if backend == "cpu":
-            from . import cpu
-
-            statistics = cpu.ppo_update_(
-                parameters, arena, batch, key, iteration, lr, config, float(density)
-            )
-            mark_written(parameters.weight, parameters.m, parameters.v, parameters.step)
-        else:
-            fused = backend == "triton" and parameters.weight.dtype == torch.float32
-            update = _load_gpu() if fused else reference.ppo_update_
-            statistics = update(parameters, arena, batch, key, iteration, lr, config)
+    device_iteration = iteration if isinstance(iteration, Tensor) else None
+    statistics = torch.ops.sparse_tickets.ppo_update_(
+        *(tensor.detach() for tensor in (*parameters, *batch, key, lr)),
+        device_iteration,
+        arena.code,
+        float(density),
+        iteration if device_iteration is None else 0,
+        *astuple(config),
+    )
     return Stats(*statistics.unbind())
-
-
-def _load_gpu() -> Any:
-    from . import gpu
-
-    return gpu.ppo_update_
 
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
@@ -229,3 +221,60 @@ def _check_batch(parameters: Parameters, arena: Arena, batch: Batch) -> None:
         if name != "action":
             check_dtype(name, tensor, weight.dtype)
         check_device(name, tensor, weight)
+
+
+def _update_impl(
+    weight: Tensor,
+    mask: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    obs: Tensor,
+    action: Tensor,
+    logp: Tensor,
+    value: Tensor,
+    advantage: Tensor,
+    target: Tensor,
+    key: Tensor,
+    lr: Tensor,
+    device_iteration: Tensor | None,
+    arena_code: list[int],
+    density: float,
+    iteration: int,
+    *numbers: Any,
+) -> Tensor:
+    parameters = Parameters(weight, mask, m, v, step)
+    batch = Batch(obs, action, logp, value, advantage, target)
+    arena, config = Arena.decode(tuple(arena_code)), PPOConfig(*numbers)
+    now = iteration if device_iteration is None else device_iteration
+    arguments = (parameters, arena, batch, key, now, lr, config)
+    backend = resolve_backend(weight.device)
+    if backend == "cpu":
+        from . import cpu
+
+        statistics = cpu.ppo_update_(*arguments, density)
+        mark_written(weight, m, v, step)
+        return statistics
+    if backend == "triton" and weight.dtype == torch.float32:
+        from . import gpu
+
+        return gpu.ppo_update_(*arguments)
+    return reference.ppo_update_(*arguments)
+
+
+_library = Library("sparse_tickets", "FRAGMENT")
+_library.define(
+    "ppo_update_(Tensor(a!) weight, Tensor mask, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, "
+    "Tensor obs, Tensor action, Tensor logp, Tensor value, Tensor advantage, Tensor target, "
+    "Tensor key, Tensor lr, Tensor? device_iteration, int[] arena_code, float density, "
+    "int iteration, int epochs, int minibatches, float clip, bool clip_value, float value_coef, "
+    "float entropy_coef, float? max_norm, bool normalise_advantage, float beta1, float beta2, "
+    "float eps) -> Tensor"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("ppo_update_", _update_impl, _key)
+
+
+@register_fake("sparse_tickets::ppo_update_", lib=_library)
+def _update_fake(weight, *_):
+    return weight.new_empty((len(Stats._fields), weight.shape[0]))

@@ -65,7 +65,7 @@ def ppo_update_(
                 eps=config.eps,
             )
             statistics[:, _NORM].add_(norm, alpha=share)
-    return statistics.mT
+    return statistics.mT.contiguous()
 
 
 def _gradient(

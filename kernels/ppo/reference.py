@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
+from ..dispatch import differentiating
 from ..mlp.reference import mlp
 from ..random import Stream, permutation
 from ..update import adam_
@@ -86,7 +87,7 @@ def ppo_update_(
         order = permutation(key, samples, stream=Stream.MINIBATCH, step=step)
         for index in order.split(samples // config.minibatches, dim=1):
             minibatch = type(batch)(*(field[row, index] for field in batch))
-            with torch.enable_grad():
+            with differentiating():
                 weight = parameters.weight.detach().requires_grad_()
                 total, measured = loss(weight, parameters.mask, arena, minibatch, config)
                 (grad,) = torch.autograd.grad(total.sum(), weight)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import Backend, Plan, resolve_backend
+from ..dynamics import check_task
 from ..errors import (
     check_device,
     check_dtype,
@@ -29,10 +30,11 @@ from ..errors import (
     check_shape,
     check_untransformed,
 )
+from ..memory import check_separate
 from ..mlp import composition
 from ..mlp.checks import check_density
-from ..random import Stream
-from . import reference
+from ..random import Stream, bits
+from . import reference, registration
 from .reference import Rollout
 
 __all__ = ["Rollout", "demonstrate", "evaluate", "plan", "rollout"]
@@ -56,7 +58,8 @@ def rollout(
         parameters: of P tickets.
         arena: their layout; without a critic, values are zero.
         env: P tickets times E copies, after ``env.reset``; advanced by T steps. To capture this
-            call in a CUDA graph ``env.clock`` must be a tensor.
+            call in a CUDA graph ``env.clock`` must be a tensor: then ``env.state``, ``env.elapsed``
+            and the clock change in place, and replays go on from one another if ``obs`` does.
         obs: ``[P, E, D]`` float32, the observations `env` returned last.
         key: ``[P]`` int64, for the actions.
         steps: T, at least 1 and below 2^31.
@@ -110,9 +113,8 @@ def demonstrate(
         TypeError, ValueError: see `rollout`.
     """
     actor = replace(arena, critic=None)
-    parameters = _detached(parameters)
     outcome, heads, obs = _run(parameters, actor, env, obs, key, steps, density, stream, True)
-    return outcome.obs, reference.targets(parameters, arena, heads), obs
+    return outcome.obs, reference.targets(parameters.weight.detach(), arena, heads), obs
 
 
 @torch.no_grad()
@@ -130,8 +132,8 @@ def evaluate(
 
     Episodes start from draws on `Stream.EVAL_RESET` with step ``index``, whatever was done with
     ``env`` before; sampled actions are drawn on `Stream.EVAL_ACTION`, step ``index * 2^20 + t``.
-    The environment is a workplace: reset it before using it for anything else. One of unknown
-    physics is reset with a key of two words drawn like the starts.
+    Where the physics is built in, ``env`` is left as it was. Another is a workplace: it is reset
+    with a key of two words drawn like the starts, and must be reset before any other use.
 
     Args:
         parameters: of P tickets.
@@ -152,17 +154,25 @@ def evaluate(
     """
     index = check_integer("index", index, 0, 1 << 43)
     _check(parameters, arena, env, key, density)
-    parameters = _detached(parameters)
-    backend, _ = _choose(replace(arena, critic=None), env, parameters.weight.device)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.evaluate(parameters, arena, env, key, index, greedy, density)
-    if backend == "triton":
-        from . import gpu
-
-        return gpu.evaluate(parameters, arena, env, key, index, greedy)
-    return reference.evaluate(parameters, arena, env, key, index, greedy)
+    weight = parameters.weight.detach()
+    if env.task is None:
+        low, high = bits(key, 2, stream=Stream.EVAL_RESET, step=index).unbind(1)
+        obs = env.reset(low | (high << 32))
+        return reference.evaluate(weight, arena, env, obs, key, index, greedy)
+    return torch.ops.sparse_tickets.evaluate(
+        weight,
+        parameters.mask,
+        key,
+        env.offset,
+        env.scale,
+        arena.code,
+        env.task.name,
+        env.task.time_limit,
+        env.copies,
+        index,
+        bool(greedy),
+        float(density),
+    )
 
 
 def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) -> Plan:
@@ -189,19 +199,12 @@ def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) 
 
 def _choose(arena: Arena, env: Any, device: torch.device) -> tuple[Backend, str]:
     """Backend of a rollout, and why: what is not fused runs as the reference's loop."""
+    if env.task is not None:
+        return registration.choose(arena.nets, device)
     backend = resolve_backend(device)
     if backend == "reference":
         return backend, composition(backend)
-    if env.task is None:
-        return "reference", f"a loop of torch ops: the physics of {env.spec.name} is not built in"
-    if backend == "cpu":
-        return backend, "policy and physics fused; compressed rows where they beat tiles"
-    from .policy_gpu import misfit
-
-    obstacle = misfit(arena)
-    if obstacle is not None:
-        return "reference", f"a loop of torch ops: {obstacle}"
-    return backend, "policy and physics fused, a program per copy, weights in registers"
+    return "reference", f"a loop of torch ops: the physics of {env.spec.name} is not built in"
 
 
 def _run(
@@ -221,23 +224,44 @@ def _run(
     check_device("obs", obs, parameters.weight)
     steps = check_integer("steps", steps, 1, 1 << 31)
     stream = check_integer("stream", stream, 0, 1 << 32)
-    if env.task is not None:
-        _check_copies(env, obs)
-    parameters, obs = _detached(parameters), obs.detach()
-    backend, _ = _choose(arena, env, parameters.weight.device)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.rollout(parameters, arena, env, obs, key, steps, density, stream, keep_heads)
-    if backend == "triton":
-        from . import gpu
-
-        return gpu.rollout(parameters, arena, env, obs, key, steps, stream, keep_heads)
-    return reference.rollout(parameters, arena, env, obs, key, steps, stream)
-
-
-def _detached(parameters: Parameters) -> Parameters:
-    return parameters._replace(weight=parameters.weight.detach())
+    weight, obs = parameters.weight.detach(), obs.detach()
+    if env.task is None:
+        return reference.rollout(weight, arena, env, obs, key, steps, stream)
+    _check_copies(env, obs)
+    device_clock = env.clock if isinstance(env.clock, Tensor) else None
+    if device_clock is None:
+        contiguous = torch.contiguous_format
+        state, elapsed = (t.clone(memory_format=contiguous) for t in (env.state, env.elapsed))
+    else:
+        # Of a captured call every replay goes on from where the last one ended.
+        state, elapsed = env.state.contiguous(), env.elapsed.contiguous()
+        read = {"weight": weight, "mask": parameters.mask, "obs": obs, "key": key}
+        read |= {f"env.{name}": getattr(env, name) for name in ("key", "offset", "scale", "clock")}
+        check_separate({"env.state": state, "env.elapsed": elapsed}, read)
+    *fields, heads, obs = torch.ops.sparse_tickets.rollout(
+        weight,
+        parameters.mask,
+        obs,
+        key,
+        env.key,
+        state,
+        elapsed,
+        env.offset,
+        env.scale,
+        device_clock,
+        arena.code,
+        env.task.name,
+        env.task.time_limit,
+        env.clock if device_clock is None else 0,
+        steps,
+        stream,
+        int(env.reset_stream),
+        float(density),
+        keep_heads,
+    )
+    env.state, env.elapsed = state, elapsed
+    env.clock += steps
+    return Rollout(*fields), heads, obs
 
 
 def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density: float) -> None:
@@ -255,6 +279,13 @@ def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density:
         check_shape(name, tensor, shape)
         check_device(name, tensor, key)
     spec = env.spec
+    if env.task is not None:
+        check_task(env.task)
+        for name in ("offset", "scale"):
+            tensor = getattr(env, name)
+            check_dtype(f"env.{name}", tensor, torch.float32)
+            check_shape(f"env.{name}", tensor, (env.task.observation_dim,))
+            check_device(f"env.{name}", tensor, key)
     if spec.discrete != (arena.log_std is None):
         kind = "discrete" if spec.discrete else "continuous"
         raise ValueError(f"arena must be built for {kind} actions to act in {spec.name}")
@@ -269,16 +300,19 @@ def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density:
 
 
 def _check_copies(env: Any, obs: Tensor) -> None:
-    """Where the fused kernels take an environment's copies from, and leave them."""
+    """Where a rollout takes an environment's copies from, and leaves them."""
     if env.key is None:
         raise RuntimeError("env.reset must be called before rollout")
     check_untransformed("rollout", env.state)
     shape = tuple(obs.shape[:2])
-    for name, dtype, expected in (
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
         ("key", torch.int64, shape[:1]),
         ("state", torch.float64, (*shape, env.task.state_dim)),
         ("elapsed", torch.int32, shape),
-    ):
+    ]
+    if isinstance(env.clock, Tensor):
+        tensors.append(("clock", torch.int64, ()))
+    for name, dtype, expected in tensors:
         tensor = getattr(env, name)
         check_dtype(f"env.{name}", tensor, dtype)
         check_shape(f"env.{name}", tensor, expected)

@@ -7,14 +7,16 @@ autoreset. Nothing is shared between tickets, so the number of threads changes n
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from ..arena import Arena, Parameters
+from ..arena import Arena
+from ..dynamics import Task
+from ..dynamics.copies import Copies
 from ..dynamics.cpu import task_observe, task_reset, task_step
 from ..random import Stream
 from ..random.cpu import fill_normal, fill_uniform, pick
@@ -106,7 +108,7 @@ def _rollout_ticket(
     """All steps of one ticket; returns whether every action had a distribution to be drawn from."""
     steps, copies = seen.shape[:2]
     has_critic = critic.sizes.size > 0
-    keep_heads = heads.shape[0] > 0
+    keep_heads = heads.shape[2] > 0
     policy = prepare(row, mask, actor, copies)
     judge = prepare(row, mask, critic, copies)
     log_std = row[head.log_std : head.log_std + head.actions]
@@ -252,9 +254,10 @@ def _evaluate(begin, end, actor, head, world, weight, mask, key, index, greedy, 
 
 
 def rollout(
-    parameters: Parameters,
+    weight: Tensor,
+    mask: Tensor,
     arena: Arena,
-    env: Any,
+    env: Copies,
     obs: Tensor,
     key: Tensor,
     steps: int,
@@ -262,7 +265,10 @@ def rollout(
     stream: int,
     keep_heads: bool,
 ) -> tuple[Rollout, Tensor, Tensor]:
-    """See `reference.rollout`; the heads are empty unless ``keep_heads``."""
+    """See `reference.rollout`; the heads are ``[P, T, E, 0]`` unless ``keep_heads``.
+
+    ``env.state`` and ``env.elapsed`` change in place, ``env.clock`` does not.
+    """
     task = env.task
     tickets, copies, features = obs.shape
     shape = (tickets, steps, copies)
@@ -281,22 +287,22 @@ def rollout(
     )
     index = outcome.action if task.discrete else torch.empty((tickets, 0, 0), dtype=torch.int64)
     vector = torch.empty((tickets, 0, 0, 0)) if task.discrete else outcome.action
-    heads = torch.empty((*shape, actions) if keep_heads else (tickets, 0, 0, 0))
-    state, elapsed, obs = (_copy(tensor) for tensor in (env.state, env.elapsed, obs))
+    heads = torch.empty((*shape, actions if keep_heads else 0))
+    obs = obs.clone(memory_format=torch.contiguous_format)
     valid = np.ones(tickets, np.bool_)
     arguments = (
         network(arena.actor, arena, density, copies),
         _critic(arena, density, copies),
         _head(arena),
-        _world(env),
-        _array(parameters.weight),
-        _array(parameters.mask),
+        _world(env.task, env.offset, env.scale, env.reset_stream),
+        _array(weight),
+        _array(mask),
         _array(key),
         _array(env.key),
-        int(stream),
+        stream,
         int(env.clock),
-        state.numpy(),
-        elapsed.numpy(),
+        env.state.numpy(),
+        env.elapsed.numpy(),
         obs.numpy(),
         outcome.obs.numpy(),
         index.numpy(),
@@ -312,29 +318,31 @@ def rollout(
     )
     over_tickets(tickets, lambda _, begin, end: _rollout(begin, end, *arguments))
     _check(valid)
-    env.state, env.elapsed, env.clock = state, elapsed, env.clock + steps
     return outcome, heads, obs
 
 
 def evaluate(
-    parameters: Parameters,
+    weight: Tensor,
+    mask: Tensor,
     arena: Arena,
-    env: Any,
+    task: Task,
+    copies: int,
+    offset: Tensor,
+    scale: Tensor,
     key: Tensor,
     index: int,
     greedy: bool,
     density: float,
 ) -> Tensor:
-    """See `reference.evaluate`; ``env`` is left as it was."""
-    copies = env.copies
+    """See `sparse_tickets.kernels.rollout.evaluate`."""
     total = torch.empty((key.shape[0], copies))
     valid = np.ones(key.shape[0], np.bool_)
     arguments = (
         network(arena.actor, arena, density, copies),
         _head(arena),
-        _world(env),
-        _array(parameters.weight),
-        _array(parameters.mask),
+        _world(task, offset, scale, _EVAL_RESET),
+        _array(weight),
+        _array(mask),
         _array(key),
         index,
         greedy,
@@ -344,10 +352,6 @@ def evaluate(
     over_tickets(key.shape[0], lambda _, begin, end: _evaluate(begin, end, *arguments))
     _check(valid)
     return total
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -366,16 +370,15 @@ def _head(arena: Arena) -> _Head:
     return _Head(arena.actor.sizes[-1], log_std)
 
 
-def _world(env: Any) -> _World:
-    task, spec = env.task, env.spec
+def _world(task: Task, offset: Tensor, scale: Tensor, reset_stream: int) -> _World:
     return _World(
         task.id,
         task.state_dim,
         task.discrete,
         task.time_limit,
-        int(env.reset_stream),
-        np.array(spec.offset, np.float32),
-        np.array(spec.scale, np.float32),
+        int(reset_stream),
+        _array(offset),
+        _array(scale),
     )
 
 

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arena import Arena, Parameters
+from ..arena import Arena
 from ..compile import Case
 from ..dynamics import TASKS, Task
+from ..dynamics.copies import Copies
 from ..dynamics.gpu import load_state, store_state, task_initial, task_observe, task_step
-from ..errors import check_device, check_dtype, check_shape
 from ..random import Stream
 from ..random.gpu import box_muller, philox
 from .policy_gpu import (
@@ -323,19 +323,18 @@ def _signed(word: int) -> int:
 
 
 def rollout(
-    parameters: Parameters,
+    weight: Tensor,
     arena: Arena,
-    env: Any,
+    env: Copies,
     obs: Tensor,
     key: Tensor,
     steps: int,
     stream: int,
     keep_heads: bool,
 ) -> tuple[Rollout, Tensor, Tensor]:
-    """See `reference.rollout`; the heads are empty unless ``keep_heads``.
+    """See `reference.rollout`; the heads are ``[P, T, E, 0]`` unless ``keep_heads``.
 
-    ``env.state`` and ``env.elapsed`` change in place, and so does ``env.clock`` if it is a tensor:
-    a captured call goes on from where its last replay ended, if ``obs`` is given back to it.
+    ``env.state`` and ``env.elapsed`` change in place, ``env.clock`` does not.
     """
     task, device = env.task, obs.device
     tickets, copies, features = obs.shape
@@ -360,11 +359,10 @@ def rollout(
         truncated=empty(dtype=torch.bool),
         next_value=empty() if critic else torch.zeros(shape, device=device),
     )
-    heads = empty(actions) if keep_heads else None
+    heads = empty(actions if keep_heads else 0)
     final_obs = empty(features) if critic else None
     last_obs = torch.empty_like(obs, memory_format=torch.contiguous_format)
-    state, elapsed = env.state.contiguous(), env.elapsed.contiguous()
-    weight = parameters.weight.contiguous()
+    weight = weight.contiguous()
     if tickets:
         with torch.cuda.device_of(obs):
             _act_kernel[(tickets * copies,)](
@@ -372,11 +370,11 @@ def rollout(
                 key.contiguous(),
                 env.key.contiguous(),
                 clock_pointer,
-                state,
-                elapsed,
+                env.state,
+                env.elapsed,
                 obs.contiguous(),
-                env.offset,
-                env.scale,
+                env.offset.contiguous(),
+                env.scale.contiguous(),
                 outcome.obs,
                 outcome.action,
                 outcome.logp,
@@ -384,7 +382,7 @@ def rollout(
                 outcome.terminated,
                 outcome.truncated,
                 final_obs,
-                heads,
+                heads if keep_heads else None,
                 last_obs,
                 arena.size,
                 steps,
@@ -397,41 +395,44 @@ def rollout(
             )
     if tickets and critic is not None and final_obs is not None:
         judge(weight, critic, outcome, last_obs, final_obs)
-    env.state, env.elapsed = state, elapsed
-    env.clock += steps
-    return outcome, empty(0) if heads is None else heads, last_obs
+    return outcome, heads, last_obs
 
 
 def evaluate(
-    parameters: Parameters, arena: Arena, env: Any, key: Tensor, index: int, greedy: bool
+    weight: Tensor,
+    arena: Arena,
+    task: Task,
+    copies: int,
+    offset: Tensor,
+    scale: Tensor,
+    key: Tensor,
+    index: int,
+    greedy: bool,
 ) -> Tensor:
-    """See `reference.evaluate`; ``env`` is left as it was."""
-    tickets, copies = key.shape[0], env.copies
+    """See `sparse_tickets.kernels.rollout.evaluate`."""
+    tickets = key.shape[0]
     total = torch.empty((tickets, copies), device=key.device)
     if tickets:
         with torch.cuda.device_of(key):
             _evaluate_kernel[(tickets * copies,)](
-                parameters.weight.contiguous(),
+                weight.contiguous(),
                 key.contiguous(),
-                env.offset,
-                env.scale,
+                offset.contiguous(),
+                scale.contiguous(),
                 total,
                 arena.size,
                 copies,
                 index,
                 GREEDY=greedy,
-                **_describe_actor(arena, env.task),
-                **prefer_launch(arena.actor, env.task.name, key.device).options,
+                **_describe_actor(arena, task),
+                **prefer_launch(arena.actor, task.name, key.device).options,
             )
     return total
 
 
-def _clock(env: Any, device: torch.device) -> tuple[int, Tensor | None]:
+def _clock(env: Copies, device: torch.device) -> tuple[int, Tensor | None]:
     """The clock as an integer and a pointer, of which the kernel takes the sum."""
     if isinstance(env.clock, Tensor):
-        check_dtype("env.clock", env.clock, torch.int64)
-        check_shape("env.clock", env.clock, ())
-        check_device("env.clock", env.clock, env.state)
         return 0, env.clock
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError(

@@ -186,9 +186,9 @@ def _judge_kernel(
             tl.store(next_value + entry, worth)
 
 
-def misfit(arena: Arena) -> str | None:
+def misfit(nets: tuple[Net, ...]) -> str | None:
     """Why registers cannot hold a population's networks, or None if they can."""
-    for net in arena.nets:
+    for net in nets:
         if net.depth < 2:
             return "the fused kernel needs a hidden layer"
         widest = max(net.sizes[1:-1])

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dynamics
-from ..arena import Arena, Parameters
+from ..arena import Arena
 from ..mlp.reference import mlp
-from ..random import Stream, bits, categorical, normal, uniform
+from ..random import Stream, categorical, normal, uniform
 
 __all__ = ["Rollout", "evaluate", "rollout", "targets"]
 
@@ -51,7 +50,7 @@ class Rollout(NamedTuple):
 
 
 def rollout(
-    parameters: Parameters,
+    weight: Tensor,
     arena: Arena,
     env: Any,
     obs: Tensor,
@@ -59,8 +58,8 @@ def rollout(
     steps: int,
     stream: int,
 ) -> tuple[Rollout, Tensor, Tensor]:
-    """See `sparse_tickets.kernels.rollout.rollout`; also returns the action heads."""
-    policy = _Policy(parameters, arena)
+    """See `sparse_tickets.kernels.rollout.rollout`; also returns the heads ``[P, T, E, A]``."""
+    policy = _Policy(weight, arena)
     records, heads = [], []
     value = policy.value(obs)
     for _ in range(steps):
@@ -80,16 +79,16 @@ def rollout(
 
 
 def evaluate(
-    parameters: Parameters,
+    weight: Tensor,
     arena: Arena,
     env: Any,
+    obs: Tensor,
     key: Tensor,
     index: int,
     greedy: bool,
 ) -> Tensor:
-    """See `sparse_tickets.kernels.rollout.evaluate`."""
-    policy = _Policy(parameters, arena)
-    obs = _reset_for_evaluation(env, key, index)
+    """See `sparse_tickets.kernels.rollout.evaluate`; ``env`` starts from ``obs [P, E, D]``."""
+    policy = _Policy(weight, arena)
     total = torch.zeros(obs.shape[:2], dtype=torch.float32, device=obs.device)
     running = torch.ones_like(total, dtype=torch.bool)
     for t in range(_MAX_EPISODE):
@@ -108,29 +107,29 @@ def evaluate(
     )
 
 
-def targets(parameters: Parameters, arena: Arena, head: Tensor) -> Tensor:
+def targets(weight: Tensor, arena: Arena, head: Tensor) -> Tensor:
     """What a student imitates: log-probabilities, or mean and log standard deviation."""
     if arena.log_std is None:
         return head.log_softmax(-1)
-    log_std = _log_std(parameters, arena)[:, None, None, :].expand_as(head)
+    log_std = _log_std(weight, arena)[:, None, None, :].expand_as(head)
     return torch.cat([head, log_std], dim=-1)
 
 
 class _Policy:
     """Actor, critic and action distribution of a population."""
 
-    def __init__(self, parameters: Parameters, arena: Arena) -> None:
-        self.parameters, self.arena = parameters, arena
+    def __init__(self, weight: Tensor, arena: Arena) -> None:
+        self.weight, self.arena = weight, arena
 
     def head(self, obs: Tensor) -> Tensor:
         """Logits ``[P, E, A]``, or means."""
-        return mlp(obs, self.parameters.weight, self.arena.actor, None)
+        return mlp(obs, self.weight, self.arena.actor, None)
 
     def value(self, obs: Tensor) -> Tensor:
         """State values ``[P, E]``; zeros without a critic."""
         if self.arena.critic is None:
             return obs.new_zeros(obs.shape[:2], dtype=torch.float32)
-        return mlp(obs, self.parameters.weight, self.arena.critic, None)[..., 0]
+        return mlp(obs, self.weight, self.arena.critic, None)[..., 0]
 
     def sample(self, head: Tensor, key: Tensor, stream: int, step: int) -> tuple[Tensor, Tensor]:
         """An action per copy, and its log-probability ``[P, E]``."""
@@ -139,27 +138,14 @@ class _Policy:
             action = categorical(head.softmax(-1), uniform(key, copies, stream=stream, step=step))
             return action, head.log_softmax(-1).gather(-1, action[..., None])[..., 0]
         noise = normal(key, copies * head.shape[2], stream=stream, step=step).view_as(head)
-        log_std = _log_std(self.parameters, self.arena)[:, None]
+        log_std = _log_std(self.weight, self.arena)[:, None]
         action = head + log_std.exp() * noise
         surprise = 0.5 * ((action - head) / log_std.exp()) ** 2 + log_std
         return action, -(surprise + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def _log_std(parameters: Parameters, arena: Arena) -> Tensor:
+def _log_std(weight: Tensor, arena: Arena) -> Tensor:
     begin = arena.log_std
     if begin is None:
         raise ValueError("arena must be continuous to have a log_std, got a discrete one")
-    return parameters.weight[:, begin : begin + arena.actor.sizes[-1]]
-
-
-def _reset_for_evaluation(env: Any, key: Tensor, index: int) -> Tensor:
-    """First observations of evaluation ``index``."""
-    if env.task is None:
-        low, high = bits(key, 2, stream=Stream.EVAL_RESET, step=index).unbind(1)
-        return env.reset(low | (high << 32))
-    env.reset(key)
-    size = env.task.state_dim
-    draw = uniform(key, env.copies * size, stream=Stream.EVAL_RESET, step=index)
-    env.state = dynamics.initial(env.task, draw.unflatten(1, (env.copies, size)))
-    obs = dynamics.observe(env.task, env.state)
-    return (obs - obs.new_tensor(env.spec.offset)) / obs.new_tensor(env.spec.scale)
+    return weight[:, begin : begin + arena.actor.sizes[-1]]

@@ -1,0 +1,175 @@
+"""Rollouts and evaluations of built-in physics as registered ops: flat arguments, new results.
+
+What an op must know beside tensors travels as numbers and names: the arena as `Arena.code`, the
+task as its name and time limit. Copies advance in place in ``state`` and ``elapsed``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from ..arena import Arena, Net
+from ..dispatch import Backend, resolve_backend
+from ..dynamics import TASKS, Task
+from ..dynamics.copies import Copies
+from ..memory import mark_written
+from ..mlp import composition
+from ..random import Stream
+from . import reference
+
+__all__ = ["choose"]
+
+
+def choose(nets: tuple[Net, ...], device: torch.device) -> tuple[Backend, str]:
+    """Backend of a rollout of these networks in built-in physics, and why."""
+    backend = resolve_backend(device)
+    if backend == "reference":
+        return backend, composition(backend)
+    if backend == "cpu":
+        return backend, "policy and physics fused; compressed rows where they beat tiles"
+    from .policy_gpu import misfit
+
+    obstacle = misfit(nets)
+    if obstacle is not None:
+        return "reference", f"a loop of torch ops: {obstacle}"
+    return backend, "policy and physics fused, a program per copy, weights in registers"
+
+
+@cache
+def _task(name: str, time_limit: int) -> Task:
+    return replace(TASKS[name], time_limit=time_limit)
+
+
+def _rollout_impl(
+    weight: Tensor,
+    mask: Tensor,
+    obs: Tensor,
+    key: Tensor,
+    restart_key: Tensor,
+    state: Tensor,
+    elapsed: Tensor,
+    offset: Tensor,
+    scale: Tensor,
+    device_clock: Tensor | None,
+    arena_code: list[int],
+    task: str,
+    time_limit: int,
+    clock: int,
+    steps: int,
+    stream: int,
+    restart_stream: int,
+    density: float,
+    keep_heads: bool,
+) -> tuple[Tensor, ...]:
+    arena = Arena.decode(tuple(arena_code))
+    now = clock if device_clock is None else device_clock
+    env = Copies(
+        _task(task, time_limit),
+        obs.shape[1],
+        offset,
+        scale,
+        restart_stream,
+        restart_key,
+        state,
+        elapsed,
+        now,
+    )
+    backend, _ = choose(arena.nets, weight.device)
+    if backend == "cpu":
+        from . import cpu
+
+        outcome, heads, last = cpu.rollout(
+            weight, mask, arena, env, obs, key, steps, density, stream, keep_heads
+        )
+    elif backend == "triton":
+        from . import gpu
+
+        outcome, heads, last = gpu.rollout(weight, arena, env, obs, key, steps, stream, keep_heads)
+    else:
+        # It counts its clock on; the caller's is the caller's.
+        env.clock = now.clone() if isinstance(now, Tensor) else now
+        outcome, heads, last = reference.rollout(weight, arena, env, obs, key, steps, stream)
+        state.copy_(env.state)
+        elapsed.copy_(env.elapsed)
+        if not keep_heads:
+            heads = heads.new_empty((*heads.shape[:-1], 0))
+    mark_written(state, elapsed)
+    return *outcome, heads, last
+
+
+def _evaluate_impl(
+    weight: Tensor,
+    mask: Tensor,
+    key: Tensor,
+    offset: Tensor,
+    scale: Tensor,
+    arena_code: list[int],
+    task: str,
+    time_limit: int,
+    copies: int,
+    index: int,
+    greedy: bool,
+    density: float,
+) -> Tensor:
+    arena, world = Arena.decode(tuple(arena_code)), (_task(task, time_limit), copies, offset, scale)
+    backend, _ = choose((arena.actor,), weight.device)
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu.evaluate(weight, mask, arena, *world, key, index, greedy, density)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.evaluate(weight, arena, *world, key, index, greedy)
+    env = Copies.start(*world, key, Stream.EVAL_RESET, index)
+    return reference.evaluate(weight, arena, env, env.observe(env.state), key, index, greedy)
+
+
+_library = Library("sparse_tickets", "FRAGMENT")
+_library.define(
+    "rollout(Tensor weight, Tensor mask, Tensor obs, Tensor key, Tensor restart_key, "
+    "Tensor(a!) state, Tensor(b!) elapsed, Tensor offset, Tensor scale, Tensor? device_clock, "
+    "int[] arena_code, str task, int time_limit, int clock, int steps, int stream, "
+    "int restart_stream, float density, bool keep_heads) -> (Tensor obs, Tensor action, "
+    "Tensor logp, Tensor value, Tensor reward, Tensor terminated, Tensor truncated, "
+    "Tensor next_value, Tensor heads, Tensor last_obs)"
+)
+_library.define(
+    "evaluate(Tensor weight, Tensor mask, Tensor key, Tensor offset, Tensor scale, "
+    "int[] arena_code, str task, int time_limit, int copies, int index, bool greedy, "
+    "float density) -> Tensor"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("rollout", _rollout_impl, _key)
+    _library.impl("evaluate", _evaluate_impl, _key)
+
+
+@register_fake("sparse_tickets::rollout", lib=_library)
+def _rollout_fake(weight, mask, obs, *arguments):
+    arena_code, task, _, _, steps, *_, keep_heads = arguments[7:]
+    tickets, copies, features = obs.shape
+    shape = (tickets, steps, copies)
+    actions = Arena.decode(tuple(arena_code)).actor.sizes[-1]
+    if TASKS[task].discrete:
+        action = obs.new_empty(shape, dtype=torch.int64)
+    else:
+        action = obs.new_empty((*shape, actions))
+    return (
+        obs.new_empty((*shape, features)),
+        action,
+        *(obs.new_empty(shape) for _ in range(3)),
+        *(obs.new_empty(shape, dtype=torch.bool) for _ in range(2)),
+        obs.new_empty(shape),
+        obs.new_empty((*shape, actions if keep_heads else 0)),
+        obs.new_empty(obs.shape),
+    )
+
+
+@register_fake("sparse_tickets::evaluate", lib=_library)
+def _evaluate_fake(weight, mask, key, offset, scale, arena_code, task, time_limit, copies, *_):
+    return weight.new_empty((key.shape[0], copies))
