@@ -1,9 +1,9 @@
 """KL(expert || student) and its gradient with respect to the student's outputs, in one Triton pass.
 
 One program per ticket walks its minibatch; the expert's targets are read through the minibatch's
-rows, so they are never gathered. About 14 FLOPs and ``12 A`` bytes a sample and 8 of its row, for
-continuous actions ``16 A``. Sums run in a fixed order over one ticket's samples alone. A NaN of a
-diverged ticket passes through, and a row of -1, of no dataset, counts as NaN.
+rows, so they are never gathered. A sample has 8 bytes of its row, and by action 12 FLOPs and 12
+bytes, or 15 and 16 where actions are continuous. Sums run in a fixed order over one ticket's
+samples alone. A NaN of a diverged ticket passes through; a row of -1, of no dataset, counts as NaN.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from itertools import pairwise
 from ..arena import Arena, Net
 from ..cost import Cost
 
-__all__ = ["loss", "update"]
+__all__ = ["loss", "training_step", "update", "weights"]
 
 
 def loss(tickets: int, samples: int, actions: int, *, continuous: bool = False) -> Cost:
@@ -48,8 +48,8 @@ def update(
     flops, numbers = 0.0, 0.0
     for net in arena.nets:
         share = density if net.weights[0] < arena.prunable else 1.0
-        flops += samples * _training_step(net, share)
-        numbers += share * _weights(net) + sum(net.sizes[1:])
+        flops += samples * training_step(net, share)
+        numbers += share * weights(net) + sum(net.sizes[1:])
     steps = epochs * minibatches
     heads = loss(1, samples, arena.actor.sizes[-1], continuous=arena.log_std is not None)
     adam = 16 * numbers
@@ -61,13 +61,14 @@ def update(
     )
 
 
-def _weights(net: Net) -> int:
+def weights(net: Net) -> int:
+    """Weights of a network, biases apart."""
     return sum(inp * out for inp, out in pairwise(net.sizes))
 
 
-def _training_step(net: Net, density: float) -> float:
+def training_step(net: Net, density: float) -> float:
     """Operations of a sample forward and back."""
     hidden = sum(net.sizes[1:-1])
-    products = 6 * _weights(net) - 2 * net.sizes[0] * net.sizes[1]
+    products = 6 * weights(net) - 2 * net.sizes[0] * net.sizes[1]
     # Forward an activation is one operation, backward its derivative three.
     return density * products + 4 * hidden + 2 * sum(net.sizes[1:])

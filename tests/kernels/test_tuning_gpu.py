@@ -19,6 +19,7 @@ from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.kernels import tuning
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
+from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.mlp import mlp, mlp_packed
 from sparse_tickets.kernels.packed import build_pattern, pack
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
@@ -28,6 +29,7 @@ from sparse_tickets.kernels.update import adam_
 
 pytest.importorskip("triton")
 
+from sparse_tickets.kernels.imitation import loss_gpu as cloning_gpu
 from sparse_tickets.kernels.mlp import fused_gpu, split_gpu
 from sparse_tickets.kernels.ppo import loss_gpu
 from sparse_tickets.kernels.prune import gpu as prune_gpu
@@ -104,6 +106,18 @@ def _ppo(dtype: torch.dtype) -> list[Tensor]:
     return [parameters.m, parameters.v, *stats]
 
 
+def _clone(dtype: torch.dtype) -> list[Tensor]:
+    arena, weight, mask = _population((4, 9, 2))
+    parameters = _parameters(arena, weight.clone(), mask, dtype)
+    obs = torch.randn(1, 50, 4, generator=_generator()).to(DEVICE, dtype)
+    target = torch.randn(1, 50, 2, generator=_generator()).log_softmax(-1).to(DEVICE, dtype)
+    rate = torch.full((2,), 1e-3, dtype=dtype, device=DEVICE)
+    key = torch.arange(2, device=DEVICE)
+    config = CloneConfig(updates=1, batch=40)
+    loss = clone_update_(parameters, arena, obs, target, key * 0, key, 0, rate, config)
+    return [parameters.m, parameters.v, loss]
+
+
 def _adam(dtype: torch.dtype, *, packed: bool = False) -> list[Tensor]:
     generator = _generator()
     mask = torch.rand(2, 2500, generator=generator) < 0.5
@@ -152,6 +166,7 @@ CASES: dict[str, tuple[Any, str, Callable]] = {
     "rollout.act": (rollout_gpu, "_act_kernel", _rollout),
     "rollout.judge": (policy_gpu, "_judge_kernel", _rollout),
     "ppo.loss": (loss_gpu, "_loss_kernel", _ppo),
+    "imitation.loss": (cloning_gpu, "_loss_kernel", _clone),
     "update.norm": (update_gpu, "_norm_kernel", _adam),
     "update.adam": (update_gpu, "_adam_kernel", _adam),
     "prune.short": (prune_gpu, "_short_kernel", _prune(5000)),
