@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import pairwise
 from numbers import Integral
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class Net:
     weights: tuple[int, ...]
     biases: tuple[int, ...]
 
-    @cached_property
+    @property
     def code(self) -> tuple[int, ...]:
         """These attributes as integers, the form in which a registered op takes a network."""
         return ACTIVATIONS.index(self.activation), *self.sizes, *self.weights, *self.biases
@@ -157,7 +157,7 @@ class Arena:
         log_std = take(actor[-1]) if continuous else None
         return Arena(actor_net, critic_net, log_std, prunable, cursor)
 
-    @cached_property
+    @property
     def code(self) -> tuple[int, ...]:
         """The layout as integers, the form in which a registered op takes an arena."""
         log_std = -1 if self.log_std is None else self.log_std
