@@ -28,11 +28,12 @@ from sparse_tickets.kernels.packed import build_pattern, pack, unpack
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.kernels.tuning import Question
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from . import gpu_ours, gpu_packed, ours
+from .clone_job import CloneJob, clone_contender
 from .gpu_clock import Timer, make_timer
-from .gpu_problems import LayerProblem, random_masks_on
+from .gpu_problems import LayerProblem, distance, random_masks_on
 from .gpu_table import Sizes
 from .ppo_job import PPOJob
 from .problems import PolicyProblem
@@ -89,6 +90,9 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
         settings = PPO(horizon=-(-sizes.policy_batch // PPO.copies), epochs=1, minibatches=1)
         return PPOJob(sizes.policies, 90.0, settings, device=str(device))
 
+    def cloning() -> CloneJob:
+        return CloneJob(sizes.policies, 90.0, sizes.policy_batch, 4, device)
+
     yield Subject("packed layer, step", packed, 3.0)
     yield Subject("blocked layer, forward+backward", blocked, 3.0)
     yield Subject("dense+mask layer, forward+backward", masked, 2.0)
@@ -97,6 +101,7 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
         yield Subject(name, lambda hidden=hidden: ours.policy(policy(hidden)))
     yield Subject("rollout", lambda: _act(job()))
     yield Subject("PPO update", lambda: _update(job()))
+    yield Subject("cloning", lambda: clone_contender(cloning()))
     yield Subject("prune", lambda: _prune(*sizes.pruned, device))
     yield Subject(
         "Adam, dense+mask",
@@ -106,8 +111,11 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
     )
     hidden = sizes.policy_widths[0]
     name = f"packed policy of width {hidden}, forward+backward"
-    yield Subject(name, lambda: _packed_policy(policy(hidden)))
+    yield Subject(name, lambda: _packed_policy(policy(hidden), "ieee"))
     yield Subject(f"policy of width {width}, forward+backward", lambda: ours.policy(policy(width)))
+    widest = sizes.policy_widths[-1]
+    name = f"packed policy of width {widest}, forward+backward, tf32"
+    yield Subject(name, lambda: _packed_policy(policy(widest), "tf32"))
 
 
 def _act(job: PPOJob) -> Contender:
@@ -136,7 +144,7 @@ def _prune(tickets: int, prunable: int, device: torch.device) -> Contender:
     return gpu_ours.prune_to(scores, mask, kept, expected)
 
 
-def _packed_policy(problem: PolicyProblem) -> Contender:
+def _packed_policy(problem: PolicyProblem, precision: str) -> Contender:
     """A whole network by its packed weights, and the gradient."""
     arena, mask = problem.arena, problem.mask
     pattern = build_pattern(mask, arena.prunable_layers())
@@ -144,13 +152,13 @@ def _packed_policy(problem: PolicyProblem) -> Contender:
     rest = problem.weight[:, arena.prunable :].clone().requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
-        y = mlp_packed(problem.x, values, pattern, rest, arena.actor)
+        y = mlp_packed(problem.x, values, pattern, rest, arena.actor, precision=precision)
         return (y.detach(), *torch.autograd.grad(y, (values, rest), problem.dy))
 
     def error() -> float:
         y, of_values, of_rest = run()
         grad = torch.cat([unpack(of_values, pattern), of_rest], 1)
-        return mismatch([y, grad], problem.forward_backward, problem.terms)
+        return distance([y, grad], problem.forward_backward, problem.terms, precision)
 
     return Contender("packed policy", run, error)
 

@@ -12,7 +12,14 @@ from itertools import pairwise
 from ..cost import Cost
 from ..packed.cost import pattern_bytes
 
-__all__ = ["forward", "fused_backward", "packed_backward", "packed_forward", "split_backward"]
+__all__ = [
+    "forward",
+    "fused_backward",
+    "packed_backward",
+    "packed_forward",
+    "packed_split_backward",
+    "split_backward",
+]
 
 _ITEM = 4
 """Bytes of a float32."""
@@ -77,7 +84,12 @@ def split_backward(
 
 
 def packed_forward(
-    tickets: int, batch: int, sizes: tuple[int, ...], nonzeros: tuple[int, ...]
+    tickets: int,
+    batch: int,
+    sizes: tuple[int, ...],
+    nonzeros: tuple[int, ...],
+    *,
+    keep: bool = False,
 ) -> Cost:
     """All layers by packed weights; FLOPs of the nonzeros alone, though whole tiles are multiplied.
 
@@ -86,10 +98,11 @@ def packed_forward(
         batch: B, rows per ticket.
         sizes: features from input to output.
         nonzeros: of one ticket's layers.
+        keep: whether the hidden activations are written.
     """
     _, biases, hidden = _count(sizes)
     flops = batch * (2 * sum(nonzeros) + biases + hidden)
-    items = batch * (sizes[0] + sizes[-1]) + sum(nonzeros) + biases
+    items = batch * (sizes[0] + sizes[-1] + hidden * keep) + sum(nonzeros) + biases
     return _packed_cost(tickets, flops, items, sizes)
 
 
@@ -109,10 +122,41 @@ def packed_backward(
     return _packed_cost(tickets, flops, items, sizes)
 
 
+def packed_split_backward(
+    tickets: int,
+    batch: int,
+    sizes: tuple[int, ...],
+    nonzeros: tuple[int, ...],
+    *,
+    to_input: bool = False,
+) -> Cost:
+    """The same from kept activations, as `split_backward`; the pattern is read by both passes.
+
+    Args:
+        tickets: P.
+        batch: B, rows per ticket.
+        sizes: features from input to output.
+        nonzeros: of one ticket's layers.
+        to_input: whether the gradient of the input is computed, too.
+    """
+    _, biases, hidden = _count(sizes)
+    weights = sum(nonzeros)
+    multiplied = weights if to_input else weights - nonzeros[0]
+    flops = batch * (2 * multiplied + 3 * hidden + 2 * weights + biases)
+    moved = 2 * sizes[-1] + 4 * hidden + sizes[0] * (1 + to_input)
+    items = batch * moved + multiplied + weights + biases
+    gradients = _packed_cost(tickets, flops, items, sizes)
+    deltas = _pattern_bytes(tickets, sizes if to_input else sizes[1:])
+    return Cost(gradients.flops, gradients.bytes + deltas)
+
+
 def _packed_cost(tickets: int, flops: int, items: int, sizes: tuple[int, ...]) -> Cost:
     cost = _cost(tickets, flops, items, 0)
-    pattern = sum(pattern_bytes(tickets, out, inp) for inp, out in pairwise(sizes))
-    return Cost(cost.flops, cost.bytes + pattern)
+    return Cost(cost.flops, cost.bytes + _pattern_bytes(tickets, sizes))
+
+
+def _pattern_bytes(tickets: int, sizes: tuple[int, ...]) -> int:
+    return sum(pattern_bytes(tickets, out, inp) for inp, out in pairwise(sizes))
 
 
 def _count(sizes: tuple[int, ...]) -> tuple[int, int, int]:

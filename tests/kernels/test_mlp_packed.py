@@ -415,6 +415,22 @@ def test_refuses_what_it_cannot_do():
             7 * ((2 * 6 + 5 + 5) + (2 * 4 + 15) + (2 * 10 + 7)),
             4 * (7 * 5 + 2 * (10 + 7)) + 2 * (32 + 4),
         ),
+        (
+            cost.packed_forward(2, 7, (3, 5, 2), (6, 4), keep=True),
+            7 * (2 * 10 + 7 + 5),
+            4 * (7 * (5 + 5) + 10 + 7) + 2 * (32 + 4),
+        ),
+        # Deltas read the upper layer's values and pattern alone, unless the input's are asked for.
+        (
+            cost.packed_split_backward(2, 7, (3, 5, 2), (6, 4)),
+            7 * ((2 * 4 + 15) + (2 * 10 + 7)),
+            4 * (7 * (2 + 5 + 5) + 4 + 7 * (2 + 5 + 3 + 5) + 10 + 7) + 3 * (32 + 4),
+        ),
+        (
+            cost.packed_split_backward(2, 7, (3, 5, 2), (6, 4), to_input=True),
+            7 * ((2 * 10 + 15) + (2 * 10 + 7)),
+            4 * (7 * (2 + 5 + 5 + 3) + 10 + 7 * (2 + 5 + 3 + 5) + 10 + 7) + 4 * (32 + 4),
+        ),
     ],
 )
 def test_costs_by_hand(actual, flops, moved):

@@ -55,7 +55,9 @@ def _population(sizes: tuple[int, ...]) -> tuple[Arena, Tensor, Tensor]:
     return arena, weight.to(DEVICE), mask.to(DEVICE)
 
 
-def _network(sizes: tuple[int, ...], samples: int, *, packed: bool = False) -> Callable:
+def _network(
+    sizes: tuple[int, ...], samples: int, *, packed: bool = False, precision: str = "ieee"
+) -> Callable:
     arena, weight, mask = _population(sizes)
     x = torch.randn(2, samples, sizes[0], generator=_generator()).to(DEVICE)
     dy = torch.randn(2, samples, sizes[-1], generator=_generator()).to(DEVICE)
@@ -67,7 +69,7 @@ def _network(sizes: tuple[int, ...], samples: int, *, packed: bool = False) -> C
             pattern = build_pattern(mask, arena.prunable_layers())
             values = pack(weight, pattern).to(dtype).requires_grad_()
             rest = weight[:, arena.prunable :].to(dtype).requires_grad_()
-            y = mlp_packed(inputs, values, pattern, rest, arena.actor)
+            y = mlp_packed(inputs, values, pattern, rest, arena.actor, precision=precision)
             return [y.detach(), *torch.autograd.grad(y, (values, rest), dy.to(dtype))]
         y = mlp(inputs, leaf, arena.actor, mask)
         return [y.detach(), *torch.autograd.grad(y, leaf, dy.to(dtype))]
@@ -161,8 +163,12 @@ CASES: dict[str, tuple[Any, str, Callable]] = {
         fused_gpu, "forward_kernel", _network((3, 17, 9, 2), 37, packed=True)),
     "mlp.packed_fused_backward": (
         fused_gpu, "backward_kernel", _network((3, 17, 9, 2), 37, packed=True)),
+    "mlp.packed_forward": (
+        split_gpu, "forward_kernel", _network((3, 70, 2), 20, packed=True, precision="tf32x3")),
+    "mlp.packed_deltas": (
+        split_gpu, "delta_kernel", _network((3, 70, 2), 20, packed=True, precision="tf32x3")),
     "mlp.packed_gradient": (
-        split_gpu, "gradient_kernel", _network((3, 130, 2), 37, packed=True)),
+        split_gpu, "gradient_kernel", _network((3, 70, 2), 20, packed=True)),
     "rollout.act": (rollout_gpu, "_act_kernel", _rollout),
     "rollout.judge": (policy_gpu, "_judge_kernel", _rollout),
     "ppo.loss": (loss_gpu, "_loss_kernel", _ppo),
@@ -231,15 +237,10 @@ def _assert_launched(launched: list, launch: Any) -> None:
     names = {"warps": "num_warps", "stages": "num_stages"}
     found = []
     for _, options in launched:
-        sides = fields.get("tile") or fields.get("cols")
-        if sides:
-            found.append(max(options["SIDES"]) == sides)
+        if "SIDES" in options:
+            options = options | dict.fromkeys(("TILE", "COLS"), max(options["SIDES"]))
         found.append(
-            all(
-                options[names.get(name, name.upper())] == value
-                for name, value in fields.items()
-                if name not in ("tile", "cols")
-            )
+            all(options[names.get(name, name.upper())] == value for name, value in fields.items())
         )
     assert any(found)
 
