@@ -27,13 +27,14 @@ from sparse_tickets.timing import Contender, mismatch
 from .ours import on_backend
 from .problems import density_of, random_masks
 
-__all__ = ["KFLOP_PER_STEP", "PPOJob", "ppo_contender"]
+__all__ = ["CHECKED", "KFLOP_PER_STEP", "PPOJob", "ppo_contender", "update_error"]
 
 KFLOP_PER_STEP = 233
 """Dense work of one agent-step, 4-64-64 tanh actor and critic, four epochs: forward in the rollout,
 forward and backward in the update. The yardstick that makes machines comparable."""
 
-_CHECKED = 4
+CHECKED = 4
+"""Tickets of a population that are compared with plain torch."""
 # An action drawn within rounding of a boundary may differ; the rest of that episode then does too.
 _SAME_ACTIONS = 0.95
 # Adam's early steps have the size of the learning rate whatever the gradient's, so rounding in a
@@ -162,7 +163,7 @@ class PPOJob:
         return worst
 
     def _rollout_error(self, experience: Rollout, before: Parameters) -> float:
-        some = slice(0, _CHECKED)
+        some = slice(0, CHECKED)
         few = Parameters(*(t[some].clone() for t in before))
         key = self.key[some]
         ours = Rollout(*(t[some] for t in experience))
@@ -198,26 +199,38 @@ class PPOJob:
             dtype: self._reference_update(batch, before, dtype)
             for dtype in (torch.float32, torch.float64)
         }
-        ours, exact = self.population.parameters.weight[:_CHECKED].double(), after[torch.float64]
-        if not ours.isfinite().all():
-            return math.inf
-        moved = float((exact - before.weight[:_CHECKED]).abs().max())
-        natural = float((after[torch.float32].double() - exact).abs().max())
-        allowed = max(_UPDATE_FACTOR * natural, _UPDATE_FLOOR * moved)
-        return float((ours - exact).abs().max()) / allowed
+        ours = self.population.parameters.weight[:CHECKED]
+        return update_error(ours, before.weight[:CHECKED], *after.values())
 
     def _reference_update(self, batch: Batch, before: Parameters, dtype: torch.dtype) -> Tensor:
         def cast(tensor: Tensor) -> Tensor:
-            few = tensor[:_CHECKED].clone()
+            few = tensor[:CHECKED].clone()
             return few.to(dtype) if few.is_floating_point() else few
 
         parameters = Parameters(*map(cast, before))
         few = Batch(*map(cast, batch))
-        key = self.key[:_CHECKED]
+        key = self.key[:CHECKED]
         rate = torch.full((len(key),), self.settings.learning_rate, device=self.device)
         with use_backend("reference"):
             ppo_update_(parameters, self.arena, few, key, 0, rate, self.settings.config())
         return parameters.weight
+
+
+def update_error(ours: Tensor, before: Tensor, single: Tensor, exact: Tensor) -> float:
+    """How far weights are from float64's after an update, as a multiple of what is allowed.
+
+    Args:
+        ours: the weights after the update.
+        before: the weights before it.
+        single: plain torch's in float32.
+        exact: plain torch's in float64.
+    """
+    if not ours.isfinite().all():
+        return math.inf
+    moved = float((exact - before).abs().max())
+    natural = float((single.double() - exact).abs().max())
+    allowed = max(_UPDATE_FACTOR * natural, _UPDATE_FLOOR * moved)
+    return float((ours.double() - exact).abs().max()) / allowed
 
 
 def ppo_contender(job: PPOJob, name: str) -> Contender:

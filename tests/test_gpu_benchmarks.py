@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import gpu, gpu_clock, gpu_sweep, gpu_table, gpu_tune, report, results
+from benchmarks.clone_job import CloneJob, clone_contender
 from benchmarks.gpu_clock import HostTimer, compare, ratio
 from benchmarks.gpu_problems import LayerProblem, distance, random_masks_on
 from benchmarks.gpu_report import gpu_tables, summary
@@ -284,6 +285,17 @@ class Launch:
     rows: int
     warps: int
     stages: int
+
+
+def test_cloning_is_verified():
+    job = CloneJob(3, 90.0, batch=40, updates=2, device=CPU)
+    contender = clone_contender(job)
+    assert contender.error() <= 1
+    learn = job.update
+    job.update = lambda: (learn(), job.population.parameters.weight.mul_(1 + 1e-4))
+    assert contender.error() > 1
+    job.update = lambda: job.population.parameters.weight.fill_(math.nan)
+    assert contender.error() == math.inf
 
 
 def test_candidates_change_one_number_within_its_limits():
