@@ -171,15 +171,10 @@ def ppo_update_(
         )
     if config.normalise_advantage and samples == config.minibatches:
         raise ValueError("normalise_advantage needs minibatches of two samples or more, got 1")
-    device_iteration = iteration if isinstance(iteration, Tensor) else None
-    statistics = torch.ops.sparse_tickets.ppo_update_(
-        *(tensor.detach() for tensor in (*parameters, *batch, key, lr)),
-        device_iteration,
-        arena.code,
-        float(density),
-        iteration if device_iteration is None else 0,
-        *astuple(config),
-    )
+    packet = torch.ops.sparse_tickets.ppo_update_
+    update = packet.on_device if isinstance(iteration, Tensor) else packet.default
+    tensors = (tensor.detach() for tensor in (*parameters, *batch, key, lr))
+    statistics = update(*tensors, iteration, arena.code, float(density), *astuple(config))
     return Stats(*statistics.unbind())
 
 
@@ -237,17 +232,15 @@ def _update_impl(
     target: Tensor,
     key: Tensor,
     lr: Tensor,
-    device_iteration: Tensor | None,
+    iteration: int | Tensor,
     arena_code: list[int],
     density: float,
-    iteration: int,
     *numbers: Any,
 ) -> Tensor:
     parameters = Parameters(weight, mask, m, v, step)
     batch = Batch(obs, action, logp, value, advantage, target)
     arena, config = Arena.decode(tuple(arena_code)), PPOConfig(*numbers)
-    now = iteration if device_iteration is None else device_iteration
-    arguments = (parameters, arena, batch, key, now, lr, config)
+    arguments = (parameters, arena, batch, key, iteration, lr, config)
     backend = resolve_backend(weight.device)
     if backend == "cpu":
         from . import cpu
@@ -262,19 +255,22 @@ def _update_impl(
     return reference.ppo_update_(*arguments)
 
 
-_library = Library("sparse_tickets", "FRAGMENT")
-_library.define(
-    "ppo_update_(Tensor(a!) weight, Tensor mask, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, "
+_SCHEMA = (
+    "(Tensor(a!) weight, Tensor mask, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, "
     "Tensor obs, Tensor action, Tensor logp, Tensor value, Tensor advantage, Tensor target, "
-    "Tensor key, Tensor lr, Tensor? device_iteration, int[] arena_code, float density, "
-    "int iteration, int epochs, int minibatches, float clip, bool clip_value, float value_coef, "
-    "float entropy_coef, float? max_norm, bool normalise_advantage, float beta1, float beta2, "
-    "float eps) -> Tensor"
+    "Tensor key, Tensor lr, {} iteration, int[] arena_code, float density, int epochs, "
+    "int minibatches, float clip, bool clip_value, float value_coef, float entropy_coef, "
+    "float? max_norm, bool normalise_advantage, float beta1, float beta2, float eps) -> Tensor"
 )
-for _key in ("CPU", "CUDA"):
-    _library.impl("ppo_update_", _update_impl, _key)
 
 
-@register_fake("sparse_tickets::ppo_update_", lib=_library)
 def _update_fake(weight, *_):
     return weight.new_empty((len(Stats._fields), weight.shape[0]))
+
+
+_library = Library("sparse_tickets", "FRAGMENT")
+for _op, _kind in (("ppo_update_", "int"), ("ppo_update_.on_device", "Tensor")):
+    _library.define(f"{_op}{_SCHEMA.format(_kind)}")
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_op, _update_impl, _key)
+    register_fake(f"sparse_tickets::{_op}", _update_fake, lib=_library)

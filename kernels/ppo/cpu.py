@@ -354,4 +354,4 @@ def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -
         constants,
         statistics,
     )
-    return torch.from_numpy(statistics.T.astype(np.float32))
+    return torch.from_numpy(np.ascontiguousarray(statistics.T, np.float32))

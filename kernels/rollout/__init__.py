@@ -228,17 +228,18 @@ def _run(
     if env.task is None:
         return reference.rollout(weight, arena, env, obs, key, steps, stream)
     _check_copies(env, obs)
-    device_clock = env.clock if isinstance(env.clock, Tensor) else None
-    if device_clock is None:
-        contiguous = torch.contiguous_format
+    packet = torch.ops.sparse_tickets.rollout
+    if not isinstance(env.clock, Tensor):
+        advance, contiguous = packet.default, torch.contiguous_format
         state, elapsed = (t.clone(memory_format=contiguous) for t in (env.state, env.elapsed))
     else:
+        advance = packet.on_device
         # Of a captured call every replay goes on from where the last one ended.
         state, elapsed = env.state.contiguous(), env.elapsed.contiguous()
         read = {"weight": weight, "mask": parameters.mask, "obs": obs, "key": key}
         read |= {f"env.{name}": getattr(env, name) for name in ("key", "offset", "scale", "clock")}
         check_separate({"env.state": state, "env.elapsed": elapsed}, read)
-    *fields, heads, obs = torch.ops.sparse_tickets.rollout(
+    *fields, heads, obs = advance(
         weight,
         parameters.mask,
         obs,
@@ -248,11 +249,10 @@ def _run(
         elapsed,
         env.offset,
         env.scale,
-        device_clock,
+        env.clock,
         arena.code,
         env.task.name,
         env.task.time_limit,
-        env.clock if device_clock is None else 0,
         steps,
         stream,
         int(env.reset_stream),

@@ -55,11 +55,10 @@ def _rollout_impl(
     elapsed: Tensor,
     offset: Tensor,
     scale: Tensor,
-    device_clock: Tensor | None,
+    clock: int | Tensor,
     arena_code: list[int],
     task: str,
     time_limit: int,
-    clock: int,
     steps: int,
     stream: int,
     restart_stream: int,
@@ -67,7 +66,6 @@ def _rollout_impl(
     keep_heads: bool,
 ) -> tuple[Tensor, ...]:
     arena = Arena.decode(tuple(arena_code))
-    now = clock if device_clock is None else device_clock
     env = Copies(
         _task(task, time_limit),
         obs.shape[1],
@@ -77,7 +75,7 @@ def _rollout_impl(
         restart_key,
         state,
         elapsed,
-        now,
+        clock,
     )
     backend, _ = choose(arena.nets, weight.device)
     if backend == "cpu":
@@ -92,7 +90,7 @@ def _rollout_impl(
         outcome, heads, last = gpu.rollout(weight, arena, env, obs, key, steps, stream, keep_heads)
     else:
         # It counts its clock on; the caller's is the caller's.
-        env.clock = now.clone() if isinstance(now, Tensor) else now
+        env.clock = clock.clone() if isinstance(clock, Tensor) else clock
         outcome, heads, last = reference.rollout(weight, arena, env, obs, key, steps, stream)
         state.copy_(env.state)
         elapsed.copy_(env.elapsed)
@@ -130,28 +128,10 @@ def _evaluate_impl(
     return reference.evaluate(weight, arena, env, env.observe(env.state), key, index, greedy)
 
 
-_library = Library("sparse_tickets", "FRAGMENT")
-_library.define(
-    "rollout(Tensor weight, Tensor mask, Tensor obs, Tensor key, Tensor restart_key, "
-    "Tensor(a!) state, Tensor(b!) elapsed, Tensor offset, Tensor scale, Tensor? device_clock, "
-    "int[] arena_code, str task, int time_limit, int clock, int steps, int stream, "
-    "int restart_stream, float density, bool keep_heads) -> (Tensor obs, Tensor action, "
-    "Tensor logp, Tensor value, Tensor reward, Tensor terminated, Tensor truncated, "
-    "Tensor next_value, Tensor heads, Tensor last_obs)"
-)
-_library.define(
-    "evaluate(Tensor weight, Tensor mask, Tensor key, Tensor offset, Tensor scale, "
-    "int[] arena_code, str task, int time_limit, int copies, int index, bool greedy, "
-    "float density) -> Tensor"
-)
-for _key in ("CPU", "CUDA"):
-    _library.impl("rollout", _rollout_impl, _key)
-    _library.impl("evaluate", _evaluate_impl, _key)
-
-
-@register_fake("sparse_tickets::rollout", lib=_library)
-def _rollout_fake(weight, mask, obs, *arguments):
-    arena_code, task, _, _, steps, *_, keep_heads = arguments[7:]
+def _rollout_fake(
+    weight, mask, obs, key, restart_key, state, elapsed, offset, scale, clock, arena_code, task,
+    time_limit, steps, stream, restart_stream, density, keep_heads,
+):  # fmt: skip
     tickets, copies, features = obs.shape
     shape = (tickets, steps, copies)
     actions = Arena.decode(tuple(arena_code)).actor.sizes[-1]
@@ -170,6 +150,30 @@ def _rollout_fake(weight, mask, obs, *arguments):
     )
 
 
-@register_fake("sparse_tickets::evaluate", lib=_library)
 def _evaluate_fake(weight, mask, key, offset, scale, arena_code, task, time_limit, copies, *_):
     return weight.new_empty((key.shape[0], copies))
+
+
+_ROLLOUT = (
+    "(Tensor weight, Tensor mask, Tensor obs, Tensor key, Tensor restart_key, "
+    "Tensor(a!) state, Tensor(b!) elapsed, Tensor offset, Tensor scale, {} clock, "
+    "int[] arena_code, str task, int time_limit, int steps, int stream, int restart_stream, "
+    "float density, bool keep_heads) -> (Tensor obs, Tensor action, "
+    "Tensor logp, Tensor value, Tensor reward, Tensor terminated, Tensor truncated, "
+    "Tensor next_value, Tensor heads, Tensor last_obs)"
+)
+_EVALUATE = (
+    "(Tensor weight, Tensor mask, Tensor key, Tensor offset, Tensor scale, "
+    "int[] arena_code, str task, int time_limit, int copies, int index, bool greedy, "
+    "float density) -> Tensor"
+)
+_library = Library("sparse_tickets", "FRAGMENT")
+for _op, _schema, _impl, _fake in (
+    ("rollout", _ROLLOUT.format("int"), _rollout_impl, _rollout_fake),
+    ("rollout.on_device", _ROLLOUT.format("Tensor"), _rollout_impl, _rollout_fake),
+    ("evaluate", _EVALUATE, _evaluate_impl, _evaluate_fake),
+):
+    _library.define(f"{_op}{_schema}")
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_op, _impl, _key)
+    register_fake(f"sparse_tickets::{_op}", _fake, lib=_library)
