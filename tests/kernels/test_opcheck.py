@@ -1,0 +1,372 @@
+"""Every registered op on every backend: does it keep to its schema, and foretell its results?
+
+`EXAMPLES` holds arguments for each op under ``torch.ops.sparse_tickets``; one without an example
+fails. `torch.library.opcheck` then compares an op with what was registered of it: what it writes
+and shares, its autograd, the shapes, dtypes and strides of its results, alone and compiled.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_tickets import kernels
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.dispatch import has_triton, use_backend
+from sparse_tickets.kernels.linear import block_pattern
+from sparse_tickets.kernels.packed import build_pattern
+
+NAMESPACE = "sparse_tickets"
+needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+
+Arguments = tuple[Any, ...]
+
+TICKETS, BATCH = 2, 3
+# Prunable weights of 3 x 4 and 2 x 3, and a tail of biases.
+STUDENT = Arena.build((4, 3, 2))
+DISCRETE, CONTINUOUS = Arena.build((4, 3, 2), (4, 3, 1)), Arena.build((3, 4, 1), continuous=True)
+CONTINUOUS_CRITIC = Arena.build((3, 4, 1), (3, 2, 1), continuous=True)
+NET, DENSITY, PRECISION = STUDENT.actor, 0.6, "ieee"
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def leaf(*shape: int, seed: int = 0) -> torch.Tensor:
+    return draw(*shape, seed=seed).requires_grad_()
+
+
+def draw_mask(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < DENSITY
+
+
+def weights_of(arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
+    """A population's rows, zero off the mask, and its mask."""
+    weight, mask = 0.1 * draw(TICKETS, arena.size), draw_mask(TICKETS, arena.prunable)
+    weight[:, : arena.prunable] *= mask
+    return weight, mask
+
+
+KEY = torch.tensor([5, -3])
+LR = torch.full((TICKETS,), 1e-3)
+STEP = torch.tensor([0, 4])
+ADAM = (0.5, 0.9, 0.999, 1e-5)
+
+
+def linear() -> Iterator[Arguments]:
+    x, bias = leaf(TICKETS, BATCH, 5), leaf(TICKETS, 4)
+    mask = draw_mask(TICKETS, 4, 5)
+    weight = (draw(TICKETS, 4, 5) * mask).requires_grad_()
+    yield x, weight, mask, bias, None, 0, PRECISION
+    yield x, weight, mask, None, None, 0, PRECISION
+    x, weight, mask, table = blocked()
+    yield x, weight, mask, leaf(TICKETS, 16), table, 16, PRECISION
+
+
+def blocked() -> Arguments:
+    """Two blocks of 16 x 16 in a row, of each ticket a different one."""
+    mask = torch.eye(2, dtype=torch.bool)[:, None, :].expand(TICKETS, 16, 2)
+    mask = mask.repeat_interleave(16, 2).contiguous()
+    weight = (draw(TICKETS, 16, 32) * mask).requires_grad_()
+    return leaf(TICKETS, BATCH, 32), weight, mask, block_pattern(mask, 16).table
+
+
+def linear_dx() -> Iterator[Arguments]:
+    mask = draw_mask(TICKETS, 4, 5)
+    weight = (draw(TICKETS, 4, 5) * mask).requires_grad_()
+    yield leaf(TICKETS, BATCH, 4), weight, mask, None, 0, PRECISION
+    _, weight, mask, table = blocked()
+    yield leaf(TICKETS, BATCH, 16), weight, mask, table, 16, PRECISION
+
+
+def linear_dw() -> Iterator[Arguments]:
+    mask = draw_mask(TICKETS, 4, 5)
+    yield leaf(TICKETS, BATCH, 4), leaf(TICKETS, BATCH, 5), mask, None, 0, PRECISION
+    x, _, mask, table = blocked()
+    yield leaf(TICKETS, BATCH, 16), x, mask, table, 16, PRECISION
+
+
+# Packed layers: of `STUDENT` the first is 3 x 4.
+
+PATTERN = build_pattern(draw_mask(TICKETS, STUDENT.prunable), STUDENT.prunable_layers(), width=20)
+WHERE, SHAPES, WIDTH = (PATTERN.bits, PATTERN.start), PATTERN.shapes, PATTERN.width
+REST = STUDENT.size - STUDENT.prunable
+
+
+def linear_packed() -> Iterator[Arguments]:
+    for bias in (None, leaf(TICKETS, 3)):
+        x, values = leaf(TICKETS, BATCH, 4), leaf(TICKETS, WIDTH)
+        yield x, values, *WHERE, bias, SHAPES, 0, PRECISION
+
+
+def linear_packed_dx() -> Iterator[Arguments]:
+    yield leaf(TICKETS, BATCH, 3), leaf(TICKETS, WIDTH), *WHERE, SHAPES, 0, PRECISION
+
+
+def linear_packed_dw() -> Iterator[Arguments]:
+    dy, x = leaf(TICKETS, BATCH, 3), leaf(TICKETS, BATCH, 4)
+    yield dy, x, *WHERE, SHAPES, 0, WIDTH, PRECISION
+
+
+def pack() -> Iterator[Arguments]:
+    yield leaf(TICKETS, STUDENT.size), *WHERE, SHAPES, WIDTH
+
+
+def unpack() -> Iterator[Arguments]:
+    yield leaf(TICKETS, WIDTH), *WHERE, SHAPES
+
+
+def mlp() -> Iterator[Arguments]:
+    weight, mask = weights_of(STUDENT)
+    x, form = leaf(TICKETS, BATCH, 4), (NET.code, DENSITY, PRECISION)
+    yield x, weight.requires_grad_(), mask, *form
+    yield x.detach(), weight.detach(), None, *form
+
+
+def mlp_keep() -> Iterator[Arguments]:
+    yield draw(TICKETS, BATCH, 4), *weights_of(STUDENT), NET.code, DENSITY, PRECISION
+
+
+def mlp_backward() -> Iterator[Arguments]:
+    """With activations, and without them recomputed."""
+    tensors = draw(TICKETS, BATCH, 4), *weights_of(STUDENT)
+    form = NET.code, DENSITY, PRECISION
+    _, hidden = torch.ops.sparse_tickets.mlp_keep(*tensors, *form)
+    for kept, to_input in ((hidden, True), (None, False)):
+        yield draw(TICKETS, BATCH, 2), *tensors, kept, *form, to_input
+
+
+def packed_network() -> Arguments:
+    return draw(TICKETS, BATCH, 4), draw(TICKETS, WIDTH), *WHERE, draw(TICKETS, REST)
+
+
+def mlp_packed() -> Iterator[Arguments]:
+    x, values, bits, start, rest = packed_network()
+    leaves = x.requires_grad_(), values.requires_grad_(), bits, start, rest.requires_grad_()
+    yield *leaves, NET.code, SHAPES, PRECISION
+
+
+def mlp_packed_keep() -> Iterator[Arguments]:
+    yield *packed_network(), NET.code, SHAPES, PRECISION
+
+
+def mlp_packed_backward() -> Iterator[Arguments]:
+    form = NET.code, SHAPES, PRECISION
+    _, hidden = torch.ops.sparse_tickets.mlp_packed_keep(*packed_network(), *form)
+    for kept, to_input in ((hidden, True), (None, False)):
+        yield draw(TICKETS, BATCH, 2), *packed_network(), kept, *form, to_input
+
+
+# Rows of seven weights, five of them prunable.
+
+
+def rows() -> dict[str, torch.Tensor]:
+    mask = draw_mask(TICKETS, 5)
+    found = {name: draw(TICKETS, 7, seed=i) for i, name in enumerate(("weight", "m", "v"))}
+    for row in found.values():
+        row[:, :5] *= mask
+    return found | {"mask": mask, "other": draw(TICKETS, 7, seed=9), "v": found["v"].abs()}
+
+
+COUNT, PARTIALS = torch.tensor([7, 4]), torch.tensor([[4.0, 3.0], [2.0, 1.0]])
+
+
+def prune() -> Iterator[Arguments]:
+    for magnitude in (False, True):
+        yield draw(TICKETS, 5), draw_mask(TICKETS, 5), torch.tensor([1, 2]), magnitude
+
+
+def prune_rewind_() -> Iterator[Arguments]:
+    given = rows()
+    weight, m, v, initial = (given[name] for name in ("weight", "m", "v", "other"))
+    for moments in ((None, None), (draw(TICKETS, 7, seed=3), draw(TICKETS, 7, seed=4))):
+        scores, k = draw(TICKETS, 5), torch.tensor([1, 2])
+        yield scores, given["mask"], k, weight, initial, m, v, *moments, True
+
+
+def rewind_() -> Iterator[Arguments]:
+    given = rows()
+    tensors = tuple(given[name] for name in ("weight", "other", "m", "v"))
+    yield *tensors, given["mask"], None, None, None
+    yield *tensors, None, COUNT, draw(TICKETS, 7, seed=3), draw(TICKETS, 7, seed=4)
+
+
+def adam_() -> Iterator[Arguments]:
+    given = rows()
+    tensors = (*(given[name] for name in ("weight", "other", "m", "v")), STEP, LR)
+    yield *tensors, given["mask"], None, None, *ADAM
+    yield *tensors, None, COUNT, PARTIALS, *ADAM
+
+
+def sgd_() -> Iterator[Arguments]:
+    given = rows()
+    tensors = (*(given[name] for name in ("weight", "other", "m")), LR)
+    yield *tensors, given["mask"], None, None, 0.5, 0.9, 0.0
+    yield *tensors, None, COUNT, PARTIALS, 0.5, 0.9, 0.1
+
+
+def draws() -> Iterator[Arguments]:
+    yield KEY, 10, 1, 2**40
+
+
+def draws_on_device() -> Iterator[Arguments]:
+    yield KEY, 10, 1, torch.tensor(2**40)
+    yield KEY, 10, 1, KEY.abs()
+
+
+def categorical() -> Iterator[Arguments]:
+    yield draw(TICKETS, BATCH, 4).softmax(-1), draw(TICKETS, BATCH).sigmoid()
+
+
+def gae() -> Iterator[Arguments]:
+    shape = (TICKETS, 5, BATCH)
+    numbers = (draw(*shape, seed=seed) for seed in range(3))
+    yield *numbers, draw_mask(*shape), ~draw_mask(*shape), 0.99, 0.95
+
+
+def dynamics_initial() -> Iterator[Arguments]:
+    yield draw(TICKETS, BATCH, 4).sigmoid(), "CartPole-v1"
+
+
+def dynamics_step() -> Iterator[Arguments]:
+    yield 0.1 * draw(TICKETS, BATCH, 4).double(), (KEY > 0).long()[:, None] + WHOLE, "Acrobot-v1"
+    yield draw(TICKETS, BATCH, 2).double(), draw(TICKETS, BATCH, 1), "Pendulum-v1"
+
+
+def dynamics_observe() -> Iterator[Arguments]:
+    yield draw(TICKETS, BATCH, 2).double(), "Pendulum-v1"
+
+
+WHOLE = torch.zeros(TICKETS, BATCH, dtype=torch.int64)
+
+
+def acting(arena: Arena, task: str, states: int, clock: Any, keep_heads: bool) -> Arguments:
+    """Two steps under a time limit of four; one copy is just before it."""
+    features, elapsed = arena.actor.sizes[0], torch.tensor([[0], [3]], dtype=torch.int32)
+    state = 0.05 * draw(TICKETS, 1, states).double()
+    scaling = torch.zeros(features), torch.full((features,), 2.0)
+    obs = draw(TICKETS, 1, features)
+    copies = KEY, KEY.flip(0), state, elapsed, *scaling, clock
+    return *weights_of(arena), obs, *copies, arena.code, task, 4, 2, 1, 2, DENSITY, keep_heads
+
+
+def rollout() -> Iterator[Arguments]:
+    yield acting(DISCRETE, "CartPole-v1", 4, 2**33, keep_heads=False)
+    yield acting(CONTINUOUS, "Pendulum-v1", 2, 0, keep_heads=True)
+
+
+def rollout_on_device() -> Iterator[Arguments]:
+    yield acting(CONTINUOUS_CRITIC, "Pendulum-v1", 2, torch.tensor(7), keep_heads=False)
+
+
+def evaluate() -> Iterator[Arguments]:
+    for arena, task in ((DISCRETE, "CartPole-v1"), (CONTINUOUS, "Pendulum-v1")):
+        features = arena.actor.sizes[0]
+        scaling = torch.zeros(features), torch.ones(features)
+        form = arena.code, task, 2, 1, 3, arena is CONTINUOUS, DENSITY
+        yield *weights_of(arena), KEY, *scaling, *form
+
+
+def training(arena: Arena) -> Arguments:
+    weight, mask = weights_of(arena)
+    return weight, mask, 0.01 * weight, 0.01 * weight.abs(), STEP
+
+
+def ppo_update(iteration: Any) -> Iterator[Arguments]:
+    samples = (TICKETS, 2)
+    for arena in (DISCRETE, CONTINUOUS_CRITIC):
+        obs = draw(*samples, arena.actor.sizes[0])
+        action = torch.arange(4).view(samples) % 2 if arena is DISCRETE else draw(*samples, 1)
+        batch = obs, action, *(draw(*samples, seed=seed) for seed in range(4))
+        config = 1, 1, 0.2, True, 0.5, 0.01, None, True, *ADAM[1:]
+        yield *training(arena), *batch, KEY, LR, iteration, arena.code, DENSITY, *config
+
+
+def clone_update(first_update: Any) -> Iterator[Arguments]:
+    data = draw(2, 6, 4), draw(2, 6, 2).log_softmax(-1), torch.tensor([1, 0]), KEY
+    form = STUDENT.code, 2, 3, *ADAM, DENSITY
+    yield *training(STUDENT), *data, first_update, LR, *form
+
+
+EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
+    "linear": linear,
+    "linear_dx": linear_dx,
+    "linear_dw": linear_dw,
+    "linear_packed": linear_packed,
+    "linear_packed_dx": linear_packed_dx,
+    "linear_packed_dw": linear_packed_dw,
+    "pack": pack,
+    "unpack": unpack,
+    "mlp": mlp,
+    "mlp_keep": mlp_keep,
+    "mlp_backward": mlp_backward,
+    "mlp_packed": mlp_packed,
+    "mlp_packed_keep": mlp_packed_keep,
+    "mlp_packed_backward": mlp_packed_backward,
+    "prune": prune,
+    "prune_rewind_": prune_rewind_,
+    "rewind_": rewind_,
+    "adam_": adam_,
+    "sgd_": sgd_,
+    **{
+        f"random_{name}{overload}": examples
+        for name in ("bits", "uniform", "normal", "permutation")
+        for overload, examples in (("", draws), (".on_device", draws_on_device))
+    },
+    "random_categorical": categorical,
+    "gae": gae,
+    "dynamics_initial": dynamics_initial,
+    "dynamics_step": dynamics_step,
+    "dynamics_observe": dynamics_observe,
+    "rollout": rollout,
+    "rollout.on_device": rollout_on_device,
+    "evaluate": evaluate,
+    "ppo_update_": lambda: ppo_update(2**33),
+    "ppo_update_.on_device": lambda: ppo_update(torch.tensor(3)),
+    "clone_update_": lambda: clone_update(2**33),
+    "clone_update_.on_device": lambda: clone_update(torch.tensor(3)),
+}
+# The CPU backend counts in integers.
+NOT_ON_CPU = ("ppo_update_.on_device", "clone_update_.on_device")
+
+
+def registered() -> set[str]:
+    """Names of all ops, once every folder is imported."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        if module.ispkg:
+            importlib.import_module(f"{kernels.__name__}.{module.name}")
+    prefix = f"{NAMESPACE}::"
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+
+def test_every_op_has_an_example() -> None:
+    assert registered() == set(EXAMPLES)
+
+
+def move(argument: Any, device: str) -> Any:
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    moved = argument.detach().clone().to(device)
+    return moved.requires_grad_(argument.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "reference") for name in EXAMPLES),
+        *((name, "cpu") for name in EXAMPLES if name not in NOT_ON_CPU),
+        *(pytest.param(name, "triton", marks=needs_triton) for name in EXAMPLES),
+    ],
+)
+def test_opcheck(name: str, backend: str) -> None:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.sparse_tickets, packet), overload or "default")
+    with use_backend(backend):
+        for arguments in EXAMPLES[name]():
+            torch.library.opcheck(op, tuple(move(argument, device) for argument in arguments))
