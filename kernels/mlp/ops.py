@@ -7,7 +7,7 @@ place. `run` and `run_packed` spare eager calls the dispatcher.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def run(
     """`call` without the dispatcher's cost where nobody watches; `backend` is the one in force."""
     if is_watched() or not is_plain(x, weight, mask):
         return call(x, weight, mask, net, density, precision)
-    return _Mlp.apply(backend, True, x, weight, mask, net, density, precision)
+    return _Mlp.apply(x, weight, mask, _Call(backend, True, (net, density, precision)))
 
 
 def run_packed(
@@ -96,7 +96,7 @@ def run_packed(
     tensors = (x, values, bits, start, rest)
     if is_watched() or not is_plain(*tensors):
         return call_packed(*tensors, net, shapes, precision)
-    return _MlpPacked.apply(backend, True, *tensors, net, shapes, precision)
+    return _MlpPacked.apply(*tensors, _Call(backend, True, (net, shapes, precision)))
 
 
 def _forward(
@@ -234,112 +234,105 @@ def _once(gradients: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tenso
     return _Once.apply(len(gradients), *gradients, *sources)
 
 
-class _Mlp(torch.autograd.Function):
-    """``mlp``, by the dispatcher or directly.
+class _Call(NamedTuple):
+    """What autograd must remember beside tensors.
 
     The backward pass runs on the backend of the forward pass: on a GPU it is another thread, which
     does not see `use_backend`.
     """
 
+    backend: Backend
+    direct: bool
+    form: tuple[Any, ...]
+
+
+class _Mlp(torch.autograd.Function):
+    """``mlp``, by the dispatcher or directly; the form is network, density and precision."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: Backend,
-        direct: bool,
-        x: Tensor,
-        weight: Tensor,
-        mask: Tensor | None,
-        net: Net,
-        density: float,
-        precision: str,
-    ) -> Tensor:
-        to_input, to_weight = ctx.needs_input_grad[2:4]
-        keep = (to_input or to_weight) and _keeps(backend, net, precision, to_input, False)
-        if direct:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
+        net, density, precision = call.form
+        to_input, to_weight, *_ = ctx.needs_input_grad
+        keep = (to_input or to_weight) and _keeps(call.backend, net, precision, to_input, False)
+        if call.direct:
             tensors = x.detach(), weight.detach(), mask
-            y, hidden = _forward(backend, *tensors, net, density, precision, keep)
+            y, hidden = _forward(call.backend, *tensors, net, density, precision, keep)
         else:
-            arguments = x, weight, mask, net.code, density, precision
-            with torch._C._AutoDispatchBelowAutograd():
-                y, hidden = (
-                    _OPS.mlp_keep.default(*arguments)
-                    if keep
-                    else (_OPS.mlp.default(*arguments), None)
-                )
+            y, hidden = _dispatch("mlp", keep, x, weight, mask, net.code, density, precision)
         # The mask too: autograd then raises if it is changed before the backward pass.
         ctx.save_for_backward(x, weight, mask, hidden)
-        ctx.backend, ctx.form = backend, (net, density, precision)
+        ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, hidden = ctx.saved_tensors
-        to_input, to_weight = ctx.needs_input_grad[2:4]
-        net, density, precision = ctx.form
-        if not is_watched() and is_plain(dy, x, weight, mask):
+        backend, direct, (net, density, precision) = ctx.call
+        to_input, to_weight, *_ = ctx.needs_input_grad
+        if direct and not is_watched() and is_plain(dy):
             tensors = dy.detach(), x.detach(), weight.detach(), mask, hidden
-            found = _backward(ctx.backend, *tensors, net, density, precision, to_input)
+            dx, dweight = _backward(backend, *tensors, net, density, precision, to_input)
         else:
-            with use_backend(ctx.backend), torch._C._AutoDispatchBelowAutograd():
-                found = _OPS.mlp_backward.default(
+            with use_backend(backend), torch._C._AutoDispatchBelowAutograd():
+                dx, dweight = _OPS.mlp_backward.default(
                     dy, x, weight, mask, hidden, net.code, density, precision, to_input
                 )
-        wanted = (found[0] if to_input else None, found[1] if to_weight else None)
-        return None, None, *_once(wanted, dy, x, weight), None, None, None, None
+        wanted = (dx if to_input else None, dweight if to_weight else None)
+        return *_once(wanted, dy, x, weight), None, None
 
 
 class _MlpPacked(torch.autograd.Function):
-    """``mlp_packed``, as `_Mlp` is ``mlp``."""
+    """``mlp_packed``, as `_Mlp` is ``mlp``; the form is network, shapes and precision."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        backend: Backend,
-        direct: bool,
         x: Tensor,
         values: Tensor,
         bits: Tensor,
         start: Tensor,
         rest: Tensor,
-        net: Net,
-        shapes: list[int],
-        precision: str,
+        call: _Call,
     ) -> Tensor:
-        to_input = ctx.needs_input_grad[2]
-        keep = any(ctx.needs_input_grad) and _keeps(backend, net, precision, to_input, True)
-        if direct:
+        net, shapes, precision = call.form
+        to_input, *_ = ctx.needs_input_grad
+        keep = any(ctx.needs_input_grad) and _keeps(call.backend, net, precision, to_input, True)
+        if call.direct:
             tensors = x.detach(), values.detach(), bits, start, rest.detach()
-            y, hidden = _forward_packed(backend, *tensors, net, shapes, precision, keep)
+            y, hidden = _forward_packed(call.backend, *tensors, net, shapes, precision, keep)
         else:
-            arguments = x, values, bits, start, rest, net.code, shapes, precision
-            with torch._C._AutoDispatchBelowAutograd():
-                y, hidden = (
-                    _OPS.mlp_packed_keep.default(*arguments)
-                    if keep
-                    else (_OPS.mlp_packed.default(*arguments), None)
-                )
+            tensors = x, values, bits, start, rest
+            y, hidden = _dispatch("mlp_packed", keep, *tensors, net.code, shapes, precision)
         ctx.save_for_backward(x, values, bits, start, rest, hidden)
-        ctx.backend, ctx.form = backend, (net, shapes, precision)
+        ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, bits, start, rest, hidden = ctx.saved_tensors
-        to_input, to_values, _, _, to_rest = ctx.needs_input_grad[2:7]
-        net, shapes, precision = ctx.form
-        if not is_watched() and is_plain(dy, x, values, rest):
+        backend, direct, (net, shapes, precision) = ctx.call
+        to_input, to_values, _, _, to_rest, _ = ctx.needs_input_grad
+        if direct and not is_watched() and is_plain(dy):
             tensors = dy.detach(), x.detach(), values.detach(), bits, start, rest.detach(), hidden
-            found = _backward_packed(ctx.backend, *tensors, net, shapes, precision, to_input)
+            found = _backward_packed(backend, *tensors, net, shapes, precision, to_input)
         else:
             tensors = dy, x, values, bits, start, rest, hidden
-            with use_backend(ctx.backend), torch._C._AutoDispatchBelowAutograd():
+            with use_backend(backend), torch._C._AutoDispatchBelowAutograd():
                 found = _OPS.mlp_packed_backward.default(
                     *tensors, net.code, shapes, precision, to_input
                 )
         asked = zip(found, (to_input, to_values, to_rest), strict=True)
         wanted = tuple(gradient if needed else None for gradient, needed in asked)
         dx, dvalues, drest = _once(wanted, dy, x, values, rest)
-        return None, None, dx, dvalues, None, None, drest, None, None, None
+        return dx, dvalues, None, None, drest, None
+
+
+def _dispatch(name: str, keep: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """An op's output, and the hidden activations if ``keep``, past autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if keep:
+            return getattr(_OPS, f"{name}_keep").default(*arguments)
+        return getattr(_OPS, name).default(*arguments), None
 
 
 def _register(
@@ -381,9 +374,9 @@ def _register(
         # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             backend = resolve_backend(arguments[0].device)
-            return function.apply(backend, False, *decode(arguments, tensors))
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(_OPS, name).default(*arguments)
+            form = decode(arguments, tensors)[tensors:]
+            return function.apply(*arguments[:tensors], _Call(backend, False, form))
+        return _dispatch(name, False, *arguments)[0]
 
     def fake(*arguments: Any) -> Tensor:
         x, net = arguments[0], Net.decode(tuple(arguments[tensors]))
