@@ -1,9 +1,9 @@
 """Cloning in Triton: minibatches in one launch, then per update the network, the loss, Adam.
 
-Seven launches an update, with nothing between them that waits for the device, so that a CUDA graph
-can hold the call; with `first_update` and `lr` as tensors on the device it moves on at every
-replay. Gradients off the mask are computed and never read: Adam knows the mask, and that the critic
-stays as it is.
+Six or seven launches an update, one more where actions are continuous, and nothing between them
+that waits for the device, so that a CUDA graph can hold the call; with `first_update` and `lr` as
+tensors on the device it moves on at every replay. Gradients off the mask are computed and never
+read: Adam knows the mask, and that the critic stays as it is.
 """
 
 from __future__ import annotations

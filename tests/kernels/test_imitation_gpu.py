@@ -280,19 +280,6 @@ def test_the_number_of_updates_may_lie_on_the_device(backend: str) -> None:
         problem.update("cpu", config, first_update=torch.tensor(5))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-def test_opcheck(backend: str) -> None:
-    problem = Problem(ARENAS["continuous_critic"], 2)
-    fields = [f.float() if f.is_floating_point() else f for f in problem.parameters]
-    data = (problem.obs.float(), problem.target.float(), problem.dataset, problem.key)
-    tail = (torch.full((2,), 1e-2), problem.arena.code, 2, 5, 0.5, 0.9, 0.999, 1e-5, 1.0)
-    packet = torch.ops.sparse_tickets.clone_update_
-    with use_backend(backend):
-        torch.library.opcheck(packet.default, (*fields, *data, 7, *tail))
-        if backend != "cpu":
-            torch.library.opcheck(packet.on_device, (*fields, *data, torch.tensor(7), *tail))
-
-
 def test_plan_tells() -> None:
     with use_backend("triton"):
         assert plan(ARENAS["discrete"], torch.device("cpu")).backend == "triton"
