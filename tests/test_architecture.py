@@ -270,6 +270,16 @@ def test_lazy_exports_agree(face) -> None:
         _ = face.nothing
 
 
+def test_every_op_has_a_reference_and_a_cost() -> None:
+    report(
+        f"{name} has no {part}.py"
+        for name, path in modules().items()
+        if path.match("kernels/*/__init__.py")
+        for part in ("reference", "cost")
+        if f"{name}.{part}" not in modules()
+    )
+
+
 def test_folders_of_ops_stay_modules() -> None:
     for op in ("linear", "mlp", "prune", "rollout"):
         folder = importlib.import_module(f"sparse_tickets.kernels.{op}")

@@ -263,20 +263,6 @@ def test_double_backward(backend: str, dtype: torch.dtype) -> None:
         assert ((left - right).abs().max() <= 1000 * torch.finfo(dtype).eps * scale).item()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend: str) -> None:
-    ops = torch.ops.sparse_tickets
-    x, weight, mask, bias = inputs((2, 3, 4, 5), device=device_of(backend))
-    x.requires_grad_()
-    weight.requires_grad_()
-    dy = torch.randn(2, 3, 4, device=x.device, requires_grad=True)
-    with use_backend(backend):
-        torch.library.opcheck(ops.linear.default, (x, weight, mask, bias, None, 0, "ieee"))
-        torch.library.opcheck(ops.linear.default, (x, weight, mask, None, None, 0, "ieee"))
-        torch.library.opcheck(ops.linear_dx.default, (dy, weight, mask, None, 0, "ieee"))
-        torch.library.opcheck(ops.linear_dw.default, (dy, x, mask, None, 0, "ieee"))
-
-
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_to_one_graph_once(backend: str, masked: bool) -> None:

@@ -215,17 +215,6 @@ def test_pruned_blocks_see_nothing() -> None:
     assert not dw[~mask].any()
 
 
-def test_opcheck() -> None:
-    ops = torch.ops.sparse_tickets
-    x, weight, mask, bias, dy = inputs((2, 3, 1, 2), 16)
-    for tensor in (x, weight, dy):
-        tensor.requires_grad_()
-    tail = (mask, block_pattern(mask, 16).table, 16, "ieee")
-    torch.library.opcheck(ops.linear.default, (x, weight, mask, bias, *tail[1:]))
-    torch.library.opcheck(ops.linear_dx.default, (dy, weight, *tail))
-    torch.library.opcheck(ops.linear_dw.default, (dy, x, *tail))
-
-
 def test_compiles_to_one_graph() -> None:
     x, weight, mask, bias, _ = inputs((2, 3, 2, 2), 16)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]

@@ -276,9 +276,9 @@ def training(arena: Arena) -> Arguments:
     return weight, mask, 0.01 * weight, 0.01 * weight.abs(), STEP
 
 
-def ppo_update(iteration: Any) -> Iterator[Arguments]:
+def ppo_update(iteration: Any, *arenas: Arena) -> Iterator[Arguments]:
     samples = (TICKETS, 2)
-    for arena in (DISCRETE, CONTINUOUS_CRITIC):
+    for arena in arenas:
         obs = draw(*samples, arena.actor.sizes[0])
         action = torch.arange(4).view(samples) % 2 if arena is DISCRETE else draw(*samples, 1)
         batch = obs, action, *(draw(*samples, seed=seed) for seed in range(4))
@@ -325,8 +325,8 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "rollout": rollout,
     "rollout.on_device": rollout_on_device,
     "evaluate": evaluate,
-    "ppo_update_": lambda: ppo_update(2**33),
-    "ppo_update_.on_device": lambda: ppo_update(torch.tensor(3)),
+    "ppo_update_": lambda: ppo_update(2**33, DISCRETE, CONTINUOUS_CRITIC),
+    "ppo_update_.on_device": lambda: ppo_update(torch.tensor(3), DISCRETE),
     "clone_update_": lambda: clone_update(2**33),
     "clone_update_.on_device": lambda: clone_update(torch.tensor(3)),
 }

@@ -454,38 +454,6 @@ def test_adam_on_packed_rows_is_adam_on_the_mask(backend: str) -> None:
 # torch's machinery.
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_opcheck(backend: str) -> None:
-    ops = torch.ops.sparse_tickets
-    dense, _, pattern = population(((3, 4),), (0.5, 0.9))
-    x, dy = draw(2, 3, 4).requires_grad_(), draw(2, 3, 3).requires_grad_()
-    values, bias = pack(dense, pattern).requires_grad_(), draw(2, 3)
-    where = (pattern.bits, pattern.start)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    with use_backend(backend):
-        for op, arguments in (
-            (ops.linear_packed, (x, values, *where, bias, pattern.shapes, 0, "ieee")),
-            (ops.linear_packed_dx, (dy, values, *where, pattern.shapes, 0, "ieee")),
-            (ops.linear_packed_dw, (dy, x, *where, pattern.shapes, 0, pattern.width, "ieee")),
-            (ops.pack, (dense.requires_grad_(), *where, pattern.shapes, pattern.width)),
-            (ops.unpack, (values, *where, pattern.shapes)),
-        ):
-            torch.library.opcheck(op.default, arguments, test_utils=tests)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_dynamic(backend: str) -> None:
-    ops = torch.ops.sparse_tickets
-    dense, _, pattern = population(((3, 4),), (0.5, 0.9), device=device_of(backend))
-    where = (pattern.bits, pattern.start)
-    with use_backend(backend):
-        values = pack(dense, pattern).requires_grad_()
-        x = draw(2, 3, 4).to(dense.device).requires_grad_()
-        arguments = (x, values, *where, None, pattern.shapes, 0, "ieee")
-        torch.library.opcheck(ops.linear_packed.default, arguments)
-
-
 def test_compiles_to_one_graph() -> None:
     dense, _, pattern = population(((3, 4),), (0.5, 0.9))
     x, values = draw(2, 3, 4), pack(dense, pattern).requires_grad_()

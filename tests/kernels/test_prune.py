@@ -366,17 +366,3 @@ def test_refuses(change, error, message):
     arguments = {"scores": torch.zeros(2, 3), "mask": torch.ones(2, 3).bool(), "k": 1}
     with pytest.raises(error, match=message):
         prune(**(arguments | change))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_registration(backend, generator):
-    mask, k, rows = level(2, 9, 6, generator)
-    device = device_of(backend)
-    mask, k, *rows = (t.to(device) for t in (mask, k, *rows.values()))
-    scores = torch.randn(2, 6, generator=generator).to(device)
-    ops = torch.ops.sparse_tickets
-    with using(backend):
-        torch.library.opcheck(ops.prune.default, (scores, mask, k, False))
-        for moments in ((None, None), (rows[1], rows[1])):
-            arguments = (scores, mask, k, *rows, *moments, True)
-            torch.library.opcheck(ops.prune_rewind_.default, arguments)

@@ -400,25 +400,6 @@ def test_cost():
     assert cost.categorical(5, 4) == (5 * 9, 5 * 28)
 
 
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
-@pytest.mark.parametrize("op", ["bits", "uniform", "normal", "permutation"])
-def test_opcheck_draws(backend, op):
-    packet = getattr(torch.ops.sparse_tickets, f"random_{op}")
-    key = on(backend, KEY)
-    with use_backend(backend):
-        torch.library.opcheck(packet.default, (key, 10, 1, 2**40))
-        torch.library.opcheck(packet.on_device, (key, 10, 1, key.new_tensor(2**40)))
-        torch.library.opcheck(packet.on_device, (key, 10, 1, key.abs()))
-
-
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
-def test_opcheck_categorical(backend, generator):
-    arguments = (torch.rand(3, 4, generator=generator), torch.rand(3, generator=generator))
-    with use_backend(backend):
-        moved = tuple(on(backend, argument) for argument in arguments)
-        torch.library.opcheck(torch.ops.sparse_tickets.random_categorical, moved)
-
-
 def test_compiles_to_one_graph_for_every_step():
     def act(key, probs, step):
         u = random.uniform(key, 3, stream=Stream.ACTION, step=step)

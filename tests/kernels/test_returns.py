@@ -264,12 +264,3 @@ def test_cost():
     # Six steps: reward, value, next value and two flags in, advantage and target out.
     assert cost.gae(1, 2, 3) == (6 * 6, 6 * (3 * 4 + 2 + 2 * 4))
     assert cost.gae(1, 2, 3, itemsize=8) == (6 * 6, 6 * (3 * 8 + 2 + 2 * 8))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_registration(backend):
-    def opcheck(*arguments):
-        torch.library.opcheck(torch.ops.sparse_tickets.gae.default, arguments)
-        return ()
-
-    on(backend, opcheck, *rollout((2, 5, 3), rate=0.0), 0.99, 0.95)

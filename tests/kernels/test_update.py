@@ -565,24 +565,6 @@ def test_triton_takes_float32_only():
         on("triton", adam_, grad=gradient(rows), **rows)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_registration(backend):
-    rows = population(2, 6, 4)
-    ops = torch.ops.sparse_tickets
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    weight, m, v, mask, step, lr = (
-        rows[name].to(device) for name in ("weight", "m", "v", "mask", "step", "lr")
-    )
-    grad = torch.ones_like(weight)
-    rows, partials = (weight, grad, m, v, step, lr), torch.ones_like(weight)
-    with use_backend(backend):
-        for optional in ((mask, None, None), (None, step, None), (None, None, partials)):
-            torch.library.opcheck(ops.adam_.default, (*rows, *optional, 0.5, 0.9, 0.999, 1e-5))
-            torch.library.opcheck(ops.sgd_.default, (weight, grad, m, lr, *optional, 0.5, 0.9, 0.0))
-        for optional in ((mask, None, None, None), (None, step, grad, grad)):
-            torch.library.opcheck(ops.rewind_.default, (weight, grad, m, v, *optional))
-
-
 def test_launches_from_several_threads_and_any_torch_thread_count():
     rows = [population(8, 600, 500, seed=seed) for seed in range(4)]
     expected = [{name: row.clone() for name, row in each.items()} for each in rows]
