@@ -349,8 +349,10 @@ def _register(
     """
 
     def decode(arguments: tuple[Any, ...], place: int) -> tuple[Any, ...]:
-        net = Net.decode(tuple(arguments[place]))
-        return *arguments[:place], net, *arguments[place + 1 :]
+        # Below autograd tensors may still ask for gradients, which arrays of theirs cannot.
+        found = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+        found[place] = Net.decode(tuple(arguments[place]))
+        return tuple(found)
 
     def choose_backend(x: Tensor, parameters: Tensor) -> Backend:
         backend = resolve_backend(x.device)

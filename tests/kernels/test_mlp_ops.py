@@ -1,4 +1,4 @@
-"""Networks as registered ops: what torch's own checks ask of them, on every backend."""
+"""Networks as registered ops, on every backend: traced, differentiated, refused."""
 
 import pytest
 import torch
@@ -52,31 +52,13 @@ class Population:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-# The interpreter multiplies both exactly; in tf32 activations are kept for the backward pass.
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("to_input", [False, True])
-def test_opcheck(backend, precision, to_input):
-    given = Population(backend, precision=precision)
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_where_activations_are_kept(backend, packed):
+    """In tf32, which the interpreter multiplies exactly; `test_opcheck` has the other route."""
+    given = Population(backend, precision="tf32")
+    op = OPS.mlp_packed.default if packed else OPS.mlp.default
     with use_backend(backend):
-        torch.library.opcheck(OPS.mlp.default, given.rows(to_input, True))
-        torch.library.opcheck(OPS.mlp_packed.default, given.packed(to_input, True))
-        for hidden in (None, OPS.mlp_keep.default(*given.rows())[1]):
-            x, weight, mask, *form = given.rows()
-            arguments = (given.dy, x, weight, mask, hidden, *form, to_input)
-            torch.library.opcheck(OPS.mlp_backward.default, arguments)
-            *tensors, net, shapes, last = given.packed()
-            arguments = (given.dy, *tensors, hidden, net, shapes, last, to_input)
-            torch.library.opcheck(OPS.mlp_packed_backward.default, arguments)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_where_nothing_is_differentiated(backend):
-    given = Population(backend)
-    with use_backend(backend):
-        torch.library.opcheck(OPS.mlp.default, given.rows(mask=False))
-        torch.library.opcheck(OPS.mlp_keep.default, given.rows())
-        torch.library.opcheck(OPS.mlp_packed.default, given.packed())
-        torch.library.opcheck(OPS.mlp_packed_keep.default, given.packed())
+        torch.library.opcheck(op, given.packed(True, True) if packed else given.rows(True, True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
