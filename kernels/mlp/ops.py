@@ -118,7 +118,7 @@ def _forward(
         from . import cpu
 
         return cpu.mlp(x, weight, net, mask, density), None
-    # Their backward passes recompute activations, so neither is asked to keep them.
+    # Backward passes off the GPU recompute activations: only who calls ``mlp_keep`` asks for them.
     hidden = reference.hidden_layers(x, weight, net, mask) if keep else None
     return reference.mlp(x, weight, net, mask), hidden
 
@@ -148,7 +148,7 @@ def _backward(
     with differentiating():
         y = reference.mlp(x, weight, net, mask)
         found = torch.autograd.grad(y, (weight, x) if to_input else (weight,), dy)
-    return found[1] if to_input else None, found[0]
+    return found[1].contiguous() if to_input else None, found[0].contiguous()
 
 
 def _forward_packed(
