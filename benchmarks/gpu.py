@@ -5,9 +5,11 @@
     python -m benchmarks.gpu --rehearse             the same on a CPU, tiny, in Triton's interpreter
 
 Each part runs in a process of its own with a share of the time, and saves what it has after every
-step: one that fails, hangs or is cut off costs nothing but itself. Nothing is downloaded. Results
-go to ``results/<device>-<date>.json``, tuned launches to ``kernels/configs``; a rehearsal writes
-to a temporary folder, or to ``--out``, and marks what it writes.
+step: one that fails, hangs or is cut off costs nothing but the step it was at. While the tests run,
+what the others will launch is compiled on the remaining cores. Nothing is downloaded. Results go to
+``results/<device>-<date>.json``, tuned launches to ``kernels/configs``; with ``--out`` results,
+launches and the log go to a folder. A rehearsal writes to a temporary folder, or to ``--out``, and
+marks what it writes.
 """
 
 from __future__ import annotations
@@ -15,15 +17,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +30,23 @@ from rich.console import Console
 
 from sparse_tickets.files import write_atomic
 
+from .gpu_process import attempt, read_state, say, until_done
 from .results import RESULTS, Run, available_cores, load, provenance, save
 
 __all__ = ["PARTS", "main"]
 
-ROOT = Path(__file__).parents[1]
 PARTS = ("tests", "tune", "table", "sweep")
 """In this order: nothing is timed before it was tested, nor swept before it was tuned."""
 
 # A part gets its share of the time left by the shares still to come: what one does not use is left
 # to the others.
-_SHARES = {"tests": 2.0, "tune": 1.5, "table": 3.0, "sweep": 4.0}
+_SHARES = {"tests": 2.5, "tune": 1.5, "table": 3.0, "sweep": 3.5}
 # A part stops by itself at its deadline; one that does not is stopped after this.
 _GRACE_S = 10.0
 _END_S = 10.0
 _REHEARSAL = "rehearsal"
+_WARM = "warm"
+_NEEDED = ("triton", "numba", "pyarrow", "gymnasium", "safetensors", "pytest")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             highlight=False,
         )
         return 1
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        Console(stderr=True).print(
+            f"[red]error:[/red] not installed: {', '.join(missing)}", highlight=False
+        )
+        return 1
     return _run_all(options, console)
 
 
@@ -80,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU, in a folder apart")
     parser.add_argument("--commit", help="of the code, where there is no checkout to tell it")
     # How the processes of the parts are called.
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=(*PARTS, _WARM), help=argparse.SUPPRESS)
+    parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     return parser
 
@@ -95,91 +102,95 @@ def _run_all(options: argparse.Namespace, console: Console) -> int:
     run.commit = options.commit or run.commit
     if options.rehearse:
         run.device = f"{_REHEARSAL}-{run.device}"
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="parts-", dir=options.out))
+    # Apart from what is kept: a sweep's store is hundreds of files.
+    scratch = Path(tempfile.mkdtemp(prefix="sparse-tickets-gpu-"))
     out = options.out or (scratch if options.rehearse else None)
-    path = (out or RESULTS) / f"{run.device}-{run.date[:10]}.json"
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    name = f"{run.device}-{run.date[:10]}"
+    path, log = (out or RESULTS) / f"{name}.json", (out or scratch) / f"{name}.log"
     wrong = False
+    whole = len(options.only) == len(PARTS)
     for part in (part for part in PARTS if part in options.only):
         left = end - time.monotonic()
         ahead = sum(_SHARES[later] for later in PARTS[PARTS.index(part) :] if later in options.only)
         seconds = left * _SHARES[part] / ahead
         console.print(f"[bold]{part}[/bold], up to {seconds:.0f} s", highlight=False)
-        found = _in_a_process(part, seconds, scratch, options)
+        found = _in_a_process(part, seconds, scratch, log, options, console)
         wrong |= _is_wrong(found)
+        whole &= not (found.get("unfinished") or found.get("left_out"))
         _merge(run, part, found)
         run.seconds = time.monotonic() - began
-        run.complete = not wrong and part == PARTS[-1] and len(options.only) == len(PARTS)
+        run.complete = whole and not wrong and part == PARTS[-1]
         save(run, path)
         if part == "tune" and found.get("configurations"):
-            _write_configurations(run, found, out, console)
+            _write_configurations(run, found, options, out, console)
     _show(console, run)
-    told = f"{run.seconds:.0f} s; written to {path}, logs in {scratch}"
+    told = f"{run.seconds:.0f} s; written to {path}, log in {log}, all else in {scratch}"
     console.print(told, highlight=False, soft_wrap=True)
     return 1 if wrong else 0
 
 
 def _in_a_process(
-    part: str, seconds: float, scratch: Path, options: argparse.Namespace
+    part: str,
+    seconds: float,
+    scratch: Path,
+    log: Path,
+    options: argparse.Namespace,
+    console: Console,
 ) -> dict[str, Any]:
-    """What a part found, as far as it came; its output goes to the terminal and to a log."""
-    began, log = time.monotonic(), scratch / f"{part}.log"
+    """What a part found, as far as it came."""
+    environment = {}
+    if options.rehearse:
+        environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"SPARSE_TICKETS_BACKEND": "triton"}
     state = scratch / f"{part}.json"
     state.unlink(missing_ok=True)
-    command = _command(part, seconds, scratch)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if options.rehearse:
-        command.append("--rehearse")
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"SPARSE_TICKETS_BACKEND": "triton"}
-    stopped = ""
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(seconds + _GRACE_S)
-            stopped = f"ended with status {code}: {_last_line(log)}" if code else ""
-        except subprocess.TimeoutExpired:
-            stopped = "stopped: it did not end in time"
-        finally:
-            _end(process)
-    try:
-        found = json.loads(state.read_text())
-    except (OSError, ValueError):
-        found = {}
-    found["seconds"] = time.monotonic() - began
-    if stopped:
-        found["stopped"] = stopped
+    command = _command(part, scratch, options.rehearse)
+
+    def tell(line: str) -> None:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+    compiling = part == "tests" and len(options.only) > 1 and not options.rehearse
+    with ThreadPoolExecutor(_compilers()) as pool:
+        ahead = _compile_ahead(pool, seconds, scratch) if compiling else []
+        found = until_done(command, environment, state, log, seconds, _GRACE_S, tell)
+        for each in ahead:
+            each.result()
     return found
 
 
-def _command(part: str, seconds: float, scratch: Path) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--part", part]
-    return [*command, "--seconds", f"{seconds}", "--out", str(scratch)]
+def _compilers() -> int:
+    """Processes that compile while tests run, on a third of the cores."""
+    return max(1, available_cores() // 3)
 
 
-def _end(process: subprocess.Popen) -> None:
-    """Stop a part and all it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _compile_ahead(pool: ThreadPoolExecutor, seconds: float, scratch: Path) -> list[Future[str]]:
+    """Begin to compile what the later parts launch; it ends when the time for tests does."""
+    begun, count = [], _compilers()
+    # Each has a core; torch's compiler would start as many workers as there are, in each.
+    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    for index in range(count):
+        command = [
+            *_command(_WARM, scratch, False),
+            f"{seconds:.1f}",
+            "--share",
+            f"{index}/{count}",
+        ]
+        log = scratch / f"{_WARM}-{index}.log"
+        begun.append(pool.submit(attempt, command, environment, log, seconds, lambda line: None))
+    return begun
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+def _command(part: str, scratch: Path, rehearse: bool) -> list[str]:
+    """Of a part's process; the seconds that it has come last."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--out", str(scratch)]
+    return [*command, *(["--rehearse"] if rehearse else []), "--seconds"]
 
 
 def _is_wrong(found: dict[str, Any]) -> bool:
     """Whether something failed; what there was no time for is not wrong."""
-    return bool(found.get("stopped") or found.get("failures") or found.get("failed"))
+    return any(found.get(name) for name in ("stopped", "failures", "failed", "refused"))
 
 
 def _merge(run: Run, part: str, found: dict[str, Any]) -> None:
@@ -197,93 +208,84 @@ def _merge(run: Run, part: str, found: dict[str, Any]) -> None:
 
 
 def _write_configurations(
-    run: Run, found: dict[str, Any], out: Path | None, console: Console
+    run: Run,
+    found: dict[str, Any],
+    options: argparse.Namespace,
+    out: Path | None,
+    console: Console,
 ) -> None:
-    """Where the kernels read them, unless everything goes elsewhere."""
+    """Where the kernels of the table and the sweep read them, and to the folder of results."""
     from sparse_tickets.kernels.tuning import CONFIGS
 
     from .gpu_tune import write_configurations
 
-    path = (CONFIGS if out is None else out / "configs") / f"{run.device}.json"
+    folders = [] if options.rehearse else [CONFIGS]
+    folders += [] if out is None else [out / "configs"]
     about = {"device": run.hardware, "date": run.date, "commit": run.commit}
-    write_configurations(path, found, {**about, "versions": run.versions})
-    console.print(f"launches written to {path}", highlight=False, soft_wrap=True)
+    for folder in folders:
+        path = folder / f"{run.device}.json"
+        write_configurations(path, found, {**about, "versions": run.versions})
+        console.print(f"launches written to {path}", highlight=False, soft_wrap=True)
 
 
 def _show(console: Console, run: Run) -> None:
     from .console import show_table
     from .gpu_report import gpu_tables, summary
+    from .tables import STAGES, tables
 
     for table in gpu_tables(run):
         show_table(console, table)
+    for table in tables(run, brief=True):
+        if table.title.startswith(STAGES):
+            show_table(console, table)
     for line in summary(run):
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def _run_part(options: argparse.Namespace) -> int:
-    """Inside the process of one part: writes ``<part>.json`` as it goes."""
+    """Inside the process of one part: goes on with ``<part>.json``, and writes it as it goes."""
     deadline = time.monotonic() + options.seconds
     state = options.out / f"{options.part}.json"
-    found: dict[str, Any] = {}
+    found = read_state(state)
+    found.pop("again", None)
 
     def keep() -> None:
         write_atomic(state, json.dumps(found).encode())
 
     device = torch.device("cpu" if options.rehearse else "cuda")
-    part: Callable[[], None] = {
-        "tests": lambda: _tests(options, found),
+    part: Callable[[], bool] = {
+        "tests": lambda: _tests(options, deadline, found),
         "tune": lambda: _tune(options, device, deadline, found, keep),
         "table": lambda: _table(options, device, deadline, found, keep),
         "sweep": lambda: _sweep(options, device, deadline, found, keep),
+        _WARM: lambda: _warm(options, device, deadline),
     }[options.part]
     try:
-        part()
+        found["again"] = part()
     finally:
         keep()
     return 0
 
 
-def _tests(options: argparse.Namespace, found: dict[str, Any]) -> None:
+def _tests(options: argparse.Namespace, deadline: float, found: dict[str, Any]) -> bool:
     """The tests marked gpu, and every test of a Triton kernel, which on a GPU run there."""
-    report = options.out / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["--continue-on-collection-errors", f"--junitxml={report}"]
-    command += ["-o", "junit_family=xunit2", "-m", "not slow and not bench", "-W", "default"]
-    if importlib.util.find_spec("xdist"):
-        # Most of the time goes into compiling kernels.
-        command += ["-n", f"{min(8, available_cores())}"]
+    from .gpu_tests import run_tests
+
+    selection = [
+        "tests/gpu",
+        "tests/kernels",
+        "-k",
+        "gpu or triton",
+        "-m",
+        "not slow and not bench",
+    ]
+    processes = max(1, available_cores() - _compilers())
     if options.rehearse:
-        command += ["tests/kernels/test_returns.py", "-k", "triton"]
-    else:
-        command += ["tests/gpu", "tests/kernels", "-k", "gpu or triton"]
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        try:
-            process.wait(options.seconds)
-        except subprocess.TimeoutExpired:
-            # Interrupted, pytest still reports on the tests it has run.
-            found["stopped"] = f"tests were interrupted after {options.seconds:.0f} s"
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_S / 2)
-            process.kill()
-    found.update(_outcome(report))
-
-
-def _outcome(report: Path) -> dict[str, Any]:
-    """Counts, and what failed with its first line, from pytest's report."""
-    if not report.exists():
-        return {"stopped": "pytest wrote no report: it did not end in time, or not at all"}
-    failures, skipped, total = {}, 0, 0
-    for case in ElementTree.parse(report).iter("testcase"):
-        total += 1
-        name = f"{case.get('classname')}::{case.get('name')}"
-        skipped += case.find("skipped") is not None
-        for kind in ("failure", "error"):
-            problem = case.find(kind)
-            if problem is not None:
-                failures[name] = (problem.get("message") or kind).split("\n")[0][:200]
-    passed = total - skipped - len(failures)
-    return {"passed": passed, "skipped": skipped, "failures": failures}
+        selection, processes = ["tests/kernels/test_returns.py", "-k", "triton"], 2
+    found.update(run_tests(selection, processes, options.out, deadline))
+    for name, reason in found["failures"].items():
+        say(f"{name}: {reason}")
+    return False
 
 
 def _tune(
@@ -292,12 +294,12 @@ def _tune(
     deadline: float,
     found: dict[str, Any],
     keep: Callable[[], None],
-) -> None:
+) -> bool:
     from . import gpu_table
     from .gpu_tune import tune
 
     sizes = gpu_table.TINY if options.rehearse else gpu_table.REAL
-    tune(sizes, device, deadline, found, keep)
+    return tune(sizes, device, deadline, found, keep, say)
 
 
 def _table(
@@ -306,19 +308,20 @@ def _table(
     deadline: float,
     found: dict[str, Any],
     keep: Callable[[], None],
-) -> None:
+) -> bool:
     from . import gpu_table
 
     sizes = gpu_table.TINY if options.rehearse else gpu_table.REAL
-    run = provenance("gpu", str(device), None)
     inner = options.out / "table-run.json"
+    run = load(inner) if inner.exists() and found else provenance("gpu", str(device), None)
 
     def save_run() -> None:
         save(run, inner)
         found["run"] = json.loads(inner.read_text())
+        found["at"] = run.parts["table"]["at"]
         keep()
 
-    gpu_table.fill(run, sizes, device, deadline, save_run)
+    return gpu_table.fill(run, sizes, device, deadline, save_run, say)
 
 
 def _sweep(
@@ -327,13 +330,24 @@ def _sweep(
     deadline: float,
     found: dict[str, Any],
     keep: Callable[[], None],
-) -> None:
+) -> bool:
     from . import gpu_sweep
 
     spec = gpu_sweep.TINY if options.rehearse else gpu_sweep.REAL
     backend = "reference" if options.rehearse else "auto"
     folder = options.out / "sweep"
     gpu_sweep.sweep(spec, folder, str(device), deadline, found, keep, backend)
+    return False
+
+
+def _warm(options: argparse.Namespace, device: torch.device, deadline: float) -> bool:
+    from . import gpu_sweep, gpu_table
+    from .gpu_warm import warm
+
+    share, shares = map(int, options.share.split("/"))
+    folder = options.out / "compiling"
+    warm(gpu_table.REAL, gpu_sweep.COMPILING, device, folder, deadline, share, shares)
+    return False
 
 
 if __name__ == "__main__":

@@ -4,13 +4,18 @@ Everything is timed by events on the device, contenders in turn, as `sparse_tick
 a CPU. *Launches*: calls one after another from Python, caches warm; short kernels then wait for
 Python. *Replay*: the same call captured once in a CUDA graph. *Cold*: a single replay after 256 MB
 were written, so that nothing of it is left in L2; the host runs ahead meanwhile, so no launch
-counts. A call that cannot be captured says why, and its cold calls are direct ones.
+counts. A call that cannot be captured says why, and is compared by its direct calls.
+
+A capture that breaks off leaves torch's allocator believing that it goes on, and a fatal error of
+the device ends all work of the process: see `Timer.spoiled` and `is_lost`. Most calls that cannot
+be captured are found out before, since they wait for the device.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +25,7 @@ from sparse_tickets.timing import Contender, Spread, Unverified
 
 from .measure import Measured
 
-__all__ = ["CudaTimer", "HostTimer", "Timer", "Times", "compare", "make_timer", "ratio"]
+__all__ = ["CudaTimer", "HostTimer", "Timer", "Times", "compare", "is_lost", "make_timer", "ratio"]
 
 _FLUSH = 256 << 20
 _SAMPLE_S = 0.005
@@ -28,7 +33,13 @@ _WARMUP = 3
 
 
 class Timer(Protocol):
-    """Seconds on some device."""
+    """Seconds on some device.
+
+    Attributes:
+        spoiled: a capture broke off, and no other will succeed in this process.
+    """
+
+    spoiled: bool
 
     def seconds(self, run: Callable[[], Any], count: int) -> float:
         """Per call, of ``count`` calls in a row."""
@@ -48,7 +59,10 @@ class CudaTimer:
     """Times by CUDA events on the current stream."""
 
     def __init__(self) -> None:
+        self.spoiled = False
         self._buffer = torch.empty(_FLUSH // 4, device="cuda")
+        # One for all captures: cuBLAS keeps a workspace for every stream it has seen.
+        self._stream = torch.cuda.Stream()
 
     def seconds(self, run: Callable[[], Any], count: int) -> float:
         torch.cuda.synchronize()
@@ -73,17 +87,20 @@ class CudaTimer:
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream):
             for _ in range(_WARMUP):
+                run()
+            with _refusing_to_wait():
                 run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=self._stream):
                 kept = run()
-        finally:
-            torch.cuda.synchronize()
+        except Exception:
+            self.spoiled = True
+            raise
+        torch.cuda.synchronize()
 
         def replay() -> object:
             graph.replay()
@@ -92,8 +109,32 @@ class CudaTimer:
         return replay
 
 
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Raise where the host would wait for the device, which breaks a capture."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether every further call will fail, as after an illegal access on a GPU."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 class HostTimer:
     """Stands in where there is no GPU: the same calls by the wall clock; a rehearsal, no result."""
+
+    spoiled = False
 
     def seconds(self, run: Callable[[], Any], count: int) -> float:
         began = time.perf_counter()
@@ -122,7 +163,7 @@ class Times:
         replay: replayed; empty if it could not be captured.
         cold: with cold caches.
         error: share of the tolerance used up.
-        calls: per sample.
+        calls: per sample with launches.
         note: why it could not be captured.
     """
 
@@ -190,7 +231,7 @@ def compare(
             run, times, units = each.contender.run, each.times, each.contender.units
             times.wall.append(timer.seconds(run, times.calls) / units)
             if each.replay is not None:
-                times.replay.append(timer.seconds(each.replay, times.calls) / units)
+                times.replay.append(timer.seconds(each.replay, each.replays) / units)
             times.cold.append(timer.cold_seconds(each.replay or run) / units)
     return {each.contender.name: each.times for each in ready}, left_out
 
@@ -199,7 +240,9 @@ def compare(
 class _Ready:
     contender: Contender
     times: Times
-    replay: Callable[[], Any] | None
+    replay: Callable[[], Any] | None = None
+    replays: int = 1
+    """Per sample."""
 
 
 def _prepare(contender: Contender, timer: Timer) -> _Ready:
@@ -212,13 +255,18 @@ def _prepare(contender: Contender, timer: Timer) -> _Ready:
                 f"{contender.name} must match the float64 reference, its error is "
                 f"{times.error:.3g} times what is allowed"
             )
-    once = min(timer.seconds(contender.run, 1) for _ in range(_WARMUP))
-    times.calls = max(1, min(1000, round(_SAMPLE_S / max(once, 1e-7))))
+    times.calls = _calls(min(timer.seconds(contender.run, 1) for _ in range(_WARMUP)))
     try:
-        return _Ready(contender, times, timer.capture(contender.run))
+        replay = timer.capture(contender.run)
     except (RuntimeError, ValueError) as error:
         times.note = f"not captured in a graph: {_first_line(error)}"
-        return _Ready(contender, times, None)
+        return _Ready(contender, times)
+    return _Ready(contender, times, replay, _calls(timer.seconds(replay, _WARMUP)))
+
+
+def _calls(once: float) -> int:
+    """That make a sample long enough for the clock."""
+    return max(1, min(1000, round(_SAMPLE_S / max(once, 1e-7))))
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -20,9 +20,19 @@ from sparse_tickets.kernels import use_backend
 from sparse_tickets.sweep.run import run as run_sweep
 from sparse_tickets.sweep.spec import Sweep
 
-__all__ = ["REAL", "TINY", "OutOfTime", "sweep"]
+__all__ = ["ASKED_S", "COMPILING", "REAL", "TINY", "OutOfTime", "sweep"]
+
+ASKED_S = 60.0
+"""In which the sweep is to be done."""
 
 REAL = Sweep(algos=("ppo",))
+COMPILING = replace(
+    REAL,
+    ppo=replace(REAL.ppo, steps=3 * REAL.ppo.batch),
+    evaluation=replace(REAL.evaluation, points=1),
+)
+"""Launches every kernel of `REAL`, and captures its graphs, in a few iterations a level."""
+
 TINY = Sweep(
     algos=("ppo",),
     conditions=("mask/weights", "random/re-init"),
@@ -101,7 +111,7 @@ def sweep(
         seconds = time.monotonic() - began
         found.update(
             agent_steps=steps,
-            seconds=seconds,
+            sweep_seconds=seconds,
             agent_steps_per_second=steps / seconds if seconds else 0.0,
             at=description,
         )
@@ -116,7 +126,7 @@ def sweep(
             run_sweep(spec, folder, device=device, on_progress=watch.advance)
         found["complete"] = True
     except OutOfTime:
-        found["stopped"] = "the time was up; finished levels are whole"
+        found["unfinished"] = "the time was up; finished levels are whole"
     finally:
         tell(watch.steps, "")
 

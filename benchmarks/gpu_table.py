@@ -1,11 +1,13 @@
 """The GPU's table of targets: every row verified, timed three ways, with its roofline bound.
 
 A row is one configuration against the best that torch can do with it in the same precision. What
-this machine can do at best, a large copy and a large product, is measured in the same run.
+this machine can do at best, a large copy and a large product, is measured in the same run. A row
+may end the process that measures it: `fill` goes on in another, with the rows that are left.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,18 +27,43 @@ from sparse_tickets.timing import Budget, Unverified
 
 from . import gpu_ours, gpu_packed, gpu_peers, ours
 from .costs import policy_cost
-from .gpu_clock import Timer, Times, compare, make_timer, ratio
+from .gpu_clock import Timer, Times, compare, is_lost, make_timer, ratio
 from .gpu_problems import LayerProblem, random_masks_on
+from .gpu_process import DIED, watched
 from .measure import Contest, Record, Refusal
 from .peers import masked_bmm, torch_compile, torch_dense
 from .problems import PolicyProblem
 from .results import Run
-from .suites import FUSED_DENSE, told_apart
+from .suites import FUSED_DENSE, is_ours, told_apart
 
-__all__ = ["REAL", "TINY", "Rates", "Row", "Sizes", "fill", "measure_rates", "rows"]
+__all__ = [
+    "REAL",
+    "TINY",
+    "Rates",
+    "Row",
+    "Sizes",
+    "fill",
+    "forget_compiled",
+    "measure_rates",
+    "precision_of_torch",
+    "rows",
+]
 
 _NO_DOTS = "none"
 """Precision of a row that multiplies no matrices."""
+_TOLD_APART = "told apart"
+_ROW_S = 45.0
+"""From a row's beginning: no further round then, from the third on."""
+_HANG_S = 120.0
+"""A row that takes longer never ends. Compilers have taken half of it."""
+
+# What is asked for: the subject's speed over its strongest peer's, by sparsity, or by width.
+_STEP = {50.0: 1.4, 80.0: 2.5, 90.0: 3.3}
+_ADAM = 6.0
+_DENSE_AND_MASK = 0.97
+_BLOCKED = 1.8
+_POLICY = {64: 3.0, 128: 2.0}
+_PRUNE = 5.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +134,7 @@ class Row:
         sparsity: percent pruned.
         precision: of products: ``tf32``, ``ieee`` or ``bf16``; ``none`` without any.
         build: makes inputs and contenders.
+        asked: ratio to the strongest peer that is the target; None if there is none.
         unit: what times are per.
     """
 
@@ -116,6 +144,7 @@ class Row:
     sparsity: float
     precision: str
     build: Callable[[], Contest]
+    asked: float | None = None
     unit: str = "call"
 
     @property
@@ -166,33 +195,37 @@ def fill(
     """Measure row after row into ``run``, saving after each; stops at the deadline.
 
     Args:
-        run: takes records, refusals and ``parts["table"]``.
+        run: takes records, refusals and ``parts["table"]``; goes on with what is there.
         sizes: see `Sizes`.
         device: a GPU, or for a rehearsal the CPU.
         deadline: by `time.monotonic`.
-        save: called after every row.
+        save: called before and after every row.
         report: takes a line per row.
+
+    Returns:
+        Whether there are rows left that only another process can measure: see `gpu_clock`.
     """
     timer = make_timer(device)
-    ceilings = measure_ceilings(Budget(rounds=5, limit_seconds=2.0), device)
-    run.sgemm, run.copies = ceilings.sgemm, ceilings.copies
-    rates = measure_rates(sizes, device, timer)
-    table: dict[str, Any] = {
-        "rates": {"products": rates.products, "copy": rates.copy},
-        "rows": [],
-        "failed": {},
-        "left_out": [],
-    }
-    run.parts["table"] = table
-    save()
+    table = run.parts.get("table") or _begin(run, sizes, device, timer)
+    if table["at"]:
+        table["failed"][table["at"]] = DIED
+    table |= {"at": "", "left_out": []}
+    done = {entry["label"] for entry in table["rows"]}.union(table["failed"], table["refused"])
+    rates = Rates(**table["rates"])
     for row in rows(sizes, device):
+        if row.label in done:
+            continue
         if time.monotonic() > deadline:
             table["left_out"].append(row.label)
             continue
+        table["at"] = row.label
+        save()
+        limit = min(deadline, time.monotonic() + _ROW_S)
         try:
-            with _precision(row.precision):
-                record, entry = _measure(row, timer, rates, sizes.rounds, deadline)
+            with precision_of_torch(row.precision), watched(_HANG_S):
+                record, entry = _measure(row, timer, rates, sizes.rounds, limit)
         except Unverified as error:
+            table["refused"].append(row.label)
             run.refused.append(Refusal(row.label, str(error)))
             report(f"{row.label}: refused: {error}")
         except Exception as error:  # A row that fails must not take the others with it.
@@ -202,10 +235,40 @@ def fill(
             run.records.append(record)
             table["rows"].append(entry)
             report(_line(entry))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        table["at"] = ""
         save()
+        if timer.spoiled or is_lost(device):
+            return True
+        forget_compiled(device)
     save()
+    return False
+
+
+def _begin(run: Run, sizes: Sizes, device: torch.device, timer: Timer) -> dict[str, Any]:
+    """An empty table, and what the machine can do."""
+    ceilings = measure_ceilings(Budget(rounds=5, limit_seconds=2.0), device)
+    run.sgemm, run.copies = ceilings.sgemm, ceilings.copies
+    rates = measure_rates(sizes, device, timer)
+    table: dict[str, Any] = {
+        "rates": {"products": rates.products, "copy": rates.copy},
+        "rows": [],
+        "refused": [],
+        "failed": {},
+        "at": "",
+    }
+    run.parts["table"] = table
+    return table
+
+
+def forget_compiled(device: torch.device) -> None:
+    """Free what was measured; the next shapes are then compiled as if they were the first.
+
+    For a second shape `torch.compile` would make slower code that fits any.
+    """
+    if device.type == "cuda":
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def measure_rates(sizes: Sizes, device: torch.device, timer: Timer) -> Rates:
@@ -219,7 +282,7 @@ def measure_rates(sizes: Sizes, device: torch.device, timer: Timer) -> Rates:
     ):
         left, right = torch.randn(2, side, side, device=device).to(dtype).unbind()
         out = torch.empty_like(left)
-        with _precision(precision):
+        with precision_of_torch(precision):
             seconds = _best(
                 timer, lambda left=left, right=right, out=out: torch.mm(left, right, out=out)
             )
@@ -236,7 +299,7 @@ def _best(timer: Timer, run: Callable[[], Any]) -> float:
 
 
 @contextmanager
-def _precision(name: str) -> Iterator[None]:
+def precision_of_torch(name: str) -> Iterator[None]:
     """Let torch multiply float32 in TF32, or exactly."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
@@ -258,13 +321,14 @@ def _measure(
 
     def ratios(kind: str) -> dict[str, Any]:
         found = {
-            peer.name: ratio(getattr(times[peer.name], kind), getattr(subject, kind))
+            peer.name: ratio(_at_best(times[peer.name], kind), getattr(subject, kind))
             for peer in contenders[1:]
         }
         return {name: spread for name, spread in found.items() if spread is not None}
 
+    plain = row.target == _TOLD_APART or row.precision == _NO_DOTS
     record = Record(
-        op=f"{row.op}, {row.precision}" if row.precision != _NO_DOTS else row.op,
+        op=row.op if plain else f"{row.op}, {row.precision}",
         shape=row.shape,
         sparsity=row.sparsity,
         unit=row.unit,
@@ -276,6 +340,11 @@ def _measure(
         replay_speedup=ratios("replay"),
     )
     return record, _entry(row, record, times, contest.cost, rates)
+
+
+def _at_best(peer: Times, kind: str) -> list[float]:
+    """A peer that cannot be captured runs as it can: it must not drop out of the comparison."""
+    return getattr(peer, kind) or peer.wall
 
 
 def _entry(
@@ -292,17 +361,18 @@ def _entry(
         "target": row.target,
         "label": row.label,
         "sparsity": row.sparsity,
+        "asked": row.asked,
         "skipped": record.skipped,
     }
     for kind, (spread, speedup) in kinds.items():
-        others = {name: x.median for name, x in speedup.items() if not name.startswith(ours.OURS)}
+        others = {name: x.median for name, x in speedup.items() if not is_ours(name)}
         best = min(others, key=lambda name: others[name], default=None)
         entry[kind] = {
             "seconds": None if spread is None else spread.median,
             "best_peer": best,
             "ratio": None if best is None else others[best],
             "over_our_dense": next(
-                (x.median for name, x in speedup.items() if name.startswith(ours.OURS)), None
+                (x.median for name, x in speedup.items() if is_ours(name)), None
             ),
         }
     if cost is not None:
@@ -341,7 +411,7 @@ def _steps(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     for sparsity in sizes.sparsities:
         yield Row(
             "step", "layer forward+backward+Adam", _layer_shape(tickets, batch, width), sparsity,
-            "tf32", lambda sparsity=sparsity: build(sparsity),
+            "tf32", lambda sparsity=sparsity: build(sparsity), _STEP.get(sparsity),
         )  # fmt: skip
 
 
@@ -359,7 +429,7 @@ def _adam(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         return contest
 
     shape = {"P": tickets, "weights": width * width}
-    yield Row("Adam", "Adam, packed", shape, 90.0, _NO_DOTS, build)
+    yield Row("Adam", "Adam, packed", shape, 90.0, _NO_DOTS, build, _ADAM)
 
 
 def _dense_and_mask(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -378,7 +448,7 @@ def _dense_and_mask(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         yield Row(
             "dense+mask", "layer forward+backward, dense+mask",
             _layer_shape(tickets, batch, width), sparsity, "tf32",
-            lambda sparsity=sparsity: build(sparsity),
+            lambda sparsity=sparsity: build(sparsity), _DENSE_AND_MASK,
         )  # fmt: skip
 
 
@@ -420,13 +490,13 @@ def _blocked(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     shape = {**_layer_shape(1, batch, width), "block": block}
     yield Row(
         "blocked", "layer forward+backward, blocked", shape, 90.0, "tf32",
-        lambda: build(torch.float32, "tf32"),
+        lambda: build(torch.float32, "tf32"), _BLOCKED,
     )  # fmt: skip
     # Triton's interpreter corrupts bfloat16.
     if device.type == "cuda":
         yield Row(
             "blocked", "layer forward+backward, blocked", shape, 90.0, "bf16",
-            lambda: build(torch.bfloat16, "ieee"),
+            lambda: build(torch.bfloat16, "ieee"), _BLOCKED,
         )  # fmt: skip
 
 
@@ -456,7 +526,7 @@ def _policies(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             yield Row(
                 "policy", "policy forward+backward",
                 {"P": tickets, "B": batch, "width": width}, sparsity, "ieee",
-                lambda width=width, sparsity=sparsity: build(width, sparsity),
+                lambda width=width, sparsity=sparsity: build(width, sparsity), _POLICY.get(width),
             )  # fmt: skip
 
 
@@ -476,10 +546,10 @@ def _prune(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         contest.peers.append(gpu_peers.topk_prune(scores, mask, kept, expected))
         return contest
 
-    yield Row("prune", "prune", {"P": tickets, "N": prunable}, 60.0, _NO_DOTS, build)
+    yield Row("prune", "prune", {"P": tickets, "N": prunable}, 60.0, _NO_DOTS, build, _PRUNE)
 
 
 def _told_apart(sizes: Sizes, device: torch.device) -> Row:
     """Batching, fusion and sparsity, one after the other, on a whole PPO iteration."""
     case = told_apart(tickets=sizes.agents, device=str(device))
-    return Row("told apart", case.op, case.shape, case.sparsity, "ieee", case.build, unit=case.unit)
+    return Row(_TOLD_APART, case.op, case.shape, case.sparsity, "ieee", case.build, unit=case.unit)

@@ -5,7 +5,8 @@ launched; for the others one number of the launch at a time is doubled, halved o
 the configuration the op was built with. A candidate that fails to compile, gives a wrong result or
 gains less than noise is dropped. Winners are kept under shapes and nominal density, so a plan never
 depends on what is pruned or who shares a batch. Each subject has its share of the time, and what
-those before it left.
+those before it left. A candidate that ends its process, or spoils it, is dropped too: `tune` goes
+on behind it in another.
 """
 
 from __future__ import annotations
@@ -32,17 +33,20 @@ from sparse_tickets.timing import Contender
 
 from . import gpu_ours, gpu_packed, ours
 from .clone_job import CloneJob, clone_contender
-from .gpu_clock import Timer, make_timer
+from .gpu_clock import Timer, is_lost, make_timer
 from .gpu_problems import LayerProblem, distance, random_masks_on
+from .gpu_process import DIED, watched
 from .gpu_table import Sizes
 from .ppo_job import PPOJob
 from .problems import PolicyProblem
 
-__all__ = ["Subject", "candidates", "subjects", "tune", "write_configurations"]
+__all__ = ["Subject", "candidates", "questions", "subjects", "tune", "write_configurations"]
 
 _MARGIN = 1.03
 """A candidate must gain this much: less is within the noise of two runs of the same kernel."""
 _ROUNDS = 5
+_HANG_S = 60.0
+"""A candidate that takes longer never ends; a subject with all its kernels, twice as long."""
 _LIMITS = {"warps": (1, 16), "stages": (1, 6)}
 _SMALLEST, _LARGEST = 16, 256
 
@@ -182,6 +186,13 @@ def candidates(question: Question) -> Iterator[dict[str, int]]:
                 yield {**fields, name: other}
 
 
+def questions(contender: Contender) -> list[Question]:
+    """What the timed call asks for; the check of its result may ask more."""
+    with tuning.listen() as heard:
+        contender.run()
+    return list({(q.op, q.shapes): q for q in heard}.values())
+
+
 def tune(
     sizes: Sizes,
     device: torch.device,
@@ -189,95 +200,166 @@ def tune(
     found: dict[str, Any],
     save: Callable[[], None],
     report: Callable[[str], None] = print,
-) -> None:
+) -> bool:
     """Tune every subject until the deadline.
 
     Args:
         sizes: see `gpu_table.Sizes`.
         device: a GPU, or for a rehearsal the CPU.
         deadline: by `time.monotonic`.
-        found: takes ``configurations`` as `kernels.tuning` reads them, and a log of what was tried.
+        found: takes ``configurations`` as `kernels.tuning` reads them, and a log of what was tried;
+            goes on with what is there.
         save: called whenever `found` changed.
         report: takes a line per question.
+
+    Returns:
+        Whether there are subjects left that only another process can tune: see `gpu_clock`.
     """
-    timer = make_timer(device)
-    found |= {"configurations": {}, "asked": [], "tried": [], "failed": {}, "left_out": []}
+    tuner = _Tuner(device, make_timer(device), found, save, report)
+    tuner.take_up()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        chosen = list(subjects(sizes, device))
+        chosen = [each for each in subjects(sizes, device) if each.name not in found["done"]]
         for place, subject in enumerate(chosen):
             left = deadline - time.monotonic()
             if left < 0:
                 found["left_out"].append(subject.name)
                 continue
             share = subject.share / sum(each.share for each in chosen[place:])
-            until = time.monotonic() + share * left
             try:
-                _tune_subject(subject, timer, until, found, save, report)
-            except Exception as error:  # One subject must not take the others with it.
-                found["failed"][subject.name] = f"{type(error).__name__}: {error}"
-                report(f"{subject.name}: failed: {type(error).__name__}: {error}")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            save()
+                tuner.tune(subject, time.monotonic() + share * left)
+            except _Spoiled:
+                return True
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _tune_subject(
-    subject: Subject,
-    timer: Timer,
-    deadline: float,
-    found: dict[str, Any],
-    save: Callable[[], None],
-    report: Callable[[str], None],
-) -> None:
-    contender = subject.build()
-    _check(contender)
-    # Of what is timed alone: the check may run more.
-    with tuning.listen() as heard:
-        contender.run()
-    asked = list({(q.op, q.shapes): q for q in heard}.values())
-    known = found["configurations"]
-    for question in asked:
-        densities = known.get(question.op, {}).get(question.shapes, {})
-        if f"{question.density}" in densities:
-            continue
-        if time.monotonic() > deadline:
-            found["left_out"].append(f"{question.op} {question.shapes}")
-            continue
-        best, gain = _best(contender, question, timer, deadline, found)
-        found["asked"].append([question.op, question.shapes, f"{question.density}"])
-        if best is not None:
-            classes = known.setdefault(question.op, {}).setdefault(question.shapes, {})
-            classes[f"{question.density}"] = best
-        report(f"{question.op} {question.shapes}: {gain:.2f}x with {best or 'the default'}")
         save()
+    return False
 
 
-def _best(
-    contender: Contender, question: Question, timer: Timer, deadline: float, found: dict[str, Any]
-) -> tuple[dict[str, int] | None, float]:
-    """The candidate that makes the whole subject fastest, and how many times as fast as it was."""
-    # Not what the file of an earlier run says.
-    with tuning.override(question.op, question.shapes, asdict(question.default)):
-        default = _seconds(contender, timer)
-    best, gain = None, 1.0
-    for candidate in candidates(question):
-        if time.monotonic() > deadline:
-            break
-        entry = {"op": question.op, "shapes": question.shapes, "candidate": candidate}
+class _Spoiled(Exception):
+    """What is left to do needs another process."""
+
+
+@dataclass
+class _Tuner:
+    """Tunes one subject after the other; keeps in ``found["at"]`` what it tries."""
+
+    device: torch.device
+    timer: Timer
+    found: dict[str, Any]
+    save: Callable[[], None]
+    report: Callable[[str], None]
+
+    def take_up(self) -> None:
+        """Go on behind what ended the process before, if one did."""
+        found = self.found
+        for name in ("asked", "tried", "done"):
+            found.setdefault(name, [])
+        for name in ("configurations", "failed"):
+            found.setdefault(name, {})
+        at = found.get("at")
+        if at and at["candidate"]:
+            found["tried"].append({**at["candidate"], "failed": DIED})
+        elif at:
+            found["failed"][at["subject"]] = DIED
+            found["done"].append(at["subject"])
+        found |= {"at": None, "left_out": []}
+
+    def tune(self, subject: Subject, deadline: float) -> None:
+        """Answer what a subject asks.
+
+        Raises:
+            _Spoiled: this process can time nothing more.
+        """
+        found = self.found
+        self._is_at(subject=subject.name, candidate=None)
         try:
-            with tuning.override(question.op, question.shapes, candidate):
+            self._answer(subject, deadline)
+        except _Spoiled:
+            # Unlike the candidate that did it, the subject is not done.
+            raise
+        except Exception as error:  # One subject must not take the others with it.
+            found["failed"][subject.name] = f"{type(error).__name__}: {error}"
+            self.report(f"{subject.name}: failed: {type(error).__name__}: {error}")
+        finally:
+            found["at"] = None
+        found["done"].append(subject.name)
+        self.save()
+        self._go_on()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _answer(self, subject: Subject, deadline: float) -> None:
+        found = self.found
+        with watched(2 * _HANG_S):
+            contender = subject.build()
+            _check(contender)
+            asked = questions(contender)
+        for question in asked:
+            name = [question.op, question.shapes, f"{question.density}"]
+            if name in found["asked"]:
+                continue
+            if time.monotonic() > deadline:
+                found["left_out"].append(f"{question.op} {question.shapes}")
+                continue
+            best, gain = self._best(subject, contender, question, deadline)
+            found["asked"].append(name)
+            if best is not None:
+                classes = found["configurations"].setdefault(question.op, {})
+                classes.setdefault(question.shapes, {})[f"{question.density}"] = best
+            told = best or "the default"
+            self.report(f"{question.op} {question.shapes}: {gain:.2f}x with {told}")
+            self.save()
+
+    def _best(
+        self, subject: Subject, contender: Contender, question: Question, deadline: float
+    ) -> tuple[dict[str, int] | None, float]:
+        """The candidate that makes the whole subject fastest, and how many times as fast."""
+        # Not what the file of an earlier run says.
+        default = asdict(question.default)
+        with tuning.override(question.op, question.shapes, default), watched(_HANG_S):
+            seconds = _seconds(contender, self.timer)
+        if self.timer.spoiled:
+            raise RuntimeError("its capture in a CUDA graph broke off")
+        best, gain = None, 1.0
+        for candidate in candidates(question):
+            if time.monotonic() > deadline:
+                break
+            entry = {"op": question.op, "shapes": question.shapes, "density": question.density}
+            entry = self._try(subject, contender, entry | {"candidate": candidate}, seconds)
+            if entry.get("gain", 0.0) > max(gain, _MARGIN):
+                best, gain = candidate, entry["gain"]
+        return best, gain
+
+    def _try(
+        self, subject: Subject, contender: Contender, entry: dict[str, Any], default: float
+    ) -> dict[str, Any]:
+        """The entry with what a candidate gains, or why it is none; found out once."""
+        for tried in self.found["tried"]:
+            if tried | entry == tried:
+                return tried
+        self._is_at(subject=subject.name, candidate=entry)
+        try:
+            launch = entry["op"], entry["shapes"], entry["candidate"]
+            with tuning.override(*launch), watched(_HANG_S):
                 _check(contender)
-                entry["gain"] = default / _seconds(contender, timer)
+                entry = entry | {"gain": default / _seconds(contender, self.timer)}
         except Exception as error:  # Does not compile, does not fit or is wrong: no candidate.
-            entry["failed"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        found["tried"].append(entry)
-        if entry.get("gain", 0.0) > max(gain, _MARGIN):
-            best, gain = candidate, entry["gain"]
-    return best, gain
+            reason = str(error).partition("\n")[0][:200]
+            entry = entry | {"failed": f"{type(error).__name__}: {reason}"}
+        self.found["tried"].append(entry)
+        self._is_at(subject=subject.name, candidate=None)
+        self._go_on()
+        return entry
+
+    def _is_at(self, **at: Any) -> None:
+        self.found["at"] = at
+        self.save()
+
+    def _go_on(self) -> None:
+        if self.timer.spoiled or is_lost(self.device):
+            raise _Spoiled
 
 
 def _check(contender: Contender) -> None:

@@ -16,6 +16,7 @@ from .suites import FUSED_DENSE
 
 __all__ = [
     "NOISY",
+    "STAGES",
     "Table",
     "crossover",
     "duration",
@@ -37,7 +38,8 @@ _BASELINE = {
     "policy forward+backward": "torch w*mask",
     "PPO iteration": FUSED_DENSE,
 }
-_STAGES = "whole job, gains told apart"
+STAGES = "whole job, gains told apart"
+"""The op whose contenders are stages, each faster than the one before."""
 _WORDS = {
     "P": "{:g} tickets",
     "B": "batch {:g}",
@@ -94,7 +96,7 @@ def tables(run: Run, *, brief: bool = False) -> list[Table]:
     """
     result = []
     for records in _joined(groups(run)):
-        if records[0].op == _STAGES:
+        if records[0].op == STAGES:
             result += [_stages(record, run, brief) for record in records]
         elif records[0].unit == "agent-step":
             result.append(_throughput(records, run, brief))
@@ -112,7 +114,7 @@ def _joined(found: Sequence[list[Record]]) -> list[list[Record]]:
     """Groups of a single record joined by op, where the first of them stood."""
     joined: dict[object, list[Record]] = {}
     for records in found:
-        single = len(records) == 1 and records[0].op != _STAGES
+        single = len(records) == 1 and records[0].op != STAGES
         joined.setdefault(records[0].op if single else records[0].table, []).extend(records)
     return list(joined.values())
 

@@ -15,7 +15,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gpu, gpu_clock, gpu_sweep, gpu_table, gpu_tune, report, results
+from benchmarks import (
+    gpu,
+    gpu_clock,
+    gpu_plugin,
+    gpu_process,
+    gpu_sweep,
+    gpu_table,
+    gpu_tests,
+    gpu_tune,
+    gpu_warm,
+    report,
+    results,
+)
 from benchmarks.clone_job import CloneJob, clone_contender
 from benchmarks.gpu_clock import HostTimer, compare, ratio
 from benchmarks.gpu_problems import LayerProblem, distance, random_masks_on
@@ -24,6 +36,7 @@ from benchmarks.gpu_table import TINY, Rates, Row
 from benchmarks.gpu_tune import Subject, candidates, tune, write_configurations
 from benchmarks.measure import Contest
 from benchmarks.peers import Unavailable
+from benchmarks.tables import STAGES
 from sparse_tickets.kernels import tuning
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.kernels.dispatch import has_triton
@@ -37,8 +50,9 @@ LATER = math.inf
 class FakeTimer:
     """A clock that runs on by what contenders say they take; graphs are twice as fast."""
 
-    def __init__(self, refuses=()):
-        self.now, self.refuses, self.cold_calls = 0.0, refuses, 0
+    def __init__(self, refuses=(), spoiled_by=()):
+        self.now, self.cold_calls = 0.0, 0
+        self.refuses, self.spoiled_by, self.spoiled = refuses, spoiled_by, False
 
     def contender(self, name, seconds, error=0.0, **options):
         def run():
@@ -58,7 +72,8 @@ class FakeTimer:
         return 3 * self.seconds(run, 1)
 
     def capture(self, run):
-        if run.contender in self.refuses:
+        self.spoiled |= run.contender in self.spoiled_by
+        if run.contender in (*self.refuses, *self.spoiled_by):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
         def replay():
@@ -171,8 +186,8 @@ def test_a_step_is_told_from_a_wrong_one():
         assert not problem.step_error(wrong) <= 1
 
 
-def contest(timer, *, error=0.0, peer=2e-3):
-    found = Contest(timer.contender("sparse_tickets", 1e-3, error), cost=Cost(1e6, 1e3))
+def contest(timer, *, error=0.0, peer=2e-3, subject="sparse_tickets"):
+    found = Contest(timer.contender(subject, 1e-3, error), cost=Cost(1e6, 1e3))
     found.peers += [
         timer.contender("sparse_tickets, dense+mask", 1.5e-3),
         timer.contender("torch dense", peer),
@@ -183,7 +198,7 @@ def contest(timer, *, error=0.0, peer=2e-3):
 
 
 def row(name, build):
-    return Row("step", name, {"P": 2}, 90.0, "tf32", build)
+    return Row("step", name, {"P": 2}, 90.0, "tf32", build, asked=1.5)
 
 
 @pytest.fixture
@@ -237,6 +252,84 @@ def test_a_row_names_its_strongest_rival_and_its_bound(filled):
     assert good["bound_s"] == pytest.approx(1e-4)
 
 
+def fill(monkeypatch, run, made, timer):
+    """The table of these rows, and what was saved meanwhile."""
+    monkeypatch.setattr(gpu_table, "rows", lambda sizes, device: iter(made))
+    monkeypatch.setattr(gpu_table, "make_timer", lambda device: timer)
+    monkeypatch.setattr(gpu_table, "measure_rates", lambda *_: Rates({"tf32": 1e10}, 1e9))
+    at = []
+    again = gpu_table.fill(
+        run, TINY, CPU, time.monotonic() + 1000,
+        lambda: at.append(run.parts["table"]["at"]), lambda line: None,
+    )  # fmt: skip
+    return again, at
+
+
+def test_the_table_goes_on_in_another_process_behind_what_spoiled_one(monkeypatch):
+    timer = FakeTimer(spoiled_by=("spoils",))
+    made = [
+        row("first", lambda: contest(timer)),
+        row("second", lambda: contest(timer, subject="spoils")),
+        row("third", lambda: contest(timer)),
+        row("fourth", lambda: contest(timer)),
+    ]
+    run = results.provenance("gpu", "cpu", None)
+    again, at = fill(monkeypatch, run, made, timer)
+    assert again
+    first, second, *_ = (each.label for each in made)
+    assert at == [first, "", second, ""]
+    part = run.parts["table"]
+    assert [entry["label"] for entry in part["rows"]] == [first, second]
+    # The next process dies at the third row; the one behind it is measured all the same.
+    part["at"], timer.spoiled = made[2].label, False
+    again, _ = fill(monkeypatch, run, made, timer)
+    assert not again
+    assert part["failed"] == {made[2].label: gpu_process.DIED}
+    assert [record.op for record in run.records] == ["first, tf32", "second, tf32", "fourth, tf32"]
+
+
+def test_a_peer_that_cannot_be_captured_is_compared_by_its_direct_calls(monkeypatch):
+    timer = FakeTimer(refuses=("torch dense",))
+    run = results.provenance("gpu", "cpu", None)
+    fill(monkeypatch, run, [row("good", lambda: contest(timer))], timer)
+    (entry,) = run.parts["table"]["rows"]
+    assert entry["replay"]["best_peer"] == "torch dense"
+    assert entry["replay"]["ratio"] == pytest.approx(4.0)
+    assert "not captured" in entry["notes"]["torch dense"]
+
+
+def test_our_own_stages_are_no_peers():
+    """Of a whole job, whose stages have names of their own."""
+    timer = FakeTimer()
+    found = Contest(timer.contender("population, fused, sparse", 1e-3))
+    found.peers += [
+        timer.contender("population, dense", 4e-3),
+        timer.contender("population, fused, dense", 1.5e-3),
+    ]
+    stages = Row("told apart", STAGES, {"P": 2}, 90.0, "ieee", lambda: found)
+    record, entry = gpu_table._measure(stages, timer, Rates({"ieee": 1.0}, 1.0), 3, LATER)
+    assert record.op == STAGES
+    assert entry["replay"]["best_peer"] == "population, dense"
+    assert entry["replay"]["over_our_dense"] == pytest.approx(1.5)
+
+
+def test_every_target_that_was_asked_for_has_a_row():
+    asked = {
+        (row.target, row.sparsity if row.target == "step" else row.shape.get("width")): row.asked
+        for row in gpu_table.rows(gpu_table.REAL, CPU)
+    }
+    assert asked == {
+        ("step", 50.0): 1.4, ("step", 80.0): 2.5, ("step", 90.0): 3.3, ("Adam", None): 6.0,
+        ("dense+mask", None): 0.97, ("blocked", None): 1.8, ("policy", 64): 3.0,
+        ("policy", 128): 2.0, ("prune", None): 5.0, ("told apart", None): None,
+    }  # fmt: skip
+    real = gpu_sweep.REAL
+    assert (real.seeds, len(real.conditions), real.levels) == (15, 4, 20)
+    assert (real.env, real.algos, real.ppo.steps) == ("CartPole-v1", ("ppo",), 500_000)
+    trained = {name: getattr(gpu_sweep.COMPILING, name) for name in ("seeds", "levels", "chunk")}
+    assert trained == {name: getattr(real, name) for name in trained}
+
+
 def test_the_run_survives_the_disk_and_is_reported(filled, tmp_path):
     filled.parts["tests"] = {"passed": 3, "skipped": 1, "failures": {"a::b": "boom"}, "seconds": 2}
     filled.parts["sweep"] = SWEEP
@@ -254,7 +347,7 @@ def test_the_run_survives_the_disk_and_is_reported(filled, tmp_path):
     ):  # fmt: skip
         assert words in page, words
     lines = "\n".join(summary(loaded))
-    assert "table: 2 rows, 1 failed, 1 left out" in lines
+    assert "table: 2 rows, 1 failed, 1 left out, 1 of 2 targets met" in lines
     assert "tests: 3 passed, 1 failed, 1 skipped" in lines
     assert "tune: 1 launches, 2 candidates, 1 better" in lines
     assert "refused, results being wrong: wrong" in lines
@@ -360,6 +453,97 @@ def test_tuning_keeps_the_fastest_candidate_that_is_right(tuned):
     assert tuned["failed"] == {"broken": "ImportError: no such kernel"}
 
 
+def test_tuning_goes_on_behind_a_candidate_that_spoiled_its_process(monkeypatch):
+    timer, default, checked = FakeTimer(), Launch(16, 4, 1), []
+
+    def build():
+        def run():
+            run.launch = tuning.prefer(default, "fake", CPU, n=100)
+            timer.now += 8e-3 / run.launch.warps
+
+        def error():
+            run()
+            checked.append(run.launch)
+            # As an illegal access would.
+            timer.spoiled |= run.launch.rows == 32
+            return 0.0
+
+        run.contender = "fake"
+        return Contender("fake", run, error)
+
+    monkeypatch.setattr(gpu_tune, "subjects", lambda *_: iter([Subject("fake", build)]))
+    monkeypatch.setattr(gpu_tune, "make_timer", lambda device: timer)
+    found = {}
+
+    def go_on():
+        timer.spoiled = False
+        return tune(TINY, CPU, LATER, found, lambda: json.dumps(found), lambda line: None)
+
+    assert go_on()
+    assert found["done"] == []
+    # The next process dies at the next candidate.
+    warps = {"rows": 16, "warps": 2, "stages": 1}
+    fatal = {"op": "fake", "shapes": "n=128", "density": 1.0, "candidate": warps}
+    found["at"] = {"subject": "fake", "candidate": fatal}
+    assert not go_on()
+    assert found["done"] == ["fake"]
+    assert checked.count(Launch(32, 4, 1)) == 1
+    assert Launch(16, 2, 1) not in checked
+    assert fatal | {"failed": gpu_process.DIED} in found["tried"]
+    assert found["configurations"]["fake"]["n=128"]["1.0"]["warps"] == 8
+
+
+def test_a_subject_that_ends_its_process_is_left_out(monkeypatch):
+    timer = FakeTimer()
+    made = [Subject("fatal", None), Subject("good", lambda: timer.contender("good", 1e-3))]
+    monkeypatch.setattr(gpu_tune, "subjects", lambda *_: iter(made))
+    monkeypatch.setattr(gpu_tune, "make_timer", lambda device: timer)
+    found = {"at": {"subject": "fatal", "candidate": None}}
+    assert not tune(TINY, CPU, LATER, found, lambda: None, lambda line: None)
+    assert found["failed"] == {"fatal": gpu_process.DIED}
+    assert found["done"] == ["fatal", "good"]
+
+
+def test_what_will_be_measured_is_launched_ahead_once_and_shared_out(monkeypatch, tmp_path, capsys):
+    launched = []
+
+    def contender(name):
+        return Contender(name, lambda: launched.append(name), None)
+
+    def build(name):
+        def make():
+            found = Contest(contender(name))
+            found.peers.append(Contender("failing", lambda: 1 / 0, None))
+            found.peers.append(contender(f"peer of {name}"))
+            return found
+
+        return make
+
+    def asks():
+        def run():
+            launch = tuning.prefer(Launch(16, 4, 1), "fake", CPU, n=100)
+            launched.append((launch.rows, launch.warps, launch.stages))
+
+        return Contender("subject", run, None)
+
+    # The second differs from the first in sparsity alone.
+    made = [
+        Row("step", name, {"P": 2}, sparsity, "tf32", build(name))
+        for name, sparsity in (("a", 50.0), ("a", 90.0), ("b", 90.0))
+    ]
+    monkeypatch.setattr(gpu_warm, "rows", lambda *_: iter(made))
+    monkeypatch.setattr(gpu_warm, "subjects", lambda *_: iter([Subject("s", asks)]))
+    monkeypatch.setattr(gpu_warm, "sweep", lambda *_: launched.append("sweep"))
+    for share in (0, 1):
+        gpu_warm.warm(TINY, gpu_sweep.COMPILING, CPU, tmp_path, LATER, share, 2)
+        launched.append("-")
+    assert launched == [
+        "sweep", "b", "peer of b", "-",
+        "a", "peer of a", (16, 4, 1), (32, 4, 1), (16, 2, 1), (16, 8, 1), (16, 4, 2), "-",
+    ]  # fmt: skip
+    assert "failing: ZeroDivisionError" in capsys.readouterr().out
+
+
 def test_tuned_configurations_are_what_ops_read(tuned, tmp_path):
     path = tmp_path / "deep" / "gpu.json"
     old = {"configurations": {"other": {"x": {"1.0": {"warps": 1}}}, "fake": {"n=128": {
@@ -382,32 +566,43 @@ def test_the_files_name_is_the_one_ops_look_for(monkeypatch):
 
 
 def scripted(tmp_path, monkeypatch, code):
-    """The process of every part runs this code, which knows ``part`` and ``state``."""
+    """The process of every part runs this code, which knows ``part`` and what it ``found``."""
 
-    def command(part, seconds, scratch):
+    def command(part, scratch, rehearse):
         state = scratch / f"{part}.json"
-        head = f"import json, sys, time\npart, state = {part!r}, {str(state)!r}\n"
-        head += "def keep(**found): open(state, 'w').write(json.dumps(found))\n"
+        head = f"""
+import json, os, pathlib, sys, time
+part, state = {part!r}, pathlib.Path({str(state)!r})
+found = json.loads(state.read_text()) if state.exists() else {{}}
+def keep(**more): found.update(more); state.write_text(json.dumps(found))
+"""
         return [sys.executable, "-c", head + code]
 
     monkeypatch.setattr(gpu, "_command", command)
     monkeypatch.setattr(gpu, "_GRACE_S", 0.5)
+    monkeypatch.setattr(gpu_process, "_LEAST_S", 0.5)
     options = Namespace(
-        rehearse=True, minutes=0.2, only=gpu.PARTS, out=tmp_path, commit="abc", part=None
+        rehearse=True, minutes=0.3, only=gpu.PARTS, out=tmp_path, commit="abc", part=None
     )
-    status = gpu._run_all(options, Console(file=io.StringIO(), width=120))
+    told = io.StringIO()
+    status = gpu._run_all(options, Console(file=told, width=120))
     (path,) = tmp_path.glob("*.json")
-    return status, results.load(path)
+    (log,) = tmp_path.glob("*.log")
+    return status, results.load(path), told.getvalue(), log.read_text()
 
 
 def test_every_part_runs_and_is_kept(tmp_path, monkeypatch):
-    status, run = scripted(tmp_path, monkeypatch, "keep(part=part)")
+    code = "keep(part=part); print('>> half way'); print('only for the log')"
+    status, run, told, log = scripted(tmp_path, monkeypatch, code)
     assert status == 0
     assert run.complete
     assert run.device.startswith("rehearsal-")
     assert run.suite == "rehearsal"
     assert run.commit == "abc"
     assert [run.parts[name]["part"] for name in gpu.PARTS] == list(gpu.PARTS)
+    assert told.count("  half way") == 4
+    assert "only for the log" not in told
+    assert log.count("only for the log") == 4
 
 
 def test_a_part_that_fails_or_hangs_keeps_what_it_had_and_harms_no_other(tmp_path, monkeypatch):
@@ -415,11 +610,11 @@ def test_a_part_that_fails_or_hangs_keeps_what_it_had_and_harms_no_other(tmp_pat
 keep(before=1)
 if part == "tune": sys.exit("no such kernel")
 if part == "table": time.sleep(60)
-if part == "sweep": open(state, "w").write("{")
+if part == "sweep": state.write_text("{")
 """
-    monkeypatch.setattr(gpu, "_END_S", 4.0)
+    monkeypatch.setattr(gpu, "_END_S", 10.0)
     monkeypatch.setattr(gpu, "_SHARES", {"tests": 1.0, "tune": 1.0, "table": 1.0, "sweep": 1.0})
-    status, run = scripted(tmp_path, monkeypatch, code)
+    status, run, _, _ = scripted(tmp_path, monkeypatch, code)
     assert status == 1
     assert not run.complete
     assert run.parts["tests"]["before"] == 1
@@ -431,22 +626,127 @@ if part == "sweep": open(state, "w").write("{")
     assert "before" not in run.parts["sweep"]
 
 
-def test_tests_are_counted_from_pytests_report(tmp_path):
-    path = tmp_path / "tests.xml"
-    path.write_text(
-        """<testsuites><testsuite>
-        <testcase classname="a" name="good"/>
-        <testcase classname="a" name="skipped"><skipped message="no GPU"/></testcase>
-        <testcase classname="a" name="bad"><failure message="assert 1 == 2&#10;more">x</failure>
-        </testcase>
-        <testcase classname="b" name="worse"><error message="ImportError"/></testcase>
-        </testsuite></testsuites>"""
+def test_work_goes_on_behind_what_ended_its_process(tmp_path, monkeypatch):
+    """By a signal, by asking for a new process, and not where nothing says what it was at."""
+    code = """
+keep(attempts=found.get("attempts", 0) + 1)
+if part == "tune" and found["attempts"] == 1:
+    keep(at="the first candidate")
+    os.kill(os.getpid(), 11)
+if part == "table":
+    keep(again=found["attempts"] < 3)
+if part == "sweep":
+    os.kill(os.getpid(), 11)
+keep(at="")
+"""
+    status, run, told, _ = scripted(tmp_path, monkeypatch, code)
+    attempts = {name: part["attempts"] for name, part in run.parts.items()}
+    assert attempts == {"tests": 1, "tune": 2, "table": 3, "sweep": 1}
+    assert run.parts["tune"]["accidents"] == ["ended with status -11: it said nothing"]
+    assert len(run.parts["table"]["accidents"]) == 2
+    assert "going on in a new process" in told
+    assert run.parts["sweep"]["stopped"].startswith("ended with status -11")
+    assert status == 1
+
+
+def test_what_there_was_no_time_for_is_not_wrong_but_not_complete(tmp_path, monkeypatch):
+    code = "keep(**({'unfinished': 3} if part == 'tests' else {}))"
+    status, run, _, _ = scripted(tmp_path, monkeypatch, code)
+    assert status == 0
+    assert not run.complete
+
+
+def test_a_process_that_hangs_is_ended_with_a_traceback(tmp_path):
+    code = """
+import time
+from benchmarks.gpu_process import watched
+def the_kernel_that_never_ends(): time.sleep(60)
+with watched(0.3): the_kernel_that_never_ends()
+"""
+    log, told = tmp_path / "log", []
+    began = time.monotonic()
+    stopped = gpu_process.attempt([sys.executable, "-c", code], {}, log, 50.0, told.append)
+    assert time.monotonic() - began < 40
+    assert stopped.startswith("ended with status 1")
+    assert "the_kernel_that_never_ends" in log.read_text()
+
+
+def test_tuned_launches_are_where_kernels_read_them_and_where_results_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path / "kernels")
+    run = results.provenance("gpu", "cpu", None)
+    found = {"asked": [], "configurations": {"linear": {"n=4": {"1.0": {"warps": 8}}}}}
+    for rehearse, places in ((True, ["out"]), (False, ["kernels", "out"])):
+        gpu._write_configurations(
+            run, found, Namespace(rehearse=rehearse), tmp_path / "out" / "x", Console(quiet=True)
+        )
+        written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.json")}
+        assert sorted(written) == places
+
+
+TOY = """
+import os, time
+import pytest
+from hypothesis import given, settings, strategies as st
+
+@pytest.mark.parametrize("n", range(4))
+def test_together(n): os.environ.setdefault("seen", "0")
+def test_dies(): os.kill(os.getpid(), 11)
+def test_behind_it(): pass
+def test_fails(): assert 1 == 2
+def test_skips(): pytest.skip("no")
+@pytest.fixture
+def broken():
+    yield
+    raise RuntimeError("at the end")
+def test_breaks_down(broken): pass
+@given(st.lists(st.integers(0, 3)))
+@settings(max_examples=3)
+def test_drawn(values): pass
+"""
+
+
+def test_tests_are_shared_out_and_go_on_behind_one_that_ends_its_process(tmp_path):
+    toy = tmp_path / "test_toy.py"
+    toy.write_text(TOY)
+    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name")
+    folder = tmp_path / "outcomes"
+    folder.mkdir()
+    selection = [str(tmp_path), f"--rootdir={tmp_path}", "-c", os.devnull]
+    found = gpu_tests.run_tests(selection, 2, folder, time.monotonic() + 300)
+    assert {name.partition("::")[2]: why for name, why in found["failures"].items()} == {
+        "": "ModuleNotFoundError: No module named 'nothing_of_this_name'",
+        "test_dies": gpu_process.DIED,
+        "test_fails": "assert 1 == 2",
+        "test_breaks_down": "RuntimeError: at the end",
+    }
+    assert {name: found[name] for name in ("passed", "skipped", "unfinished")} == {
+        "passed": 6, "skipped": 1, "unfinished": 0}  # fmt: skip
+
+
+def test_tests_that_had_no_time_are_counted(tmp_path):
+    share = tmp_path / "tests-0.jsonl"
+    share.write_text(
+        """{"collected": 4}
+{"test": "a", "outcome": "begun"}
+{"test": "a", "outcome": "passed"}
+{"test": "b", "outcome": "begun"}
+{"test": "c", "outc"""
     )
-    assert gpu._outcome(path) == {
-        "passed": 1, "skipped": 1,
-        "failures": {"a::bad": "assert 1 == 2", "b::worse": "ImportError"},
-    }  # fmt: skip
-    assert "no report" in gpu._outcome(tmp_path / "none.xml")["stopped"]
+    counts = {"passed": 1, "skipped": 0, "unfinished": 3, "failures": {}}
+    assert gpu_tests.summed_up([share, tmp_path / "none.jsonl"]) == counts
+
+
+def test_without_hypothesis_drawn_tests_are_skipped():
+    stand_in = gpu_plugin._without_hypothesis()
+    st = stand_in.strategies
+
+    @stand_in.given(st.lists(st.integers(0, 3)), st.data())
+    @stand_in.settings(deadline=None)
+    def test(values, data):
+        pass
+
+    (mark,) = test.pytestmark
+    assert mark.name == "skip"
 
 
 def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch, capsys):
@@ -469,7 +769,7 @@ def test_the_sweep_stops_at_its_deadline_and_goes_on_later(tmp_path):
     run(0.0)
     assert not found["complete"]
     assert found["levels_finished"] == 0
-    assert "time was up" in found["stopped"]
+    assert "time was up" in found["unfinished"]
     found.clear()
     run(LATER)
     assert found["complete"]
