@@ -198,9 +198,17 @@ def write_gradient_(
             raise ValueError(f"{name} must be contiguous, got strides {target.stride()}")
     check_untransformed("write_gradient_", gradient, dy, x, squares)
     check_separate(targets, {"dy": dy, "x": x})
-    with torch.no_grad():
-        _write(gradient, dy, x, pattern.bits, pattern.start, place, precision, squares)
-    mark_written(*targets.values())
+    _WRITE(
+        gradient.detach(),
+        dy.detach(),
+        x.detach(),
+        pattern.bits,
+        pattern.start,
+        pattern.shapes,
+        layer,
+        precision,
+        None if squares is None else squares.detach(),
+    )
 
 
 def plan(
@@ -301,11 +309,16 @@ _library.define(
 )
 _library.define(f"pack(Tensor dense, {_PATTERN}, int[] shapes, int width) -> Tensor")
 _library.define(f"unpack(Tensor values, {_PATTERN}, int[] shapes) -> Tensor")
+_library.define(
+    f"write_gradient_(Tensor(a!) gradient, Tensor dy, Tensor x, {_PATTERN}, int[] shapes, "
+    "int layer, str precision, Tensor(b!)? squares) -> ()"
+)
 _LINEAR = torch.ops.sparse_tickets.linear_packed.default
 _DX = torch.ops.sparse_tickets.linear_packed_dx.default
 _DW = torch.ops.sparse_tickets.linear_packed_dw.default
 _PACK = torch.ops.sparse_tickets.pack.default
 _UNPACK = torch.ops.sparse_tickets.unpack.default
+_WRITE = torch.ops.sparse_tickets.write_gradient_.default
 
 
 def _forward(
@@ -389,6 +402,21 @@ def _write(
         cpu.dw(gradient, dy, x, bits, start, place, squares)
     else:
         reference.dw(gradient, dy, x, bits, start, place, squares)
+
+
+def _write_gradient(
+    gradient: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    shapes: list[int],
+    layer: int,
+    precision: str,
+    squares: Tensor | None,
+) -> None:
+    _write(gradient, dy, x, bits, start, lay_out(*shapes)[layer], precision, squares)
+    mark_written(gradient, *(() if squares is None else (squares,)))
 
 
 def _pack(dense: Tensor, bits: Tensor, start: Tensor, shapes: list[int], width: int) -> Tensor:
@@ -595,3 +623,6 @@ _register(
     _Unpack,
     lambda values, bits, start, shapes: (values.shape[0], _size(shapes)),
 )
+for _device in ("CPU", "CUDA"):
+    _library.impl("write_gradient_", _write_gradient, _device)
+torch.library.register_fake("sparse_tickets::write_gradient_", lambda *_: None, lib=_library)

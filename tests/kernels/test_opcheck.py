@@ -120,6 +120,12 @@ def unpack() -> Iterator[Arguments]:
     yield leaf(TICKETS, WIDTH), *WHERE, SHAPES
 
 
+def write_gradient_() -> Iterator[Arguments]:
+    dy, x = draw(TICKETS, BATCH, 3), draw(TICKETS, BATCH, 4)
+    for squares in (None, torch.zeros(TICKETS, PATTERN.start.shape[1] - 1)):
+        yield torch.zeros(TICKETS, WIDTH), dy, x, *WHERE, SHAPES, 0, PRECISION, squares
+
+
 def mlp() -> Iterator[Arguments]:
     weight, mask = weights_of(STUDENT)
     x, form = leaf(TICKETS, BATCH, 4), (NET.code, DENSITY, PRECISION)
@@ -301,6 +307,7 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "linear_packed_dw": linear_packed_dw,
     "pack": pack,
     "unpack": unpack,
+    "write_gradient_": write_gradient_,
     "mlp": mlp,
     "mlp_keep": mlp_keep,
     "mlp_backward": mlp_backward,
