@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparse_tickets import kernels
-from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.arena import Arena, Net
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.linear import block_pattern
 from sparse_tickets.kernels.packed import build_pattern
@@ -353,6 +353,14 @@ def registered() -> set[str]:
 
 def test_every_op_has_an_example() -> None:
     assert registered() == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("arena", [STUDENT, DISCRETE, CONTINUOUS, CONTINUOUS_CRITIC])
+def test_layouts_come_back_from_their_codes(arena: Arena) -> None:
+    assert Arena.decode(arena.code) == arena
+    assert all(Net.decode(net.code) == net for net in arena.nets)
+    shared = Arena.build((4, 3, 2), (4, 5, 1), activation="relu", prune_critic=True)
+    assert Arena.decode(shared.code) == shared
 
 
 def move(argument: Any, device: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -469,3 +470,31 @@ def test_arguments_are_checked():
     env.state = env.state[:1]
     with pytest.raises(ValueError, match=r"env\.state must have shape"):
         run(obs, key, 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_copies_change_in_place_with_a_clock_on_the_device_alone(backend):
+    arena = make_arena("CartPole-v1")
+    parameters = make_parameters(arena, 2)
+    for on_device in (False, True):
+        env, obs, key = start("CartPole-v1", 2, 3)
+        if on_device:
+            env.keep_clock_on_device()
+        state, before, version = env.state, env.state.clone(), env.state._version
+        with use_backend(backend):
+            rollout(parameters, arena, env, obs, key, 2)
+        assert not torch.equal(env.state, before)
+        assert (env.state is state) == on_device
+        assert torch.equal(state, before) != on_device
+        assert (state._version > version) == on_device
+    env.elapsed = env.state.view(torch.int32).flatten()[:6].view(2, 3)
+    with pytest.raises(ValueError, match=r"env\.\w+ must not share memory with env\.\w+"):
+        rollout(parameters, arena, env, obs, key, 2)
+
+
+def test_a_task_of_other_physics_is_refused():
+    arena = make_arena("CartPole-v1")
+    env, obs, key = start("CartPole-v1", 2, 4)
+    env.task = replace(env.task, reset_high=(0.1,) * 4)
+    with pytest.raises(ValueError, match=r"task must be one of .*, got another CartPole-v1"):
+        rollout(make_parameters(arena, 2), arena, env, obs, key, 1)
