@@ -113,7 +113,9 @@ def clone_update_(
             raise TypeError("first_update must be an int on the CPU, got a tensor")
     else:
         first_update = check_integer("first_update", first_update, 0, 1 << 62)
-    return torch.ops.sparse_tickets.clone_update_(
+    packet = torch.ops.sparse_tickets.clone_update_
+    update = packet.on_device if isinstance(first_update, Tensor) else packet.default
+    return update(
         weight.detach(),
         mask,
         m.detach(),

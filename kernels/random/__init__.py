@@ -92,7 +92,7 @@ def bits(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
         ValueError: `key` is not 1-D, `n`, `stream` or `step` out of range, or the shape or device
             of `step` does not fit.
     """
-    return torch.ops.sparse_tickets.random_bits(key, *_checked(key, n, stream, step))
+    return _draw("bits", key, n, stream, step)
 
 
 def uniform(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def uniform(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: see `bits`.
     """
-    return torch.ops.sparse_tickets.random_uniform(key, *_checked(key, n, stream, step))
+    return _draw("uniform", key, n, stream, step)
 
 
 def normal(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def normal(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: see `bits`.
     """
-    return torch.ops.sparse_tickets.random_normal(key, *_checked(key, n, stream, step))
+    return _draw("normal", key, n, stream, step)
 
 
 def permutation(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def permutation(key: Tensor, n: int, *, stream: int, step: int | Tensor) -> Tens
     Raises:
         TypeError, ValueError: see `bits`.
     """
-    return torch.ops.sparse_tickets.random_permutation(key, *_checked(key, n, stream, step))
+    return _draw("permutation", key, n, stream, step)
 
 
 def integers(key: Tensor, n: int, high: int, *, stream: int, step: int | Tensor) -> Tensor:
@@ -201,7 +201,8 @@ def categorical(probs: Tensor, u: Tensor) -> Tensor:
     return torch.ops.sparse_tickets.random_categorical(probs.detach(), u.detach())
 
 
-def _checked(key: Tensor, n: int, stream: int, step: int | Tensor) -> tuple[int, int, int | Tensor]:
+def _draw(op: str, key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
+    """Check the arguments, and call the registered op."""
     check_dtype("key", key, torch.int64)
     if key.dim() != 1:
         raise ValueError(f"key must have shape [P], got {tuple(key.shape)}")
@@ -214,7 +215,10 @@ def _checked(key: Tensor, n: int, stream: int, step: int | Tensor) -> tuple[int,
             check_shape("step", step, tuple(key.shape))
     else:
         _check_int("step", step, 63)
-    return n, int(stream), step
+    packet = getattr(torch.ops.sparse_tickets, f"random_{op}")
+    # By name: for an overload that takes an integer torch would fetch the tensor from the device.
+    draw = packet.on_device if isinstance(step, Tensor) else packet.default
+    return draw(key, n, int(stream), step)
 
 
 def _check_int(name: str, value: int, limit: int) -> None:

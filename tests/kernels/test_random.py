@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_tickets.kernels import random
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
@@ -153,6 +154,28 @@ def test_a_step_on_the_device_draws_what_the_integer_draws(backend, key, n, data
 
 def _integers(key, n, *, high, stream, step):
     return random.integers(key, n, high, stream=stream, step=step)
+
+
+class _Calls(TorchDispatchMode):
+    """Notes the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[object] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_step_on_the_device_is_not_fetched_from_it(draw):
+    step = torch.tensor(7)
+    with _Calls() as calls:
+        draw(KEY, 3, stream=Stream.ACTION, step=step)
+    # torch would rather turn the tensor into the integer that the other overload takes.
+    packet = getattr(torch.ops.sparse_tickets, f"random_{draw.__name__}")
+    assert packet.on_device in calls.ops
 
 
 @pytest.mark.parametrize("draw", DRAWS)
