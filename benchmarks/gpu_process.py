@@ -60,7 +60,7 @@ def until_done(
     """Run a command, anew where an accident cut it short, until its work is done or time is up.
 
     Args:
-        command: takes the seconds it has as its last argument.
+        command: takes, as its last argument, when its time is up, in seconds since the epoch.
         environment: of the process.
         state: the file in which it keeps what it found.
         log: takes all its output, behind what is there.
@@ -76,7 +76,8 @@ def until_done(
     accidents: list[str] = []
     while True:
         left = seconds - (time.monotonic() - began)
-        stopped = attempt([*command, f"{left:.1f}"], environment, log, left + grace, tell)
+        until = f"{time.time() + left:.1f}"
+        stopped = attempt([*command, until], environment, log, left + grace, tell)
         found = read_state(state)
         left = seconds - (time.monotonic() - began)
         if left < _LEAST_S or not (found.get("again") or (stopped and found.get("at"))):

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +155,63 @@ def test_the_host_timer_takes_time():
     assert timer.seconds(lambda: time.sleep(0.002), 2) >= 0.002
     assert timer.cold_seconds(lambda: time.sleep(0.002)) >= 0.002
     assert isinstance(gpu_clock.make_timer(CPU), HostTimer)
+
+
+class FakeCuda:
+    """What `CudaTimer.capture` calls, in a list; a call may find out whether it may wait."""
+
+    def __init__(self):
+        self.calls, self.mode = [], "default"
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.calls.append("replay"))
+
+    @contextmanager
+    def graph(self, graph, stream):
+        self.calls.append("capture")
+        yield
+
+
+def test_a_call_that_waits_is_refused_before_it_is_captured(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(gpu_clock.torch, "cuda", cuda)
+    timer = gpu_clock.CudaTimer.__new__(gpu_clock.CudaTimer)
+    timer._stream, timer.spoiled = None, False
+
+    def waits():
+        if cuda.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        timer.capture(waits)
+    assert cuda.mode == "default"
+    assert not timer.spoiled
+    assert "capture" not in cuda.calls
+
+    replay = timer.capture(lambda: "found")
+    assert replay() == "found"
+    assert cuda.calls[-1] == "replay"
+
+    def breaks():
+        if "capture" in cuda.calls:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    cuda.calls.clear()
+    with pytest.raises(RuntimeError, match="not permitted"):
+        timer.capture(breaks)
+    assert timer.spoiled
 
 
 def test_masks_drawn_on_the_device_keep_equally_many_and_differ():
