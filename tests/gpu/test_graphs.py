@@ -7,6 +7,7 @@ from sparse_tickets.kernels import adam_, gae, uniform, use_backend
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
 from sparse_tickets.kernels.packed import build_pattern, linear_packed, pack
 from sparse_tickets.kernels.prune import prune
+from sparse_tickets.kernels.random import Stream
 
 P, B, WIDTH = 5, 48, 96
 
@@ -105,7 +106,7 @@ def test_updates_draws_advantages_and_masks_do_not_wait(device, no_waiting):
     def run():
         adam_(weight, grad, m, v, step, rate, mask)
         prune(weight[:, :900].abs(), mask, 100, check=False)
-        uniform(key, 100)
+        uniform(key, 100, stream=Stream.ACTION, step=step)
         gae(reward, reward, reward, ended, ended, 0.99, 0.95)
 
     run()
