@@ -1,0 +1,364 @@
+"""Packed layers as registered ops: what each backend computes, its shapes, and its derivatives.
+
+The three products are each the derivative of the other two, as `linear`'s; a product reads only the
+values of its own layer, so theirs need no masking. Packing and unpacking are each the derivative of
+the other. A pattern travels as its tensors and, in integers, the shapes of its layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import Library, register_fake, register_vmap
+
+from ..dispatch import Backend, resolve_backend, use_backend
+from ..memory import mark_written
+from . import reference
+from .layout import Layer, lay_out
+
+__all__ = ["DW", "DX", "LINEAR", "PACK", "UNPACK", "WRITE", "choose"]
+
+_library = Library("sparse_tickets", "FRAGMENT")
+_PATTERN = "Tensor bits, Tensor start"
+_library.define(
+    f"linear_packed(Tensor x, Tensor values, {_PATTERN}, Tensor? bias, int[] shapes, int layer, "
+    "str precision) -> Tensor"
+)
+_library.define(
+    f"linear_packed_dx(Tensor dy, Tensor values, {_PATTERN}, int[] shapes, int layer, "
+    "str precision) -> Tensor"
+)
+_library.define(
+    f"linear_packed_dw(Tensor dy, Tensor x, {_PATTERN}, int[] shapes, int layer, int width, "
+    "str precision) -> Tensor"
+)
+_library.define(f"pack(Tensor dense, {_PATTERN}, int[] shapes, int width) -> Tensor")
+_library.define(f"unpack(Tensor values, {_PATTERN}, int[] shapes) -> Tensor")
+_library.define(
+    f"write_gradient_(Tensor(a!) gradient, Tensor dy, Tensor x, {_PATTERN}, int[] shapes, "
+    "int layer, str precision, Tensor(b!)? squares) -> ()"
+)
+LINEAR = torch.ops.sparse_tickets.linear_packed.default
+DX = torch.ops.sparse_tickets.linear_packed_dx.default
+DW = torch.ops.sparse_tickets.linear_packed_dw.default
+PACK = torch.ops.sparse_tickets.pack.default
+UNPACK = torch.ops.sparse_tickets.unpack.default
+WRITE = torch.ops.sparse_tickets.write_gradient_.default
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that computes in this dtype: the kernels know float32 and, on a GPU, halves."""
+    backend = resolve_backend(device)
+    if backend == "cpu" and dtype not in (torch.float32, torch.float64):
+        return "reference"
+    return "reference" if backend == "triton" and dtype == torch.float64 else backend
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    bias: Tensor | None,
+    shapes: list[int],
+    layer: int,
+    precision: str,
+) -> Tensor:
+    place = lay_out(*shapes)[layer]
+    backend = choose(x.device, x.dtype)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.forward(x, values, bits, start, bias, place, precision)
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu.forward(x, values, bits, start, bias, place)
+    return reference.forward(x, values, bits, start, bias, place)
+
+
+def _dx(
+    dy: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    shapes: list[int],
+    layer: int,
+    precision: str,
+) -> Tensor:
+    place = lay_out(*shapes)[layer]
+    backend = choose(dy.device, dy.dtype)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.dx(dy, values, bits, start, place, precision)
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu.dx(dy, values, bits, start, place)
+    return reference.dx(dy, values, bits, start, place)
+
+
+def _dw(
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    shapes: list[int],
+    layer: int,
+    width: int,
+    precision: str,
+) -> Tensor:
+    gradient = x.new_zeros(x.shape[0], width)
+    _write(gradient, dy, x, bits, start, lay_out(*shapes)[layer], precision, None)
+    return gradient
+
+
+def _write(
+    gradient: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    place: Layer,
+    precision: str,
+    squares: Tensor | None,
+) -> None:
+    backend = choose(x.device, x.dtype)
+    if backend == "triton":
+        from . import gpu
+
+        gpu.dw(gradient, dy, x, bits, start, place, precision, squares)
+    elif backend == "cpu":
+        from . import cpu
+
+        cpu.dw(gradient, dy, x, bits, start, place, squares)
+    else:
+        reference.dw(gradient, dy, x, bits, start, place, squares)
+
+
+def _write_gradient(
+    gradient: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    shapes: list[int],
+    layer: int,
+    precision: str,
+    squares: Tensor | None,
+) -> None:
+    _write(gradient, dy, x, bits, start, lay_out(*shapes)[layer], precision, squares)
+    mark_written(gradient, *(() if squares is None else (squares,)))
+
+
+def _pack(dense: Tensor, bits: Tensor, start: Tensor, shapes: list[int], width: int) -> Tensor:
+    layers = lay_out(*shapes)
+    backend = choose(dense.device, dense.dtype)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.pack(dense, bits, start, layers, width)
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu.pack(dense, bits, start, layers, width)
+    return reference.pack(dense, bits, start, layers, width)
+
+
+def _unpack(values: Tensor, bits: Tensor, start: Tensor, shapes: list[int]) -> Tensor:
+    layers, size = lay_out(*shapes), _size(shapes)
+    backend = choose(values.device, values.dtype)
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.unpack(values, bits, start, layers, size)
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu.unpack(values, bits, start, layers, size)
+    return reference.unpack(values, bits, start, layers, size)
+
+
+def _size(shapes: list[int]) -> int:
+    return sum(layer.out * layer.inp for layer in lay_out(*shapes))
+
+
+class _Differentiable(torch.autograd.Function):
+    """An op with its tensors saved, but for a bias; subclasses say what its derivative is.
+
+    The backward pass runs on the backend of the forward pass: on a GPU it is another thread, which
+    does not see `use_backend`.
+    """
+
+    saved = slice(4)
+
+    @classmethod
+    def forward(cls, ctx: Any, op: Any, *args: Any) -> Tensor:
+        ctx.backend = resolve_backend(args[0].device)
+        ctx.args = [arg for arg in args if not isinstance(arg, Tensor)]
+        ctx.shape = args[0].shape
+        # The pattern too: autograd then raises if it is changed before the backward pass.
+        ctx.save_for_backward(*args[cls.saved])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise NotImplementedError(
+            "sparse_tickets' packed ops have no forward-mode derivative; use reverse mode "
+            "(backward, torch.autograd.grad)"
+        )
+
+
+class _Linear(_Differentiable):
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, bits, start = ctx.saved_tensors
+        shapes, layer, precision = ctx.args[-3:]
+        needs = ctx.needs_input_grad
+        dx = dvalues = None
+        with use_backend(ctx.backend):
+            if needs[1]:
+                dx = DX(dy, values, bits, start, shapes, layer, precision)
+            if needs[2]:
+                dvalues = DW(dy, x, bits, start, shapes, layer, values.shape[1], precision)
+        return None, dx, dvalues, None, None, dy.sum(1) if needs[5] else None, None, None, None
+
+
+class _LinearDX(_Differentiable):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dy, values, bits, start = ctx.saved_tensors
+        shapes, layer, precision = ctx.args
+        ddy = dvalues = None
+        with use_backend(ctx.backend):
+            if ctx.needs_input_grad[1]:
+                ddy = LINEAR(grad, values, bits, start, None, shapes, layer, precision)
+            if ctx.needs_input_grad[2]:
+                dvalues = DW(dy, grad, bits, start, shapes, layer, values.shape[1], precision)
+        return None, ddy, dvalues, None, None, None, None, None
+
+
+class _LinearDW(_Differentiable):
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dy, x, bits, start = ctx.saved_tensors
+        shapes, layer, _, precision = ctx.args
+        ddy = dx = None
+        with use_backend(ctx.backend):
+            if ctx.needs_input_grad[1]:
+                ddy = LINEAR(x, grad, bits, start, None, shapes, layer, precision)
+            if ctx.needs_input_grad[2]:
+                dx = DX(dy, grad, bits, start, shapes, layer, precision)
+        return None, ddy, dx, None, None, None, None, None, None
+
+
+class _Pack(_Differentiable):
+    saved = slice(1, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        bits, start = ctx.saved_tensors
+        shapes, _ = ctx.args
+        with use_backend(ctx.backend):
+            dense = UNPACK(grad, bits, start, shapes)
+        beyond = ctx.shape[1] - dense.shape[1]
+        if beyond:
+            dense = torch.nn.functional.pad(dense, (0, beyond))
+        return None, dense, None, None, None, None
+
+
+class _Unpack(_Differentiable):
+    saved = slice(1, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        bits, start = ctx.saved_tensors
+        with use_backend(ctx.backend):
+            return None, PACK(grad, bits, start, ctx.args[0], ctx.shape[1]), None, None, None
+
+
+def _register(
+    name: str, op: Any, compute: Any, function: type[_Differentiable], shape: Any
+) -> None:
+    """Register an op's kernels: of the devices, autograd, shape inference and vmap."""
+
+    def differentiable(*args: Any) -> Tensor:
+        # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return function.apply(op, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    def fake(*args: Any) -> Tensor:
+        return args[0].new_empty(shape(*args))
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        """Another batch of tickets is just more tickets."""
+
+        def fold(arg: Any, dim: Any) -> Any:
+            if not isinstance(arg, Tensor):
+                return arg
+            if dim is None:
+                return arg.expand(info.batch_size, *arg.shape).flatten(0, 1)
+            return arg.movedim(dim, 0).flatten(0, 1)
+
+        result = op(*[fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)])
+        tickets = result.shape[0] // max(info.batch_size, 1)
+        return result.unflatten(0, (info.batch_size, tickets)), 0
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, compute, device)
+    _library.impl(name, differentiable, "Autograd")
+    register_fake(f"sparse_tickets::{name}", fake, lib=_library)
+    register_vmap(f"sparse_tickets::{name}", batched, lib=_library)
+
+
+_register(
+    "linear_packed",
+    LINEAR,
+    _forward,
+    _Linear,
+    lambda x, values, bits, start, bias, shapes, layer, precision: (
+        *x.shape[:2],
+        shapes[2 * layer],
+    ),
+)
+_register(
+    "linear_packed_dx",
+    DX,
+    _dx,
+    _LinearDX,
+    lambda dy, values, bits, start, shapes, layer, precision: (
+        *dy.shape[:2],
+        shapes[2 * layer + 1],
+    ),
+)
+_register(
+    "linear_packed_dw",
+    DW,
+    _dw,
+    _LinearDW,
+    lambda dy, x, bits, start, shapes, layer, width, precision: (dy.shape[0], width),
+)
+_register(
+    "pack",
+    PACK,
+    _pack,
+    _Pack,
+    lambda dense, bits, start, shapes, width: (dense.shape[0], width),
+)
+_register(
+    "unpack",
+    UNPACK,
+    _unpack,
+    _Unpack,
+    lambda values, bits, start, shapes: (values.shape[0], _size(shapes)),
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("write_gradient_", _write_gradient, _device)
+register_fake("sparse_tickets::write_gradient_", lambda *_: None, lib=_library)
