@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from ..arena import Arena, Parameters
-from ..dispatch import Plan, resolve_backend
+from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
 from ..errors import (
     check_device,
     check_dtype,
@@ -20,7 +20,7 @@ from ..errors import (
     check_untransformed,
 )
 from ..memory import mark_written
-from ..mlp import composition, describe_layers
+from ..mlp import describe_layers
 from ..mlp.checks import check_density, check_optimiser, check_parameters
 from . import reference
 
@@ -97,8 +97,8 @@ def clone_update_(
             written and not contiguous or shares memory with another.
         TypeError: a dtype, the kernels take float32 only; or `first_update` no integer.
     """
-    weight, mask, m, v, step = parameters
-    check_untransformed("clone_update_", weight, m, v, lr, obs, target)
+    weight = parameters.weight
+    check_untransformed("clone_update_", weight, parameters.m, parameters.v, lr, obs, target)
     backend = resolve_backend(weight.device)
     floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
     check_density(density)
@@ -115,27 +115,8 @@ def clone_update_(
         first_update = check_integer("first_update", first_update, 0, 1 << 62)
     packet = torch.ops.sparse_tickets.clone_update_
     update = packet.on_device if isinstance(first_update, Tensor) else packet.default
-    return update(
-        weight.detach(),
-        mask,
-        m.detach(),
-        v.detach(),
-        step,
-        obs.detach(),
-        target.detach(),
-        dataset,
-        key,
-        first_update,
-        lr.detach(),
-        arena.code,
-        config.updates,
-        config.batch,
-        math.inf if config.max_norm is None else config.max_norm,
-        config.beta1,
-        config.beta2,
-        config.eps,
-        density,
-    )
+    tensors = (tensor.detach() for tensor in (*parameters, obs, target, dataset, key, lr))
+    return update(*tensors, first_update, arena.code, float(density), *astuple(config))
 
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
@@ -146,7 +127,7 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
         reason = "loss and its gradient in one pass between the network's passes; see `mlp.plan`"
         return Plan("clone_update_", "triton", "dense+mask", reason)
     if backend == "reference":
-        return Plan("clone_update_", "reference", "dense+mask", composition(backend))
+        return Plan("clone_update_", "reference", "dense+mask", PLAIN_TORCH)
     return Plan("clone_update_", "cpu", *describe_layers((arena.actor,), (density,)))
 
 
@@ -189,7 +170,7 @@ def _backend(device: torch.device) -> ModuleType:
     return reference
 
 
-def _clone_impl(
+def _update_impl(
     weight: Tensor,
     mask: Tensor,
     m: Tensor,
@@ -199,28 +180,23 @@ def _clone_impl(
     target: Tensor,
     dataset: Tensor,
     key: Tensor,
-    first_update: int | Tensor,
     lr: Tensor,
-    arena: Sequence[int],
-    updates: int,
-    batch: int,
-    max_norm: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    first_update: int | Tensor,
+    arena_code: list[int],
     density: float,
+    *numbers: Any,
 ) -> Tensor:
     _check_dataset(dataset, obs.shape[0])
     loss = _backend(weight.device).clone_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
-        Arena.decode(tuple(arena)),
+        Arena.decode(tuple(arena_code)),
         obs.contiguous(),
         target.contiguous(),
         dataset.contiguous(),
         key.contiguous(),
         first_update,
         lr.contiguous(),
-        CloneConfig(updates, batch, max_norm, beta1, beta2, eps),
+        CloneConfig(*numbers),
         density,
     )
     mark_written(weight, m, v, step)
@@ -229,39 +205,19 @@ def _clone_impl(
 
 _SCHEMA = (
     "(Tensor(a!) weight, Tensor mask, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, Tensor obs, "
-    "Tensor target, Tensor dataset, Tensor key, {} first_update, Tensor lr, int[] arena, "
-    "int updates, int batch, float max_norm, float beta1, float beta2, float eps, float density) "
+    "Tensor target, Tensor dataset, Tensor key, Tensor lr, {} first_update, int[] arena_code, "
+    "float density, int updates, int batch, float? max_norm, float beta1, float beta2, float eps) "
     "-> Tensor"
 )
 
 
-def _clone_fake(
-    weight,
-    mask,
-    m,
-    v,
-    step,
-    obs,
-    target,
-    dataset,
-    key,
-    first_update,
-    lr,
-    arena,
-    updates,
-    batch,
-    max_norm,
-    beta1,
-    beta2,
-    eps,
-    density,
-):
+def _update_fake(weight, *_):
     return weight.new_empty(weight.shape[0])
 
 
-_library = torch.library.Library("sparse_tickets", "FRAGMENT")
+_library = Library("sparse_tickets", "FRAGMENT")
 for _op, _kind in (("clone_update_", "int"), ("clone_update_.on_device", "Tensor")):
     _library.define(f"{_op}{_SCHEMA.format(_kind)}")
     for _key in ("CPU", "CUDA"):
-        _library.impl(_op, _clone_impl, _key)
-    torch.library.register_fake(f"sparse_tickets::{_op}", _clone_fake, lib=_library)
+        _library.impl(_op, _update_impl, _key)
+    register_fake(f"sparse_tickets::{_op}", _update_fake, lib=_library)

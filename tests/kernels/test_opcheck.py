@@ -19,10 +19,14 @@ from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.linear import block_pattern
 from sparse_tickets.kernels.packed import build_pattern
 
-NAMESPACE = "sparse_tickets"
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 
 Arguments = tuple[Any, ...]
+
+# Ops are registered where their folder is imported.
+for folder in pkgutil.iter_modules(kernels.__path__):
+    if folder.ispkg:
+        importlib.import_module(f"{kernels.__name__}.{folder.name}")
 
 TICKETS, BATCH = 2, 3
 # Prunable weights of 3 x 4 and 2 x 3, and a tail of biases.
@@ -294,8 +298,7 @@ def ppo_update(iteration: Any, *arenas: Arena) -> Iterator[Arguments]:
 
 def clone_update(first_update: Any) -> Iterator[Arguments]:
     data = draw(2, 6, 4), draw(2, 6, 2).log_softmax(-1), torch.tensor([1, 0]), KEY
-    form = STUDENT.code, 2, 3, *ADAM, DENSITY
-    yield *training(STUDENT), *data, first_update, LR, *form
+    yield *training(STUDENT), *data, LR, first_update, STUDENT.code, DENSITY, 2, 3, *ADAM
 
 
 EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
@@ -341,18 +344,10 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
 NOT_ON_CPU = ("ppo_update_.on_device", "clone_update_.on_device")
 
 
-def registered() -> set[str]:
-    """Names of all ops, once every folder is imported."""
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.ispkg:
-            importlib.import_module(f"{kernels.__name__}.{module.name}")
-    prefix = f"{NAMESPACE}::"
-    names = torch._C._dispatch_get_all_op_names()
-    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-
-
 def test_every_op_has_an_example() -> None:
-    assert registered() == set(EXAMPLES)
+    prefix = "sparse_tickets::"
+    names = torch._C._dispatch_get_all_op_names()
+    assert {name.removeprefix(prefix) for name in names if name.startswith(prefix)} == set(EXAMPLES)
 
 
 @pytest.mark.parametrize("arena", [STUDENT, DISCRETE, CONTINUOUS, CONTINUOUS_CRITIC])
