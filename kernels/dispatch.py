@@ -14,6 +14,7 @@ import torch
 
 __all__ = [
     "BACKENDS",
+    "PLAIN_TORCH",
     "Backend",
     "Plan",
     "differentiating",
@@ -26,6 +27,9 @@ __all__ = [
 
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = ("auto", "reference", "cpu", "triton")
+
+PLAIN_TORCH = "plain torch ops: the reference was chosen, or no kernels run on this device"
+"""Why an op runs on the reference backend."""
 
 _chosen: ContextVar[str | None] = ContextVar("sparse_tickets_backend", default=None)
 

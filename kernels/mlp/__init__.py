@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..arena import Net
-from ..dispatch import Plan, resolve_backend
+from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
 from ..errors import check_device, check_shape, check_untransformed
 from ..packed import Pattern, unpack
-from . import ops, reference
+from . import reference, registration
 from .checks import check_density, check_floats, check_packed, check_precision, check_rows
 
-__all__ = ["composition", "describe_layers", "mlp", "mlp_packed", "plan", "plan_packed"]
+__all__ = ["describe_layers", "mlp", "mlp_packed", "plan", "plan_packed"]
 
 
 def mlp(
@@ -64,13 +64,13 @@ def mlp(
     arguments = x, weight, mask, net, float(density), precision
     if torch.compiler.is_compiling():
         # A compiler sees no backend: the op asks for it whenever it runs.
-        return ops.call(*arguments)
+        return registration.call(*arguments)
     backend = resolve_backend(x.device)
     check_floats(backend, weight=weight, x=x)
     if backend == "reference":
         return reference.mlp(x, weight, net, mask)
     check_untransformed("mlp", x, weight)
-    return ops.run(*arguments, backend)
+    return registration.run(*arguments, backend)
 
 
 def mlp_packed(
@@ -113,14 +113,14 @@ def mlp_packed(
     tensors = x, values, pattern.bits, pattern.start, rest
     arguments = *tensors, net, pattern.shapes, precision
     if torch.compiler.is_compiling():
-        return ops.call_packed(*arguments)
+        return registration.call_packed(*arguments)
     backend = resolve_backend(x.device)
     check_floats(backend, values=values, x=x)
     if backend != "reference":
         check_untransformed("mlp_packed", x, values, rest)
     if backend != "triton":
         return mlp(x, torch.cat([unpack(values, pattern), rest], 1), net)
-    return ops.run_packed(*arguments, backend)
+    return registration.run_packed(*arguments, backend)
 
 
 def plan(
@@ -156,7 +156,7 @@ def plan(
     if backend == "cpu":
         nominal = density if masked else 1.0
         return Plan("mlp", "cpu", *describe_layers((net,), (nominal,)))
-    return Plan("mlp", "reference", "dense+mask", composition(backend))
+    return Plan("mlp", "reference", "dense+mask", PLAIN_TORCH)
 
 
 def plan_packed(
@@ -199,10 +199,3 @@ def describe_layers(nets: tuple[Net, ...], densities: tuple[float, ...]) -> tupl
         f"width {CACHED_WIDTH}) or where a layer is at most {NARROW} wide, tiles elsewhere"
     )
     return "/".join(formats), reason
-
-
-def composition(backend: str) -> str:
-    """Why an op without a kernel of its own for ``backend`` runs as torch ops."""
-    if backend == "reference":
-        return "the reference backend was chosen"
-    return "no fused GPU kernel: a composition of torch ops on the masked dense weight"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from ..arena import Arena, Parameters
-from ..dispatch import Plan, resolve_backend
+from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
 from ..errors import (
     check_device,
     check_dtype,
@@ -19,7 +19,7 @@ from ..errors import (
     check_untransformed,
 )
 from ..memory import mark_written
-from ..mlp import composition, describe_layers
+from ..mlp import describe_layers
 from ..mlp.checks import check_density, check_optimiser, check_parameters
 from . import reference
 
@@ -186,7 +186,7 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
         reason = "loss and its gradient in one pass between the networks' passes; see `mlp.plan`"
         return Plan("ppo_update_", "triton", "dense+mask", reason)
     if backend == "reference":
-        return Plan("ppo_update_", "reference", "dense+mask", composition(backend))
+        return Plan("ppo_update_", "reference", "dense+mask", PLAIN_TORCH)
     densities = tuple(density if net.weights[0] < arena.prunable else 1.0 for net in arena.nets)
     return Plan("ppo_update_", "cpu", *describe_layers(arena.nets, densities))
 

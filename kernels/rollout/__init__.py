@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import Backend, Plan, resolve_backend
+from ..dispatch import PLAIN_TORCH, Backend, Plan, resolve_backend
 from ..dynamics import check_task
 from ..errors import (
     check_device,
@@ -31,7 +31,6 @@ from ..errors import (
     check_untransformed,
 )
 from ..memory import check_separate
-from ..mlp import composition
 from ..mlp.checks import check_density
 from ..random import Stream, bits
 from . import reference, registration
@@ -203,7 +202,7 @@ def _choose(arena: Arena, env: Any, device: torch.device) -> tuple[Backend, str]
         return registration.choose(arena.nets, device)
     backend = resolve_backend(device)
     if backend == "reference":
-        return backend, composition(backend)
+        return backend, PLAIN_TORCH
     return "reference", f"a loop of torch ops: the physics of {env.spec.name} is not built in"
 
 

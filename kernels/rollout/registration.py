@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from ..arena import Arena, Net
-from ..dispatch import Backend, resolve_backend
+from ..dispatch import PLAIN_TORCH, Backend, resolve_backend
 from ..dynamics import TASKS, Task
 from ..dynamics.copies import Copies
 from ..memory import mark_written
-from ..mlp import composition
 from ..random import Stream
 from . import reference
 
@@ -29,7 +28,7 @@ def choose(nets: tuple[Net, ...], device: torch.device) -> tuple[Backend, str]:
     """Backend of a rollout of these networks in built-in physics, and why."""
     backend = resolve_backend(device)
     if backend == "reference":
-        return backend, composition(backend)
+        return backend, PLAIN_TORCH
     if backend == "cpu":
         return backend, "policy and physics fused; compressed rows where they beat tiles"
     from .policy_gpu import misfit
