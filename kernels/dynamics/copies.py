@@ -65,6 +65,17 @@ class Copies:
         started.state = started.draw_initial(key, stream, draw)
         return started
 
+    @property
+    def restart_key(self) -> Tensor:
+        """The key, of which restarts are drawn.
+
+        Raises:
+            RuntimeError: there is none yet.
+        """
+        if self.key is None:
+            raise RuntimeError("reset must be called before step")
+        return self.key
+
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Act once in every copy; those whose episode ends restart within the same step.
 
@@ -78,8 +89,7 @@ class Copies:
             RuntimeError: there is no key.
             TypeError, ValueError: see `sparse_tickets.kernels.dynamics.step`.
         """
-        if self.key is None:
-            raise RuntimeError("reset must be called before step")
+        key = self.restart_key
         state, reward, terminated = step(self.task, self.state, action)
         elapsed = self.elapsed + 1
         truncated = (elapsed >= self.task.time_limit) & ~terminated
@@ -88,7 +98,7 @@ class Copies:
         self.clock += 1
         # On a GPU looking would wait for the device; drawing in vain costs less there.
         if state.device.type != "cpu" or bool(done.any()):
-            restart = self.draw_initial(self.key, self.reset_stream, self.clock)
+            restart = self.draw_initial(key, self.reset_stream, self.clock)
             state = torch.where(done[..., None], restart, state)
             elapsed = elapsed.masked_fill(done, 0)
             obs = torch.where(done[..., None], self.observe(restart), final_obs)

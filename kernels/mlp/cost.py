@@ -155,7 +155,7 @@ def _packed_cost(tickets: int, flops: int, items: int, sizes: tuple[int, ...]) -
     return Cost(cost.flops, cost.bytes + _pattern_bytes(tickets, sizes))
 
 
-def _pattern_bytes(tickets: int, sizes: tuple[int, ...]) -> int:
+def _pattern_bytes(tickets: int, sizes: tuple[int, ...]) -> float:
     return sum(pattern_bytes(tickets, out, inp) for inp, out in pairwise(sizes))
 
 

@@ -72,9 +72,13 @@ class Packed(Weights):
     """Packed weights, and the biases in what follows the prunable weights.
 
     Attributes:
+        mask: the bits as octets.
+        start: what precedes each tile.
         layers: the network's weight matrices in the pattern.
     """
 
+    mask: Tensor
+    start: Tensor
     layers: tuple[Layer, ...]
 
     @staticmethod
@@ -143,7 +147,8 @@ def backward(
 
 def _zeros(weights: Packed) -> tuple[Tensor, Tensor]:
     """For the gradients; rows are contiguous, however the weights' lie."""
-    return tuple(rows.new_zeros(rows.shape) for rows in (weights.weight, weights.bias))
+    weight, bias = weights.weight, weights.bias
+    return weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
 
 
 def _add(partial: Tensor, weights: Packed, splits: int) -> tuple[Tensor, Tensor]:

@@ -298,7 +298,7 @@ def rollout(
         _array(weight),
         _array(mask),
         _array(key),
-        _array(env.key),
+        _array(env.restart_key),
         stream,
         int(env.clock),
         env.state.numpy(),

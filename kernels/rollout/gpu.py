@@ -368,7 +368,7 @@ def rollout(
             _act_kernel[(tickets * copies,)](
                 weight,
                 key.contiguous(),
-                env.key.contiguous(),
+                env.restart_key.contiguous(),
                 clock_pointer,
                 env.state,
                 env.elapsed,
