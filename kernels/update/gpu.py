@@ -60,9 +60,9 @@ def _touched(column, size, FROZEN: tl.constexpr):
 
 
 @triton.jit
-def _support(mask, count, ticket, column, prunable, exists):
-    """Which of these columns of a row exist and are not pruned."""
-    keep = exists
+def _support(mask, count, ticket, column, prunable, among):
+    """Which columns of a row, ``among`` these, are not pruned."""
+    keep = among
     if mask is not None:
         masked = column < prunable
         inside = tl.load(mask + ticket * prunable + column, mask=masked, other=0).to(tl.int1)
@@ -96,8 +96,7 @@ def _norm_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(part * stretch, (part + 1) * stretch):
         column = block * BLOCK + lane
-        exists = _touched(column, size, FROZEN)
-        keep = _support(mask, count, ticket, column, prunable, exists)
+        keep = _support(mask, count, ticket, column, prunable, _touched(column, size, FROZEN))
         entry = tl.load(grad + ticket * size + column, mask=keep, other=0.0)
         total += entry * entry
     tl.store(partial + ticket * parts + part, tl.sum(total, 0))
@@ -162,8 +161,8 @@ def _adam_kernel(
     root = tl.sqrt_rn(correction2.to(tl.float32))
 
     column = block * BLOCK + tl.arange(0, BLOCK)
-    exists = _touched(column, size, FROZEN)
-    keep = _support(mask, count, ticket, column, prunable, exists)
+    touched = _touched(column, size, FROZEN)
+    keep = _support(mask, count, ticket, column, prunable, touched)
     entry = ticket * size + column
     g = tl.load(grad + entry, mask=keep, other=0.0) * scale
     m_old = tl.load(m + entry, mask=keep, other=0.0)
@@ -172,9 +171,9 @@ def _adam_kernel(
     m_new = m_old + rate1 * (g - m_old)
     v_new = v_old * beta2 + rate2 * (g * g)
     w_new = w_old - tl.div_rn(rate * m_new, tl.div_rn(tl.sqrt_rn(v_new), root) + eps)
-    tl.store(weight + entry, tl.where(keep, w_new, 0.0), mask=exists)
-    tl.store(m + entry, tl.where(keep, m_new, 0.0), mask=exists)
-    tl.store(v + entry, tl.where(keep, v_new, 0.0), mask=exists)
+    tl.store(weight + entry, tl.where(keep, w_new, 0.0), mask=touched)
+    tl.store(m + entry, tl.where(keep, m_new, 0.0), mask=touched)
+    tl.store(v + entry, tl.where(keep, v_new, 0.0), mask=touched)
 
 
 @triton.jit
@@ -297,9 +296,9 @@ def adam_(
     *,
     frozen: tuple[int, ...] = (),
 ) -> Tensor:
-    """See `update.adam_`; begins and ends of spans ``frozen`` are of columns that stay as they are.
+    """See `update.adam_`; ``frozen`` lists where spans of columns begin and end, one by one.
 
-    Neither weights nor moments change there, and gradients do not count.
+    In these spans neither weights nor moments change, and gradients do not count.
     """
     check_dtype("weight on the Triton backend", weight, torch.float32)
     tickets, size = weight.shape
