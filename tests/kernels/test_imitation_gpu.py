@@ -18,6 +18,9 @@ from sparse_tickets.kernels.imitation import gpu
 from sparse_tickets.kernels.imitation.loss_gpu import loss_and_gradient
 from sparse_tickets.kernels.imitation.minibatch_gpu import draw
 
+pytestmark = pytest.mark.usefixtures("tensors_on_a_gpu")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
 DATASETS, SAMPLES = 2, 37
 
@@ -34,7 +37,7 @@ class Problem:
     """Tickets with moments, and what they learn from, in float64."""
 
     def __init__(self, arena: Arena, tickets: int, *, density: float = 0.4) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
 
         def normal(*shape: int) -> torch.Tensor:
             # Exact in float32, so that both precisions begin at the same numbers.
@@ -142,7 +145,7 @@ def test_a_ticket_without_a_dataset_is_nan_and_spares_the_others(continuous: boo
 def test_loss_and_gradient(monkeypatch, continuous: bool, batch: int, actions: int) -> None:
     tickets = 3
     arena = Arena.build((4, 8, actions), continuous=continuous)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).double()
@@ -276,10 +279,15 @@ def test_the_number_of_updates_may_lie_on_the_device(backend: str) -> None:
         problem.update(backend, config, first_update=torch.tensor([5]))
     with pytest.raises(TypeError, match="first_update must be int64"):
         problem.update(backend, config, first_update=torch.tensor(5.0))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="tensors are on the GPU")
+def test_the_number_of_updates_is_an_integer_on_the_cpu() -> None:
+    problem, config = Problem(ARENAS["discrete"], 2), CloneConfig(updates=2, batch=5)
     with pytest.raises(TypeError, match="first_update must be an int on the CPU"):
         problem.update("cpu", config, first_update=torch.tensor(5))
 
 
 def test_plan_tells() -> None:
     with use_backend("triton"):
-        assert plan(ARENAS["discrete"], torch.device("cpu")).backend == "triton"
+        assert plan(ARENAS["discrete"], torch.device(DEVICE)).backend == "triton"

@@ -24,6 +24,8 @@ def _assert_equals_float64(backend, sizes, activation, tickets, samples, density
     mask = torch.rand(tickets, arena.prunable, generator=generator) < density
     x = torch.randn(tickets, samples, sizes[0], generator=generator)
     dy = torch.randn(tickets, samples, sizes[-1], generator=generator)
+    if backend == "triton" and torch.cuda.is_available():
+        weight, mask, x, dy = (tensor.cuda() for tensor in (weight, mask, x, dy))
 
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     with use_backend(backend):

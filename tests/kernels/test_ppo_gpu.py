@@ -16,11 +16,14 @@ pytest.importorskip("triton")
 
 from sparse_tickets.kernels.ppo.loss_gpu import loss_and_gradient
 
+pytestmark = pytest.mark.usefixtures("tensors_on_a_gpu")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
 
 
 def _batch(tickets: int, samples: int, actions: int, continuous: bool) -> Batch:
-    generator = torch.Generator().manual_seed(samples)
+    generator = torch.Generator(DEVICE).manual_seed(samples)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -52,7 +55,7 @@ def _float(batch: Batch) -> Batch:
 def test_loss_and_gradient(monkeypatch, continuous, samples, minibatch, actions, config) -> None:
     tickets, first = 3, samples - minibatch
     arena = Arena.build((4, 8, actions), (4, 8, 1), continuous=continuous)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     weight = 0.5 * torch.randn(tickets, arena.size, generator=generator, dtype=torch.float64)
     batch = _batch(tickets, samples, actions, continuous)
     order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(tickets)])
@@ -121,7 +124,7 @@ def test_a_ticket_that_diverged_stays_nan_and_spares_the_others() -> None:
 
 
 def _parameters(arena: Arena, tickets: int, dtype: torch.dtype) -> Parameters:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     weight = 0.5 * torch.randn(tickets, arena.size, generator=generator)
     mask = torch.rand(tickets, arena.prunable, generator=generator) < 0.4
     # A unit without inputs, and a ticket without weights.
@@ -204,13 +207,18 @@ def test_the_iteration_may_lie_on_the_device() -> None:
     counted, _ = _update("triton", arena, batch, config, iteration=5)
     read, _ = _update("triton", arena, batch, config, iteration=torch.tensor(5))
     assert torch.equal(counted.weight, read.weight)
-    with pytest.raises(TypeError, match="iteration must be an int on the CPU"):
-        _update("cpu", arena, batch, config, iteration=torch.tensor(5))
     with pytest.raises(ValueError, match="iteration must have shape"):
         _update("triton", arena, batch, config, iteration=torch.tensor([5]))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="tensors are on the GPU")
+def test_the_iteration_is_an_integer_on_the_cpu() -> None:
+    arena, batch = Arena.build((4, 8, 3), (4, 8, 1)), _float(_batch(2, 8, 3, continuous=False))
+    with pytest.raises(TypeError, match="iteration must be an int on the CPU"):
+        _update("cpu", arena, batch, PPOConfig(minibatches=2), iteration=torch.tensor(5))
 
 
 def test_plan_tells() -> None:
     arena = Arena.build((4, 8, 3), (4, 8, 1))
     with use_backend("triton"):
-        assert plan(arena, torch.device("cpu")).backend == "triton"
+        assert plan(arena, torch.device(DEVICE)).backend == "triton"
