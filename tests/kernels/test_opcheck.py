@@ -145,7 +145,7 @@ def mlp_backward() -> Iterator[Arguments]:
     """With activations, and without them recomputed."""
     tensors = draw(TICKETS, BATCH, 4), *weights_of(STUDENT)
     form = NET.code, DENSITY, PRECISION
-    _, hidden = torch.ops.sparse_tickets.mlp_keep(*tensors, *form)
+    hidden = draw(TICKETS, BATCH, NET.sizes[1]).tanh()
     for kept, to_input in ((hidden, True), (None, False)):
         yield draw(TICKETS, BATCH, 2), *tensors, kept, *form, to_input
 
@@ -166,7 +166,7 @@ def mlp_packed_keep() -> Iterator[Arguments]:
 
 def mlp_packed_backward() -> Iterator[Arguments]:
     form = NET.code, SHAPES, PRECISION
-    _, hidden = torch.ops.sparse_tickets.mlp_packed_keep(*packed_network(), *form)
+    hidden = draw(TICKETS, BATCH, NET.sizes[1]).tanh()
     for kept, to_input in ((hidden, True), (None, False)):
         yield draw(TICKETS, BATCH, 2), *packed_network(), kept, *form, to_input
 
