@@ -63,8 +63,8 @@ class ClassicEnv(Copies):
 
     Random numbers: `reset` draws ``E * S`` uniforms per ticket with step 0 on `reset_stream`, and
     the restarts after step t (counted from 0) draw as many with step t + 1; copy e takes uniforms
-    ``[e * S, (e + 1) * S)``, used or not. A fused kernel may read and write `state`, `elapsed` and
-    `clock` directly, if it keeps to this.
+    ``[e * S, (e + 1) * S)``, used or not. The `rollout` op keeps to this where it advances `state`,
+    `elapsed` and `clock` itself.
 
     Args:
         task_name: one of `TASKS`.
@@ -85,10 +85,6 @@ class ClassicEnv(Copies):
     Raises:
         ValueError: an unknown task, no tickets or no copies, or a spec of another task's shape.
     """
-
-    state: Tensor
-    elapsed: Tensor
-    clock: int | Tensor
 
     def __init__(
         self,
