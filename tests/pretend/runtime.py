@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import host
-from .faults import DeviceFault, capture, forbid_waiting, wait
+from .faults import DeviceFault, capture, counts, set_waiting, wait
 
 NAME = "Pretended GPU"
 
@@ -122,12 +122,13 @@ for _name, _value in {
     "get_device_capability": lambda device=None: (9, 0),
     "get_device_name": lambda device=None: NAME,
     "get_device_properties": lambda device=None: _PROPERTIES,
+    "get_sync_debug_mode": lambda: counts.waiting,
     "graph": _graph,
     "is_available": lambda: True,
     "is_current_stream_capturing": lambda: bool(capture),
     "is_initialized": lambda: True,
     "manual_seed_all": lambda seed: None,
-    "set_sync_debug_mode": forbid_waiting,
+    "set_sync_debug_mode": set_waiting,
     "stream": _stream,
     "synchronize": lambda device=None: wait("synchronize"),
     "CUDAGraph": CUDAGraph,
@@ -135,3 +136,5 @@ for _name, _value in {
     "Stream": Stream,
 }.items():
     setattr(torch.cuda, _name, _value)
+# Asked for by torch.compile, past `torch.cuda`.
+torch._C._cuda_getDevice = host.current_device
