@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_tickets.kernels.dispatch import Plan, has_triton, use_backend
 from sparse_tickets.kernels.linear import linear, plan, reference
@@ -268,7 +269,7 @@ def test_double_backward(backend: str, dtype: torch.dtype) -> None:
 def test_compiles_to_one_graph_once(backend: str, masked: bool) -> None:
     x, weight, mask, bias = inputs((2, 6, 5, 7), device=device_of(backend))
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
 
     def loss(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
         return linear(x, weight, mask if masked else None, bias).tanh().sum()
