@@ -26,6 +26,7 @@ from sparse_tickets.kernels.linear.blocks import (
     block_pattern,
     find_blocks,
 )
+from sparse_tickets.kernels.registration import register
 
 if TYPE_CHECKING:
     from sparse_tickets.kernels.linear.rows import Rows
@@ -542,55 +543,20 @@ class _LinearDW(_Differentiable):
             )
 
 
-def _register(
-    name: str, op: Any, compute: Any, function: type[_Differentiable], shape: Any
-) -> None:
-    """Register an op's kernels: of the devices, autograd, shape inference and vmap."""
-
-    def differentiable(*args: Any) -> Tensor:
-        # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return function.apply(op, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    def fake(*args: Any) -> Tensor:
-        return args[0].new_empty(shape(*args))
-
-    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        """Another batch of tickets is just more tickets."""
-
-        def fold(arg: Any, dim: int | None) -> Any:
-            if not isinstance(arg, Tensor):
-                return arg
-            if dim is None:
-                return arg.expand(info.batch_size, *arg.shape).flatten(0, 1)
-            return arg.movedim(dim, 0).flatten(0, 1)
-
-        folded = [fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
-        result = op(*folded)
-        tickets = result.shape[0] // max(info.batch_size, 1)
-        return result.unflatten(0, (info.batch_size, tickets)), 0
-
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, compute, device)
-    _library.impl(name, differentiable, "Autograd")
-    torch.library.register_fake(f"sparse_tickets::{name}", fake, lib=_library)
-    torch.library.register_vmap(f"sparse_tickets::{name}", batched, lib=_library)
-
-
-_register(
+register(
+    _library,
     "linear",
     _LINEAR,
     _forward,
     _Linear,
     lambda x, weight, *_: (x.shape[0], x.shape[1], weight.shape[1]),
 )
-_register(
+register(
+    _library,
     "linear_dx",
     _DX,
     _dx,
     _LinearDX,
     lambda dy, weight, *_: (dy.shape[0], dy.shape[1], weight.shape[2]),
 )
-_register("linear_dw", _DW, _dw, _LinearDW, lambda dy, x, mask, *_: tuple(mask.shape))
+register(_library, "linear_dw", _DW, _dw, _LinearDW, lambda dy, x, mask, *_: tuple(mask.shape))

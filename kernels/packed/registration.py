@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.library import Library, register_fake, register_vmap
+from torch.library import Library, register_fake
 
 from ..dispatch import Backend, resolve_backend, use_backend
 from ..memory import mark_written
+from ..registration import register
 from . import reference
 from .layout import Layer, lay_out
 
@@ -282,43 +282,8 @@ class _Unpack(_Differentiable):
             return None, PACK(grad, bits, start, ctx.args[0], ctx.shape[1]), None, None, None
 
 
-def _register(
-    name: str, op: Any, compute: Any, function: type[_Differentiable], shape: Any
-) -> None:
-    """Register an op's kernels: of the devices, autograd, shape inference and vmap."""
-
-    def differentiable(*args: Any) -> Tensor:
-        # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return function.apply(op, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    def fake(*args: Any) -> Tensor:
-        return args[0].new_empty(shape(*args))
-
-    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        """Another batch of tickets is just more tickets."""
-
-        def fold(arg: Any, dim: Any) -> Any:
-            if not isinstance(arg, Tensor):
-                return arg
-            if dim is None:
-                return arg.expand(info.batch_size, *arg.shape).flatten(0, 1)
-            return arg.movedim(dim, 0).flatten(0, 1)
-
-        result = op(*[fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)])
-        tickets = result.shape[0] // max(info.batch_size, 1)
-        return result.unflatten(0, (info.batch_size, tickets)), 0
-
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, compute, device)
-    _library.impl(name, differentiable, "Autograd")
-    register_fake(f"sparse_tickets::{name}", fake, lib=_library)
-    register_vmap(f"sparse_tickets::{name}", batched, lib=_library)
-
-
-_register(
+register(
+    _library,
     "linear_packed",
     LINEAR,
     _forward,
@@ -328,7 +293,8 @@ _register(
         shapes[2 * layer],
     ),
 )
-_register(
+register(
+    _library,
     "linear_packed_dx",
     DX,
     _dx,
@@ -338,21 +304,24 @@ _register(
         shapes[2 * layer + 1],
     ),
 )
-_register(
+register(
+    _library,
     "linear_packed_dw",
     DW,
     _dw,
     _LinearDW,
     lambda dy, x, bits, start, shapes, layer, width, precision: (dy.shape[0], width),
 )
-_register(
+register(
+    _library,
     "pack",
     PACK,
     _pack,
     _Pack,
     lambda dense, bits, start, shapes, width: (dense.shape[0], width),
 )
-_register(
+register(
+    _library,
     "unpack",
     UNPACK,
     _unpack,

@@ -1,0 +1,63 @@
+"""Register an op with torch that is differentiable by other ops, traceable and batchable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import Library, register_fake, register_vmap
+
+__all__ = ["register"]
+
+
+def register(
+    library: Library,
+    name: str,
+    op: Any,
+    compute: Callable[..., Tensor],
+    function: type[torch.autograd.Function],
+    shape: Callable[..., tuple[int, ...]],
+) -> None:
+    """Register an op's kernels: of the devices, autograd, shape inference and vmap.
+
+    Args:
+        library: where the op is defined.
+        name: of the op.
+        op: the op itself, of tensors ``[P, ...]`` and what they share.
+        compute: what it is on a device.
+        function: how autograd differentiates it, given the op first.
+        shape: of its result, which has the first argument's dtype.
+    """
+
+    def differentiable(*args: Any) -> Tensor:
+        # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return function.apply(op, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    def fake(*args: Any) -> Tensor:
+        return args[0].new_empty(shape(*args))
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        """Another batch of tickets is just more tickets."""
+
+        def fold(arg: Any, dim: int | None) -> Any:
+            if not isinstance(arg, Tensor):
+                return arg
+            if dim is None:
+                return arg.expand(info.batch_size, *arg.shape).flatten(0, 1)
+            return arg.movedim(dim, 0).flatten(0, 1)
+
+        result = op(*[fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)])
+        tickets = result.shape[0] // max(info.batch_size, 1)
+        return result.unflatten(0, (info.batch_size, tickets)), 0
+
+    for device in ("CPU", "CUDA"):
+        library.impl(name, compute, device)
+    library.impl(name, differentiable, "Autograd")
+    register_fake(f"sparse_tickets::{name}", fake, lib=library)
+    register_vmap(f"sparse_tickets::{name}", batched, lib=library)
