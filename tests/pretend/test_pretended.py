@@ -7,6 +7,7 @@ import torch
 
 from sparse_tickets import SparseLinear
 from sparse_tickets.algos import bc, ppo
+from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.conditions import CONDITIONS
 from sparse_tickets.envs import env_spec
 from sparse_tickets.imp import Trained, next_population
@@ -15,6 +16,9 @@ from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.update import gpu
 from sparse_tickets.population import Population, initialise, policy_arena
+from sparse_tickets.sweep.run import run
+from sparse_tickets.sweep.spec import Sweep
+from sparse_tickets.sweep.store import load_results
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() is False or torch.version.cuda is not None,
@@ -24,9 +28,9 @@ pytestmark = pytest.mark.skipif(
 SETTINGS = ppo.PPO(copies=2, horizon=4, steps=32, epochs=2, minibatches=2)
 
 
-@pytest.fixture(autouse=True)
-def device_of_its_own(monkeypatch):
-    """No returns: episodes in the interpreter take minutes."""
+@pytest.fixture
+def no_episodes(monkeypatch):
+    """No returns are measured: whole episodes in the interpreter take long."""
 
     class NoEvaluator:
         def __init__(self, *_) -> None:
@@ -88,6 +92,7 @@ def train(algo: str, device: str, continuous: bool) -> torch.Tensor:
     return torch.cat([tickets.parameters.weight, tickets.parameters.m], 1).cpu()
 
 
+@pytest.mark.usefixtures("no_episodes")
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("algo", ["ppo", "bc"])
 def test_training_is_captured_and_equals_the_cpu(algo, continuous, monkeypatch):
@@ -148,6 +153,26 @@ def test_a_layer_trains_as_on_the_cpu():
     assert not results[1][~mask].any()
 
 
+@pytest.mark.slow
+def test_a_sweep_gives_the_table_of_the_cpu(tmp_path):
+    spec = Sweep(
+        algos=("ppo", "bc"),
+        seeds=1,
+        levels=2,
+        hidden=(8,),
+        ppo=ppo.PPO(steps=64, copies=2, horizon=16, epochs=1, minibatches=2),
+        bc=bc.BC(experts=1, expert_gate=1.0),
+        evaluation=Evaluation(points=1, episodes=1, final_episodes=1),
+    )
+    tables = []
+    for device in ("cpu", "cuda"):
+        run(spec, tmp_path / device, device=device)
+        table = load_results(tmp_path / device)
+        tables.append(table.drop([name for name in table.columns if name.endswith("_s")]))
+    assert len(tables[0])
+    assert tables[0].equals(tables[1])
+
+
 @pytest.mark.parametrize("op", ["linear", "blocked", "mlp"])
 def test_an_op_is_captured_forward_and_backward(op):
     generator = torch.Generator().manual_seed(5)
@@ -163,7 +188,7 @@ def test_an_op_is_captured_forward_and_backward(op):
     weight, mask, layer_mask = weight.cuda().requires_grad_(), mask.cuda(), layer_mask.cuda()
     pattern = block_pattern(layer_mask, 16)
 
-    def run() -> tuple[torch.Tensor, ...]:
+    def differentiate() -> tuple[torch.Tensor, ...]:
         if op == "mlp":
             y, leaf = mlp(x, weight, arena.actor, mask), weight
         elif op == "linear":
@@ -174,9 +199,9 @@ def test_an_op_is_captured_forward_and_backward(op):
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run()
+        captured = differentiate()
     with torch.no_grad():
         x.mul_(0.5)
     graph.replay()
-    for kept, fresh in zip(captured, run(), strict=True):
+    for kept, fresh in zip(captured, differentiate(), strict=True):
         assert torch.equal(kept, fresh)
