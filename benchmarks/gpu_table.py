@@ -191,7 +191,7 @@ def fill(
     deadline: float,
     save: Callable[[], None],
     report: Callable[[str], None] = print,
-) -> None:
+) -> bool:
     """Measure row after row into ``run``, saving after each; stops at the deadline.
 
     Args:
