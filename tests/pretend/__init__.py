@@ -1,6 +1,6 @@
 """A CUDA device made of host memory, so that what Python does with a GPU can be tested without one.
 
-A pytest plugin: ``pytest -p pretend tests/pretend``. Tensors really are on ``cuda:0``: ATen's ops
+A pytest plugin: ``pytest -p pretend tests/pretended``. Tensors really are on ``cuda:0``: ATen's ops
 run on the host below them, Triton's in its interpreter. What a real device refuses raises
 `DeviceFault`: a host tensor among a kernel's arguments, a launch on another device, and, while a
 CUDA graph is captured, whatever would wait for the device. A capture computes nothing, and its

@@ -20,11 +20,6 @@ from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import load_results
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() is False or torch.version.cuda is not None,
-    reason="needs `-p pretend`",
-)
-
 SETTINGS = ppo.PPO(copies=2, horizon=4, steps=32, epochs=2, minibatches=2)
 
 
