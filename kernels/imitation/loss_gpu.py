@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
-from ..mlp.heads import Launch, launches, padded, prefer_launch
+from ..mlp.heads import cases, padded, prefer_launch
 
 __all__ = ["COMPILE_CASES", "loss_and_gradient"]
 
@@ -144,29 +144,14 @@ def loss_and_gradient(
 
 
 def _cases(name: str, continuous: bool, actions: int, count: int) -> list[Case]:
-    """One for every launch; the first has the plain name."""
+    """One for every launch."""
     signature = dict.fromkeys(("output", "target", "d_output", "losses"), "*fp32:16")
     # A minibatch's rows begin anywhere in those of all updates.
     signature |= {"rows": "*i64", "share": "fp32"}
     signature |= dict.fromkeys(("row_stride", "log_std_stride", "d_log_std_stride"), "i32")
     signature |= {"count": "i32"}
-    constexprs: dict[str, object] = {
-        "CONTINUOUS": continuous,
-        "ACTIONS": actions,
-        "PADDED": padded(actions),
-    }
-    if continuous:
-        signature |= {"log_std": "*fp32", "d_log_std": "*fp32"}
-    else:
-        constexprs |= {"log_std": None, "d_log_std": None}
-
-    def case(full: str, launch: Launch) -> Case:
-        constants = {**constexprs, "BLOCK": launch.block}
-        return Case(full, _loss_kernel, signature, constants, launch.options)
-
-    default, *others = launches(count, padded(actions))
-    named = [case(f"{name}_{other.block}_warps{other.warps}", other) for other in others]
-    return [case(name, default), *named]
+    sizes = {"actions": actions, "count": count}
+    return cases(name, _loss_kernel, signature, {}, continuous=continuous, **sizes)
 
 
 COMPILE_CASES = [

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
-from ..mlp.heads import launches, padded, prefer_launch
+from ..mlp.heads import cases, padded, prefer_launch
 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
@@ -255,35 +255,15 @@ def loss_and_gradient(
 
 
 def _cases(name: str, continuous: bool, actions: int, count: int) -> list[Case]:
-    """One for every launch; the first has the plain name."""
+    """One for every launch."""
     fields = ("logp", "old_value", "advantage", "target", "d_output", "d_value", "statistics")
     signature = dict.fromkeys(("output", "value", *fields), "*fp32:16")
     signature |= {"order": "*i64:16", "action": "*fp32:16" if continuous else "*i64:16"}
     signature |= dict.fromkeys(("row", "d_row", "samples", "first", "count"), "i32")
     signature |= dict.fromkeys(("clip", "value_coef", "entropy_coef", "share"), "fp32")
-    constexprs: dict[str, object] = {
-        "NORMALISE": True,
-        "CLIP_VALUE": True,
-        "CONTINUOUS": continuous,
-        "ACTIONS": actions,
-        "PADDED": padded(actions),
-    }
-    if continuous:
-        signature |= {"log_std": "*fp32", "d_log_std": "*fp32"}
-    else:
-        constexprs |= {"log_std": None, "d_log_std": None}
-    default, *others = launches(count, padded(actions))
-    named = [(name, default), *((f"{name}_{x.block}_warps{x.warps}", x) for x in others)]
-    return [
-        Case(
-            full,
-            _loss_kernel,
-            signature,
-            {**constexprs, "BLOCK": launch.block},
-            launch.options,
-        )
-        for full, launch in named
-    ]
+    constants: dict[str, object] = {"NORMALISE": True, "CLIP_VALUE": True}
+    sizes = {"actions": actions, "count": count}
+    return cases(name, _loss_kernel, signature, constants, continuous=continuous, **sizes)
 
 
 COMPILE_CASES = [
