@@ -168,16 +168,35 @@ def share(tickets: int, work: Callable[[int, np.ndarray], None]) -> None:
         work(0, progress)
         return
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    open_work: Callable[[int, np.ndarray], None] | None = work
 
     def help_out(thread: int) -> None:
+        mine = open_work
+        if mine is None:
+            return
         try:
-            work(thread, progress)
+            mine(thread, progress)
         except BaseException as error:
             ended.put(error)
         else:
             ended.put(None)
 
     _helpers().start([partial(help_out, thread) for thread in range(1, threads)])
+    try:
+        _take_part(tickets, work, progress, threads, ended)
+    finally:
+        # A helper that wakes up late has nothing to do: until then it must keep no arrays alive.
+        open_work = None
+
+
+def _take_part(
+    tickets: int,
+    work: Callable[[int, np.ndarray], None],
+    progress: np.ndarray,
+    threads: int,
+    ended: SimpleQueue[BaseException | None],
+) -> None:
+    """The caller's part of `share`: it works too, waits for helpers, and raises their errors."""
     try:
         work(0, progress)
     except BaseException:

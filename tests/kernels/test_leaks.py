@@ -26,32 +26,22 @@ def resident_pages():
 
 
 def assert_nothing_leaks(work, calls):
-    """What is remembered once levels off within three rounds; a leak grows in every one."""
     for _ in range(calls // 10):
         work()
+    gc.collect()
     tracemalloc.start()
     try:
-        growth(work, calls // 10)
-        grown = [growth(work, calls)]
-        while not is_small(*grown[-1]) and len(grown) < 3:
-            grown.append(growth(work, calls))
+        for _ in range(calls // 10):
+            work()
+        gc.collect()
+        python, pages = tracemalloc.get_traced_memory()[0], resident_pages()
+        for _ in range(calls):
+            work()
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - python < _PYTHON_BYTES
+        assert resident_pages() - pages < _PAGES
     finally:
         tracemalloc.stop()
-    assert is_small(*grown[-1]), grown
-
-
-def growth(work, calls):
-    """Bytes of Python objects and pages of memory that calls left behind."""
-    gc.collect()
-    python, pages = tracemalloc.get_traced_memory()[0], resident_pages()
-    for _ in range(calls):
-        work()
-    gc.collect()
-    return tracemalloc.get_traced_memory()[0] - python, resident_pages() - pages
-
-
-def is_small(python, pages):
-    return python < _PYTHON_BYTES and pages < _PAGES
 
 
 @pytest.mark.parametrize("calls", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])

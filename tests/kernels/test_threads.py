@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from sparse_tickets.kernels.prune import prune
-from sparse_tickets.kernels.threads import claim, count_threads, finish, over_tickets, share
+from sparse_tickets.kernels.threads import (
+    _Helpers,
+    claim,
+    count_threads,
+    finish,
+    over_tickets,
+    share,
+)
 
 
 @pytest.fixture
@@ -124,6 +131,23 @@ def test_helpers_keep_nothing_alive(threads):
             break
         time.sleep(0.01)
     assert gone() is None
+
+
+def test_a_helper_that_wakes_up_late_kept_nothing_alive(threads, monkeypatch):
+    threads(2)
+    asleep = []
+    monkeypatch.setattr(_Helpers, "start", lambda self, calls: asleep.extend(calls))
+
+    class Data:
+        pass
+
+    data = Data()
+    gone = weakref.ref(data)
+    share(2, lambda thread, progress, data=data: [finish(progress), finish(progress)])
+    del data
+    (late,) = asleep
+    assert gone() is None
+    late()
 
 
 @pytest.mark.parametrize("count", [1, 2])
