@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +22,7 @@ __all__ = [
     "interpreting",
     "is_chosen",
     "resolve_backend",
+    "resume",
     "use_backend",
 ]
 
@@ -86,6 +87,21 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+@contextmanager
+def resume(backend: Backend, device: torch.device) -> Iterator[None]:
+    """Compute a derivative as its function was: on its backend, and in its dtype.
+
+    The backward pass may run in another thread, or under an autocast that the forward pass did not
+    know.
+    """
+    cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    with (
+        use_backend(backend),
+        torch.autocast(device.type, enabled=False) if cast else nullcontext(),
+    ):
+        yield
 
 
 def is_chosen() -> bool:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
-from sparse_tickets.kernels.dispatch import Backend, Plan, resolve_backend, use_backend
+from sparse_tickets.kernels.dispatch import Backend, Plan, resolve_backend, resume
 from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
 from sparse_tickets.kernels.linear import reference
 from sparse_tickets.kernels.linear.blocks import (
@@ -433,7 +433,7 @@ def _dw(
 class _Differentiable(torch.autograd.Function):
     """An op with its inputs saved; the three subclasses differentiate it by the other two.
 
-    The backward pass runs on the backend of the forward pass: on a GPU it is another thread, which
+    The backward pass runs as the forward pass did (`resume`): on a GPU it is another thread, which
     does not see `use_backend`.
     """
 
@@ -460,7 +460,7 @@ class _Linear(_Differentiable):
         x, weight, mask, blocks = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
         form = (blocks, ctx.block, ctx.precision)
-        with use_backend(ctx.backend):
+        with resume(ctx.backend, dy.device):
             together = needs[0] and needs[1] and _backend(dy.device, dy.dtype) == "cpu"
             eager = not (torch.is_grad_enabled() or is_watched())
             if together and eager and is_plain(dy, x, weight, mask):
@@ -500,7 +500,7 @@ class _Rows(torch.autograd.Function):
             dx, dw, db = ctx.rows.backward(dy.contiguous(), x, weight, needs_x, needs_dw)
             return None, dx, dw if needs_weight else None, None, db if needs_bias else None
         form = (None, 0, "ieee")
-        with use_backend("cpu"):
+        with resume("cpu", dy.device):
             dx = _DX(dy[None], weight[None], mask[None], *form)[0] if needs_x else None
             dw = _DW(dy[None], x[None], mask[None], *form)[0] if needs_weight else None
         return None, dx, dw, None, dy.sum(0) if needs_bias else None
@@ -512,7 +512,7 @@ class _LinearDX(_Differentiable):
         dy, weight, mask, blocks = ctx.saved_tensors
         _, *needs = ctx.needs_input_grad
         form = (blocks, ctx.block, ctx.precision)
-        with use_backend(ctx.backend):
+        with resume(ctx.backend, grad.device):
             return (
                 None,
                 _LINEAR(grad, weight, mask, None, *form) if needs[0] else None,
@@ -531,7 +531,7 @@ class _LinearDW(_Differentiable):
         _, *needs = ctx.needs_input_grad
         form = (blocks, ctx.block, ctx.precision)
         on_mask = grad.masked_fill(~mask, 0)
-        with use_backend(ctx.backend):
+        with resume(ctx.backend, grad.device):
             return (
                 None,
                 _LINEAR(x, on_mask, mask, None, *form) if needs[0] else None,

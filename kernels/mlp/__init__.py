@@ -27,10 +27,12 @@ def mlp(
     """Apply each ticket's network to its own batch; traceable by ``torch.compile``.
 
     Entries of `weight` off the mask count as zero and get an exactly zero gradient; so do all
-    parameters that do not belong to `net`. The kernels are differentiable once; where they can,
-    they recompute the forward pass in the backward pass instead of keeping its activations. The
-    reference backend is a composition of torch ops. On the CPU, a hidden unit between sparse layers
-    from which the mask leaves no path to the output is skipped, so a NaN there goes nowhere.
+    parameters that do not belong to `net`. Where they can, the kernels recompute the forward pass
+    in the backward pass instead of keeping its activations. A gradient that may be differentiated
+    again (``create_graph=True``) is computed layer by layer, by `linear`: slower, and equal but for
+    rounding. The reference backend is a composition of torch ops. On the CPU, a hidden unit between
+    sparse layers from which the mask leaves no path to the output is skipped, so a NaN there goes
+    nowhere.
 
     Args:
         x: ``[P, B, I]`` float32; float64 with the reference backend.
@@ -49,9 +51,8 @@ def mlp(
             a precision that is none of these.
         TypeError: a dtype the backend does not take.
         NotImplementedError: from forward-mode differentiation, but by the reference backend.
-        RuntimeError: inside ``torch.func`` transforms, or where a gradient is differentiated, but
-            by the reference backend; from the backward pass, if an input was changed in place in
-            between.
+        RuntimeError: inside ``torch.func`` transforms, but by the reference backend; from the
+            backward pass, if an input was changed in place in between.
     """
     if x.dim() != 3:
         raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
@@ -85,8 +86,9 @@ def mlp_packed(
     """`mlp` by packed weights; their gradient arrives packed as well.
 
     Gradients by parameters that do not belong to `net` are exactly zero. On a GPU no dense weight
-    reaches memory, nor a dense gradient; which launches run is told by `plan_packed`. Other
-    backends unpack, and call `mlp`.
+    reaches memory, nor a dense gradient; which launches run is told by `plan_packed`. A gradient
+    that may be differentiated again goes by `linear_packed`, layer by layer. Other backends unpack,
+    and call `mlp`.
 
     Args:
         x: ``[P, B, I]`` float32; float64 with the reference backend.
@@ -132,7 +134,7 @@ def plan(
     precision: str = "ieee",
     to_input: bool = False,
 ) -> Plan:
-    """What `mlp` does on ``device``, and why.
+    """What `mlp` does on ``device``, and why; gradients that may be differentiated again apart.
 
     Args:
         net: the network.

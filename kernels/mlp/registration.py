@@ -1,12 +1,14 @@
-"""Networks as registered ops: what each backend computes, its shapes, and its first derivative.
+"""Networks as registered ops: what each backend computes, its shapes, and its derivatives.
 
 A network is given in integers (`Net.code`). ``mlp`` and ``mlp_packed`` are differentiable; where
 the backward pass reads activations, autograd calls ``mlp_keep`` or ``mlp_packed_keep`` in their
-place. `run` and `run_packed` spare eager calls the dispatcher.
+place. A gradient that may be differentiated in its turn is computed `layered`. `run` and
+`run_packed` spare eager calls the dispatcher.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +17,9 @@ from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
 from ..arena import Net
-from ..dispatch import Backend, differentiating, resolve_backend, use_backend
+from ..dispatch import Backend, differentiating, resolve_backend, resume
 from ..linear import is_plain, is_watched
-from . import reference
+from . import layered, reference
 from .checks import check_floats
 
 __all__ = ["call", "call_packed", "run", "run_packed"]
@@ -48,7 +50,7 @@ _OPS = torch.ops.sparse_tickets
 def call(
     x: Tensor, weight: Tensor, mask: Tensor | None, net: Net, density: float, precision: str
 ) -> Tensor:
-    """`mlp` after its checks, by the dispatcher; differentiable once. Arguments as `mlp`'s."""
+    """`mlp` after its checks, by the dispatcher. Arguments as `mlp`'s."""
     return _OPS.mlp.default(x, weight, mask, net.code, density, precision)
 
 
@@ -208,36 +210,26 @@ def _keeps(backend: Backend, net: Net, precision: str, to_input: bool, packed: b
     return gpu.choose(net, precision, to_input=to_input, packed=packed).backward != "fused"
 
 
-class _Once(torch.autograd.Function):
-    """Gradients, which raise when they are differentiated.
-
-    torch's `once_differentiable` forgets by what: `torch.autograd.grad` then leaves out silently
-    what goes through them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *gradients_and_sources: Any) -> Any:
-        return gradients_and_sources[:count]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "mlp is differentiable once: its kernels have no second derivative; "
-            "use_backend('reference') has"
-        )
-
-
-def _once(gradients: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients, tied to what they were computed from if somebody may differentiate them."""
-    if not torch.is_grad_enabled():
-        return gradients
-    return _Once.apply(len(gradients), *gradients, *sources)
+def _differentiably(
+    backend: Backend,
+    forward: Callable[..., Tensor],
+    leaves: Sequence[Tensor],
+    needed: Sequence[bool],
+    dy: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of the leaves that need one, as autograd's own ops: it may go on from them."""
+    # Copies of the leaves' names alone: one leaf may have been made from another.
+    own = [leaf.view_as(leaf) for leaf in leaves]
+    asked = [leaf for leaf, need in zip(own, needed, strict=True) if need]
+    with resume(backend, dy.device):
+        found = iter(torch.autograd.grad(forward(*own), asked, dy, create_graph=True))
+    return [next(found) if need else None for need in needed]
 
 
 class _Call(NamedTuple):
     """What autograd must remember beside tensors.
 
-    The backward pass runs on the backend of the forward pass: on a GPU it is another thread, which
+    The backward pass runs as the forward pass did (`resume`): on a GPU it is another thread, which
     does not see `use_backend`.
     """
 
@@ -269,16 +261,24 @@ class _Mlp(torch.autograd.Function):
         x, weight, mask, hidden = ctx.saved_tensors
         backend, direct, (net, density, precision) = ctx.call
         to_input, to_weight, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            dx, dweight = _differentiably(
+                backend,
+                lambda x, weight: layered.mlp(x, weight, mask, net, precision),
+                (x, weight),
+                (to_input, to_weight),
+                dy,
+            )
+            return dx, dweight, None, None
         if direct and not is_watched() and is_plain(dy):
             tensors = dy.detach(), x.detach(), weight.detach(), mask, hidden
             dx, dweight = _backward(backend, *tensors, net, density, precision, to_input)
         else:
-            with use_backend(backend), torch._C._AutoDispatchBelowAutograd():
+            with resume(backend, dy.device), torch._C._AutoDispatchBelowAutograd():
                 dx, dweight = _OPS.mlp_backward.default(
                     dy, x, weight, mask, hidden, net.code, density, precision, to_input
                 )
-        wanted = (dx if to_input else None, dweight if to_weight else None)
-        return *_once(wanted, dy, x, weight), None, None
+        return dx if to_input else None, dweight if to_weight else None, None, None
 
 
 class _MlpPacked(torch.autograd.Function):
@@ -312,18 +312,29 @@ class _MlpPacked(torch.autograd.Function):
         x, values, bits, start, rest, hidden = ctx.saved_tensors
         backend, direct, (net, shapes, precision) = ctx.call
         to_input, to_values, _, _, to_rest, _ = ctx.needs_input_grad
+        needed = to_input, to_values, to_rest
+        if torch.is_grad_enabled():
+            dx, dvalues, drest = _differentiably(
+                backend,
+                lambda x, values, rest: layered.mlp_packed(
+                    x, values, bits, start, rest, net, shapes, precision
+                ),
+                (x, values, rest),
+                needed,
+                dy,
+            )
+            return dx, dvalues, None, None, drest, None
         if direct and not is_watched() and is_plain(dy):
             tensors = dy.detach(), x.detach(), values.detach(), bits, start, rest.detach(), hidden
             found = _backward_packed(backend, *tensors, net, shapes, precision, to_input)
         else:
             tensors = dy, x, values, bits, start, rest, hidden
-            with use_backend(backend), torch._C._AutoDispatchBelowAutograd():
+            with resume(backend, dy.device), torch._C._AutoDispatchBelowAutograd():
                 found = _OPS.mlp_packed_backward.default(
                     *tensors, net.code, shapes, precision, to_input
                 )
-        asked = zip(found, (to_input, to_values, to_rest), strict=True)
-        wanted = tuple(gradient if needed else None for gradient, needed in asked)
-        dx, dvalues, drest = _once(wanted, dy, x, values, rest)
+        asked = zip(found, needed, strict=True)
+        dx, dvalues, drest = (gradient if need else None for gradient, need in asked)
         return dx, dvalues, None, None, drest, None
 
 

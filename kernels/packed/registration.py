@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from ..dispatch import Backend, resolve_backend, use_backend
+from ..dispatch import Backend, resolve_backend, resume
 from ..memory import mark_written
 from ..registration import register
 from . import reference
@@ -190,7 +190,7 @@ def _size(shapes: list[int]) -> int:
 class _Differentiable(torch.autograd.Function):
     """An op with its tensors saved, but for a bias; subclasses say what its derivative is.
 
-    The backward pass runs on the backend of the forward pass: on a GPU it is another thread, which
+    The backward pass runs as the forward pass did (`resume`): on a GPU it is another thread, which
     does not see `use_backend`.
     """
 
@@ -221,7 +221,7 @@ class _Linear(_Differentiable):
         shapes, layer, precision = ctx.args[-3:]
         needs = ctx.needs_input_grad
         dx = dvalues = None
-        with use_backend(ctx.backend):
+        with resume(ctx.backend, dy.device):
             if needs[1]:
                 dx = DX(dy, values, bits, start, shapes, layer, precision)
             if needs[2]:
@@ -235,7 +235,7 @@ class _LinearDX(_Differentiable):
         dy, values, bits, start = ctx.saved_tensors
         shapes, layer, precision = ctx.args
         ddy = dvalues = None
-        with use_backend(ctx.backend):
+        with resume(ctx.backend, grad.device):
             if ctx.needs_input_grad[1]:
                 ddy = LINEAR(grad, values, bits, start, None, shapes, layer, precision)
             if ctx.needs_input_grad[2]:
@@ -249,7 +249,7 @@ class _LinearDW(_Differentiable):
         dy, x, bits, start = ctx.saved_tensors
         shapes, layer, _, precision = ctx.args
         ddy = dx = None
-        with use_backend(ctx.backend):
+        with resume(ctx.backend, grad.device):
             if ctx.needs_input_grad[1]:
                 ddy = LINEAR(x, grad, bits, start, None, shapes, layer, precision)
             if ctx.needs_input_grad[2]:
@@ -264,7 +264,7 @@ class _Pack(_Differentiable):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bits, start = ctx.saved_tensors
         shapes, _ = ctx.args
-        with use_backend(ctx.backend):
+        with resume(ctx.backend, grad.device):
             dense = UNPACK(grad, bits, start, shapes)
         beyond = ctx.shape[1] - dense.shape[1]
         if beyond:
@@ -278,7 +278,7 @@ class _Unpack(_Differentiable):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bits, start = ctx.saved_tensors
-        with use_backend(ctx.backend):
+        with resume(ctx.backend, grad.device):
             return None, PACK(grad, bits, start, ctx.args[0], ctx.shape[1]), None, None, None
 
 

@@ -306,6 +306,24 @@ def test_autocast(backend: str, masked: bool) -> None:
     assert masked is not bool(dw[~mask].any())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_pass_under_autocast_is_of_the_forward_pass(backend: str) -> None:
+    """In its dtype, and twice."""
+    x, weight, mask, bias = inputs((2, 6, 5, 7), device=device_of(backend))
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+
+    def differentiate(cast: bool) -> list[torch.Tensor]:
+        with use_backend(backend):
+            loss = linear(x, weight, mask, bias).square().sum()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=cast):
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        return [*first, *second]
+
+    for plain, cast in zip(differentiate(False), differentiate(True), strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     x, weight, mask, bias = inputs((1, 2, 3, 4), torch.float64)
     with use_backend("reference"), torch.autocast("cpu", torch.bfloat16):

@@ -306,21 +306,6 @@ def test_any_network(backend, sizes, density, activation, tickets, samples, to_i
     assert_equals_float64(backend, *population(sizes, density, **shape), to_input=to_input)
 
 
-@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_triton)])
-def test_a_gradient_s_gradient_is_refused(backend):
-    """Also where `torch.autograd.grad` finds another way to the values, past the gradient."""
-    arena, net, weight, mask, width, x, _ = population((5, 7, 3), samples=4)
-    device = device_of(backend)
-    pattern = build_pattern(mask.to(device), arena.prunable_layers(), width=width)
-    values = pack(weight.to(device), pattern).requires_grad_()
-    rest = weight[:, arena.prunable :].to(device)
-    with use_backend(backend):
-        y = mlp_packed(x.to(device), values, pattern, rest, net)
-        (gradient,) = torch.autograd.grad(y.square().sum(), values, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiable once"):
-            torch.autograd.grad(y.sum() + gradient.square().sum(), values)
-
-
 def test_reference_gradcheck():
     arena, net, weight, mask, width, x, _ = population((3, 4, 2), samples=3)
     pattern = build_pattern(mask, arena.prunable_layers(), width=width)

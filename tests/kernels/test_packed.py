@@ -484,6 +484,19 @@ def test_autocast() -> None:
     assert y.dtype == torch.bfloat16
 
 
+def test_a_backward_pass_under_autocast_is_of_the_forward_pass() -> None:
+    dense, _, pattern = population(((3, 4),), (0.5, 0.9))
+    leaves = draw(2, 3, 4).requires_grad_(), pack(dense, pattern).requires_grad_()
+
+    def differentiate(cast: bool) -> tuple[torch.Tensor, ...]:
+        loss = linear_packed(*leaves, pattern, 0).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return torch.autograd.grad(loss, leaves)
+
+    for plain, cast in zip(differentiate(False), differentiate(True), strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_forward_mode_raises() -> None:
     dense, _, pattern = population(((3, 4),), (0.5, 0.9))
     values = pack(dense, pattern)
