@@ -183,8 +183,9 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     check_density(density)
     backend = resolve_backend(device)
     if backend == "triton":
-        reason = "loss and its gradient in one pass between the networks' passes; see `mlp.plan`"
-        return Plan("ppo_update_", "triton", "dense+mask", reason)
+        from . import gpu
+
+        return Plan("ppo_update_", "triton", "dense+mask", gpu.describe(arena))
     if backend == "reference":
         return Plan("ppo_update_", "reference", "dense+mask", PLAIN_TORCH)
     densities = tuple(density if net.weights[0] < arena.prunable else 1.0 for net in arena.nets)
@@ -246,13 +247,14 @@ def _update_impl(
         from . import cpu
 
         statistics = cpu.ppo_update_(*arguments, density)
-        mark_written(weight, m, v, step)
-        return statistics
-    if backend == "triton" and weight.dtype == torch.float32:
+    elif backend == "triton" and weight.dtype == torch.float32:
         from . import gpu
 
-        return gpu.ppo_update_(*arguments)
-    return reference.ppo_update_(*arguments)
+        statistics = gpu.ppo_update_(*arguments)
+    else:
+        return reference.ppo_update_(*arguments)
+    mark_written(weight, m, v, step)
+    return statistics
 
 
 _SCHEMA = (

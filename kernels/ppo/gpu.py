@@ -1,31 +1,87 @@
-"""PPO's update in Triton: per minibatch a gather, two networks forward, the loss, both back, Adam.
+"""PPO's update in Triton: three launches a minibatch for narrow networks, a dozen for others.
 
-A dozen launches a minibatch with nothing between them that waits for the device, so that a CUDA
-graph can hold the whole iteration; with ``iteration`` and `lr` as tensors on the device it moves on
-at every replay. Gradients off the mask are computed and never read: Adam knows the mask.
+Narrow ones get the gradient in one launch (`fused_gpu`), one adds up its stretches and takes its
+norm, one is Adam. For others it is a gather, two networks forward, the loss, both back, and Adam.
+Nothing between the launches waits for the device, so that a CUDA graph can hold the whole
+iteration; with ``iteration`` and `lr` as tensors on the device it moves on at every replay.
+Gradients off the mask are computed and never read: Adam knows the mask.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
+from ..compile import Case
 from ..mlp import gpu as mlp
 from ..random import Stream, permutation
-from ..update import adam_
-from . import loss_gpu
+from ..update import gpu as update
+from . import fused_gpu, loss_gpu
 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["COMPILE_CASES", "ppo_update_"]
+__all__ = ["COMPILE_CASES", "describe", "is_fused", "ppo_update_"]
 
-COMPILE_CASES = loss_gpu.COMPILE_CASES
 
-_NORM = loss_gpu.LOSS_STATISTICS
+@triton.jit
+def _statistics_kernel(sums, norms, statistics, minibatches, stretches, count):
+    """``statistics [6, P]`` from sums ``[minibatches, P, stretches, 5]`` and norms ``[., P]``.
+
+    In order, one program a ticket; a sum over the last axis but one may not depend on P.
+    """
+    ticket, tickets = tl.program_id(0), tl.num_programs(0)
+    entry = tl.arange(0, 8)
+    total = tl.zeros([8], tl.float32)
+    norm = 0.0
+    for minibatch in range(minibatches):
+        place = minibatch * tickets + ticket
+        for stretch in range(stretches):
+            here = sums + (place * stretches + stretch) * 5
+            total += tl.load(here + entry, mask=entry < 5, other=0.0)
+        norm += tl.load(norms + place)
+    means = tl.where(entry < 5, total / count, norm) / minibatches
+    tl.store(statistics + entry * tickets + ticket, means, mask=entry < 6)
+
+
+COMPILE_CASES = [
+    *loss_gpu.COMPILE_CASES,
+    *fused_gpu.COMPILE_CASES,
+    Case(
+        "statistics",
+        _statistics_kernel,
+        dict.fromkeys(("sums", "norms", "statistics"), "*fp32:16")
+        | dict.fromkeys(("minibatches", "stretches", "count"), "i32"),
+        {},
+        {"num_warps": 1},
+    ),
+]
+
+
+def is_fused(arena: Arena) -> bool:
+    """Whether a minibatch's gradient is one launch: a fixed function of the networks' shapes."""
+    narrow = all(mlp.choose(net, "ieee").backward == "fused" for net in arena.nets)
+    return narrow and fused_gpu.fits(arena)
+
+
+def describe(arena: Arena) -> str:
+    """What runs, and why, in words."""
+    width = max(size for net in arena.nets for size in net.sizes)
+    if is_fused(arena):
+        return (
+            "three launches a minibatch: the gradient of both networks with activations, loss and "
+            f"sums in registers, its norm, Adam; width {width}"
+        )
+    return (
+        "loss and its gradient in one pass between the networks' passes; see `mlp.plan`; "
+        f"registers do not hold both networks' gradients; width {width}"
+    )
 
 
 def ppo_update_(
@@ -39,19 +95,29 @@ def ppo_update_(
 ) -> Tensor:
     """Statistics ``[6, P]``; see `reference.ppo_update_`."""
     tickets, samples = batch.logp.shape
-    statistics = batch.logp.new_zeros(tickets, _NORM + 1)
+    if tickets == 0:
+        return batch.logp.new_empty(loss_gpu.SUMS + 1, 0)
+    size = samples // config.minibatches
     fields = type(batch)(*(field.contiguous() for field in batch))
+    parameters = parameters._replace(mask=parameters.mask.contiguous())
+    lr = lr.contiguous()
+    stretches, stretch = 1, size
+    gradient = _gradient
+    if is_fused(arena):
+        gradient = _fused_gradient
+        stretches, stretch = fused_gpu.cut_minibatch(arena, fields, size)
+    # Of the last epoch's minibatches: each epoch writes over what the one before it left.
+    sums = batch.logp.new_empty(config.minibatches, tickets, stretches, loss_gpu.SUMS)
+    norms = batch.logp.new_empty(config.minibatches, tickets)
     for epoch in range(config.epochs):
         step = iteration * config.epochs + epoch
         order = permutation(key, samples, stream=Stream.MINIBATCH, step=step)
-        # The statistics are the last epoch's.
-        share = (epoch == config.epochs - 1) / config.minibatches
-        size = samples // config.minibatches
-        for first in range(0, samples, size):
-            grad = _gradient(
-                parameters, arena, fields, order, first, size, config, statistics, share
+        for minibatch in range(config.minibatches):
+            first = minibatch * size
+            grad = gradient(
+                parameters.weight, arena, order, first, fields, config, sums[minibatch], stretch
             )
-            norm = adam_(
+            update.adam_(
                 parameters.weight,
                 grad,
                 parameters.m,
@@ -59,53 +125,68 @@ def ppo_update_(
                 parameters.step,
                 lr,
                 parameters.mask,
-                max_norm=config.max_norm,
-                beta1=config.beta1,
-                beta2=config.beta2,
-                eps=config.eps,
+                None,
+                None,
+                math.inf if config.max_norm is None else config.max_norm,
+                config.beta1,
+                config.beta2,
+                config.eps,
+                norm=norms[minibatch],
             )
-            statistics[:, _NORM].add_(norm, alpha=share)
-    return statistics.mT.contiguous()
+    return _statistics(sums, norms, size)
+
+
+def _fused_gradient(
+    weight: Tensor,
+    arena: Arena,
+    order: Tensor,
+    first: int,
+    batch: Batch,
+    config: PPOConfig,
+    sums: Tensor,
+    stretch: int,
+) -> Tensor:
+    """Of one minibatch's loss, in stretches ``[P, stretches, size of a row]``."""
+    rows = weight.new_empty(*sums.shape[:2], weight.shape[1])
+    fused_gpu.gradient(weight, arena, order, first, batch, config, rows, sums, stretch)
+    return rows
 
 
 def _gradient(
-    parameters: Parameters,
+    weight: Tensor,
     arena: Arena,
-    batch: Batch,
     order: Tensor,
     first: int,
-    size: int,
+    batch: Batch,
     config: PPOConfig,
-    statistics: Tensor,
-    share: float,
+    sums: Tensor,
+    stretch: int,
 ) -> Tensor:
-    """Of one minibatch's loss, for every parameter ``[P, size of a row]``."""
-    weight = parameters.weight
-    if arena.critic is None:
-        raise ValueError("arena must have a critic for PPO, got none")
-    index = order[:, first : first + size, None].expand(-1, -1, batch.obs.shape[2])
+    """Of one minibatch's loss, all one stretch, for every parameter ``[P, size of a row]``."""
+    actor, critic = arena.nets
+    index = order[:, first : first + stretch, None].expand(-1, -1, batch.obs.shape[2])
     obs = batch.obs.gather(1, index)
     # Weights are zero off the mask already.
-    output, kept = _forward(obs, weight, arena.actor)
-    value, kept_by_critic = _forward(obs, weight, arena.critic)
+    output, kept = _forward(obs, weight, actor)
+    value, kept_by_critic = _forward(obs, weight, critic)
     d_output, d_value = torch.empty_like(output), torch.empty_like(value)
-    d_log_std = None
+    log_std = d_log_std = None
     if arena.log_std is not None:
-        d_log_std = torch.empty_like(_log_std(weight, arena))
+        log_std = _log_std(weight, arena)
+        d_log_std = log_std.new_empty(log_std.shape)
     loss_gpu.loss_and_gradient(
         output,
         value,
-        None if arena.log_std is None else _log_std(weight, arena),
+        log_std,
         order,
         first,
         batch,
         config,
-        share,
         (d_output, d_value, d_log_std),
-        statistics,
+        sums,
     )
-    _, grad = mlp.backward(d_output, obs, weight, arena.actor, hidden=kept)
-    _, of_critic = mlp.backward(d_value, obs, weight, arena.critic, hidden=kept_by_critic)
+    _, grad = mlp.backward(d_output, obs, weight, actor, hidden=kept)
+    _, of_critic = mlp.backward(d_value, obs, weight, critic, hidden=kept_by_critic)
     grad += of_critic
     if d_log_std is not None:
         _log_std(grad, arena).copy_(d_log_std)
@@ -121,3 +202,14 @@ def _forward(obs: Tensor, weight: Tensor, net: Net) -> tuple[Tensor, Tensor | No
 def _log_std(rows: Tensor, arena: Arena) -> Tensor:
     begin = arena.log_std or 0
     return rows[:, begin : begin + arena.actor.sizes[-1]]
+
+
+def _statistics(sums: Tensor, norms: Tensor, count: int) -> Tensor:
+    """``[6, P]``, means over the minibatches of what each summed over ``count`` samples."""
+    minibatches, tickets, stretches, _ = sums.shape
+    statistics = sums.new_empty(loss_gpu.SUMS + 1, tickets)
+    with torch.cuda.device_of(sums):
+        _statistics_kernel[(tickets,)](
+            sums, norms, statistics, minibatches, stretches, count, num_warps=1
+        )
+    return statistics

@@ -25,10 +25,18 @@ from ..mlp.heads import cases, padded, prefer_launch
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["COMPILE_CASES", "LOSS_STATISTICS", "loss_and_gradient"]
+__all__ = [
+    "COMPILE_CASES",
+    "SUMS",
+    "load_spread",
+    "loss_and_gradient",
+    "policy_loss",
+    "standardise",
+    "value_loss",
+]
 
-LOSS_STATISTICS = 5
-"""Policy loss, value loss, entropy, KL and clip fraction: the first entries of a statistics row."""
+SUMS = 5
+"""What a minibatch adds up: policy loss, value loss, entropy, KL, clipped samples; see `Stats`."""
 
 _LOG_SQRT_TWO_PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
 
@@ -40,7 +48,7 @@ def _gather(field, ticket, samples, index, inside):
 
 
 @triton.jit
-def _standardise(advantage, order, ticket, samples, first, count, BLOCK: tl.constexpr):
+def standardise(advantage, order, ticket, samples, first, count, BLOCK: tl.constexpr):
     """Mean and unbiased standard deviation of a minibatch's advantages, in two walks."""
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -55,7 +63,142 @@ def _standardise(advantage, order, ticket, samples, first, count, BLOCK: tl.cons
         index = tl.load(order + ticket * samples + first + begin + lane, mask=inside, other=0)
         distance = _gather(advantage, ticket, samples, index, inside) - mean
         square += tl.where(inside, distance * distance, 0.0)
-    return mean, tl.sqrt_rn(tl.sum(square, 0) / (count - 1))
+    return mean, tl.sqrt_rn(tl.sum(square, 0) / (count - 1)) + 1e-8
+
+
+@triton.jit
+def load_spread(log_std, ACTIONS: tl.constexpr, PADDED: tl.constexpr):
+    """A ticket's log standard deviations, or as many zeros where actions are discrete."""
+    spread = tl.zeros([PADDED], tl.float32)
+    if log_std is not None:
+        a = tl.arange(0, PADDED)
+        spread = tl.load(log_std + a, mask=a < ACTIONS, other=0.0)
+    return spread
+
+
+@triton.jit
+def policy_loss(
+    output,
+    spread,
+    action,
+    logp,
+    advantage,
+    ticket,
+    samples,
+    index,
+    inside,
+    mean,
+    deviation,
+    count,
+    clip,
+    entropy_coef,
+    CONTINUOUS: tl.constexpr,
+    ACTIONS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Gradient of these samples' policy loss and entropy, and what statistics add up.
+
+    Of ``output [ROWS, PADDED]`` for samples ``index``, where they are ``inside``.
+
+    Returns:
+        The gradients of the output and of the spread (but for the entropy's), zero where nothing
+        is; policy loss, entropy, KL and whether it was clipped of each sample, zero outside.
+    """
+    a = tl.arange(0, PADDED)
+    real = a < ACTIONS
+    both = inside[:, None] & real[None, :]
+    if CONTINUOUS:
+        deviations = tl.exp(spread)
+        taken_at = (ticket * samples + index)[:, None] * ACTIONS + a[None, :]
+        taken = tl.load(action + taken_at, mask=both, other=0.0)
+        score = (taken - output) / deviations[None, :]
+        terms = -0.5 * score * score - spread[None, :] - _LOG_SQRT_TWO_PI
+        new_logp = tl.sum(tl.where(both, terms, 0.0), 1)
+        entropies = tl.where(real, 0.5 + _LOG_SQRT_TWO_PI + spread, 0.0)
+        entropy = tl.zeros_like(new_logp) + tl.sum(entropies, 0)
+    else:
+        logits = tl.where(real[None, :], output, float("-inf"))
+        shifted = logits - tl.max(logits, 1)[:, None]
+        exponentials = tl.exp(shifted)
+        normaliser = tl.sum(exponentials, 1)
+        probability = exponentials / normaliser[:, None]
+        log_probability = shifted - tl.log(normaliser)[:, None]
+        taken = tl.load(action + ticket * samples + index, mask=inside, other=0)
+        chosen = a[None, :] == taken[:, None]
+        new_logp = tl.sum(tl.where(chosen, log_probability, 0.0), 1)
+        # Where a probability is zero, so is its term: 0 * -inf would be NaN.
+        safe = tl.where(real[None, :], log_probability, 0.0)
+        entropy = -tl.sum(probability * safe, 1)
+
+    log_ratio = new_logp - _gather(logp, ticket, samples, index, inside)
+    ratio = tl.exp(log_ratio)
+    gain = (_gather(advantage, ticket, samples, index, inside) - mean) / deviation
+    plain = -gain * ratio
+    limited = tl.where(ratio < 1.0 - clip, 1.0 - clip, ratio)
+    limited = tl.where(limited > 1.0 + clip, 1.0 + clip, limited)
+    limited = -gain * limited
+    # Comparisons that a NaN fails keep it.
+    policy = tl.where(limited > plain, limited, plain)
+    slope = tl.where(limited > plain, 0.0, plain) / count
+    if CONTINUOUS:
+        gradient = slope[:, None] * score / deviations[None, :]
+        by_spread = slope[:, None] * (score * score - 1.0)
+        by_spread = tl.sum(tl.where(both, by_spread, 0.0), 0)
+    else:
+        gradient = slope[:, None] * (tl.where(chosen, 1.0, 0.0) - probability)
+        gradient += (entropy_coef / count) * probability * (safe + entropy[:, None])
+        by_spread = tl.zeros([PADDED], tl.float32)
+    return (
+        tl.where(both, gradient, 0.0),
+        by_spread,
+        tl.where(inside, policy, 0.0),
+        tl.where(inside, entropy, 0.0),
+        tl.where(inside, ratio - 1.0 - log_ratio, 0.0),
+        tl.where(inside & (tl.abs(ratio - 1.0) > clip), 1.0, 0.0),
+    )
+
+
+@triton.jit
+def store_policy_sums(sums, policy, entropy, kl, clipped):
+    """What `policy_loss` gave of all samples; `SUMS` tells the order, in which the value's is 1."""
+    tl.store(sums, tl.sum(policy, 0))
+    tl.store(sums + 2, tl.sum(entropy, 0))
+    tl.store(sums + 3, tl.sum(kl, 0))
+    tl.store(sums + 4, tl.sum(clipped, 0))
+
+
+@triton.jit
+def value_loss(
+    value,
+    old_value,
+    target,
+    ticket,
+    samples,
+    index,
+    inside,
+    count,
+    clip,
+    value_coef,
+    CLIP_VALUE: tl.constexpr,
+):
+    """Gradient of these samples' value loss, and the loss of each; both zero outside."""
+    wanted = _gather(target, ticket, samples, index, inside)
+    error = value - wanted
+    if CLIP_VALUE:
+        old = _gather(old_value, ticket, samples, index, inside)
+        move = value - old
+        bounded = tl.where(move < -clip, -clip, move)
+        bounded = tl.where(bounded > clip, clip, bounded)
+        other = old + bounded - wanted
+        worse = other * other > error * error
+        # Within the bounds the clipped error is the same but for rounding, and has a slope.
+        within = (move >= -clip) & (move <= clip)
+        slope = tl.where(worse, tl.where(within, other, 0.0), error)
+        error = tl.where(worse, other, error)
+    else:
+        slope = error
+    gradient = tl.where(inside, value_coef * slope / count, 0.0)
+    return gradient, tl.where(inside, 0.5 * error * error, 0.0)
 
 
 @triton.jit
@@ -72,7 +215,7 @@ def _loss_kernel(
     d_output,
     d_value,
     d_log_std,
-    statistics,
+    sums,
     row,
     d_row,
     samples,
@@ -81,7 +224,6 @@ def _loss_kernel(
     clip,
     value_coef,
     entropy_coef,
-    share,
     NORMALISE: tl.constexpr,
     CLIP_VALUE: tl.constexpr,
     CONTINUOUS: tl.constexpr,
@@ -91,105 +233,75 @@ def _loss_kernel(
 ):
     """Samples ``order[p, first : first + count]`` of ticket p.
 
-    Rows of ``log_std`` lie ``row`` apart, those of its gradient ``d_row``. Adds ``share`` of
-    this minibatch's statistics to those of the ticket.
+    Rows of ``log_std`` lie ``row`` apart, those of its gradient ``d_row``.
     """
     ticket = tl.program_id(0).to(tl.int64)
     mean, deviation = 0.0, 1.0
     if NORMALISE:
-        mean, deviation = _standardise(advantage, order, ticket, samples, first, count, BLOCK)
-        deviation += 1e-8
+        mean, deviation = standardise(advantage, order, ticket, samples, first, count, BLOCK)
 
     lane = tl.arange(0, BLOCK)
     a = tl.arange(0, PADDED)
     real = a < ACTIONS
+    if CONTINUOUS:
+        log_std += ticket * row
+    spread = load_spread(log_std, ACTIONS, PADDED)
+    spread_gradient = tl.zeros([PADDED], tl.float32)
     zero = tl.zeros([BLOCK], tl.float32)
     policy_sum, value_sum, entropy_sum, kl_sum, clipped_sum = zero, zero, zero, zero, zero
-    if CONTINUOUS:
-        spread = tl.load(log_std + ticket * row + a, mask=real, other=0.0)
-        deviations = tl.exp(spread)
-        spread_gradient = tl.zeros([PADDED], tl.float32)
     for begin in range(0, count, BLOCK):
         inside = begin + lane < count
         index = tl.load(order + ticket * samples + first + begin + lane, mask=inside, other=0)
-        both = inside[:, None] & real[None, :]
-        place = (ticket * count + begin + lane)[:, None] * ACTIONS + a[None, :]
-        if CONTINUOUS:
-            means = tl.load(output + place, mask=both, other=0.0)
-            taken_at = (ticket * samples + index)[:, None] * ACTIONS + a[None, :]
-            taken = tl.load(action + taken_at, mask=both, other=0.0)
-            score = (taken - means) / deviations[None, :]
-            terms = -0.5 * score * score - spread[None, :] - _LOG_SQRT_TWO_PI
-            new_logp = tl.sum(tl.where(both, terms, 0.0), 1)
-            entropies = tl.where(real, 0.5 + _LOG_SQRT_TWO_PI + spread, 0.0)
-            entropy = zero + tl.sum(entropies, 0)
-        else:
-            logits = tl.load(output + place, mask=both, other=float("-inf"))
-            logits = tl.where(inside[:, None], logits, 0.0)
-            shifted = logits - tl.max(logits, 1)[:, None]
-            exponentials = tl.exp(shifted)
-            normaliser = tl.sum(exponentials, 1)
-            probability = exponentials / normaliser[:, None]
-            log_probability = shifted - tl.log(normaliser)[:, None]
-            taken = tl.load(action + ticket * samples + index, mask=inside, other=0)
-            chosen = a[None, :] == taken[:, None]
-            new_logp = tl.sum(tl.where(chosen, log_probability, 0.0), 1)
-            # Where a probability is zero, so is its term: 0 * -inf would be NaN.
-            safe = tl.where(real[None, :], log_probability, 0.0)
-            entropy = -tl.sum(probability * safe, 1)
-
-        log_ratio = new_logp - _gather(logp, ticket, samples, index, inside)
-        ratio = tl.exp(log_ratio)
-        gain = (_gather(advantage, ticket, samples, index, inside) - mean) / deviation
-        plain = -gain * ratio
-        limited = tl.where(ratio < 1.0 - clip, 1.0 - clip, ratio)
-        limited = tl.where(limited > 1.0 + clip, 1.0 + clip, limited)
-        limited = -gain * limited
-        # Comparisons that a NaN fails keep it.
-        policy = tl.where(limited > plain, limited, plain)
-        slope = tl.where(limited > plain, 0.0, plain) / count
-        policy_sum += tl.where(inside, policy, 0.0)
-        kl_sum += tl.where(inside, ratio - 1.0 - log_ratio, 0.0)
-        clipped_sum += tl.where(inside & (tl.abs(ratio - 1.0) > clip), 1.0, 0.0)
-        entropy_sum += tl.where(inside, entropy, 0.0)
-
-        if CONTINUOUS:
-            gradient = slope[:, None] * score / deviations[None, :]
-            by_spread = slope[:, None] * (score * score - 1.0)
-            spread_gradient += tl.sum(tl.where(both, by_spread, 0.0), 0)
-        else:
-            gradient = slope[:, None] * (tl.where(chosen, 1.0, 0.0) - probability)
-            gradient += (entropy_coef / count) * probability * (safe + entropy[:, None])
-        tl.store(d_output + place, gradient, mask=both)
-
         at = ticket * count + begin + lane
-        now = tl.load(value + at, mask=inside, other=0.0)
-        wanted = _gather(target, ticket, samples, index, inside)
-        error = now - wanted
-        if CLIP_VALUE:
-            old = _gather(old_value, ticket, samples, index, inside)
-            move = now - old
-            bounded = tl.where(move < -clip, -clip, move)
-            bounded = tl.where(bounded > clip, clip, bounded)
-            other = old + bounded - wanted
-            worse = other * other > error * error
-            # Within the bounds the clipped error is the same but for rounding, and has a slope.
-            within = (move >= -clip) & (move <= clip)
-            slope = tl.where(worse, tl.where(within, other, 0.0), error)
-            error = tl.where(worse, other, error)
-        else:
-            slope = error
-        value_sum += tl.where(inside, 0.5 * error * error, 0.0)
-        tl.store(d_value + at, value_coef * slope / count, mask=inside)
+        both = inside[:, None] & real[None, :]
+        place = at[:, None] * ACTIONS + a[None, :]
+        gradient, by_spread, policy, entropy, kl, clipped = policy_loss(
+            tl.load(output + place, mask=both, other=0.0),
+            spread,
+            action,
+            logp,
+            advantage,
+            ticket,
+            samples,
+            index,
+            inside,
+            mean,
+            deviation,
+            count,
+            clip,
+            entropy_coef,
+            CONTINUOUS,
+            ACTIONS,
+            PADDED,
+        )
+        tl.store(d_output + place, gradient, mask=both)
+        spread_gradient += by_spread
+        policy_sum += policy
+        entropy_sum += entropy
+        kl_sum += kl
+        clipped_sum += clipped
+
+        slope, error = value_loss(
+            tl.load(value + at, mask=inside, other=0.0),
+            old_value,
+            target,
+            ticket,
+            samples,
+            index,
+            inside,
+            count,
+            clip,
+            value_coef,
+            CLIP_VALUE,
+        )
+        tl.store(d_value + at, slope, mask=inside)
+        value_sum += error
 
     if CONTINUOUS:
         tl.store(d_log_std + ticket * d_row + a, spread_gradient - entropy_coef, mask=real)
-    here = statistics + ticket * 6
-    tl.store(here, tl.load(here) + share * tl.sum(policy_sum, 0) / count)
-    tl.store(here + 1, tl.load(here + 1) + share * tl.sum(value_sum, 0) / count)
-    tl.store(here + 2, tl.load(here + 2) + share * tl.sum(entropy_sum, 0) / count)
-    tl.store(here + 3, tl.load(here + 3) + share * tl.sum(kl_sum, 0) / count)
-    tl.store(here + 4, tl.load(here + 4) + share * tl.sum(clipped_sum, 0) / count)
+    sums += ticket * 5
+    store_policy_sums(sums, policy_sum, entropy_sum, kl_sum, clipped_sum)
+    tl.store(sums + 1, tl.sum(value_sum, 0))
 
 
 def loss_and_gradient(
@@ -200,9 +312,8 @@ def loss_and_gradient(
     first: int,
     batch: Batch,
     config: PPOConfig,
-    share: float,
     gradient: tuple[Tensor, Tensor, Tensor | None],
-    statistics: Tensor,
+    sums: Tensor,
 ) -> None:
     """Gradient of a minibatch's loss with respect to both heads; see `reference.loss`.
 
@@ -214,10 +325,8 @@ def loss_and_gradient(
         first: see `order`.
         batch: of all S samples, contiguous.
         config: of the loss.
-        share: of the minibatch in the statistics.
         gradient: written: shaped like ``output``, ``value`` and ``log_std``.
-        statistics: ``[P, 6]`` float32, contiguous; the first `LOSS_STATISTICS` of a row are
-            added to.
+        sums: ``[P, SUMS]`` float32, contiguous; written.
     """
     tickets, count, actions = output.shape
     d_output, d_value, d_log_std = gradient
@@ -234,7 +343,7 @@ def loss_and_gradient(
             d_output,
             d_value,
             d_log_std,
-            statistics,
+            sums,
             0 if log_std is None else log_std.stride(0),
             0 if d_log_std is None else d_log_std.stride(0),
             order.shape[1],
@@ -243,7 +352,6 @@ def loss_and_gradient(
             config.clip,
             config.value_coef,
             config.entropy_coef,
-            share,
             NORMALISE=config.normalise_advantage,
             CLIP_VALUE=config.clip_value,
             CONTINUOUS=log_std is not None,
@@ -256,11 +364,11 @@ def loss_and_gradient(
 
 def _cases(name: str, continuous: bool, actions: int, count: int) -> list[Case]:
     """One for every launch."""
-    fields = ("logp", "old_value", "advantage", "target", "d_output", "d_value", "statistics")
+    fields = ("logp", "old_value", "advantage", "target", "d_output", "d_value", "sums")
     signature = dict.fromkeys(("output", "value", *fields), "*fp32:16")
     signature |= {"order": "*i64:16", "action": "*fp32:16" if continuous else "*i64:16"}
     signature |= dict.fromkeys(("row", "d_row", "samples", "first", "count"), "i32")
-    signature |= dict.fromkeys(("clip", "value_coef", "entropy_coef", "share"), "fp32")
+    signature |= dict.fromkeys(("clip", "value_coef", "entropy_coef"), "fp32")
     constants: dict[str, object] = {"NORMALISE": True, "CLIP_VALUE": True}
     sizes = {"actions": actions, "count": count}
     return cases(name, _loss_kernel, signature, constants, continuous=continuous, **sizes)

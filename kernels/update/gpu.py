@@ -4,7 +4,8 @@ Two launches without atomics or host synchronisation, so that a CUDA graph can h
 lie inside a row and their number depends on the row's length only: a ticket's result does not
 depend on P. Adam reads 4 (grad) + 1 (mask) bytes an entry for the norm, then 17 and writes 12;
 about 15 FLOPs an entry: bound by memory. Without a mask none is read, and with partial norms from
-elsewhere the first launch falls away. Scalars of a row, such as ``1 - beta2^step``, are float64.
+elsewhere the first launch falls away; a gradient in stretches it adds up in order, and writes the
+sum. Scalars of a row, such as ``1 - beta2^step``, are float64.
 
 Blocks of Adam and of its norm may be measured (`kernels.tuning`): by the row's length, and for
 packed rows, whose length counts nonzeros, for all of them at once. SGD and rewinding, which no
@@ -75,6 +76,7 @@ def _support(mask, count, ticket, column, prunable, among):
 @triton.jit
 def _norm_kernel(
     grad,
+    summed,
     mask,
     count,
     partial,
@@ -83,12 +85,14 @@ def _norm_kernel(
     prunable,
     parts,
     stretch,
+    summands,
     FROZEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum of squares of ``stretch`` consecutive blocks of a row; one program also counts the step.
 
-    The count belongs here and not to the update, whose programs all read it.
+    The count belongs here and not to the update, whose programs all read it. Of each row of
+    ``summed``, unless None, ``grad`` holds the ``summands``.
     """
     ticket = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -97,7 +101,14 @@ def _norm_kernel(
     for block in range(part * stretch, (part + 1) * stretch):
         column = block * BLOCK + lane
         keep = _support(mask, count, ticket, column, prunable, _touched(column, size, FROZEN))
-        entry = tl.load(grad + ticket * size + column, mask=keep, other=0.0)
+        if summed is None:
+            entry = tl.load(grad + ticket * size + column, mask=keep, other=0.0)
+        else:
+            entry = tl.zeros([BLOCK], tl.float32)
+            for summand in range(summands):
+                row = ticket * summands + summand
+                entry += tl.load(grad + row * size + column, mask=keep, other=0.0)
+            tl.store(summed + ticket * size + column, entry, mask=keep)
         total += entry * entry
     tl.store(partial + ticket * parts + part, tl.sum(total, 0))
     # Two conditions, or the branch would be compiled where there is no step.
@@ -295,21 +306,30 @@ def adam_(
     eps: float,
     *,
     frozen: tuple[int, ...] = (),
+    norm: Tensor | None = None,
 ) -> Tensor:
-    """See `update.adam_`; ``frozen`` lists where spans of columns begin and end, one by one.
+    """See `update.adam_`, which has neither stretches, nor spans, nor a place for the norm.
 
-    In these spans neither weights nor moments change, and gradients do not count.
+    Args:
+        weight, grad, m, v, step, lr, mask, count, norm_partials: see `update.adam_`; ``grad`` may
+            also be ``[P, stretches, T]``, without `norm_partials`: rows to add up.
+        max_norm, beta1, beta2, eps: see `update.adam_`; infinite for None.
+        frozen: where spans of columns begin and end, one by one; in these spans neither weights
+            nor moments change, and gradients do not count.
+        norm: ``[P]``, written and returned.
     """
     check_dtype("weight on the Triton backend", weight, torch.float32)
     tickets, size = weight.shape
     if norm_partials is not None or weight.numel() == 0:
         step += 1
     if weight.numel() == 0:
-        return _norm_of_nothing(weight, norm_partials)
-    norm = weight.new_empty(tickets)
+        nothing = _norm_of_nothing(weight, norm_partials)
+        return nothing if norm is None else norm.copy_(nothing)
+    if norm is None:
+        norm = weight.new_empty(tickets)
     with torch.cuda.device_of(weight):
         if norm_partials is None:
-            norm_partials = _partial_norms(grad, mask, count, step, frozen)
+            grad, norm_partials = _partial_norms(grad, mask, count, step, frozen)
         parts = norm_partials.shape[1]
         launch = _launch("adam", weight, mask)
         blocks = triton.cdiv(size, launch.block)
@@ -364,7 +384,7 @@ def sgd_(
     norm = weight.new_empty(tickets)
     with torch.cuda.device_of(weight):
         if norm_partials is None:
-            norm_partials = _partial_norms(grad, mask, count, None)
+            _, norm_partials = _partial_norms(grad, mask, count, None)
         parts = norm_partials.shape[1]
         _sgd_kernel[(tickets * blocks,)](
             weight,
@@ -395,9 +415,12 @@ def _partial_norms(
     count: Tensor | None,
     step: Tensor | None,
     frozen: tuple[int, ...] = (),
-) -> Tensor:
-    """``[P, parts]`` sums of squares; also increments ``step`` if given."""
-    tickets, size = grad.shape
+) -> tuple[Tensor, Tensor]:
+    """The gradient as one row, and ``[P, parts]`` sums of squares; increments ``step`` if given."""
+    tickets, *stretches, size = grad.shape
+    summands = math.prod(stretches)
+    grad = grad.reshape(tickets * summands, size)
+    summed = None if summands == 1 else grad.new_empty(tickets, size)
     launch = _launch("norm", grad, mask)
     blocks = triton.cdiv(size, launch.block)
     stretch = triton.cdiv(blocks, MAX_PARTIALS)
@@ -405,6 +428,7 @@ def _partial_norms(
     partial = grad.new_empty(tickets, parts)
     _norm_kernel[(tickets * parts,)](
         grad,
+        summed,
         mask,
         count,
         partial,
@@ -413,11 +437,12 @@ def _partial_norms(
         _prunable(mask),
         parts,
         stretch,
+        summands,
         FROZEN=frozen,
         BLOCK=launch.block,
         num_warps=launch.warps,
     )
-    return partial
+    return (grad if summed is None else summed), partial
 
 
 def _launch(kernel: str, rows: Tensor, mask: Tensor | None) -> Launch:
@@ -459,9 +484,9 @@ _NORM = {
     **dict.fromkeys(("grad", "partial"), "*fp32:16"),
     "step": "*i64:16",
     **_SIZES,
-    "parts": "i32",
-    "stretch": "i32",
+    **dict.fromkeys(("parts", "stretch", "summands"), "i32"),
 }
+_ONE_ROW = {"summed": None}
 _REWIND = {"weight": "*fp32:16", "initial": "*fp32:16", **_MOMENTS, **_SIZES, "blocks": "i32"}
 _LATE = {"initial_m": "*fp32:16", "initial_v": "*fp32:16"}
 
@@ -477,7 +502,7 @@ def _cases() -> list[Case]:
         clipped = {"CLIP": True, "PARTS": MAX_PARTIALS, **block}
         whole = {"FROZEN": ()}
         cases += [
-            Case(f"norm_{form}", _norm_kernel, _NORM | present, block | whole, {}),
+            Case(f"norm_{form}", _norm_kernel, _NORM | present, block | whole | _ONE_ROW, {}),
             Case(f"adam_{form}", _adam_kernel, _ADAM | present, clipped | whole, {}),
             Case(f"sgd_{form}", _sgd_kernel, _SGD | present, clipped, {}),
             Case(
@@ -488,7 +513,10 @@ def _cases() -> list[Case]:
                 {},
             ),
         ]
-    stepless = {"BLOCK": BLOCK, "count": None, "step": None, "FROZEN": ()}
+    stepless = {"BLOCK": BLOCK, "count": None, "step": None, "FROZEN": (), **_ONE_ROW}
+    # As PPO launches it on the rows of stretches of a minibatch.
+    stretches = _NORM | {"mask": "*i1:16", "summed": "*fp32:16"}
+    in_stretches = {"BLOCK": BLOCK, "count": None, "FROZEN": ()}
     norm = {name: kind for name, kind in _NORM.items() if name != "step"}
     late = {"mask": "*i1:16", **_LATE}
     clipped = {"CLIP": True, "PARTS": PARTIALS_LIMIT, "BLOCK": BLOCK}
@@ -497,7 +525,10 @@ def _cases() -> list[Case]:
     spans = {"count": None, "FROZEN": (4480, 8704, 8770, 8899)}
     masked = {"mask": "*i1:16"}
     cases += [
-        Case("norm_frozen", _norm_kernel, _NORM | masked, {"BLOCK": BLOCK, **spans}, {}),
+        Case("norm_stretches", _norm_kernel, stretches, in_stretches, {}),
+        Case(
+            "norm_frozen", _norm_kernel, _NORM | masked, {"BLOCK": BLOCK, **spans, **_ONE_ROW}, {}
+        ),
         Case("adam_frozen", _adam_kernel, _ADAM | masked, {**clipped, **spans}, {}),
         Case("norm_stepless", _norm_kernel, norm | {"mask": "*i1:16"}, stepless, {}),
         Case("rewind_late", _rewind_kernel, _REWIND | late, {"BLOCK": BLOCK, "count": None}, {}),
@@ -513,7 +544,8 @@ def _cases() -> list[Case]:
         )
         for launch in LAUNCHES[1:]
         for case in cases
-        if case.kernel is _adam_kernel or case.name in ("norm_masked", "norm_packed")
+        if case.kernel is _adam_kernel
+        or case.name in ("norm_masked", "norm_packed", "norm_stretches")
     ]
 
 

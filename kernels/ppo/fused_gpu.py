@@ -1,0 +1,461 @@
+"""The gradient of a minibatch of PPO in one Triton launch, for networks that registers hold.
+
+PPO's loss splits by network: the policy's and the entropy's terms need the actor alone, the value's
+the critic alone. So a program takes a stretch of the minibatch through one network, tile by tile:
+it reads the samples through the minibatch's indices, keeps activations, outputs and the gradient of
+every weight in registers, and writes these once, as one row of the arena per stretch, which
+`update.gpu.adam_` adds in order. No atomics: a result depends neither on P nor on timing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..arena import Arena
+from ..compile import Case
+from ..mlp import fused_gpu as mlp
+from ..mlp.fused_gpu import _hidden_layers, _load_bias, _load_weight, _zeros, deactivate
+from ..mlp.geometry import Geometry
+from ..mlp.passes_gpu import FUSED_STRETCH, Stretch, cut
+from ..tuning import prefer
+from .loss_gpu import load_spread, policy_loss, standardise, store_policy_sums, value_loss
+
+if TYPE_CHECKING:
+    from . import Batch, PPOConfig
+
+__all__ = ["COMPILE_CASES", "cut_minibatch", "fits", "gradient", "gradient_kernel"]
+
+NARROW, WIDE_LAYERS = 32, 3
+"""Width up to which any network that goes back in one launch fits, and most layers beyond it."""
+
+_WALK = 512
+"""Advantages that a program reads at once for their mean and deviation."""
+
+_STRETCHES = tuple(Stretch(samples) for samples in (FUSED_STRETCH, 32, 128, 256))
+"""Samples whose gradient a program sums up, the default first."""
+
+
+@triton.jit
+def _load_rows(field, at, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows ``at`` of a field ``[., SIZE]``, zero where nothing is."""
+    col = tl.arange(0, BLOCK)[None, :]
+    there = inside[:, None] & (col < SIZE)
+    return tl.load(field + at[:, None] * SIZE + col, mask=there, other=0.0)
+
+
+@triton.jit
+def _learn(
+    weight,
+    obs,
+    action,
+    logp,
+    old_value,
+    advantage,
+    target,
+    order,
+    rows,
+    sums,
+    size,
+    samples,
+    first,
+    count,
+    stretch,
+    clip,
+    value_coef,
+    entropy_coef,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACTOR: tl.constexpr,
+    LOG_STD: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    CLIP_VALUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WALK: tl.constexpr,
+):
+    """`gradient_kernel` for one of the networks."""
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    OUT: tl.constexpr = SIZES[DEPTH]
+    WIDE: tl.constexpr = BLOCKS[DEPTH]
+    ticket = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    place = ticket * tl.num_programs(1) + split
+    weight += ticket * size
+    rows += place * size
+    sums += place * 5
+
+    head = tl.arange(0, WIDE)
+    lane = tl.arange(0, ROWS)
+    zero = tl.zeros([ROWS], tl.float32)
+    if ACTOR:
+        mean, deviation = 0.0, 1.0
+        if NORMALISE:
+            mean, deviation = standardise(advantage, order, ticket, samples, first, count, WALK)
+        spread = load_spread(None if LOG_STD is None else weight + LOG_STD, OUT, WIDE)
+        spread_gradient = tl.zeros([WIDE], tl.float32)
+        policy_sum, entropy_sum, kl_sum, clipped_sum = zero, zero, zero, zero
+    else:
+        value_sum = zero
+    # From the output down; the bias's has a row for each of the tile's, added up once at the end.
+    grads = ()
+    bias_grads = ()
+    for layer in tl.static_range(DEPTH - 1, -1, -1):
+        grads += (_zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
+        bias_grads += (_zeros(ROWS, BLOCKS[layer + 1]),)
+
+    begin = split * stretch
+    for done in range(begin, tl.minimum(begin + stretch, count), ROWS):
+        inside = done + lane < count
+        index = tl.load(order + ticket * samples + first + done + lane, mask=inside, other=0)
+        tile = _load_rows(obs, ticket * samples + index, inside, SIZES[0], BLOCKS[0])
+        inputs = _hidden_layers(
+            tile,
+            weight,
+            None,
+            None,
+            weight,
+            DEPTH,
+            SIZES,
+            BLOCKS,
+            WEIGHTS,
+            BIASES,
+            MASKED,
+            None,
+            ACTIVATION,
+        )
+        matrix = _load_weight(weight, None, None, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, None)
+        shift = _load_bias(weight, BIASES[DEPTH - 1], OUT, WIDE)
+        output = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + shift
+        if ACTOR:
+            delta, by_spread, policy, entropy, kl, clipped = policy_loss(
+                output,
+                spread,
+                action,
+                logp,
+                advantage,
+                ticket,
+                samples,
+                index,
+                inside,
+                mean,
+                deviation,
+                count,
+                clip,
+                entropy_coef,
+                LOG_STD is not None,
+                OUT,
+                WIDE,
+            )
+            spread_gradient += by_spread
+            policy_sum += policy
+            entropy_sum += entropy
+            kl_sum += kl
+            clipped_sum += clipped
+        else:
+            only = head[None, :] == 0
+            slope, error = value_loss(
+                tl.sum(tl.where(only, output, 0.0), 1),
+                old_value,
+                target,
+                ticket,
+                samples,
+                index,
+                inside,
+                count,
+                clip,
+                value_coef,
+                CLIP_VALUE,
+            )
+            delta = tl.where(only, slope[:, None], 0.0)
+            value_sum += error
+
+        new_grads = ()
+        new_bias_grads = ()
+        for layer in tl.static_range(DEPTH - 1, -1, -1):
+            grad = tl.dot(
+                tl.trans(delta), inputs[layer], grads[DEPTH - 1 - layer], input_precision="ieee"
+            )
+            new_grads += (grad,)
+            new_bias_grads += (bias_grads[DEPTH - 1 - layer] + delta,)
+            if layer > 0:
+                matrix = _load_weight(
+                    weight, None, None, layer, SIZES, BLOCKS, WEIGHTS, MASKED, None
+                )
+                delta = tl.dot(delta, matrix, input_precision="ieee")
+                delta = deactivate(delta, inputs[layer], ACTIVATION)
+        grads = new_grads
+        bias_grads = new_bias_grads
+
+    for layer in tl.static_range(DEPTH):
+        # Plus 0, as the compiler cannot know: else registers keep through the loop what loads of
+        # weights found of their entries.
+        row = tl.arange(0, BLOCKS[layer + 1]) + (count < 0).to(tl.int32)
+        col = tl.arange(0, BLOCKS[layer])[None, :]
+        there = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
+        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
+        tl.store(rows + entry, grads[DEPTH - 1 - layer], mask=there)
+        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
+        tl.store(rows + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
+    if ACTOR:
+        if LOG_STD is not None:
+            # The entropy's part is no sample's: the first stretch has it.
+            of_entropy = tl.where(split == 0, entropy_coef, 0.0)
+            tl.store(rows + LOG_STD + head, spread_gradient - of_entropy, mask=head < OUT)
+        store_policy_sums(sums, policy_sum, entropy_sum, kl_sum, clipped_sum)
+    else:
+        tl.store(sums + 1, tl.sum(value_sum, 0))
+
+
+@triton.jit
+def gradient_kernel(
+    weight,
+    obs,
+    action,
+    logp,
+    old_value,
+    advantage,
+    target,
+    order,
+    rows,
+    sums,
+    size,
+    samples,
+    first,
+    count,
+    stretch,
+    clip,
+    value_coef,
+    entropy_coef,
+    ACTOR_SIZES: tl.constexpr,
+    ACTOR_BLOCKS: tl.constexpr,
+    ACTOR_WEIGHTS: tl.constexpr,
+    ACTOR_BIASES: tl.constexpr,
+    CRITIC_SIZES: tl.constexpr,
+    CRITIC_BLOCKS: tl.constexpr,
+    CRITIC_WEIGHTS: tl.constexpr,
+    CRITIC_BIASES: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LOG_STD: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    CLIP_VALUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WALK: tl.constexpr,
+):
+    """Gradient of a ticket's network over ``stretch`` samples of the minibatch, and what they sum.
+
+    Samples ``order[p, first : first + count]``; the axes of the grid are ticket, stretch, and actor
+    or critic. A ticket takes 6·count·(weights) FLOPs, less 2 for the first layers, whose input
+    needs no gradient. Each stretch reads the weights once, and writes its row of gradients; the
+    samples are read once, and every actor's stretch walks all of the minibatch's advantages twice.
+    """
+    tensors = (weight, obs, action, logp, old_value, advantage, target, order, rows, sums)
+    numbers = (size, samples, first, count, stretch, clip, value_coef, entropy_coef)
+    if tl.program_id(2) == 0:
+        _learn(
+            *tensors,
+            *numbers,
+            ACTOR_SIZES,
+            ACTOR_BLOCKS,
+            ACTOR_WEIGHTS,
+            ACTOR_BIASES,
+            MASKED,
+            ACTIVATION,
+            True,
+            LOG_STD,
+            NORMALISE,
+            CLIP_VALUE,
+            ROWS,
+            WALK,
+        )
+    else:
+        _learn(
+            *tensors,
+            *numbers,
+            CRITIC_SIZES,
+            CRITIC_BLOCKS,
+            CRITIC_WEIGHTS,
+            CRITIC_BIASES,
+            MASKED,
+            ACTIVATION,
+            False,
+            None,
+            NORMALISE,
+            CLIP_VALUE,
+            ROWS,
+            WALK,
+        )
+
+
+def fits(arena: Arena) -> bool:
+    """Whether registers hold the gradients of narrow networks beside their loss, on every GPU."""
+    return all(max(net.sizes) <= NARROW or net.depth <= WIDE_LAYERS for net in arena.nets)
+
+
+def gradient(
+    weight: Tensor,
+    arena: Arena,
+    order: Tensor,
+    first: int,
+    batch: Batch,
+    config: PPOConfig,
+    rows: Tensor,
+    sums: Tensor,
+    stretch: int,
+) -> None:
+    """Gradient of a minibatch's loss for every parameter, in stretches; see `reference.loss`.
+
+    Args:
+        weight: ``[P, size]`` float32, zero off the mask; contiguous, as all tensors here.
+        arena: of networks that `fits`.
+        order: ``[P, S]`` int64; the minibatch is ``order[:, first : first + M]``.
+        first: see `order`.
+        batch: of all S samples.
+        config: of the loss.
+        rows: ``[P, stretches, size]`` float32, written.
+        sums: ``[P, stretches, SUMS]`` float32, written.
+        stretch: samples of all stretches but the last; see `cut_minibatch`.
+    """
+    tickets, splits, size = rows.shape
+    samples = order.shape[1]
+    count = samples // config.minibatches
+    launch = _prefer_launch(arena, batch, count)
+    with torch.cuda.device_of(weight):
+        gradient_kernel[(tickets, splits, 2)](
+            weight,
+            *batch,
+            order,
+            rows,
+            sums,
+            size,
+            samples,
+            first,
+            count,
+            stretch,
+            config.clip,
+            config.value_coef,
+            config.entropy_coef,
+            **_constants(arena),
+            NORMALISE=config.normalise_advantage,
+            CLIP_VALUE=config.clip_value,
+            **launch.constexprs,
+            **_options(launch, arena.actor.activation),
+        )
+
+
+def cut_minibatch(arena: Arena, batch: Batch, count: int) -> tuple[int, int]:
+    """How many stretches ``count`` samples make, and the length of all but the last.
+
+    By the shapes of one ticket, or as was measured for them.
+    """
+    chosen = prefer(
+        _STRETCHES[0],
+        "ppo.stretch",
+        batch.obs.device,
+        among=_STRETCHES,
+        layers=_label(arena),
+        samples=count,
+    )
+    return cut(count, chosen.samples)
+
+
+def _prefer_launch(arena: Arena, batch: Batch, count: int) -> mlp.Launch:
+    among = _launches(arena)
+    if len(among) == 1:
+        return among[0]
+    return prefer(
+        among[0],
+        "ppo.gradient",
+        batch.obs.device,
+        among=among,
+        layers=_label(arena),
+        kind=arena.actor.activation,
+        continuous=arena.log_std is not None,
+        samples=count,
+    )
+
+
+def _launches(arena: Arena) -> tuple[mlp.Launch, ...]:
+    blocks = (block for net in arena.nets for block in Geometry.of(net, 0).blocks)
+    return mlp.launches(tuple(blocks), packed=False)
+
+
+def _options(launch: mlp.Launch, activation: str) -> dict[str, int]:
+    """Told how many registers there are, the assembler spills with relu; untold, with tanh."""
+    options = dict(launch.options)
+    if activation == "relu":
+        del options["maxnreg"]
+    return options
+
+
+def _label(arena: Arena) -> str:
+    """Of both networks, as `kernels.tuning` names them."""
+    return "+".join(Geometry.of(net, 0).label for net in arena.nets)
+
+
+def _constants(arena: Arena) -> dict[str, object]:
+    constants: dict[str, object] = {
+        "ACTIVATION": arena.actor.activation,
+        "LOG_STD": arena.log_std,
+        "WALK": _WALK,
+        # Weights are zero off the mask already.
+        "MASKED": (False,) * max(net.depth for net in arena.nets),
+    }
+    for name, net in zip(("ACTOR", "CRITIC"), arena.nets, strict=True):
+        geometry = Geometry.of(net, 0)
+        constants |= {
+            f"{name}_SIZES": geometry.sizes,
+            f"{name}_BLOCKS": geometry.blocks,
+            f"{name}_WEIGHTS": geometry.weights,
+            f"{name}_BIASES": geometry.biases,
+        }
+    return constants
+
+
+def _cases(sizes: tuple[int, ...], activation: str, *, continuous: bool) -> list[Case]:
+    """One for every launch."""
+    arena = Arena.build(sizes, (*sizes[:-1], 1), activation=activation, continuous=continuous)
+    floats = ("weight", "obs", "logp", "old_value", "advantage", "target", "rows")
+    signature = dict.fromkeys(floats, "*fp32:16") | {"sums": "*fp32", "order": "*i64:16"}
+    signature["action"] = "*fp32:16" if continuous else "*i64:16"
+    signature |= dict.fromkeys(("size", "samples", "first", "count", "stretch"), "i32")
+    signature |= dict.fromkeys(("clip", "value_coef", "entropy_coef"), "fp32")
+    constants = {**_constants(arena), "NORMALISE": True, "CLIP_VALUE": True}
+    kind = "continuous" if continuous else "discrete"
+    name = f"gradient_{'_'.join(map(str, sizes))}_{activation}_{kind}"
+    return [
+        Case(
+            f"{name}_rows{launch.rows}_warps{launch.warps}",
+            gradient_kernel,
+            signature,
+            {**constants, **launch.constexprs},
+            _options(launch, activation),
+        )
+        for launch in _launches(arena)
+    ]
+
+
+COMPILE_CASES = [
+    case
+    for sizes, activation, continuous in (
+        ((4, 64, 64, 2), "tanh", False),
+        ((17, 64, 64, 6), "tanh", True),
+        ((64, 64, 64, 64), "tanh", True),
+        ((64, 64, 64, 64), "tanh", False),
+        ((17, 64, 64, 2), "relu", False),
+        ((64, 64, 64, 64), "relu", True),
+        ((4, 32, 32, 2), "tanh", False),
+        ((32, 32, 32, 32, 32), "tanh", True),
+        ((32, 32, 32, 32, 32), "relu", True),
+        ((32, 32, 32, 32, 32), "relu", False),
+    )
+    for case in _cases(sizes, activation, continuous=continuous)
+]
