@@ -131,10 +131,16 @@ def _hidden_layers(
     MASKED: tl.constexpr,
     TILES: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    APART: tl.constexpr = False,
 ):
-    """The input of every layer for a tile of rows: `x` and the hidden activations."""
+    """The input of every layer for a tile of rows: `x` and the hidden activations.
+
+    ``APART`` keeps the compiler from loading a layer's weights before it is done with the last.
+    """
     inputs = (x,)
     for layer in tl.static_range(DEPTH - 1):
+        if APART and layer > 0:
+            tl.debug_barrier()
         matrix = _load_weight(weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
         shift = _load_bias(bias, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
         total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + shift
@@ -172,6 +178,7 @@ def forward_kernel(
     once per tile of rows, from L2 after the first.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
+    DEEP: tl.constexpr = DEPTH > 3
     tiles = tl.cdiv(samples, ROWS)
     program = tl.program_id(0)
     ticket = (program // tiles).to(tl.int64)
@@ -201,8 +208,9 @@ def forward_kernel(
         MASKED,
         TILES,
         ACTIVATION,
+        DEEP,
     )
-    if start is not None:
+    if DEEP or start is not None:
         # Else the compiler expands the last tile early, and spills.
         tl.debug_barrier()
     matrix = _load_weight(weight, mask, start, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
@@ -211,6 +219,20 @@ def forward_kernel(
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCKS[DEPTH])[None, :]
     tl.store(y + row * SIZES[DEPTH] + col, total, mask=(row < left) & (col < SIZES[DEPTH]))
+
+
+@triton.jit
+def _add_product(grad, delta, inputs):
+    """A tile's gradient of a weight matrix, added up."""
+    return tl.dot(tl.trans(delta), inputs, grad, input_precision="ieee")
+
+
+@triton.jit
+def _add_rows(total, delta):
+    """Add the rows of ``delta`` to those of ``total``, by twos if there are half as many."""
+    if total.shape[0] < delta.shape[0]:
+        delta = tl.sum(tl.reshape(delta, [total.shape[0], 2, total.shape[1]]), 1)
+    return total + delta
 
 
 @triton.jit
@@ -253,6 +275,9 @@ def backward_kernel(
     gradient once per stretch.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
+    # All deltas come before all gradients then: between two deltas, the compiler fills registers
+    # with operands of a gradient, and with four layers it spills others for them.
+    DEEP: tl.constexpr = DEPTH > 3
     ticket = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     weight += ticket * weight_ticket
@@ -266,12 +291,16 @@ def backward_kernel(
     dy += ticket * dy_ticket + begin.to(tl.int64) * dy_row
 
     # From the output down, the order in which a tile adds to them. The bias's has a row for each of
-    # the tile's, added up once at the end: a sum per tile would be one more barrier.
+    # the tile's, added up once at the end: a sum per tile would be one more barrier. Deep networks
+    # are short of registers: it has a row for two of which one thread has both.
     grads = ()
     bias_grads = ()
     for layer in tl.static_range(DEPTH - 1, -1, -1):
         grads += (_zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
-        bias_grads += (_zeros(ROWS, BLOCKS[layer + 1]),)
+        if DEEP and layer < DEPTH - 1 and BLOCKS[layer + 1] == 64:
+            bias_grads += (_zeros(ROWS // 2, BLOCKS[layer + 1]),)
+        else:
+            bias_grads += (_zeros(ROWS, BLOCKS[layer + 1]),)
 
     for done in range(begin, tl.minimum(begin + stretch, samples), ROWS):
         left = samples - done
@@ -291,21 +320,26 @@ def backward_kernel(
             TILES,
             ACTIVATION,
         )
-        delta = _load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS)
+        deltas = (_load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS),)
         new_grads = ()
         new_bias_grads = ()
         for layer in tl.static_range(DEPTH - 1, -1, -1):
-            grad = tl.dot(
-                tl.trans(delta), inputs[layer], grads[DEPTH - 1 - layer], input_precision="ieee"
-            )
-            new_grads += (grad,)
-            new_bias_grads += (bias_grads[DEPTH - 1 - layer] + delta,)
+            delta = deltas[DEPTH - 1 - layer]
+            new_bias_grads += (_add_rows(bias_grads[DEPTH - 1 - layer], delta),)
+            if not DEEP:
+                grad = _add_product(grads[DEPTH - 1 - layer], delta, inputs[layer])
+                new_grads += (grad,)
             if layer > 0:
                 matrix = _load_weight(
                     weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES
                 )
                 delta = tl.dot(delta, matrix, input_precision="ieee")
-                delta = deactivate(delta, inputs[layer], ACTIVATION)
+                deltas += (deactivate(delta, inputs[layer], ACTIVATION),)
+        if DEEP:
+            for layer in tl.static_range(DEPTH - 1, -1, -1):
+                delta = deltas[DEPTH - 1 - layer]
+                grad = _add_product(grads[DEPTH - 1 - layer], delta, inputs[layer])
+                new_grads += (grad,)
         grads = new_grads
         bias_grads = new_bias_grads
         x += ROWS * x_row
@@ -319,6 +353,9 @@ def backward_kernel(
         grad = grads[DEPTH - 1 - layer]
         bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
         if start is None:
+            # Plus 0, as the compiler cannot know: else registers keep through the loop what the
+            # loads of the weights found of their entries.
+            row += (samples < 0).to(tl.int32)
             col = tl.arange(0, BLOCKS[layer])[None, :]
             inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
             entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
@@ -425,11 +462,24 @@ COMPILE_CASES = [
     for kernel in ("forward", "backward")
     for sizes, activation, masked in (
         ((4, 64, 64, 2), "tanh", True),
+        ((4, 64, 64, 2), "relu", True),
         ((4, 64, 64, 1), "tanh", False),
         ((64, 64, 64, 64), "relu", True),
+        ((61, 61, 61, 61), "tanh", False),
         ((17, 64, 64, 64, 6), "tanh", True),
+        ((17, 61, 61, 61, 6), "relu", True),
+        ((64, 64, 64, 64, 64), "tanh", True),
+        ((64, 64, 64, 64, 64), "relu", True),
+        ((64, 64, 64, 64, 64), "tanh", False),
+        ((64, 64, 64, 64, 64), "relu", False),
+        # Rows that begin anywhere, and not all of which do: what came closest to spilling.
+        ((61, 61, 64, 61, 61), "tanh", True),
+        ((61, 61, 64, 61, 61), "relu", True),
+        ((61, 61, 64, 61, 61), "tanh", False),
+        ((33, 64, 47, 64, 64), "tanh", False),
         ((10, 32, 3), "relu", True),
         ((32, 32, 32, 32, 32), "tanh", True),
+        ((32, 32, 32, 32, 32), "relu", True),
     )
     for launch in launches(Geometry.of_sizes(sizes, masked=masked).blocks, packed=False)
 ]

@@ -8,7 +8,6 @@ CUDA graph finds them where it left them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import triton
@@ -25,13 +24,7 @@ __all__ = ["COMPILE_CASES", "Rows", "backward", "choose", "describe", "forward"]
 COMPILE_CASES = passes_gpu.COMPILE_CASES
 
 FUSED_WIDTH = 64
-"""Widest network whose activations stay in registers."""
-
-FUSED_WEIGHTS = 3 * 64 * 64
-"""Most weights, counted in whole tiles, whose gradients stay in registers.
-
-Four such layers spill with 8 warps and, on Hopper and Blackwell, with 16.
-"""
+"""Widest network whose activations, and the gradients of whose weights, stay in registers."""
 
 FUSED_DEPTH = 4
 """Most layers of a fused network: it is unrolled, and takes that long to compile."""
@@ -59,19 +52,17 @@ def choose(net: Net, precision: str, *, to_input: bool = False, packed: bool = F
         return Route("layers", "layers")
     if precision != "ieee" or not _is_narrow(net):
         return Route("walk", "split")
-    return Route("fused", "split" if to_input or not _fits(net, packed) else "fused")
+    return Route("fused", "split" if to_input or (packed and not _fits_packed(net)) else "fused")
 
 
 def _is_narrow(net: Net) -> bool:
-    """Whether registers hold a sample's way through the network."""
+    """Whether registers hold a sample's way through the network, and the weights' gradients."""
     return max(net.sizes) <= FUSED_WIDTH and net.depth <= FUSED_DEPTH
 
 
-def _fits(net: Net, packed: bool) -> bool:
-    """Whether registers hold the gradients of a narrow network."""
-    if packed and (net.depth > PACKED_DEPTH[net.activation] or net.sizes[-1] > PACKED_OUTPUT):
-        return False
-    return sum(inp * out for inp, out in pairwise(Geometry.of(net, 0).blocks)) <= FUSED_WEIGHTS
+def _fits_packed(net: Net) -> bool:
+    """Whether registers hold the gradients of a narrow network beside packed tiles."""
+    return net.depth <= PACKED_DEPTH[net.activation] and net.sizes[-1] <= PACKED_OUTPUT
 
 
 def describe(net: Net, precision: str, *, to_input: bool = False, packed: bool = False) -> str:

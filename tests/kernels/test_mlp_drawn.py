@@ -15,9 +15,12 @@ from sparse_tickets.kernels.mlp import mlp, reference
 TOLERANCE = 32 * torch.finfo(torch.float32).eps
 
 networks = st.lists(st.integers(1, 20), min_size=2, max_size=5).map(tuple)
+in_registers = st.lists(st.integers(1, 64), min_size=4, max_size=5).map(tuple)
 
 
-def _assert_equals_float64(backend, sizes, activation, tickets, samples, density, seed) -> None:
+def _assert_equals_float64(
+    backend, sizes, activation, tickets, samples, density, seed, to_input=True
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     arena = Arena.build(sizes, activation=activation)
     weight = torch.randn(tickets, arena.size, generator=generator) / max(sizes) ** 0.5
@@ -27,27 +30,34 @@ def _assert_equals_float64(backend, sizes, activation, tickets, samples, density
     if backend == "triton" and torch.cuda.is_available():
         weight, mask, x, dy = (tensor.cuda() for tensor in (weight, mask, x, dy))
 
-    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    def differentiate(network, *leaves, dy):
+        y = network(*leaves)
+        wanted = leaves if to_input else leaves[:1]
+        return y, *torch.autograd.grad(y, wanted, dy)
+
+    leaves = weight.clone().requires_grad_(), x.clone().requires_grad_(to_input)
     with use_backend(backend):
-        y = mlp(*leaves, arena.actor, mask, density=density)
-        found = (y, *torch.autograd.grad(y, leaves, dy))
-    exact = x.double().requires_grad_(), weight.double().requires_grad_()
-    y = reference.mlp(*exact, arena.actor, mask)
-    expected = (y, *torch.autograd.grad(y, exact, dy.double()))
+        found = differentiate(
+            lambda weight, x: mlp(x, weight, arena.actor, mask, density=density), *leaves, dy=dy
+        )
+    exact = weight.double().requires_grad_(), x.double().requires_grad_(to_input)
+    expected = differentiate(
+        lambda weight, x: reference.mlp(x, weight, arena.actor, mask), *exact, dy=dy.double()
+    )
     for ours, theirs in zip(found, (tensor.detach() for tensor in expected), strict=True):
         scale = float(theirs.abs().max()) if theirs.numel() else 1.0
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCE * max(scale, 1e-2))
-    assert not found[2][:, : arena.prunable][~mask].any()
+    assert not found[1][:, : arena.prunable][~mask].any()
 
 
-drawn = given(
-    sizes=networks,
-    activation=st.sampled_from(["tanh", "relu"]),
-    tickets=st.integers(0, 3),
-    samples=st.sampled_from([0, 1, 5, 33]),
-    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    seed=st.integers(0, 99),
-)
+others = {
+    "activation": st.sampled_from(["tanh", "relu"]),
+    "tickets": st.integers(0, 3),
+    "samples": st.sampled_from([0, 1, 5, 33]),
+    "density": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    "seed": st.integers(0, 99),
+}
+drawn = given(sizes=networks, **others)
 
 
 @drawn
@@ -61,3 +71,11 @@ def test_on_the_cpu(**shape) -> None:
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_in_triton(**shape) -> None:
     _assert_equals_float64("triton", **shape)
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+@given(sizes=in_registers, **others)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_in_registers_in_triton(**shape) -> None:
+    """Without the input's gradient, in one launch."""
+    _assert_equals_float64("triton", **shape, to_input=False)

@@ -22,6 +22,9 @@ PRECISE = ("tf32x3",) if DEVICE == "cuda" else ("tf32", "tf32x3")
 THREE = ((3, 9, 2), (3, 70, 2), (3, 130, 2))
 """A network for each route: in registers, through memory, by layers."""
 
+DEEP = (33, 64, 47, 64, 64)
+"""As many layers as registers hold, and almost as wide."""
+
 
 def population(sizes, density=0.5, *, tickets=2, samples=37, activation="tanh", critic=None):
     generator = torch.Generator().manual_seed(sum(sizes) + samples)
@@ -88,6 +91,10 @@ def _poisoned(monkeypatch):
         ((20, 30), "tanh", True),
         ((1, 1), "relu", True),
         ((90, 33, 7), "relu", False),
+        ((64, 64, 64, 64, 64), "tanh", False),
+        ((64, 64, 64, 64, 64), "relu", False),
+        ((33, 64, 47, 64, 64), "tanh", False),
+        ((17, 61, 61, 61, 6), "relu", False),
         ((4, 70, 2), "tanh", True),
         ((4, 130, 9, 3), "relu", False),
         ((3, 5, 4, 4, 6, 130), "tanh", True),
@@ -200,6 +207,22 @@ def test_given_outputs_are_written(sizes):
         assert tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0, None])
+def test_deep_networks_in_registers(density, activation):
+    """With and without a mask; a ticket's gradients are the same alone, and every time."""
+    net, weight, mask, x, dy = population(DEEP, density or 1.0, samples=70, activation=activation)
+    if density is None:
+        mask = None
+    elif density == 0:
+        mask.zero_()
+    assert_equals_float64(net, weight, mask, x, dy, to_input=False)
+    whole = gpu.backward(dy, x, weight, net, mask)[1]
+    alone = gpu.backward(dy[1:], x[1:], weight[1:], net, None if mask is None else mask[1:])[1]
+    assert torch.equal(alone[0], whole[1])
+    assert torch.equal(gpu.backward(dy, x, weight, net, mask)[1], whole)
+
+
 def test_a_mask_changed_before_the_backward_pass_raises():
     net, weight, mask, x, _ = population((3, 9, 2))
     weight.requires_grad_()
@@ -250,7 +273,8 @@ def test_routes():
     assert route(4, 64, 64, 2) == ("fused", "fused")
     assert route(17, 64, 64, 64, 6) == ("fused", "fused")
     assert route(4, 64, 64, 2, to_input=True) == ("fused", "split")
-    assert route(64, 64, 64, 64, 64) == ("fused", "split")
+    assert route(64, 64, 64, 64, 64) == ("fused", "fused")
+    assert route(64, 64, 64, 64, 64, to_input=True) == ("fused", "split")
     assert route(4, 64, 64, 2, precision="tf32x3") == ("walk", "split")
     assert route(4, 128, 128, 2) == ("walk", "split")
     assert route(4, 256, 256, 2) == ("layers", "layers")
