@@ -7,14 +7,15 @@ from itertools import pairwise
 from ..arena import Arena, Net
 from ..cost import Cost
 
-__all__ = ["loss", "training_step", "update", "weights"]
+__all__ = ["gradient", "loss", "training_step", "update", "weights"]
 
 
 def loss(tickets: int, samples: int, actions: int, *, continuous: bool = False) -> Cost:
     """Loss, statistics and gradients with respect to both heads, of one minibatch.
 
-    Per sample and action 12 operations of a softmax, its entropy and their gradients (11 of a
-    Gaussian's), and per sample 40 of ratio, clipping, value loss and sums.
+    A launch of its own where networks are too wide for `gradient`. Per sample and action 12
+    operations of a softmax, its entropy and their gradients (11 of a Gaussian's), and per sample
+    40 of ratio, clipping, value loss and sums.
 
     Args:
         tickets: P.
@@ -27,6 +28,25 @@ def loss(tickets: int, samples: int, actions: int, *, continuous: bool = False) 
     # Heads in and gradients out; an index, four numbers and the action of each sample.
     moved = samples * (2 * 4 * (actions + 1) + 8 + 4 * 4 + action)
     return Cost(float(tickets * flops), float(tickets * moved))
+
+
+def gradient(arena: Arena, tickets: int, samples: int) -> Cost:
+    """Gradient of a minibatch's loss for every parameter, heads and activations on the chip.
+
+    The launch of narrow networks: it reads the samples through indices, and computes entries off
+    the mask, too. The rows of its stretches count as one.
+
+    Args:
+        arena: actor and critic.
+        tickets: P.
+        samples: of a ticket's minibatch.
+    """
+    continuous = arena.log_std is not None
+    actions = arena.actor.sizes[-1]
+    heads = loss(1, samples, actions, continuous=continuous)
+    flops = samples * sum(training_step(net, 1.0) for net in arena.nets) + heads.flops
+    moved = samples * (8 + _sample(arena)) + 2 * 4 * arena.size
+    return Cost(tickets * flops, float(tickets * moved))
 
 
 def update(
@@ -53,12 +73,17 @@ def update(
     steps = epochs * minibatches
     heads = loss(1, samples, arena.actor.sizes[-1], continuous=arena.log_std is not None)
     adam = 16 * numbers
-    # An observation, four numbers and an action; 7 rows of parameters as in `update.cost.adam`.
-    read = samples * (4 * (arena.actor.sizes[0] + 4) + 8)
+    # 7 rows of parameters as in `update.cost.adam`.
     return Cost(
         tickets * (epochs * (flops + heads.flops) + steps * adam),
-        tickets * (epochs * read + steps * 7 * 4 * numbers),
+        tickets * (epochs * samples * _sample(arena) + steps * 7 * 4 * numbers),
     )
+
+
+def _sample(arena: Arena) -> int:
+    """Bytes of an observation, four numbers and an action."""
+    action = 8 if arena.log_std is None else 4 * arena.actor.sizes[-1]
+    return 4 * (arena.actor.sizes[0] + 4) + action
 
 
 def weights(net: Net) -> int:

@@ -291,3 +291,9 @@ def test_costs_by_hand() -> None:
     half = cost.update(arena, 3, 20, epochs=2, minibatches=4, density=0.5)
     saved = 2 * 20 * (6 * 48 - 64) / 2 + 8 * 16 * 24
     assert half.flops == found.flops - 3 * saved
+    step = cost.gradient(arena, 3, 20)
+    assert step.flops == 3 * 20 * (actor + critic + 24 + 40)
+    assert step.bytes == 3 * (20 * (8 + 4 * 8 + 8) + 8 * numbers)
+    continuous = Arena.build((4, 8, 2), (4, 8, 1), continuous=True)
+    step = cost.gradient(continuous, 3, 20)
+    assert step.bytes == 3 * (20 * (8 + 4 * 8 + 8) + 8 * (numbers + 2))

@@ -38,7 +38,7 @@ def _batch(tickets: int, samples: int, actions: int, continuous: bool) -> Batch:
         normal(tickets, samples, 4),
         normal(tickets, samples, actions) if continuous else action,
         # Wide enough that ratios are clipped on both sides.
-        normal(tickets, samples) - 1.5 * actions,
+        normal(tickets, samples) - 1.5 * min(actions, 8),
         *(normal(tickets, samples) for _ in range(3)),
     )
 
@@ -165,14 +165,17 @@ ARENAS = {
     "discrete": Arena.build((4, 7, 6, 3), (4, 6, 1)),
     "continuous": Arena.build((4, 7, 6, 3), (4, 6, 1), continuous=True),
     "no hidden layer": Arena.build((4, 3), (4, 1), continuous=True),
-    "relu": Arena.build((4, 40, 33, 3), (4, 35, 1), activation="relu"),
+    "relu": Arena.build((4, 31, 17, 3), (4, 32, 1), activation="relu"),
+    "width 64": Arena.build((4, 40, 33, 3), (4, 35, 1)),
     "tiles are full": Arena.build((4, 64, 64, 16), (4, 64, 64, 1), continuous=True),
     "critic pruned": Arena.build((4, 8, 3), (4, 33, 9, 1), prune_critic=True),
     "wide": Arena.build((4, 7, 6, 3), (4, 70, 1)),
     "wide, continuous": Arena.build((4, 70, 3), (4, 6, 1), continuous=True),
     "deep": Arena.build((4, 40, 9, 9, 3), (4, 6, 1)),
+    "many outputs": Arena.build((4, 8, 33), (4, 6, 1)),
+    "wider relu": Arena.build((4, 40, 3), (4, 6, 1), activation="relu"),
 }
-SPLIT = ("wide", "wide, continuous", "deep")
+SPLIT = ("wide", "wide, continuous", "deep", "many outputs", "wider relu")
 """Those with launches of their own for each network and the loss."""
 
 

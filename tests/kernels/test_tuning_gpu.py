@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ pytest.importorskip("triton")
 
 from sparse_tickets.kernels.imitation import loss_gpu as cloning_gpu
 from sparse_tickets.kernels.mlp import fused_gpu, split_gpu
+from sparse_tickets.kernels.ppo import fused_gpu as ppo_gpu
 from sparse_tickets.kernels.ppo import loss_gpu
 from sparse_tickets.kernels.prune import gpu as prune_gpu
 from sparse_tickets.kernels.rollout import gpu as rollout_gpu
@@ -93,10 +94,9 @@ def _rollout(dtype: torch.dtype) -> list[Tensor]:
     return [*(field.to(dtype) for field in outcome), last.to(dtype)]
 
 
-def _ppo(dtype: torch.dtype) -> list[Tensor]:
-    arena, weight, mask = _population((4, 9, 2))
+def _ppo(dtype: torch.dtype, hidden: int = 9, samples: int = 40) -> list[Tensor]:
+    arena, weight, mask = _population((4, hidden, 2))
     parameters = _parameters(arena, weight.clone(), mask, dtype)
-    samples = 40
     action = torch.randint(0, 2, (2, samples), generator=_generator())
     fields = (torch.randn(2, samples, generator=_generator()) - 1 for _ in range(4))
     obs = torch.randn(2, samples, 4, generator=_generator())
@@ -171,7 +171,9 @@ CASES: dict[str, tuple[Any, str, Callable]] = {
         split_gpu, "gradient_kernel", _network((3, 70, 2), 20, packed=True)),
     "rollout.act": (rollout_gpu, "_act_kernel", _rollout),
     "rollout.judge": (policy_gpu, "_judge_kernel", _rollout),
-    "ppo.loss": (loss_gpu, "_loss_kernel", _ppo),
+    "ppo.gradient": (ppo_gpu, "gradient_kernel", _ppo),
+    "ppo.stretch": (ppo_gpu, "gradient_kernel", partial(_ppo, samples=100)),
+    "ppo.loss": (loss_gpu, "_loss_kernel", partial(_ppo, hidden=70)),
     "imitation.loss": (cloning_gpu, "_loss_kernel", _clone),
     "update.norm": (update_gpu, "_norm_kernel", _adam),
     "update.adam": (update_gpu, "_adam_kernel", _adam),

@@ -203,6 +203,24 @@ def test_triton_norm_of_a_row_with_several_blocks_per_partial_sum(monkeypatch):
     close(rows["weight"], exact["weight"])
 
 
+@pytest.mark.parametrize("stretches", [1, 2, 5])
+def test_triton_adds_stretches_of_a_gradient(stretches):
+    gpu = pytest.importorskip("sparse_tickets.kernels.update.gpu")
+    rows = population(3, 2100, 1050)
+    exact = {name: row.double() if row.is_floating_point() else row for name, row in rows.items()}
+    exact["step"] = rows["step"].clone()
+    grad = torch.stack([gradient(rows, seed=i) for i in range(stretches)], 1)
+    expected = on("reference", adam_, grad=grad.double().sum(1), **exact)
+    norm = torch.full((3,), torch.nan)
+    arguments = {"grad": grad, **rows, "count": None, "norm_partials": None, "norm": norm}
+    numbers = {"max_norm": 0.5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
+    assert on("triton", gpu.adam_, **arguments, **numbers) is norm
+    close(norm, expected)
+    for name in ("weight", "m", "v"):
+        close(rows[name], exact[name])
+    assert torch.equal(rows["step"], exact["step"])
+
+
 @pytest.mark.parametrize("spans", [((0, 0),), ((0, 37),), ((3, 5), (20, 31)), ((23, 24), (36, 37))])
 def test_triton_leaves_frozen_spans_alone(spans):
     gpu = pytest.importorskip("sparse_tickets.kernels.update.gpu")
