@@ -32,7 +32,11 @@ __all__ = [
     "case",
     "deactivate",
     "forward_kernel",
+    "hidden_layers",
     "launches",
+    "load_bias",
+    "load_weight",
+    "zeros",
 ]
 
 
@@ -70,7 +74,7 @@ def deactivate(delta, y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
     return tl.zeros((ROWS, COLS), dtype=tl.float32)
 
 
@@ -83,7 +87,7 @@ def _load_rows(source, stride, left, SIZE: tl.constexpr, BLOCK: tl.constexpr, RO
 
 
 @triton.jit
-def _load_weight(
+def load_weight(
     weight,
     mask,
     start,
@@ -111,13 +115,13 @@ def _load_weight(
 
 
 @triton.jit
-def _load_bias(bias, BEGIN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr):
+def load_bias(bias, BEGIN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr):
     col = tl.arange(0, BLOCK)
     return tl.load(bias + BEGIN + col, mask=col < OUT, other=0.0)[None, :]
 
 
 @triton.jit
-def _hidden_layers(
+def hidden_layers(
     x,
     weight,
     mask,
@@ -141,8 +145,8 @@ def _hidden_layers(
     for layer in tl.static_range(DEPTH - 1):
         if APART and layer > 0:
             tl.debug_barrier()
-        matrix = _load_weight(weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
-        shift = _load_bias(bias, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
+        matrix = load_weight(weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
+        shift = load_bias(bias, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
         total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + shift
         inputs += (activate(total, ACTIVATION),)
     return inputs
@@ -194,7 +198,7 @@ def forward_kernel(
     y += (ticket * samples + begin) * SIZES[DEPTH]
 
     tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
-    inputs = _hidden_layers(
+    inputs = hidden_layers(
         tile,
         weight,
         mask,
@@ -213,8 +217,8 @@ def forward_kernel(
     if DEEP or start is not None:
         # Else the compiler expands the last tile early, and spills.
         tl.debug_barrier()
-    matrix = _load_weight(weight, mask, start, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
-    shift = _load_bias(bias, BIASES[DEPTH - 1], SIZES[DEPTH], BLOCKS[DEPTH])
+    matrix = load_weight(weight, mask, start, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
+    shift = load_bias(bias, BIASES[DEPTH - 1], SIZES[DEPTH], BLOCKS[DEPTH])
     total = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + shift
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCKS[DEPTH])[None, :]
@@ -235,6 +239,45 @@ def _add_rows(total, delta):
     return total + delta
 
 
+# Functions of their own: beside them the compiler schedules the loop for more registers than it has.
+
+
+@triton.jit(noinline=True)
+def _expand(
+    dense,
+    values,
+    bits,
+    start,
+    OUT: tl.constexpr,
+    INP: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+):
+    """Write a layer's packed weights as a matrix ``[OUT, INP]``."""
+    row = tl.arange(0, TILE_OUT)[:, None]
+    col = tl.arange(0, TILE_IN)[None, :]
+    tile = load_packed_tile(values, bits, start, 0, TILE_OUT, TILE_IN)
+    tl.store(dense + row * INP + col, tile, mask=(row < OUT) & (col < INP))
+
+
+@triton.jit(noinline=True)
+def _pack(
+    dense,
+    values,
+    bits,
+    start,
+    OUT: tl.constexpr,
+    INP: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+):
+    """Write the supported entries of a matrix ``[OUT, INP]``."""
+    row = tl.arange(0, TILE_OUT)[:, None]
+    col = tl.arange(0, TILE_IN)[None, :]
+    tile = tl.load(dense + row * INP + col, mask=(row < OUT) & (col < INP), other=0.0)
+    store_packed_tile(values, bits, start, 0, tile, TILE_OUT, TILE_IN)
+
+
 @triton.jit
 def backward_kernel(
     dy,
@@ -243,6 +286,7 @@ def backward_kernel(
     mask,
     start,
     bias,
+    expanded,
     target,
     bias_target,
     samples,
@@ -263,6 +307,7 @@ def backward_kernel(
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
     TILES: tl.constexpr,
+    EXPANDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -278,6 +323,8 @@ def backward_kernel(
     # All deltas come before all gradients then: between two deltas, the compiler fills registers
     # with operands of a gradient, and with four layers it spills others for them.
     DEEP: tl.constexpr = DEPTH > 3
+    OFFSETS: tl.constexpr = WEIGHTS if start is None else EXPANDED
+    SUPPORTED: tl.constexpr = MASKED if start is None else (False,) * DEPTH
     ticket = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     weight += ticket * weight_ticket
@@ -289,6 +336,22 @@ def backward_kernel(
     begin = split * stretch
     x += ticket * x_ticket + begin.to(tl.int64) * x_row
     dy += ticket * dy_ticket + begin.to(tl.int64) * dy_row
+    place = ticket * tl.num_programs(1) + split
+    matrices, support = weight, mask
+    if start is not None:
+        matrices, support = expanded + place * EXPANDED[DEPTH], None
+        for layer in tl.static_range(DEPTH):
+            _expand(
+                matrices + EXPANDED[layer],
+                weight,
+                mask + WEIGHTS[layer],
+                start + TILES[layer],
+                SIZES[layer + 1],
+                SIZES[layer],
+                BLOCKS[layer + 1],
+                BLOCKS[layer],
+            )
+        tl.debug_barrier()
 
     # From the output down, the order in which a tile adds to them. The bias's has a row for each of
     # the tile's, added up once at the end: a sum per tile would be one more barrier. Deep networks
@@ -296,28 +359,28 @@ def backward_kernel(
     grads = ()
     bias_grads = ()
     for layer in tl.static_range(DEPTH - 1, -1, -1):
-        grads += (_zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
+        grads += (zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
         if DEEP and layer < DEPTH - 1 and BLOCKS[layer + 1] == 64:
-            bias_grads += (_zeros(ROWS // 2, BLOCKS[layer + 1]),)
+            bias_grads += (zeros(ROWS // 2, BLOCKS[layer + 1]),)
         else:
-            bias_grads += (_zeros(ROWS, BLOCKS[layer + 1]),)
+            bias_grads += (zeros(ROWS, BLOCKS[layer + 1]),)
 
     for done in range(begin, tl.minimum(begin + stretch, samples), ROWS):
         left = samples - done
         tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
-        inputs = _hidden_layers(
+        inputs = hidden_layers(
             tile,
-            weight,
-            mask,
-            start,
+            matrices,
+            support,
+            None,
             bias,
             DEPTH,
             SIZES,
             BLOCKS,
-            WEIGHTS,
+            OFFSETS,
             BIASES,
-            MASKED,
-            TILES,
+            SUPPORTED,
+            None,
             ACTIVATION,
         )
         deltas = (_load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS),)
@@ -330,8 +393,8 @@ def backward_kernel(
                 grad = _add_product(grads[DEPTH - 1 - layer], delta, inputs[layer])
                 new_grads += (grad,)
             if layer > 0:
-                matrix = _load_weight(
-                    weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES
+                matrix = load_weight(
+                    matrices, support, None, layer, SIZES, BLOCKS, OFFSETS, SUPPORTED, None
                 )
                 delta = tl.dot(delta, matrix, input_precision="ieee")
                 deltas += (deactivate(delta, inputs[layer], ACTIVATION),)
@@ -345,28 +408,41 @@ def backward_kernel(
         x += ROWS * x_row
         dy += ROWS * dy_row
 
-    place = ticket * tl.num_programs(1) + split
     target += place * target_row
     bias_target += place * bias_target_row
+    if start is not None:
+        # From here on they hold the gradient: nobody reads the weights any more.
+        tl.debug_barrier()
     for layer in tl.static_range(DEPTH):
         row = tl.arange(0, BLOCKS[layer + 1])
         grad = grads[DEPTH - 1 - layer]
         bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
+        # Plus 0, as the compiler cannot know: else registers keep through the loop what the
+        # loads of the weights found of their entries.
+        row += (samples < 0).to(tl.int32)
+        col = tl.arange(0, BLOCKS[layer])[None, :]
+        inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
+        entry = OFFSETS[layer] + row[:, None] * SIZES[layer] + col
         if start is None:
-            # Plus 0, as the compiler cannot know: else registers keep through the loop what the
-            # loads of the weights found of their entries.
-            row += (samples < 0).to(tl.int32)
-            col = tl.arange(0, BLOCKS[layer])[None, :]
-            inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
-            entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
             if MASKED[layer]:
                 grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
             tl.store(target + entry, grad, mask=inside)
         else:
-            bits = mask + WEIGHTS[layer]
-            first = start + TILES[layer]
-            store_packed_tile(target, bits, first, 0, grad, BLOCKS[layer + 1], BLOCKS[layer])
+            tl.store(matrices + entry, grad, mask=inside)
         tl.store(bias_target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
+    if start is not None:
+        tl.debug_barrier()
+        for layer in tl.static_range(DEPTH):
+            _pack(
+                matrices + EXPANDED[layer],
+                target,
+                mask + WEIGHTS[layer],
+                start + TILES[layer],
+                SIZES[layer + 1],
+                SIZES[layer],
+                BLOCKS[layer + 1],
+                BLOCKS[layer],
+            )
 
 
 @dataclass(frozen=True)
@@ -443,6 +519,12 @@ def case(
         constexprs["start"] = None
     else:
         signature["start"] = "*i32:16"
+    if kernel == "backward":
+        constexprs["EXPANDED"] = geometry.expanded
+        if geometry.tiles is None:
+            constexprs["expanded"] = None
+        else:
+            signature["expanded"] = "*fp32:16"
     name = f"{kernel}_{'_'.join(map(str, geometry.sizes))}_{activation}{suffix}"
     if launch != _DEFAULT:
         name += f"_rows{launch.rows}_warps{launch.warps}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..arena import Arena, Net
 from ..compile import Case
 from ..mlp import fused_gpu as mlp
-from ..mlp.fused_gpu import _hidden_layers, _load_bias, _load_weight, _zeros, deactivate
+from ..mlp.fused_gpu import deactivate, hidden_layers, load_bias, load_weight, zeros
 from ..mlp.geometry import Geometry
 from ..mlp.passes_gpu import FUSED_STRETCH, Stretch, cut
 from ..tuning import prefer
@@ -112,15 +112,15 @@ def _learn(
     grads = ()
     bias_grads = ()
     for layer in tl.static_range(DEPTH - 1, -1, -1):
-        grads += (_zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
-        bias_grads += (_zeros(ROWS, BLOCKS[layer + 1]),)
+        grads += (zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
+        bias_grads += (zeros(ROWS, BLOCKS[layer + 1]),)
 
     begin = split * stretch
     for done in range(begin, tl.minimum(begin + stretch, count), ROWS):
         inside = done + lane < count
         index = tl.load(order + ticket * samples + first + done + lane, mask=inside, other=0)
         tile = _load_rows(obs, ticket * samples + index, inside, SIZES[0], BLOCKS[0])
-        inputs = _hidden_layers(
+        inputs = hidden_layers(
             tile,
             weight,
             None,
@@ -135,8 +135,8 @@ def _learn(
             None,
             ACTIVATION,
         )
-        matrix = _load_weight(weight, None, None, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, None)
-        shift = _load_bias(weight, BIASES[DEPTH - 1], OUT, WIDE)
+        matrix = load_weight(weight, None, None, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, None)
+        shift = load_bias(weight, BIASES[DEPTH - 1], OUT, WIDE)
         output = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + shift
         if ACTOR:
             delta, by_spread, policy, entropy, kl, clipped = policy_loss(
@@ -190,7 +190,7 @@ def _learn(
             new_grads += (grad,)
             new_bias_grads += (bias_grads[DEPTH - 1 - layer] + delta,)
             if layer > 0:
-                matrix = _load_weight(
+                matrix = load_weight(
                     weight, None, None, layer, SIZES, BLOCKS, WEIGHTS, MASKED, None
                 )
                 delta = tl.dot(delta, matrix, input_precision="ieee")
