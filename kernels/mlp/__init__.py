@@ -85,10 +85,11 @@ def mlp_packed(
 ) -> Tensor:
     """`mlp` by packed weights; their gradient arrives packed as well.
 
-    Gradients by parameters that do not belong to `net` are exactly zero. On a GPU no dense weight
-    reaches memory, nor a dense gradient; which launches run is told by `plan_packed`. A gradient
-    that may be differentiated again goes by `linear_packed`, layer by layer. Other backends unpack,
-    and call `mlp`.
+    Gradients by parameters that do not belong to `net` are exactly zero. On a GPU tiles are
+    expanded in registers; a backward pass in one launch lays them out in scratch of its own, which
+    L2 can hold while a program runs. Which launches run is told by `plan_packed`. A gradient that
+    may be differentiated again goes by `linear_packed`, layer by layer. Other backends unpack, and
+    call `mlp`.
 
     Args:
         x: ``[P, B, I]`` float32; float64 with the reference backend.

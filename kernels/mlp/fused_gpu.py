@@ -7,7 +7,9 @@ which `split_gpu` adds in order. No atomics: a result depends neither on P nor o
 
 Weights lie in rows of the arena, or packed (`packed_gpu` launches these): then ``weight`` is the
 values, ``mask`` the pattern's bits as octets, ``start`` what precedes each tile. A layer this
-narrow is one tile, so it is read as a whole either way.
+narrow is one tile, so it is read as a whole either way. Backward, where every tile of rows reads
+them again, a program first writes them out as matrices in scratch of its own, and packs its
+gradient from there: 4 bytes a weight and stretch, at most 64 KiB, which L2 holds while it runs.
 
 Dots on CUDA cores only: a tensor-core dot keeps its operands' fragments, and sm_80 spills.
 """
@@ -239,6 +241,45 @@ def _add_rows(total, delta):
     return total + delta
 
 
+# Not inlined: beside their code the compiler gives the loop more registers than there are.
+
+
+@triton.jit(noinline=True)
+def _expand(
+    dense,
+    values,
+    bits,
+    start,
+    OUT: tl.constexpr,
+    INP: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+):
+    """Write a layer's packed weights as a matrix ``[OUT, INP]``."""
+    row = tl.arange(0, TILE_OUT)[:, None]
+    col = tl.arange(0, TILE_IN)[None, :]
+    tile = load_packed_tile(values, bits, start, 0, TILE_OUT, TILE_IN)
+    tl.store(dense + row * INP + col, tile, mask=(row < OUT) & (col < INP))
+
+
+@triton.jit(noinline=True)
+def _pack(
+    dense,
+    values,
+    bits,
+    start,
+    OUT: tl.constexpr,
+    INP: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_IN: tl.constexpr,
+):
+    """Write the supported entries of a matrix ``[OUT, INP]``."""
+    row = tl.arange(0, TILE_OUT)[:, None]
+    col = tl.arange(0, TILE_IN)[None, :]
+    tile = tl.load(dense + row * INP + col, mask=(row < OUT) & (col < INP), other=0.0)
+    store_packed_tile(values, bits, start, 0, tile, TILE_OUT, TILE_IN)
+
+
 @triton.jit
 def backward_kernel(
     dy,
@@ -247,6 +288,7 @@ def backward_kernel(
     mask,
     start,
     bias,
+    expanded,
     target,
     bias_target,
     samples,
@@ -267,6 +309,7 @@ def backward_kernel(
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
     TILES: tl.constexpr,
+    EXPANDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -282,6 +325,8 @@ def backward_kernel(
     # All deltas come before all gradients then: between two deltas, the compiler fills registers
     # with operands of a gradient, and with four layers it spills others for them.
     DEEP: tl.constexpr = DEPTH > 3
+    OFFSETS: tl.constexpr = WEIGHTS if start is None else EXPANDED
+    SUPPORTED: tl.constexpr = MASKED if start is None else (False,) * DEPTH
     ticket = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     weight += ticket * weight_ticket
@@ -293,6 +338,22 @@ def backward_kernel(
     begin = split * stretch
     x += ticket * x_ticket + begin.to(tl.int64) * x_row
     dy += ticket * dy_ticket + begin.to(tl.int64) * dy_row
+    place = ticket * tl.num_programs(1) + split
+    matrices, support = weight, mask
+    if start is not None:
+        matrices, support = expanded + place * EXPANDED[DEPTH], None
+        for layer in tl.static_range(DEPTH):
+            _expand(
+                matrices + EXPANDED[layer],
+                weight,
+                mask + WEIGHTS[layer],
+                start + TILES[layer],
+                SIZES[layer + 1],
+                SIZES[layer],
+                BLOCKS[layer + 1],
+                BLOCKS[layer],
+            )
+        tl.debug_barrier()
 
     # From the output down, the order in which a tile adds to them. The bias's has a row for each of
     # the tile's, added up once at the end: a sum per tile would be one more barrier. Deep networks
@@ -311,17 +372,17 @@ def backward_kernel(
         tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
         inputs = hidden_layers(
             tile,
-            weight,
-            mask,
-            start,
+            matrices,
+            support,
+            None,
             bias,
             DEPTH,
             SIZES,
             BLOCKS,
-            WEIGHTS,
+            OFFSETS,
             BIASES,
-            MASKED,
-            TILES,
+            SUPPORTED,
+            None,
             ACTIVATION,
         )
         deltas = (_load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS),)
@@ -335,7 +396,7 @@ def backward_kernel(
                 new_grads += (grad,)
             if layer > 0:
                 matrix = load_weight(
-                    weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES
+                    matrices, support, None, layer, SIZES, BLOCKS, OFFSETS, SUPPORTED, None
                 )
                 delta = tl.dot(delta, matrix, input_precision="ieee")
                 deltas += (deactivate(delta, inputs[layer], ACTIVATION),)
@@ -349,28 +410,41 @@ def backward_kernel(
         x += ROWS * x_row
         dy += ROWS * dy_row
 
-    place = ticket * tl.num_programs(1) + split
     target += place * target_row
     bias_target += place * bias_target_row
+    if start is not None:
+        # From here on they hold the gradient: nobody reads the weights any more.
+        tl.debug_barrier()
     for layer in tl.static_range(DEPTH):
         row = tl.arange(0, BLOCKS[layer + 1])
         grad = grads[DEPTH - 1 - layer]
         bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
+        # Plus 0, as the compiler cannot know: else registers keep through the loop what the
+        # loads of the weights found of their entries.
+        row += (samples < 0).to(tl.int32)
+        col = tl.arange(0, BLOCKS[layer])[None, :]
+        inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
+        entry = OFFSETS[layer] + row[:, None] * SIZES[layer] + col
         if start is None:
-            # Plus 0, as the compiler cannot know: else registers keep through the loop what the
-            # loads of the weights found of their entries.
-            row += (samples < 0).to(tl.int32)
-            col = tl.arange(0, BLOCKS[layer])[None, :]
-            inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
-            entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
             if MASKED[layer]:
                 grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
             tl.store(target + entry, grad, mask=inside)
         else:
-            bits = mask + WEIGHTS[layer]
-            first = start + TILES[layer]
-            store_packed_tile(target, bits, first, 0, grad, BLOCKS[layer + 1], BLOCKS[layer])
+            tl.store(matrices + entry, grad, mask=inside)
         tl.store(bias_target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
+    if start is not None:
+        tl.debug_barrier()
+        for layer in tl.static_range(DEPTH):
+            _pack(
+                matrices + EXPANDED[layer],
+                target,
+                mask + WEIGHTS[layer],
+                start + TILES[layer],
+                SIZES[layer + 1],
+                SIZES[layer],
+                BLOCKS[layer + 1],
+                BLOCKS[layer],
+            )
 
 
 @dataclass(frozen=True)
@@ -447,6 +521,12 @@ def case(
         constexprs["start"] = None
     else:
         signature["start"] = "*i32:16"
+    if kernel == "backward":
+        constexprs["EXPANDED"] = geometry.expanded
+        if geometry.tiles is None:
+            constexprs["expanded"] = None
+        else:
+            signature["expanded"] = "*fp32:16"
     name = f"{kernel}_{'_'.join(map(str, geometry.sizes))}_{activation}{suffix}"
     if launch != _DEFAULT:
         name += f"_rows{launch.rows}_warps{launch.warps}"

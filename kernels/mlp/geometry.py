@@ -6,6 +6,7 @@ Of weights in a row of the arena, or of packed ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ..arena import Arena, Net
@@ -59,6 +60,11 @@ class Geometry:
     def blocks(self) -> tuple[int, ...]:
         """Each size as a tile takes it: a power of two that a dot accepts."""
         return tuple(max(16, 1 << (size - 1).bit_length()) for size in self.sizes)
+
+    @property
+    def expanded(self) -> tuple[int, ...]:
+        """Offset of each weight matrix where they follow each other, and how many weights."""
+        return 0, *accumulate(inp * out for inp, out in pairwise(self.sizes))
 
     @property
     def label(self) -> str:

@@ -29,30 +29,23 @@ FUSED_WIDTH = 64
 FUSED_DEPTH = 4
 """Most layers of a fused network: it is unrolled, and takes that long to compile."""
 
-PACKED_DEPTH = {"tanh": 3, "relu": 2}
-"""Most layers whose gradients stay in registers beside packed tiles; beyond it, they spill."""
-
-PACKED_OUTPUT = 32
-"""Widest output of the same."""
-
 WIDTH = 128
 """Widest network that one program walks through; beyond it a layer alone fills a GPU."""
 
 
-def choose(net: Net, precision: str, *, to_input: bool = False, packed: bool = False) -> Route:
+def choose(net: Net, precision: str, *, to_input: bool = False) -> Route:
     """The route of a network: a fixed function of its shape, the precision and what is asked.
 
     Args:
-        net: its sizes count, and the activation if packed.
+        net: its sizes count.
         precision: the fused kernels know ``ieee`` alone: on tensor cores they spill.
         to_input: whether the input's gradient is asked for, which the fused backward leaves out.
-        packed: whether the weights are.
     """
     if max(net.sizes) > WIDTH:
         return Route("layers", "layers")
     if precision != "ieee" or not _is_narrow(net):
         return Route("walk", "split")
-    return Route("fused", "split" if to_input or (packed and not _fits_packed(net)) else "fused")
+    return Route("fused", "split" if to_input else "fused")
 
 
 def _is_narrow(net: Net) -> bool:
@@ -60,14 +53,9 @@ def _is_narrow(net: Net) -> bool:
     return max(net.sizes) <= FUSED_WIDTH and net.depth <= FUSED_DEPTH
 
 
-def _fits_packed(net: Net) -> bool:
-    """Whether registers hold the gradients of a narrow network beside packed tiles."""
-    return net.depth <= PACKED_DEPTH[net.activation] and net.sizes[-1] <= PACKED_OUTPUT
-
-
 def describe(net: Net, precision: str, *, to_input: bool = False, packed: bool = False) -> str:
-    """The route in words; arguments as for `choose`."""
-    route = choose(net, precision, to_input=to_input, packed=packed)
+    """The route in words, of packed weights or others; else arguments as for `choose`."""
+    route = choose(net, precision, to_input=to_input)
     registers = "forward in one launch with activations in registers"
     if route.backward != "fused":
         registers += ", or in memory where a backward pass reads them"
@@ -84,7 +72,11 @@ def describe(net: Net, precision: str, *, to_input: bool = False, packed: bool =
     reason = f"{forward}; {backward}; width {max(net.sizes)}, {precision} products"
     if precision != "ieee" and _is_narrow(net):
         reason += ", for which tensor cores want the registers that would hold activations"
-    return f"{reason}; tiles expanded in registers" if packed else reason
+    if not packed:
+        return reason
+    if route.backward == "fused":
+        return f"{reason}; tiles expanded in registers, backward in scratch that L2 can hold"
+    return f"{reason}; tiles expanded in registers"
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,9 @@ def _backward_fused(
     tickets, samples, _ = x.shape
     splits, stretch = stretches
     geometry, activation = weights.geometry, weights.net.activation
+    expanded = None
+    if geometry.tiles is not None:
+        expanded = x.new_empty(tickets * splits, geometry.expanded[-1])
     launches = fused_gpu.launches(geometry.blocks, packed=geometry.tiles is not None)
     launch = _prefer_launch(launches, "fused_backward", x, geometry, activation)
     fused_gpu.backward_kernel[(tickets, splits)](
@@ -272,6 +275,7 @@ def _backward_fused(
         x,
         *weights.pointers,
         weights.bias,
+        expanded,
         *targets,
         samples,
         stretch,
@@ -283,6 +287,7 @@ def _backward_fused(
         weights.bias.stride(0),
         *(target.stride(0) for target in targets),
         **geometry.constexprs,
+        EXPANDED=geometry.expanded,
         BLOCKS=geometry.blocks,
         ACTIVATION=activation,
         **launch.constexprs,

@@ -201,13 +201,13 @@ def _backward_packed(
     return dx, packed, grad[:, dense.shape[1] :].clone()
 
 
-def _keeps(backend: Backend, net: Net, precision: str, to_input: bool, packed: bool) -> bool:
+def _keeps(backend: Backend, net: Net, precision: str, to_input: bool) -> bool:
     """Whether the backward pass reads the activations of the forward pass."""
     if backend != "triton":
         return False
     from . import gpu
 
-    return gpu.choose(net, precision, to_input=to_input, packed=packed).backward != "fused"
+    return gpu.choose(net, precision, to_input=to_input).backward != "fused"
 
 
 def _differentiably(
@@ -245,7 +245,7 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
         net, density, precision = call.form
         to_input, to_weight, *_ = ctx.needs_input_grad
-        keep = (to_input or to_weight) and _keeps(call.backend, net, precision, to_input, False)
+        keep = (to_input or to_weight) and _keeps(call.backend, net, precision, to_input)
         if call.direct:
             tensors = x.detach(), weight.detach(), mask
             y, hidden = _forward(call.backend, *tensors, net, density, precision, keep)
@@ -296,7 +296,7 @@ class _MlpPacked(torch.autograd.Function):
     ) -> Tensor:
         net, shapes, precision = call.form
         to_input, *_ = ctx.needs_input_grad
-        keep = any(ctx.needs_input_grad) and _keeps(call.backend, net, precision, to_input, True)
+        keep = any(ctx.needs_input_grad) and _keeps(call.backend, net, precision, to_input)
         if call.direct:
             tensors = x.detach(), values.detach(), bits, start, rest.detach()
             y, hidden = _forward_packed(call.backend, *tensors, net, shapes, precision, keep)

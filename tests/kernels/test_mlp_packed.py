@@ -99,6 +99,8 @@ def assert_equals_float64(backend, *problem, **options):
         ((1, 1), "relu"),
         ((3, 64, 2), "relu"),
         ((3, 17, 33, 5), "tanh"),
+        ((33, 64, 47, 64, 60), "relu"),
+        ((64, 64, 64, 64, 64), "tanh"),
     ],
 )
 def test_forward_and_gradients_equal_float64(sizes, activation, backend):
@@ -330,15 +332,13 @@ def test_plan_says_what_runs():
     for backend in ("cpu", "reference"):
         assert reason(backend, 4, 64, 64, 2).startswith("unpacked for every call, then as mlp: ")
     if has_triton():
-        assert "that recomputes them" in reason("triton", 4, 64, 64, 2)
-        for sizes, options in (
-            ((17, 64, 64, 64, 6), {}),
-            ((4, 64, 33), {}),
-            ((4, 64, 2), {"to_input": True}),
-        ):
-            found = reason("triton", *sizes, **options)
-            assert "in registers, or in memory where a backward pass reads them" in found
-            assert "a launch for the deltas" in found
+        for sizes in ((4, 64, 64, 2), (64, 64, 64, 64, 64)):
+            found = reason("triton", *sizes)
+            assert "that recomputes them" in found
+            assert found.endswith("backward in scratch that L2 can hold")
+        found = reason("triton", 4, 64, 2, to_input=True)
+        assert "in registers, or in memory where a backward pass reads them" in found
+        assert "a launch for the deltas" in found
         walked = "forward in one launch with activations in memory"
         assert reason("triton", 4, 128, 2).startswith(walked)
         assert reason("triton", 4, 64, 2, precision="tf32").startswith(walked)
@@ -350,16 +350,14 @@ def test_plan_says_what_runs():
 def test_routes():
     from sparse_tickets.kernels.mlp import gpu
 
-    def route(*sizes, precision="ieee", activation="tanh", to_input=False):
-        net = Arena.build(sizes, activation=activation).actor
-        chosen = gpu.choose(net, precision, to_input=to_input, packed=True)
+    def route(*sizes, precision="ieee", to_input=False):
+        chosen = gpu.choose(Arena.build(sizes).actor, precision, to_input=to_input)
         return chosen.forward, chosen.backward
 
     assert route(4, 64, 64, 2) == ("fused", "fused")
     assert route(4, 64, 64, 2, to_input=True) == ("fused", "split")
-    assert route(4, 64, 64, 2, activation="relu") == ("fused", "split")
-    assert route(17, 64, 64, 64, 6) == ("fused", "split")
-    assert route(4, 64, 33) == ("fused", "split")
+    assert route(64, 64, 64, 64, 64) == ("fused", "fused")
+    assert route(64, 64, 64, 64, 64, 64) == ("walk", "split")
     assert route(4, 64, 64, 2, precision="tf32x3") == ("walk", "split")
     assert route(4, 128, 128, 2) == ("walk", "split")
     assert route(4, 256, 256, 2) == ("layers", "layers")
