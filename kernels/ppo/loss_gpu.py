@@ -47,7 +47,9 @@ def _gather(field, ticket, samples, index, inside):
     return tl.load(field + ticket * samples + index, mask=inside, other=0.0)
 
 
-@triton.jit
+# Not inlined: with it in the same function, the compiler gives the loop over the tiles of
+# `fused_gpu.gradient_kernel` twice the registers, or more than there are.
+@triton.jit(noinline=True)
 def standardise(advantage, order, ticket, samples, first, count, BLOCK: tl.constexpr):
     """Mean and unbiased standard deviation of a minibatch's advantages, in two walks."""
     lane = tl.arange(0, BLOCK)

@@ -175,7 +175,7 @@ ARENAS = {
     "many outputs": Arena.build((4, 8, 33), (4, 6, 1)),
     "wider relu": Arena.build((4, 40, 3), (4, 6, 1), activation="relu"),
 }
-SPLIT = ("wide", "wide, continuous", "deep", "many outputs", "wider relu")
+SPLIT = ("wide", "wide, continuous", "deep")
 """Those with launches of their own for each network and the loss."""
 
 
