@@ -111,7 +111,8 @@ def packed_backward(
 ) -> Cost:
     """Gradients of the packed weights, the hidden layers recomputed; see `packed_forward`.
 
-    Values are read, their gradient written; the pattern counts once for both.
+    Values are read, their gradient written; the pattern counts once for both. The matrices that a
+    program lays out in scratch stay in L2 and are not counted.
     """
     _, biases, hidden = _count(sizes)
     weights = sum(nonzeros)
