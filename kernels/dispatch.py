@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
@@ -89,18 +89,20 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-@contextmanager
-def resume(backend: Backend, device: torch.device) -> Iterator[None]:
-    """Compute a derivative as its function was: on its backend, and in its dtype.
+def resume(backend: Backend, device: torch.device) -> AbstractContextManager[None]:
+    """Context to compute a derivative as its function was: on its backend, and in its dtype.
 
     The backward pass may run in another thread, or under an autocast that the forward pass did not
     know.
     """
-    cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    with (
-        use_backend(backend),
-        torch.autocast(device.type, enabled=False) if cast else nullcontext(),
-    ):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return use_backend(backend)
+    return _without_autocast(backend, device.type)
+
+
+@contextmanager
+def _without_autocast(backend: Backend, kind: str) -> Iterator[None]:
+    with use_backend(backend), torch.autocast(kind, enabled=False):
         yield
 
 
