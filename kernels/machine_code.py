@@ -125,13 +125,13 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
 
 def spilled_bytes(ptx: str, capability: int) -> int:
     """Bytes of spill stores and loads per thread: a stack alone may be an array, as in ``sin``."""
-    from triton import knobs
+    # Of the assemblers in Triton's wheel each reads some versions of PTX: its own choice counts.
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
     target = re.search(r"\.target (\w+)", ptx)
     if target is None:
         raise RuntimeError("the PTX names no target")
-    command = [tool.path, "-v", f"--gpu-name={target[1]}", "-o", os.devnull]
+    command = [get_ptxas(capability).path, "-v", f"--gpu-name={target[1]}", "-o", os.devnull]
     text = _run_on(ptx.encode(), ".ptx", command)
     return sum(map(int, re.findall(r"(\d+) bytes spill", text)))
 
@@ -144,5 +144,8 @@ def _run_on(content: bytes, suffix: str, command: Sequence[str]) -> str:
     with tempfile.NamedTemporaryFile(suffix=suffix) as file:
         file.write(content)
         file.flush()
-        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run([*command, file.name], capture_output=True, text=True)
+    if done.returncode:
+        words = (done.stdout + done.stderr).strip()
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{words}")
     return done.stdout + done.stderr

@@ -124,7 +124,9 @@ class Neighbours:
         """Between 0 and 1; 0 where the system does not say."""
         total, used = self._read()
         passed = total - self._total
-        return max(0.0, (used - self._used) / passed) if passed > 0 else 0.0
+        if passed <= 0:
+            return 0.0
+        return min(1.0, max(0.0, (used - self._used) / passed))
 
     @staticmethod
     def _read() -> tuple[float, float]:

@@ -95,7 +95,10 @@ class _Launch:
     def _places(self, verb: str, pointers: Any, mask: Any) -> Iterator[tuple[_Shadow, np.ndarray]]:
         """The shadows of an access, and the bytes in them."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        taken = np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
+        # The interpreter makes a block & a scalar condition an integer; newer ones refuse it here.
+        integers = np.array(mask.data.dtype != np.bool_)
+        self._refuse(integers, f"{verb} by a mask that is no condition")
+        taken = np.broadcast_to(mask.data, pointers.data.shape)
         address = pointers.data[taken].astype(np.int64)
         span = np.searchsorted(self._begins, address, side="right") - 1
         stray = span < 0

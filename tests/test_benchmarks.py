@@ -392,11 +392,12 @@ def test_a_run_knows_where_it_came_from():
 
 def test_neighbours_use_what_is_neither_idle_nor_ours(monkeypatch):
     assert 0 <= results.Neighbours().share() <= 1
-    readings = iter([(100.0, 10.0), (110.0, 12.5), (100.0, 10.0)])
+    readings = iter([(100.0, 10.0), (110.0, 12.5), (100.0, 10.0), (110.0, 20.5)])
     monkeypatch.setattr(results.Neighbours, "_read", staticmethod(lambda: next(readings)))
     neighbours = results.Neighbours()
     assert neighbours.share() == 0.25
     assert neighbours.share() == 0.0
+    assert neighbours.share() == 1.0
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the request is x86-64 code")

@@ -71,11 +71,13 @@ def _draw_kernel(
     inside = sample < batch
     place = (ticket * updates + update) * batch + sample
     tl.store(row_pointer + place, tl.where(known, row, -1), mask=inside)
+    readable = tl.where(known, inputs, 0)
     for begin in range(0, inputs, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         both = inside[:, None] & (column < inputs)[None, :]
+        read = inside[:, None] & (column < readable)[None, :]
         source = obs + row[:, None] * inputs + column[None, :]
-        values = tl.load(source, mask=both & known, other=float("nan"))
+        values = tl.load(source, mask=read, other=float("nan"))
         tl.store(minibatch + place[:, None] * inputs + column[None, :], values, mask=both)
 
 

@@ -170,8 +170,11 @@ def _judge_kernel(
         entry = (ticket * steps + t) * copies + copy
         before = entry - copies
         during = t < steps
-        x = tl.load(seen + entry * features + feature, mask=real & during, other=0.0)
-        x += tl.load(last_obs + lane * features + feature, mask=real & (t == steps), other=0.0)
+        # One of the two is there, the other has no features.
+        there = tl.where(during, features, 0)
+        x = tl.load(seen + entry * features + feature, mask=feature < there, other=0.0)
+        last = feature < features - there
+        x += tl.load(last_obs + lane * features + feature, mask=last, other=0.0)
         worth = entry_of(forward(layers, x, NET), 0, 1)
         tl.store(value + entry, worth, mask=during)
         ended = tl.load(terminated + before, mask=t > 0, other=1).to(tl.int1)

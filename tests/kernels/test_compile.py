@@ -21,7 +21,7 @@ from sparse_tickets.kernels.compile import (
     cross_compile,
     ops_with_kernels,
 )
-from sparse_tickets.kernels.machine_code import occupancy
+from sparse_tickets.kernels.machine_code import occupancy, spilled_bytes
 
 pytest.importorskip("triton")
 
@@ -206,3 +206,14 @@ def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_op_is_reported() -> None:
     with pytest.raises(CompileError, match="invalid choice"):
         compile_ops(["nothing"], [90])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_assembler_reads_what_triton_writes_and_says_what_it_cannot(capability: int) -> None:
+    from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
+
+    version = ptx_get_version(get_ptxas(capability).version)
+    ptx = f".version {version // 10}.{version % 10}\n.target sm_{capability}\n.address_size 64\n"
+    assert spilled_bytes(ptx, capability) == 0
+    with pytest.raises(RuntimeError, match=r"(?s)ptxas.* ended with \d+:\n.*Unsupported \.version"):
+        spilled_bytes(ptx.replace(f".version {version // 10}", ".version 99"), capability)

@@ -47,6 +47,17 @@ def add_one_kernel(x, BLOCK: tl.constexpr):
     tl.store(x + entry, tl.load(x + entry) + 1)
 
 
+@triton.jit
+def half_asked_kernel(x, y, left, AS_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+    entry = tl.arange(0, BLOCK)
+    some = tl.program_id(0) < left
+    if AS_BLOCK:
+        mask = entry < tl.where(some, left, 0)
+    else:
+        mask = (entry < left) & some
+    tl.store(y + entry, tl.load(x + entry), mask=mask)
+
+
 def refused(what: str):
     return pytest.raises(Exception, match=f"kernel: program .* {what}")
 
@@ -86,3 +97,11 @@ def test_sees_threads_that_meet_without_a_barrier():
         turn_kernel[(1,)](torch.zeros(BLOCK), AFTER_STORE=False, BARRIER=False, BLOCK=BLOCK)
     with refused("reads what its threads wrote without a barrier"):
         turn_kernel[(1,)](torch.zeros(BLOCK), AFTER_STORE=True, BARRIER=False, BLOCK=BLOCK)
+
+
+def test_sees_a_mask_that_is_no_condition():
+    half_asked_kernel[(1,)](torch.zeros(BLOCK), torch.zeros(BLOCK), 3, AS_BLOCK=True, BLOCK=BLOCK)
+    with refused("writes by a mask that is no condition"):
+        half_asked_kernel[(1,)](
+            torch.zeros(BLOCK), torch.zeros(BLOCK), 3, AS_BLOCK=False, BLOCK=BLOCK
+        )
