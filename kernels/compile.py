@@ -7,7 +7,7 @@ the cases for Ampere, Hopper and Blackwell; `Report.problems` says what must not
     COMPILE_CASES = [
         Case(
             "forward_fp16",                                     # unique within the op
-            _forward_kernel,                                    # the @triton.jit function
+            _forward_kernel,                                    # the @jit_kernel function
             {"x": "*fp16:16", "y": "*fp16:16", "rows": "i32"},  # every runtime argument
             {"BLOCK": 64},                                      # every tl.constexpr argument
             {"num_warps": 4, "num_stages": 3},                  # launch options
@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 from sparse_tickets.kernels.dispatch import interpreting
 
+from .jit import options_of
 from .machine_code import (
     CAPABILITIES,
     Occupancy,
@@ -72,7 +73,7 @@ class Case(NamedTuple):
 
     Attributes:
         name: unique within its op.
-        kernel: the ``@triton.jit`` function.
+        kernel: the function, decorated with `jit_kernel`.
         signature: Triton type of every runtime argument, e.g. ``"*fp32:16"``, ``"i32"``.
         constexprs: value of every ``tl.constexpr`` argument.
         options: launch options, e.g. ``{"num_warps": 4, "num_stages": 3}``.
@@ -154,17 +155,18 @@ def cross_compile(
     capability: int,
     **options: Any,
 ) -> Report:
-    """Compile a ``@triton.jit`` function for a compute capability; needs no GPU.
+    """Compile a `jit_kernel` for a compute capability; needs no GPU.
 
     Args:
         kernel: the decorated function.
         signature: see `Case`.
         constexprs: see `Case`.
         capability: e.g. 80, 90, 100.
-        **options: see `Case`.
+        **options: see `Case`; `jit_kernel` said the rest.
 
     Raises:
         RuntimeError: Triton was imported for the interpreter; see `compile_ops`.
+        TypeError: the kernel is decorated with something else.
         ValueError: `signature` and `constexprs` together do not name every argument once.
     """
     if interpreting():
@@ -181,6 +183,7 @@ def cross_compile(
         raise ValueError(
             f"signature and constexprs must name each of {kernel.arg_names} once, got {named}"
         )
+    options = options_of(kernel) | options
     types = dict.fromkeys(constexprs, "constexpr")
     types |= {name: kind.removesuffix(":16") for name, kind in signature.items()}
     divisible = {
@@ -349,7 +352,7 @@ def _key(case: Case, capability: int) -> str:
 
     constexprs = {name: plain(value) for name, value in case.constexprs.items()}
     parts = [_LAYOUT, triton.__version__, capability, case.kernel.cache_key]
-    parts += [case.signature, constexprs, case.options]
+    parts += [case.signature, constexprs, options_of(case.kernel) | case.options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

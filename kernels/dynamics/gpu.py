@@ -2,7 +2,7 @@
 
 `task_initial`, `task_step` and `task_observe` take a copy's state as four float64 values (a task
 with two ignores the others) and branch on `Task.id` while compiling. Same equations as `reference`,
-operation by operation: launched with `OPTIONS`, which keep a product and a sum two roundings, they
+operation by operation: in a kernel that does not fuse a product and a sum into one rounding, they
 differ from it only where two libraries' sines and cosines do.
 
 The ops below run a lane per copy. A step moves 16 S + 13 bytes and takes 30 to 500 float64
@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
+from ..jit import jit_kernel
 from .reference import ACROBOT, CARTPOLE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = [
     "COMPILE_CASES",
-    "OPTIONS",
     "initial",
     "load_state",
     "observe",
@@ -34,9 +34,6 @@ __all__ = [
     "task_observe",
     "task_step",
 ]
-
-OPTIONS = {"enable_fp_fusion": False}
-"""Launch options of every kernel that inlines the physics."""
 
 _BLOCK = 128
 
@@ -221,7 +218,7 @@ def store_state(state, s0, s1, s2, s3, inside, SIZE: tl.constexpr):
         tl.store(state + 3, s3, mask=inside)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=False)
 def _initial_kernel(u, state, copies, TASK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     copy = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = copy < copies
@@ -230,7 +227,7 @@ def _initial_kernel(u, state, copies, TASK: tl.constexpr, SIZE: tl.constexpr, BL
     store_state(state + copy * SIZE, s0, s1, s2, s3, inside, SIZE)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=False)
 def _step_kernel(
     state,
     action,
@@ -252,7 +249,7 @@ def _step_kernel(
     tl.store(terminated + copy, ended, mask=inside)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=False)
 def _observe_kernel(
     state,
     observation,
@@ -283,7 +280,6 @@ def _launch(
             SIZE=task.state_dim,
             BLOCK=_BLOCK,
             **constexprs,
-            **OPTIONS,
         )
 
 
@@ -325,7 +321,7 @@ def _cases(task: Task) -> list[Case]:
     state, result, copies = "*fp64:16", {"successor": "*fp64:16"}, {"copies": "i32"}
     action = "*i64:16" if task.discrete else "*fp32:16"
     outcome = {"reward": "*fp32:16", "terminated": "*i1:16"}
-    options = {"num_warps": 4, **OPTIONS}
+    options = {"num_warps": 4}
     return [
         Case(
             f"initial_{name}",

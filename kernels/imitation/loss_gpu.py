@@ -9,11 +9,11 @@ samples alone. A NaN of a diverged ticket passes through; a row of -1, of no dat
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
+from ..jit import jit_kernel
 from ..mlp.heads import cases, padded, prefer_launch
 
 __all__ = ["COMPILE_CASES", "loss_and_gradient"]
@@ -22,7 +22,7 @@ __all__ = ["COMPILE_CASES", "loss_and_gradient"]
 _NEVER = tl.constexpr(-87.0)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _loss_kernel(
     output,
     log_std,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
+from ..jit import jit_kernel
 from ..random import Stream
 from ..random.gpu import philox
 
@@ -25,7 +26,10 @@ _MOST_COLUMNS = 16
 """Features copied at once; more would take the registers of many programs."""
 
 
-@triton.jit(do_not_specialize=["samples", "datasets", "batch", "updates", "skipped", "inputs"])
+@jit_kernel(
+    fp_fusion=True,
+    do_not_specialize=["samples", "datasets", "batch", "updates", "skipped", "inputs"],
+)
 def _draw_kernel(
     key_pointer,
     dataset,

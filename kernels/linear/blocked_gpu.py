@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_tickets.kernels.compile import Case
+from sparse_tickets.kernels.jit import jit_kernel
 from sparse_tickets.kernels.linear.operands import check_span
 from sparse_tickets.kernels.tuning import prefer
 
 __all__ = ["COMPILE_CASES", "GradientTiles", "ProductTiles", "dw", "dx", "forward"]
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _product_kernel(
     a,
     b,
@@ -95,7 +96,7 @@ def _product_kernel(
     tl.store(c_tile, total.to(c.dtype.element_ty), mask=row < rows)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _gradient_kernel(
     dy,
     x,

@@ -15,13 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_tickets.kernels.compile import Case
+from sparse_tickets.kernels.jit import jit_kernel
 from sparse_tickets.kernels.linear.operands import check_span
 from sparse_tickets.kernels.tuning import prefer
 
 __all__ = ["COMPILE_CASES", "Tiles", "choose_tiles", "dw", "dx", "forward"]
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _gemm_kernel(
     a,
     b,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..compile import Case
+from ..jit import jit_kernel
 from ..packed.tiles import load_packed_tile, store_packed_tile
 from .geometry import Geometry
 
@@ -154,7 +155,7 @@ def hidden_layers(
     return inputs
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def forward_kernel(
     x,
     weight,
@@ -280,7 +281,7 @@ def _pack(
     store_packed_tile(values, bits, start, 0, tile, TILE_OUT, TILE_IN)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def backward_kernel(
     dy,
     x,

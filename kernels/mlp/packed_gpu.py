@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..arena import Arena, Net
 from ..compile import Case
+from ..jit import jit_kernel
 from ..packed import gpu as layer_gpu
 from ..packed.layout import Layer, lay_out
 from . import fused_gpu, passes_gpu, split_gpu
@@ -28,7 +29,7 @@ ADD_BLOCK = 1024
 """Entries of a row that a program of `add_kernel` sums up."""
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def add_kernel(
     partial,
     start,

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from ..compile import Case
+from ..jit import jit_kernel
 from ..packed.layout import MAX_TILE
 from ..packed.tiles import load_packed_tile, store_packed_tile
 from .fused_gpu import activate, deactivate
@@ -114,7 +115,7 @@ def _packed_product(
     return total
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def forward_kernel(
     x,
     weight,
@@ -218,7 +219,7 @@ def forward_kernel(
         hidden += SIZES[layer + 1]
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def delta_kernel(
     dy,
     weight,
@@ -380,7 +381,7 @@ def _gradient_tile(
         tl.store(bias_grad + out, tl.sum(sums, 1), mask=out < OUT)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def gradient_kernel(
     dy,
     x,
@@ -470,7 +471,7 @@ def gradient_kernel(
             source += SIZES[layer]
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def add_kernel(
     partial,
     target,

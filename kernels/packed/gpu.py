@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
+from ..jit import jit_kernel
 from ..tuning import prefer
 from .layout import MAX_TILE, Layer
 from .tiles import load_packed_tile, store_packed_tile
@@ -26,7 +27,7 @@ from .tiles import load_packed_tile, store_packed_tile
 __all__ = ["COMPILE_CASES", "Launch", "choose_launch", "dw", "dx", "forward", "pack", "unpack"]
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _forward_kernel(
     x,
     values,
@@ -94,7 +95,7 @@ def _forward_kernel(
     tl.store(y_tile, total.to(y.dtype.element_ty), mask=(row < batch) & (col < out))
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _dx_kernel(
     dy,
     values,
@@ -143,7 +144,7 @@ def _dx_kernel(
     tl.store(dx_tile, total.to(dx.dtype.element_ty), mask=(row < batch) & (col < inp))
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _dw_kernel(
     dy,
     x,
@@ -208,7 +209,7 @@ def _dw_kernel(
         tl.store(squares + ticket * squares_ticket + tile, square.to(squares.dtype.element_ty))
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _move_kernel(
     dense,
     values,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..arena import Arena
 from ..compile import Case
+from ..jit import jit_kernel
 from ..mlp import fused_gpu as mlp
 from ..mlp.fused_gpu import deactivate, hidden_layers, load_bias, load_weight, zeros
 from ..mlp.geometry import Geometry
@@ -218,7 +219,7 @@ def _learn(
         tl.store(sums + 1, tl.sum(value_sum, 0))
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def gradient_kernel(
     weight,
     obs,

@@ -13,12 +13,12 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
 from ..compile import Case
+from ..jit import jit_kernel
 from ..mlp import gpu as mlp
 from ..random import Stream, permutation
 from ..update import gpu as update
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["COMPILE_CASES", "describe", "is_fused", "ppo_update_"]
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _statistics_kernel(sums, norms, statistics, minibatches, stretches, count):
     """``statistics [6, P]`` from sums ``[minibatches, P, stretches, 5]`` and norms ``[., P]``.
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
+from ..jit import jit_kernel
 from ..mlp.heads import cases, padded, prefer_launch
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def value_loss(
     return gradient, tl.where(inside, 0.5 * error * error, 0.0)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _loss_kernel(
     output,
     value,

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ..compile import Case
 from ..errors import check_dtype
+from ..jit import jit_kernel
 from ..tuning import prefer
 from ..update.gpu import rewind_
 
@@ -119,7 +120,7 @@ def _rewind(weight, initial, m, v, initial_m, initial_v, entry, kept, written):
     tl.store(v + entry, second, mask=written)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _short_kernel(
     scores, mask, out, k, prunable, stride, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -141,7 +142,7 @@ def _short_kernel(
     tl.store(out + ticket * prunable + column, kept, mask=column < prunable)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _count_kernel(
     scores,
     mask,
@@ -174,7 +175,7 @@ def _count_kernel(
     tl.store(counts + (ticket * chunks + chunk) * 256 + tl.arange(0, 256), total)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _choose_kernel(
     counts, k, prefix, wanted, begin, chunks, SECOND: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -206,7 +207,7 @@ def _choose_kernel(
     tl.store(wanted + ticket, left)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _split_kernel(
     scores,
     mask,
@@ -254,7 +255,7 @@ def _split_kernel(
             _rewind(weight, initial, m, v, initial_m, initial_v, entry, kept | rest, decided | rest)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _finish_kernel(
     scores,
     out,

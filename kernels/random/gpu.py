@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..compile import Case
+from ..jit import jit_kernel
 
 __all__ = [
     "COMPILE_CASES",
@@ -52,7 +53,9 @@ def box_muller(first, second):
     return (radius * tl.cos(angle)).to(tl.float32), (radius * tl.sin(angle)).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["n", "step_low", "step_high", "stream", "step_stride"])
+@jit_kernel(
+    fp_fusion=True, do_not_specialize=["n", "step_low", "step_high", "stream", "step_stride"]
+)
 def _draw_kernel(
     key_pointer,
     out_pointer,
@@ -118,7 +121,7 @@ def pick(probs_pointer, u, ACTIONS: tl.constexpr, inside):
     return index
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit_kernel(fp_fusion=True, do_not_specialize=["rows"])
 def _categorical_kernel(
     probs_pointer, u_pointer, out_pointer, rows, ACTIONS: tl.constexpr, ROWS: tl.constexpr
 ):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..compile import Case
 from ..errors import check_dtype
+from ..jit import jit_kernel
 
 __all__ = ["COMPILE_CASES", "gae"]
 
@@ -29,7 +30,7 @@ def _then(decay, delta, later_decay, later_delta):
     return decay * later_decay, later_delta + carried
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _gae_kernel(
     reward,
     value,

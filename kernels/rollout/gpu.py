@@ -6,8 +6,8 @@ are scalars that every thread computes for itself, for no thread could use them 
 is not on the chain: it values the observations of all steps afterwards, side by side.
 
 A program knows one copy only, so its bits depend neither on P nor on E, nor on how a rollout is cut
-into calls. Products and sums are rounded apart (`dynamics.gpu.OPTIONS`), so the physics equals that
-of `env.step` bit for bit.
+into calls. Products and sums are rounded apart (``fp_fusion=False``), so the physics equals that of
+`env.step` bit for bit.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..compile import Case
 from ..dynamics import TASKS, Task
 from ..dynamics.copies import Copies
 from ..dynamics.gpu import load_state, store_state, task_initial, task_observe, task_step
+from ..jit import jit_kernel
 from ..random import Stream
 from ..random.gpu import box_muller, philox
 from .policy_gpu import (
@@ -152,7 +153,10 @@ def _pick_greedy(logits, ACTIONS: tl.constexpr, OUTPUTS: tl.constexpr):
     return action
 
 
-@triton.jit(do_not_specialize=["size", "steps", "copies", "clock", "stream", "reset_stream"])
+@jit_kernel(
+    fp_fusion=False,
+    do_not_specialize=["size", "steps", "copies", "clock", "stream", "reset_stream"],
+)
 def _act_kernel(
     weight,
     key,
@@ -246,7 +250,7 @@ def _act_kernel(
     tl.store(last_obs + lane * features + feature, x, mask=real)
 
 
-@triton.jit(do_not_specialize=["size", "copies", "index"])
+@jit_kernel(fp_fusion=False, do_not_specialize=["size", "copies", "index"])
 def _evaluate_kernel(
     weight,
     key,

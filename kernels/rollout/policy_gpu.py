@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..arena import Arena, Net
 from ..compile import Case
-from ..dynamics.gpu import OPTIONS
+from ..jit import jit_kernel
 from ..tuning import prefer
 from .reference import Rollout
 
@@ -135,7 +135,7 @@ def entry_of(vector, index, SIZE: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, SIZE) == index, vector, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["size", "steps", "copies", "stretches"])
+@jit_kernel(fp_fusion=False, do_not_specialize=["size", "steps", "copies", "stretches"])
 def _judge_kernel(
     weight,
     seen,
@@ -225,7 +225,7 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """Left alone, the assembler would rather spill a little than lose occupancy."""
-        return {"num_warps": self.warps, "maxnreg": 255, **OPTIONS}
+        return {"num_warps": self.warps, "maxnreg": 255}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..compile import Case
 from ..errors import check_dtype
+from ..jit import jit_kernel
 from ..tuning import prefer
 from .checks import PARTIALS_LIMIT
 
@@ -73,7 +74,7 @@ def _support(mask, count, ticket, column, prunable, among):
     return keep
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _norm_kernel(
     grad,
     summed,
@@ -133,7 +134,7 @@ def _clip(partial, norm, ticket, block, max_norm, parts, CLIP: tl.constexpr, PAR
     return scale
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _adam_kernel(
     weight,
     grad,
@@ -187,7 +188,7 @@ def _adam_kernel(
     tl.store(v + entry, tl.where(keep, v_new, 0.0), mask=touched)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _sgd_kernel(
     weight,
     grad,
@@ -232,7 +233,7 @@ def _copy_or_zero(target, source, entry, keep, exists):
     tl.store(target + entry, value, mask=exists)
 
 
-@triton.jit
+@jit_kernel(fp_fusion=True)
 def _rewind_kernel(
     weight,
     initial,

@@ -6,7 +6,9 @@ without; `pytest -m slow` compiles every shipped configuration for every generat
 
 import json
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -155,15 +157,20 @@ def test_reports_are_kept_until_something_changes(
         return report
 
     monkeypatch.setattr(compiling, "cross_compile", fake)
-    kernel = type("Kernel", (), {"cache_key": "source"})
-    case = Case("case", kernel, {"x": "*fp32"}, {"BLOCK": 16}, {})
+
+    def kernel(source: str, fp_fusion: bool = True) -> Any:
+        run = partial(print, enable_fp_fusion=fp_fusion)
+        return SimpleNamespace(cache_key=source, run=run)
+
+    case = Case("case", kernel("source"), {"x": "*fp32"}, {"BLOCK": 16}, {})
     for _ in range(2):
         assert compiling._compile_case("op", case, 90) == report
     assert len(calls) == 1
 
     helper = type("Helper", (), {"cache_key": "another kernel's source"})
     changes = [
-        case._replace(kernel=type("Kernel", (), {"cache_key": "changed"})),
+        case._replace(kernel=kernel("changed")),
+        case._replace(kernel=kernel("source", fp_fusion=False)),
         case._replace(signature={"x": "*fp16"}),
         case._replace(constexprs={"BLOCK": 32}),
         case._replace(constexprs={"BLOCK": helper}),
@@ -187,7 +194,8 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(compiling, "cross_compile", lambda *_, **__: report)
-    case = Case("case", type("Kernel", (), {"cache_key": ""}), {}, {}, {})
+    kernel = SimpleNamespace(cache_key="", run=partial(print))
+    case = Case("case", kernel, {}, {}, {})
     assert compiling._compile_case("op", case, 90) == report
 
 
