@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow bench bench-full gpu check format clean
+.PHONY: help demo test test-slow bench bench-full gpu check format docs clean
 
 help:
 	@echo "make demo       a small lottery-ticket study of CartPole-v1: table and figures"
@@ -15,6 +15,7 @@ help:
 	@echo "make gpu        on an NVIDIA GPU, under 9 minutes, offline: tests, tuning, targets, a sweep"
 	@echo "make check      ruff and mypy"
 	@echo "make format     format the code"
+	@echo "make docs       the documentation site, in build/site"
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +66,10 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
