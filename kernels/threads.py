@@ -1,257 +1,211 @@
-"""How Numba kernels share the machine: as many threads as torch uses, one launch at a time.
+"""How Numba kernels share the machine: on the very threads that torch computes with.
 
-Numba's thread pools differ by platform: `workqueue` breaks when two Python threads launch into it,
-`omp` and `tbb` do not. Every parallel kernel is therefore launched under one lock:
+A second pool on the same cores would fight with torch's, whose workers spin for a while after
+every operation. So a launch goes to the OpenMP runtime that torch has loaded: its workers are
+awake where a sparse product stands between dense ones, and nobody spins against anybody.
 
-    with launch():
-        _kernel(...)
+    @njit(nogil=True)
+    def _item(thread, item, x, y): ...
 
-Kernels that work through tickets one by one take plain threads instead, `share`: Numba compiles
-everything a parallel loop calls three times more. Threads claim tickets from a counter in memory,
-without Python, until none is left; the caller works too, so a helper that wakes late costs its
-help only.
+    @njit(nogil=True)
+    def _kernel(threads, x, y):
+        share(_item, threads, len(x), (x, y))
 
-Processes that use parallel kernels must be started by "spawn" or "forkserver", not by "fork" after
-the first launch: GNU OpenMP does not survive a fork, and Numba ends the child with a message.
+    _kernel(count_threads(len(x), work), x, y)
+
+Threads claim items from a counter until none is left, so which thread works on an item is not
+fixed: its result must not depend on that. Several Python threads may launch at once.
+
+OpenMP's threads do not survive a fork, and what waits for them hangs. So in a child started by
+"fork" kernels run on the calling thread, and torch is told to do the same if its threads were used
+here. Where torch's runtime has no `GOMP_parallel` (Windows), threads of Python's help instead.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-import threading
-from collections.abc import Callable
-from functools import cache, partial
-from queue import SimpleQueue
-from types import TracebackType
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
 
-import numba
-import numpy as np
+import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
+from numba.core import cgutils
 from numba.core.extending import intrinsic
 
-__all__ = [
-    "claim",
-    "count_threads",
-    "finish",
-    "follow_torch",
-    "launch",
-    "over_tickets",
-    "share",
-]
+__all__ = ["WORTH_A_THREAD", "count_threads", "share"]
 
-# Slices per thread: enough to even out tickets that take longer, few enough to cost nothing.
-_SLICES = 2
+WORTH_A_THREAD = 1 << 19
+"""Multiply-adds (or floats moved) per thread below which waking one costs more than it saves."""
 
-# Places in the progress of a launch, each on a cache line of its own.
-_CLAIMED, _DONE, _PLACES = 0, 16, 32
-# How often the caller looks whether its helpers are done before it sleeps: some 20 us, about what
-# a helper still needs for its last ticket, and less than falling asleep and waking up.
-_GLANCES = 20_000
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_FORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
 
-def follow_torch() -> None:
-    """Give Numba's next parallel kernel `torch.get_num_threads()` threads, at most Numba's pool.
-
-    The pool is sized once per process (``NUMBA_NUM_THREADS``, by default the number of cores);
-    a larger torch setting is met by the whole pool. The count belongs to the calling thread.
-    """
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+@_FORK
+def _run_alone(body: int, data: int, threads: int, flags: int) -> None:
+    """Call ``body(data)`` on this thread."""
+    _BODY(body)(data)
 
 
-class _Launch:
-    """Holds the lock for one launch; re-entrant, so a launcher may call another launcher."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._threads: list[int] = []
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            self._threads.append(torch.get_num_threads())
-            follow_torch()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # A parallel region of Numba's OpenMP layer sets the thread count of torch's OpenMP too.
-        threads = self._threads.pop()
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        self._lock.release()
-
-    def renew(self) -> None:
-        """Forget an owner that a fork left in the parent, and threads that it did not copy."""
-        self._lock = threading.RLock()
-        _helpers.cache_clear()
-
-
-_launch = _Launch()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_launch.renew)
-
-
-def launch() -> _Launch:
-    """Context manager for one parallel launch: takes the lock and sets the thread count."""
-    return _launch
-
-
-def count_threads(tickets: int) -> int:
-    """How many threads `over_tickets` uses: as many as torch, at most one per ticket."""
-    return max(1, min(torch.get_num_threads(), tickets))
-
-
-@intrinsic
-def _count_up(typingctx, array, index):
-    """Atomically add one; returns the old value. Orders all that was read and written before."""
-
-    def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.gep(data, [arguments[1]])
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "seq_cst")
-
-    return types.int64(array, types.int64), generate
-
-
-@intrinsic
-def _look(typingctx, array, index):
-    """Atomic load."""
-
-    def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.load_atomic(builder.gep(data, [arguments[1]]), "acquire", 8)
-
-    return types.int64(array, types.int64), generate
-
-
-@njit(cache=True)
-def claim(progress):
-    """Number of the next ticket nobody works on; at least P if there is none."""
-    return _count_up(progress, _CLAIMED)
-
-
-@njit(cache=True)
-def finish(progress):
-    """Say that a claimed ticket is done."""
-    _count_up(progress, _DONE)
-
-
-@njit(cache=True, nogil=True)
-def _is_done(progress, tickets, glances):
-    while glances > 0 and _look(progress, _DONE) < tickets:
-        glances -= 1
-    return glances > 0
-
-
-def share(tickets: int, work: Callable[[int, np.ndarray], None]) -> None:
-    """Call ``work(thread, progress)`` on several threads at once, until every ticket is done.
-
-    Which thread works on a ticket is not fixed: a ticket's result must not depend on it.
-
-    Args:
-        tickets: P.
-        work: calls a Numba function compiled with ``nogil=True`` that works on ticket
-            ``claim(progress)`` while that is below P, and calls ``finish(progress)`` after each.
-            ``thread`` counts from 0 and tells apart what runs at once, e.g. for scratch.
-    """
-    threads = count_threads(tickets)
-    progress = np.zeros(_PLACES, np.int64)
-    if threads == 1:
-        work(0, progress)
-        return
-    ended: SimpleQueue[BaseException | None] = SimpleQueue()
-    open_work: Callable[[int, np.ndarray], None] | None = work
-
-    def help_out(thread: int) -> None:
-        mine = open_work
-        if mine is None:
-            return
-        try:
-            mine(thread, progress)
-        except BaseException as error:
-            ended.put(error)
-        else:
-            ended.put(None)
-
-    _helpers().start([partial(help_out, thread) for thread in range(1, threads)])
-    try:
-        _take_part(tickets, work, progress, threads, ended)
-    finally:
-        # A helper that wakes up late has nothing to do: until then it must keep no arrays alive.
-        open_work = None
-
-
-def _take_part(
-    tickets: int,
-    work: Callable[[int, np.ndarray], None],
-    progress: np.ndarray,
-    threads: int,
-    ended: SimpleQueue[BaseException | None],
-) -> None:
-    """The caller's part of `share`: it works too, waits for helpers, and raises their errors."""
-    try:
-        work(0, progress)
-    except BaseException:
-        # Nobody claims any more: wait for who still works on the caller's arrays.
-        progress[_CLAIMED] = tickets
-        for _ in range(1, threads):
-            ended.get()
-        raise
-    # A helper that never woke up is not waited for; it will find nothing to do.
-    while not _is_done(progress, tickets, _GLANCES):
-        error = ended.get()
-        if error is not None:
-            raise error
-
-
-def over_tickets(tickets: int, work: Callable[[int, int, int], None]) -> None:
-    """Call ``work(thread, begin, end)`` for slices that partition the tickets, on several threads.
-
-    For kernels that take a range of tickets; otherwise as `share`.
-    """
-    threads = count_threads(tickets)
-    slices = min(tickets, threads * _SLICES) if threads > 1 else min(tickets, 1)
-
-    def take_slices(thread: int, progress: np.ndarray) -> None:
-        while (slice_ := claim(progress)) < slices:
-            work(thread, slice_ * tickets // slices, (slice_ + 1) * tickets // slices)
-            finish(progress)
-
-    share(slices, take_slices)
-
-
-class _Helpers:
-    """Threads that sleep until there is something to call; as many as were ever needed at once."""
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._threads = 0
-
-    def start(self, calls: list[Callable[[], None]]) -> None:
-        """Have each of ``calls`` called by some thread, soon; none of them raises."""
-        while self._threads < min(len(calls), os.cpu_count() or 1):
-            with self._lock:
-                self._threads += 1
-            name = f"sparse_tickets_{self._threads}"
-            threading.Thread(target=self._serve, name=name, daemon=True).start()
-        for call in calls:
-            self._calls.put(call)
-
-    def _serve(self) -> None:
-        while True:
-            # Not kept in a variable: it would keep the last call's arrays alive.
-            self._calls.get()()
+@_FORK
+def _run_in_python(body: int, data: int, threads: int, flags: int) -> None:
+    """Call ``body(data)`` on this thread and on those that wake up before it is done."""
+    call = _BODY(body)
+    helpers = [_helpers().submit(call, data) for _ in range(1, threads)]
+    call(data)
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
 
 
 @cache
-def _helpers() -> _Helpers:
-    return _Helpers()
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "sparse_tickets")
+
+
+def _find_fork() -> Any:
+    """`GOMP_parallel` of the OpenMP runtime that torch is linked to, by whatever name."""
+    try:
+        return ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return _run_in_python
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+# Compiled kernels read it from memory by this name: an address in their code would be cached.
+_CELL = "sparse_tickets_fork"
+_fork = ctypes.c_void_p(_address(_find_fork()))
+llvm.add_symbol(_CELL, ctypes.addressof(_fork))
+_used = False
+
+
+def _after_fork() -> None:
+    _fork.value = _address(_run_alone)
+    if _used:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def count_threads(items: int, work: float) -> int:
+    """How many threads a launch is worth: at most torch's, and one per item.
+
+    Args:
+        items: what can be done at the same time.
+        work: multiply-adds, or floats moved, of all items together.
+    """
+    global _used
+    if items <= 1 or work < 2 * WORTH_A_THREAD:
+        return 1
+    threads = int(min(torch.get_num_threads(), items, work / WORTH_A_THREAD))
+    _used = _used or threads > 1
+    return threads
+
+
+_INDEX, _POINTER = ir.IntType(64), ir.IntType(8).as_pointer()
+_CODE = ir.IntType(32)
+# Places in a launch's memory; the counter everybody claims from has two cache lines of its own.
+_CLAIMED, _, _ENTERED, _ITEMS, _FAILED, _ERROR, _ARGUMENTS = range(7)
+
+
+@intrinsic
+def share(typingctx, function, threads, items, arguments):
+    """Call ``function(thread, item, *arguments)`` for every item, on up to ``threads`` threads.
+
+    Args:
+        function: compiled by Numba; returns nothing. ``thread`` counts from 0 and tells apart what
+            runs at once, e.g. for scratch. What it raises, `share` raises once all have ended.
+        threads: int64, see `count_threads`.
+        items: int64.
+        arguments: a tuple.
+    """
+    inner = (types.int64, types.int64, *(types.unliteral(kind) for kind in arguments))
+    called = function.get_call_type(typingctx, inner, {})
+    outer = types.void(function, types.int64, types.int64, types.Tuple(inner[2:]))
+
+    def generate(context, builder, signature, values):
+        compiled = function.dispatcher.get_compile_result(called)
+        context.add_linking_libs([compiled.library])
+        _, count, total, packed = values
+        given = cgutils.unpack_tuple(builder, packed)
+        error = context.call_conv.get_function_type(types.none, ()).args[1].pointee
+        memory = ir.LiteralStructType(
+            [_INDEX, ir.ArrayType(_INDEX, 16), _INDEX, _INDEX, _CODE, error]
+            + [value.type for value in given]
+        )
+        task = cgutils.alloca_once(builder, memory)
+
+        def place(builder, task, index):
+            return cgutils.gep_inbounds(builder, task, 0, index)
+
+        zero, one = ir.Constant(_INDEX, 0), ir.Constant(_INDEX, 1)
+        for index, value in (
+            (_CLAIMED, zero),
+            (_ENTERED, zero),
+            (_ITEMS, total),
+            (_FAILED, ir.Constant(_CODE, 0)),
+            *enumerate(given, _ARGUMENTS),
+        ):
+            builder.store(value, place(builder, task, index))
+
+        body = ir.Function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [_POINTER]),
+            builder.module.get_unique_name(f"{builder.function.name}.share"),
+        )
+        body.linkage = "internal"
+        work = ir.IRBuilder(body.append_basic_block("entry"))
+        mine = work.bitcast(body.args[0], memory.as_pointer())
+        thread = work.atomic_rmw("add", place(work, mine, _ENTERED), one, "monotonic")
+        end = work.load(place(work, mine, _ITEMS))
+        own = [work.load(place(work, mine, _ARGUMENTS + index)) for index in range(len(given))]
+        loop, take, leave = map(body.append_basic_block, ("loop", "take", "leave"))
+        work.branch(loop)
+        work.position_at_end(loop)
+        item = work.atomic_rmw("add", place(work, mine, _CLAIMED), one, "monotonic")
+        work.cbranch(work.icmp_signed("<", item, end), take, leave)
+        work.position_at_end(take)
+        status, _ = context.call_internal_no_propagate(
+            work, compiled.fndesc, called, [thread, item, *own]
+        )
+        with cgutils.if_unlikely(work, status.is_error):
+            work.store(status.excinfoptr, place(work, mine, _ERROR))
+            work.store(status.code, place(work, mine, _FAILED))
+            # Nobody claims any more.
+            work.store_atomic(end, place(work, mine, _CLAIMED), "monotonic", 8)
+        work.branch(loop)
+        work.position_at_end(leave)
+        work.ret_void()
+
+        data = builder.bitcast(task, _POINTER)
+        several = builder.icmp_signed(">", count, one)
+        with builder.if_else(several) as (parallel, alone):
+            with parallel:
+                flags = ir.IntType(32)
+                kind = ir.FunctionType(
+                    ir.VoidType(), [body.type, _POINTER, flags, flags]
+                ).as_pointer()
+                cell = builder.module.globals.get(_CELL)
+                if cell is None:
+                    cell = ir.GlobalVariable(builder.module, kind, _CELL)
+                wanted = builder.trunc(count, flags)
+                builder.call(builder.load(cell), [body, data, wanted, ir.Constant(flags, 0)])
+            with alone:
+                builder.call(body, [data])
+        code = builder.load(place(builder, task, _FAILED))
+        with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, code)):
+            error = builder.load(place(builder, task, _ERROR))
+            status = context.call_conv._get_return_status(builder, code, error)
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return outer, generate

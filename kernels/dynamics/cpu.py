@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from ..threads import launch
+from ..threads import count_threads, share
 from .reference import ACROBOT, CARTPOLE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = ["initial", "observe", "step", "task_observe", "task_reset", "task_step"]
@@ -31,8 +30,8 @@ for _task in TASKS.values():
 _ANGLE_LIMIT = 12 * 2 * math.pi / 360
 _TURN = 2 * math.pi
 _COPIES_PER_CHUNK = 256
-# Copies up to which waking another thread costs more than it saves.
-_SERIAL = 1024
+# Work per copy, in the units of `count_threads`.
+_WORK = 1024
 
 
 @njit(cache=True)
@@ -173,41 +172,49 @@ def task_observe(task_id, state, out):
         out[2] = np.float32(state[1])
 
 
-@njit(cache=True, parallel=True)
-def _initial(task_id, u, state):
-    copies = state.shape[0]
-    for chunk in prange((copies + _COPIES_PER_CHUNK - 1) // _COPIES_PER_CHUNK):
-        begin = chunk * _COPIES_PER_CHUNK
-        for copy in range(begin, min(begin + _COPIES_PER_CHUNK, copies)):
-            task_reset(task_id, u[copy], state[copy])
+@njit(cache=True)
+def _copies(chunk, copies):
+    begin = chunk * _COPIES_PER_CHUNK
+    return range(begin, min(begin + _COPIES_PER_CHUNK, copies))
 
 
-@njit(cache=True, parallel=True)
-def _step(task_id, state, action, reward, terminated):
-    copies = state.shape[0]
-    for chunk in prange((copies + _COPIES_PER_CHUNK - 1) // _COPIES_PER_CHUNK):
-        begin = chunk * _COPIES_PER_CHUNK
-        for copy in range(begin, min(begin + _COPIES_PER_CHUNK, copies)):
-            reward[copy], terminated[copy] = task_step(
-                task_id, state[copy], np.float64(action[copy])
-            )
+@njit(cache=True)
+def _initial_chunk(thread, chunk, task_id, u, state):
+    for copy in _copies(chunk, state.shape[0]):
+        task_reset(task_id, u[copy], state[copy])
 
 
-@njit(cache=True, parallel=True)
-def _observe(task_id, state, out):
-    copies = state.shape[0]
-    for chunk in prange((copies + _COPIES_PER_CHUNK - 1) // _COPIES_PER_CHUNK):
-        begin = chunk * _COPIES_PER_CHUNK
-        for copy in range(begin, min(begin + _COPIES_PER_CHUNK, copies)):
-            task_observe(task_id, state[copy], out[copy])
+@njit(cache=True, nogil=True)
+def _initial(threads, chunks, task_id, u, state):
+    share(_initial_chunk, threads, chunks, (task_id, u, state))
+
+
+@njit(cache=True)
+def _step_chunk(thread, chunk, task_id, state, action, reward, terminated):
+    for copy in _copies(chunk, state.shape[0]):
+        reward[copy], terminated[copy] = task_step(task_id, state[copy], np.float64(action[copy]))
+
+
+@njit(cache=True, nogil=True)
+def _step(threads, chunks, task_id, state, action, reward, terminated):
+    share(_step_chunk, threads, chunks, (task_id, state, action, reward, terminated))
+
+
+@njit(cache=True)
+def _observe_chunk(thread, chunk, task_id, state, out):
+    for copy in _copies(chunk, state.shape[0]):
+        task_observe(task_id, state[copy], out[copy])
+
+
+@njit(cache=True, nogil=True)
+def _observe(threads, chunks, task_id, state, out):
+    share(_observe_chunk, threads, chunks, (task_id, state, out))
 
 
 def initial(task: Task, u: Tensor) -> Tensor:
     """See `sparse_tickets.kernels.dynamics.initial`."""
     state = torch.empty(u.shape, dtype=torch.float64)
-    with launch():
-        _fit_threads(state)
-        _initial(task.id, _rows(u), _rows(state))
+    _initial(*_launch(state), task.id, _rows(u), _rows(state))
     return state
 
 
@@ -216,30 +223,29 @@ def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Ten
     successor = state.clone(memory_format=torch.contiguous_format)
     reward = torch.empty(state.shape[:-1], dtype=torch.float32)
     terminated = torch.empty(state.shape[:-1], dtype=torch.bool)
-    with launch():
-        _fit_threads(state)
-        _step(
-            task.id,
-            _rows(successor),
-            action.contiguous().view(-1).numpy(),
-            reward.view(-1).numpy(),
-            terminated.view(-1).numpy(),
-        )
+    _step(
+        *_launch(state),
+        task.id,
+        _rows(successor),
+        action.contiguous().view(-1).numpy(),
+        reward.view(-1).numpy(),
+        terminated.view(-1).numpy(),
+    )
     return successor, reward, terminated
 
 
 def observe(task: Task, state: Tensor) -> Tensor:
     """See `sparse_tickets.kernels.dynamics.observe`."""
     out = torch.empty((*state.shape[:-1], task.observation_dim), dtype=torch.float32)
-    with launch():
-        _fit_threads(state)
-        _observe(task.id, _rows(state), _rows(out))
+    _observe(*_launch(state), task.id, _rows(state), _rows(out))
     return out
 
 
-def _fit_threads(state: Tensor) -> None:
-    if state.numel() <= _SERIAL * state.shape[-1]:
-        numba.set_num_threads(1)
+def _launch(state: Tensor) -> tuple[int, int]:
+    """Threads and chunks."""
+    copies = math.prod(state.shape[:-1])
+    chunks = -(-copies // _COPIES_PER_CHUNK)
+    return count_threads(chunks, _WORK * copies), chunks
 
 
 def _rows(tensor: Tensor) -> np.ndarray:

@@ -21,7 +21,7 @@ from sparse_tickets.kernels.mlp.cpu import (
     forward,
     gather,
 )
-from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, over_tickets
+from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, prepare
 from sparse_tickets.kernels.mlp.packing import (
     open_scratch,
     pack,
@@ -32,7 +32,7 @@ from sparse_tickets.kernels.mlp.packing import (
 )
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.random.cpu import fill_words
-from sparse_tickets.kernels.threads import claim, finish
+from sparse_tickets.kernels.threads import share
 from sparse_tickets.kernels.update.cpu import adam_row
 from sparse_tickets.kernels.vector import (
     LANES,
@@ -158,12 +158,13 @@ def _minibatch(layout, packed, index, obs, target):
     return loss / index.size
 
 
-@njit(cache=True, nogil=True)
-def _update(
+@njit(cache=True)
+def _update_ticket(
+    thread,
+    ticket,
     layout,
     floats,
     integers,
-    progress,
     parameters,
     data,
     dataset,
@@ -174,46 +175,47 @@ def _update(
     losses,
 ):
     weights, masks, ms, vs, steps = parameters
-    packed = open_scratch(layout, floats, integers)
+    packed = open_scratch(layout, floats[thread], integers[thread])
     index = np.empty(constants.batch, np.int64)
-    ticket = claim(progress)
-    while ticket < len(masks):
-        mask = masks[ticket]
-        obs, target = data[0][dataset[ticket]], data[1][dataset[ticket]]
-        count = pack(layout, packed, mask, True)
-        turn(layout, packed, False)
-        read_row(layout, packed, mask, weights[ticket], packed.weight)
-        read_row(layout, packed, mask, ms[ticket], packed.m)
-        read_row(layout, packed, mask, vs[ticket], packed.v)
-        loss = 0.0
-        for update in range(first_update, first_update + constants.updates):
-            fill_words(index, key[ticket], _STREAM, update)
-            for i in range(index.size):
-                index[i] = (index[i] * obs.shape[0]) >> 32
-            clear_gradient(layout, packed, count)
-            turn_values(layout, packed, False)
-            loss += _minibatch(layout, packed, index, obs, target)
-            collect_gradient(layout, packed, mask)
-            steps[ticket] += 1
-            adam_row(
-                packed.weight[:count],
-                packed.grad[:count],
-                packed.m[:count],
-                packed.v[:count],
-                mask[:0],
-                lr[ticket],
-                steps[ticket],
-                constants.max_norm,
-                constants.beta1,
-                constants.beta2,
-                constants.eps,
-            )
-        losses[ticket] = loss / constants.updates
-        write_row(layout, packed, mask, packed.weight, weights[ticket])
-        write_row(layout, packed, mask, packed.m, ms[ticket])
-        write_row(layout, packed, mask, packed.v, vs[ticket])
-        finish(progress)
-        ticket = claim(progress)
+    mask = masks[ticket]
+    obs, target = data[0][dataset[ticket]], data[1][dataset[ticket]]
+    count = pack(layout, packed, mask, True)
+    turn(layout, packed, False)
+    read_row(layout, packed, mask, weights[ticket], packed.weight)
+    read_row(layout, packed, mask, ms[ticket], packed.m)
+    read_row(layout, packed, mask, vs[ticket], packed.v)
+    loss = 0.0
+    for update in range(first_update, first_update + constants.updates):
+        fill_words(index, key[ticket], _STREAM, update)
+        for i in range(index.size):
+            index[i] = (index[i] * obs.shape[0]) >> 32
+        clear_gradient(layout, packed, count)
+        turn_values(layout, packed, False)
+        loss += _minibatch(layout, packed, index, obs, target)
+        collect_gradient(layout, packed, mask)
+        steps[ticket] += 1
+        adam_row(
+            packed.weight[:count],
+            packed.grad[:count],
+            packed.m[:count],
+            packed.v[:count],
+            mask[:0],
+            lr[ticket],
+            steps[ticket],
+            constants.max_norm,
+            constants.beta1,
+            constants.beta2,
+            constants.eps,
+        )
+    losses[ticket] = loss / constants.updates
+    write_row(layout, packed, mask, packed.weight, weights[ticket])
+    write_row(layout, packed, mask, packed.m, ms[ticket])
+    write_row(layout, packed, mask, packed.v, vs[ticket])
+
+
+@njit(cache=True, nogil=True)
+def _update(threads, tickets, arguments):
+    share(_update_ticket, threads, tickets, arguments)
 
 
 def clone_update_(
@@ -231,10 +233,11 @@ def clone_update_(
         float(config.eps),
     )
     losses = np.zeros(len(key), np.float32)
-    over_tickets(
-        _update,
+    threads, floats, integers = prepare(layout, len(key), config.updates * config.batch)
+    arguments = (
         layout,
-        len(key),
+        floats,
+        integers,
         tuple(tensor.numpy() for tensor in parameters),
         (obs.numpy(), target.numpy()),
         dataset.numpy(),
@@ -244,4 +247,5 @@ def clone_update_(
         constants,
         losses,
     )
+    _update(threads, len(key), arguments)
     return torch.from_numpy(losses)

@@ -9,10 +9,10 @@ and batch row: one multiply-add, 2 FLOPs, at about the rate of a dense product.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from sparse_tickets.kernels.linear.patterns import Pattern
-from sparse_tickets.kernels.threads import launch
+from sparse_tickets.kernels.threads import count_threads, share
 from sparse_tickets.kernels.vector import (
     LANES,
     load,
@@ -55,8 +55,9 @@ def _transpose_blocks(weight, p, begin, column, out, inp):
 
 
 @njit(cache=True)
-def _product_strip(x, w, w0, begin, column, bias, y, p, first, batch, inp, out):
+def _product_strip(thread, strip, x, w, w0, begin, column, bias, y, p, batch, inp, out):
     """`_STRIP` rows of ``y[p] = x[p] w + bias[p]``, w ``[inp, out]`` at ``w0``."""
+    first = strip * _STRIP
     last = min(first + _STRIP, batch)
     for c in range(0, out, _BLOCK):
         low, high = begin[p * out + c], begin[p * out + c + 1]
@@ -73,20 +74,22 @@ def _product_strip(x, w, w0, begin, column, bias, y, p, first, batch, inp, out):
             row += 1
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def _product(x, weight, transposed, begin, column, bias, y, tickets, batch, inp, out):
+@njit(cache=True, nogil=True)
+def _product(threads, x, weight, transposed, begin, column, bias, y, tickets, batch, inp, out):
     strips = (batch + _STRIP - 1) // _STRIP
     for p in tickets:
         w, w0 = weight, p * out * inp
         if not transposed:
             w, w0 = _transpose_blocks(weight, p, begin, column, out, inp), 0
-        for strip in prange(strips):
-            _product_strip(x, w, w0, begin, column, bias, y, p, strip * _STRIP, batch, inp, out)
+        arguments = (x, w, w0, begin, column, bias, y, p, batch, inp, out)
+        share(_product_strip, threads, strips, arguments)
 
 
 @njit(cache=True)
-def _gradient_row(dy, x, begin, column, dw, db, p, r, batch, inp, out):
+def _gradient_rows(thread, item, dy, x, begin, column, dw, db, tickets, batch, inp, out):
     """16 rows of ``dw[p] = dy[p]ᵀ x[p]`` on the blocks, and of the sum of dy, in batch order."""
+    groups = out // _BLOCK
+    p, r = tickets[item // groups], item % groups * _BLOCK
     nothing = np.zeros(1, np.float32)
     for i in range(r, r + _BLOCK, LANES):
         total = splat(np.float32(0.0))
@@ -104,13 +107,15 @@ def _gradient_row(dy, x, begin, column, dw, db, p, r, batch, inp, out):
                 _gradient_tile(dy, dy0, 1, out, x, x0, inp, dw, dw0, inp, depth, nothing, 0)
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def _gradient(dy, x, begin, column, dw, db, tickets, batch, inp, out):
-    groups = out // _BLOCK
-    for item in prange(tickets.size * groups):
-        p = tickets[item // groups]
-        r = item % groups * _BLOCK
-        _gradient_row(dy, x, begin, column, dw, db, p, r, batch, inp, out)
+@njit(cache=True, nogil=True)
+def _gradient(threads, dy, x, begin, column, dw, db, tickets, batch, inp, out):
+    items = tickets.size * (out // _BLOCK)
+    arguments = (dy, x, begin, column, dw, db, tickets, batch, inp, out)
+    share(_gradient_rows, threads, items, arguments)
+
+
+def _count_threads(pattern: Pattern, items: int, batch: int) -> int:
+    return count_threads(items, pattern.rows.column.size * _BLOCK * batch)
 
 
 def multiply(
@@ -127,8 +132,8 @@ def multiply(
     The listed tickets' masks must be made of full blocks.
     """
     form, inp, out = pattern.rows, pattern.inp, pattern.out
-    with launch():
-        _product(x, weight, False, form.begin, form.column, bias, y, tickets, batch, inp, out)
+    threads = _count_threads(pattern, -(-batch // _STRIP), batch)
+    _product(threads, x, weight, False, form.begin, form.column, bias, y, tickets, batch, inp, out)
 
 
 def backward(
@@ -146,10 +151,11 @@ def backward(
     rows, columns, inp, out = pattern.rows, pattern.columns, pattern.inp, pattern.out
     if dx is not None:
         zeros = np.zeros(columns.begin.size - 1, np.float32)
-        with launch():
-            _product(
-                dy, weight, True, columns.begin, columns.column, zeros, dx, tickets, batch, out, inp
-            )
+        threads = _count_threads(pattern, -(-batch // _STRIP), batch)
+        _product(
+            threads, dy, weight, True, columns.begin, columns.column, zeros, dx, tickets, batch,
+            out, inp,
+        )  # fmt: skip
     if dw is not None:
-        with launch():
-            _gradient(dy, x, rows.begin, rows.column, dw, db, tickets, batch, inp, out)
+        threads = _count_threads(pattern, len(tickets) * (out // _BLOCK), batch)
+        _gradient(threads, dy, x, rows.begin, rows.column, dw, db, tickets, batch, inp, out)

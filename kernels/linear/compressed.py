@@ -11,13 +11,15 @@ the number of threads.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from sparse_tickets.kernels.linear.panels import PANEL, from_panel, to_panel
 from sparse_tickets.kernels.linear.patterns import Pattern
-from sparse_tickets.kernels.threads import launch
+from sparse_tickets.kernels.threads import count_threads, share
 from sparse_tickets.kernels.vector import (
     LANES,
     aligned_empty,
@@ -31,8 +33,6 @@ from sparse_tickets.kernels.vector import (
 
 __all__ = ["backward", "flat", "multiply"]
 
-# Multiply-adds below which a parallel launch costs more than it saves.
-_SERIAL = 1 << 20
 # The batch is cut into at most so many groups, each with its own panels and, backward, its own sums
 # of the weight gradient.
 _GROUPS = 16
@@ -71,7 +71,9 @@ def _gather(weight, begin, position, tickets, out):
 
 
 @njit(cache=True)
-def _product_item(item, groups, x, values, begin, column, bias, y, tickets, batch, inp, out):
+def _product_item(
+    thread, item, groups, x, values, begin, column, bias, y, tickets, batch, inp, out
+):
     """A group of panels of one ticket of ``y[p] = x[p] wᵀ + bias[p]``."""
     panels = (batch + PANEL - 1) // PANEL
     p = tickets[item // groups]
@@ -87,19 +89,12 @@ def _product_item(item, groups, x, values, begin, column, bias, y, tickets, batc
 
 
 @njit(cache=True, nogil=True)
-def _product(groups, x, weight, begin, column, position, bias, y, tickets, batch, inp, out):
-    values = _gather(weight, begin, position, tickets, out)
-    for item in range(tickets.size * groups):
-        _product_item(item, groups, x, values, begin, column, bias, y, tickets, batch, inp, out)
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def _product_parallel(
-    groups, x, weight, begin, column, position, bias, y, tickets, batch, inp, out
+def _product(
+    threads, groups, x, weight, begin, column, position, bias, y, tickets, batch, inp, out
 ):
     values = _gather(weight, begin, position, tickets, out)
-    for item in prange(tickets.size * groups):
-        _product_item(item, groups, x, values, begin, column, bias, y, tickets, batch, inp, out)
+    arguments = (groups, x, values, begin, column, bias, y, tickets, batch, inp, out)
+    share(_product_item, threads, tickets.size * groups, arguments)
 
 
 def flat(tensor: torch.Tensor) -> np.ndarray:
@@ -128,23 +123,19 @@ def multiply(
         batch: rows per ticket.
     """
     groups = _count_groups(batch)
-    arguments = (
-        groups, x, weight, *pattern.rows, bias, y, tickets, batch, pattern.inp, pattern.out
-    )  # fmt: skip
-    if _is_small(pattern, batch):
-        _product(*arguments)
-    else:
-        with launch():
-            _product_parallel(*arguments)
+    threads = _count_threads(pattern, len(tickets) * groups, batch)
+    _product(
+        threads, groups, x, weight, *pattern.rows, bias, y, tickets, batch, pattern.inp, pattern.out
+    )
 
 
 def _count_groups(batch: int) -> int:
     return max(1, min(_GROUPS, -(-batch // PANEL)))
 
 
-def _is_small(pattern: Pattern, batch: int) -> bool:
-    work = (pattern.rows.column.size + pattern.rows.begin.size + pattern.columns.begin.size) * batch
-    return work < _SERIAL or torch.get_num_threads() == 1
+def _count_threads(pattern: Pattern, items: int, batch: int) -> int:
+    work = pattern.rows.column.size + pattern.rows.begin.size + pattern.columns.begin.size
+    return count_threads(items, work * batch)
 
 
 @njit(cache=True)
@@ -186,8 +177,8 @@ def _add_bias(dy_panel, out, count, sums):
 
 @njit(cache=True)
 def _backward_item(
-    item, groups, dy, x, rows_begin, rows_column, values, columns_begin, columns_column, zeros, dx,
-    wants_dx, sums, bias_sums, wants_dw, tickets, batch, inp, out,
+    thread, item, groups, dy, x, rows_begin, rows_column, values, columns_begin, columns_column,
+    zeros, dx, wants_dx, sums, bias_sums, wants_dw, tickets, batch, inp, out,
 ):  # fmt: skip
     """A group of panels of one ticket: its dx, and its share of dw and of the bias gradient."""
     p = tickets[item // groups]
@@ -219,7 +210,9 @@ def _backward_item(
 
 
 @njit(cache=True)
-def _collect_item(item, chunks, groups, begin, position, sums, bias_sums, dw, db, tickets, out):
+def _collect_item(
+    thread, item, chunks, groups, begin, position, sums, bias_sums, dw, db, tickets, out
+):
     """Add up the groups' sums of one chunk of rows, in order."""
     ticket = item // chunks
     p = tickets[ticket]
@@ -243,63 +236,39 @@ def _collect_item(item, chunks, groups, begin, position, sums, bias_sums, dw, db
 
 @njit(cache=True, nogil=True)
 def _backward(
-    groups, dy, x, weight, rows_begin, rows_column, rows_position, columns_begin, columns_column,
-    columns_position, zeros, dx, wants_dx, sums, bias_sums, dw, db, wants_dw, tickets, batch, inp,
-    out,
+    threads, groups, dy, x, weight, rows_begin, rows_column, rows_position, columns_begin,
+    columns_column, columns_position, zeros, dx, wants_dx, sums, bias_sums, dw, db, wants_dw,
+    tickets, batch, inp, out,
 ):  # fmt: skip
     values = zeros
     if wants_dx:
         values = _gather(weight, columns_begin, columns_position, tickets, inp)
-    for item in range(tickets.size * groups):
-        _backward_item(
-            item, groups, dy, x, rows_begin, rows_column, values, columns_begin, columns_column,
-            zeros, dx, wants_dx, sums, bias_sums, wants_dw, tickets, batch, inp, out,
-        )  # fmt: skip
+    arguments = (
+        groups, dy, x, rows_begin, rows_column, values, columns_begin, columns_column, zeros, dx,
+        wants_dx, sums, bias_sums, wants_dw, tickets, batch, inp, out,
+    )  # fmt: skip
+    share(_backward_item, threads, tickets.size * groups, arguments)
     if wants_dw:
         chunks = (out + _CHUNK - 1) // _CHUNK
-        for item in range(tickets.size * chunks):
-            _collect_item(
-                item, chunks, groups, rows_begin, rows_position, sums, bias_sums, dw, db, tickets,
-                out,
-            )  # fmt: skip
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def _backward_parallel(
-    groups, dy, x, weight, rows_begin, rows_column, rows_position, columns_begin, columns_column,
-    columns_position, zeros, dx, wants_dx, sums, bias_sums, dw, db, wants_dw, tickets, batch, inp,
-    out,
-):  # fmt: skip
-    values = zeros
-    if wants_dx:
-        values = _gather(weight, columns_begin, columns_position, tickets, inp)
-    for item in prange(tickets.size * groups):
-        _backward_item(
-            item, groups, dy, x, rows_begin, rows_column, values, columns_begin, columns_column,
-            zeros, dx, wants_dx, sums, bias_sums, wants_dw, tickets, batch, inp, out,
+        collected = (
+            chunks, groups, rows_begin, rows_position, sums, bias_sums, dw, db, tickets, out
         )  # fmt: skip
-    if wants_dw:
-        chunks = (out + _CHUNK - 1) // _CHUNK
-        for item in prange(tickets.size * chunks):
-            _collect_item(
-                item, chunks, groups, rows_begin, rows_position, sums, bias_sums, dw, db, tickets,
-                out,
-            )  # fmt: skip
+        share(_collect_item, threads, tickets.size * chunks, collected)
 
 
-_memory = np.empty(0, np.float32)
+class _Scratch(threading.local):
+    """Memory kept from call to call, since fresh pages cost more than the work on them."""
+
+    memory = np.empty(0, np.float32)
+
+    def take(self, size: int) -> np.ndarray:
+        if self.memory.size < size:
+            self.memory = np.empty(size, np.float32)
+        return self.memory[:size]
+
+
+_scratch = _Scratch()
 _nothing = np.empty(0, np.float32)
-
-
-def _scratch(size: int) -> np.ndarray:
-    """Memory kept from call to call, since fresh pages cost more than the work on them.
-
-    For use under `launch`, which admits one caller at a time.
-    """
-    global _memory
-    if _memory.size < size:
-        _memory = np.empty(size, np.float32)
-    return _memory[:size]
 
 
 def backward(
@@ -332,21 +301,13 @@ def backward(
     # A whole register beyond the last nonzero may be touched.
     width = nonzeros + LANES if dw is not None else 0
     items = len(tickets) * groups
-
-    def arguments(memory: np.ndarray) -> tuple:
-        sums = memory[: items * width].reshape(items, width)
-        bias_sums = memory[items * width :].reshape(items, out)
-        return (
-            groups, dy, _nothing if x is None else x, _nothing if weight is None else weight,
-            *pattern.rows, *pattern.columns, np.zeros(pattern.columns.begin.size - 1, np.float32),
-            _nothing if dx is None else dx, dx is not None, sums, bias_sums,
-            _nothing if dw is None else dw, _nothing if db is None else db, dw is not None,
-            tickets, batch, inp, out,
-        )  # fmt: skip
-
-    size = items * (width + out)
-    if _is_small(pattern, batch):
-        _backward(*arguments(np.empty(size, np.float32)))
-    else:
-        with launch():
-            _backward_parallel(*arguments(_scratch(size)))
+    memory = _scratch.take(items * (width + out))
+    sums = memory[: items * width].reshape(items, width)
+    bias_sums = memory[items * width :].reshape(items, out)
+    _backward(
+        _count_threads(pattern, items, batch), groups, dy, _nothing if x is None else x,
+        _nothing if weight is None else weight, *pattern.rows, *pattern.columns,
+        np.zeros(pattern.columns.begin.size - 1, np.float32), _nothing if dx is None else dx,
+        dx is not None, sums, bias_sums, _nothing if dw is None else dw,
+        _nothing if db is None else db, dw is not None, tickets, batch, inp, out,
+    )  # fmt: skip

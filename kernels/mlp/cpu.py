@@ -28,7 +28,7 @@ from sparse_tickets.kernels.mlp.layout import (
     X,
     Y,
     lay_out,
-    over_tickets,
+    prepare,
 )
 from sparse_tickets.kernels.mlp.packing import (
     build_rows,
@@ -46,7 +46,7 @@ from sparse_tickets.kernels.mlp.products import (
     sparse_gradient,
     sparse_product,
 )
-from sparse_tickets.kernels.threads import claim, finish
+from sparse_tickets.kernels.threads import share
 from sparse_tickets.kernels.vector import (
     LANES,
     fma,
@@ -297,62 +297,72 @@ def _write_panel(space, panel, target, begin, columns):
             target[begin + c, feature] = space[panel + feature * PANEL + c]
 
 
-@njit(cache=True, nogil=True)
-def _forward(layout, floats, integers, progress, x, weight, mask, y):
+@njit(cache=True)
+def _forward_ticket(thread, ticket, layout, floats, integers, x, weight, mask, y):
     depth = layout.layers.shape[0]
-    packed = open_scratch(layout, floats, integers)
-    ticket = claim(progress)
-    while ticket < x.shape[0]:
-        pack(layout, packed, mask[ticket], False)
-        read_row(layout, packed, mask[ticket], weight[ticket], packed.weight)
-        for begin in range(0, x.shape[1], PANEL):
-            columns = min(PANEL, x.shape[1] - begin)
-            width = (columns + LANES - 1) // LANES * LANES
-            _read_panel(packed.space, layout.x, x[ticket], begin, columns, width)
-            forward(layout, packed, FIRST, depth, width)
-            _write_panel(packed.space, layout.layers[depth - 1, Y], y[ticket], begin, columns)
-        finish(progress)
-        ticket = claim(progress)
+    packed = open_scratch(layout, floats[thread], integers[thread])
+    pack(layout, packed, mask[ticket], False)
+    read_row(layout, packed, mask[ticket], weight[ticket], packed.weight)
+    for begin in range(0, x.shape[1], PANEL):
+        columns = min(PANEL, x.shape[1] - begin)
+        width = (columns + LANES - 1) // LANES * LANES
+        _read_panel(packed.space, layout.x, x[ticket], begin, columns, width)
+        forward(layout, packed, FIRST, depth, width)
+        _write_panel(packed.space, layout.layers[depth - 1, Y], y[ticket], begin, columns)
 
 
 @njit(cache=True, nogil=True)
-def _backward(layout, floats, integers, progress, x, weight, mask, dy, to_input, dx, dweight):
+def _forward(threads, layout, floats, integers, x, weight, mask, y):
+    arguments = (layout, floats, integers, x, weight, mask, y)
+    share(_forward_ticket, threads, x.shape[0], arguments)
+
+
+@njit(cache=True)
+def _backward_ticket(
+    thread, ticket, layout, floats, integers, x, weight, mask, dy, to_input, dx, dweight
+):
     depth = layout.layers.shape[0]
-    packed = open_scratch(layout, floats, integers)
-    ticket = claim(progress)
-    while ticket < x.shape[0]:
-        count = pack(layout, packed, mask[ticket], False)
-        turn(layout, packed, to_input)
-        read_row(layout, packed, mask[ticket], weight[ticket], packed.weight)
-        turn_values(layout, packed, to_input)
-        clear_gradient(layout, packed, count)
-        for begin in range(0, x.shape[1], PANEL):
-            columns = min(PANEL, x.shape[1] - begin)
-            width = (columns + LANES - 1) // LANES * LANES
-            _read_panel(packed.space, layout.x, x[ticket], begin, columns, width)
-            forward(layout, packed, FIRST, depth, width)
-            _read_panel(packed.space, layout.delta, dy[ticket], begin, columns, width)
-            panel = backward(layout, packed, FIRST, depth, columns, width, to_input)
-            if to_input:
-                _write_panel(packed.space, panel, dx[ticket], begin, columns)
-        collect_gradient(layout, packed, mask[ticket])
-        dweight[ticket, mask.shape[1] :] = _ZERO
-        write_row(layout, packed, mask[ticket], packed.grad, dweight[ticket])
-        finish(progress)
-        ticket = claim(progress)
+    packed = open_scratch(layout, floats[thread], integers[thread])
+    count = pack(layout, packed, mask[ticket], False)
+    turn(layout, packed, to_input)
+    read_row(layout, packed, mask[ticket], weight[ticket], packed.weight)
+    turn_values(layout, packed, to_input)
+    clear_gradient(layout, packed, count)
+    for begin in range(0, x.shape[1], PANEL):
+        columns = min(PANEL, x.shape[1] - begin)
+        width = (columns + LANES - 1) // LANES * LANES
+        _read_panel(packed.space, layout.x, x[ticket], begin, columns, width)
+        forward(layout, packed, FIRST, depth, width)
+        _read_panel(packed.space, layout.delta, dy[ticket], begin, columns, width)
+        panel = backward(layout, packed, FIRST, depth, columns, width, to_input)
+        if to_input:
+            _write_panel(packed.space, panel, dx[ticket], begin, columns)
+    collect_gradient(layout, packed, mask[ticket])
+    dweight[ticket, mask.shape[1] :] = _ZERO
+    write_row(layout, packed, mask[ticket], packed.grad, dweight[ticket])
 
 
-def _arguments(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None, density: float):
+@njit(cache=True, nogil=True)
+def _backward(threads, layout, floats, integers, x, weight, mask, dy, to_input, dx, dweight):
+    arguments = (layout, floats, integers, x, weight, mask, dy, to_input, dx, dweight)
+    share(_backward_ticket, threads, x.shape[0], arguments)
+
+
+def _arguments(
+    x: Tensor, weight: Tensor, net: Net, mask: Tensor | None, density: float, passes: int
+) -> tuple:
     prunable = 0 if mask is None else mask.shape[1]
     layout = lay_out((net,), prunable, density)
     mask = torch.empty((len(x), 0), dtype=torch.bool) if mask is None else mask.contiguous()
-    return layout, len(x), x.contiguous().numpy(), weight.contiguous().numpy(), mask.numpy()
+    threads, floats, integers = prepare(layout, len(x), passes * x.shape[1] * density)
+    arrays = (tensor.contiguous().numpy() for tensor in (x, weight, mask))
+    return threads, layout, floats, integers, *arrays
 
 
 def mlp(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None, density: float) -> Tensor:
     """Forward; see the op."""
     y = x.new_empty((*x.shape[:2], net.sizes[-1]))
-    over_tickets(_forward, *_arguments(x, weight, net, mask, density), y.numpy())
+    _forward(*_arguments(x, weight, net, mask, density, 1), y.numpy())
     return y
 
 
@@ -369,9 +379,8 @@ def mlp_backward(
     dx = x.new_empty(x.shape if to_input else (len(x), 0, 0))
     # Filled by the kernel: torch's threads would spin on after filling it.
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    over_tickets(
-        _backward,
-        *_arguments(x, weight, net, mask, density),
+    _backward(
+        *_arguments(x, weight, net, mask, density, 4),
         dy.contiguous().numpy(),
         to_input,
         dx.numpy(),

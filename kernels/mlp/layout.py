@@ -12,14 +12,13 @@ row streams eight independent chains of fused multiply-adds per nonzero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from sparse_tickets.kernels.arena import Net
-from sparse_tickets.kernels.threads import count_threads, share
+from sparse_tickets.kernels.threads import count_threads
 from sparse_tickets.kernels.vector import LANES
 
 __all__ = [
@@ -28,7 +27,7 @@ __all__ = [
     "allocate",
     "is_sparse",
     "lay_out",
-    "over_tickets",
+    "prepare",
 ]
 
 PANEL = 8 * LANES
@@ -38,6 +37,8 @@ NARROW = 8
 SPARSE_DENSITY = 0.55
 SPARSE_DENSITY_WIDE = 0.42
 CACHED_WIDTH = 128
+# Work of packing a ticket, in forward passes of one sample through all of its weights.
+_PACKING = 32
 
 # Columns of `Layout.layers`.
 OUT, IN, WEIGHT, BIAS, SPARSE, HIDDEN, X, Y, SUMS, STRIDE, ROWS, COLUMNS, FIELDS = range(13)
@@ -190,19 +191,13 @@ def allocate(layout: Layout, threads: int) -> tuple[np.ndarray, np.ndarray]:
     return _aligned(threads, floats, np.float32), _aligned(threads, integers, np.int32)
 
 
-def over_tickets(kernel: Callable, layout: Layout, tickets: int, *arguments: object) -> None:
-    """Call ``kernel(layout, floats, integers, progress, *arguments)`` on several threads.
+def prepare(layout: Layout, tickets: int, passes: float) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many threads work on the tickets, and each one's scratch as `allocate` returns it.
 
     Args:
-        kernel: a Numba function compiled with ``nogil=True``, which takes tickets until none is
-            left: see `threads.share`.
         layout: see `Layout`.
         tickets: P.
-        *arguments: passed on.
+        passes: samples times forward passes, or what comes to the same work, per ticket.
     """
-    floats, integers = allocate(layout, count_threads(tickets))
-
-    def work(thread: int, progress: np.ndarray) -> None:
-        kernel(layout, floats[thread], integers[thread], progress, *arguments)
-
-    share(tickets, work)
+    threads = count_threads(tickets, tickets * layout.parameters * (passes + _PACKING))
+    return threads, *allocate(layout, threads)

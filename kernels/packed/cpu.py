@@ -15,54 +15,65 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..linear import cpu as linear
-from ..threads import over_tickets
+from ..threads import count_threads, share
 from . import reference
 from .layout import Layer
 
 __all__ = ["dw", "dx", "forward", "pack", "unpack"]
 
+# Work per dense weight, in the units of `count_threads`.
+_WORK = 64
 
-@njit(cache=True, nogil=True)
-def _unpack(values, bits, start, dense, shape, begin, end):
-    """``dense[p, offset:]`` of one layer, for tickets begin to end; shape is `_shape`'s."""
+
+@njit(cache=True)
+def _unpack_ticket(thread, p, values, bits, start, dense, shape):
+    """``dense[p, offset:]`` of one layer; shape is `_shape`'s."""
     offset, out, inp, first_tile, first_word, tile_out, tile_in = shape
     tiles_in = (inp + tile_in - 1) // tile_in
     tiles_out = (out + tile_out - 1) // tile_out
-    for p in range(begin, end):
-        for tile in range(tiles_out * tiles_in):
-            rank = start[p, first_tile + tile]
-            first_bit = 32 * first_word + tile * tile_out * tile_in
-            row = tile // tiles_in * tile_out
-            col = tile % tiles_in * tile_in
-            for r in range(min(tile_out, out - row)):
-                for c in range(min(tile_in, inp - col)):
-                    bit = first_bit + r * tile_in + c
-                    at = offset + (row + r) * inp + col + c
-                    if (bits[p, bit >> 5] >> (bit & 31)) & 1:
-                        dense[p, at] = values[p, rank]
-                        rank += 1
-                    else:
-                        dense[p, at] = 0
+    for tile in range(tiles_out * tiles_in):
+        rank = start[p, first_tile + tile]
+        first_bit = 32 * first_word + tile * tile_out * tile_in
+        row = tile // tiles_in * tile_out
+        col = tile % tiles_in * tile_in
+        for r in range(min(tile_out, out - row)):
+            for c in range(min(tile_in, inp - col)):
+                bit = first_bit + r * tile_in + c
+                at = offset + (row + r) * inp + col + c
+                if (bits[p, bit >> 5] >> (bit & 31)) & 1:
+                    dense[p, at] = values[p, rank]
+                    rank += 1
+                else:
+                    dense[p, at] = 0
 
 
-@njit(cache=True, nogil=True)
-def _pack(dense, bits, start, values, shape, begin, end):
+@njit(cache=True)
+def _pack_ticket(thread, p, dense, bits, start, values, shape):
     """The other way round: one layer's entries of ``values``."""
     offset, out, inp, first_tile, first_word, tile_out, tile_in = shape
     tiles_in = (inp + tile_in - 1) // tile_in
     tiles_out = (out + tile_out - 1) // tile_out
-    for p in range(begin, end):
-        for tile in range(tiles_out * tiles_in):
-            rank = start[p, first_tile + tile]
-            first_bit = 32 * first_word + tile * tile_out * tile_in
-            row = tile // tiles_in * tile_out
-            col = tile % tiles_in * tile_in
-            for r in range(min(tile_out, out - row)):
-                for c in range(min(tile_in, inp - col)):
-                    bit = first_bit + r * tile_in + c
-                    if (bits[p, bit >> 5] >> (bit & 31)) & 1:
-                        values[p, rank] = dense[p, offset + (row + r) * inp + col + c]
-                        rank += 1
+    for tile in range(tiles_out * tiles_in):
+        rank = start[p, first_tile + tile]
+        first_bit = 32 * first_word + tile * tile_out * tile_in
+        row = tile // tiles_in * tile_out
+        col = tile % tiles_in * tile_in
+        for r in range(min(tile_out, out - row)):
+            for c in range(min(tile_in, inp - col)):
+                bit = first_bit + r * tile_in + c
+                if (bits[p, bit >> 5] >> (bit & 31)) & 1:
+                    values[p, rank] = dense[p, offset + (row + r) * inp + col + c]
+                    rank += 1
+
+
+@njit(cache=True, nogil=True)
+def _unpack(threads, values, bits, start, dense, shape):
+    share(_unpack_ticket, threads, dense.shape[0], (values, bits, start, dense, shape))
+
+
+@njit(cache=True, nogil=True)
+def _pack(threads, dense, bits, start, values, shape):
+    share(_pack_ticket, threads, dense.shape[0], (dense, bits, start, values, shape))
 
 
 def unpack(
@@ -128,16 +139,18 @@ def _unpack_into(
     dense: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: Layer, offset: int
 ) -> None:
     arrays = _arrays(values, bits, start, dense)
-    shape = _shape(layer, offset)
-    over_tickets(dense.shape[0], lambda thread, begin, end: _unpack(*arrays, shape, begin, end))
+    _unpack(_count_threads(layer, len(dense)), *arrays, _shape(layer, offset))
 
 
 def _pack_from(
     dense: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: Layer, offset: int
 ) -> None:
     arrays = _arrays(dense, bits, start, values)
-    shape = _shape(layer, offset)
-    over_tickets(dense.shape[0], lambda thread, begin, end: _pack(*arrays, shape, begin, end))
+    _pack(_count_threads(layer, len(dense)), *arrays, _shape(layer, offset))
+
+
+def _count_threads(layer: Layer, tickets: int) -> int:
+    return count_threads(tickets, _WORK * tickets * layer.out * layer.inp)
 
 
 def _arrays(source: Tensor, bits: Tensor, start: Tensor, target: Tensor) -> tuple[np.ndarray, ...]:

@@ -22,7 +22,7 @@ from sparse_tickets.kernels.mlp.cpu import (
     forward,
     gather,
 )
-from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, over_tickets
+from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, prepare
 from sparse_tickets.kernels.mlp.packing import (
     open_scratch,
     pack,
@@ -33,7 +33,7 @@ from sparse_tickets.kernels.mlp.packing import (
 )
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.random.cpu import fill_permutation
-from sparse_tickets.kernels.threads import claim, finish
+from sparse_tickets.kernels.threads import share
 from sparse_tickets.kernels.update.cpu import adam_row
 from sparse_tickets.kernels.vector import (
     LANES,
@@ -254,12 +254,13 @@ def _minibatch(layout, packed, index, batch, constants, statistics):
         backward(layout, packed, actor, depth, columns, width, False)
 
 
-@njit(cache=True, nogil=True)
-def _update(
+@njit(cache=True)
+def _update_ticket(
+    thread,
+    ticket,
     layout,
     floats,
     integers,
-    progress,
     parameters,
     batch,
     key,
@@ -272,49 +273,50 @@ def _update(
     obs, action, scalars = batch
     samples = scalars.shape[1]
     size = samples // constants.minibatches
-    packed = open_scratch(layout, floats, integers)
+    packed = open_scratch(layout, floats[thread], integers[thread])
     index, words = np.empty((2, samples), np.int32), np.empty((2, samples), np.uint32)
-    ticket = claim(progress)
-    while ticket < len(masks):
-        mask, measured = masks[ticket], statistics[ticket]
-        mine = obs[ticket], action[ticket], scalars[ticket]
-        count = pack(layout, packed, mask, True)
-        turn(layout, packed, False)
-        read_row(layout, packed, mask, weights[ticket], packed.weight)
-        read_row(layout, packed, mask, ms[ticket], packed.m)
-        read_row(layout, packed, mask, vs[ticket], packed.v)
-        for epoch in range(constants.epochs):
-            measured[:] = 0.0
-            draw = iteration * constants.epochs + epoch
-            fill_permutation(index[0], words[0], index[1], words[1], key[ticket], _STREAM, draw)
-            for begin in range(0, samples, size):
-                clear_gradient(layout, packed, count)
-                turn_values(layout, packed, False)
-                rows = index[0, begin : begin + size]
-                _minibatch(layout, packed, rows, mine, constants, measured)
-                collect_gradient(layout, packed, mask)
-                steps[ticket] += 1
-                measured[_NORM] += adam_row(
-                    packed.weight[:count],
-                    packed.grad[:count],
-                    packed.m[:count],
-                    packed.v[:count],
-                    mask[:0],
-                    lr[ticket],
-                    steps[ticket],
-                    constants.max_norm,
-                    constants.beta1,
-                    constants.beta2,
-                    constants.eps,
-                )
-        for column in range(_NORM):
-            measured[column] /= samples
-        measured[_NORM] /= constants.minibatches
-        write_row(layout, packed, mask, packed.weight, weights[ticket])
-        write_row(layout, packed, mask, packed.m, ms[ticket])
-        write_row(layout, packed, mask, packed.v, vs[ticket])
-        finish(progress)
-        ticket = claim(progress)
+    mask, measured = masks[ticket], statistics[ticket]
+    mine = obs[ticket], action[ticket], scalars[ticket]
+    count = pack(layout, packed, mask, True)
+    turn(layout, packed, False)
+    read_row(layout, packed, mask, weights[ticket], packed.weight)
+    read_row(layout, packed, mask, ms[ticket], packed.m)
+    read_row(layout, packed, mask, vs[ticket], packed.v)
+    for epoch in range(constants.epochs):
+        measured[:] = 0.0
+        draw = iteration * constants.epochs + epoch
+        fill_permutation(index[0], words[0], index[1], words[1], key[ticket], _STREAM, draw)
+        for begin in range(0, samples, size):
+            clear_gradient(layout, packed, count)
+            turn_values(layout, packed, False)
+            rows = index[0, begin : begin + size]
+            _minibatch(layout, packed, rows, mine, constants, measured)
+            collect_gradient(layout, packed, mask)
+            steps[ticket] += 1
+            measured[_NORM] += adam_row(
+                packed.weight[:count],
+                packed.grad[:count],
+                packed.m[:count],
+                packed.v[:count],
+                mask[:0],
+                lr[ticket],
+                steps[ticket],
+                constants.max_norm,
+                constants.beta1,
+                constants.beta2,
+                constants.eps,
+            )
+    for column in range(_NORM):
+        measured[column] /= samples
+    measured[_NORM] /= constants.minibatches
+    write_row(layout, packed, mask, packed.weight, weights[ticket])
+    write_row(layout, packed, mask, packed.m, ms[ticket])
+    write_row(layout, packed, mask, packed.v, vs[ticket])
+
+
+@njit(cache=True, nogil=True)
+def _update(threads, tickets, arguments):
+    share(_update_ticket, threads, tickets, arguments)
 
 
 def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -> torch.Tensor:
@@ -339,10 +341,12 @@ def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -
     scalars = torch.stack([batch.advantage, batch.logp, batch.value, batch.target], -1)
     data = (batch.obs, action, scalars)
     statistics = np.zeros((len(key), STATISTICS))
-    over_tickets(
-        _update,
+    passes = config.epochs * scalars.shape[1]
+    threads, floats, integers = prepare(layout, len(key), passes)
+    arguments = (
         layout,
-        len(key),
+        floats,
+        integers,
         tuple(
             tensor.detach().numpy()
             for tensor in parameters._replace(mask=parameters.mask.contiguous())
@@ -354,4 +358,5 @@ def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -
         constants,
         statistics,
     )
+    _update(threads, len(key), arguments)
     return torch.from_numpy(np.ascontiguousarray(statistics.T, np.float32))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from ..threads import launch
+from ..threads import count_threads, share
 
 __all__ = ["prune"]
+
+# Work per entry, in the units of `count_threads`.
+_WORK = 256
 
 
 def _ordered_image(scores: Tensor, magnitude: bool) -> Tensor:
@@ -52,33 +55,37 @@ def _kth_largest(keys, count, k, bits):
     return keys[0], k
 
 
-@njit(cache=True, parallel=True)
-def _prune_rows(keys, mask, k, bits, out):
-    for ticket in prange(mask.shape[0]):
-        key, inside, kept = keys[ticket], mask[ticket], out[ticket]
-        kept[:] = False
-        candidates = np.empty(key.shape[0], np.int64)
-        count = 0
+@njit(cache=True)
+def _prune_row(thread, ticket, keys, mask, k, bits, out):
+    key, inside, kept = keys[ticket], mask[ticket], out[ticket]
+    kept[:] = False
+    candidates = np.empty(key.shape[0], np.int64)
+    count = 0
+    for i in range(key.shape[0]):
+        if inside[i]:
+            candidates[count] = key[i]
+            count += 1
+    wanted = min(k[ticket], count)
+    if wanted > 0:
+        threshold, ties = _kth_largest(candidates, count, wanted, bits)
         for i in range(key.shape[0]):
             if inside[i]:
-                candidates[count] = key[i]
-                count += 1
-        wanted = min(k[ticket], count)
-        if wanted > 0:
-            threshold, ties = _kth_largest(candidates, count, wanted, bits)
-            for i in range(key.shape[0]):
-                if inside[i]:
-                    if key[i] > threshold:
-                        kept[i] = True
-                    elif key[i] == threshold and ties > 0:
-                        kept[i] = True
-                        ties -= 1
+                if key[i] > threshold:
+                    kept[i] = True
+                elif key[i] == threshold and ties > 0:
+                    kept[i] = True
+                    ties -= 1
+
+
+@njit(cache=True, nogil=True)
+def _prune_rows(threads, keys, mask, k, bits, out):
+    share(_prune_row, threads, mask.shape[0], (keys, mask, k, bits, out))
 
 
 def prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool = False) -> Tensor:
     out = torch.empty_like(mask)
     keys = _ordered_image(scores, magnitude).contiguous()
     bits = torch.iinfo(keys.dtype).bits
-    with launch():
-        _prune_rows(keys.numpy(), mask.numpy(), k.numpy(), bits, out.numpy())
+    threads = count_threads(len(mask), _WORK * mask.numel())
+    _prune_rows(threads, keys.numpy(), mask.numpy(), k.numpy(), bits, out.numpy())
     return out

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from ..threads import launch
+from ..threads import count_threads, share
 
 __all__ = [
     "bits",
@@ -41,8 +40,8 @@ _WORD_UNIT = 2.0**-32
 _RADIX_BITS = 8
 _RADIX = 1 << _RADIX_BITS
 _PASSES = 4
-# Elements up to which waking another thread costs more than it saves.
-_SERIAL = 1 << 14
+# Work per element, in the units of `count_threads`.
+_WORK = 64
 
 
 @njit(cache=True, forceinline=True)
@@ -188,33 +187,49 @@ def pick(probs, u):
     return last
 
 
-@njit(cache=True, parallel=True)
-def _bits(out, key, stream, step):
-    for ticket in prange(out.shape[0]):
-        fill_words(out[ticket], key[ticket], stream, step[ticket])
+@njit(cache=True)
+def _bits_row(thread, ticket, out, key, stream, step):
+    fill_words(out[ticket], key[ticket], stream, step[ticket])
 
 
-@njit(cache=True, parallel=True)
-def _uniform(out, key, stream, step):
-    for ticket in prange(out.shape[0]):
-        fill_uniform(out[ticket], key[ticket], stream, step[ticket])
+@njit(cache=True, nogil=True)
+def _bits(threads, out, key, stream, step):
+    share(_bits_row, threads, out.shape[0], (out, key, stream, step))
 
 
-@njit(cache=True, parallel=True)
-def _normal(out, key, stream, step):
-    for ticket in prange(out.shape[0]):
-        fill_normal(out[ticket], key[ticket], stream, step[ticket])
+@njit(cache=True)
+def _uniform_row(thread, ticket, out, key, stream, step):
+    fill_uniform(out[ticket], key[ticket], stream, step[ticket])
 
 
-@njit(cache=True, parallel=True)
-def _permutation(out, key, stream, step):
-    tickets, n = out.shape
-    for ticket in prange(tickets):
-        index = np.empty((2, n), np.int32)
-        words = np.empty((2, n), np.uint32)
-        fill_permutation(index[0], words[0], index[1], words[1], key[ticket], stream, step[ticket])
-        for i in range(n):
-            out[ticket, i] = index[0, i]
+@njit(cache=True, nogil=True)
+def _uniform(threads, out, key, stream, step):
+    share(_uniform_row, threads, out.shape[0], (out, key, stream, step))
+
+
+@njit(cache=True)
+def _normal_row(thread, ticket, out, key, stream, step):
+    fill_normal(out[ticket], key[ticket], stream, step[ticket])
+
+
+@njit(cache=True, nogil=True)
+def _normal(threads, out, key, stream, step):
+    share(_normal_row, threads, out.shape[0], (out, key, stream, step))
+
+
+@njit(cache=True)
+def _permutation_row(thread, ticket, out, key, stream, step):
+    n = out.shape[1]
+    index = np.empty((2, n), np.int32)
+    words = np.empty((2, n), np.uint32)
+    fill_permutation(index[0], words[0], index[1], words[1], key[ticket], stream, step[ticket])
+    for i in range(n):
+        out[ticket, i] = index[0, i]
+
+
+@njit(cache=True, nogil=True)
+def _permutation(threads, out, key, stream, step):
+    share(_permutation_row, threads, out.shape[0], (out, key, stream, step))
 
 
 @njit(cache=True)
@@ -232,10 +247,8 @@ def _draw(
 ) -> Tensor:
     out = torch.empty((key.shape[0], n), dtype=dtype)
     step = torch.as_tensor(step).expand_as(key).contiguous()
-    with launch():
-        if out.numel() <= _SERIAL:
-            numba.set_num_threads(1)
-        kernel(out.numpy(), key.numpy(), stream, step.numpy())
+    threads = count_threads(len(out), _WORK * out.numel())
+    kernel(threads, out.numpy(), key.numpy(), stream, step.numpy())
     return out
 
 

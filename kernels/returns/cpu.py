@@ -7,9 +7,12 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..threads import over_tickets
+from ..threads import count_threads, share
 
 __all__ = ["gae", "gae_ticket"]
+
+# Work per step of an environment, in the units of `count_threads`.
+_WORK = 64
 
 
 @njit(cache=True)
@@ -28,22 +31,26 @@ def gae_ticket(reward, value, next_value, terminated, truncated, gamma, lam, adv
             target[t, env] = following[env] + value[t, env]
 
 
-@njit(cache=True, nogil=True)
-def _gae(
-    begin, end, reward, value, next_value, terminated, truncated, gamma, lam, advantage, target
+@njit(cache=True)
+def _gae_row(
+    thread, ticket, reward, value, next_value, terminated, truncated, gamma, lam, advantage, target
 ):
-    for ticket in range(begin, end):
-        gae_ticket(
-            reward[ticket],
-            value[ticket],
-            next_value[ticket],
-            terminated[ticket],
-            truncated[ticket],
-            gamma,
-            lam,
-            advantage[ticket],
-            target[ticket],
-        )
+    gae_ticket(
+        reward[ticket],
+        value[ticket],
+        next_value[ticket],
+        terminated[ticket],
+        truncated[ticket],
+        gamma,
+        lam,
+        advantage[ticket],
+        target[ticket],
+    )
+
+
+@njit(cache=True, nogil=True)
+def _gae(threads, tickets, arguments):
+    share(_gae_row, threads, tickets, arguments)
 
 
 def gae(
@@ -58,5 +65,5 @@ def gae(
     advantage, target = torch.empty_like(reward), torch.empty_like(reward)
     inputs = [t.numpy() for t in (reward, value, next_value, terminated, truncated)]
     arguments = (*inputs, gamma, lam, advantage.numpy(), target.numpy())
-    over_tickets(len(reward), lambda _, begin, end: _gae(begin, end, *arguments))
+    _gae(count_threads(len(reward), _WORK * reward.numel()), len(reward), arguments)
     return advantage, target

@@ -12,12 +12,15 @@ import math
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from ..threads import launch
+from ..threads import count_threads, share
 
 __all__ = ["adam_", "adam_row", "rewind_", "sgd_"]
+
+# Work per entry, in the units of `count_threads`.
+_WORK = 16
 
 LANES = 512
 """Partial sums of a norm: a power of two, small enough for L1, enough to hide the add's latency."""
@@ -162,70 +165,88 @@ def _sgd_clipped(weight, grad, buffer, mask, lr, norm, max_norm, momentum, weigh
         )
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
-def _adam_rows(
-    weight, grad, m, v, mask, count, partials, lr, step, max_norm, beta1, beta2, eps, norm
-):
-    for ticket in prange(weight.shape[0]):
-        step[ticket] += 1
-        end = max(count[ticket], 0)
-        valid = grad[ticket, :end]
-        norm[ticket] = _norm(valid, mask[ticket], partials[ticket])
-        _adam_clipped(
-            weight[ticket, :end],
-            valid,
-            m[ticket, :end],
-            v[ticket, :end],
-            mask[ticket],
-            lr[ticket],
-            step[ticket],
-            norm[ticket],
-            max_norm,
-            beta1,
-            beta2,
-            eps,
-        )
-        weight[ticket, end:] = 0
-        m[ticket, end:] = 0
-        v[ticket, end:] = 0
+@njit(cache=True, error_model="numpy")
+def _adam_ticket(
+    thread, ticket, weight, grad, m, v, mask, count, partials, lr, step, max_norm, beta1, beta2,
+    eps, norm,
+):  # fmt: skip
+    step[ticket] += 1
+    end = max(count[ticket], 0)
+    valid = grad[ticket, :end]
+    norm[ticket] = _norm(valid, mask[ticket], partials[ticket])
+    _adam_clipped(
+        weight[ticket, :end],
+        valid,
+        m[ticket, :end],
+        v[ticket, :end],
+        mask[ticket],
+        lr[ticket],
+        step[ticket],
+        norm[ticket],
+        max_norm,
+        beta1,
+        beta2,
+        eps,
+    )
+    weight[ticket, end:] = 0
+    m[ticket, end:] = 0
+    v[ticket, end:] = 0
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
-def _sgd_rows(
-    weight, grad, buffer, mask, count, partials, lr, max_norm, momentum, weight_decay, norm
-):
-    for ticket in prange(weight.shape[0]):
-        end = max(count[ticket], 0)
-        valid = grad[ticket, :end]
-        norm[ticket] = _norm(valid, mask[ticket], partials[ticket])
-        _sgd_clipped(
-            weight[ticket, :end],
-            valid,
-            buffer[ticket, :end],
-            mask[ticket],
-            lr[ticket],
-            norm[ticket],
-            max_norm,
-            momentum,
-            weight_decay,
-        )
-        weight[ticket, end:] = 0
-        buffer[ticket, end:] = 0
+@njit(cache=True, nogil=True, error_model="numpy")
+def _adam_rows(threads, tickets, arguments):
+    share(_adam_ticket, threads, tickets, arguments)
 
 
-@njit(cache=True, parallel=True)
-def _masked_copy(target, source, mask, count):
+@njit(cache=True, error_model="numpy")
+def _sgd_ticket(
+    thread, ticket, weight, grad, buffer, mask, count, partials, lr, max_norm, momentum,
+    weight_decay, norm,
+):  # fmt: skip
+    end = max(count[ticket], 0)
+    valid = grad[ticket, :end]
+    norm[ticket] = _norm(valid, mask[ticket], partials[ticket])
+    _sgd_clipped(
+        weight[ticket, :end],
+        valid,
+        buffer[ticket, :end],
+        mask[ticket],
+        lr[ticket],
+        norm[ticket],
+        max_norm,
+        momentum,
+        weight_decay,
+    )
+    weight[ticket, end:] = 0
+    buffer[ticket, end:] = 0
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _sgd_rows(threads, tickets, arguments):
+    share(_sgd_ticket, threads, tickets, arguments)
+
+
+@njit(cache=True)
+def _copy_ticket(thread, ticket, target, source, mask, count):
     """``target = source``, and zero where the mask of the prefix is False or a row has ended."""
     prunable = mask.shape[1]
     zero = target.dtype.type(0)
-    for ticket in prange(target.shape[0]):
-        end = max(count[ticket], 0)
-        row, origin, keep = target[ticket, :end], source[ticket], mask[ticket]
-        for i in range(prunable):
-            row[i] = origin[i] if keep[i] else zero
-        for i in range(prunable, row.shape[0]):
-            row[i] = origin[i]
-        target[ticket, end:] = 0
+    end = max(count[ticket], 0)
+    row, origin, keep = target[ticket, :end], source[ticket], mask[ticket]
+    for i in range(prunable):
+        row[i] = origin[i] if keep[i] else zero
+    for i in range(prunable, row.shape[0]):
+        row[i] = origin[i]
+    target[ticket, end:] = 0
+
+
+@njit(cache=True, nogil=True)
+def _masked_copy(threads, target, source, mask, count):
+    share(_copy_ticket, threads, target.shape[0], (target, source, mask, count))
+
+
+def _count_threads(weight: Tensor) -> int:
+    return count_threads(len(weight), _WORK * weight.numel())
 
 
 def _support(weight: Tensor, mask: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -253,8 +274,7 @@ def rewind_(
         if source is None:
             target.zero_()
         else:
-            with launch():
-                _masked_copy(target.numpy(), source.numpy(), *support)
+            _masked_copy(_count_threads(weight), target.numpy(), source.numpy(), *support)
 
 
 def adam_(
@@ -276,8 +296,8 @@ def adam_(
     if norm_partials is None:
         norm_partials = weight.new_empty(weight.shape[0], 0)
     tensors = (weight, grad, m, v, *_support(weight, mask, count), norm_partials, lr, step)
-    with launch():
-        _adam_rows(*(t.numpy() for t in tensors), max_norm, beta1, beta2, eps, norm.numpy())
+    arguments = (*(t.numpy() for t in tensors), max_norm, beta1, beta2, eps, norm.numpy())
+    _adam_rows(_count_threads(weight), len(weight), arguments)
     return norm
 
 
@@ -297,6 +317,6 @@ def sgd_(
     if norm_partials is None:
         norm_partials = weight.new_empty(weight.shape[0], 0)
     tensors = (weight, grad, buffer, *_support(weight, mask, count), norm_partials, lr)
-    with launch():
-        _sgd_rows(*(t.numpy() for t in tensors), max_norm, momentum, weight_decay, norm.numpy())
+    arguments = (*(t.numpy() for t in tensors), max_norm, momentum, weight_decay, norm.numpy())
+    _sgd_rows(_count_threads(weight), len(weight), arguments)
     return norm

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.threads import follow_torch, launch
 from sparse_tickets.kernels.update import adam_, cost, rewind_, sgd_
 
 BACKENDS = ["reference", "cpu", "triton"]
@@ -602,13 +601,3 @@ def test_launches_from_several_threads_and_any_torch_thread_count():
         thread.join()
     for each, alone in zip(rows, expected, strict=True):
         assert torch.equal(each["weight"], alone["weight"])
-
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 64):
-            torch.set_num_threads(count)
-            follow_torch()
-            with launch():
-                pass
-    finally:
-        torch.set_num_threads(before)
