@@ -117,6 +117,19 @@ _CODE = ir.IntType(32)
 _CLAIMED, _, _ENTERED, _ITEMS, _FAILED, _ERROR, _ARGUMENTS = range(7)
 
 
+def _borrow(context, builder, kind, value):
+    """A value whose arrays are not counted: threads would contend for the counters."""
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = cgutils.get_null_value(array.meminfo.type)
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        parts = cgutils.unpack_tuple(builder, value)
+        borrowed = [_borrow(context, builder, *part) for part in zip(kind, parts, strict=True)]
+        return context.make_tuple(builder, kind, borrowed)
+    return value
+
+
 @intrinsic
 def share(typingctx, function, threads, items, arguments):
     """Call ``function(thread, item, *arguments)`` for every item, on up to ``threads`` threads.
@@ -136,6 +149,7 @@ def share(typingctx, function, threads, items, arguments):
         compiled = function.dispatcher.get_compile_result(called)
         context.add_linking_libs([compiled.library])
         _, count, total, packed = values
+        packed = _borrow(context, builder, signature.args[3], packed)
         given = cgutils.unpack_tuple(builder, packed)
         error = context.call_conv.get_function_type(types.none, ()).args[1].pointee
         memory = ir.LiteralStructType(
