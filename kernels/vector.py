@@ -25,6 +25,7 @@ __all__ = [
     "exp",
     "fma",
     "load",
+    "load_kept",
     "log",
     "make_block_tile",
     "make_sparse_tile",
@@ -140,6 +141,22 @@ def load(typingctx, array, index):
         return _load(builder, data, arguments[1])
 
     return vector(array, types.int64), generate
+
+
+@intrinsic
+def load_kept(typingctx, array, mask, index):
+    """`load`, with zero in the lanes whose byte of ``mask`` is zero, whatever lies there."""
+
+    def generate(context, builder, signature, arguments):
+        array, mask, index = arguments
+        data = _data(context, builder, signature.args[0], array)
+        bytes_at = builder.gep(_data(context, builder, signature.args[1], mask), [index])
+        byte = ir.VectorType(ir.IntType(8), LANES)
+        kept = builder.load(builder.bitcast(bytes_at, byte.as_pointer()), align=1)
+        is_kept = builder.icmp_unsigned("!=", kept, ir.Constant(byte, None))
+        return builder.select(is_kept, _load(builder, data, index), ir.Constant(_VECTOR, None))
+
+    return vector(array, mask, types.int64), generate
 
 
 @intrinsic

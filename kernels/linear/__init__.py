@@ -29,23 +29,20 @@ from sparse_tickets.kernels.linear.blocks import (
 from sparse_tickets.kernels.registration import register
 
 if TYPE_CHECKING:
-    from sparse_tickets.kernels.linear.rows import Rows
-    from sparse_tickets.kernels.linear.single import SingleRow
+    from sparse_tickets.kernels.linear.layer import Prepared
 
 __all__ = [
     "BLOCK_SIZES",
     "PRECISIONS",
     "BlockPattern",
     "block_pattern",
-    "find_rows",
-    "find_single",
     "is_plain",
     "is_watched",
     "linear",
     "linear_blocked",
-    "multiply_rows",
     "plan",
     "plan_for",
+    "prepare",
 ]
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -228,8 +225,9 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
     """
     if _backend(mask.device, dtype) == "cpu":
         from sparse_tickets.kernels.linear import cpu
+        from sparse_tickets.kernels.linear.patterns import find_pattern
 
-        return cpu.plan_for(mask, batch, dtype, training)
+        return cpu.plan_for(find_pattern(mask[None]), batch, dtype, training)
     density = int(mask.sum()) / max(mask.numel(), 1)
     out, inp = mask.shape
     blocks = find_blocks(mask[None])
@@ -237,54 +235,20 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
     return plan(out, inp, batch, density, dtype, mask.device, block)
 
 
-def find_single(mask: Tensor) -> SingleRow | None:
-    """How one row passes through one CPU layer without gradients, if that beats torch's product.
-
-    It is called directly, not through `linear`: at one row the overhead is most of the time.
+def prepare(mask: Tensor) -> Prepared | None:
+    """All that is known about one layer's mask on the CPU, for `Prepared` to multiply with.
 
     Args:
-        mask: ``[O, I]`` bool, on the CPU.
-    """
-    if resolve_backend(mask.device) != "cpu":
-        return None
-    from sparse_tickets.kernels.linear import cpu
-
-    return cpu.single(mask) if cpu.wins_single(mask) else None
-
-
-def find_rows(mask: Tensor) -> Rows | None:
-    """How batches pass through one CPU layer in compressed rows; None for another format.
-
-    For `multiply_rows`, where the plan is ``csr``.
-
-    Args:
-        mask: ``[O, I]`` bool, on the CPU.
-    """
-    if resolve_backend(mask.device) != "cpu":
-        return None
-    from sparse_tickets.kernels.linear import cpu
-
-    return cpu.rows(mask)
-
-
-def multiply_rows(
-    rows: Rows, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
-) -> Tensor:
-    """`linear` of one layer without its checks: the caller warrants what `Rows` asks for.
-
-    Args:
-        rows: of the mask as it is now.
-        x: ``[B, I]``.
-        weight: ``[O, I]``.
-        mask: ``[O, I]``.
-        bias: ``[O]`` or None.
+        mask: ``[O, I]`` bool. It is copied, so it may be written meanwhile.
 
     Returns:
-        ``[B, O]``, twice differentiable.
+        None where `use_backend` or ``SPARSE_TICKETS_BACKEND`` runs no CPU kernels.
     """
-    if _needs_grad(x, weight, bias):
-        return _Rows.apply(rows, x, weight, mask, bias)
-    return rows.forward(x, weight, bias)
+    if resolve_backend(mask.device) != "cpu":
+        return None
+    from sparse_tickets.kernels.linear.layer import Prepared
+
+    return Prepared(mask)
 
 
 def _under_autocast(
@@ -478,32 +442,6 @@ class _Linear(_Differentiable):
                 None,
                 None,
             )
-
-
-class _Rows(torch.autograd.Function):
-    """`_Linear` of one CPU layer whose mask is ready."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Rows, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.rows = rows
-        ctx.save_for_backward(x, weight, mask)
-        return rows.forward(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask = ctx.saved_tensors
-        _, needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
-        if not torch.is_grad_enabled() and not is_watched() and is_plain(dy):
-            needs_dw = needs_weight or needs_bias
-            dx, dw, db = ctx.rows.backward(dy.contiguous(), x, weight, needs_x, needs_dw)
-            return None, dx, dw if needs_weight else None, None, db if needs_bias else None
-        form = (None, 0, "ieee")
-        with resume("cpu", dy.device):
-            dx = _DX(dy[None], weight[None], mask[None], *form)[0] if needs_x else None
-            dw = _DW(dy[None], x[None], mask[None], *form)[0] if needs_weight else None
-        return None, dx, dw, None, dy.sum(0) if needs_bias else None
 
 
 class _LinearDX(_Differentiable):

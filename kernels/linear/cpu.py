@@ -17,10 +17,8 @@ from sparse_tickets.kernels.linear import blocked, compressed, recycling, refere
 from sparse_tickets.kernels.linear.compressed import flat
 from sparse_tickets.kernels.linear.crossover import Choice, Pass, bucket, choose, is_forced
 from sparse_tickets.kernels.linear.patterns import Pattern, find_pattern
-from sparse_tickets.kernels.linear.rows import Rows
-from sparse_tickets.kernels.linear.single import SingleRow
 
-__all__ = ["backward", "dw", "dx", "forward", "plan", "plan_for"]
+__all__ = ["backward", "dw", "dx", "forward", "plan", "plan_for", "wins_single"]
 
 _Groups = dict[str, np.ndarray]
 """Tickets, ascending, by the format they run in: ``dense``, ``csr`` or ``blocked``."""
@@ -53,12 +51,10 @@ def plan(
     return Plan("linear", "cpu", format_ if choice.sparse else "dense+mask", choice.reason)
 
 
-def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = False) -> Plan:
-    """`plan` for the mask ``[O, I]`` of one layer, whose blocks count."""
-    pattern = find_pattern(mask[None])
+def plan_for(pattern: Pattern, batch: int, dtype: torch.dtype, training: bool = False) -> Plan:
+    """`plan` for the mask of one layer, whose blocks count."""
     density, block = float(pattern.density[0]), int(pattern.block[0])
-    out, inp = mask.shape
-    return plan(out, inp, batch, density, dtype, training, block)
+    return plan(pattern.out, pattern.inp, batch, density, dtype, training, block)
 
 
 def _choose(out: int, inp: int, batch: int, density: float, training: bool, block: int) -> Choice:
@@ -180,19 +176,7 @@ def _add_formats(
         blocked.backward(dy_, x_, weight_, pattern, dx_, dw_, db_, groups["blocked"], batch)
 
 
-def wins_single(mask: Tensor) -> bool:
-    """Whether `single` beats torch's product on one row, for this mask ``[O, I]``."""
-    out, inp = mask.shape
-    density = float(find_pattern(mask[None]).density[0])
-    return density < 1 and choose("csr", "forward", out, inp, 1, density).sparse
-
-
-def single(mask: Tensor) -> SingleRow:
-    """How one row passes through a layer with this mask ``[O, I]``."""
-    return SingleRow(find_pattern(mask[None]))
-
-
-def rows(mask: Tensor) -> Rows | None:
-    """How batches pass through a layer with this mask ``[O, I]``; None if it is made of blocks."""
-    pattern = find_pattern(mask[None])
-    return None if pattern.block[0] else Rows(pattern)
+def wins_single(pattern: Pattern) -> bool:
+    """Whether `single` beats torch's product on one row, for the mask of one layer."""
+    density = float(pattern.density[0])
+    return density < 1 and choose("csr", "forward", pattern.out, pattern.inp, 1, density).sparse

@@ -274,16 +274,20 @@ def _measure(format: Format, out: int, inp: int, batch: int, threads: int) -> di
 def _sparse_layer(
     format: Format, out: int, inp: int, batch: int, density: float, generator: torch.Generator
 ) -> tuple[Callable[..., Tensor], Tensor]:
-    from sparse_tickets.kernels.linear import cpu, linear
+    from sparse_tickets.kernels.linear import linear
+    from sparse_tickets.kernels.linear.patterns import build_pattern
+    from sparse_tickets.kernels.linear.single import SingleRow
 
     size = 16 if format == "blocked" else 1
     mask = torch.rand(out // size, inp // size, generator=generator) < density
     mask = mask.repeat_interleave(size, 0).repeat_interleave(size, 1)
-    single = cpu.single(mask)
+    single = SingleRow(build_pattern(mask[None]))
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if batch == 1 and not torch.is_grad_enabled():
-            return single(x, weight, bias)
+            row = single(x, weight, mask, bias)
+            if row is not None:
+                return row
         with forced_format("sparse"):
             return linear(x[None], weight[None], mask[None], bias[None])[0]
 

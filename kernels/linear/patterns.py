@@ -1,7 +1,9 @@
 """Where a population's masks are True: compressed rows and columns, blocks, kept per mask version.
 
 Building costs about a pass over the mask, so a pattern is remembered until its mask is written or
-goes away. A write through ``mask.data`` moves no version counter and stays unseen.
+goes away. It is built from a copy of the mask, which another thread may be writing. A population's
+mask is known by its version counter, which a write through ``mask.data`` does not move; one
+layer's, by its bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-__all__ = ["BLOCKS", "Compressed", "Pattern", "find_pattern"]
+__all__ = ["BLOCKS", "Compressed", "Pattern", "build_pattern", "find_pattern", "take_snapshot"]
 
 BLOCKS = (64, 32, 16)
 """Sizes of square blocks looked for, largest first."""
@@ -47,6 +49,7 @@ class Pattern:
         block: ``[P]`` int64, the largest of `BLOCKS` in whose full blocks the mask is made, or 0.
         rows: compressed by output, for all tickets.
         columns: compressed by input, for all tickets.
+        snapshot: ``[P, O, I]`` bool, the mask that was read; contiguous, never written.
         choices: formats already chosen for this pattern, by whoever chooses.
     """
 
@@ -56,6 +59,7 @@ class Pattern:
     block: np.ndarray
     rows: Compressed
     columns: Compressed
+    snapshot: Tensor
     choices: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -109,14 +113,16 @@ def find_pattern(mask: Tensor) -> Pattern:
     Thread-safe: two threads may both build, and either result serves.
     """
     if mask.is_inference():
-        return _build(mask)
+        return build_pattern(take_snapshot(mask))
     owner = mask if mask._base is None else mask._base
     key = (id(owner), mask.storage_offset(), mask.shape, mask.stride())
     known = _patterns.get(key)
     if known is not None and known[0]() is owner and known[1] == owner._version:
-        return known[2]
+        pattern = known[2]
+        if mask.shape[0] > 1 or torch.equal(pattern.snapshot, mask):
+            return pattern
     version = owner._version
-    pattern = _build(mask)
+    pattern = build_pattern(take_snapshot(mask))
 
     def forget(gone: weakref.ref) -> None:
         # The identity may belong to a newer tensor by now.
@@ -129,9 +135,16 @@ def find_pattern(mask: Tensor) -> Pattern:
     return pattern
 
 
-def _build(mask: Tensor) -> Pattern:
-    tickets, out, inp = mask.shape
-    flat = mask.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
+def take_snapshot(mask: Tensor) -> Tensor:
+    """A contiguous copy of a mask, which nobody writes any more."""
+    # Not `clone`: memory that nobody initialised holds other bytes than 0 and 1.
+    return mask.detach().contiguous().view(torch.uint8) != 0
+
+
+def build_pattern(snapshot: Tensor) -> Pattern:
+    """The pattern of a mask ``[P, O, I]`` that `take_snapshot` returned."""
+    tickets, out, inp = snapshot.shape
+    flat = snapshot.numpy().view(np.uint8).reshape(-1)
     rows = Compressed(*_compress(flat, tickets, out, inp, inp, 1))
     columns = Compressed(*_compress(flat, tickets, inp, out, 1, inp))
     counts = np.diff(rows.begin[:: max(out, 1)]) if tickets and out else np.zeros(tickets)
@@ -140,4 +153,4 @@ def _build(mask: Tensor) -> Pattern:
     for p in range(tickets):
         fitting = (s for s in BLOCKS if size and _is_blocked(flat, p * size, out, inp, s))
         block[p] = next(fitting, 0)
-    return Pattern(out, inp, counts / max(size, 1), block, rows, columns)
+    return Pattern(out, inp, counts / max(size, 1), block, rows, columns, snapshot)

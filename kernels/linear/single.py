@@ -12,7 +12,8 @@ overhead: tensors pass by address, nothing is launched, copied or packed. A mask
 The last two take rows by fours, sorted by how much they keep: four chains of multiply-adds overlap,
 and one loop serves four rows, which at 99% sparsity halves the time.
 
-The weight is read where it lies, for it may have been written through ``weight.data`` unseen.
+Weight and mask are read where they lie, for they may have been written unseen: whole registers of
+the weight through the mask, and before that the mask is compared with the one that was prepared.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from numba import carray, njit, types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
+from sparse_tickets.kernels.linear.masking import bytes_differ, by_address, pointer
 from sparse_tickets.kernels.linear.patterns import Pattern
-from sparse_tickets.kernels.vector import LANES, fma, load, splat, sum_lanes
+from sparse_tickets.kernels.vector import LANES, fma, load, load_kept, splat, sum_lanes
 
 __all__ = ["SingleRow"]
 
@@ -34,16 +36,6 @@ _FOUR = 4
 # Relative times, measured at 256 x 256 on AVX-512: of a register read in order, of a listed one, of
 # a nonzero, and of a row that is not read whole.
 _WHOLE, _LISTED, _SINGLE, _ROW = 2, 3, 2, 4
-
-
-@intrinsic
-def _pointer(typingctx, address):
-    """An integer as an address."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
 
 
 def _element(context, builder, signature, arguments):
@@ -156,11 +148,13 @@ def _by_fours(begin, column, lowest, step):
     return count, row, filled
 
 
-def _make_multiply_fours(zero: Callable, read: Callable, add: Callable, total: Callable):
+def _make_multiply_fours(
+    zero: Callable, read_kept: Callable, read: Callable, add: Callable, total: Callable
+):
     """Multiply rows arranged by `_by_fours`, of registers or of single nonzeros."""
 
     @njit
-    def multiply_fours(x, weight, inp, start, y, groups, count, row, column):
+    def multiply_fours(x, weight, mask, inp, start, y, groups, count, row, column):
         j = 0
         for g in range(groups):
             r, s = _get(row, _FOUR * g), _get(row, _FOUR * g + 1)
@@ -170,10 +164,10 @@ def _make_multiply_fours(zero: Callable, read: Callable, add: Callable, total: C
             while j < end:
                 i, k = np.int64(_get(column, j)), np.int64(_get(column, j + 1))
                 m, n = np.int64(_get(column, j + 2)), np.int64(_get(column, j + 3))
-                a = add(read(weight, r * inp + i), read(x, i), a)
-                b = add(read(weight, s * inp + k), read(x, k), b)
-                c = add(read(weight, t * inp + m), read(x, m), c)
-                d = add(read(weight, u * inp + n), read(x, n), d)
+                a = add(read_kept(weight, mask, r * inp + i), read(x, i), a)
+                b = add(read_kept(weight, mask, s * inp + k), read(x, k), b)
+                c = add(read_kept(weight, mask, t * inp + m), read(x, m), c)
+                d = add(read_kept(weight, mask, u * inp + n), read(x, n), d)
                 j += _FOUR
             # All are read before any is written: a group may hold a row more than once.
             e, f, v, w = _get(start, r), _get(start, s), _get(start, t), _get(start, u)
@@ -200,25 +194,31 @@ def _same(value):
     return value
 
 
-_multiply_registers = _make_multiply_fours(_no_register, load, fma, sum_lanes)
-_multiply_singles = _make_multiply_fours(_no_single, _get, _fma_one, _same)
+@njit
+def _get_kept(weight, mask, index):
+    """A listed nonzero, which needs no look at the mask."""
+    return _get(weight, index)
+
+
+_multiply_registers = _make_multiply_fours(_no_register, load_kept, load, fma, sum_lanes)
+_multiply_singles = _make_multiply_fours(_no_single, _get_kept, _get, _fma_one, _same)
 
 
 @njit
-def _multiply_whole(x, weight, inp, out, start, y):
+def _multiply_whole(x, weight, mask, inp, out, start, y):
     """All whole registers, in four chains of multiply-adds per row."""
     by_four, covered = inp // (4 * LANES) * (4 * LANES), inp // LANES * LANES
     for r in range(out):
         a, b, c, d = _no_register(), _no_register(), _no_register(), _no_register()
         w0, i = r * inp, 0
         while i < by_four:
-            a = fma(load(weight, w0 + i), load(x, i), a)
-            b = fma(load(weight, w0 + i + LANES), load(x, i + LANES), b)
-            c = fma(load(weight, w0 + i + 2 * LANES), load(x, i + 2 * LANES), c)
-            d = fma(load(weight, w0 + i + 3 * LANES), load(x, i + 3 * LANES), d)
+            a = fma(load_kept(weight, mask, w0 + i), load(x, i), a)
+            b = fma(load_kept(weight, mask, w0 + i + LANES), load(x, i + LANES), b)
+            c = fma(load_kept(weight, mask, w0 + i + 2 * LANES), load(x, i + 2 * LANES), c)
+            d = fma(load_kept(weight, mask, w0 + i + 3 * LANES), load(x, i + 3 * LANES), d)
             i += 4 * LANES
         while i < covered:
-            a = fma(load(weight, w0 + i), load(x, i), a)
+            a = fma(load_kept(weight, mask, w0 + i), load(x, i), a)
             i += LANES
         _set(y, r, _get(start, r) + sum_lanes((a + b) + (c + d)))
 
@@ -226,36 +226,37 @@ def _multiply_whole(x, weight, inp, out, start, y):
 @njit
 def _three(form, at, groups):
     """The arrays of `_by_fours` behind the addresses from ``form[at]``."""
-    count = carray(_pointer(form[at]), (groups,), np.int64)
-    row = carray(_pointer(form[at + 1]), (groups * _FOUR,), np.int64)
-    return count, row, carray(_pointer(form[at + 2]), (1,), np.int32)
+    count = carray(pointer(form[at]), (groups,), np.int64)
+    row = carray(pointer(form[at + 1]), (groups * _FOUR,), np.int64)
+    return count, row, carray(pointer(form[at + 2]), (1,), np.int32)
 
 
-_FORM = 11
+_FORM = 12
 
 
 # The GIL is kept: giving it back costs a tenth of a product, and getting it again another thread's
 # time slice.
 @njit(cache=True, error_model="numpy")
-def _multiply(x_at, weight_at, bias_at, y_at, form_at):
-    """``y = x wᵀ + bias``. ``form_at``: see `SingleRow`."""
-    form = carray(_pointer(form_at), (_FORM,), np.int64)
+def _multiply(x_at, weight_at, mask_at, bias_at, y_at, form_at):
+    """``y = x wᵀ + bias``, unless the mask is another. ``form_at``: see `SingleRow`."""
+    form = carray(pointer(form_at), (_FORM,), np.int64)
     inp, out, whole = form[0], form[1], form[2]
-    x = carray(_pointer(x_at), (inp,), np.float32)
-    weight = carray(_pointer(weight_at), (out * inp,), np.float32)
-    start = carray(_pointer(bias_at), (out,), np.float32)
-    y = carray(_pointer(y_at), (out,), np.float32)
+    if bytes_differ(mask_at, form[11], out * inp):
+        return False
+    x = carray(pointer(x_at), (inp,), np.float32)
+    weight = carray(pointer(weight_at), (out * inp,), np.float32)
+    mask = carray(pointer(form[11]), (out * inp,), np.uint8)
+    start = carray(pointer(bias_at), (out,), np.float32)
+    y = carray(pointer(y_at), (out,), np.float32)
     if whole:
-        _multiply_whole(x, weight, inp, out, start, y)
+        _multiply_whole(x, weight, mask, inp, out, start, y)
         start = y
     if form[3]:
-        _multiply_registers(x, weight, inp, start, y, form[3], *_three(form, 4, form[3]))
+        _multiply_registers(x, weight, mask, inp, start, y, form[3], *_three(form, 4, form[3]))
         start = y
     if form[7]:
-        _multiply_singles(x, weight, inp, start, y, form[7], *_three(form, 8, form[7]))
-
-
-_SIGNATURE = (types.int64,) * 5
+        _multiply_singles(x, weight, mask, inp, start, y, form[7], *_three(form, 8, form[7]))
+    return True
 
 
 class SingleRow:
@@ -265,8 +266,9 @@ class SingleRow:
         pattern: of a population of one ticket.
 
     Attributes:
-        multiply: compiled ``multiply(x, weight, bias, y, form)``, all of them addresses of
-            contiguous float32 but the last.
+        multiply: compiled ``multiply(x, weight, mask, bias, y, form)``, addresses of contiguous
+            float32, but for the mask and the last. False, and nothing written, if the mask is not
+            the one that was prepared.
         form: the last argument; valid as long as this object lives.
         no_bias: address of zeros, for a layer without a bias.
     """
@@ -294,27 +296,28 @@ class SingleRow:
         memory = (*registers, *singles, zeros)
         at = [array.ctypes.data for array in memory]
         form = np.array(
-            [inp, out, name == "whole", registers[0].size, *at[:3], singles[0].size, *at[3:6]],
+            [
+                *(inp, out, name == "whole", registers[0].size, *at[:3], singles[0].size, *at[3:6]),
+                pattern.snapshot.data_ptr(),
+            ],
             np.int64,
         )
         # Held, because addresses alone would not keep it.
-        self._memory = (*memory, form)
+        self._memory = (*memory, pattern.snapshot, form)
         self._shape = (1, out)
         self.form, self.no_bias = form.ctypes.data, at[6]
-        _multiply.compile(_SIGNATURE)
-        # Numba's own dispatch on the types of the arguments takes as long as a call.
-        self.multiply = _multiply.get_overload(_SIGNATURE)
+        self.multiply = by_address(_multiply, 6)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x wᵀ + bias`` of one row.
+    def __call__(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor | None:
+        """``x wᵀ + bias`` of one row; None if the mask is not the one that was prepared.
 
-        The caller warrants: all are contiguous float32 CPU tensors without a gradient to record,
-        `x` ``[1, I]``, `weight` ``[O, I]`` and zero off the mask, `bias` ``[O]``.
+        The caller warrants: all are contiguous CPU tensors without a gradient to record, float32
+        but for the mask; `x` ``[1, I]``, `weight` ``[O, I]``, `mask` likewise, `bias` ``[O]``.
 
         Returns:
             ``[1, O]``.
         """
         y = x.new_empty(self._shape)
         bias_at = self.no_bias if bias is None else bias.data_ptr()
-        self.multiply(x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr(), self.form)
-        return y
+        addresses = x.data_ptr(), weight.data_ptr(), mask.data_ptr(), bias_at, y.data_ptr()
+        return y if self.multiply(*addresses, self.form) else None

@@ -1,0 +1,136 @@
+"""What a mask leaves of the memory behind it: compare, look and zero, by address and in one pass.
+
+Nobody need announce a write: whoever reads a weight through its mask, or has looked, is right
+whatever was written. So these cost little: SIMD over bytes and bits, called by address, since an
+array or a tensor made for the call would cost more than the work. The GIL is kept for the same
+reason, and what a caller holds it for cannot be written by another thread of this interpreter.
+
+All addresses are of contiguous memory: masks one byte an entry, where any but 0 keeps; values four
+bytes, of any type.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core.extending import intrinsic
+
+__all__ = ["by_address", "bytes_differ", "is_equal", "is_zero_off", "keep", "keep_all", "pointer"]
+
+
+@intrinsic
+def pointer(typingctx, address):
+    """An integer as an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+# Numba widens small integers to 64 bits, and then no register holds many of them.
+
+
+@intrinsic
+def _or_differing(typingctx, a, b, seen):
+    """``seen | a ^ b`` of bytes."""
+
+    def generate(context, builder, signature, arguments):
+        a, b, seen = arguments
+        return builder.or_(seen, builder.xor(a, b))
+
+    one = types.uint8
+    return one(one, one, one), generate
+
+
+def _is_pruned(builder, kept):
+    return builder.icmp_unsigned("==", kept, ir.Constant(kept.type, 0))
+
+
+@intrinsic
+def _or_pruned(typingctx, value, kept, seen):
+    """``seen | value`` without the value's sign where it is pruned: -0 is zero too."""
+
+    def generate(context, builder, signature, arguments):
+        value, kept, seen = arguments
+        size = builder.shl(value, ir.Constant(value.type, 1))
+        pruned = builder.sext(_is_pruned(builder, kept), value.type)
+        return builder.or_(seen, builder.and_(size, pruned))
+
+    one = types.int32
+    return one(one, types.uint8, one), generate
+
+
+@intrinsic
+def _keep_one(typingctx, value, kept):
+    """The value, or zero where it is pruned."""
+
+    def generate(context, builder, signature, arguments):
+        value, kept = arguments
+        return builder.select(_is_pruned(builder, kept), ir.Constant(value.type, 0), value)
+
+    return types.int32(types.int32, types.uint8), generate
+
+
+@njit(cache=True, error_model="numpy")
+def bytes_differ(a_at, b_at, count):
+    """Whether ``count`` bytes are not the same."""
+    a = carray(pointer(a_at), (count,), np.uint8)
+    b = carray(pointer(b_at), (count,), np.uint8)
+    seen = np.uint8(0)
+    for i in range(count):
+        seen = _or_differing(a[i], b[i], seen)
+    return seen != 0
+
+
+@njit(cache=True, error_model="numpy")
+def _equal(a_at, b_at, count):
+    return not bytes_differ(a_at, b_at, count)
+
+
+@njit(cache=True, error_model="numpy")
+def _zero_off(value_at, mask_at, count):
+    """Whether every value off the mask is zero."""
+    value = carray(pointer(value_at), (count,), np.int32)
+    mask = carray(pointer(mask_at), (count,), np.uint8)
+    seen = np.int32(0)
+    for i in range(count):
+        seen = _or_pruned(value[i], mask[i], seen)
+    return seen == 0
+
+
+@njit(cache=True, error_model="numpy")
+def _keep(value_at, mask_at, result_at, count):
+    """``result`` is the value on the mask and zero off it; it may be the value itself."""
+    value = carray(pointer(value_at), (count,), np.int32)
+    mask = carray(pointer(mask_at), (count,), np.uint8)
+    result = carray(pointer(result_at), (count,), np.int32)
+    for i in range(count):
+        result[i] = _keep_one(value[i], mask[i])
+
+
+@njit(cache=True, error_model="numpy")
+def _keep_all(table_at, rows):
+    """`keep` in place for each ``[value address, mask address, count]`` that needs it."""
+    table = carray(pointer(table_at), (rows, 3), np.int64)
+    for row in range(rows):
+        value_at, mask_at, count = table[row, 0], table[row, 1], table[row, 2]
+        if not _zero_off(value_at, mask_at, count):
+            _keep(value_at, mask_at, value_at, count)
+
+
+def by_address(function, arguments: int):
+    """The machine code for so many integers.
+
+    Numba's own dispatch on the types of the arguments takes as long as the work.
+    """
+    signature = (types.int64,) * arguments
+    function.compile(signature)
+    return function.get_overload(signature)
+
+
+is_equal = by_address(_equal, 3)
+is_zero_off = by_address(_zero_off, 3)
+keep = by_address(_keep, 4)
+keep_all = by_address(_keep_all, 2)

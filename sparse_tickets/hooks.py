@@ -1,0 +1,134 @@
+"""What keeps pruned weights at zero whatever optimiser steps them: one hook for the whole process.
+
+After a step the hook looks up the optimiser's own parameters and visits the sparse layers among
+them, so an optimiser without any pays 50 ns a parameter, however many layers the process has.
+Layers and optimisers are referred to weakly.
+"""
+
+from __future__ import annotations
+
+from array import array
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from sparse_tickets.linear import SparseLinear
+
+__all__ = ["keep_", "keep_state_", "stepped_optimizers", "track", "untrack"]
+
+_owners: dict[int, WeakSet[SparseLinear]] = {}
+"""Layers by the identity of their weight; an entry may be out of date, so whoever asks looks."""
+_sweep_at = 64
+_optimizers: WeakSet[Optimizer] = WeakSet()
+_hook: RemovableHandle | None = None
+_lock = Lock()
+
+
+def track(layer: SparseLinear) -> None:
+    """Put a layer, with the weight it has now, under the hook; the first one registers it."""
+    global _hook, _sweep_at
+    weight = layer._parameters.get("weight")
+    with _lock:
+        if _hook is None:
+            _hook = register_optimizer_step_post_hook(_after_any_step)
+        if weight is None:
+            return
+        _owners.setdefault(id(weight), WeakSet()).add(layer)
+        if len(_owners) > _sweep_at:
+            for key in [key for key, layers in _owners.items() if not layers]:
+                del _owners[key]
+            _sweep_at = 2 * len(_owners) + 64
+
+
+def untrack(layer: SparseLinear) -> None:
+    """Leave a layer's weight to its optimisers."""
+    with _lock:
+        owners = _owners.get(id(layer._parameters.get("weight")))
+        if owners is not None:
+            owners.discard(layer)
+
+
+def stepped_optimizers() -> tuple[Optimizer, ...]:
+    """The optimisers that have stepped a sparse layer and still exist."""
+    with _lock:
+        return tuple(_optimizers)
+
+
+def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """The global hook: zero what the step did to the pruned weights of its own layers."""
+    owned = [
+        (weight, _owners[id(weight)])
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if id(weight) in _owners
+    ]
+    if owned:
+        _keep_owned_(optimizer, owned)
+
+
+@torch.no_grad()
+def _keep_owned_(optimizer: Optimizer, owned: list[tuple[Tensor, WeakSet[SparseLinear]]]) -> None:
+    # Rows of value, mask and count for one pass over all that lies plainly on the CPU.
+    table = array("q")
+    for weight, owners in owned:
+        with _lock:
+            layers = tuple(owners)
+        for layer in layers:
+            mask = layer._buffers.get("mask")
+            if mask is None or layer._parameters.get("weight") is not weight:
+                continue
+            with _lock:
+                _optimizers.add(optimizer)
+            if layer.is_dense():
+                continue
+            shape = weight.shape
+            state = optimizer.state.get(weight, {})
+            plain = _is_plain(mask, torch.bool) and mask.shape == shape
+            for value in (weight, *state.values()):
+                if not isinstance(value, Tensor) or value.shape != shape:
+                    continue
+                if plain and _is_plain(value, torch.float32):
+                    table.extend((value.data_ptr(), mask.data_ptr(), mask.numel()))
+                else:
+                    keep_(value, mask)
+    if table:
+        from sparse_tickets.kernels.linear.masking import keep_all
+
+        keep_all(table.buffer_info()[0], len(table) // 3)
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        type(tensor) in (Parameter, Tensor)
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
+
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def keep_(tensor: Tensor, mask: Tensor) -> None:
+    """Zero ``tensor`` off the mask, in place, whatever lay there: NaN as well.
+
+    On a CPU the bitwise product is 20 times as fast as ``masked_fill`` on an irregular mask.
+    """
+    integer = _INTEGER[tensor.element_size()]
+    tensor.view(integer).bitwise_and_(mask.to(integer).neg_())
+
+
+def keep_state_(optimizer: Optimizer, weight: Tensor, mask: Tensor) -> None:
+    """Zero an optimiser's state for pruned weights: its tensors of the weight's shape."""
+    for value in optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            keep_(value, mask)
