@@ -209,7 +209,9 @@ class SparseLinear(nn.Linear):
         if not _is_compiled() and (_functorch_active() or forward_ad._current_level >= 0):
             return False
         weight = self.weight
-        usual = not weight.is_meta and input.numel() > 0
+        if weight.is_meta or not input.numel():
+            return False
+        usual = input.dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
         return usual and (weight.is_cuda or weight.dtype is torch.float32)
 
     def prune_(self, density: float, scores: Tensor | None = None) -> Self:

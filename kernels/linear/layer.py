@@ -10,7 +10,7 @@ must.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from sparse_tickets.kernels.linear.patterns import Pattern, build_pattern, take_
 from sparse_tickets.kernels.linear.rows import Rows
 from sparse_tickets.kernels.linear.single import SingleRow
 
-__all__ = ["Prepared"]
+__all__ = ["Prepared", "multiply_rows"]
 
 _Way = SingleRow | Rows | Literal["dense", "blocked"]
 
@@ -106,23 +106,21 @@ class Prepared:
         )
         batch = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
         way = self._find_way(batch, trains)
-        if way == "dense":
-            return self._multiply_dense(input, weight, bias, mask)
-        if not _may_be_read(input, bias, self._shape[0]):
-            return None
-        if isinstance(way, SingleRow):
+        if isinstance(way, str):
+            return self._multiply_dense(input, weight, bias, mask) if way == "dense" else None
+        readable = _may_be_read(input, bias, self._shape[0])
+        if isinstance(way, Rows):
+            if not (readable and is_equal(mask.data_ptr(), self._mask_at, self._count)):
+                return None
+            y = multiply_rows(way, input.view(batch, -1), weight, mask, bias, trains)
+        elif readable:
             y = _empty_like(self._like)
             bias_at = way.no_bias if bias is None else bias.data_ptr()
-            same = way.multiply(
-                input.data_ptr(), weight.data_ptr(), mask.data_ptr(), bias_at, y.data_ptr(), way.form
-            )
-            if not same:
+            addresses = input.data_ptr(), weight.data_ptr(), mask.data_ptr(), bias_at, y.data_ptr()
+            if not way.multiply(*addresses, way.form):
                 return None
-            return y if len(shape) == 2 else y.view(*shape[:-1], -1)
-        if way == "blocked" or not is_equal(mask.data_ptr(), self._mask_at, self._count):
-            return None
-        x = input.view(batch, -1)
-        y = _Rows.apply(way, x, weight, mask, bias) if trains else way.forward(x, weight, bias)
+        else:
+            return self._multiply_dense(input, weight, bias, mask)
         return y if len(shape) == 2 else y.view(*shape[:-1], -1)
 
     def is_full(self, mask: Tensor) -> bool:
@@ -195,6 +193,27 @@ class Prepared:
         if self.kept < self._count:
             at = gradient.data_ptr()
             keep(at, self._mask_at, at, self._count)
+
+
+def multiply_rows(
+    rows: Rows, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, trains: bool
+) -> Tensor:
+    """One layer in compressed rows, twice differentiable; the caller warrants what `Rows` asks for.
+
+    Args:
+        rows: of the mask as it is now.
+        x: ``[B, I]``.
+        weight: ``[O, I]``.
+        mask: ``[O, I]``.
+        bias: ``[O]`` or None.
+        trains: whether any gradient is to be recorded.
+
+    Returns:
+        ``[B, O]``.
+    """
+    if trains:
+        return cast(Tensor, _Rows.apply(rows, x, weight, mask, bias))
+    return rows.forward(x, weight, bias)
 
 
 _PLAIN = (Tensor, Parameter)

@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.linear import cpu, crossover, linear, patterns, reference, single
+from sparse_tickets.kernels.linear import (
+    cpu,
+    crossover,
+    linear,
+    patterns,
+    plan_for,
+    reference,
+    single,
+)
 from sparse_tickets.kernels.linear.panels import PANEL
 from sparse_tickets.kernels.vector import LANES
 from sparse_tickets.linear import SparseLinear
@@ -143,7 +151,7 @@ def test_blocked(tickets, batch, block, rows, columns, density, bias, together, 
 def test_single_row(out, inp, density, bias, seed) -> None:
     x, weight, mask, offset, _ = inputs(1, 1, out, inp, density, 1, seed)
     x, weight, mask, offset = x[0], weight[0], mask[0], offset[0] if bias else None
-    y = cpu.single(mask)(x, weight, offset)
+    y = single.SingleRow(patterns.find_pattern(mask[None]))(x, weight, mask, offset)
     wide = [None if t is None else t.double() for t in (x, weight, offset)]
     size = [None if t is None else t.abs() for t in wide]
     assert_close(y, F.linear(*wide), F.linear(*size), inp + 1)
@@ -161,7 +169,8 @@ def test_forms_of_a_single_row(form: str, block: int, monkeypatch: pytest.Monkey
         y = memory[1:-1].fill_(torch.nan)
         for offset in (None, bias[0]):
             at = row.no_bias if offset is None else offset.data_ptr()
-            row.multiply(x.data_ptr(), weight.data_ptr(), at, y.data_ptr(), row.form)
+            addresses = x.data_ptr(), weight.data_ptr(), mask.data_ptr(), at, y.data_ptr()
+            assert row.multiply(*addresses, row.form)
             wide = [None if t is None else t.double() for t in (x[0], weight[0], offset)]
             size = [None if t is None else t.abs() for t in wide]
             assert_close(y[None], F.linear(*wide), F.linear(*size), inp + 1)
@@ -204,7 +213,7 @@ def test_formats_mixed_in_one_population(monkeypatch: pytest.MonkeyPatch) -> Non
         ]
         for whole, part in zip(together, alone, strict=True):
             assert torch.equal(whole[one], part)
-    formats = [cpu.plan_for(mask[p], 80, torch.float32).format for p in range(3)]
+    formats = [plan_for(mask[p], 80, torch.float32).format for p in range(3)]
     assert formats == ["dense+mask", "blocked-16", "csr"]
 
 
@@ -312,7 +321,7 @@ def test_acting_reads_the_weight_where_it_lies(monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(1, 64)
     with torch.no_grad():
         layer(x)
-        assert layer._ready[-1] is not None
+        assert isinstance(layer._prepared._find_way(1, False), single.SingleRow)
         # As soft target updates do, which no version counter sees.
         layer.weight.data.mul_(0.5)
         layer.bias.data.add_(1)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.linear import find_rows, multiply_rows, reference
+from sparse_tickets.kernels.linear import layer, prepare, reference
+from sparse_tickets.kernels.linear.patterns import build_pattern
+from sparse_tickets.kernels.linear.rows import Rows
 
 EPS = torch.finfo(torch.float32).eps
 SHAPES = [
@@ -20,6 +22,16 @@ SHAPES = [
     (700, 64, 65),
     (0, 4, 3),
 ]
+
+
+def find_rows(mask: Tensor) -> Rows:
+    return Rows(build_pattern(mask[None]))
+
+
+def multiply_rows(rows: Rows, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None):
+    wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    trains = wanted and torch.is_grad_enabled()
+    return layer.multiply_rows(rows, x, weight, mask, bias, trains)
 
 
 def draw(batch: int, inp: int, out: int, density: float) -> tuple[Tensor, ...]:
@@ -135,8 +147,7 @@ def test_memory_of_a_gradient_that_is_kept_is_not_used_again() -> None:
     torch.testing.assert_close(weight.grad, 2 * copy)
 
 
-def test_blocks_have_a_way_of_their_own() -> None:
-    assert (
-        find_rows(torch.eye(4, dtype=torch.bool).repeat_interleave(16, 0).repeat_interleave(16, 1))
-        is None
-    )
+def test_blocks_have_a_way_of_their_own(monkeypatch) -> None:
+    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
+    mask = torch.eye(4, dtype=torch.bool).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert prepare(mask)._find_way(64, trains=True) == "blocked"
