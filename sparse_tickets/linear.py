@@ -206,7 +206,7 @@ class SparseLinear(nn.Linear):
         """
         if torch.compiler.is_exporting() or _tracing_state() is not None:
             return False
-        if not _is_compiled() and (_functorch_active() or forward_ad._current_level >= 0):
+        if _functorch_active() or (not _is_compiled() and forward_ad._current_level >= 0):
             return False
         weight = self.weight
         if weight.is_meta or not input.numel():
@@ -285,8 +285,9 @@ class SparseLinear(nn.Linear):
     def is_dense(self) -> bool:
         """Whether nothing is known to be pruned, without asking a device."""
         mask, prepared = self._buffers.get("mask"), self._prepared
-        known = prepared is not None and mask is not None and mask.is_cpu
-        return known and prepared.is_full(mask)
+        if prepared is None or mask is None or not mask.is_cpu:
+            return False
+        return prepared.is_full(mask)
 
     @property
     def density(self) -> float:

@@ -69,9 +69,7 @@ class Prepared:
             self._pattern = build_pattern(self.mask[None])
         return self._pattern
 
-    def __call__(
-        self, input: Tensor, weight: Any, bias: Tensor | None, mask: Any
-    ) -> Tensor | None:
+    def __call__(self, input: Tensor, weight: Any, bias: Tensor | None, mask: Any) -> Tensor | None:
         """``input (weight * mask)ᵀ + bias``, or None where that is not for this object to say.
 
         Args:
@@ -100,9 +98,7 @@ class Prepared:
         ):
             return None
         trains = _grads_are_recorded() and (
-            weight.requires_grad
-            or input.requires_grad
-            or (bias is not None and bias.requires_grad)
+            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
         )
         batch = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
         way = self._find_way(batch, trains)
@@ -176,7 +172,11 @@ class Prepared:
             return F.linear(input, weight, bias)
         if _autocasts() or type(input) is not Tensor:
             return None
-        return _Dense.apply(self, input, weight, bias, mask)
+        if input.dim() == 2:
+            return cast(Tensor, _Dense.apply(self, input, weight, bias, mask))
+        # Torch's product of another dimension is a view, and no view may leave a Function.
+        output = _Dense.apply(self, input.reshape(-1, self._shape[1]), weight, bias, mask)
+        return cast(Tensor, output.view(*input.shape[:-1], self._shape[0]))
 
     def _is_clean(self, weight: Tensor) -> bool:
         pruned = self.kept < self._count
@@ -275,8 +275,6 @@ class _Dense(torch.autograd.Function):
             if not (unseen and prepared._is_clean(weight)):
                 weight = torch.where(mask, weight, 0)
             dx = dy @ weight
-        if dy.dim() != 2:
-            dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         if needs_weight:
             dw = dy.t() @ x
             if unseen:

@@ -25,7 +25,7 @@ from numba import carray, njit, types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
-from sparse_tickets.kernels.linear.masking import bytes_differ, by_address, pointer
+from sparse_tickets.kernels.linear.masking import by_address, bytes_differ, pointer
 from sparse_tickets.kernels.linear.patterns import Pattern
 from sparse_tickets.kernels.vector import LANES, fma, load, load_kept, splat, sum_lanes
 
@@ -308,7 +308,9 @@ class SingleRow:
         self.form, self.no_bias = form.ctypes.data, at[6]
         self.multiply = by_address(_multiply, 6)
 
-    def __call__(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor | None:
+    def __call__(
+        self, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
         """``x wᵀ + bias`` of one row; None if the mask is not the one that was prepared.
 
         The caller warrants: all are contiguous CPU tensors without a gradient to record, float32
