@@ -22,7 +22,17 @@ FOLDERS = {"sparse_tickets": ROOT / "sparse_tickets", "sparse_tickets.kernels": 
 # A module imports from its own layer and those before it; every module has a layer.
 LAYERS = (
     ("kernels",),
-    ("connectivity", "conditions", "files", "linear", "prune", "structure", "ticket", "timing"),
+    (
+        "connectivity",
+        "conditions",
+        "files",
+        "hooks",
+        "linear",
+        "prune",
+        "structure",
+        "ticket",
+        "timing",
+    ),
     ("convert", "envs", "population"),
     ("algos",),
     ("imp",),
