@@ -28,8 +28,10 @@ demo: $(INSTALLED)
 		--evaluation.episodes 8 --evaluation.final-episodes 40 --out runs/demo
 	$(BIN)/sparse-tickets show runs/demo
 
+# TESTS: more options of pytest. Idle workers pass their time on what others have not begun.
+TESTS ?=
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

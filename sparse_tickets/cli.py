@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import platform
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -128,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, 0 if all went well, 130 if interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
+    if arguments[:1] == ["--version"]:
+        print(_version())
+        return 0
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in _COMMANDS:
         return _usage(arguments, console)
     name, rest = arguments[0], arguments[1:]
@@ -136,6 +142,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _REPORTED as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 1
+
+
+def _version() -> str:
+    """Of this library, its commit where it runs from a clone, and what its numbers depend on."""
+    own = metadata.version("sparse-tickets")
+    # Only a clone of this library counts, not a repository that an environment lies in.
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists() and (root / "kernels").is_dir():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        with suppress(OSError, subprocess.CalledProcessError):
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            own += f" (commit {done.stdout.strip()})"
+    lines = [f"sparse-tickets {own}", f"python {platform.python_version()}"]
+    for name in ("torch", "triton", "numba", "numpy", "gymnasium"):
+        try:
+            lines.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{name} is not installed")
+    return "\n".join(lines)
 
 
 def _usage(arguments: list[str], console: Console) -> int:
@@ -148,6 +173,7 @@ def _usage(arguments: list[str], console: Console) -> int:
     for name, (about, _) in _COMMANDS.items():
         console.print(f"  [bold]{name:8}[/bold] {about}")
     console.print("\n  sparse-tickets COMMAND --help  explains a command", highlight=False)
+    console.print("  sparse-tickets --version       versions to report with a bug", highlight=False)
     return 2 if known else 0
 
 

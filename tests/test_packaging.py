@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,3 +157,27 @@ def test_editable_install_runs_the_repository() -> None:
         assert spec.origin is not None
         folder = Path(spec.origin).parent.relative_to(ROOT).as_posix()
         assert installed_name(f"{folder}/").strip("/") == package.replace(".", "/")
+
+
+def test_the_oldest_versions_allowed_are_those_tested() -> None:
+    """`.ci/floors.txt` pins every floor of pyproject.toml; torch is held to a build for the CPU."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["bench"]]
+    floors = {}
+    for requirement in wanted:
+        name, floor = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:;.*)?", requirement).groups()
+        floors[name] = _release(floor)
+    # Neither is needed to use the library, and both are run in their newest version.
+    del floors["ruff"], floors["mypy"]
+    lines = (ROOT / ".ci" / "floors.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert _release(pins.pop("torch")) >= floors.pop("torch")
+    assert {name: _release(pin) for name, pin in pins.items()} == floors
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Without zeros at its end."""
+    numbers = [int(part) for part in version.split(".")]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_help_wraps_and_explains_every_option(command, capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
     # Every box entry says something before its default.
     for option in re.findall(r"│ +(--[a-z.-]+)", text):
-        after = re.sub(r"[│\s]+", " ", text.split(f" {option} ", 1)[1])
+        after = re.sub(r"[│\s]+", " ", text.split(f" {option} ", 1)[1]).strip()
         assert re.match(r"(\S+ )*?[A-Za-z]{3,}", after), option
     assert "--no-dry-run" not in text
     # Below 80 columns it still wraps.
@@ -303,3 +304,13 @@ def test_ctrl_c_exits_130_and_says_how_to_resume(tmp_path):
     assert "Traceback" not in text
     assert not list(out.rglob("*.lock"))
     assert Store(out).units()
+
+
+def test_version_names_what_numbers_depend_on(capsys):
+    assert main(["--version"]) == 0
+    lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["sparse-tickets"].startswith(metadata.version("sparse-tickets"))
+    assert {name: lines[name] for name in ("torch", "numba", "numpy", "gymnasium")} == {
+        name: metadata.version(name) for name in ("torch", "numba", "numpy", "gymnasium")
+    }
+    assert "triton" in lines
