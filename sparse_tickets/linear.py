@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sparse_tickets.hooks import keep_, keep_state_, stepped_optimizers, track, untrack
-from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.dispatch import Plan, use_backend
 from sparse_tickets.kernels.errors import check_dtype, check_shape
 from sparse_tickets.kernels.linear import linear, plan_for, prepare
 from sparse_tickets.kernels.prune import prune
@@ -209,7 +210,9 @@ class SparseLinear(nn.Linear):
         if _functorch_active() or (not _is_compiled() and forward_ad._current_level >= 0):
             return False
         weight = self.weight
-        if weight.is_meta or not input.numel():
+        # A bias of another shape is broadcast or refused as by nn.Linear.
+        fits = self.bias is None or self.bias.shape == (self.out_features,)
+        if weight.is_meta or not input.numel() or not fits:
             return False
         usual = input.dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
         return usual and (weight.is_cuda or weight.dtype is torch.float32)
@@ -238,8 +241,14 @@ class SparseLinear(nn.Linear):
         if scores is None:
             scores = self.weight.detach().abs()
         check_shape("scores", scores, tuple(self.weight.shape))
-        flat = scores.detach().float().reshape(1, -1)
-        return self.set_mask_(prune(flat, self.mask.reshape(1, -1), kept).reshape(self.mask.shape))
+        flat = scores.detach().reshape(1, -1)
+        if flat.dtype is not torch.float64:
+            flat = flat.float()
+        # The reference on a GPU: its kernel compares float32 only.
+        exact = flat.is_cuda and flat.dtype is torch.float64
+        with use_backend("reference") if exact else nullcontext():
+            mask = prune(flat, self.mask.reshape(1, -1), kept)
+        return self.set_mask_(mask.reshape(self.mask.shape))
 
     @torch.no_grad()
     def set_mask_(self, mask: Tensor) -> Self:
@@ -344,14 +353,32 @@ class SparseLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """A dense layer's state has no mask: it loads, and the present mask is applied to it."""
+        """A dense layer's state has no mask: the present one is applied to it.
+
+        Where that would prune weights, the mask stays missing, which a strict load refuses.
+        """
+        loaded = state_dict.get(f"{prefix}weight")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if f"{prefix}mask" in missing_keys:
-            missing_keys.remove(f"{prefix}mask")
+        name = f"{prefix}mask"
+        if name in missing_keys:
+            at = missing_keys.index(name)
+            lost = self._count_lost(loaded)
+            missing_keys[at : at + 1] = [_MissingMask(name, lost)] if lost else []
+        if self.mask.is_meta and not self.weight.is_meta:
+            # Loaded by ``assign=True`` from a state without a mask.
+            self.mask = torch.ones_like(self.mask, device=self.weight.device)
         track(self)
         self.apply_mask_()
+
+    def _count_lost(self, loaded: Any) -> int:
+        """How many weights of a dense layer's state the present mask prunes."""
+        if self.mask.is_meta or not isinstance(loaded, Tensor) or loaded.is_meta:
+            return 0
+        if loaded.shape != self.mask.shape:
+            return 0
+        return int(loaded.detach().to(self.mask.device).masked_fill(self.mask, 0).count_nonzero())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
@@ -392,6 +419,26 @@ class SparseLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track(self)
+
+
+class _MissingMask(str):
+    """The key of a mask that a state lacks; in torch's message it says what to do."""
+
+    __slots__ = ("_lost",)
+
+    _lost: int
+
+    def __new__(cls, key: str, lost: int) -> Self:
+        self = super().__new__(cls, key)
+        self._lost = lost
+        return self
+
+    def __format__(self, spec: str) -> str:
+        return (
+            f"{self!s} (the state is a dense model's and has {self._lost} weights that the mask "
+            "prunes: load it with strict=False to prune them, or make the model dense first by "
+            "sparse_tickets.densify_)"
+        )
 
 
 def make_sparse_(linear: nn.Linear) -> SparseLinear:

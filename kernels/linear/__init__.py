@@ -481,11 +481,38 @@ class _LinearDW(_Differentiable):
             )
 
 
+# Whoever calls an op by its name has passed no check; kernels read memory by these shapes.
+
+
+def _checked_forward(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *form: Any
+) -> Tensor:
+    _validate(x, weight, mask, bias, form[-1])
+    return _forward(x, weight, mask, bias, *form)
+
+
+def _checked_dx(dy: Tensor, weight: Tensor, mask: Tensor, *form: Any) -> Tensor:
+    if weight.dim() != 3:
+        raise ValueError(f"weight must have shape (P, O, I), got {tuple(weight.shape)}")
+    # The transposed product: dy takes the place of x.
+    _validate(dy, weight.mT, mask.mT, None, form[-1])
+    return _dx(dy, weight, mask, *form)
+
+
+def _checked_dw(dy: Tensor, x: Tensor, mask: Tensor, *form: Any) -> Tensor:
+    if dy.dim() != 3:
+        raise ValueError(f"dy must have shape (P, B, O), got {tuple(dy.shape)}")
+    weight = dy.new_empty(1).expand(mask.shape)
+    _validate(x, weight, mask, None, form[-1])
+    check_shape("dy", dy, (*x.shape[:2], mask.shape[1]))
+    return _dw(dy, x, mask, *form)
+
+
 register(
     _library,
     "linear",
     _LINEAR,
-    _forward,
+    _checked_forward,
     _Linear,
     lambda x, weight, *_: (x.shape[0], x.shape[1], weight.shape[1]),
 )
@@ -493,8 +520,10 @@ register(
     _library,
     "linear_dx",
     _DX,
-    _dx,
+    _checked_dx,
     _LinearDX,
     lambda dy, weight, *_: (dy.shape[0], dy.shape[1], weight.shape[2]),
 )
-register(_library, "linear_dw", _DW, _dw, _LinearDW, lambda dy, x, mask, *_: tuple(mask.shape))
+register(
+    _library, "linear_dw", _DW, _checked_dw, _LinearDW, lambda dy, x, mask, *_: tuple(mask.shape)
+)

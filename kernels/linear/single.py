@@ -196,8 +196,8 @@ def _same(value):
 
 @njit
 def _get_kept(weight, mask, index):
-    """A listed nonzero, which needs no look at the mask."""
-    return _get(weight, index)
+    """A listed weight: a nonzero, or what fills a row up."""
+    return _get(weight, index) if _get(mask, index) else np.float32(0.0)
 
 
 _multiply_registers = _make_multiply_fours(_no_register, load_kept, load, fma, sum_lanes)

@@ -6,6 +6,7 @@ import gc
 import inspect
 import io
 import pickle
+import threading
 import weakref
 from itertools import pairwise
 
@@ -411,6 +412,129 @@ def test_clean_forward_takes_the_weight_itself(monkeypatch):
         assert seen == [True] * calls
 
 
+def copy_t(layer):
+    layer.weight.data = layer.weight.data.t()
+
+
+def recycle(layer):
+    """New data, at the very address of the old."""
+    at, kept = layer.weight.data_ptr(), layer.weight.data
+    new = torch.empty(0).set_(kept.untyped_storage(), 0, kept.shape).normal_()
+    layer.weight.data = new
+    assert layer.weight.data_ptr() == at
+
+
+UNANNOUNCED = {
+    "polyak": lambda layer: torch.add(
+        layer.weight.data, torch.randn(40, 40), out=layer.weight.data
+    ),
+    "hard copy": lambda layer: layer.weight.data.copy_(torch.randn(40, 40)),
+    "init": lambda layer: nn.init.orthogonal_(layer.weight.data),
+    "assign": lambda layer: setattr(layer.weight, "data", torch.randn(40, 40)),
+    "recycled": recycle,
+    "transposed": copy_t,
+    "numpy": lambda layer: layer.weight.detach().numpy().fill(0.5),
+    "mask through data": lambda layer: layer.mask.data.copy_(torch.rand(40, 40) < 0.5),
+    "mask by numpy": lambda layer: layer.mask.numpy().fill(True),
+    "not a number": lambda layer: layer.weight.data.masked_fill_(~layer.mask, float("nan")),
+    "cast and back": lambda layer: layer.double().float().weight.data.normal_(),
+}
+
+
+@pytest.mark.parametrize("crossover", ["0", "1"])
+@pytest.mark.parametrize("write", UNANNOUNCED)
+def test_a_write_that_nobody_announces(write, crossover, monkeypatch):
+    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", crossover)
+    torch.manual_seed(0)
+    layer = SparseLinear(40, 40).prune_(0.2)
+    for after in (UNANNOUNCED[write], SparseLinear.apply_mask_):
+        for batch in (1, 8, 64):
+            layer(torch.randn(batch, 40))
+        with torch.no_grad():
+            layer(torch.randn(1, 40))
+        after(layer)
+        weight = layer.weight.detach().masked_fill(~layer.mask, 0).requires_grad_()
+        for batch in (1, 8, 64):
+            x = torch.randn(batch, 40, requires_grad=True)
+            expected = F.linear(x, weight, layer.bias)
+            output = layer(x)
+            torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+            ours = torch.autograd.grad(output.sum(), (x, layer.weight))
+            dx, dw = torch.autograd.grad(expected.sum(), (x, weight))
+            torch.testing.assert_close(ours[0], dx, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ours[1], dw * layer.mask, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mask_written_by_another_thread(monkeypatch):
+    """Each product is of some mask; before, the interpreter crashed."""
+    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
+    layer, stop = SparseLinear(64, 64), threading.Event()
+
+    def write():
+        while not stop.is_set():
+            layer.mask.bernoulli_(0.3)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        with torch.no_grad():
+            for batch in (1, 16, 64) * 60:
+                assert layer(torch.randn(batch, 64)).isfinite().all()
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_a_bias_of_another_shape_is_as_in_linear(acting, batch):
+    acting.bias = nn.Parameter(torch.ones(1), requires_grad=False)
+    x = torch.randn(batch, 48)
+    torch.testing.assert_close(acting(x), F.linear(x, acting.weight, torch.ones(1)))
+
+
+def test_a_negative_view_keeps_its_sign(acting):
+    x = torch.randn(1, 48, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(acting(x), acting(x.resolve_neg()))
+
+
+def test_a_mask_of_another_kind_is_refused():
+    layer = pruned_layer()
+    with pytest.raises(TypeError, match="set_mask_"):
+        layer.mask = layer.mask.float()
+    with pytest.raises(ValueError, match="mask must have shape"):
+        layer.mask = layer.mask.t()
+
+
+def test_to_empty_prunes_nothing_until_a_mask_comes():
+    state = pruned_layer().state_dict()
+    for device in ("meta", "cpu"):
+        layer = nn.Sequential(SparseLinear(6, 5, device=device)).to_empty(device="cpu")[0]
+        assert layer.mask.all()
+        assert layer.density == 1
+        layer.load_state_dict(state)
+        assert torch.equal(layer.mask, state["mask"])
+    layer = pruned_layer().type(torch.float64)
+    assert torch.equal(layer.mask, state["mask"])
+
+
+def test_prune_compares_float64_as_such():
+    layer = SparseLinear(2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64))
+    assert layer.prune_(0.5).mask.tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_dx", "linear_dw"])
+def test_ops_called_by_name_check_their_shapes(name):
+    op, mask = getattr(torch.ops.sparse_tickets, name), torch.rand(1, 64, 64) < 0.1
+    bias = (None,) if name == "linear" else ()
+    with pytest.raises(ValueError, match="must have shape"):
+        op(torch.randn(1, 80, 64), torch.randn(1, 80, 3), mask, *bias, None, 0, "ieee")
+
+
 # Forward and backward
 
 
@@ -505,17 +629,33 @@ def test_zero_width():
 # State
 
 
-def test_dense_state_dict_loads_strictly_and_keeps_the_mask():
-    layer = pruned_layer()
+def test_a_dense_state_that_loses_nothing_loads_strictly():
+    layer, dense = pruned_layer(), nn.Linear(6, 5)
     mask = layer.mask.clone()
-    dense = nn.Linear(6, 5)
-    layer.load_state_dict(dense.state_dict(), strict=True)
+    with torch.no_grad():
+        dense.weight.mul_(mask)
+    nn.Sequential(layer).load_state_dict(nn.Sequential(dense).state_dict(), strict=True)
     assert torch.equal(layer.mask, mask)
-    assert torch.equal(layer.weight, dense.weight * mask)
-    nested = nn.Sequential(layer)
-    nested.load_state_dict(nn.Sequential(dense).state_dict(), strict=True)
+    assert torch.equal(layer.weight, dense.weight)
+    unpruned = SparseLinear(6, 5)
+    unpruned.load_state_dict(nn.Linear(6, 5).state_dict(), strict=True)
     with pytest.raises(RuntimeError, match="Missing key"):
         layer.load_state_dict({"bias": dense.bias}, strict=True)
+
+
+def test_a_dense_state_that_loses_weights_is_refused_strictly():
+    layer, dense = pruned_layer(), nn.Linear(6, 5)
+    mask = layer.mask.clone()
+    with pytest.raises(RuntimeError, match=r"0\.mask \(.* 18 weights .*strict=False.*densify_"):
+        nn.Sequential(layer).load_state_dict(nn.Sequential(dense).state_dict())
+    missing = (
+        nn.Sequential(layer)
+        .load_state_dict(nn.Sequential(dense).state_dict(), strict=False)
+        .missing_keys
+    )
+    assert missing == ["0.mask"]
+    assert torch.equal(layer.mask, mask)
+    assert torch.equal(layer.weight, dense.weight * mask)
 
 
 @pytest.mark.parametrize("assign", [False, True])
