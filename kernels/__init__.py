@@ -29,7 +29,6 @@ __all__ = [
     "clone_update_",
     "demonstrate",
     "derive_key",
-    "discounted_returns",
     "evaluate",
     "gae",
     "integers",
@@ -39,7 +38,6 @@ __all__ = [
     "prune_rewind_",
     "resolve_backend",
     "rewind_",
-    "sgd_",
     "uniform",
     "use_backend",
 ]
@@ -60,9 +58,9 @@ _EXPORTS = {
         "permutation",
         "uniform",
     ),
-    "returns": ("discounted_returns", "gae"),
+    "returns": ("gae",),
     "rollout": ("demonstrate", "evaluate"),
-    "update": ("adam_", "rewind_", "sgd_"),
+    "update": ("adam_", "rewind_"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -82,9 +80,9 @@ if TYPE_CHECKING:
         permutation,
         uniform,
     )
-    from .returns import discounted_returns, gae
+    from .returns import gae
     from .rollout import demonstrate, evaluate
-    from .update import adam_, rewind_, sgd_
+    from .update import adam_, rewind_
 else:
     # Out of the type checker's sight: it would accept any name of a module with `__getattr__`.
     def __getattr__(name):

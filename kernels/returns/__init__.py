@@ -14,7 +14,7 @@ from ..dispatch import resolve_backend
 from ..errors import check_device, check_dtype, check_shape
 from . import cpu, reference
 
-__all__ = ["discounted_returns", "gae"]
+__all__ = ["gae"]
 
 
 def gae(
@@ -78,42 +78,6 @@ def gae(
         float(gamma),
         float(lam),
     )
-
-
-def discounted_returns(
-    reward: Tensor, terminated: Tensor, truncated: Tensor, bootstrap: Tensor, gamma: float
-) -> Tensor:
-    """Discounted sum of rewards to the end of the episode, or to a bootstrapped cut.
-
-    ``R[t] = reward[t] + gamma * next``, where ``next`` is nothing after a termination,
-    ``bootstrap[t]`` after a truncation and after the last step, and ``R[t+1]`` elsewhere.
-
-    Args:
-        reward: ``[P, T, E]`` float32 or float64; axis 1 is time.
-        terminated: ``[P, T, E]`` bool.
-        truncated: ``[P, T, E]`` bool.
-        bootstrap: ``[P, T, E]``, V of the true successor; used at cuts only.
-        gamma: discount in [0, 1].
-
-    Returns:
-        ``[P, T, E]``.
-
-    Raises:
-        ValueError, TypeError: as `gae`.
-    """
-    for name, tensor, dtype in (
-        ("bootstrap", bootstrap, reward.dtype),
-        ("truncated", truncated, torch.bool),
-    ):
-        check_shape(name, tensor, tuple(reward.shape))
-        check_dtype(name, tensor, dtype)
-        check_device(name, tensor, reward)
-    cut = truncated.clone()
-    cut[:, -1:] = True
-    # With V = 0 except at the cuts, the advantage for lam = 1 is the return itself.
-    zero = torch.zeros_like(reward)
-    next_value = torch.where(cut, bootstrap, zero)
-    return gae(reward, zero, next_value, terminated, truncated, gamma, 1.0)[0]
 
 
 def _gae_impl(

@@ -30,7 +30,7 @@ from .checks import (
     check_vector,
 )
 
-__all__ = ["adam_", "rewind_", "sgd_"]
+__all__ = ["adam_", "rewind_"]
 
 
 def rewind_(
@@ -158,68 +158,6 @@ def adam_(
     )
 
 
-def sgd_(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    lr: Tensor,
-    mask: Tensor | None,
-    *,
-    count: Tensor | None = None,
-    norm_partials: Tensor | None = None,
-    max_norm: float | None = 0.5,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-) -> Tensor:
-    """One SGD step on every ticket, clipped by that ticket's own gradient norm, in place.
-
-    `torch.optim.SGD` with ``dampening=0``, no Nesterov, and a buffer that starts at zero.
-
-    Args:
-        weight: ``[P, T]`` float32 or float64, contiguous; updated.
-        grad: ``[P, T]``; unchanged.
-        momentum_buffer: ``[P, T]``; updated.
-        lr: ``[P]`` float32 or float64 learning rates.
-        mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned. None prunes nothing.
-        count: ``[P]`` int64, valid entries of each row; those beyond count as pruned. Without a
-            mask only.
-        norm_partials: ``[P, parts]`` of weight's dtype, sums of squares that make up each ticket's
-            squared norm, to take instead of reading `grad` once more.
-        max_norm: largest gradient norm, or None (or inf) for no clipping.
-        momentum: decay of the buffer, >= 0.
-        weight_decay: added to the clipped gradient times the weight, >= 0.
-
-    Returns:
-        ``[P]``: norm of each ticket's masked gradient before clipping.
-
-    Raises:
-        ValueError: a shape, a device, a row that is not contiguous or shares memory with another
-            one, or a number out of its range.
-        TypeError: a dtype; the Triton backend takes float32 only.
-    """
-    check_rows(mask, weight=weight, momentum_buffer=momentum_buffer)
-    check_like("grad", grad, weight)
-    check_vector("lr", lr, weight, torch.float32, torch.float64)
-    check_range("momentum", momentum, momentum >= 0, ">= 0")
-    check_range("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
-    limit = check_max_norm(max_norm)
-    check_count(count, mask, weight)
-    check_partials(norm_partials, weight)
-    check_untransformed("sgd_", weight, grad, momentum_buffer, lr, norm_partials)
-    return torch.ops.sparse_tickets.sgd_(
-        weight.detach(),
-        grad.detach(),
-        momentum_buffer.detach(),
-        lr.detach(),
-        mask,
-        count,
-        None if norm_partials is None else norm_partials.detach(),
-        limit,
-        momentum,
-        weight_decay,
-    )
-
-
 def _backend(device: torch.device) -> ModuleType:
     name = resolve_backend(device)
     if name == "triton":
@@ -286,29 +224,6 @@ def _adam_impl(
     return norm
 
 
-def _sgd_impl(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    lr: Tensor,
-    mask: Tensor | None,
-    count: Tensor | None,
-    norm_partials: Tensor | None,
-    max_norm: float,
-    momentum: float,
-    weight_decay: float,
-) -> Tensor:
-    grad, lr = grad.contiguous(), lr.contiguous()
-    optional = _optional(mask, count, norm_partials)
-    written = {"weight": weight, "momentum_buffer": momentum_buffer}
-    check_separate(written, {"grad": grad, "lr": lr, **optional})
-    numbers = (max_norm, momentum, weight_decay)
-    backend = _backend(weight.device)
-    norm = backend.sgd_(weight, grad, momentum_buffer, lr, *optional.values(), *numbers)
-    mark_written(weight, momentum_buffer)
-    return norm
-
-
 _library = torch.library.Library("sparse_tickets", "FRAGMENT")
 _library.define(
     "rewind_(Tensor(a!) weight, Tensor initial, Tensor(b!) m, Tensor(c!) v, Tensor? mask, "
@@ -319,15 +234,9 @@ _library.define(
     "Tensor lr, Tensor? mask, Tensor? count, Tensor? norm_partials, float max_norm, float beta1, "
     "float beta2, float eps) -> Tensor"
 )
-_library.define(
-    "sgd_(Tensor(a!) weight, Tensor grad, Tensor(b!) momentum_buffer, Tensor lr, Tensor? mask, "
-    "Tensor? count, Tensor? norm_partials, float max_norm, float momentum, float weight_decay) "
-    "-> Tensor"
-)
 for _key in ("CPU", "CUDA"):
     _library.impl("rewind_", _rewind_impl, _key)
     _library.impl("adam_", _adam_impl, _key)
-    _library.impl("sgd_", _sgd_impl, _key)
 
 
 @torch.library.register_fake("sparse_tickets::rewind_", lib=_library)
@@ -338,21 +247,5 @@ def _rewind_fake(weight, initial, m, v, mask, count, initial_m, initial_v):
 @torch.library.register_fake("sparse_tickets::adam_", lib=_library)
 def _adam_fake(
     weight, grad, m, v, step, lr, mask, count, norm_partials, max_norm, beta1, beta2, eps
-):
-    return weight.new_empty(weight.shape[0])
-
-
-@torch.library.register_fake("sparse_tickets::sgd_", lib=_library)
-def _sgd_fake(
-    weight,
-    grad,
-    momentum_buffer,
-    lr,
-    mask,
-    count,
-    norm_partials,
-    max_norm,
-    momentum,
-    weight_decay,
 ):
     return weight.new_empty(weight.shape[0])

@@ -1,4 +1,4 @@
-"""What rewinding, Adam and SGD must do at least: every entry of a row once, masked or packed.
+"""What rewinding and Adam must do at least: every entry of a row once, masked or packed.
 
 A masked row is read and written whole, pruned entries included, and its mask with it; of a packed
 row give its length k, and no mask.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..cost import Cost
 
-__all__ = ["adam", "rewind", "sgd"]
+__all__ = ["adam", "rewind"]
 
 
 def rewind(
@@ -45,15 +45,3 @@ def adam(
     """
     flops = 14 if partials else 16
     return Cost(tickets * size * flops, tickets * (7 * itemsize * size + prunable))
-
-
-def sgd(
-    tickets: int, size: int, prunable: int = 0, *, partials: bool = False, itemsize: int = 4
-) -> Cost:
-    """Read weight, gradient, buffer and the mask; write weight and buffer.
-
-    Per entry 2 operations for the norm, 1 for clipping, 4 for the buffer, 2 for the step;
-    arguments as for `adam`.
-    """
-    flops = 7 if partials else 9
-    return Cost(tickets * size * flops, tickets * (5 * itemsize * size + prunable))

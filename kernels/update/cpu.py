@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..threads import count_threads, share
 
-__all__ = ["adam_", "adam_row", "rewind_", "sgd_"]
+__all__ = ["adam_", "adam_row", "rewind_"]
 
 # Work per entry, in the units of `count_threads`.
 _WORK = 16
@@ -138,34 +138,6 @@ def _adam_clipped(weight, grad, m, v, mask, lr, step, norm, max_norm, beta1, bet
 
 
 @njit(cache=True, error_model="numpy")
-def _sgd_entry(weight, grad, buffer, lr, momentum, weight_decay):
-    buffer = momentum * buffer + (grad + weight_decay * weight)
-    return weight - lr * buffer, buffer
-
-
-@njit(cache=True, error_model="numpy")
-def _sgd_clipped(weight, grad, buffer, mask, lr, norm, max_norm, momentum, weight_decay):
-    kind = weight.dtype.type
-    zero = kind(0)
-    scale = kind(clip_coefficient(norm, max_norm))
-    lr, momentum, weight_decay = kind(lr), kind(momentum), kind(weight_decay)
-
-    prunable = mask.shape[0]
-    for i in range(prunable):
-        keep = mask[i]
-        new_weight, new_buffer = _sgd_entry(
-            weight[i], grad[i] * scale, buffer[i], lr, momentum, weight_decay
-        )
-        weight[i] = new_weight if keep else zero
-        buffer[i] = new_buffer if keep else zero
-    weight, grad, buffer = weight[prunable:], grad[prunable:], buffer[prunable:]
-    for i in range(weight.shape[0]):
-        weight[i], buffer[i] = _sgd_entry(
-            weight[i], grad[i] * scale, buffer[i], lr, momentum, weight_decay
-        )
-
-
-@njit(cache=True, error_model="numpy")
 def _adam_ticket(
     thread, ticket, weight, grad, m, v, mask, count, partials, lr, step, max_norm, beta1, beta2,
     eps, norm,
@@ -196,34 +168,6 @@ def _adam_ticket(
 @njit(cache=True, nogil=True, error_model="numpy")
 def _adam_rows(threads, tickets, arguments):
     share(_adam_ticket, threads, tickets, arguments)
-
-
-@njit(cache=True, error_model="numpy")
-def _sgd_ticket(
-    thread, ticket, weight, grad, buffer, mask, count, partials, lr, max_norm, momentum,
-    weight_decay, norm,
-):  # fmt: skip
-    end = max(count[ticket], 0)
-    valid = grad[ticket, :end]
-    norm[ticket] = _norm(valid, mask[ticket], partials[ticket])
-    _sgd_clipped(
-        weight[ticket, :end],
-        valid,
-        buffer[ticket, :end],
-        mask[ticket],
-        lr[ticket],
-        norm[ticket],
-        max_norm,
-        momentum,
-        weight_decay,
-    )
-    weight[ticket, end:] = 0
-    buffer[ticket, end:] = 0
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _sgd_rows(threads, tickets, arguments):
-    share(_sgd_ticket, threads, tickets, arguments)
 
 
 @njit(cache=True)
@@ -298,25 +242,4 @@ def adam_(
     tensors = (weight, grad, m, v, *_support(weight, mask, count), norm_partials, lr, step)
     arguments = (*(t.numpy() for t in tensors), max_norm, beta1, beta2, eps, norm.numpy())
     _adam_rows(_count_threads(weight), len(weight), arguments)
-    return norm
-
-
-def sgd_(
-    weight: Tensor,
-    grad: Tensor,
-    buffer: Tensor,
-    lr: Tensor,
-    mask: Tensor | None,
-    count: Tensor | None,
-    norm_partials: Tensor | None,
-    max_norm: float,
-    momentum: float,
-    weight_decay: float,
-) -> Tensor:
-    norm = weight.new_empty(weight.shape[0])
-    if norm_partials is None:
-        norm_partials = weight.new_empty(weight.shape[0], 0)
-    tensors = (weight, grad, buffer, *_support(weight, mask, count), norm_partials, lr)
-    arguments = (*(t.numpy() for t in tensors), max_norm, momentum, weight_decay, norm.numpy())
-    _sgd_rows(_count_threads(weight), len(weight), arguments)
     return norm

@@ -28,7 +28,7 @@ from ..jit import jit_kernel
 from ..tuning import prefer
 from .checks import PARTIALS_LIMIT
 
-__all__ = ["COMPILE_CASES", "Launch", "adam_", "rewind_", "sgd_"]
+__all__ = ["COMPILE_CASES", "Launch", "adam_", "rewind_"]
 
 BLOCK = 1024
 MAX_PARTIALS = 1024
@@ -188,43 +188,6 @@ def _adam_kernel(
     tl.store(v + entry, tl.where(keep, v_new, 0.0), mask=touched)
 
 
-@jit_kernel(fp_fusion=True)
-def _sgd_kernel(
-    weight,
-    grad,
-    buffer,
-    lr,
-    mask,
-    count,
-    partial,
-    norm,
-    size,
-    prunable,
-    blocks,
-    parts,
-    max_norm,
-    momentum,
-    weight_decay,
-    CLIP: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    ticket = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    scale = _clip(partial, norm, ticket, block, max_norm, parts, CLIP, PARTS)
-    rate = tl.load(lr + ticket).to(tl.float32)
-
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    exists = column < size
-    keep = _support(mask, count, ticket, column, prunable, exists)
-    entry = ticket * size + column
-    g = tl.load(grad + entry, mask=keep, other=0.0) * scale
-    old = tl.load(weight + entry, mask=keep, other=0.0)
-    new = momentum * tl.load(buffer + entry, mask=keep, other=0.0) + (g + weight_decay * old)
-    tl.store(weight + entry, tl.where(keep, old - rate * new, 0.0), mask=exists)
-    tl.store(buffer + entry, tl.where(keep, new, 0.0), mask=exists)
-
-
 @triton.jit
 def _copy_or_zero(target, source, entry, keep, exists):
     value = tl.zeros(entry.shape, tl.float32)
@@ -365,51 +328,6 @@ def adam_(
     return norm
 
 
-def sgd_(
-    weight: Tensor,
-    grad: Tensor,
-    buffer: Tensor,
-    lr: Tensor,
-    mask: Tensor | None,
-    count: Tensor | None,
-    norm_partials: Tensor | None,
-    max_norm: float,
-    momentum: float,
-    weight_decay: float,
-) -> Tensor:
-    check_dtype("weight on the Triton backend", weight, torch.float32)
-    tickets, size = weight.shape
-    blocks = triton.cdiv(size, BLOCK)
-    if weight.numel() == 0:
-        return _norm_of_nothing(weight, norm_partials)
-    norm = weight.new_empty(tickets)
-    with torch.cuda.device_of(weight):
-        if norm_partials is None:
-            _, norm_partials = _partial_norms(grad, mask, count, None)
-        parts = norm_partials.shape[1]
-        _sgd_kernel[(tickets * blocks,)](
-            weight,
-            grad,
-            buffer,
-            lr,
-            mask,
-            count,
-            norm_partials,
-            norm,
-            size,
-            _prunable(mask),
-            blocks,
-            parts,
-            max_norm,
-            momentum,
-            weight_decay,
-            CLIP=math.isfinite(max_norm),
-            PARTS=triton.next_power_of_2(parts),
-            BLOCK=BLOCK,
-        )
-    return norm
-
-
 def _partial_norms(
     grad: Tensor,
     mask: Tensor | None,
@@ -480,7 +398,6 @@ _ADAM = {
     "step": "*i64:16",
     **dict.fromkeys(("log_beta1", "beta2", "log_beta2", "rate1", "rate2", "eps"), "fp32"),
 }
-_SGD = {**_ROWS, **_NUMBERS, "buffer": "*fp32:16", "momentum": "fp32", "weight_decay": "fp32"}
 _NORM = {
     **dict.fromkeys(("grad", "partial"), "*fp32:16"),
     "step": "*i64:16",
@@ -505,7 +422,6 @@ def _cases() -> list[Case]:
         cases += [
             Case(f"norm_{form}", _norm_kernel, _NORM | present, block | whole | _ONE_ROW, {}),
             Case(f"adam_{form}", _adam_kernel, _ADAM | present, clipped | whole, {}),
-            Case(f"sgd_{form}", _sgd_kernel, _SGD | present, clipped, {}),
             Case(
                 f"rewind_{form}",
                 _rewind_kernel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["adam_", "rewind_", "sgd_"]
+__all__ = ["adam_", "rewind_"]
 
 
 def _support(weight: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
@@ -72,26 +72,5 @@ def adam_(
     root = (1 - beta2**count).sqrt().to(weight.dtype)
     new_weight = weight - size * new_m / (new_v.sqrt() / root + eps)
     for target, new in ((weight, new_weight), (m, new_m), (v, new_v)):
-        target.copy_(torch.where(support, new, 0))
-    return norm
-
-
-def sgd_(
-    weight: Tensor,
-    grad: Tensor,
-    buffer: Tensor,
-    lr: Tensor,
-    mask: Tensor | None,
-    count: Tensor | None,
-    norm_partials: Tensor | None,
-    max_norm: float,
-    momentum: float,
-    weight_decay: float,
-) -> Tensor:
-    support = _support(weight, mask, count)
-    grad, norm = _clipped(grad, support, norm_partials, max_norm)
-    new_buffer = momentum * buffer + grad + weight_decay * weight
-    new_weight = weight - lr.to(weight.dtype)[:, None] * new_buffer
-    for target, new in ((weight, new_weight), (buffer, new_buffer)):
         target.copy_(torch.where(support, new, 0))
     return norm

@@ -10,7 +10,7 @@ from sparse_tickets.kernels import random
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.prune import prune, prune_rewind_
 from sparse_tickets.kernels.returns import gae
-from sparse_tickets.kernels.update import adam_, rewind_, sgd_
+from sparse_tickets.kernels.update import adam_, rewind_
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,7 +133,7 @@ def test_prune_rewind(shape, late, cuda):
 
 
 @pytest.mark.parametrize("shape", [(1024, 8900, 4480), (60, 140_000, 70_000), (1, 3, 2)], ids=str)
-def test_adam_and_sgd(shape, cuda):
+def test_adam(shape, cuda):
     rows, grad, mask = population(*shape, cuda)
     exact = in_float64(rows)
     with without_waiting():
@@ -145,15 +145,6 @@ def test_adam_and_sgd(shape, cuda):
         close(rows[name], exact[name])
         assert not rows[name][:, : shape[2]][~mask].any()
     assert torch.equal(rows["step"], exact["step"])
-
-    sgd = {"weight": rows["weight"], "momentum_buffer": rows["m"], "lr": rows["lr"]}
-    exact = in_float64(sgd)
-    with without_waiting():
-        norm = sgd_(grad=grad, mask=mask, weight_decay=0.1, **sgd)
-    with use_backend("reference"):
-        close(norm, sgd_(grad=grad.double(), mask=mask, weight_decay=0.1, **exact))
-    for name in ("weight", "momentum_buffer"):
-        close(sgd[name], exact[name])
 
 
 def test_packed_rows_and_norms_from_elsewhere(cuda):

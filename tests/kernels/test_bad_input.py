@@ -36,9 +36,9 @@ from sparse_tickets.kernels.packed import (
 )
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.prune import prune, prune_rewind_
-from sparse_tickets.kernels.returns import discounted_returns, gae
+from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import demonstrate, evaluate, rollout
-from sparse_tickets.kernels.update import adam_, rewind_, sgd_
+from sparse_tickets.kernels.update import adam_, rewind_
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 BACKENDS = ["reference", "cpu", pytest.param("triton", marks=needs_triton)]
@@ -148,13 +148,6 @@ def make_packed_optimiser(tickets: int, batch: int, density: float) -> Tensors:
     return tensors
 
 
-def make_sgd(tickets: int, batch: int, density: float) -> Tensors:
-    tensors = make_optimiser(tickets, batch, density)
-    del tensors["v"], tensors["step"]
-    tensors["momentum_buffer"] = tensors.pop("m")
-    return tensors
-
-
 def make_rewind(tickets: int, batch: int, density: float) -> Tensors:
     names = ("initial", "initial_m", "initial_v")
     return make_rows(tickets, batch, density) | {name: draw(tickets, 7, seed=4) for name in names}
@@ -187,13 +180,6 @@ def make_returns(tickets: int, batch: int, density: float) -> Tensors:
     }
     ends = {name: draw_mask(*shape, density=0.3) for name in ("terminated", "truncated")}
     return floats | ends
-
-
-def make_discounted(tickets: int, batch: int, density: float) -> Tensors:
-    tensors = make_returns(tickets, batch, density)
-    del tensors["value"]
-    tensors["bootstrap"] = tensors.pop("next_value")
-    return tensors
 
 
 def make_physics(tickets: int, batch: int, density: float) -> Tensors:
@@ -340,7 +326,6 @@ CASES = {
         make_packed_optimiser,
         ("weight", "m", "v", "step"),
     ),
-    "sgd_": Case(sgd_, make_sgd, ("weight", "momentum_buffer")),
     **{
         op.__name__: Case(call_draw(op), make_draw)
         for op in (random.bits, random.uniform, random.normal, random.permutation)
@@ -348,9 +333,6 @@ CASES = {
     "integers": Case(lambda key, step: random.integers(key, 5, 9, stream=1, step=step), make_draw),
     "categorical": Case(random.categorical, make_categorical),
     "gae": Case(lambda **tensors: gae(**tensors, gamma=0.9, lam=0.8), make_returns),
-    "discounted_returns": Case(
-        lambda **tensors: discounted_returns(**tensors, gamma=0.9), make_discounted
-    ),
     "initial": Case(
         lambda u: dynamics.initial(TASK, u), lambda *sizes: {"u": draw(*sizes[:2], 4).sigmoid()}
     ),
@@ -698,10 +680,6 @@ def optimising(**numbers: Any) -> Tensor:
     return adam_(**(make_optimiser(1, 1, 1.0) | numbers))
 
 
-def descending(**numbers: Any) -> Tensor:
-    return sgd_(**(make_sgd(1, 1, 1.0) | numbers))
-
-
 def estimating(**numbers: Any) -> Any:
     return gae(**make_returns(1, 2, 1.0), **({"gamma": 0.9, "lam": 0.9} | numbers))
 
@@ -731,8 +709,6 @@ NAN = float("nan")
         (optimising, "beta1", (-0.1, 1.0, NAN)),
         (optimising, "beta2", (-0.1, 1.0, NAN)),
         (optimising, "eps", (-1e-9, NAN)),
-        (descending, "momentum", (-0.1, NAN)),
-        (descending, "weight_decay", (-0.1, NAN)),
         (estimating, "gamma", (-0.1, 1.1, NAN)),
         (estimating, "lam", (-0.1, 1.1, NAN)),
         (drawing, "n", (-1, 2**31, 1.5)),

@@ -212,13 +212,6 @@ def adam_() -> Iterator[Arguments]:
     yield *tensors, None, COUNT, PARTIALS, *ADAM
 
 
-def sgd_() -> Iterator[Arguments]:
-    given = rows()
-    tensors = (*(given[name] for name in ("weight", "other", "m")), LR)
-    yield *tensors, given["mask"], None, None, 0.5, 0.9, 0.0
-    yield *tensors, None, COUNT, PARTIALS, 0.5, 0.9, 0.1
-
-
 def draws() -> Iterator[Arguments]:
     yield KEY, 10, 1, 2**40
 
@@ -321,7 +314,6 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "prune_rewind_": prune_rewind_,
     "rewind_": rewind_,
     "adam_": adam_,
-    "sgd_": sgd_,
     **{
         f"random_{name}{overload}": examples
         for name in ("bits", "uniform", "normal", "permutation")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.returns import cost, discounted_returns, gae
+from sparse_tickets.kernels.returns import cost, gae
 
 BACKENDS = ["reference", "cpu", "triton"]
 SHAPES = [(3, 11, 5), (1, 1, 1), (2, 7, 130), (0, 4, 2), (2, 0, 3), (2, 4, 0)]
@@ -170,42 +170,6 @@ def test_triton_stops_a_nan_at_an_episode_s_end_in_any_tile():
         assert advantage.isnan().flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_discounted_returns(backend):
-    reward = torch.ones(1, 3, 4)
-    bootstrap = torch.full((1, 3, 4), math.nan)
-    terminated = torch.zeros(1, 3, 4, dtype=torch.bool)
-    truncated = terminated.clone()
-    terminated[0, 1, 1] = truncated[0, 1, 2] = True
-    terminated[0, 2, 3] = truncated[0, 2, 3] = True
-    bootstrap[0, 1, 2] = 4.0
-    bootstrap[0, 2, :3] = 8.0
-    actual = on(backend, discounted_returns, reward, terminated, truncated, bootstrap, 0.5)
-    columns = [[2.75, 3.5, 5.0], [1.5, 1.0, 5.0], [2.5, 3.0, 5.0], [1.75, 1.5, 1.0]]
-    assert actual[0].t().tolist() == columns
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=10, derandomize=True)
-@given(
-    shape=st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 5)),
-    rate=st.sampled_from([0.0, 0.3, 1.0]),
-    gamma=st.floats(0, 1),
-)
-def test_discounted_returns_of_any_rollout(backend, shape, rate, gamma):
-    """The recursion of the definition, in float64."""
-    reward, _, bootstrap, terminated, truncated = rollout(shape, torch.float64, rate=rate)
-    cut = truncated.clone()
-    cut[:, -1:] = True
-    expected, following = torch.zeros_like(reward), torch.zeros(shape[0], shape[2]).double()
-    for t in reversed(range(shape[1])):
-        following = torch.where(cut[:, t], bootstrap[:, t], following)
-        following = reward[:, t] + gamma * torch.where(terminated[:, t], 0.0, following)
-        expected[:, t] = following
-    arguments = (reward.float(), terminated, truncated, bootstrap.float(), gamma)
-    close(on(backend, discounted_returns, *arguments), expected, shape[1])
-
-
 def test_results_are_constants_and_inputs_may_be_strided():
     batch = rollout((2, 6, 4))
     expected = gae(*batch, 0.99, 0.95)
@@ -237,27 +201,6 @@ def test_gae_refuses(change, error, message):
     arguments = dict(zip(names, rollout((2, 3, 4)), strict=True)) | {"gamma": 0.9, "lam": 0.9}
     with pytest.raises(error, match=message):
         gae(**(arguments | change))
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"bootstrap": torch.zeros(2, 3)}, ValueError, r"bootstrap must have shape \(2, 3, 4\)"),
-        ({"bootstrap": torch.zeros(2, 3, 4).double()}, TypeError, "bootstrap must be float32"),
-        (
-            {"bootstrap": torch.zeros(2, 3, 4, device="meta")},
-            ValueError,
-            "bootstrap must be on cpu",
-        ),
-        ({"truncated": torch.zeros(2, 3, 4)}, TypeError, "truncated must be bool, got float32"),
-        ({"gamma": -1}, ValueError, r"gamma must be in \[0, 1\], got -1"),
-    ],
-)
-def test_discounted_returns_refuses(change, error, message):
-    reward, _, bootstrap, terminated, truncated = rollout((2, 3, 4))
-    arguments = {"reward": reward, "terminated": terminated, "truncated": truncated}
-    with pytest.raises(error, match=message):
-        discounted_returns(**(arguments | {"bootstrap": bootstrap, "gamma": 0.9} | change))
 
 
 def test_cost():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.update import adam_, cost, rewind_, sgd_
+from sparse_tickets.kernels.update import adam_, cost, rewind_
 
 BACKENDS = ["reference", "cpu", "triton"]
 SHAPES = [(3, 37, 23), (1, 1, 1), (2, 1500, 1100), (4, 8, 0), (2, 5, 5), (0, 7, 3), (3, 0, 0)]
@@ -137,40 +137,6 @@ def test_adam_is_torch_adam_after_clip_grad_norm(backend, dtype, max_norm, beta1
         assert (off_mask(rows[name], rows["mask"]) == 0).all()
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("reference", torch.float64), ("cpu", torch.float64), ("triton", torch.float32)],
-)
-def test_sgd_is_torch_sgd_after_clip_grad_norm(backend, dtype, momentum, weight_decay):
-    steps = 4 if backend == "triton" else 30
-    exact = population(3, 45, 45, torch.float64)
-    grads = [gradient(exact, seed=i) for i in range(steps)]
-    weight, buffer = exact["weight"].to(dtype, copy=True), torch.zeros(3, 45, dtype=dtype)
-    for grad in grads:
-        norm = on(
-            backend,
-            sgd_,
-            weight=weight,
-            grad=grad.to(dtype),
-            momentum_buffer=buffer,
-            lr=exact["lr"],
-            mask=exact["mask"],
-            momentum=momentum,
-            weight_decay=weight_decay,
-        )
-    for ticket in range(3):
-        options = {"momentum": momentum, "weight_decay": weight_decay}
-        expected, _, norms, support = torch_step(
-            exact, grads, ticket, torch.optim.SGD, 0.5, **options
-        )
-        close(norm[ticket], norms[-1])
-        close(weight[ticket][support], expected, scale=16 * steps**0.5)
-    assert (off_mask(weight, exact["mask"]) == 0).all()
-    assert (off_mask(buffer, exact["mask"]) == 0).all()
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_adam_agrees_with_reference_in_float64(backend, shape):
@@ -255,14 +221,13 @@ def packed(counts, size, seed=0):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
 @settings(deadline=None, max_examples=8, derandomize=True)
 @given(
     counts=st.lists(st.integers(0, 1100), max_size=3),
     size=st.sampled_from([0, 1, 37, 1024, 1100]),
     dirty=st.booleans(),
 )
-def test_packed_rows_are_masked_rows(backend, kind, counts, size, dirty):
+def test_packed_rows_are_masked_rows(backend, counts, size, dirty):
     counts = [min(count, size) for count in counts]
     rows, count = packed(counts, size)
     masked = {name: row.clone() for name, row in rows.items()}
@@ -270,17 +235,9 @@ def test_packed_rows_are_masked_rows(backend, kind, counts, size, dirty):
     if dirty:
         for name in ("weight", "m", "v"):
             rows[name][~rows["mask"]] = float("nan")
-    if kind == "adam":
-        norm = on(backend, adam_, grad=grad, **rows | {"mask": None}, count=count)
-        expected = on(backend, adam_, grad=grad, **masked)
-    else:
-        names = ("weight", "lr", "mask", "momentum_buffer")
-        rows["momentum_buffer"], masked["momentum_buffer"] = rows["m"], masked["m"]
-        some = {name: rows[name] for name in names} | {"mask": None}
-        norm = on(backend, sgd_, grad=grad, **some, count=count)
-        expected = on(backend, sgd_, grad=grad, **{name: masked[name] for name in names})
-    close(norm, expected)
-    for name in ("weight", "m") + (("v",) if kind == "adam" else ()):
+    norm = on(backend, adam_, grad=grad, **rows | {"mask": None}, count=count)
+    close(norm, on(backend, adam_, grad=grad, **masked))
+    for name in ("weight", "m", "v"):
         close(rows[name], masked[name])
         assert (rows[name][~masked["mask"]] == 0).all()
 
@@ -345,15 +302,6 @@ def test_norm_partials_replace_the_norm(backend, parts, size):
     assert torch.equal(rows["step"], exact["step"])
     for name in ("weight", "m", "v"):
         close(rows[name], exact[name])
-
-    weight, buffer = rows["weight"], torch.zeros(2, size)
-    other, other_buffer = weight.clone(), buffer.clone()
-    some = {"lr": rows["lr"], "mask": rows["mask"]}
-    sgd = {"weight": weight, "momentum_buffer": buffer, "norm_partials": partials, **some}
-    close(on(backend, sgd_, grad=grad, **sgd), norm)
-    sgd = {"weight": other, "momentum_buffer": other_buffer, "max_norm": None, **some}
-    on("reference", sgd_, grad=grad * scale, **sgd)
-    close(weight, other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -440,9 +388,8 @@ def test_adam_on_any_shape(backend, tickets, size, data, density):
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(**DRAWN_ROWS, late=st.booleans())
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_rewind_and_sgd_on_any_shape(backend, tickets, size, data, density, late):
+def test_rewind_on_any_shape(backend, tickets, size, data, density, late):
     rows = population(tickets, size, data.draw(st.integers(0, size)), density=density)
-    exact = {name: row.clone() for name, row in rows.items()}
     point = {"initial_m": gradient(rows, seed=2)} if late else {}
     moments = {name: rows[name] for name in ("weight", "m", "v", "mask")}
     expected = {name: row.clone() for name, row in moments.items()}
@@ -451,17 +398,6 @@ def test_rewind_and_sgd_on_any_shape(backend, tickets, size, data, density, late
     on(backend, rewind_, initial=initial, **moments, **point)
     for name, row in moments.items():
         assert torch.equal(row, expected[name])
-
-    state = {name: exact[name] for name in ("weight", "mask", "lr")}
-    state["momentum_buffer"] = exact["m"]
-    mine = {name: row.clone() for name, row in state.items()}
-    for name in ("weight", "momentum_buffer"):
-        state[name] = state[name].double()
-    grad = gradient(rows)
-    norm = on("reference", sgd_, grad=grad.double(), weight_decay=0.1, **state)
-    close(on(backend, sgd_, grad=grad, weight_decay=0.1, **mine), norm)
-    for name in ("weight", "momentum_buffer"):
-        close(mine[name], state[name])
 
 
 def test_inputs_may_be_strided_and_parameters_may_require_grad():
@@ -542,9 +478,6 @@ def test_targets_that_share_memory_are_refused(backend):
     for change in ({"grad": rows["weight"]}, {"grad": rows["v"]}):
         with use_backend(backend), pytest.raises(ValueError, match="must not share memory with"):
             adam_(**(rows | change))
-    sgd = {"weight": rows["weight"], "lr": rows["lr"], "mask": rows["mask"], "grad": initial}
-    with use_backend(backend), pytest.raises(ValueError, match="must not share memory with"):
-        sgd_(momentum_buffer=rows["weight"], **sgd)
     some = {name: rows[name] for name in names}
     for change in ({"initial": rows["m"]}, {"initial_m": rows["weight"]}):
         sources = {"initial": initial} | change
@@ -571,8 +504,6 @@ def test_cost():
     # Two rows of 10 entries, 6 of them under the mask.
     assert cost.adam(2, 10, 6) == (2 * 10 * 16, 2 * (10 * (16 + 12) + 6))
     assert cost.adam(2, 10, partials=True) == (2 * 10 * 14, 2 * 10 * 28)
-    assert cost.sgd(2, 10, 6) == (2 * 10 * 9, 2 * (10 * (12 + 8) + 6))
-    assert cost.sgd(2, 10, partials=True, itemsize=8) == (2 * 10 * 7, 2 * 10 * 40)
     assert cost.rewind(2, 10, 6) == (0, 2 * (10 * (4 + 12) + 6))
     assert cost.rewind(2, 10, moments=True) == (0, 2 * 10 * (12 + 12))
 
