@@ -33,7 +33,8 @@ LAYERS = (
         "ticket",
         "timing",
     ),
-    ("convert", "envs", "population"),
+    ("convert", "envs", "population", "targets"),
+    ("integrations",),
     ("algos",),
     ("imp",),
     ("sweep",),
@@ -49,6 +50,7 @@ CONFINED = {
     "gymnasium": ("sparse_tickets.envs",),
     "tyro": ("sparse_tickets.cli",),
     "triton": ("sparse_tickets.kernels",),
+    "stable_baselines3": ("sparse_tickets.integrations.sb3",),
     "numba": ("sparse_tickets.kernels",),
     "llvmlite": ("sparse_tickets.kernels",),
 }

@@ -1,0 +1,46 @@
+"""A pytest plugin for Stable-Baselines3's own tests: every policy of every model is sparse.
+
+See docs/works_with.md for the command. A model's policy class becomes its sparse one, half pruned
+unless the test says otherwise; ``SB3_DENSITY`` sets another density, and ``dense`` runs the tests
+as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import Tensor
+
+from sparse_tickets.integrations.sb3 import SparsePolicy, sparse_policy
+
+DENSITY = os.environ.get("SB3_DENSITY", "0.5")
+
+
+def pytest_configure() -> None:
+    """Patch before any test module is imported."""
+    _draw_masks()
+    if DENSITY == "dense":
+        return
+    SparsePolicy.__init__.__kwdefaults__["density"] = float(DENSITY)
+    construct = BaseAlgorithm.__init__
+
+    def construct_sparse(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        self.policy_class = sparse_policy(self.policy_class)
+
+    BaseAlgorithm.__init__ = construct_sparse
+
+
+def _draw_masks() -> None:
+    """The tests fill whole states with ``rand_like``, which torch has for floats only."""
+    rand_like = torch.rand_like
+
+    def rand_like_any(tensor: Tensor, **options: Any) -> Tensor:
+        if tensor.dtype is torch.bool:
+            return rand_like(tensor, dtype=torch.float32) < 0.5
+        return rand_like(tensor, **options)
+
+    torch.rand_like = rand_like_any
