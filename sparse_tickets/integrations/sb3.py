@@ -13,7 +13,6 @@ of stable-baselines3 and sb3-contrib, and a target network has its online networ
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -161,8 +160,9 @@ class SparseTD3Policy(SparsePolicy, TD3Policy):
 
 _NAMED = (SparseActorCriticPolicy, SparseDQNPolicy, SparseSACPolicy, SparseTD3Policy)
 
+_made: dict[Any, type[SparsePolicy]] = {}
 
-@cache
+
 def sparse_policy(policy_class: type[BaseModel]) -> type[SparsePolicy]:
     """The sparse class of any policy class: for images, of sb3-contrib, your own.
 
@@ -183,8 +183,10 @@ def sparse_policy(policy_class: type[BaseModel]) -> type[SparsePolicy]:
     for named in _NAMED:
         if named.__bases__[1] is policy_class:
             return named
-    name = f"Sparse{policy_class.__name__}"
-    return type(name, (SparsePolicy, policy_class), {"__reduce__": _reduce})
+    if policy_class not in _made:
+        name = f"Sparse{policy_class.__name__}"
+        _made[policy_class] = type(name, (SparsePolicy, policy_class), {"__reduce__": _reduce})
+    return _made[policy_class]
 
 
 def _reduce(policy: SparsePolicy) -> tuple[Any, ...]:
@@ -233,7 +235,7 @@ def sparsify_(
             "(sparse_tickets.sparsify_ takes modules)"
         )
     policy = cast(Any, model.policy)
-    dense_class, names = type(policy), tuple(policy._modules)
+    dense_class = type(policy)
     policy.__class__ = sparse_policy(dense_class)
     try:
         policy._sparsify_(density, scope, exclude)
