@@ -22,11 +22,21 @@ if TYPE_CHECKING:
 
     from sparse_tickets.linear import SparseLinear
 
-__all__ = ["keep_", "keep_state_", "stepped_optimizers", "track", "untrack"]
+__all__ = [
+    "count_changes",
+    "follow",
+    "keep_",
+    "keep_owned_",
+    "keep_state_",
+    "stepped_optimizers",
+    "track",
+    "untrack",
+]
 
 _owners: dict[int, WeakSet[SparseLinear]] = {}
 """Layers by the identity of their weight; an entry may be out of date, so whoever asks looks."""
 _sweep_at = 64
+_changes = 0
 _optimizers: WeakSet[Optimizer] = WeakSet()
 _hook: RemovableHandle | None = None
 _lock = Lock()
@@ -34,9 +44,10 @@ _lock = Lock()
 
 def track(layer: SparseLinear) -> None:
     """Put a layer, with the weight it has now, under the hook; the first one registers it."""
-    global _hook, _sweep_at
+    global _hook, _sweep_at, _changes
     weight = layer._parameters.get("weight")
     with _lock:
+        _changes += 1
         if _hook is None:
             _hook = register_optimizer_step_post_hook(_after_any_step)
         if weight is None:
@@ -50,7 +61,9 @@ def track(layer: SparseLinear) -> None:
 
 def untrack(layer: SparseLinear) -> None:
     """Leave a layer's weight to its optimisers."""
+    global _changes
     with _lock:
+        _changes += 1
         owners = _owners.get(id(layer._parameters.get("weight")))
         if owners is not None:
             owners.discard(layer)
@@ -62,8 +75,41 @@ def stepped_optimizers() -> tuple[Optimizer, ...]:
         return tuple(_optimizers)
 
 
+def count_changes() -> int:
+    """How often a layer came under the hook or left it so far."""
+    return _changes
+
+
+def follow(optimizer: Optimizer) -> dict[int, list[SparseLinear]]:
+    """The sparse layers on each weight that an optimiser owns, by the weight's identity.
+
+    From now on its state is zeroed where a mask prunes, as if it had stepped them.
+    """
+    params = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    found: dict[int, list[SparseLinear]] = {}
+    with _lock:
+        for at, weight in params.items():
+            layers = [
+                layer
+                for layer in _owners.get(at, ())
+                if layer._parameters.get("weight") is weight
+                and layer._buffers.get("mask") is not None
+            ]
+            if layers:
+                found[at] = layers
+        if found:
+            _optimizers.add(optimizer)
+    return found
+
+
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """The global hook: zero what the step did to the pruned weights of its own layers."""
+    """The global hook; an optimiser that ``keeps_masks`` has done its work."""
+    if not getattr(optimizer, "keeps_masks", False):
+        keep_owned_(optimizer)
+
+
+def keep_owned_(optimizer: Optimizer) -> None:
+    """Zero what a step did to the pruned weights of its own layers, and to their state."""
     owned = [
         (weight, _owners[id(weight)])
         for group in optimizer.param_groups

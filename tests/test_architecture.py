@@ -28,6 +28,7 @@ LAYERS = (
         "files",
         "hooks",
         "linear",
+        "optim",
         "prune",
         "structure",
         "ticket",

@@ -1,0 +1,576 @@
+"""torch's Adam, AdamW, SGD and RMSprop in one pass over all parameters, on the masks alone.
+
+A drop-in for `torch.optim`: same arguments, same ``state_dict`` in both directions, same schedulers
+and hooks, and each class is a subclass of torch's. On a CPU all float32 parameters are updated by
+one compiled call; a pruned weight of a `SparseLinear` is never touched and stays zero, with its
+state. Whatever else an optimiser holds (another device or dtype) takes torch's own step.
+
+    optimizer = sparse_tickets.optim.Adam(policy.parameters(), lr=3e-4, max_grad_norm=0.5)
+
+With ``max_grad_norm`` the step clips by the norm of all gradients together, as
+`torch.nn.utils.clip_grad_norm_` before it would, and leaves ``.grad`` as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import chain
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+
+from sparse_tickets.hooks import count_changes, follow, keep_owned_
+from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.threads import count_threads
+from sparse_tickets.kernels.update import tensors as fused
+
+if TYPE_CHECKING:
+    from sparse_tickets.linear import SparseLinear
+
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+
+# Where fewer of a tensor's entries are kept, they are updated one by one.
+_LISTED = 0.25
+_compiled = cache(fused.compiled)
+_params_of = itemgetter("params")
+_is_contiguous = Tensor.is_contiguous
+
+
+class _Layer(NamedTuple):
+    """A sparse layer as the table was made for it."""
+
+    layer: SparseLinear
+    weight: Tensor
+    mask: Tensor
+    version: int
+    support: Any
+
+
+class _Table:
+    """Where everything that one step reads and writes lies, and what has to be as it was then."""
+
+    def __init__(self, optimizer: _Fused, groups: list[dict[str, Any]]) -> None:
+        self.changes = count_changes()
+        self.params = _params(optimizer.param_groups)
+        self.states = _state_ids(optimizer)
+        self.groups = groups
+        self.fused = [p for group in groups for p in group["params"] if p.grad is not None]
+        self.without = [p for group in groups for p in group["params"] if p.grad is None]
+        of_group = [
+            row for row, group in enumerate(groups) for p in group["params"] if p.grad is not None
+        ]
+        owned = follow(optimizer)
+        self.layers: list[_Layer] = []
+        self.versions: list[int] = []
+        self.held: list[Tensor] = []
+        n = len(self.fused)
+        places = np.zeros((n, fused.PLACES), np.int64)
+        for row, (p, group) in enumerate(zip(self.fused, of_group, strict=True)):
+            place = places[row]
+            state = optimizer.state[p]
+            self._hold(place, fused.PARAM, p)
+            for column, name in optimizer._moments(groups[group]):
+                self._hold(place, column, state[name])
+            if "step" in state:
+                self._hold(place, fused.STEP, state["step"])
+            place[fused.SIZE] = place[fused.LENGTH] = p.numel()
+            place[fused.GROUP] = group
+            if id(p) in owned:
+                self._mask(place, owned[id(p)][0], p)
+        self.fresh = optimizer._start_momentum(self.fused, of_group, places)
+        self.at = [tensor.data_ptr() for tensor in self.held]
+        lengths = places[:, fused.LENGTH].tolist()
+        chunks = fused.cut(lengths)
+        self.threads_work = fused.WORK * sum(lengths), len(chunks)
+        self.numbers = np.zeros((max(len(groups), 1), fused.NUMBERS))
+        self.hypers: list[Any] = [None] * len(groups)
+        self.squares = np.zeros(len(chunks) + 1)
+        # Held: the compiled call is given addresses.
+        self.arrays = places, chunks
+        self.gradients = places[:, fused.GRAD]
+        self.call = (
+            *(places.ctypes.data, n, self.numbers.ctypes.data, len(groups)),
+            *(chunks.ctypes.data, len(chunks), self.squares.ctypes.data),
+        )
+
+    def _hold(self, place: np.ndarray, column: int, tensor: Tensor) -> None:
+        place[column] = tensor.data_ptr()
+        self.held.append(tensor)
+
+    def _mask(self, place: np.ndarray, layer: SparseLinear, p: Tensor) -> None:
+        layer.apply_mask_()
+        mask = layer.mask
+        kept, support = int(mask.sum()), None
+        if kept < _LISTED * mask.numel():
+            support = fused.find_support(mask.numpy().reshape(-1))
+            place[fused.LENGTH], place[fused.SUPPORT] = kept, support.ctypes.data
+        elif kept < mask.numel():
+            self._hold(place, fused.MASK, mask)
+        self.layers.append(_Layer(layer, p, mask, mask._version, support))
+        self.versions.append(p._version)
+
+    def is_valid(self, optimizer: _Fused) -> bool:
+        """Whether the step may go on with these addresses; takes up the gradients' if so."""
+        if (
+            self.changes != count_changes()
+            or self.params != _params(optimizer.param_groups)
+            or self.states != _state_ids(optimizer)
+            or self.at != [tensor.data_ptr() for tensor in self.held]
+        ):
+            return False
+        for (layer, weight, mask, version, _), written in zip(
+            self.layers, self.versions, strict=True
+        ):
+            if (
+                layer._parameters.get("weight") is not weight
+                or layer._buffers.get("mask") is not mask
+                or mask._version != version
+                # Somebody wrote the weight, maybe where it is pruned.
+                or weight._version != written
+            ):
+                return False
+        gradients = [p.grad for p in self.fused]
+        for p in self.without:
+            if p.grad is not None:
+                return False
+        try:
+            self.gradients[:] = [gradient.data_ptr() for gradient in gradients]
+        except AttributeError:
+            # Among them is a None.
+            return False
+        return all(map(_is_contiguous, gradients))
+
+    def run(self, optimizer: _Fused) -> float:
+        """The step of all tensors; returns the norm of their gradients, or 0 without clipping."""
+        for row, group in enumerate(self.groups):
+            hyper = optimizer._hyper(group)
+            # A tensor of learning rates may have been written.
+            if hyper != self.hypers[row] or type(hyper[0]) is Tensor:
+                self.hypers[row] = hyper
+                self.numbers[row] = optimizer._numbers(group)
+        work, parts = self.threads_work
+        limit = math.inf if optimizer.max_grad_norm is None else optimizer.max_grad_norm
+        norm = _compiled(optimizer._kernel)(count_threads(parts, work), *self.call, limit)
+        torch.autograd.graph.increment_version(self.fused)
+        self.versions = [layer.weight._version for layer in self.layers]
+        return norm
+
+
+def _params(groups: list[dict[str, Any]]) -> list[int]:
+    return [*map(id, chain.from_iterable(map(_params_of, groups)))]
+
+
+def _state_ids(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Which tensors the state consists of."""
+    return [*map(id, chain.from_iterable(map(dict.values, optimizer.state.values())))]
+
+
+def _fits(p: Tensor) -> bool:
+    """Whether the compiled pass can update a parameter where it lies."""
+    gradient = p.grad
+    return (
+        type(p) in (Tensor, torch.nn.Parameter)
+        and p.dtype is torch.float32
+        and p.is_cpu
+        and p.layout is torch.strided
+        and p.is_contiguous()
+        and not p.is_inference()
+        and (
+            gradient is None
+            or (
+                type(gradient) in (Tensor, torch.nn.Parameter)
+                and gradient.layout is torch.strided
+                and gradient.dtype is torch.float32
+                and not gradient.is_neg()
+            )
+        )
+    )
+
+
+class _Fused(torch.optim.Optimizer):
+    """What the four optimisers share; a mixin in front of torch's own class."""
+
+    keeps_masks = True
+    """Pruned weights and their state stay zero: the hook for other optimisers passes by."""
+
+    max_grad_norm: float | None = None
+    _table: _Table | None = None
+    _norm: float | Tensor = 0.0
+    _kernel: str
+    _hyper: Callable[[dict[str, Any]], tuple]
+
+    def _set_up(self, max_grad_norm: float | None) -> None:
+        for name in ("capturable", "differentiable"):
+            if any(group.get(name) for group in self.param_groups):
+                raise ValueError(
+                    f"{name} must be False, got True: a fused step runs on the CPU without "
+                    f"autograd; use torch.optim.{type(self).__name__} for that"
+                )
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm must be >= 0 or None, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        # torch's ``fused=True`` has a GradScaler leave unscaling to the step.
+        self.__dict__.pop("_step_supports_amp_scaling", None)
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of all gradients before the last step's clipping, over the masks; without, 0."""
+        return float(self._norm)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        # torch would wrap this in hooks and a profiler's range, at half the cost of a small step.
+        args: Any = (self,) if closure is None else (self, closure)
+        kwargs: Any = {}
+        before, after = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
+        if before or torch_optimizer._global_optimizer_pre_hooks:
+            for hook in (
+                *torch_optimizer._global_optimizer_pre_hooks.values(),
+                *before.values(),
+            ):
+                changed = hook(self, args, kwargs)
+                if changed is not None:
+                    args, kwargs = changed
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        table = self._table
+        if table is not None and table.is_valid(self):
+            self._norm = table.run(self)
+        else:
+            self._step_anew()
+        for hook in (*after.values(), *torch_optimizer._global_optimizer_post_hooks.values()):
+            hook(self, args, kwargs)
+        return loss
+
+    # So that torch does not wrap it: see there.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _step_anew(self) -> None:
+        """A step that the last table is not valid for; leaves a new one if it is for all groups."""
+        self._table = None
+        if torch.compiler.is_compiling():
+            self._step_by_torch(self.param_groups, clips=True)
+            return
+        mine: list[dict[str, Any]] = []
+        others: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            (others if self._hindrance(group) else mine).append(group)
+        for group in mine:
+            for p in group["params"]:
+                if p.grad is not None and not p.grad.is_contiguous():
+                    p.grad = p.grad.contiguous()
+            self._start_state(group)
+        if others:
+            self._step_by_torch(others, clips=True)
+        if not mine:
+            return
+        table = _Table(self, mine)
+        if not table.is_valid(self):
+            raise RuntimeError("parameters must not change while they are updated")
+        if others and self.max_grad_norm is not None:
+            # Clipped already, all of them by one norm.
+            norm, limit = self._norm, self.max_grad_norm
+            self.max_grad_norm = None
+            table.run(self)
+            self.max_grad_norm, self._norm = limit, norm
+        else:
+            self._norm = table.run(self)
+        if not (others or table.fresh):
+            self._table = table
+
+    def _step_by_torch(self, groups: list[dict[str, Any]], clips: bool) -> None:
+        """torch's own step on some of the groups, and zeros where their weights are pruned."""
+        if clips and self.max_grad_norm is not None:
+            everything = [p for group in self.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(everything, self.max_grad_norm)
+            self._norm = norm if torch.compiler.is_compiling() else float(norm)
+        step: Any = self._torch.step
+        # Without its hooks, which ours has called.
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step
+        every = self.param_groups
+        self.param_groups = groups
+        try:
+            step(self)
+            keep_owned_(self)
+        finally:
+            self.param_groups = every
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or zero them in place."""
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def _hindrance(self, group: dict[str, Any]) -> str | None:
+        """Why torch's own step has to update a group, if so."""
+        owned = follow(self)
+        for p in group["params"]:
+            if not _fits(p):
+                return f"has a {p.dtype} parameter on {p.device}, shape {tuple(p.shape)}"
+            if len(owned.get(id(p), ())) > 1:
+                return "has a weight that several sparse layers share"
+        return None
+
+    def plan(self) -> tuple[Plan, ...]:
+        """What runs for each parameter group, and why."""
+        plans = []
+        owned = follow(self)
+        for group in self.param_groups:
+            reason = self._hindrance(group)
+            if reason is not None:
+                plans.append(Plan(self._kernel, "reference", "torch", reason))
+                continue
+            params = group["params"]
+            masked = sum(id(p) in owned and owned[id(p)][0].density < 1 for p in params)
+            reason = f"one pass over {len(params)} tensors, {masked} of them on their masks"
+            plans.append(Plan(self._kernel, "cpu", "fused", reason))
+        return tuple(plans)
+
+    _torch: type[torch.optim.Optimizer]
+
+    def _start_state(self, group: dict[str, Any]) -> None:
+        """State of parameters that take part for the first time, as torch lays it out."""
+        lists: list[list] = [[] for _ in range(self._lists)]
+        self._init_group(group, *lists)  # type: ignore[attr-defined]
+
+    _lists: int
+
+    def _moments(self, group: dict[str, Any]) -> Iterable[tuple[int, str]]:
+        """Columns and names of the state a group's parameters have."""
+        raise NotImplementedError
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """A group's hyper-parameters in the order in which the kernel takes them."""
+        raise NotImplementedError
+
+    def _start_momentum(self, params: list[Tensor], groups: list[int], places: np.ndarray) -> bool:
+        """Mark whose momentum starts with this step; whether there is any."""
+        return False
+
+
+class Adam(_Fused, torch.optim.Adam):
+    """`torch.optim.Adam` in one pass.
+
+    Args:
+        params: as in torch.
+        lr: learning rate.
+        betas: decay of both moments.
+        eps: added to the root of the corrected second moment.
+        weight_decay: L2 penalty, or decoupled decay in `AdamW`.
+        amsgrad: divide by the largest second moment so far.
+        max_grad_norm: clip by the norm of all gradients together; None does not.
+        **options: torch's others. ``foreach`` and ``fused`` change nothing here.
+
+    Raises:
+        ValueError: ``capturable`` or ``differentiable`` is asked for, or a number is out of range.
+
+    Example:
+        >>> layer = SparseLinear(64, 64).prune_(0.1)
+        >>> optimizer = Adam(layer.parameters(), lr=1e-3, max_grad_norm=0.5)
+        >>> layer(torch.ones(8, 64)).sum().backward()
+        >>> optimizer.step()
+        >>> int(layer.weight.count_nonzero()) == int(layer.mask.sum())
+        True
+    """
+
+    _kernel = "adam"
+    _torch: type[torch.optim.Optimizer] = torch.optim.Adam
+    _lists = 6
+    _hyper = staticmethod(
+        itemgetter(
+            "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"
+        )
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+        self._set_up(max_grad_norm)
+
+    def _moments(self, group: dict[str, Any]) -> Iterable[tuple[int, str]]:
+        names = [(fused.FIRST, "exp_avg"), (fused.SECOND, "exp_avg_sq")]
+        return [*names, (fused.THIRD, "max_exp_avg_sq")] if group["amsgrad"] else names
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        return (
+            *(float(group["lr"]), float(beta1), float(beta2), group["eps"]),
+            *(group["weight_decay"], group["decoupled_weight_decay"], group["amsgrad"]),
+            -1.0 if group["maximize"] else 1.0,
+        )
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """`torch.optim.AdamW` in one pass: `Adam` with decoupled weight decay."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, max_grad_norm=max_grad_norm, **options
+        )
+
+
+class SGD(_Fused, torch.optim.SGD):
+    """`torch.optim.SGD` in one pass, with momentum, dampening and Nesterov's direction.
+
+    Args:
+        params: as in torch.
+        lr: learning rate.
+        momentum: decay of the buffer.
+        dampening: of the gradient that goes into the buffer.
+        weight_decay: L2 penalty.
+        nesterov: look ahead.
+        max_grad_norm: clip by the norm of all gradients together; None does not.
+        **options: torch's others. ``foreach`` and ``fused`` change nothing here.
+
+    Raises:
+        ValueError: ``differentiable`` is asked for, or a number is out of range.
+    """
+
+    _kernel = "sgd"
+    _torch: type[torch.optim.Optimizer] = torch.optim.SGD
+    _lists = 3
+    _hyper = staticmethod(
+        itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)
+        self._set_up(max_grad_norm)
+
+    def _moments(self, group: dict[str, Any]) -> Iterable[tuple[int, str]]:
+        return [(fused.FIRST, "momentum_buffer")] if group["momentum"] != 0 else []
+
+    def _start_state(self, group: dict[str, Any]) -> None:
+        """torch makes a buffer in its first step, of the gradient; here it starts at zero."""
+        self._beginners: set[int] = getattr(self, "_beginners", set())
+        for p in group["params"] if group["momentum"] != 0 else ():
+            if p.grad is not None and self.state[p].get("momentum_buffer") is None:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self._beginners.add(id(p))
+
+    def _start_momentum(self, params: list[Tensor], groups: list[int], places: np.ndarray) -> bool:
+        for row, p in enumerate(params):
+            places[row, fused.FRESH] = id(p) in self._beginners
+        self._beginners.clear()
+        return bool(places[:, fused.FRESH].any())
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return (
+            *(float(group["lr"]), group["momentum"], group["dampening"]),
+            *(float(group["weight_decay"]), group["nesterov"]),
+            *(-1.0 if group["maximize"] else 1.0, 0.0, 0.0),
+        )
+
+
+class RMSprop(_Fused, torch.optim.RMSprop):
+    """`torch.optim.RMSprop` in one pass, with momentum and the centred second moment.
+
+    Args:
+        params: as in torch.
+        lr: learning rate.
+        alpha: decay of the second moment.
+        eps: added to its root.
+        weight_decay: L2 penalty.
+        momentum: decay of the buffer.
+        centered: subtract the square of the mean gradient.
+        max_grad_norm: clip by the norm of all gradients together; None does not.
+        **options: torch's others. ``foreach`` changes nothing here.
+
+    Raises:
+        ValueError: ``capturable`` or ``differentiable`` is asked for, or a number is out of range.
+    """
+
+    _kernel = "rmsprop"
+    _torch: type[torch.optim.Optimizer] = torch.optim.RMSprop
+    _lists = 6
+    _hyper = staticmethod(
+        itemgetter("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params, lr, alpha, eps, weight_decay, momentum, centered=centered, **options
+        )
+        self._set_up(max_grad_norm)
+
+    def _moments(self, group: dict[str, Any]) -> Iterable[tuple[int, str]]:
+        names = [(fused.FIRST, "square_avg")]
+        if group["momentum"] > 0:
+            names.append((fused.SECOND, "momentum_buffer"))
+        if group["centered"]:
+            names.append((fused.THIRD, "grad_avg"))
+        return names
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return (
+            *(float(group["lr"]), group["alpha"], group["eps"], group["weight_decay"]),
+            *(group["momentum"], group["centered"]),
+            *(-1.0 if group["maximize"] else 1.0, 0.0),
+        )

@@ -1,0 +1,307 @@
+"""Fused optimisers: torch's numbers, state and hooks, and zeros where weights are pruned."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sparse_tickets import SparseLinear, optim, sparsify_
+
+VARIANTS = [
+    ("Adam", {}),
+    ("Adam", {"amsgrad": True, "weight_decay": 0.1, "betas": (0.5, 0.9)}),
+    ("Adam", {"maximize": True, "eps": 1e-3}),
+    ("AdamW", {"weight_decay": 0.1}),
+    ("SGD", {"lr": 0.01}),
+    ("SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.01, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    ("RMSprop", {}),
+    ("RMSprop", {"momentum": 0.9, "weight_decay": 0.1}),
+    ("RMSprop", {"centered": True, "maximize": True}),
+    ("RMSprop", {"centered": True, "momentum": 0.9, "alpha": 0.9}),
+]
+STEPS = 5
+
+
+def _net(density=1.0, width=64):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(17, width), nn.Tanh(), nn.Linear(width, 6))
+    return sparsify_(net, density=density) if density < 1 else net
+
+
+def _train(net, optimizer, steps=STEPS, dtype=torch.float32, clip=None, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(32, 17, generator=generator).to(dtype)
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+
+
+def _assert_close(net, exact, single):
+    """As near to float64 as torch's own float32 is, to a factor."""
+    for ours, want, theirs in zip(
+        net.parameters(), exact.parameters(), single.parameters(), strict=True
+    ):
+        allowed = 4 * (theirs.double() - want).abs().max() + 1e-7
+        assert (ours.double() - want).abs().max() <= allowed
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_steps_equal_torchs(name, options, density, clip):
+    net, single, exact = _net(density), _net(density), _net(density).double()
+    ours, theirs = getattr(optim, name), getattr(torch.optim, name)
+    optimizer = ours(net.parameters(), max_grad_norm=clip, **options)
+    peer, reference = (theirs(n.parameters(), **options) for n in (single, exact))
+    _train(net, optimizer)
+    assert optimizer._table is not None
+    _train(single, peer, clip=clip)
+    _train(exact, reference, dtype=torch.float64, clip=clip)
+    _assert_close(net, exact, single)
+    assert isinstance(optimizer, theirs)
+    for p, q in zip(net.parameters(), single.parameters(), strict=True):
+        assert optimizer.state[p].keys() == peer.state[q].keys()
+        for key, value in peer.state[q].items():
+            torch.testing.assert_close(optimizer.state[p][key], value, rtol=2e-3, atol=1e-6)
+    for layer in net:
+        if isinstance(layer, SparseLinear):
+            assert not layer.weight[~layer.mask].any()
+            for value in optimizer.state[layer.weight].values():
+                if value.shape == layer.mask.shape:
+                    assert not value[~layer.mask].any()
+
+
+def test_large_tensors_do_not_depend_on_threads():
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            net = _net(width=2048)
+            optimizer = optim.Adam(net.parameters(), max_grad_norm=0.01)
+            torch.manual_seed(3)
+            for p in net.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+            found.append([p.detach().clone() for p in net.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_garbage_off_the_mask_is_not_used(density):
+    net = _net(density)
+    clean = copy.deepcopy(net)
+    for model in (net, clean):
+        model(torch.ones(4, 17)).sum().backward()
+    for layer in net:
+        if isinstance(layer, SparseLinear):
+            layer.weight.grad[~layer.mask] = torch.nan
+    norms = []
+    for model in (net, clean):
+        optimizer = optim.AdamW(model.parameters(), max_grad_norm=0.1)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    assert norms[0] == norms[1] > 0
+    for p, q in zip(net.parameters(), clean.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_pruned_between_steps_and_made_sparse_after_the_first():
+    net = _net()
+    optimizer = optim.Adam(net.parameters(), weight_decay=0.1)
+    _train(net, optimizer, 2)
+    sparsify_(net, density=0.5)
+    for density in (0.5, 0.2, 0.05):
+        net[0].prune_(density)
+        _train(net, optimizer, 2)
+        with torch.no_grad():
+            net[0].weight.add_(1.0)
+        _train(net, optimizer, 1)
+        layer = net[0]
+        assert not layer.weight[~layer.mask].any()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert not optimizer.state[layer.weight][key][~layer.mask].any()
+            assert optimizer.state[layer.weight][key][layer.mask].any()
+
+
+@pytest.mark.parametrize(("name", "options"), [VARIANTS[1], VARIANTS[5], VARIANTS[10]])
+def test_checkpoints_travel_both_ways(name, options):
+    classes = getattr(optim, name), getattr(torch.optim, name)
+    for first, second in (classes, classes[::-1]):
+        net, straight = _net(), _net()
+        one = first(net.parameters(), **options)
+        _train(net, one, 3)
+        other = second(net.parameters(), lr=7.0)
+        other.load_state_dict(copy.deepcopy(one.state_dict()))
+        _train(net, other, 3, seed=2)
+        peer = classes[1](straight.parameters(), **options)
+        _train(straight, peer, 3)
+        _train(straight, peer, 3, seed=2)
+        for p, q in zip(net.parameters(), straight.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_alike(copier):
+    net = _net(0.3)
+    optimizer = optim.Adam(net.parameters(), max_grad_norm=0.01)
+    _train(net, optimizer)
+    twin, again = copier((net, optimizer))
+    assert again.max_grad_norm == 0.01
+    _train(net, optimizer)
+    _train(twin, again)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_groups_schedulers_and_added_parameters():
+    nets, made = [_net(), _net()], []
+    for net, library in zip(nets, (optim, torch.optim), strict=True):
+        groups = [{"params": net[0].parameters(), "lr": 0.1}, {"params": [net[2].bias]}]
+        optimizer = library.SGD(groups, lr=0.01, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        for step in range(6):
+            _train(net, optimizer, 1, seed=step)
+            scheduler.step()
+            if step == 2:
+                optimizer.add_param_group({"params": [net[2].weight], "lr": 0.05})
+        made.append(optimizer)
+    assert [g["lr"] for g in made[0].param_groups] == [g["lr"] for g in made[1].param_groups]
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_of_learning_rate_is_read_at_every_step():
+    net, lr = _net(), torch.tensor(0.0)
+    optimizer = optim.Adam(net.parameters(), lr=lr)
+    before = net[0].weight.detach().clone()
+    _train(net, optimizer, 2)
+    assert torch.equal(net[0].weight, before)
+    lr.fill_(0.1)
+    _train(net, optimizer, 1)
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_without_a_gradient_a_parameter_and_its_state_stay():
+    net = _net()
+    optimizer = optim.Adam(net.parameters())
+    frozen = net[0].weight.detach().clone()
+    for step in range(3):
+        net(torch.ones(4, 17)).sum().backward()
+        if step < 2:
+            net[0].weight.grad = None
+        optimizer.step()
+        assert torch.equal(net[0].weight, frozen) == (step < 2)
+    assert optimizer.state[net[0].weight]["step"] == 1
+    assert optimizer.state[net[0].bias]["step"] == 3
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_replaced_state_and_moved_memory_are_seen():
+    net = _net()
+    optimizer = optim.Adam(net.parameters())
+    _train(net, optimizer)
+    weight = net[0].weight
+    optimizer.state[weight]["exp_avg"] = torch.zeros_like(weight)
+    weight.data = weight.data.clone()
+    old = weight.detach().clone()
+    _train(net, optimizer, 1)
+    assert optimizer.state[weight]["exp_avg"].any()
+    assert not torch.equal(weight, old)
+    optimizer.state.clear()
+    _train(net, optimizer, 1)
+    assert optimizer.state[weight]["step"] == 1
+
+
+def test_hooks_and_closures():
+    net = _net()
+    optimizer = optim.Adam(net.parameters())
+    called = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: called.append("pre"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: called.append("post"))
+    handle = register_optimizer_step_post_hook(lambda o, args, kwargs: called.append("global"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(torch.ones(4, 17)).square().sum()
+        loss.backward()
+        called.append("closure")
+        return loss
+
+    try:
+        with torch.no_grad():
+            losses = [float(optimizer.step(closure)) for _ in range(3)]
+    finally:
+        handle.remove()
+    assert losses[0] > losses[1] > losses[2]
+    assert called == ["pre", "closure", "post", "global"] * 3
+
+
+def test_autograd_hears_of_the_step():
+    net = _net()
+    optimizer = optim.SGD(net.parameters())
+    loss = net(torch.ones(4, 17)).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_does_not_fit_takes_torchs_step_beside_it():
+    net, peer = _net(), _net()
+    for model in (net, peer):
+        model[2].double()
+    optimizer = optim.Adam(
+        [{"params": net[0].parameters()}, {"params": net[2].parameters()}], max_grad_norm=0.01
+    )
+    reference = torch.optim.Adam(peer.parameters())
+    for _ in range(3):
+        for model, each in ((net, optimizer), (peer, reference)):
+            each.zero_grad()
+            model[2](model[0](torch.ones(4, 17)).double()).square().sum().backward()
+        nn.utils.clip_grad_norm_(peer.parameters(), 0.01)
+        optimizer.step()
+        reference.step()
+    for p, q in zip(net.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    fused, other = optimizer.plan()
+    assert (fused.format, other.format) == ("fused", "torch")
+    assert "float64" in other.reason
+
+
+def test_gradients_of_any_strides():
+    net, peer = _net(), _net()
+    pairs = [(net, optim.Adam(net.parameters())), (peer, torch.optim.Adam(peer.parameters()))]
+    for _ in range(3):
+        for model, optimizer in pairs:
+            for p in model.parameters():
+                values = torch.linspace(-1, 1, p.numel()).reshape(p.shape[::-1])
+                p.grad = values.T if p.ndim == 2 else values
+            optimizer.step()
+    for p, q in zip(net.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_refusals():
+    params = [nn.Parameter(torch.zeros(2))]
+    with pytest.raises(ValueError, match="capturable must be False"):
+        optim.Adam(params, capturable=True)
+    with pytest.raises(ValueError, match="differentiable must be False"):
+        optim.SGD(params, differentiable=True)
+    with pytest.raises(ValueError, match="max_grad_norm must be >= 0 or None, got -1"):
+        optim.AdamW(params, max_grad_norm=-1)
+    with pytest.raises(ValueError, match="learning rate"):
+        optim.RMSprop(params, lr=-1)
+    optim.Adam(params, fused=True)
+    optim.Adam(params, foreach=True)
