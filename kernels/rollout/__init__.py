@@ -10,6 +10,10 @@ with ``uniform(key, E, step=clock)``, continuous ones as ``mean + exp(log_std) *
 ``noise = normal(key, E * A, step=clock)``. So a rollout continued in a second call equals one long
 call bit for bit, and a ticket's rollout does not depend on the tickets beside it. All results are
 constants to autograd.
+
+A policy without a finite output is no error, for its batch-mates go on: where its logits are no
+distribution it takes action 0 with log-probability NaN, which makes NaN of its next update, and
+`evaluate` gives it NaN.
 """
 
 from __future__ import annotations
@@ -70,9 +74,8 @@ def rollout(
 
     Raises:
         TypeError: a wrong dtype, or `steps` or `stream` no integer.
-        ValueError: shapes, devices or action spaces that do not fit, `steps`, `stream` or `density`
-            out of range, or a ticket whose action probabilities are not finite (looked at on CPU
-            tensors only: on a GPU that would wait for it).
+        ValueError: shapes, devices or action spaces that do not fit, or `steps`, `stream` or
+            `density` out of range.
         RuntimeError: `env` was never reset.
     """
     outcome, _, obs = _run(parameters, arena, env, obs, key, steps, density, stream, False)
@@ -132,7 +135,8 @@ def evaluate(
     Episodes start from draws on `Stream.EVAL_RESET` with step ``index``, whatever was done with
     ``env`` before; sampled actions are drawn on `Stream.EVAL_ACTION`, step ``index * 2^20 + t``.
     Where the physics is built in, ``env`` is left as it was. Another is a workplace: it is reset
-    with a key of two words drawn like the starts, and must be reset before any other use.
+    with a key of two words drawn like the starts, and must be reset before any other use; if it
+    has a method ``rest``, that is called before each step with the copies that need not act.
 
     Args:
         parameters: of P tickets.
@@ -145,7 +149,8 @@ def evaluate(
         density: see `rollout`.
 
     Returns:
-        ``[P, E]`` float32.
+        ``[P, E]`` float32, summed in float64 on the CPU; NaN where the policy's output was not
+        finite at some step.
 
     Raises:
         TypeError, ValueError: see `rollout`; also an `index` out of range, or an episode that does

@@ -69,7 +69,7 @@ def _copy_row(target, source):
 
 @njit(cache=True, error_model="numpy")
 def _sample_discrete(logits, u, probs):
-    """Index and log-probability; the index is -1 where the logits are no distribution."""
+    """Index and log-probability; 0 and NaN where the logits are no distribution."""
     top = logits[0]
     for a in range(1, logits.shape[0]):
         top = max(top, logits[a])
@@ -80,6 +80,8 @@ def _sample_discrete(logits, u, probs):
     for a in range(logits.shape[0]):
         probs[a] /= total
     action = pick(probs, u)
+    if action < 0:
+        return 0, np.float32(np.nan)
     return action, logits[action] - top - math.log(total)
 
 
@@ -93,6 +95,14 @@ def _sample_gaussian(mean, log_std, noise, action):
         z = (action[a] - mean[a]) / std
         logp -= np.float32(0.5) * (z * z) + log_std[a] + _HALF_LOG_TWO_PI
     return logp
+
+
+@njit(cache=True, error_model="numpy")
+def _is_finite(values):
+    for i in range(values.shape[0]):  # noqa: SIM110 (Numba)
+        if not math.isfinite(values[i]):
+            return False
+    return True
 
 
 @njit(cache=True)
@@ -109,7 +119,7 @@ def _rollout_ticket(
     actor, critic, head, world, row, mask, key, reset_key, stream, clock, state, elapsed, obs, seen,
     index, vector, logp, value, reward, terminated, truncated, next_value, heads,
 ):  # fmt: skip
-    """All steps of one ticket; returns whether every action had a distribution to be drawn from."""
+    """All steps of one ticket."""
     steps, copies = seen.shape[:2]
     has_critic = critic.sizes.size > 0
     keep_heads = heads.shape[2] > 0
@@ -143,8 +153,6 @@ def _rollout_ticket(
                 _copy_row(heads[t, e], output[e])
             if world.discrete:
                 index[t, e], logp[t, e] = _sample_discrete(output[e], u[e], probs)
-                if index[t, e] < 0:
-                    return False
                 chosen = np.float64(index[t, e])
             else:
                 logp[t, e] = _sample_gaussian(
@@ -174,7 +182,6 @@ def _rollout_ticket(
     for e in range(copies):
         if not (terminated[steps - 1, e] or truncated[steps - 1, e]):
             next_value[steps - 1, e] = judged[e, 0]
-    return True
 
 
 @njit(cache=True)
@@ -188,10 +195,10 @@ def _slice(item, threads, tickets):
 def _rollout_slice(
     thread, item, threads, actor, critic, head, world, weight, mask, key, reset_key, stream, clock,
     state, elapsed, obs, seen, index, vector, logp, value, reward, terminated, truncated,
-    next_value, heads, valid,
+    next_value, heads,
 ):  # fmt: skip
     for p in _slice(item, threads, key.shape[0]):
-        valid[p] = _rollout_ticket(
+        _rollout_ticket(
             actor, critic, head, world, weight[p], mask[p], key[p], reset_key[p], stream, clock,
             state[p], elapsed[p], obs[p], seen[p], index[p], vector[p], logp[p], value[p],
             reward[p], terminated[p], truncated[p], next_value[p], heads[p],
@@ -205,7 +212,10 @@ def _rollout(threads, arguments):
 
 @njit(cache=True, error_model="numpy")
 def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
-    """One episode per copy; the copies still running stay packed at the front."""
+    """One episode per copy; the copies still running stay packed at the front.
+
+    A copy whose policy has no finite output ends there and scores NaN.
+    """
     copies = total.shape[0]
     features = world.offset.shape[0]
     policy = prepare(row, mask, actor, copies)
@@ -246,9 +256,10 @@ def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
                 chosen = np.float64(_greedy(output[e]))
             else:
                 sampled, _ = _sample_discrete(output[e], u[c], probs)
-                if sampled < 0:
-                    return False
                 chosen = np.float64(sampled)
+            if not (_is_finite(output[e]) and math.isfinite(chosen)):
+                total[c] = np.nan
+                continue
             reward, terminated = task_step(world.task, state[e], chosen)
             total[c] += reward
             if not terminated:
@@ -258,17 +269,14 @@ def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
         running = survivors
         if running == 0:
             break
-    return True
 
 
 @njit(cache=True, error_model="numpy")
 def _evaluate_slice(
-    thread, item, threads, actor, head, world, weight, mask, key, index, greedy, total, valid
+    thread, item, threads, actor, head, world, weight, mask, key, index, greedy, total
 ):
     for p in _slice(item, threads, key.shape[0]):
-        valid[p] = _evaluate_ticket(
-            actor, head, world, weight[p], mask[p], key[p], index, greedy, total[p]
-        )
+        _evaluate_ticket(actor, head, world, weight[p], mask[p], key[p], index, greedy, total[p])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -297,22 +305,21 @@ def rollout(
     shape = (tickets, steps, copies)
     actions = arena.actor.sizes[-1]
     outcome = Rollout(
-        obs=torch.empty((*shape, features)),
-        action=torch.empty(shape, dtype=torch.int64)
+        obs=obs.new_empty((*shape, features)),
+        action=obs.new_empty(shape, dtype=torch.int64)
         if task.discrete
-        else torch.empty((*shape, actions)),
-        logp=torch.empty(shape),
-        value=torch.empty(shape),
-        reward=torch.empty(shape),
-        terminated=torch.empty(shape, dtype=torch.bool),
-        truncated=torch.empty(shape, dtype=torch.bool),
-        next_value=torch.empty(shape),
+        else obs.new_empty((*shape, actions)),
+        logp=obs.new_empty(shape),
+        value=obs.new_empty(shape),
+        reward=obs.new_empty(shape),
+        terminated=obs.new_empty(shape, dtype=torch.bool),
+        truncated=obs.new_empty(shape, dtype=torch.bool),
+        next_value=obs.new_empty(shape),
     )
-    index = outcome.action if task.discrete else torch.empty((tickets, 0, 0), dtype=torch.int64)
-    vector = torch.empty((tickets, 0, 0, 0)) if task.discrete else outcome.action
-    heads = torch.empty((*shape, actions if keep_heads else 0))
+    index = outcome.action if task.discrete else obs.new_empty((tickets, 0, 0), dtype=torch.int64)
+    vector = obs.new_empty((tickets, 0, 0, 0)) if task.discrete else outcome.action
+    heads = obs.new_empty((*shape, actions if keep_heads else 0))
     obs = obs.clone(memory_format=torch.contiguous_format)
-    valid = np.ones(tickets, np.bool_)
     arguments = (
         network(arena.actor, arena, density, copies),
         _critic(arena, density, copies),
@@ -337,11 +344,9 @@ def rollout(
         outcome.truncated.numpy(),
         outcome.next_value.numpy(),
         heads.numpy(),
-        valid,
     )
     work = _WORK * tickets * steps * copies
     _rollout(count_threads(tickets, work), arguments)
-    _check(valid)
     return outcome, heads, obs
 
 
@@ -359,8 +364,7 @@ def evaluate(
     density: float,
 ) -> Tensor:
     """See `sparse_tickets.kernels.rollout.evaluate`."""
-    total = torch.empty((key.shape[0], copies))
-    valid = np.ones(key.shape[0], np.bool_)
+    total = key.new_empty((key.shape[0], copies), dtype=torch.float64)
     arguments = (
         network(arena.actor, arena, density, copies),
         _head(arena),
@@ -371,12 +375,10 @@ def evaluate(
         index,
         greedy,
         total.numpy(),
-        valid,
     )
     work = _WORK * total.numel() * task.time_limit
     _evaluate(count_threads(len(key), work), arguments)
-    _check(valid)
-    return total
+    return total.float()
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -405,9 +407,3 @@ def _world(task: Task, offset: Tensor, scale: Tensor, reset_stream: int) -> _Wor
         _array(offset),
         _array(scale),
     )
-
-
-def _check(valid: np.ndarray) -> None:
-    if not valid.all():
-        ticket = int(np.argmin(valid))
-        raise ValueError(f"action probabilities must be finite, ticket {ticket} has none")

@@ -303,8 +303,10 @@ def _evaluate_kernel(
                 chosen, _ = _sample_gaussian(
                     chosen, log_std, _normal(key + ticket, copy, stream, step)
                 )
+            score += chosen - chosen
         s0, s1, s2, s3, gain, ended = task_step(TASK, s0, s1, s2, s3, chosen.to(tl.float64))
-        score += gain
+        # What is not finite scores NaN: physics would clip it, and a comparison pick an action.
+        score += gain + tl.sum(head - head, axis=0)
         step = tl.where(ended, end, step + 1)
     tl.store(total + program, score)
 
@@ -357,11 +359,11 @@ def rollout(
         obs=empty(features),
         action=empty(dtype=torch.int64) if task.discrete else empty(actions),
         logp=empty(),
-        value=empty() if critic else torch.zeros(shape, device=device),
+        value=empty() if critic else obs.new_zeros(shape),
         reward=empty(),
         terminated=empty(dtype=torch.bool),
         truncated=empty(dtype=torch.bool),
-        next_value=empty() if critic else torch.zeros(shape, device=device),
+        next_value=empty() if critic else obs.new_zeros(shape),
     )
     heads = empty(actions if keep_heads else 0)
     final_obs = empty(features) if critic else None
@@ -415,7 +417,7 @@ def evaluate(
 ) -> Tensor:
     """See `sparse_tickets.kernels.rollout.evaluate`."""
     tickets = key.shape[0]
-    total = torch.empty((tickets, copies), device=key.device)
+    total = weight.new_empty((tickets, copies))
     if tickets:
         with torch.cuda.device_of(key):
             _evaluate_kernel[(tickets * copies,)](

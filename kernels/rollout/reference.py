@@ -70,7 +70,7 @@ def rollout(
         done = terminated | truncated
         successor = torch.where(done, policy.value(final_obs), next_value)
         successor = torch.where(terminated, 0.0, successor)
-        record = (obs, action, logp, value, reward, terminated, truncated, successor)
+        record = (obs, action, logp, value, reward.float(), terminated, truncated, successor)
         records.append(Rollout(*record))
         heads.append(head)
         obs, value = next_obs, next_value
@@ -89,16 +89,25 @@ def evaluate(
 ) -> Tensor:
     """See `sparse_tickets.kernels.rollout.evaluate`; ``env`` starts from ``obs [P, E, D]``."""
     policy = _Policy(weight, arena)
-    total = torch.zeros(obs.shape[:2], dtype=torch.float32, device=obs.device)
+    total = torch.zeros(obs.shape[:2], dtype=torch.float64, device=obs.device)
     running = torch.ones_like(total, dtype=torch.bool)
+    rest = getattr(env, "rest", None)
     for t in range(_MAX_EPISODE):
         if not running.any():
-            return total
+            return total.float()
         head = policy.head(obs)
         if greedy:
             action = head.argmax(-1) if arena.log_std is None else head
         else:
             action, _ = policy.sample(head, key, Stream.EVAL_ACTION, (index << 20) | t)
+        finite = head.isfinite().all(-1)
+        if arena.log_std is not None:
+            finite &= action.isfinite().all(-1)
+        lost = running & ~finite
+        total.masked_fill_(lost, math.nan)
+        running &= ~lost
+        if rest is not None:
+            rest(~running)
         obs, reward, terminated, truncated, _ = env.step(action)
         total += torch.where(running, reward, 0.0)
         running &= ~(terminated | truncated)
@@ -132,11 +141,19 @@ class _Policy:
         return mlp(obs, self.weight, self.arena.critic, None)[..., 0]
 
     def sample(self, head: Tensor, key: Tensor, stream: int, step: int) -> tuple[Tensor, Tensor]:
-        """An action per copy, and its log-probability ``[P, E]``."""
+        """An action per copy, and its log-probability ``[P, E]``.
+
+        Logits that are no distribution give action 0, and NaN, which training carries on.
+        """
         copies = head.shape[1]
         if self.arena.log_std is None:
-            action = categorical(head.softmax(-1), uniform(key, copies, stream=stream, step=step))
-            return action, head.log_softmax(-1).gather(-1, action[..., None])[..., 0]
+            probs = head.softmax(-1)
+            valid = probs.isfinite().all(-1)
+            u = uniform(key, copies, stream=stream, step=step)
+            drawn = categorical(torch.where(valid[..., None], probs, 1.0), u)
+            action = torch.where(valid, drawn, 0)
+            logp = head.log_softmax(-1).gather(-1, action[..., None])[..., 0]
+            return action, torch.where(valid, logp, math.nan)
         noise = normal(key, copies * head.shape[2], stream=stream, step=step).view_as(head)
         log_std = _log_std(self.weight, self.arena)[:, None]
         action = head + log_std.exp() * noise

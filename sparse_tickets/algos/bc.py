@@ -12,14 +12,23 @@ from torch import Tensor
 from sparse_tickets.algos import ppo
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay_cloning, replayed
-from sparse_tickets.envs import make_env
+from sparse_tickets.envs import open_env
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.random import Stream, derive_key
 from sparse_tickets.kernels.rollout import demonstrate
 from sparse_tickets.population import Population, initialise
 
-__all__ = ["BC", "Dataset", "ExpertError", "Experts", "demonstrations", "train", "train_experts"]
+__all__ = [
+    "BC",
+    "Dataset",
+    "ExpertError",
+    "Experts",
+    "Iteration",
+    "demonstrations",
+    "train",
+    "train_experts",
+]
 
 FIRST_EXPERT_SEED = 1_000_000
 """Experts are trained from seeds no ticket uses."""
@@ -127,7 +136,7 @@ def train_experts(
             chosen = passed[: settings.experts]
             return Experts(
                 weight=torch.stack([weight for _, _, weight in chosen]),
-                returns=torch.tensor([value for _, value, _ in chosen]),
+                returns=torch.tensor([value for _, value, _ in chosen], dtype=torch.float32),
                 seeds=torch.tensor([seed for seed, _, _ in chosen]),
             )
     reached = ", ".join(f"{value:.1f}" for value in sorted(seen, reverse=True))
@@ -154,16 +163,16 @@ def demonstrations(
         [derive_key("dataset", env_name, seed) for seed in experts.seeds.tolist()],
         device=experts.weight.device,
     )
-    env = make_env(env_name, len(key), copies, device=key.device)
-    obs, target, _ = demonstrate(
-        population.parameters,
-        arena,
-        env,
-        env.reset(key),
-        key,
-        -(-steps // copies),
-        stream=Stream.DATASET_ACTION,
-    )
+    with open_env(env_name, len(key), copies, device=key.device) as env:
+        obs, target, _ = demonstrate(
+            population.parameters,
+            arena,
+            env,
+            env.reset(key),
+            key,
+            -(-steps // copies),
+            stream=Stream.DATASET_ACTION,
+        )
     return Dataset(obs.flatten(1, 2), target.flatten(1, 2))
 
 
@@ -200,7 +209,7 @@ def train(
     """
     if tuple(key.shape) != (len(population),):
         raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
-    evaluator = Evaluator(
+    with Evaluator(
         evaluation or Evaluation(),
         env_name,
         population,
@@ -208,23 +217,23 @@ def train(
         first_iteration,
         budget.iterations,
         rewind_iteration,
-    )
-    iterate = _Iteration(budget, population, key, dataset, assignment, first_iteration)
-    advance: Callable[[], None] = iterate
-    if can_replay_cloning(population):
-        iterate.keep_count_on_device()
-        advance = replayed(iterate)
-    for iteration in range(first_iteration, budget.iterations):
-        evaluator.before(iteration)
-        iterate.learning_rate.fill_(budget.learning_rate_at(iteration))
-        advance()
-        evaluator.after(iteration)
-        if on_iteration is not None:
-            on_iteration(len(population) * budget.batch)
-    return evaluator.result((budget.iterations - first_iteration) * budget.batch)
+    ) as evaluator:
+        iterate = Iteration(budget, population, key, dataset, assignment, first_iteration)
+        advance: Callable[[], None] = iterate
+        if can_replay_cloning(population):
+            iterate.keep_count_on_device()
+            advance = replayed(iterate)
+        for iteration in range(first_iteration, budget.iterations):
+            evaluator.before(iteration)
+            iterate.learning_rate.fill_(budget.learning_rate_at(iteration))
+            advance()
+            evaluator.after(iteration)
+            if on_iteration is not None:
+                on_iteration(len(population) * budget.batch)
+        return evaluator.result((budget.iterations - first_iteration) * budget.batch)
 
 
-class _Iteration:
+class Iteration:
     """As many updates as PPO makes of a rollout; each call goes on from the last.
 
     Args:
@@ -255,7 +264,7 @@ class _Iteration:
         self._population, self._key = population, key
         self._dataset, self._assignment = dataset, assignment
         self._update: int | Tensor = first * updates
-        self.learning_rate = torch.empty(len(population), device=key.device)
+        self.learning_rate = population.parameters.weight.new_zeros(len(population))
 
     def keep_count_on_device(self) -> None:
         """Count updates in a tensor, so that a captured CUDA graph counts on."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparse_tickets.envs import make_env
+from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.kernels.rollout import evaluate
 from sparse_tickets.population import Population
@@ -18,6 +19,10 @@ __all__ = ["FINAL_INDEX", "Evaluation", "Evaluator", "Result"]
 # Evaluation indices key the random numbers; those of the curve are 0, 1, ..., points - 1.
 FINAL_INDEX = 100_000
 BEST_INDEX = 100_001
+INITIAL_INDEX = 100_002
+# Environments that are Python objects, open at once: a hundred episodes of sixty tickets would
+# take gigabytes.
+_MOST_COPIES = 512
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,12 @@ class Result:
     Attributes:
         initial: ``[P, size]`` weights before the first update.
         rewind: the parameters at the rewind point, or None if no snapshot was asked for.
+        diverged: of each ticket, why it has no result: a weight or a return that is not finite;
+            None where it has one. The others are what they are without it.
         final: ``[P, size]`` weights after the last update; pruning uses these.
         best: ``[P, size]`` weights at the best evaluation of the curve.
+        return_initial: ``[P]`` mean greedy return before the first update, over fresh episodes.
+        return_initial_sampled: ``[P]`` the same with sampled actions.
         curve: ``[P, points]`` mean greedy return at each evaluation.
         curve_sampled: ``[P, points]`` the same with sampled actions.
         return_final: ``[P]`` mean greedy return of `final` over fresh episodes.
@@ -58,8 +67,11 @@ class Result:
 
     initial: Tensor
     rewind: Parameters | None
+    diverged: tuple[str | None, ...]
     final: Tensor
     best: Tensor
+    return_initial: Tensor
+    return_initial_sampled: Tensor
     curve: Tensor
     curve_sampled: Tensor
     return_final: Tensor
@@ -71,7 +83,9 @@ class Result:
 
 
 class Evaluator:
-    """Evaluates a population in training and keeps its curve and best checkpoint.
+    """Evaluates a population before, in and after training; keeps its curve and best checkpoint.
+
+    To be used in a ``with`` statement, whose end releases the environments.
 
     Args:
         settings: how many evaluations and episodes.
@@ -100,17 +114,37 @@ class Evaluator:
         self._key = key
         self._rewind_iteration = rewind_iteration
         device = key.device
-        self._env = make_env(env_name, len(key), settings.episodes, device=device)
-        self._final_env = make_env(env_name, len(key), settings.final_episodes, device=device)
+        self._env_name = env_name
+        self._faults: dict[int, str] = {}
+        self._open = ExitStack()
         weight = population.parameters.weight
         self._initial = weight.clone()
         self._rewind: Parameters | None = None
         self._best = weight.clone()
-        self._best_return = torch.full((len(key),), -torch.inf, device=device)
-        self._curve = torch.zeros(len(key), points, device=device)
-        self._curve_sampled = torch.zeros(len(key), points, device=device)
+        values = {"dtype": torch.float64, "device": device}
+        self._best_return = torch.full((len(key),), -torch.inf, **values)
+        self._curve = torch.zeros(len(key), points, **values)
+        self._curve_sampled = torch.zeros(len(key), points, **values)
         self._begin = time.perf_counter()
-        self._evaluating_s = 0.0
+        self._final_episodes = settings.final_episodes
+        # Untrained, a mask that training has chosen is not.
+        self._return_initial = self._fresh(population.parameters, INITIAL_INDEX, greedy=True)
+        self._return_initial_sampled = self._fresh(
+            population.parameters, INITIAL_INDEX, greedy=False
+        )
+        self._evaluating_s = time.perf_counter() - self._begin
+        self._env, self._rows = self._environment(settings.episodes, self._open)
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def note(self, env: Env) -> None:
+        """Keep what an environment says that it returned and should not have, by ticket."""
+        for ticket, fault in getattr(env, "faults", {}).items():
+            self._faults.setdefault(ticket, fault)
 
     def before(self, iteration: int) -> None:
         """To be called before each iteration's updates: takes the snapshot to rewind to."""
@@ -124,26 +158,52 @@ class Evaluator:
             return
         begin = time.perf_counter()
         parameters = self._population.parameters
-        greedy = self._returns(parameters, self._env, point, greedy=True)
+        where = self._env, self._rows, point
+        greedy = self._returns(parameters, *where, greedy=True)
         self._curve[:, point] = greedy
-        self._curve_sampled[:, point] = self._returns(parameters, self._env, point, greedy=False)
+        self._curve_sampled[:, point] = self._returns(parameters, *where, greedy=False)
         better = greedy > self._best_return
         self._best_return = torch.where(better, greedy, self._best_return)
         self._best[better] = parameters.weight[better]
         self._evaluating_s += time.perf_counter() - begin
 
-    def _returns(self, parameters: Parameters, env, index: int, *, greedy: bool) -> Tensor:
+    def _environment(self, episodes: int, stack: ExitStack) -> tuple[Env, list[slice]]:
+        """An environment for some tickets' episodes, and the rows of tickets that take turns."""
+        tickets, device = len(self._key), self._key.device
+        turns = -(-tickets // max(1, _MOST_COPIES // episodes))
+        size = -(-tickets // turns)
+        env = stack.enter_context(open_env(self._env_name, size, episodes, device=device))
+        if env.task is not None:  # its copies are rows of tensors, made by the evaluation itself
+            return env, [slice(0, tickets)]
+        # The last turn repeats tickets of the one before where turns do not come out even.
+        ends = [min(size * (turn + 1), tickets) for turn in range(turns)]
+        return env, [slice(end - size, end) for end in ends]
+
+    def _fresh(self, parameters: Parameters, index: int, *, greedy: bool) -> Tensor:
+        with ExitStack() as stack:
+            env, rows = self._environment(self._final_episodes, stack)
+            return self._returns(parameters, env, rows, index, greedy=greedy)
+
+    def _returns(
+        self, parameters: Parameters, env: Env, rows: list[slice], index: int, *, greedy: bool
+    ) -> Tensor:
+        """Mean returns ``[P]``, float64."""
         population = self._population
-        returns = evaluate(
-            parameters,
-            population.arena,
-            env,
-            self._key,
-            index=index,
-            greedy=greedy,
-            density=population.density,
-        )
-        return returns.mean(1)
+        returns = torch.empty(len(self._key), dtype=torch.float64, device=self._key.device)
+        for turn in rows:
+            found = evaluate(
+                Parameters(*(value[turn] for value in parameters)),
+                population.arena,
+                env,
+                self._key[turn],
+                index=index,
+                greedy=greedy,
+                density=population.density,
+            )
+            returns[turn] = found.double().mean(1)
+            for ticket, fault in getattr(env, "faults", {}).items():
+                self._faults.setdefault(turn.start + ticket, fault)
+        return returns
 
     def result(self, train_steps: int) -> Result:
         """Score the final and the best weights on fresh episodes and gather everything."""
@@ -151,19 +211,40 @@ class Evaluator:
         population = self._population
         parameters = population.parameters
         best = population.with_weight(self._best)
+        final, sampled = (
+            self._fresh(parameters, FINAL_INDEX, greedy=greedy) for greedy in (True, False)
+        )
+        returns = {
+            "return before training": self._return_initial[:, None],
+            "sampled return before training": self._return_initial_sampled[:, None],
+            "return in training": self._curve,
+            "sampled return in training": self._curve_sampled,
+            "final return": final[:, None],
+            "final sampled return": sampled[:, None],
+        }
         return Result(
             initial=self._initial,
             rewind=self._rewind,
+            diverged=self._diverged({"weight after training": parameters.weight, **returns}),
             final=parameters.weight.clone(),
             best=self._best,
+            return_initial=self._return_initial,
+            return_initial_sampled=self._return_initial_sampled,
             curve=self._curve,
             curve_sampled=self._curve_sampled,
-            return_final=self._returns(parameters, self._final_env, FINAL_INDEX, greedy=True),
-            return_final_sampled=self._returns(
-                parameters, self._final_env, FINAL_INDEX, greedy=False
-            ),
-            return_best=self._returns(best, self._final_env, BEST_INDEX, greedy=True),
+            return_final=final,
+            return_final_sampled=sampled,
+            return_best=self._fresh(best, BEST_INDEX, greedy=True),
             train_steps=train_steps,
             wall_s=time.perf_counter() - self._begin,
             train_s=train_s,
         )
+
+    def _diverged(self, found: dict[str, Tensor]) -> tuple[str | None, ...]:
+        reasons: list[str | None] = [None] * len(self._key)
+        for name, values in found.items():
+            for ticket in (~values.isfinite().all(1)).nonzero().flatten().tolist():
+                if reasons[ticket] is None:
+                    fault = self._faults.get(ticket)
+                    reasons[ticket] = fault or f"a {name} is not finite"
+        return tuple(reasons)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay, replayed
-from sparse_tickets.envs import Env, make_env
+from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population
 
-__all__ = ["PPO", "train"]
+__all__ = ["PPO", "Iteration", "train"]
 
 
 @dataclass(frozen=True)
@@ -121,33 +121,36 @@ def train(
     """
     if tuple(key.shape) != (len(population),):
         raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
-    env = make_env(env_name, len(population), settings.copies, device=key.device)
-    evaluator = Evaluator(
-        evaluation or Evaluation(),
-        env_name,
-        population,
-        key,
-        first_iteration,
-        settings.iterations,
-        rewind_iteration,
-    )
-    iterate = _Iteration(settings, env, population, key, first_iteration)
-    advance: Callable[[], None] = iterate
-    if can_replay(env, population):
-        env.keep_clock_on_device()
-        iterate.keep_count_on_device()
-        advance = replayed(iterate)
-    for iteration in range(first_iteration, settings.iterations):
-        evaluator.before(iteration)
-        iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
-        advance()
-        evaluator.after(iteration)
-        if on_iteration is not None:
-            on_iteration(len(population) * settings.batch)
-    return evaluator.result((settings.iterations - first_iteration) * settings.batch)
+    with (
+        open_env(env_name, len(population), settings.copies, device=key.device) as env,
+        Evaluator(
+            evaluation or Evaluation(),
+            env_name,
+            population,
+            key,
+            first_iteration,
+            settings.iterations,
+            rewind_iteration,
+        ) as evaluator,
+    ):
+        iterate = Iteration(settings, env, population, key, first_iteration)
+        advance: Callable[[], None] = iterate
+        if can_replay(env, population):
+            env.keep_clock_on_device()
+            iterate.keep_count_on_device()
+            advance = replayed(iterate)
+        for iteration in range(first_iteration, settings.iterations):
+            evaluator.before(iteration)
+            iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
+            advance()
+            evaluator.after(iteration)
+            if on_iteration is not None:
+                on_iteration(len(population) * settings.batch)
+        evaluator.note(env)
+        return evaluator.result((settings.iterations - first_iteration) * settings.batch)
 
 
-class _Iteration:
+class Iteration:
     """Rollout, advantages and update; each call goes on from the last.
 
     Args:
@@ -168,7 +171,7 @@ class _Iteration:
         self._env, self._population, self._key = env, population, key
         self._obs = env.reset(key)
         self._number: int | Tensor = first
-        self.learning_rate = torch.empty(len(population), device=key.device)
+        self.learning_rate = population.parameters.weight.new_zeros(len(population))
 
     def keep_count_on_device(self) -> None:
         """Count iterations in a tensor, so that a captured CUDA graph counts on."""

@@ -2,7 +2,7 @@
 
 from .classic import ClassicEnv
 from .gym_adapter import GymEnv, gym_spec
-from .registry import EnvFactory, env_spec, make_env, register_env
+from .registry import EnvFactory, env_spec, make_env, open_env, register_env
 from .spec import Env, EnvSpec, Step
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "env_spec",
     "gym_spec",
     "make_env",
+    "open_env",
     "register_env",
 ]

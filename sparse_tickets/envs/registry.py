@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Protocol
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, Protocol
 
 import gymnasium
 import torch
@@ -14,7 +17,7 @@ from .classic import CLASSIC_SPECS, ClassicEnv
 from .gym_adapter import GymEnv, gym_spec
 from .spec import Env, EnvSpec
 
-__all__ = ["EnvFactory", "env_spec", "make_env", "register_env"]
+__all__ = ["EnvFactory", "env_spec", "make_env", "open_env", "register_env"]
 
 
 class EnvFactory(Protocol):
@@ -101,6 +104,18 @@ def make_env(
     )
 
 
+@contextmanager
+def open_env(name: str, tickets: int, copies: int, **settings: Any) -> Iterator[Env]:
+    """`make_env` for a ``with`` statement: what the copies hold is released at its end."""
+    env = make_env(name, tickets, copies, **settings)
+    try:
+        yield env
+    finally:
+        close = getattr(env, "close", None)
+        if close is not None:
+            close()
+
+
 def _find(name: str) -> tuple[EnvFactory, EnvSpec]:
     if name in _registry:
         return _registry[name]
@@ -111,4 +126,17 @@ def _find(name: str) -> tuple[EnvFactory, EnvSpec]:
             f"env must be one of {', '.join(sorted(_registry))}, one registered with "
             f"register_env, or any gymnasium id, got {name!r} (gymnasium: {error})"
         ) from error
-    return partial(GymEnv, name), gym_spec(name)
+    return partial(GymEnv, name), _read_spec_once(name)
+
+
+@cache
+def _read_spec_once(name: str) -> EnvSpec:
+    """Of a gymnasium id; to read it an environment has to be made."""
+    spec = gym_spec(name)
+    if set(spec.scale) == {255.0}:
+        warnings.warn(
+            f"{name} shows images of bytes: the policy sees them flattened and divided by 255. "
+            "For smaller or grey ones register it wrapped (gymnasium.wrappers)",
+            stacklevel=3,
+        )
+    return spec

@@ -81,7 +81,7 @@ class Step(NamedTuple):
     Attributes:
         obs: ``[P, E, D]`` float32, what to act on next; a new episode's first observation where
             the old one ended.
-        reward: ``[P, E]`` float32.
+        reward: ``[P, E]`` float32 or float64.
         terminated: ``[P, E]`` bool, the task ended the episode.
         truncated: ``[P, E]`` bool, the time limit ended it; never True where `terminated` is.
         final_obs: ``[P, E, D]`` float32, the observation the action really led to: the one to
@@ -100,6 +100,8 @@ class Env(Protocol):
     """E copies of one environment for each of P tickets, restarting by themselves.
 
     A ticket's episodes depend on its key and its own actions alone, never on the other tickets.
+    Two methods are optional: ``close()``, to release what the copies hold, and ``rest(resting)``,
+    which evaluation calls with the copies ``[P, E]`` that need not act until the next `reset`.
 
     Attributes:
         spec: spaces and observation scale.

@@ -429,14 +429,30 @@ def test_truncation_of_a_gymnasium_environment_bootstraps():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_diverged_discrete_policy_is_named(backend):
-    arena = make_arena("CartPole-v1")
-    parameters = make_parameters(arena, 3)
-    parameters.weight[1] = float("nan")
-    env, obs, key = start("CartPole-v1", 3, 4)
-    with use_backend(backend), pytest.raises(ValueError, match="prob"):
-        rollout(parameters, arena, env, obs, key, 2)
-    assert env.clock == 0
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
+def test_a_diverged_policy_scores_nan_and_leaves_its_mates_alone(name, broken, backend):
+    arena = make_arena(name)
+    sound = make_parameters(arena, 3)
+    lost = sound._replace(weight=sound.weight.clone())
+    lost.weight[1] = broken
+    with use_backend(backend):
+        for greedy in (True, False):
+            env, _, key = start(name, 3, 4)
+            right, got = (
+                evaluate(each, arena, env, key, index=2, greedy=greedy) for each in (sound, lost)
+            )
+            assert got[1].isnan().all()
+            assert torch.equal(got[[0, 2]], right[[0, 2]])
+        runs = []
+        for each in (sound, lost):
+            env, obs, key = start(name, 3, 4)
+            runs.append(rollout(each, arena, env, obs, key, 20)[0])
+    for right, got in zip(*runs, strict=True):
+        assert torch.equal(got[[0, 2]], right[[0, 2]])
+    assert runs[1].logp[1].isnan().all()
+    if name == "CartPole-v1":
+        assert (runs[1].action[1] == 0).all()
 
 
 def test_arguments_are_checked():
