@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
+import io
 import itertools
 import json
 import platform
@@ -19,6 +21,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.files import StoreError
@@ -130,6 +133,7 @@ class InspectCommand:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, 0 if all went well, 130 if interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _survive_narrow_encodings()
     console = Console()
     if arguments[:1] == ["--version"]:
         print(_version())
@@ -140,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[name][1](rest, console)
     except _REPORTED as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        message = f"[red]error:[/red] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         return 1
 
 
@@ -163,12 +168,43 @@ def _version() -> str:
     return "\n".join(lines)
 
 
+def _survive_narrow_encodings() -> None:
+    """Print what an ASCII, latin-1 or cp1252 terminal cannot show as what comes closest.
+
+    Output into a file or pipe is written line by line, as it is produced.
+    """
+    codecs.register_error("sparse_tickets", _closest)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="sparse_tickets", line_buffering=True)
+
+
+_CLOSEST = {"≥": ">=", "≤": "<=", "→": "->", "−": "-", "×": "x", "…": "...", "•": "*"}  # noqa: RUF001
+
+
+def _closest(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    shown = (_CLOSEST.get(one) or _line_drawing(one) for one in lost)
+    return "".join(shown), error.end
+
+
+def _line_drawing(character: str) -> str:
+    if character in "─━═╌╍":
+        return "-"
+    if character in "│┃║":
+        return "|"
+    return "+" if "\u2500" <= character <= "\u257f" else "?"
+
+
 def _usage(arguments: list[str], console: Console) -> int:
     known = bool(arguments) and arguments[0] not in ("-h", "--help")
     if known:
         console = Console(stderr=True)
         names = ", ".join(_COMMANDS)
-        console.print(f"[red]error:[/red] no command {arguments[0]!r}, there are: {names}\n")
+        said = escape(repr(arguments[0]))
+        console.print(f"[red]error:[/red] no command {said}, there are: {names}\n")
     console.print("[bold]sparse-tickets[/bold]: lottery-ticket research on policies\n")
     for name, (about, _) in _COMMANDS.items():
         console.print(f"  [bold]{name:8}[/bold] {about}")
@@ -201,7 +237,7 @@ def _sweep(rest: list[str], console: Console) -> int:
             run(spec, out, overwrite=command.overwrite, device=command.device, on_progress=advance)
     except KeyboardInterrupt:
         console.print(
-            f"\n[yellow]stopped.[/yellow] Finished units are safe in {out}; "
+            f"\n[yellow]stopped.[/yellow] Finished units are safe in {escape(str(out))}; "
             "run the same command again to resume."
         )
         return 130
@@ -246,7 +282,7 @@ def _print_report(out: Path, console: Console, metric: str) -> int:
     table, files = report(out, metric=metric)
     console.print(table)
     for file in files:
-        console.print(f"  {file}", highlight=False, soft_wrap=True)
+        console.print(f"  {file}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 
@@ -265,7 +301,7 @@ def _show(rest: list[str], console: Console) -> int:
         export=command.export,
     )
     for file in files:
-        console.print(f"  {file}", highlight=False, soft_wrap=True)
+        console.print(f"  {file}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

@@ -26,6 +26,7 @@ from .structure import Blocks, FanIn, NOfM, Structure
 __all__ = [
     "CRITERIA",
     "erk_counts",
+    "has_scores",
     "kept",
     "prune_and_rewind_",
     "prune_masks",
@@ -191,6 +192,26 @@ def prune_and_rewind_(
     )
     parameters.step.copy_(rewind_point.step)
     _check_structure(criterion, parameters.mask, arena)
+
+
+def has_scores(
+    criterion: str, weight: Tensor, initial: Tensor, mask: Tensor, k: int, arena: Arena
+) -> Tensor:
+    """Whether a criterion ranks each ticket's weights: ``[P]`` bool, False where a score is NaN.
+
+    Args:
+        criterion: as in `prune_masks`, like the others.
+        weight: ``[P, N]``.
+        initial: ``[P, N]``.
+        mask: ``[P, N]`` bool.
+        k: weights to keep.
+        arena: the layout.
+
+    Raises:
+        TypeError, ValueError: as `prune_masks`.
+    """
+    scores, _ = _scores(criterion, weight, initial, mask, k, arena)
+    return ~(scores.isnan() & mask).any(1)
 
 
 def _scores(

@@ -121,10 +121,9 @@ class Evaluator:
         self._initial = weight.clone()
         self._rewind: Parameters | None = None
         self._best = weight.clone()
-        values = {"dtype": torch.float64, "device": device}
-        self._best_return = torch.full((len(key),), -torch.inf, **values)
-        self._curve = torch.zeros(len(key), points, **values)
-        self._curve_sampled = torch.zeros(len(key), points, **values)
+        self._curve = torch.zeros(len(key), points, dtype=torch.float64, device=device)
+        self._curve_sampled = torch.zeros_like(self._curve)
+        self._best_return = torch.full_like(self._curve[:, 0], -torch.inf)
         self._begin = time.perf_counter()
         self._final_episodes = settings.final_episodes
         # Untrained, a mask that training has chosen is not.

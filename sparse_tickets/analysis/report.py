@@ -91,8 +91,10 @@ def _input_masks(spec: Sweep, store: Store, frame: pl.DataFrame) -> list[tuple[s
             for unit in store.units()
             if unit.algo == algo and unit.level == sparsest and store.has(unit)
             for ticket in store.read_tickets(unit)
-            if ticket.condition == "mask/weights"
+            if ticket.condition == "mask/weights" and "diverged" not in ticket.metadata
         ]
+        if not tickets:
+            continue
         density = rows.filter(pl.col("level") == sparsest)["density"][0]
         layers = [ticket.arena.actor.weight(ticket.mask[None], 0)[0] for ticket in tickets]
         share = torch.stack(layers).double().mean(0).numpy()

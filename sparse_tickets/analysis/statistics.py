@@ -24,7 +24,10 @@ __all__ = [
     "normalised_return",
     "restricted_levels",
     "restricted_mean",
+    "sign_flip",
 ]
+
+_EXACT_PAIRS = 15
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array, int], Array]
@@ -172,7 +175,7 @@ class Comparison:
         difference: ``first - second``; positive if the first keeps its return to sparser levels.
         low: Lower end of the bootstrap interval of the difference; NaN for fewer than two pairs.
         high: Upper end.
-        p_value: Two-sided bootstrap p-value of no difference; NaN for fewer than two pairs.
+        p_value: Of no difference, two-sided, by :func:`sign_flip`; NaN for fewer than two pairs.
         pairs: Number of seeds.
         horizon: Level at which both groups are restricted.
         censored: Number of tracks of each group that reach the horizon undegraded.
@@ -201,8 +204,7 @@ def restricted_mean(
 
     Each track's :func:`degradation_level` is cut at a horizon, the largest level to which every
     undegraded track was observed: below it nothing is censored, so plain means estimate it. Pairs
-    of tracks are resampled; the returns' normalisation is held fixed. With fewer than about ten
-    pairs a bootstrap p-value is too small: read the interval and the seeds instead.
+    of tracks are resampled for the interval; the returns' normalisation is held fixed.
 
     Args:
         first: ``[seeds, levels]`` normalised returns, such as behavioural cloning's.
@@ -229,8 +231,7 @@ def restricted_mean(
     if difference.size >= 2:
         samples = difference[_resample(difference.size, resamples, seed)].mean(axis=1)
         low, high = _interval(samples, confidence)
-        tail = min(np.sum(samples <= 0), np.sum(samples >= 0))
-        p_value = min(1.0, 2.0 * (tail + 1.0) / (resamples + 1.0))
+        p_value = sign_flip(difference, resamples, seed)
     return Comparison(
         first=float(level_a.mean()),
         second=float(level_b.mean()),
@@ -242,6 +243,37 @@ def restricted_mean(
         horizon=horizon,
         censored=(censored[0], censored[1]),
     )
+
+
+def sign_flip(difference: ArrayLike, resamples: int = 2000, seed: int = 0) -> float:
+    """Two-sided p-value that paired differences are as often positive as negative, by their mean.
+
+    Up to 15 pairs every flip of signs is tried, so that n pairs give no less than ``2 / 2**n``;
+    beyond, flips are drawn at random.
+
+    Args:
+        difference: ``[pairs]``.
+        resamples: Number of draws beyond 15 pairs.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: ``difference`` is not a vector of at least one number.
+    """
+    values = np.asarray(difference, dtype=np.float64)
+    if values.ndim != 1 or not values.size or np.isnan(values).any():
+        raise ValueError(f"difference must be a vector without NaN, got {values.tolist()}")
+    pairs = values.size
+    if pairs <= _EXACT_PAIRS:
+        flips = 1.0 - 2.0 * (np.arange(1 << pairs)[:, None] >> np.arange(pairs) & 1)
+        extra = 0
+    else:
+        drawn = np.random.default_rng(seed).integers(0, 2, size=(resamples, pairs))
+        flips = 1.0 - 2.0 * drawn
+        extra = 1  # the differences as they are
+    # Sums that differ by rounding alone are equal.
+    least = abs(values.sum()) * (1 - 1e-12) - 1e-12 * np.abs(values).sum()
+    extreme = int((np.abs(flips @ values) >= least).sum())
+    return (extreme + extra) / (len(flips) + extra)
 
 
 def restricted_levels(

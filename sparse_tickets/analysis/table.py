@@ -147,7 +147,7 @@ def degradation(
 
     Returns:
         Columns env, algo, controls, condition, seeds, level (mean over tracks, each cut at the
-        horizon), low, high, density (0.8 ** level), horizon, censored (tracks that reach the
+        horizon), low, high, density (at that level), horizon, censored (tracks that reach the
         horizon undegraded: if there are any, level is a lower bound). Conditions without tracks
         beyond level 0, or whose dense policies do not beat random ones, have no row.
 
@@ -169,7 +169,7 @@ def degradation(
                 "level": level,
                 "low": float(low[0]),
                 "high": float(high[0]),
-                "density": 0.8**level,
+                "density": _density_at(level, track.density),
                 "horizon": horizon,
                 "censored": censored,
             }
@@ -403,6 +403,12 @@ def _begun(track: results.Tracks) -> tuple[NDArray[np.int64], results.Array] | N
     if not begun.any():
         return None
     return track.seeds[begun], track.normalised[begun]
+
+
+def _density_at(level: float, density: NDArray[np.float64]) -> float:
+    """Between two levels, on a logarithmic scale: pruning multiplies densities."""
+    known = np.flatnonzero(density > 0)
+    return float(np.exp(np.interp(level, known, np.log(density[known]))))
 
 
 def _frame(rows: list[dict[str, object]], schema: dict[str, type[pl.DataType]]) -> pl.DataFrame:

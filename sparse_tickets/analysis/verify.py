@@ -109,6 +109,7 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
         for unit in store.units()
         if store.has(unit)
         for ticket, row in zip(store.read_tickets(unit), store.read_rows(unit), strict=True)
+        if not row.get("diverged")
     ]
     if not finished:
         raise StoreError(f"{store.path} has no finished unit yet: run the sweep")

@@ -114,6 +114,9 @@ class GymEnv:
         self._scale = np.array(self.spec.scale)
         self._low = np.array(self.spec.action_low, dtype=np.float32)
         self._high = np.array(self.spec.action_high, dtype=np.float32)
+        bounded = np.isfinite(self._low) & np.isfinite(self._high)
+        ends = (np.where(bounded, bound, 0.0) for bound in (self._low, self._high))
+        self._middle = np.clip(sum(0.5 * end for end in ends), self._low, self._high)
         self._resting = np.zeros(len(self._envs), dtype=bool)
         # Zeros where a copy rests from the start.
         self._obs = np.zeros((len(self._envs), self.spec.observation_dim), dtype=np.float32)
@@ -157,7 +160,7 @@ class GymEnv:
         reward = np.zeros(len(self._envs))
         terminated, truncated = np.zeros((2, len(self._envs)), dtype=bool)
         self.clock += 1
-        for copy in np.flatnonzero(~self._resting):
+        for copy in np.flatnonzero(~self._resting).tolist():
             env = self._envs[copy]
             observation, gain, ended, cut, _ = env.step(actions[copy])
             reward[copy] = self._read_reward(gain, copy)
@@ -199,10 +202,7 @@ class GymEnv:
         check_dtype("action", action, torch.float32)
         check_shape("action", action, (*copies, self.spec.action_dim))
         given = action.cpu().numpy()
-        bounded = np.isfinite(self._low) & np.isfinite(self._high)
-        nearest = np.clip(0.0, self._low, self._high)
-        middle = np.where(bounded, 0.5 * self._low + 0.5 * self._high, nearest)
-        clipped = np.where(np.isnan(given), middle, np.clip(given, self._low, self._high))
+        clipped = np.where(np.isnan(given), self._middle, np.clip(given, self._low, self._high))
         return clipped.reshape(-1, *space.shape).astype(space.dtype)  # type: ignore[misc]
 
     def _read(self, observation: Any, copy: int, *, judged: bool = True) -> np.ndarray:

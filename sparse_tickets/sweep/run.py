@@ -25,9 +25,10 @@ from sparse_tickets.kernels import ppo as kernels_ppo
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.population import Population, initialise
+from sparse_tickets.prune import has_scores
 from sparse_tickets.sweep.data import checksum, read_data, write_data
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import Store, StoreError, Unit
+from sparse_tickets.sweep.store import COLUMNS, Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
 
 __all__ = ["DEMONSTRATIONS", "cell_population", "make_experts", "run", "train_population"]
@@ -35,8 +36,11 @@ __all__ = ["DEMONSTRATIONS", "cell_population", "make_experts", "run", "train_po
 # Claimed, like a unit, by the process that trains the experts; it never has files of its own.
 _EXPERTS = Unit("experts", 0, 0)
 DEMONSTRATIONS = "demonstrations"
+# In a ticket's metadata: why its training has no result.
+DIVERGED = "diverged"
 _POLL_S = 0.5
 
+Cell = tuple[dict[str, Any], Ticket]
 Progress = Callable[[str, int], None]
 """Called with a description of the work under way and the agent-steps just done."""
 
@@ -148,21 +152,29 @@ class _Runner:
             if self._dataset is None:
                 self._dataset = self._demonstrations()
             self._store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])
-        population, key = cell_population(
-            spec, self._store, unit.algo, unit.level, tracks, self._device
-        )
-        what = self._describe(unit)
-        result = train_population(
-            spec,
-            unit.algo,
-            population,
-            key,
-            unit.level,
-            tracks,
-            self._dataset,
-            on_iteration=lambda steps: self._notify(what, steps),
-        )
-        self._write(unit, tracks, population, result)
+        lost = lost_cells(spec, self._store, unit.algo, unit.level, tracks)
+        alive = [track for track in tracks if track not in lost]
+        cells = {track: self._lost_cell(unit, track, reason) for track, reason in lost.items()}
+        if alive:
+            population, key = cell_population(
+                spec, self._store, unit.algo, unit.level, alive, self._device
+            )
+            what = self._describe(unit)
+            result = train_population(
+                spec,
+                unit.algo,
+                population,
+                key,
+                unit.level,
+                alive,
+                self._dataset,
+                on_iteration=lambda steps: self._notify(what, steps),
+            )
+            if result.rewind is not None:
+                write_data(self._store, _rewind_name(unit), result.rewind._asdict())
+            cells |= self._trained_cells(unit, alive, population, result)
+        rows, tickets = zip(*(cells[track] for track in tracks), strict=True)
+        self._store.write(unit, rows, tickets, self._inputs if unit.algo == "bc" else {})
 
     def _warn_of_foreign_claim(self, unit: Unit) -> None:
         """Say once what is waited for where nobody can tell whether it will ever come."""
@@ -216,16 +228,59 @@ class _Runner:
         write_data(self._store, "experts", experts._asdict())
         return experts
 
-    def _write(
+    def _origin(self, unit: Unit, track: Track) -> dict[str, Any]:
+        return {
+            "env": self._spec.env,
+            "algo": unit.algo,
+            "seed": track.seed,
+            "condition": track.condition,
+            "controls": track.controls,
+            "level": unit.level,
+        }
+
+    def _lost_cell(self, unit: Unit, track: Track, reason: str) -> Cell:
+        """A cell that cannot be trained: no returns, and a ticket of no weights."""
+        spec, origin = self._spec, self._origin(unit, track)
+        arena = spec.arena(unit.algo)
+        environment = spec.env_spec
+        nothing = torch.zeros(arena.size)
+        final = nothing.clone()
+        final[arena.prunable :] = torch.nan
+        unknown = [float("nan")] * min(spec.evaluation.points, spec.ppo.iterations)
+        row = origin | dict.fromkeys(COLUMNS.keys() - origin.keys())
+        row |= dict.fromkeys((name for name in COLUMNS if name.startswith("return_")), unknown[0])
+        row |= {
+            "density": spec.kept(unit.algo, unit.level) / arena.prunable,
+            "curve": unknown,
+            "curve_sampled": unknown,
+            "train_steps": 0,
+            "wall_s": 0.0,
+            "train_s": 0.0,
+            "random_return": environment.random_return,
+            "diverged": True,
+        }
+        ticket = Ticket.of(
+            arena,
+            **origin,
+            mask=torch.zeros(arena.prunable, dtype=torch.bool),
+            initial=nothing,
+            rewind=nothing,
+            final=final,
+            best=final,
+            offset=tuple(environment.offset),
+            scale=tuple(environment.scale),
+            metadata={DIVERGED: reason},
+        )
+        return row, ticket
+
+    def _trained_cells(
         self,
         unit: Unit,
         tracks: Sequence[Track],
         population: Population,
         result: Result,
-    ) -> None:
+    ) -> dict[Track, Cell]:
         spec, algo, level = self._spec, unit.algo, unit.level
-        if result.rewind is not None:
-            write_data(self._store, _rewind_name(unit), result.rewind._asdict())
         mask = population.parameters.mask
         links = connectivity(mask.cpu(), population.arena)
         kept = spec.kept(algo, level)
@@ -234,57 +289,110 @@ class _Runner:
             "versions": _versions(),
             "plan": str(_plan(population, algo, self._device)),
         }
-        inputs = self._inputs if algo == "bc" else {}
-        if inputs:
-            how["inputs"] = dict(inputs)
+        if algo == "bc":
+            how["inputs"] = dict(self._inputs)
         rewind = result.initial if result.rewind is None else result.rewind.weight
         environment = spec.env_spec
-        rows, tickets = [], []
+        cells: dict[Track, Cell] = {}
         for index, track in enumerate(tracks):
-            origin = {
-                "env": spec.env,
-                "algo": algo,
-                "seed": track.seed,
-                "condition": track.condition,
-                "controls": track.controls,
-                "level": level,
-            }
-            rows.append(
-                origin
-                | {
-                    "density": kept / population.arena.prunable,
-                    "effective_density": float(links.effective_density[index]),
-                    "has_path": bool(links.has_path[index]),
-                    "dead_inputs": int(links.dead_inputs[index]),
-                    "dead_units": int(links.dead_units[index]),
-                    "reachable_actions": int(links.reachable_actions[index]),
-                    "return_final": float(result.return_final[index]),
-                    "return_best": float(result.return_best[index]),
-                    "return_final_sampled": float(result.return_final_sampled[index]),
-                    "return_auc": float(result.curve[index].mean()),
-                    "curve": result.curve[index].tolist(),
-                    "curve_sampled": result.curve_sampled[index].tolist(),
-                    "train_steps": result.train_steps,
-                    "wall_s": result.wall_s / len(tracks),
-                    "train_s": result.train_s / len(tracks),
-                    "random_return": environment.random_return,
-                }
-            )
-            tickets.append(
-                Ticket.of(
-                    population.arena,
-                    **origin,
-                    mask=mask[index],
-                    initial=initial[index],
-                    rewind=rewind[index],
-                    final=result.final[index],
-                    best=result.best[index],
-                    offset=tuple(environment.offset),
-                    scale=tuple(environment.scale),
-                    metadata=how,
+            origin = self._origin(unit, track)
+            reason = result.diverged[index]
+            about = how if reason is None else how | {DIVERGED: reason}
+            if reason is not None:
+                warnings.warn(
+                    f"{algo} {track.condition} ({track.controls} controls), seed {track.seed}, "
+                    f"diverged at level {level}: {reason}. Recorded as such; the others go on",
+                    stacklevel=2,
                 )
+            row = origin | {
+                "density": kept / population.arena.prunable,
+                "effective_density": float(links.effective_density[index]),
+                "has_path": bool(links.has_path[index]),
+                "dead_inputs": int(links.dead_inputs[index]),
+                "dead_units": int(links.dead_units[index]),
+                "reachable_actions": int(links.reachable_actions[index]),
+                "return_initial": float(result.return_initial[index]),
+                "return_initial_sampled": float(result.return_initial_sampled[index]),
+                "return_final": float(result.return_final[index]),
+                "return_best": float(result.return_best[index]),
+                "return_final_sampled": float(result.return_final_sampled[index]),
+                "return_auc": float(result.curve[index].mean()),
+                "curve": result.curve[index].tolist(),
+                "curve_sampled": result.curve_sampled[index].tolist(),
+                "train_steps": result.train_steps,
+                "wall_s": result.wall_s / len(tracks),
+                "train_s": result.train_s / len(tracks),
+                "random_return": environment.random_return,
+                "diverged": reason is not None,
+            }
+            ticket = Ticket.of(
+                population.arena,
+                **origin,
+                mask=mask[index],
+                initial=initial[index],
+                rewind=rewind[index],
+                final=_zero_off(result.final[index], mask[index]),
+                best=_zero_off(result.best[index], mask[index]),
+                offset=tuple(environment.offset),
+                scale=tuple(environment.scale),
+                metadata=about,
             )
-        self._store.write(unit, rows, tickets, inputs)
+            cells[track] = row, ticket
+        return cells
+
+
+def _zero_off(row: Tensor, mask: Tensor) -> Tensor:
+    """Zero where pruned, whatever a diverged update left there."""
+    row = row.clone()
+    row[: len(mask)].masked_fill_(~mask, 0.0)
+    return row
+
+
+def lost_cells(
+    spec: Sweep, store: Store, algo: str, level: int, tracks: Sequence[Track]
+) -> dict[Track, str]:
+    """Cells that have nothing to start from, with why: their track diverged at a level before.
+
+    A network that diverged ranks no weights, nor do scores that are not numbers; every track
+    begins with its seed's dense network, random masks too.
+    """
+    if level == 0:
+        return {}
+    lost: dict[Track, str] = {}
+    parents = dict(zip(tracks, _parents(spec, store, algo, level, tracks), strict=True))
+    for track, parent in parents.items():
+        reason = parent.metadata.get(DIVERGED)
+        if reason is not None:
+            lost[track] = f"diverged at level {parent.level}: {reason}"
+    rest = [track for track in tracks if track not in lost]
+    if not rest:
+        return lost
+    arena = spec.arena(algo)
+    rewind_point = _rewind_point(spec, store, algo, rest).weight
+    valid = rewind_point.isfinite().all(1)
+    scored = has_scores(
+        spec.criterion,
+        torch.stack([parents[track].final[: arena.prunable] for track in rest]),
+        rewind_point[:, : arena.prunable],
+        torch.stack([parents[track].mask for track in rest]),
+        spec.kept(algo, level),
+        arena,
+    )
+    for index, track in enumerate(rest):
+        if not valid[index]:
+            lost[track] = "what it is rewound to is not finite"
+        elif not scored[index]:
+            lost[track] = f"criterion {spec.criterion!r} gave a score that is not a number"
+    return lost
+
+
+def _parents(
+    spec: Sweep, store: Store, algo: str, level: int, tracks: Sequence[Track]
+) -> list[Ticket]:
+    """The trained networks that a level's masks come from."""
+    # Random masks have no chain: any trained network will do, and level 0 is always there.
+    cells = [(track.source, level - 1 if spec.chained(track.condition) else 0) for track in tracks]
+    return _finished(spec, store, algo, cells)
 
 
 def _refuse_guessing(store: Store) -> None:
@@ -397,11 +505,7 @@ def cell_population(
         initial_key = _initial_keys(spec, tracks)
         dense = dense_population(arena, initial_key, spec.init, spec.log_std)
         return dense.to(device), key
-    # Random masks have no chain: any trained network will do, and level 0 is always there.
-    sources = [
-        (track.source, level - 1 if spec.chained(track.condition) else 0) for track in tracks
-    ]
-    previous = _finished(spec, store, algo, sources)
+    previous = _parents(spec, store, algo, level, tracks)
     trained = Trained(
         torch.stack([ticket.final[: arena.prunable] for ticket in previous]).to(device),
         torch.stack([ticket.mask for ticket in previous]).to(device),

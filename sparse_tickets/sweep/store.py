@@ -56,6 +56,8 @@ COLUMNS = {
     "dead_inputs": "int64",
     "dead_units": "int64",
     "reachable_actions": "int64",
+    "return_initial": "double",
+    "return_initial_sampled": "double",
     "return_final": "double",
     "return_best": "double",
     "return_final_sampled": "double",
@@ -64,6 +66,7 @@ COLUMNS = {
     "train_steps": "int64",
     "wall_s": "double",
     "random_return": "double",
+    "diverged": "bool",
 }
 SORTED_BY = ("env", "algo", "condition", "controls", "seed", "level")
 

@@ -314,3 +314,20 @@ def test_version_names_what_numbers_depend_on(capsys):
         name: metadata.version(name) for name in ("torch", "numba", "numpy", "gymnasium")
     }
     assert "triton" in lines
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_output_survives_narrow_terminals(encoding, finished):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    for arguments in (["report", str(finished)], ["sweep", "--help"]):
+        done = subprocess.run(
+            [installed(), *arguments], capture_output=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode(encoding)
+
+
+def test_brackets_are_no_markup(tmp_path, capsys):
+    out = tmp_path / "[bold]run[2]"
+    assert main(["report", str(out)]) == 1
+    assert "[bold]run[2]" in "".join(capsys.readouterr().err.split())

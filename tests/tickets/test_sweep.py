@@ -480,3 +480,64 @@ def test_data_is_read_as_written_and_damage_is_moved_aside(copy):
         assert read_data(store, "mine") is None
     assert not file.exists()
     assert read_data(store, "mine") is None
+
+
+TINY = replace(
+    SPEC,
+    algos=("ppo",),
+    controls=("own",),
+    seeds=4,
+    levels=4,
+    rewind_step=0,
+    ppo=PPO(steps=256, horizon=32),
+)
+
+
+def results(spec, out):
+    return load_results(run(spec, out).path).drop(*TIMES)
+
+
+@pytest.mark.filterwarnings("ignore:.*diverged at level")
+def test_a_ticket_without_scores_ends_alone_and_is_recorded(tmp_path, monkeypatch):
+    from sparse_tickets.prune import CRITERIA
+
+    def broken(weight, initial, arena):
+        return torch.where(weight.sum(1, keepdim=True) > 0, torch.nan, weight.abs())
+
+    monkeypatch.setitem(CRITERIA, "broken", broken)
+    spec = replace(TINY, criterion="broken")
+    frame = results(spec, tmp_path / "together")
+    lost = frame.filter(pl.col("diverged"))
+    assert 0 < len(lost) < len(frame)
+    assert (lost["train_steps"] == 0).all()
+    assert lost["return_final"].is_nan().all()
+    # Once lost, a track stays lost.
+    for key, track in frame.group_by("condition", "seed"):
+        levels = track.sort("level")["diverged"].to_list()
+        assert levels == sorted(levels), key
+    # Its batch-mates are what they are without it, bit for bit.
+    kept, plain = (
+        each.filter(level=1).sort("condition", "seed")
+        for each in (frame, results(replace(TINY, levels=2), tmp_path / "plain"))
+    )
+    sound = ~kept["diverged"]
+    assert sound.any()
+    assert kept.filter(sound).equals(plain.filter(sound))
+    # Nothing is left to do.
+    assert results(spec, tmp_path / "together").equals(frame)
+
+
+@pytest.mark.filterwarnings("ignore:.*diverged at level")
+def test_a_training_that_diverges_is_recorded_and_not_gone_on_with(tmp_path):
+    spec = replace(TINY, levels=2, ppo=replace(TINY.ppo, learning_rate=1e38))
+    store = run(spec, tmp_path)
+    frame = load_results(store.path)
+    dense = frame.filter(level=0)
+    assert dense["diverged"].all()
+    assert dense["return_final"].is_nan().all()
+    assert dense["return_initial"].is_finite().all()
+    later = frame.filter(pl.col("level") > 0)
+    assert later["diverged"].all()
+    assert (later["train_steps"] == 0).all()
+    (ticket, *_) = store.read_tickets(Unit("ppo", 0, 0))
+    assert "not finite" in ticket.metadata["diverged"]
