@@ -136,11 +136,9 @@ def _levels(folder: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     trainings: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for file in sorted(folder.glob("units/*.parquet")):
-        # A unit counts once its manifest is there.
-        if file.with_suffix(".json").exists():
-            for row in pyarrow.parquet.read_table(file).to_pylist():
-                trainings[row["level"]].append(row)
+    for file in sorted(folder.glob("units/*-chunk-[0-9]*[0-9]/rows.parquet")):
+        for row in pyarrow.parquet.read_table(file).to_pylist():
+            trainings[row["level"]].append(row)
     return [_level(level, rows) for level, rows in sorted(trainings.items())]
 
 

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import secrets
 import shutil
-import socket
-from functools import cache
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = [
-    "StoreError",
-    "is_alive",
-    "is_here",
-    "process_token",
-    "remove_leftovers",
-    "write_atomic",
-]
+__all__ = ["StoreError", "explained", "remove_leftovers", "write_atomic", "write_folder"]
 
-_TEMPORARY = re.compile(r"\.(?P<owner>[^~]+)~[0-9a-f]+~.*\.tmp")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# What file systems say to a call that they do not have.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class StoreError(RuntimeError):
     """Stored results cannot be used or written; the message names the file and the way out."""
 
 
-def write_atomic(path: Path, data: bytes, needed: int | None = None) -> None:
+def write_atomic(path: Path, data: bytes, *, replace: bool = True) -> bool:
     """Write a file so that its name only ever stands for complete contents.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name
@@ -36,88 +31,134 @@ def write_atomic(path: Path, data: bytes, needed: int | None = None) -> None:
     Args:
         path: where.
         data: the contents.
-        needed: bytes the caller is about to write in all, for the message on a full disk.
+        replace: whether to take a name that is taken; otherwise whoever is first keeps it.
+
+    Returns:
+        Whether the file is there with these contents; False only where its name was taken.
 
     Raises:
-        StoreError: the disk or the quota is full.
+        StoreError: the disk or the quota is full, or nothing may be written there.
     """
-    temporary = path.with_name(f".{process_token()}~{secrets.token_hex(4)}~{path.name}.tmp")
+    temporary = _temporary(path)
+    with explained(path, len(data)):
+        try:
+            _write_synced(temporary, data)
+            if replace:
+                os.replace(temporary, path)
+            elif not _take_name(temporary, path):
+                return False
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> bool:
+    """Create a folder with all its files in one step, unless its name is taken.
+
+    Of several processes that do so at the same moment exactly one succeeds.
+
+    Args:
+        path: where.
+        files: contents by name.
+
+    Returns:
+        Whether the folder is there with these files; False where its name was taken, or where
+        another process removed the files on the way, as leftovers of a process it held for dead.
+
+    Raises:
+        StoreError: the disk or the quota is full, or nothing may be written there.
+    """
+    temporary = _temporary(path)
+    with explained(path, sum(map(len, files.values()))):
+        try:
+            temporary.mkdir()
+            try:
+                for name, data in files.items():
+                    _write_synced(temporary / name, data)
+                _sync_folder(temporary)
+                os.rename(temporary, path)
+            except OSError as error:
+                taken = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
+                if error.errno in taken:
+                    return False
+                raise
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes left of writing to ``path``; only for who alone writes there."""
+    for leftover in path.parent.glob(f".{path.name}~*.tmp"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn a full disk and a refusal to write into a `StoreError` that says what to do.
+
+    Args:
+        path: what is written.
+        needed: its bytes.
+    """
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
+            free = shutil.disk_usage(path.parent).free
+            raise StoreError(
+                f"no space left to write {path}: {needed:,} bytes needed, {free:,} free. Finished "
+                "units are safe; free some space and run the same command again"
+            ) from error
+        if error.errno in _REFUSED:
+            raise StoreError(
+                f"{path} cannot be written ({error.strerror}). Finished units are safe; make "
+                f"{path.parent} writable and run the same command again, or choose another folder"
+            ) from error
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}~{secrets.token_hex(8)}.tmp")
+
+
+def _take_name(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (*_UNSUPPORTED, errno.EPERM):
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise StoreError(
-            f"no space left to write {path}: {needed or len(data):,} bytes needed, {free:,} free. "
-            "Finished units are safe; free some space and run the same command again"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        # No hard links here: of two writers at the same moment the later one stays.
+        if os.path.lexists(path):
+            return False
+        os.replace(temporary, path)
+    return True
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that dead processes of this host left in a folder."""
-    for file in folder.glob(".*.tmp"):
-        match = _TEMPORARY.fullmatch(file.name)
-        if match and not is_alive(match["owner"]):
-            file.unlink(missing_ok=True)
-
-
-def process_token() -> str:
-    """Name of this process: ``pid-start@host``; the start time tells a reused pid apart."""
-    pid = os.getpid()
-    return f"{pid}-{_started(pid)}@{_host()}"
-
-
-def is_alive(token: str) -> bool:
-    """Whether the process of a `process_token` runs; one on another host counts as running."""
-    pid, _, started = token.partition("@")[0].partition("-")
-    if not is_here(token):
-        return True
-    return pid.isdigit() and _started(int(pid)) == started
-
-
-def is_here(token: str) -> bool:
-    """Whether the process of a `process_token` is, or was, one of this host."""
-    return token.partition("@")[2] == _host()
-
-
-@cache
-def _host() -> str:
-    # Asked once: a laptop's name changes with its network, and a process must know its own locks.
-    return socket.gethostname()
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in ticks since boot; ``0`` where unknown; None if it is not there."""
-    if os.path.isdir("/proc/self"):
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] == "Z" else fields[19]
-    if os.name == "posix":
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-    # Signal 0 kills on Windows: there every process counts as running.
-    return "0"
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows cannot open folders and needs no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Make a rename durable where the file system can; Windows cannot open folders."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)

@@ -47,7 +47,7 @@ KERNEL_LIBRARIES = {"torch", "triton", "numba", "llvmlite", "numpy"}
 CONFINED = {
     "matplotlib": ("sparse_tickets.analysis",),
     "polars": ("sparse_tickets.analysis", "sparse_tickets.sweep.store"),
-    "pyarrow": ("sparse_tickets.sweep.store",),
+    "pyarrow": ("sparse_tickets.sweep.rows",),
     "gymnasium": ("sparse_tickets.envs",),
     "tyro": ("sparse_tickets.cli",),
     "triton": ("sparse_tickets.kernels",),

@@ -205,6 +205,9 @@ def _again(
 def _demonstrations(store: Store) -> bc.Dataset:
     stored = read_data(store, DEMONSTRATIONS)
     if stored is None:
-        raise StoreError(f"{store.data} has no demonstrations: run the sweep again")
+        raise StoreError(
+            f"{store.data} has no intact demonstrations: run the sweep again, which makes them "
+            "again and trains nothing that is finished"
+        )
     store.check_inputs("bc", DEMONSTRATIONS, checksum(stored))
     return bc.Dataset(**stored)

@@ -1,65 +1,61 @@
-"""Named tensors kept beside a sweep's units: experts, demonstrations, rewind points."""
+"""Data sets kept beside a sweep's units: experts and demonstrations."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from sparse_tickets.files import write_atomic
+from sparse_tickets.sweep.integrity import Damaged, read_regular, report_damage, set_aside
 from sparse_tickets.sweep.store import Store
+from sparse_tickets.sweep.tensors import checksum, dump_tensors, parse_tensors
 
-__all__ = ["checksum", "read_data", "write_data"]
-
-_CHECKSUM = "sha256"
+__all__ = ["checksum", "data_file", "read_data", "write_data"]
 
 
-def write_data(store: Store, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to ``data/<name>.safetensors``, atomically.
+def data_file(store: Store, name: str) -> Path:
+    """Where a data set is kept."""
+    return store.data / f"{name}.safetensors"
+
+
+def write_data(store: Store, name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Write tensors to ``data/<name>.safetensors`` in one step, unless they are there.
+
+    Returns:
+        Whether these are stored now; False where another process was first.
 
     Raises:
-        StoreError: the disk is full.
+        StoreError: the disk is full, or the folder cannot be written.
     """
-    contents = {key: value.contiguous().cpu() for key, value in tensors.items()}
-    header = {_CHECKSUM: checksum(contents)}
-    write_atomic(store.data / f"{name}.safetensors", to_safetensors(contents, metadata=header))
+    contents = dump_tensors(tensors, name, store.spec_hash)
+    return write_atomic(data_file(store, name), contents, replace=False)
 
 
 def read_data(store: Store, name: str) -> dict[str, Tensor] | None:
     """Read what `write_data` wrote; None if it is not there.
 
-    A damaged file is named in a warning, renamed to ``*.damaged``, and counts as not there.
+    A file that is not what was written is named in a warning and in ``store.damaged``, renamed to
+    ``*.damaged``, and counts as not there.
     """
-    path = store.data / f"{name}.safetensors"
-    if not path.exists():
-        return None
+    path = data_file(store, name)
+
+    def read(place: Path) -> dict[str, Tensor]:
+        return parse_tensors(place, read_regular(place), name, store.spec_hash)
+
+    def is_damaged(place: Path) -> bool:
+        try:
+            read(place)
+        except Damaged:
+            return True
+        return False
+
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if (file.metadata() or {}).get(_CHECKSUM) == checksum(tensors):
-                return tensors
-        reason = "does not match its checksum"
-    except SafetensorError as error:
-        reason = f"cannot be read ({error})"
-    # Another process may have found the damage at the same moment.
-    with suppress(FileNotFoundError):
-        path.replace(path.with_name(path.name + ".damaged"))
-    line = f"{path} {reason}"
-    store.damaged.append(line)
-    warnings.warn(f"{line}: moved aside, it will be made again", stacklevel=2)
-    return None
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors, on whatever device: names, dtypes, shapes and contents."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous().cpu()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.numpy().tobytes())
-    return sha.hexdigest()
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except Damaged as damage:
+        set_aside(path, is_damaged)
+        report_damage(store.damaged, damage, "it will be made again where it is needed")
+        return None

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparse_tickets.algos import bc, ppo
 from sparse_tickets.algos.evaluation import Evaluation, Result
 from sparse_tickets.connectivity import connectivity
+from sparse_tickets.files import remove_leftovers
 from sparse_tickets.imp import Trained, dense_population, next_population
 from sparse_tickets.kernels import imitation
 from sparse_tickets.kernels import ppo as kernels_ppo
@@ -26,9 +27,10 @@ from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.prune import has_scores
-from sparse_tickets.sweep.data import checksum, read_data, write_data
+from sparse_tickets.sweep.data import checksum, data_file, read_data, write_data
+from sparse_tickets.sweep.rows import COLUMNS
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import COLUMNS, Store, StoreError, Unit
+from sparse_tickets.sweep.store import DATA, Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
 
 __all__ = ["DEMONSTRATIONS", "cell_population", "make_experts", "run", "train_population"]
@@ -113,18 +115,16 @@ class _Runner:
         self._notify = notify
         self._dataset: bc.Dataset | None = None
         self._inputs: dict[str, str] = {}
-        self._warned: set[str] = set()
 
     def algorithm(self, algo: str) -> Iterator[Unit]:
         """Train an algorithm level by level; yields a unit that another process is working on."""
         for level, units in groupby(self._spec.units(algo), key=itemgetter(0)):
             left = [(Unit(algo, level, chunk), tracks) for _, chunk, tracks in units]
             while left := [each for each in left if not self._finish(*each)]:
-                self._notify(f"{self._describe(left[0][0])}: waiting for another process", 0)
-                self._warn_of_foreign_claim(left[0][0])
+                self._wait_for(left[0][0], self._describe(left[0][0]))
                 yield left[0][0]
         if algo == "bc":
-            self._store.check_inputs(algo, DEMONSTRATIONS)
+            self._check_data()
 
     def _finish(self, unit: Unit, tracks: Sequence[Track]) -> bool:
         """Train one chunk of a level if nobody has; False while another process does."""
@@ -144,7 +144,7 @@ class _Runner:
         if not self._store.has(unit):
             return False
         needs_rewind = unit.level == 0 and self._spec.rewind_step > 0
-        return not needs_rewind or read_data(self._store, _rewind_name(unit)) is not None
+        return not needs_rewind or self._store.read_rewind(unit) is not None
 
     def _train(self, unit: Unit, tracks: Sequence[Track]) -> None:
         spec = self._spec
@@ -155,6 +155,7 @@ class _Runner:
         lost = lost_cells(spec, self._store, unit.algo, unit.level, tracks)
         alive = [track for track in tracks if track not in lost]
         cells = {track: self._lost_cell(unit, track, reason) for track, reason in lost.items()}
+        later = None
         if alive:
             population, key = cell_population(
                 spec, self._store, unit.algo, unit.level, alive, self._device
@@ -171,17 +172,23 @@ class _Runner:
                 on_iteration=lambda steps: self._notify(what, steps),
             )
             if result.rewind is not None:
-                write_data(self._store, _rewind_name(unit), result.rewind._asdict())
+                later = result.rewind._asdict()
             cells |= self._trained_cells(unit, alive, population, result)
         rows, tickets = zip(*(cells[track] for track in tracks), strict=True)
-        self._store.write(unit, rows, tickets, self._inputs if unit.algo == "bc" else {})
+        inputs = self._inputs if unit.algo == "bc" else {}
+        self._store.write(unit, rows, tickets, inputs, rewind=later)
 
-    def _warn_of_foreign_claim(self, unit: Unit) -> None:
-        """Say once what is waited for where nobody can tell whether it will ever come."""
-        claim = self._store.unknowable_claim(unit)
-        if claim is not None and claim not in self._warned:
-            self._warned.add(claim)
-            warnings.warn(f"waiting: {claim}", stacklevel=2)
+    def _wait_for(self, unit: Unit, what: str) -> None:
+        """Say who is waited for; a process that is stopped or busy is somebody's to look after."""
+        owner = self._store.claimed_by(unit) or "another process"
+        self._notify(f"{what}: waiting for {owner}", 0)
+
+    def _check_data(self) -> None:
+        """Look at the data sets too once cloning is done: `verify` and other runs need them."""
+        read_data(self._store, "experts")
+        if read_data(self._store, DEMONSTRATIONS) is None:
+            self._demonstrations()
+        self._store.check_inputs("bc", DEMONSTRATIONS)
 
     def _describe(self, unit: Unit) -> str:
         return f"{unit.algo} level {unit.level}, density {self._spec.density(unit.level):.1%}"
@@ -193,6 +200,8 @@ class _Runner:
             with store.claim(_EXPERTS) as mine:
                 # Another process may have finished it a moment ago.
                 if mine and read_data(store, DEMONSTRATIONS) is None:
+                    for name in DATA:
+                        remove_leftovers(data_file(store, name))
                     _refuse_guessing(store)
                     dataset = bc.demonstrations(
                         self._experts(), spec.env, expert_arena(spec), spec.ppo.steps
@@ -201,8 +210,7 @@ class _Runner:
                     store.check_inputs("bc", DEMONSTRATIONS, checksum(dataset))
                     write_data(store, DEMONSTRATIONS, dataset)
             if not mine:
-                self._notify("bc experts: waiting for another process", 0)
-                self._warn_of_foreign_claim(_EXPERTS)
+                self._wait_for(_EXPERTS, "bc experts")
                 time.sleep(_POLL_S)
         self._inputs[DEMONSTRATIONS] = checksum(stored)
         silent = store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])
@@ -561,7 +569,7 @@ def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track])
         chunk, index = divmod(track.seed, spec.chunk)
         unit = Unit(algo, 0, chunk)
         if unit not in units:
-            stored = read_data(store, _rewind_name(unit))
+            stored = store.read_rewind(unit)
             if stored is None:
                 raise StoreError(
                     f"{store.path} lacks what {unit.name} is rewound to: run the sweep again"
@@ -569,10 +577,6 @@ def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track])
             units[unit] = stored
         rows.append(Parameters(**{name: value[index] for name, value in units[unit].items()}))
     return Parameters(*(torch.stack(values) for values in zip(*rows, strict=True)))
-
-
-def _rewind_name(unit: Unit) -> str:
-    return f"{unit.name}-rewind"
 
 
 def _plan(population: Population, algo: str, device: torch.device) -> Plan:

@@ -1,24 +1,22 @@
 """Where a sweep keeps its results: one folder per run, atomic, resumable, safe to share.
 
-    spec.json                               what the run is, and its hash
-    units/ppo-level-03-chunk-00.parquet     one row per track
-    units/ppo-level-03-chunk-00.safetensors its tickets
-    units/ppo-level-03-chunk-00.json        manifest with checksums, written last
-    units/ppo-level-03-chunk-00.lock        held while a process works on the unit
-    data/                                   experts and data sets
+    spec.json                      what the run is, and its hash
+    units/ppo-level-03-chunk-00/   a finished unit
+        rows.parquet               one row per track
+        tickets.safetensors        its tickets
+        rewind.safetensors         at level 0, what later levels rewind to, if not to the start
+        manifest.json              whose they are, with checksums
+    units/ppo-level-03-chunk-00.lock   held while a process works on the unit
+    data/                          experts and demonstrations
 
-A unit is finished when its manifest is there and matches both files: a process killed at any moment
-leaves the unit finished or to be redone, never half used.
+A unit's folder takes its name in one step, complete, and only if no other process was first: it is
+there once and whole, or not at all, whatever happens to the processes and their claims.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import numbers
+import os
 import re
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,55 +25,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import (
-    StoreError,
-    is_alive,
-    is_here,
-    process_token,
-    remove_leftovers,
-    write_atomic,
+from sparse_tickets.files import StoreError, explained, remove_leftovers, write_folder
+from sparse_tickets.sweep import locks
+from sparse_tickets.sweep.identity import check_same, read_spec, spec_hash, write_spec
+from sparse_tickets.sweep.integrity import (
+    Damaged,
+    Manifest,
+    read_regular,
+    report_damage,
+    set_aside,
 )
-from ..ticket import Ticket, dump_tickets, load_tickets
+from sparse_tickets.sweep.rows import COLUMNS, SORTED_BY, from_parquet, to_parquet
+from sparse_tickets.sweep.tensors import dump_tensors, parse_tensors
+from sparse_tickets.ticket import Ticket, dump_tickets, load_tickets
 
 if TYPE_CHECKING:
     import polars
-    import pyarrow
+    from torch import Tensor
 
-__all__ = ["COLUMNS", "Store", "StoreError", "Unit", "load_results", "spec_hash"]
+__all__ = ["COLUMNS", "DATA", "Store", "StoreError", "Unit", "load_results", "spec_hash"]
 
-COLUMNS = {
-    "env": "string",
-    "algo": "string",
-    "condition": "string",
-    "controls": "string",
-    "seed": "int64",
-    "level": "int64",
-    "density": "double",
-    "effective_density": "double",
-    "has_path": "bool",
-    "dead_inputs": "int64",
-    "dead_units": "int64",
-    "reachable_actions": "int64",
-    "return_initial": "double",
-    "return_initial_sampled": "double",
-    "return_final": "double",
-    "return_best": "double",
-    "return_final_sampled": "double",
-    "return_auc": "double",
-    "curve": "list<double>",
-    "train_steps": "int64",
-    "wall_s": "double",
-    "random_return": "double",
-    "diverged": "bool",
+DATA = ("experts", "demonstrations")
+"""Names of the data sets in data/."""
+
+ROWS, TICKETS, REWIND = "rows.parquet", "tickets.safetensors", "rewind.safetensors"
+MANIFEST = "manifest.json"
+# Earlier versions kept a unit's files side by side: NAME.json, NAME.parquet, NAME.safetensors.
+_EARLIER = {MANIFEST: "json", ROWS: "parquet", TICKETS: "safetensors"}
+
+_ALGO = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+_UNIT = rf"({_ALGO})-level-([0-9]{{2,9}})-chunk-([0-9]{{2,9}})"
+_DAMAGED = r"(\.damaged(-[0-9]+)?)?"
+# All that a run ever writes in its two folders.
+_OWN = {
+    "units": re.compile(
+        rf"{_UNIT}(\.(json|parquet|safetensors))?{_DAMAGED}|{_UNIT}\.lock"
+        rf"|\.{_ALGO}~[0-9a-f]+\.tmp"
+    ),
+    "data": re.compile(
+        rf"({'|'.join(DATA)}|{_UNIT}-rewind)\.safetensors{_DAMAGED}|\.{_ALGO}~[0-9a-f]+\.tmp"
+    ),
 }
-SORTED_BY = ("env", "algo", "condition", "controls", "seed", "level")
-
-_DATA_FILES = ("parquet", "safetensors")
-# After this long an empty lock or a takeover file was left by a process killed on the spot.
-_GRACE_S = 60.0
-# Locks this process holds; a lock file in its name that is not here outlived a reused pid.
-_held: set[Path] = set()
-_guard = threading.Lock()
 
 
 @dataclass(frozen=True, order=True)
@@ -91,14 +81,14 @@ class Unit:
     chunk: int
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", self.algo):
+        if not re.fullmatch(_ALGO, self.algo):
             raise ValueError(f"algo must be letters, digits and _.+-, got {self.algo!r}")
         if self.level < 0 or self.chunk < 0:
             raise ValueError(f"level and chunk must be >= 0, got {self.level} and {self.chunk}")
 
     @property
     def name(self) -> str:
-        """Stem of the unit's files."""
+        """Name of the unit's folder."""
         return f"{self.algo}-level-{self.level:02d}-chunk-{self.chunk:02d}"
 
 
@@ -120,7 +110,7 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.damaged: list[str] = []
-        self.spec, self.spec_hash = _read_spec(self.path)
+        self.spec, self.spec_hash = read_spec(self.path / "spec.json")
 
     @staticmethod
     def open(path: str | Path, spec: Mapping[str, Any], *, overwrite: bool = False) -> Store:
@@ -132,39 +122,32 @@ class Store:
             overwrite: start anew: discard the units and data of the run that is there.
 
         Raises:
-            StoreError: the folder holds a run of another spec, or a process is working in it that
-                `overwrite` would pull the floor from under.
+            StoreError: the folder holds a run of another spec, or cannot be written, or a process
+                is working in it that `overwrite` would pull the floor from under.
         """
         folder = Path(path)
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"{folder} is a file: choose another --out")
-        for sub in (folder, folder / "units", folder / "data"):
-            sub.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(sub)
-        with _exclusive(folder / "spec.lock"):
-            file = folder / "spec.json"
-            if not file.exists() and any(
-                child for sub in ("units", "data") for child in (folder / sub).iterdir()
-            ):
-                raise StoreError(
-                    f"{folder} has files in units/ or data/ but no {file.name}, so they are not "
-                    "known to be a run's: choose another --out, or restore or move them"
-                )
-            if overwrite and file.exists():
-                _discard(folder)
-            if overwrite or not file.exists():
-                content = {"spec_hash": spec_hash(spec), "spec": json.loads(_canonical(spec))}
-                write_atomic(file, (json.dumps(content, indent=2) + "\n").encode())
+        with explained(folder):
+            for sub in (folder, folder / "units", folder / "data"):
+                try:
+                    sub.mkdir(parents=True, exist_ok=True)
+                except FileExistsError:
+                    raise StoreError(
+                        f"{sub} is not a folder: move it away, or choose another --out"
+                    ) from None
+        file = folder / "spec.json"
+        if overwrite or not file.exists():
+            with _alone(folder / "spec.lock"):
+                remove_leftovers(file)
+                if not os.path.lexists(file):
+                    _refuse_strangers(folder)
+                elif overwrite:
+                    _discard(folder)
+                if overwrite or not file.exists():
+                    write_spec(file, spec)
         store = Store(folder)
-        if store.spec_hash != spec_hash(spec):
-            asked = json.loads(_canonical(spec))
-            differences = list(_differences(store.spec, asked))
-            shown = "; ".join(differences[:4])
-            more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
-            raise StoreError(
-                f"{folder} holds another run ({store.spec_hash}, asked for {spec_hash(spec)}): "
-                f"{shown}{more}. Choose another --out, or discard that run with --overwrite"
-            )
+        check_same(folder, store.spec, spec)
         return store
 
     @property
@@ -173,55 +156,56 @@ class Store:
         return self.path / "data"
 
     def units(self) -> list[Unit]:
-        """Units that have a manifest, in order; `has` tells whether their files are intact."""
-        found = []
-        for manifest in (self.path / "units").glob("*.json"):
-            match = re.fullmatch(r"(.+)-level-(\d+)-chunk-(\d+)", manifest.stem)
+        """Units that are there, in order; `has` tells whether their files are intact."""
+        found = set()
+        for entry in os.scandir(self.path / "units"):
+            match = re.fullmatch(_UNIT, entry.name.removesuffix(".json"))
             if match:
-                found.append(Unit(match[1], int(match[2]), int(match[3])))
+                unit = Unit(match[1], int(match[2]), int(match[3]))
+                if unit.name == match[0]:
+                    found.add(unit)
         return sorted(found)
 
     def has(self, unit: Unit) -> bool:
         """Whether a unit is finished and its files are, to the bit, what was written.
 
         Damaged files are named in a warning and in `damaged`, renamed to ``*.damaged``, and the
-        unit counts as unfinished. While another process works on it, it is left alone.
+        unit counts as unfinished.
+
+        Raises:
+            StoreError: damaged files cannot be renamed.
         """
-        if self._problems(unit):
-            self._move_aside(unit)
+        try:
+            self._read(unit)
+        except FileNotFoundError:
             return False
-        return self._file(unit, "json").exists()
+        except Damaged as damage:
+            self._set_aside(unit, damage)
+            report_damage(self.damaged, damage, "the unit will be redone")
+            return False
+        return True
 
     @contextmanager
     def claim(self, unit: Unit) -> Iterator[bool]:
         """Work on a unit alone: yields False where another live process is working on it.
 
-        The claim of a process that died on this host is taken over. Ask `has` after claiming: the
-        unit may just have been finished.
+        The claim of a process that died is taken over, at once on its machine, and elsewhere
+        `locks.LEASE_S` after it was first asked for. Ask `has` after claiming: the unit may just
+        have been finished.
         """
-        lock = self._file(unit, "lock")
-        mine = _acquire(lock)
+        claim = locks.acquire(self._lock(unit))
+        if claim is None:
+            yield False
+            return
         try:
-            yield mine
+            remove_leftovers(self._folder(unit))
+            yield True
         finally:
-            if mine:
-                _release(lock)
+            claim.release()
 
     def claimed_by(self, unit: Unit) -> str | None:
-        """``pid-start@host`` of the process that claims a unit, or None."""
-        owner = _owner(self._file(unit, "lock"))
-        return owner or None
-
-    def unknowable_claim(self, unit: Unit) -> str | None:
-        """What to do about a claim of another host, whose process cannot be looked up from here.
-
-        Containers count as hosts: one restarted under another name finds its own claims foreign.
-        """
-        owner = self.claimed_by(unit)
-        if owner is None or is_here(owner):
-            return None
-        lock = self._file(unit, "lock")
-        return f"unit {unit.name} is claimed by {owner}: if that process is gone, delete {lock}"
+        """``process PID on HOST`` that claims a unit, or None."""
+        return locks.owner(self._lock(unit))
 
     def write(
         self,
@@ -229,38 +213,42 @@ class Store:
         rows: Sequence[Mapping[str, Any]],
         tickets: Sequence[Ticket],
         inputs: Mapping[str, str] | None = None,
-    ) -> None:
-        """Store a finished unit: rows, tickets, then the manifest that makes it count.
+        rewind: Mapping[str, Tensor] | None = None,
+    ) -> bool:
+        """Store a finished unit, unless another process stored it first.
 
         Args:
             unit: which.
             rows: one mapping per track with every column of `COLUMNS`; more columns are kept.
-            tickets: the trained tickets, of one architecture.
+            tickets: the trained tickets, of one architecture, one per row.
             inputs: checksum of each data set the unit was trained on, by name, for `check_inputs`.
+            rewind: what later levels are rewound to, where that is not the start.
+
+        Returns:
+            Whether these are the results that are stored now.
 
         Raises:
-            ValueError: no rows, a missing column, or a value that does not fit its column.
-            StoreError: the disk is full, or another live process claims the unit.
+            ValueError: no rows, a missing column, a value that does not fit its column, or rows or
+                tickets of another unit.
+            StoreError: the disk is full, or the folder cannot be written.
         """
-        contents = {"parquet": _to_parquet(rows), "safetensors": dump_tickets(tickets)}
-        files = {
-            suffix: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for suffix, data in contents.items()
-        }
-        manifest = {
-            "unit": unit.name,
-            "spec_hash": self.spec_hash,
-            "rows": len(rows),
-            "tickets": len(tickets),
-            "inputs": dict(inputs or {}),
-            "files": files,
-        }
-        contents["json"] = (json.dumps(manifest, indent=2) + "\n").encode()
-        needed = sum(map(len, contents.values()))
-        with self._claimed(unit):
-            self._file(unit, "json").unlink(missing_ok=True)
-            for suffix, data in contents.items():
-                write_atomic(self._file(unit, suffix), data, needed)
+        _check_belong(unit, rows, tickets)
+        files = {ROWS: to_parquet(rows), TICKETS: dump_tickets(tickets)}
+        if rewind is not None:
+            files[REWIND] = dump_tensors(rewind, f"{unit.name}-rewind", self.spec_hash)
+        manifest = Manifest.of(
+            unit.name,
+            self.spec_hash,
+            rows=len(rows),
+            tickets=len(tickets),
+            inputs=inputs or {},
+            files=files,
+        )
+        files[MANIFEST] = manifest.to_bytes()
+        while not write_folder(self._folder(unit), files):
+            if self.has(unit):
+                return False
+        return True
 
     def read_rows(self, unit: Unit) -> list[dict[str, Any]]:
         """The rows of a finished unit.
@@ -268,11 +256,8 @@ class Store:
         Raises:
             StoreError: the unit is not finished.
         """
-        import pyarrow.parquet
-
         self._require(unit)
-        data = self._file(unit, "parquet").read_bytes()
-        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        return from_parquet(self._path(unit, ROWS).read_bytes())
 
     def read_tickets(self, unit: Unit) -> list[Ticket]:
         """The tickets of a finished unit, in the order they were written.
@@ -281,7 +266,25 @@ class Store:
             StoreError: the unit is not finished.
         """
         self._require(unit)
-        return load_tickets(self._file(unit, "safetensors"))
+        return load_tickets(self._path(unit, TICKETS))
+
+    def read_rewind(self, unit: Unit) -> dict[str, Tensor] | None:
+        """What a level-0 unit left for later levels to rewind to; None where it left nothing.
+
+        Raises:
+            StoreError: the unit is not finished.
+        """
+        self._require(unit)
+        path = self._path(unit, REWIND)
+        try:
+            return parse_tensors(path, read_regular(path), f"{unit.name}-rewind", self.spec_hash)
+        except FileNotFoundError:
+            return None
+        except Damaged as damage:
+            # Only of an earlier version: otherwise the manifest vouches for it.
+            set_aside(path, is_damaged=lambda aside: True)
+            report_damage(self.damaged, damage, "the unit will be redone")
+            return None
 
     def inputs(self, unit: Unit) -> dict[str, str] | None:
         """Checksums of the data sets a unit was trained on, by name.
@@ -289,8 +292,8 @@ class Store:
         Empty where none was recorded; None where the manifest is damaged or has just gone.
         """
         try:
-            return json.loads(self._file(unit, "json").read_bytes()).get("inputs", {})
-        except (FileNotFoundError, ValueError, AttributeError):
+            return self._manifest(unit).inputs
+        except (FileNotFoundError, Damaged):
             return None
 
     def check_inputs(self, algo: str, name: str, checksum: str | None = None) -> list[Unit]:
@@ -332,67 +335,96 @@ class Store:
         if not self.has(unit):
             raise StoreError(f"unit {unit.name} is not finished in {self.path}: run the sweep")
 
-    def _file(self, unit: Unit, suffix: str) -> Path:
-        return self.path / "units" / f"{unit.name}.{suffix}"
+    def _folder(self, unit: Unit) -> Path:
+        return self.path / "units" / unit.name
 
-    @contextmanager
-    def _claimed(self, unit: Unit) -> Iterator[None]:
-        """Hold the claim, one this process already has or a new one."""
-        if self._file(unit, "lock").absolute() in _held:
-            yield
-            return
-        with self.claim(unit) as mine:
-            if not mine:
-                raise StoreError(
-                    f"unit {unit.name} is claimed by process {self.claimed_by(unit)}: if that is "
-                    f"gone, delete {self._file(unit, 'lock')}"
-                )
-            yield
+    def _lock(self, unit: Unit) -> Path:
+        return self.path / "units" / f"{unit.name}.lock"
 
-    def _problems(self, unit: Unit, suffixes: Sequence[str] = _DATA_FILES) -> dict[str, str]:
-        """What is wrong with a unit that has a manifest, by suffix; empty without a manifest."""
-        try:
-            manifest = json.loads(self._file(unit, "json").read_bytes())
-            expected = {suffix: manifest["files"][suffix]["sha256"] for suffix in suffixes}
-            owner = manifest["spec_hash"]
-        except FileNotFoundError:
-            return {}
-        except (ValueError, KeyError, TypeError):
-            return {"json": "is not a manifest"}
-        if owner != self.spec_hash:
-            return {"json": f"belongs to another run ({owner})"}
-        problems = {}
-        for suffix, digest in expected.items():
-            try:
-                data = self._file(unit, suffix).read_bytes()
-            except FileNotFoundError:
-                problems[suffix] = "is missing"
+    def _is_earlier(self, unit: Unit) -> bool:
+        """Whether a unit is kept as earlier versions did: files side by side, no folder."""
+        folder = self._folder(unit)
+        return not os.path.lexists(folder) and os.path.lexists(f"{folder}.json")
+
+    def _path(self, unit: Unit, name: str) -> Path:
+        """Where a file of a unit is."""
+        folder = self._folder(unit)
+        if not self._is_earlier(unit):
+            return folder / name
+        if name == REWIND:
+            return self.data / f"{unit.name}-rewind.safetensors"
+        return folder.with_name(f"{unit.name}.{_EARLIER[name]}")
+
+    def _manifest(self, unit: Unit, folder: Path | None = None) -> Manifest:
+        """A unit's manifest; by ``folder`` where the unit's folder was moved.
+
+        Raises:
+            FileNotFoundError: there is no such unit.
+            Damaged: there is, but its manifest is not what was written for it.
+        """
+        earlier = folder is None and self._is_earlier(unit)
+        path = self._path(unit, MANIFEST) if folder is None else folder / MANIFEST
+        if not earlier:
+            home = path.parent
+            if not os.path.lexists(home):
+                raise FileNotFoundError(home)
+            if home.is_symlink() or not home.is_dir():
+                raise Damaged({home: "is not a folder"})
+            if not os.path.lexists(path):
+                raise Damaged({path: "is missing"})
+        manifest = Manifest.from_bytes(path, read_regular(path), signed=not earlier)
+        manifest.check_owner(path, unit.name, self.spec_hash)
+        listed = [_EARLIER[name] if earlier else name for name in (ROWS, TICKETS)]
+        if set(manifest.files) - {REWIND} != set(listed):
+            raise Damaged({path: f"does not list {' and '.join(listed)} alone"})
+        return manifest
+
+    def _read(
+        self, unit: Unit, *names: str, folder: Path | None = None
+    ) -> tuple[Manifest, dict[str, bytes]]:
+        """A unit's manifest and some of its files, all by default, as they were written.
+
+        Raises:
+            FileNotFoundError: there is no such unit.
+            Damaged: there is, but not what was written.
+        """
+        manifest = self._manifest(unit, folder)
+        contents: dict[str, bytes] = {}
+        problems: dict[Path, str] = {}
+        for listed in manifest.files:
+            name = next((new for new, old in _EARLIER.items() if old == listed), listed)
+            if names and name not in names:
                 continue
-            if hashlib.sha256(data).hexdigest() != digest:
-                problems[suffix] = "does not match its checksum"
-        return problems
+            try:
+                path = self._path(unit, name) if folder is None else folder / name
+                contents[name] = manifest.read(path, listed)
+            except Damaged as damage:
+                problems |= damage.problems
+        if problems:
+            raise Damaged(problems)
+        return manifest, contents
 
-    def _move_aside(self, unit: Unit) -> None:
-        """Rename what is damaged, the manifest first, unless another process has the unit."""
-        try:
-            with self._claimed(unit):
-                problems = self._problems(unit)
-                for suffix in ("json", *problems) if problems else ():
-                    file = self._file(unit, suffix)
-                    if file.exists():
-                        file.replace(file.with_name(file.name + ".damaged"))
-        except StoreError:
+    def _set_aside(self, unit: Unit, damage: Damaged) -> None:
+        """Rename what is damaged: a unit's whole folder, or files of an earlier version."""
+        if self._is_earlier(unit):
+            for path in {self._path(unit, MANIFEST): "", **damage.problems}:
+                set_aside(path, is_damaged=lambda aside: True)
             return
-        for suffix, reason in problems.items():
-            line = f"{self._file(unit, suffix)} {reason}"
-            self.damaged.append(line)
-            warnings.warn(f"{line}: moved aside, the unit will be redone", stacklevel=4)
+
+        def is_damaged(aside: Path) -> bool:
+            try:
+                self._read(unit, folder=aside)
+            except (FileNotFoundError, Damaged):
+                return True
+            return False
+
+        set_aside(self._folder(unit), is_damaged)
 
 
 def load_results(path: str | Path) -> polars.DataFrame:
     """Every finished unit of a run as one frame, sorted by `SORTED_BY`.
 
-    A unit whose table does not match its checksum is left out with a warning that names it. Units
+    A unit whose table is not what was written is left out with a warning that names it. Units
     trained on different versions of a data set are named in a warning too.
 
     Raises:
@@ -410,200 +442,93 @@ def load_results(path: str | Path) -> polars.DataFrame:
         except StoreError as error:
             warnings.warn(str(error), stacklevel=2)
     for unit in units:
-        problems = store._problems(unit, suffixes=("parquet",))
-        if problems:
-            reason = "; ".join(f"{unit.name}.{suffix} {what}" for suffix, what in problems.items())
-            warnings.warn(f"left out: {reason}. Run the sweep again to redo it", stacklevel=2)
+        try:
+            manifest, files = store._read(unit, ROWS)
+            frame = polars.read_parquet(files[ROWS])
+            if len(frame) != manifest.rows:
+                raise Damaged({store._path(unit, ROWS): f"has {len(frame)} rows"})
+        except FileNotFoundError:
             continue
-        frames.append(polars.read_parquet(store._file(unit, "parquet").read_bytes()))
+        except Damaged as damage:
+            warnings.warn(f"left out: {damage}. Run the sweep again to redo it", stacklevel=2)
+            continue
+        frames.append(frame)
     if not frames:
         raise StoreError(f"{store.path} has no finished unit yet: run the sweep")
     return polars.concat(frames, how="diagonal_relaxed").sort(SORTED_BY)
 
 
-def spec_hash(spec: Mapping[str, Any]) -> str:
-    """First 12 hexadecimal digits of the SHA-256 of a spec's canonical JSON.
-
-    Raises:
-        TypeError: something JSON cannot hold.
-        ValueError: a number that is not finite.
-    """
-    return hashlib.sha256(_canonical(spec).encode()).hexdigest()[:12]
-
-
-def _canonical(spec: Mapping[str, Any]) -> str:
-    return json.dumps(spec, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _read_spec(folder: Path) -> tuple[dict[str, Any], str]:
-    file = folder / "spec.json"
-    if not file.is_file():
-        raise StoreError(f"{folder} holds no run: there is no {file}")
-    try:
-        content = json.loads(file.read_bytes())
-        spec, recorded = content["spec"], content["spec_hash"]
-        if spec_hash(spec) == recorded:
-            return spec, recorded
-        reason = "the spec does not match its hash"
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error)
-    raise StoreError(
-        f"{file} is damaged ({reason}): restore it, choose another --out, or discard the run with "
-        "--overwrite"
-    )
-
-
-def _differences(stored: Any, asked: Any, field: str = "") -> Iterator[str]:
-    """Name each field in which two JSON values differ."""
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        for key in sorted({*stored, *asked}):
-            name = f"{field}.{key}" if field else key
-            if key not in asked:
-                yield f"{name} is {stored[key]!r} there, absent here"
-            elif key not in stored:
-                yield f"{name} is absent there, {asked[key]!r} here"
-            else:
-                yield from _differences(stored[key], asked[key], name)
-    elif stored != asked:
-        yield f"{field} is {stored!r} there, {asked!r} here"
-
-
-def _discard(folder: Path) -> None:
-    """Delete a run's results and data, the manifests first; the spec stays to be replaced."""
-    if b'"spec_hash"' not in (folder / "spec.json").read_bytes():
-        raise StoreError(f"{folder / 'spec.json'} is not a run's: nothing was overwritten")
-    for lock in (folder / "units").glob("*.lock"):
-        owner = _owner(lock)
-        if owner is not None and not _is_stale(lock, owner):
-            raise StoreError(
-                f"process {owner} is working in {folder}: stop it before --overwrite "
-                f"(if it is gone, delete {lock})"
-            )
-    files = [file for sub in ("units", "data") for file in (folder / sub).rglob("*")]
-    for file in sorted(files, key=lambda file: (file.suffix != ".json", -len(file.parts))):
-        if file.is_dir() and not file.is_symlink():
-            file.rmdir()
-        else:
-            file.unlink(missing_ok=True)
-
-
-def _to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    import pyarrow
-    import pyarrow.parquet
-
-    if not rows:
-        raise ValueError("rows must not be empty")
-    missing = sorted({column for row in rows for column in COLUMNS if column not in row})
-    if missing:
-        raise ValueError(f"rows must have every column, missing {', '.join(missing)}")
-    names = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
-    columns = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        if COLUMNS.get(name) == "int64":
-            # Arrow would drop the fraction of a Python float.
-            wrong = [v for v in values if not isinstance(v, numbers.Integral | None)]
-            if wrong:
-                raise ValueError(f"column {name!r} must hold integers, got {wrong[0]!r}")
-        try:
-            columns[name] = pyarrow.array(values, type=_arrow_type(name))
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise ValueError(f"column {name!r}: {error}") from error
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _arrow_type(column: str) -> pyarrow.DataType | None:
-    """The type of a known column; None lets arrow infer it."""
-    import pyarrow
-
-    name = COLUMNS.get(column)
-    if name == "list<double>":
-        return pyarrow.list_(pyarrow.float64())
-    return None if name is None else pyarrow.type_for_alias(name)
+def _check_belong(unit: Unit, rows: Sequence[Mapping[str, Any]], tickets: Sequence[Ticket]) -> None:
+    """Raise ``ValueError`` unless rows and tickets are those of a unit, one for one."""
+    if len(rows) != len(tickets):
+        raise ValueError(f"rows must be one per ticket, got {len(rows)} and {len(tickets)}")
+    for index, (row, ticket) in enumerate(zip(rows, tickets, strict=True)):
+        origins = {(row.get("algo"), row.get("level")), (ticket.algo, ticket.level)}
+        if origins != {(unit.algo, unit.level)}:
+            raise ValueError(f"rows and tickets must be of {unit.name}, got {origins} at {index}")
 
 
 @contextmanager
-def _exclusive(lock: Path) -> Iterator[None]:
+def _alone(lock: Path) -> Iterator[None]:
     """Hold a lock that is only ever held for a moment."""
-    deadline = time.monotonic() + 30
-    while not _acquire(lock):
+    deadline = time.monotonic() + locks.LEASE_S + 30
+    while (claim := locks.acquire(lock)) is None:
         if time.monotonic() > deadline:
-            raise StoreError(f"{lock} is held by process {_owner(lock)}: delete it if that is gone")
+            raise StoreError(f"{lock} is held by {locks.owner(lock)}: delete it if that is gone")
         time.sleep(0.02)
     try:
         yield
     finally:
-        _release(lock)
+        claim.release()
 
 
-def _acquire(lock: Path) -> bool:
-    """Create a lock file, taking over one whose process is dead; whether it is ours now."""
-    with _guard:
-        return _create(lock) or _take_over(lock)
+def _refuse_strangers(folder: Path) -> None:
+    if any(child for sub in _OWN for child in (folder / sub).iterdir()):
+        raise StoreError(
+            f"{folder} has files in units/ or data/ but no spec.json, so they are not known to be "
+            "a run's: choose another --out, or restore or move them"
+        )
 
 
-def _take_over(lock: Path) -> bool:
-    owner = _owner(lock)
-    if owner is None:
-        return _create(lock)
-    if not _is_stale(lock, owner):
-        return False
-    # Two processes may find the same lock stale: only the one that holds the takeover file may
-    # replace it, and only after looking again.
-    takeover = lock.with_name(lock.name + ".takeover")
-    if _age(takeover) > _GRACE_S:
-        takeover.unlink(missing_ok=True)
+def _discard(folder: Path) -> None:
+    """Delete a run's results and data; the spec stays to be replaced.
+
+    Only names that a run gives are deleted, and nothing beyond a link.
+    """
+    spec = folder / "spec.json"
     try:
-        takeover.open("x").close()
-    except FileExistsError:
-        return False
-    try:
-        owner = _owner(lock)
-        if owner is not None and _is_stale(lock, owner):
-            lock.unlink(missing_ok=True)
-        return _create(lock)
-    finally:
-        takeover.unlink(missing_ok=True)
+        known = b'"spec_hash"' in read_regular(spec)
+    except Damaged:
+        known = False
+    if not known:
+        raise StoreError(f"{spec} is not a run's: nothing was overwritten")
+    for sub in _OWN:
+        if (folder / sub).is_symlink():
+            raise StoreError(
+                f"{folder / sub} is a link, and what it leads to is not --overwrite's to delete: "
+                "remove the link, or choose another --out"
+            )
+    for lock in (folder / "units").glob("*.lock"):
+        owner, claim = locks.owner(lock), locks.acquire(lock)
+        if claim is None:
+            raise StoreError(
+                f"{owner} is working in {folder}: stop it before --overwrite "
+                f"(if it is gone, delete {lock})"
+            )
+        claim.release()
+    for sub, own in _OWN.items():
+        for entry in (folder / sub).iterdir():
+            if own.fullmatch(entry.name):
+                _delete(entry)
 
 
-def _create(lock: Path) -> bool:
-    try:
-        with lock.open("x") as file:
-            file.write(process_token())
-    except FileExistsError:
-        return False
-    _held.add(lock.absolute())
-    return True
-
-
-def _release(lock: Path) -> None:
-    with _guard:
-        _held.discard(lock.absolute())
-        if _owner(lock) == process_token():
-            lock.unlink(missing_ok=True)
-
-
-def _owner(lock: Path) -> str | None:
-    """What a lock file says, empty while it is being written; None without a lock."""
-    try:
-        return lock.read_text()
-    except FileNotFoundError:
-        return None
-
-
-def _is_stale(lock: Path, owner: str) -> bool:
-    if owner == process_token():
-        return lock.absolute() not in _held
-    if owner:
-        return not is_alive(owner)
-    return _age(lock) > _GRACE_S
-
-
-def _age(file: Path) -> float:
-    """Seconds since a file was written; 0 if it has just gone."""
-    try:
-        return time.time() - file.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+def _delete(entry: Path) -> None:
+    """Delete a file, a link, or a unit's folder without what is not the unit's."""
+    if entry.is_symlink() or not entry.is_dir():
+        entry.unlink(missing_ok=True)
+        return
+    for name in (MANIFEST, ROWS, TICKETS, REWIND):
+        if os.path.lexists(entry / name):
+            _delete(entry / name)
+    if not any(entry.iterdir()):
+        entry.rmdir()

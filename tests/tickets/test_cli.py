@@ -292,7 +292,7 @@ def test_ctrl_c_exits_130_and_says_how_to_resume(tmp_path):
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not list(out.glob("units/*.json")) and time.monotonic() < deadline:
+    while not list(out.glob("units/*/manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     text, _ = child.communicate(timeout=60)

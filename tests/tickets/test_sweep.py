@@ -182,8 +182,8 @@ def test_a_killed_sweep_resumes_to_the_same_table(share, finished, tmp_path):
     assert wait(child) == (-signal.SIGKILL, "")
     locks = [file.name for file in (out / "units").glob("*.lock")]
     assert len(locks) in (1, 2)  # it died at work
-    before = {file: file.stat().st_mtime_ns for file in (out / "units").glob("*.parquet")}
-    assert len(before) < len(list((finished / "units").glob("*.parquet")))
+    before = {file: file.stat().st_mtime_ns for file in (out / "units").glob("*/*.parquet")}
+    assert len(before) < len(list((finished / "units").glob("*/*.parquet")))
     run(SPEC, out)
     assert table(out).equals(table(finished))
     # What was finished was not done again.
@@ -217,16 +217,10 @@ def test_a_process_trains_what_no_other_works_on(finished, tmp_path):
             raise Enough
 
     lock = tmp_path / "units" / "ppo-level-00-chunk-00.lock"
-    lock.write_text("1-1@another-host")
-    with (
-        pytest.warns(
-            UserWarning, match=r"waiting: .*claimed by 1-1@another-host: .*delete"
-        ) as told,
-        pytest.raises(Enough),
-    ):
+    lock.write_text("1@another-host elsewhere 00 0000000001\n")
+    with pytest.raises(Enough):
         run(spec, tmp_path, on_progress=advance)
-    assert len(told) == 1
-    assert str(lock) in str(told[0].message)
+    assert "waiting for process 1 on another-host" in seen[-1]
     assert {unit.algo for unit in store.units()} == {"bc"}
     assert len(store.units()) == 2
     lock.unlink()
@@ -235,35 +229,36 @@ def test_a_process_trains_what_no_other_works_on(finished, tmp_path):
     assert table(tmp_path).equals(expected)
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "safetensors", "json"])
-def test_a_damaged_unit_is_named_and_redone(suffix, copy, finished):
-    file = copy / "units" / f"ppo-level-01-chunk-00.{suffix}"
+@pytest.mark.parametrize("name", ["rows.parquet", "tickets.safetensors", "manifest.json"])
+def test_a_damaged_unit_is_named_and_redone(name, copy, finished):
+    folder = copy / "units" / "ppo-level-01-chunk-00"
+    file = folder / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match=rf"{file.name} .*: moved aside, the unit will be redone"):
+    with pytest.warns(UserWarning, match=rf"{name} .*: moved aside, the unit will be redone"):
         store = run(SPEC, copy)
     assert any(file.name in line for line in store.damaged)
     assert table(copy).equals(table(finished))
-    assert file.with_name(file.name + ".damaged").exists()
+    assert folder.with_name(f"{folder.name}.damaged").exists()
 
 
+@pytest.mark.parametrize("lost", [(), ("units/bc-level-02*",)], ids=["finished", "unfinished"])
 @pytest.mark.parametrize("name", ["demonstrations", "experts", "both"])
-def test_damaged_demonstrations_are_made_again(name, copy, finished):
+def test_damaged_demonstrations_are_made_again(name, lost, copy, finished):
     names = ("demonstrations", "experts") if name == "both" else (name,)
     for each in names:
         file = copy / "data" / f"{each}.safetensors"
         # Tensors may be the file itself, mapped into memory.
         before = {key: value.clone() for key, value in read_data(Store(copy), each).items()}
         file.write_bytes(file.read_bytes()[:-4])
-    for unit in list((copy / "units").glob("bc-level-02*")):
-        unit.unlink()
-    if name == "experts":
-        # The data set is what students need: nobody looks at the experts again.
-        run(SPEC, copy)
-    else:
-        with pytest.warns(UserWarning, match=r"safetensors .*it will be made again"):
-            run(SPEC, copy)
+    lose(copy, *lost)
+    with pytest.warns(UserWarning, match=r"safetensors .*it will be made again"):
+        store = run(SPEC, copy)
+    assert {line.split()[0] for line in store.damaged} == {
+        str(copy / "data" / f"{each}.safetensors") for each in names
+    }
+    if name != "experts":  # which are needed only to make demonstrations
         again = read_data(Store(copy), names[-1])
         assert all(torch.equal(again[key], before[key]) for key in before)
     assert table(copy).equals(table(finished))
@@ -271,7 +266,7 @@ def test_damaged_demonstrations_are_made_again(name, copy, finished):
 
 def test_experts_are_not_trained_twice(copy, monkeypatch):
     (copy / "data" / "demonstrations.safetensors").unlink()
-    (copy / "units" / "bc-level-02-chunk-00.json").unlink()
+    lose(copy, "units/bc-level-02-chunk-00")
 
     def refuse(*args, **kwargs):
         raise AssertionError("experts were trained again")
@@ -286,8 +281,8 @@ def test_experts_are_not_trained_twice(copy, monkeypatch):
 
 def lose(out, *patterns):
     for pattern in patterns:
-        for file in list(out.glob(pattern)):
-            file.unlink()
+        for path in list(out.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def other_demonstrations(out):
@@ -295,16 +290,31 @@ def other_demonstrations(out):
     store = Store(out)
     data = {name: value.clone() for name, value in read_data(store, "demonstrations").items()}
     data["target"][0, 0, 0] += 1e-6
-    write_data(store, "demonstrations", data)
+    (out / "data" / "demonstrations.safetensors").unlink()
+    assert write_data(store, "demonstrations", data)
     return checksum(data)
 
 
-def forget_demonstrations(out):
-    """Manifests as they were before they recorded demonstrations."""
-    for file in (out / "units").glob("*.json"):
-        manifest = json.loads(file.read_bytes())
-        del manifest["inputs"]
-        file.write_text(json.dumps(manifest))
+def as_before(out, *, inputs=True):
+    """Units side by side in one folder, as they once were, with or without demonstrations."""
+    for folder in list((out / "units").iterdir()):
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        files = manifest["files"]
+        del manifest["sha256"]
+        if not inputs:
+            del manifest["inputs"]
+        manifest["files"] = {
+            "parquet": files["rows.parquet"],
+            "safetensors": files["tickets.safetensors"],
+        }
+        for name in ("rows.parquet", "tickets.safetensors"):
+            suffix = name.split(".")[1]
+            (folder / name).rename(folder.with_name(f"{folder.name}.{suffix}"))
+        if "rewind.safetensors" in files:
+            name = f"{folder.name}-rewind.safetensors"
+            (folder / "rewind.safetensors").rename(out / "data" / name)
+        shutil.rmtree(folder)
+        folder.with_name(f"{folder.name}.json").write_text(json.dumps(manifest))
 
 
 def test_every_cloned_ticket_names_its_demonstrations(finished):
@@ -353,8 +363,9 @@ def test_units_of_two_machines_in_one_folder_are_refused(copy, finished, tmp_pat
     lose(elsewhere, "units/bc-*")
     other_demonstrations(elsewhere)
     run(SPEC, elsewhere)
-    for file in (elsewhere / "units").glob("bc-level-01-chunk-00.*"):
-        (copy / "units" / file.name).write_bytes(file.read_bytes())
+    lose(copy, "units/bc-level-01-chunk-00")
+    unit = "units/bc-level-01-chunk-00"
+    shutil.copytree(elsewhere / unit, copy / unit)
     with pytest.raises(StoreError, match="mixes different demonstrations"):
         run(SPEC, copy)
     with pytest.warns(UserWarning, match="mixes different demonstrations"):
@@ -362,7 +373,7 @@ def test_units_of_two_machines_in_one_folder_are_refused(copy, finished, tmp_pat
 
 
 def test_folders_from_before_demonstrations_were_recorded(copy, finished):
-    forget_demonstrations(copy)
+    as_before(copy, inputs=False)
     run(SPEC, copy)  # Nothing to train, nothing to say.
     assert table(copy).equals(table(finished))
     lose(copy, "units/bc-level-02*")
@@ -378,14 +389,30 @@ def test_folders_from_before_demonstrations_were_recorded(copy, finished):
     assert table(copy).equals(table(finished))
 
 
-def test_a_lost_rewind_point_is_made_again(copy, finished):
-    file = copy / "data" / "ppo-level-00-chunk-00-rewind.safetensors"
+def test_a_damaged_rewind_point_is_made_again(copy, finished):
+    unit = "ppo-level-00-chunk-00"
+    file = copy / "units" / unit / "rewind.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    (copy / "units" / "ppo-level-02-chunk-00.json").unlink()
-    with pytest.warns(UserWarning, match="rewind.safetensors .*it will be made again"):
+    lose(copy, "units/ppo-level-02-chunk-00")
+    with pytest.warns(UserWarning, match="rewind.safetensors .*the unit will be redone"):
         run(SPEC, copy)
     assert file.read_bytes() == whole
+    assert table(copy).equals(table(finished))
+
+
+def test_folders_of_earlier_versions_are_read_and_go_on(copy, finished):
+    as_before(copy)
+    lose(copy, "units/*-level-02*")
+    assert table(copy).equals(table(finished).filter(pl.col("level") < 2))
+    run(SPEC, copy)
+    assert table(copy).equals(table(finished))
+    file = copy / "data" / "ppo-level-00-chunk-00-rewind.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    (copy / "units" / "ppo-level-01-chunk-00.parquet").write_bytes(b"x")
+    with pytest.warns(UserWarning, match="the unit will be redone"):
+        store = run(SPEC, copy)
+    assert len(store.damaged) == 2
     assert table(copy).equals(table(finished))
 
 
@@ -467,19 +494,34 @@ def test_progress_adds_up_to_the_announced_total(finished, tmp_path):
 
 def test_data_is_read_as_written_and_damage_is_moved_aside(copy):
     store = Store(copy)
+    lose(copy, "data/experts*")
     values = {"a": torch.arange(6).reshape(2, 3), "b": torch.tensor([True, False])}
-    write_data(store, "mine", values)
-    read = read_data(store, "mine")
+    assert write_data(store, "experts", values)
+    assert not write_data(store, "experts", {"a": torch.zeros(1)})  # the first stays
+    read = read_data(store, "experts")
     assert all(torch.equal(read[key], values[key]) for key in values)
     assert read_data(store, "absent") is None
-    file = store.data / "mine.safetensors"
+    file = store.data / "experts.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.warns(UserWarning, match="does not match its checksum"):
-        assert read_data(store, "mine") is None
+        assert read_data(store, "experts") is None
     assert not file.exists()
-    assert read_data(store, "mine") is None
+    assert read_data(store, "experts") is None
+
+
+def test_data_of_another_run_or_name_is_not_used(copy):
+    store = Store(copy)
+    swapped = store.data / "demonstrations.safetensors"
+    (store.data / "experts.safetensors").replace(swapped)
+    with pytest.warns(UserWarning, match="is experts of run"):
+        assert read_data(store, "demonstrations") is None
+    store.spec_hash = "another"
+    shutil.copy(store.data / "demonstrations.safetensors.damaged", swapped)
+    with pytest.warns(UserWarning, match="of run"):
+        assert read_data(store, "demonstrations") is None
+    assert len(list(store.data.glob("*.damaged*"))) == 2
 
 
 TINY = replace(
