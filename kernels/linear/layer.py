@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from sparse_tickets.kernels.dispatch import Plan, is_chosen, resume
 from sparse_tickets.kernels.linear import is_plain, is_watched
 from sparse_tickets.kernels.linear.cpu import plan_for, wins_single
-from sparse_tickets.kernels.linear.masking import is_equal, is_zero_off, keep
+from sparse_tickets.kernels.linear.masking import is_equal, is_zero_off, keep, keep_in_place
 from sparse_tickets.kernels.linear.patterns import Pattern, build_pattern, take_snapshot
 from sparse_tickets.kernels.linear.rows import Rows
 from sparse_tickets.kernels.linear.single import SingleRow
@@ -191,8 +191,7 @@ class Prepared:
     def _keep_(self, gradient: Tensor) -> None:
         """Zero a contiguous gradient off the mask."""
         if self.kept < self._count:
-            at = gradient.data_ptr()
-            keep(at, self._mask_at, at, self._count)
+            keep_in_place(gradient.data_ptr(), self._mask_at, self._count)
 
 
 def multiply_rows(

@@ -16,7 +16,16 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.core.extending import intrinsic
 
-__all__ = ["by_address", "bytes_differ", "is_equal", "is_zero_off", "keep", "keep_all", "pointer"]
+__all__ = [
+    "by_address",
+    "bytes_differ",
+    "is_equal",
+    "is_zero_off",
+    "keep",
+    "keep_all",
+    "keep_in_place",
+    "pointer",
+]
 
 
 @intrinsic
@@ -102,7 +111,7 @@ def _zero_off(value_at, mask_at, count):
 
 @njit(cache=True, error_model="numpy")
 def _keep(value_at, mask_at, result_at, count):
-    """``result`` is the value on the mask and zero off it; it may be the value itself."""
+    """``result``, memory of its own, is the value on the mask and zero off it."""
     value = carray(pointer(value_at), (count,), np.int32)
     mask = carray(pointer(mask_at), (count,), np.uint8)
     result = carray(pointer(result_at), (count,), np.int32)
@@ -110,14 +119,24 @@ def _keep(value_at, mask_at, result_at, count):
         result[i] = _keep_one(value[i], mask[i])
 
 
+# Apart from `_keep`, whose loop runs one by one where its two arrays are the same.
+@njit(cache=True, error_model="numpy")
+def _keep_in_place(value_at, mask_at, count):
+    """Zero the value off the mask."""
+    value = carray(pointer(value_at), (count,), np.int32)
+    mask = carray(pointer(mask_at), (count,), np.uint8)
+    for i in range(count):
+        value[i] = _keep_one(value[i], mask[i])
+
+
 @njit(cache=True, error_model="numpy")
 def _keep_all(table_at, rows):
-    """`keep` in place for each ``[value address, mask address, count]`` that needs it."""
+    """`keep_in_place` for each ``[value address, mask address, count]`` that needs it."""
     table = carray(pointer(table_at), (rows, 3), np.int64)
     for row in range(rows):
         value_at, mask_at, count = table[row, 0], table[row, 1], table[row, 2]
         if not _zero_off(value_at, mask_at, count):
-            _keep(value_at, mask_at, value_at, count)
+            _keep_in_place(value_at, mask_at, count)
 
 
 def by_address(function, arguments: int):
@@ -133,4 +152,5 @@ def by_address(function, arguments: int):
 is_equal = by_address(_equal, 3)
 is_zero_off = by_address(_zero_off, 3)
 keep = by_address(_keep, 4)
+keep_in_place = by_address(_keep_in_place, 3)
 keep_all = by_address(_keep_all, 2)
