@@ -21,13 +21,17 @@ from numba.core.extending import intrinsic, overload, register_model
 
 __all__ = [
     "LANES",
+    "MASK_BYTES",
     "aligned_empty",
     "exp",
     "fma",
     "load",
+    "load_bits",
+    "load_bits_tail",
     "load_kept",
     "log",
     "make_block_tile",
+    "make_row_tile",
     "make_sparse_tile",
     "make_tile",
     "maximum",
@@ -38,6 +42,7 @@ __all__ = [
     "sum_lanes",
     "tanh",
     "transpose",
+    "where_positive",
 ]
 
 
@@ -55,6 +60,9 @@ def _count_lanes() -> int:
 
 LANES = _count_lanes()
 """float32 lanes of one vector register on this machine: 16 (AVX-512), 8 (AVX2) or 4 (NEON, SSE)."""
+
+MASK_BYTES = max(1, LANES // 8)
+"""Bytes that hold one bit per lane."""
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
@@ -343,6 +351,50 @@ def minimum(typingctx, a, b):
     return vector(vector, vector), generate
 
 
+@intrinsic
+def where_positive(typingctx, x, a, b):
+    """``a`` in the lanes where ``x > 0``, ``b`` in the others; a NaN in ``x`` chooses ``a``."""
+
+    def generate(context, builder, signature, arguments):
+        x, a, b = arguments
+        return builder.select(builder.fcmp_ordered("<=", x, _constant(0.0)), b, a)
+
+    return vector(vector, vector, vector), generate
+
+
+def _make_load_bits(careful: bool):
+    @intrinsic
+    def load_bits(typingctx, array, index, bits, word):
+        def generate(context, builder, signature, arguments):
+            data = _data(context, builder, signature.args[0], arguments[0])
+            words = _data(context, builder, signature.args[2], arguments[2])
+            at = builder.gep(words, [builder.mul(arguments[3], _INDEX(MASK_BYTES))])
+            stored = ir.IntType(8 * MASK_BYTES)
+            lanes = builder.load(builder.bitcast(at, stored.as_pointer()), align=1)
+            if stored.width != LANES:
+                lanes = builder.trunc(lanes, ir.IntType(LANES))
+            kept = builder.bitcast(lanes, ir.VectorType(ir.IntType(1), LANES))
+            if not careful:
+                value = _load(builder, data, arguments[1])
+                return builder.select(kept, value, _constant(0.0))
+            pointer = builder.bitcast(builder.gep(data, [arguments[1]]), _VECTOR.as_pointer())
+            name = f"llvm.masked.load.v{LANES}f32.p0"
+            return _call(builder, name, _VECTOR, [pointer, _INT(4), kept, _constant(0.0)])
+
+        return vector(array, types.int64, bits, types.int64), generate
+
+    return load_bits
+
+
+load_bits = _make_load_bits(False)
+"""``load_bits(array, index, bits, word)``: `load`, with zero in lanes whose bit is not set.
+
+``bits`` is memory as bytes, and ``word`` counts in words of `MASK_BYTES`, the lowest bit first.
+"""
+load_bits_tail = _make_load_bits(True)
+"""`load_bits` that never touches the memory of lanes whose bit is not set."""
+
+
 def _horner(builder, coefficients, x):
     value = _constant(coefficients[-1])
     for coefficient in coefficients[-2::-1]:
@@ -602,3 +654,56 @@ def make_block_tile(rows: int, columns: int):
         return types.void(a, i, i, index, i, i, x, i, i, y, i, i, bias, i), generate
 
     return block_tile
+
+
+def make_row_tile(columns: int, chains: int):
+    """One row of nonzeros times ``columns * LANES`` columns of a panel, held in registers.
+
+    The returned function computes ``y[c] = start + sum_j value[j] * x[index[j] * ld + c]``. So that
+    the latency of multiply-adds is hidden, nonzeros take turns on ``chains`` sums.
+    """
+
+    @intrinsic
+    def row_tile(typingctx, m, value0, index, index0, count, x0, ld, y0, start):
+        def generate(context, builder, signature, arguments):
+            data = _data(context, builder, signature.args[0], arguments[0])
+            index_data = _data(context, builder, signature.args[2], arguments[2])
+            value0, index0, count, x0, ld, y0, start = (arguments[i] for i in (1, *range(3, 9)))
+            sums = {}
+            for chain in range(chains):
+                for c in range(columns):
+                    sums[chain, c] = cgutils.alloca_once(builder, _VECTOR)
+                    first = _broadcast(builder, start) if chain == 0 else ir.Constant(_VECTOR, None)
+                    builder.store(first, sums[chain, c])
+
+            def step(j, chain):
+                at = builder.gep(data, [builder.add(value0, j)])
+                value = _broadcast(builder, builder.load(at))
+                at = builder.gep(index_data, [builder.add(index0, j)])
+                column = builder.zext(builder.load(at), _INDEX)
+                row = builder.add(x0, builder.mul(column, ld))
+                for c in range(columns):
+                    x = _load(builder, data, builder.add(row, _INDEX(c * LANES)))
+                    slot = sums[chain, c]
+                    builder.store(_llvm_fma(builder, value, x, builder.load(slot)), slot)
+
+            rounds = builder.sdiv(count, _INDEX(chains))
+            with cgutils.for_range(builder, rounds) as loop:
+                first = builder.mul(loop.index, _INDEX(chains))
+                for chain in range(chains):
+                    step(builder.add(first, _INDEX(chain)), chain)
+            if chains > 1:
+                done = builder.mul(rounds, _INDEX(chains))
+                with cgutils.for_range(builder, builder.sub(count, done)) as loop:
+                    step(builder.add(done, loop.index), 0)
+            for c in range(columns):
+                total = builder.load(sums[0, c])
+                for chain in range(1, chains):
+                    total = builder.fadd(total, builder.load(sums[chain, c]))
+                _store(builder, total, data, builder.add(y0, _INDEX(c * LANES)))
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(m, i, index, i, i, i, i, i, types.float32), generate
+
+    return row_tile

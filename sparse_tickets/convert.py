@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.linear import SparseLinear, count_kept, make_dense_, make_sparse_
+from sparse_tickets.sequential import make_fused_, make_plain_
 
 __all__ = [
     "ELEMENTWISE",
@@ -106,6 +107,7 @@ def sparsify_(
     groups = list(sharing.values())
     for pool in [groups] if scope == "global" else [[group] for group in groups]:
         _prune_jointly(pool, density)
+    make_fused_(module)
     return module
 
 
@@ -173,6 +175,7 @@ def densify_(module: nn.Module) -> nn.Module:
     for layer in list(module.modules()):
         if isinstance(layer, SparseLinear):
             make_dense_(layer)
+    make_plain_(module)
     return module
 
 

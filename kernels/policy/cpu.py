@@ -1,0 +1,408 @@
+"""A whole network in one call: forward, backward, and rows without a gradient.
+
+All take addresses of two int64 arrays: the ``form`` of a network for one size of batch (`layout`),
+and the ``call``, which says where this call's tensors lie. Tile by tile of the batch every layer
+runs while its panels are in cache. Per nonzero and batch row: 2 FLOPs forward and 4 backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numba import njit, types
+
+from sparse_tickets.kernels.policy.activations import activate, deactivate
+from sparse_tickets.kernels.policy.addresses import bytes_, floats, get, integers, put, shorts
+from sparse_tickets.kernels.policy.blas import sgemm
+from sparse_tickets.kernels.policy.layout import (
+    BEGIN,
+    BIAS,
+    BITS,
+    CALL_LAYER,
+    CODE,
+    DBIAS,
+    DELTAS,
+    DENSE,
+    DWEIGHT,
+    FEATURES,
+    FORM_LAYER,
+    GRADIENTS,
+    INDEX,
+    INP,
+    KEPT,
+    LAYERS,
+    MASKED,
+    NONZEROS,
+    OUT,
+    POSITION,
+    ROWS,
+    SGEMM,
+    SLOPES,
+    TILE,
+    TURNED,
+    TURNED_BEGIN,
+    TURNED_FROM,
+    TURNED_INDEX,
+    TURNED_ROWS,
+    VALUES,
+    VALUES_SIZE,
+    WEIGHT,
+    WIDEST,
+    X_PANEL,
+    Y_PANEL,
+    CALL_BATCH,
+    CALL_DX,
+    CALL_DY,
+    CALL_FIRST,
+    CALL_SAVED,
+    CALL_SCRATCH,
+    CALL_STEP,
+    CALL_X,
+    CALL_Y,
+    FORM_FIRST,
+)
+from sparse_tickets.kernels.policy.products import (
+    clear_columns,
+    fill,
+    from_panel,
+    sparse_gradient,
+    sparse_product,
+    sum_rows,
+    to_panel,
+)
+from sparse_tickets.kernels.vector import (
+    LANES,
+    MASK_BYTES,
+    fma,
+    load,
+    load_kept,
+    load_tail,
+    splat,
+    store,
+    sum_lanes,
+)
+
+__all__ = ["kernels"]
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+@njit(cache=True)
+def _gather(m, n, b, i64, layer, weight, values):
+    """The weights on the mask, packed; of a dense layer all, with zeros off the mask."""
+    if not get(i64, layer + DENSE):
+        position = get(i64, layer + POSITION)
+        for j in range(get(i64, layer + NONZEROS)):
+            put(m, values + j, get(m, weight + np.int64(get(n, position + j))))
+        return
+    out, inp, bits = get(i64, layer + OUT), get(i64, layer + INP), get(i64, layer + BITS)
+    words = (inp + LANES - 1) // LANES
+    whole = inp // LANES
+    for r in range(out):
+        for w in range(whole):
+            i = r * inp + w * LANES
+            store(m, values + i, load_kept(m, weight + i, b, bits + r * words + w))
+        for i in range(whole * LANES, inp):
+            kept = _has(b, bits, r * words + whole, i - whole * LANES)
+            put(m, values + r * inp + i, get(m, weight + r * inp + i) if kept else _ZERO)
+
+
+@njit(cache=True)
+def _has(b, bits, word, lane):
+    """Whether a lane's bit is set."""
+    return (get(b, (bits + word) * MASK_BYTES + lane // 8) >> np.uint8(lane % 8)) & np.uint8(1) != 0
+
+
+@njit(cache=True)
+def _keep(m, b, i64, layer, grad):
+    """Zero a dense gradient off the mask."""
+    out, inp, bits = get(i64, layer + OUT), get(i64, layer + INP), get(i64, layer + BITS)
+    words = (inp + LANES - 1) // LANES
+    whole = inp // LANES
+    for r in range(out):
+        for w in range(whole):
+            i = grad + r * inp + w * LANES
+            store(m, i, load_kept(m, i, b, bits + r * words + w))
+        for i in range(whole * LANES, inp):
+            if not _has(b, bits, r * words + whole, i - whole * LANES):
+                put(m, grad + r * inp + i, _ZERO)
+
+
+@njit(cache=True)
+def _weights(i64, layer, call, saved):
+    """Where the layer's weights lie: packed, or the Parameter itself if nothing is pruned."""
+    if get(i64, layer + DENSE) and not get(i64, layer + MASKED):
+        return get(i64, call + WEIGHT) // 4
+    return saved + get(i64, layer + VALUES)
+
+
+@njit(cache=True)
+def _forward_tile(m, n, i64, form, call, saved, panels, ld, count):
+    """All layers over one tile of ``count`` rows."""
+    sgemm_at = get(i64, form + SGEMM)
+    for k in range(get(i64, form + LAYERS)):
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        at = call + CALL_FIRST + k * CALL_LAYER
+        out, inp = get(i64, layer + OUT), get(i64, layer + INP)
+        x, y = panels + get(i64, layer + X_PANEL) * ld, panels + get(i64, layer + Y_PANEL) * ld
+        bias, values = get(i64, at + BIAS) // 4, _weights(i64, layer, at, saved)
+        if get(i64, layer + DENSE):
+            for r in range(out):
+                fill(m, y + r * ld, ld, get(m, bias + r) if bias else _ZERO)
+            sgemm(
+                sgemm_at, np.int64(0), np.int64(0), ld, out, inp, m, x, ld, values, inp, _ONE, y, ld
+            )
+        else:
+            sparse_product(
+                m, n, i64, values, get(i64, layer + BEGIN), get(i64, layer + ROWS),
+                get(i64, layer + INDEX), out, x, y, ld, bias,
+            )  # fmt: skip
+        code, kept = get(i64, layer + CODE), np.int64(0)
+        if code:
+            if get(i64, layer + KEPT):
+                kept = panels + get(i64, layer + KEPT) * ld
+            slope = get(m, get(i64, form + SLOPES) + k)
+            activate(m, y, kept, out * ld, code, slope)
+        if count < ld:
+            clear_columns(m, y, out, count, ld)
+            if kept:
+                clear_columns(m, kept, out, count, ld)
+
+
+@njit(cache=True)
+def _forward(base, form_at, call_at):
+    m, n, b, i64 = floats(base), shorts(base), bytes_(base), integers(base)
+    form, call = form_at // 8, call_at // 8
+    saved, scratch = get(i64, call + CALL_SAVED) // 4, get(i64, call + CALL_SCRATCH) // 4
+    layers = get(i64, form + LAYERS)
+    for k in range(layers):
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        if not get(i64, layer + DENSE) or get(i64, layer + MASKED):
+            weight = get(i64, call + CALL_FIRST + k * CALL_LAYER + WEIGHT) // 4
+            _gather(m, n, b, i64, layer, weight, saved + get(i64, layer + VALUES))
+    last = form + FORM_FIRST + (layers - 1) * FORM_LAYER
+    out, inp = get(i64, last + OUT), get(i64, form + FORM_FIRST + INP)
+    batch, tile = get(i64, call + CALL_BATCH), get(i64, form + TILE)
+    x, y = get(i64, call + CALL_X) // 4, get(i64, call + CALL_Y) // 4
+    panels = saved + get(i64, form + VALUES_SIZE)
+    for first in range(0, batch, tile):
+        count = min(tile, batch - first)
+        ld = (count + LANES - 1) // LANES * LANES
+        to_panel(m, x + first * inp, inp, count, panels, ld, scratch)
+        _forward_tile(m, n, i64, form, call, saved, panels, ld, count)
+        at = panels + get(i64, last + Y_PANEL) * ld
+        from_panel(m, at, ld, y + first * out, out, count, scratch)
+        panels += get(i64, call + CALL_STEP)
+
+
+@njit(cache=True)
+def _lowest(i64, form, call):
+    """The first layer that a gradient must reach."""
+    layers = get(i64, form + LAYERS)
+    if get(i64, call + CALL_DX):
+        return np.int64(0)
+    for k in range(layers):
+        at = call + CALL_FIRST + k * CALL_LAYER
+        if get(i64, at + DWEIGHT) or get(i64, at + DBIAS):
+            return np.int64(k)
+    return layers
+
+
+@njit(cache=True)
+def _begin_gradients(m, n, i64, form, call, saved, scratch, lowest):
+    """Zero what is summed up, and turn the values for the products with the transposed weights."""
+    for k in range(lowest, get(i64, form + LAYERS)):
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        at = call + CALL_FIRST + k * CALL_LAYER
+        out, inp = get(i64, layer + OUT), get(i64, layer + INP)
+        dweight, dbias = get(i64, at + DWEIGHT) // 4, get(i64, at + DBIAS) // 4
+        if dbias:
+            fill(m, dbias, out, _ZERO)
+        if dweight:
+            fill(m, dweight, out * inp, _ZERO)
+        if not get(i64, layer + DENSE):
+            size = get(i64, layer + NONZEROS)
+            if dweight:
+                fill(m, scratch + get(i64, layer + GRADIENTS), size, _ZERO)
+            if k > lowest or get(i64, call + CALL_DX):
+                values, source = saved + get(i64, layer + VALUES), get(i64, layer + TURNED_FROM)
+                turned = scratch + get(i64, layer + TURNED)
+                for j in range(size):
+                    put(m, turned + j, get(m, values + np.int64(get(n, source + j))))
+
+
+@njit(cache=True)
+def _end_gradients(m, n, b, i64, form, call, scratch, lowest):
+    """Put summed gradients in their places."""
+    for k in range(lowest, get(i64, form + LAYERS)):
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        dweight = get(i64, call + CALL_FIRST + k * CALL_LAYER + DWEIGHT) // 4
+        if not dweight:
+            continue
+        if get(i64, layer + DENSE):
+            if get(i64, layer + MASKED):
+                _keep(m, b, i64, layer, dweight)
+        else:
+            grad, position = scratch + get(i64, layer + GRADIENTS), get(i64, layer + POSITION)
+            for j in range(get(i64, layer + NONZEROS)):
+                put(m, dweight + np.int64(get(n, position + j)), get(m, grad + j))
+
+
+@njit(cache=True)
+def _backward_tile(m, n, i64, form, call, saved, panels, scratch, ld, here, there, lowest):
+    """All layers over one tile, from the last; returns where the gradient of the input lies."""
+    sgemm_at = get(i64, form + SGEMM)
+    for k in range(get(i64, form + LAYERS) - 1, lowest - 1, -1):
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        at = call + CALL_FIRST + k * CALL_LAYER
+        out, inp = get(i64, layer + OUT), get(i64, layer + INP)
+        x, y = panels + get(i64, layer + X_PANEL) * ld, panels + get(i64, layer + Y_PANEL) * ld
+        code = get(i64, layer + CODE)
+        if code:
+            kept = np.int64(0)
+            if get(i64, layer + KEPT):
+                kept = panels + get(i64, layer + KEPT) * ld
+            slope = get(m, get(i64, form + SLOPES) + k)
+            deactivate(m, here, y, kept, out * ld, code, slope)
+        dweight, dbias = get(i64, at + DWEIGHT) // 4, get(i64, at + DBIAS) // 4
+        if dbias:
+            sum_rows(m, dbias, here, out, ld)
+        if dweight:
+            if get(i64, layer + DENSE):
+                sgemm(
+                    sgemm_at, np.int64(1), np.int64(0), inp, out, ld,
+                    m, x, ld, here, ld, _ONE, dweight, inp,
+                )  # fmt: skip
+            else:
+                sparse_gradient(
+                    m, n, i64, scratch + get(i64, layer + GRADIENTS), get(i64, layer + BEGIN),
+                    get(i64, layer + ROWS), get(i64, layer + INDEX), out, x, here, ld, scratch,
+                )  # fmt: skip
+        if k > lowest or get(i64, call + CALL_DX):
+            if get(i64, layer + DENSE):
+                values = _weights(i64, layer, at, saved)
+                sgemm(
+                    sgemm_at, np.int64(0), np.int64(1), ld, inp, out,
+                    m, here, ld, values, inp, _ZERO, there, ld,
+                )  # fmt: skip
+            else:
+                sparse_product(
+                    m, n, i64, scratch + get(i64, layer + TURNED), get(i64, layer + TURNED_BEGIN),
+                    get(i64, layer + TURNED_ROWS), get(i64, layer + TURNED_INDEX), inp,
+                    here, there, ld, np.int64(0),
+                )  # fmt: skip
+            here, there = there, here
+    return here
+
+
+@njit(cache=True)
+def _backward(base, form_at, call_at):
+    m, n, b, i64 = floats(base), shorts(base), bytes_(base), integers(base)
+    form, call = form_at // 8, call_at // 8
+    saved, scratch = get(i64, call + CALL_SAVED) // 4, get(i64, call + CALL_SCRATCH) // 4
+    lowest = _lowest(i64, form, call)
+    _begin_gradients(m, n, i64, form, call, saved, scratch, lowest)
+    last = form + FORM_FIRST + (get(i64, form + LAYERS) - 1) * FORM_LAYER
+    out, inp = get(i64, last + OUT), get(i64, form + FORM_FIRST + INP)
+    batch, tile = get(i64, call + CALL_BATCH), get(i64, form + TILE)
+    dx, dy = get(i64, call + CALL_DX) // 4, get(i64, call + CALL_DY) // 4
+    panels = saved + get(i64, form + VALUES_SIZE)
+    here = scratch + get(i64, form + DELTAS)
+    there = here + get(i64, form + WIDEST) * tile
+    for first in range(0, batch, tile):
+        count = min(tile, batch - first)
+        ld = (count + LANES - 1) // LANES * LANES
+        to_panel(m, dy + first * out, out, count, here, ld, scratch)
+        at = _backward_tile(
+            m, n, i64, form, call, saved, panels, scratch, ld, here, there, lowest
+        )
+        if dx:
+            from_panel(m, at, ld, dx + first * inp, inp, count, scratch)
+        panels += get(i64, form + FEATURES) * tile
+    _end_gradients(m, n, b, i64, form, call, scratch, lowest)
+
+
+@njit(cache=True)
+def _act(base, form_at, call_at):
+    """Few rows, one by one, without a gradient: dot products over whole registers of weights."""
+    m, b, i64 = floats(base), bytes_(base), integers(base)
+    form, call = form_at // 8, call_at // 8
+    layers = get(i64, form + LAYERS)
+    scratch = get(i64, call + CALL_SCRATCH) // 4
+    widest = get(i64, form + WIDEST)
+    inp = get(i64, form + FORM_FIRST + INP)
+    out = get(i64, form + FORM_FIRST + (layers - 1) * FORM_LAYER + OUT)
+    x, y = get(i64, call + CALL_X) // 4, get(i64, call + CALL_Y) // 4
+    for row in range(get(i64, call + CALL_BATCH)):
+        read, write = x + row * inp, scratch
+        for k in range(layers):
+            layer = form + FORM_FIRST + k * FORM_LAYER
+            at = call + CALL_FIRST + k * CALL_LAYER
+            weight, bias = get(i64, at + WEIGHT) // 4, get(i64, at + BIAS) // 4
+            _act_layer(m, b, i64, layer, weight, bias, read, write)
+            code, size = get(i64, layer + CODE), get(i64, layer + OUT)
+            if code:
+                slope = get(m, get(i64, form + SLOPES) + k)
+                padded = (size + LANES - 1) // LANES * LANES
+                activate(m, write, np.int64(0), padded, code, slope)
+            read, write = write, (scratch + widest if write == scratch else scratch)
+        for i in range(out):
+            put(m, y + row * out + i, get(m, read + i))
+
+
+@njit(cache=True)
+def _act_layer(m, b, i64, layer, weight, bias, x, y):
+    out, inp, bits = get(i64, layer + OUT), get(i64, layer + INP), get(i64, layer + BITS)
+    words, whole = (inp + LANES - 1) // LANES, inp // LANES
+    start = _ZERO
+    for r in range(out):
+        w, word = weight + r * inp, bits + r * words
+        even, odd = splat(_ZERO), splat(_ZERO)
+        i = 0
+        while i + 1 < whole:
+            c = i * LANES
+            even = fma(load_kept(m, w + c, b, word + i), load(m, x + c), even)
+            c += LANES
+            odd = fma(load_kept(m, w + c, b, word + i + 1), load(m, x + c), odd)
+            i += 2
+        if i < whole:
+            c = i * LANES
+            even = fma(load_kept(m, w + c, b, word + i), load(m, x + c), even)
+        if whole < words:
+            # The last word of the bits says which lanes lie within a row at all.
+            c = whole * LANES
+            tail = load_tail(m, x + c, b, bits + out * words)
+            odd = fma(load_tail(m, w + c, b, word + whole), tail, odd)
+        if bias:
+            start = get(m, bias + r)
+        put(m, y + r, start + sum_lanes(even + odd))
+
+
+# Without the GIL where another thread may do much meanwhile; giving it back and waiting for it
+# costs a small network its gain.
+@njit(cache=True, nogil=True)
+def _forward_alone(base, form_at, call_at):
+    _forward(base, form_at, call_at)
+
+
+@njit(cache=True, nogil=True)
+def _backward_alone(base, form_at, call_at):
+    _backward(base, form_at, call_at)
+
+
+_SIGNATURE = (types.int64,) * 3
+
+
+@cache
+def kernels() -> tuple[Callable[[int, int, int], None], ...]:
+    """Compiled ``(act, forward, backward, forward, backward)``, the last two without the GIL.
+
+    Each takes 0, the form and the call.
+    """
+    functions = _act, _forward, _backward, _forward_alone, _backward_alone
+    for function in functions:
+        function.compile(_SIGNATURE)
+    # Numba's own dispatch on the types of arguments takes as long as a small network.
+    return tuple(function.get_overload(_SIGNATURE) for function in functions)

@@ -1,0 +1,219 @@
+"""How a network is described to the kernels: the form of a network, and the call.
+
+Both are flat int64 arrays, so that one address stands for either. Addresses within a form are in
+elements of what they point to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from sparse_tickets.kernels.policy.activations import NONE, Activation
+from sparse_tickets.kernels.policy.blas import find_sgemm
+from sparse_tickets.kernels.vector import LANES, MASK_BYTES, aligned_empty
+
+# Of a form: how many layers; rows of the batch in a tile; `sgemm` or 0; the activations'
+# parameters; elements of all packed values; features of all panels of a tile; the widest layer,
+# rounded up to registers; and where in the scratch the panels of a gradient lie.
+LAYERS, TILE, SGEMM, SLOPES, VALUES_SIZE, FEATURES, WIDEST, DELTAS, FORM_FIRST = range(9)
+
+# Of each layer in a form: its shape; whether it runs dense, and whether it has anything pruned; its
+# activation; nonzeros by rows (listed by length), and where each lies in the weight; the same by
+# columns, and which of the nonzeros by rows each is; one bit per weight; then where it keeps its
+# values, among what is saved; its panels, in features; and its scratch.
+(
+    OUT, INP, DENSE, MASKED, CODE,
+    NONZEROS, BEGIN, ROWS, INDEX, POSITION,
+    TURNED_BEGIN, TURNED_ROWS, TURNED_INDEX, TURNED_FROM,
+    BITS, VALUES, X_PANEL, Y_PANEL, KEPT, GRADIENTS, TURNED,
+    FORM_LAYER,
+) = range(22)  # fmt: skip
+
+# Of a call: rows, then addresses in bytes. ``CALL_STEP`` is how far the panels of two tiles are
+# apart in what is saved, 0 where nothing is.
+(
+    CALL_BATCH, CALL_STEP, CALL_SAVED, CALL_SCRATCH,
+    CALL_X, CALL_Y, CALL_DX, CALL_DY, CALL_FIRST,
+) = range(9)  # fmt: skip
+WEIGHT, BIAS, DWEIGHT, DBIAS, CALL_LAYER = range(5)
+
+
+class Layer(NamedTuple):
+    """One linear layer of a network and what follows it.
+
+    Attributes:
+        out: features of the output.
+        inp: features of the input.
+        mask: ``[out, inp]`` bool on the CPU, or None where nothing is pruned.
+        activation: of the output, or None.
+    """
+
+    out: int
+    inp: int
+    mask: Tensor | None
+    activation: Activation | None
+
+
+@njit(cache=True)
+def _compress(mask, rows, columns, row_stride, column_stride):
+    """Nonzeros by rows, these listed by how many nonzeros they have.
+
+    Returns:
+        ``(begin [rows + 1] int64, row [rows] int32, column [nonzeros] int32, position [nonzeros]
+        int32)``; a position counts in the flat mask.
+    """
+    size = np.zeros(rows, np.int64)
+    for r in range(rows):
+        for c in range(columns):
+            size[r] += mask[r * row_stride + c * column_stride]
+    order = np.argsort(size, kind="mergesort").astype(np.int32)
+    begin = np.zeros(rows + 1, np.int64)
+    for k in range(rows):
+        begin[k + 1] = begin[k] + size[order[k]]
+    column = np.empty(begin[rows], np.int32)
+    position = np.empty(begin[rows], np.int32)
+    for k in range(rows):
+        j = begin[k]
+        for c in range(columns):
+            at = order[k] * row_stride + c * column_stride
+            if mask[at]:
+                column[j], position[j] = c, at
+                j += 1
+    return begin, order, column, position
+
+
+@njit(cache=True)
+def _invert(position, turned_position, size):
+    """Of each nonzero by columns, which of those by rows it is."""
+    where = np.empty(size, np.int32)
+    for j in range(position.size):
+        where[position[j]] = j
+    result = np.empty(position.size, np.int32)
+    for j in range(position.size):
+        result[j] = where[turned_position[j]]
+    return result
+
+
+def _pack_bits(mask: np.ndarray) -> np.ndarray:
+    """One bit per weight, rows padded to registers, and a word of the lanes that a row ends with."""
+    out, inp = mask.shape
+    words = -(-inp // LANES)
+    lanes = np.zeros((out * words + 1, 8 * MASK_BYTES), bool)
+    rows = np.zeros((out, words * LANES), bool)
+    rows[:, :inp] = mask
+    lanes[: out * words, :LANES] = rows.reshape(out * words, LANES)
+    lanes[-1, : inp - (words - 1) * LANES] = True
+    return np.packbits(lanes, axis=1, bitorder="little").reshape(-1)
+
+
+class Support:
+    """A layer's mask as kernels read it: made once per mask.
+
+    Attributes:
+        nonzeros: how many weights are left.
+        arrays: by rows, by columns and by bits; see `FORM_LAYER`.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        out, inp = layer.out, layer.inp
+        if layer.mask is None:
+            mask = np.ones((out, inp), bool)
+        else:
+            mask = layer.mask.numpy().copy()
+        flat = mask.reshape(-1)
+        begin, rows, column, position = _compress(flat, out, inp, inp, 1)
+        turned_begin, turned_rows, turned_row, turned_position = _compress(flat, inp, out, 1, inp)
+        source = _invert(position, turned_position, out * inp)
+        self.nonzeros = int(begin[-1])
+        self.arrays = (
+            *(begin, rows, column, position),
+            *(turned_begin, turned_rows, turned_row, source),
+            _pack_bits(mask),
+        )
+
+
+class Form:
+    """A network made ready for batches of one size.
+
+    Args:
+        layers: the network.
+        supports: one for each layer.
+        batch: rows.
+        training: whether gradients are wanted.
+
+    Attributes:
+        address: of the form.
+        tile: rows of a tile.
+        record: elements of the panels of a whole tile.
+        values: elements of the packed values.
+        scratch: elements of scratch that forward and backward need.
+        dense: of each layer, whether it runs dense.
+    """
+
+    def __init__(self, layers: Sequence[Layer], supports: Sequence[Support], batch: int) -> None:
+        self.dense = tuple(
+            runs_dense(layer.out, layer.inp, support.nonzeros, batch)
+            for layer, support in zip(layers, supports, strict=True)
+        )
+        widths = [layers[0].inp, *(layer.out for layer in layers)]
+        self.tile = choose_tile(widths, batch, all(self.dense))
+        values, gradients, features = 0, 0, widths[0]
+        widest = -(-max(widths) // LANES) * LANES
+        first = LANES * max(widest, LANES)
+        deltas = first
+        scratch = first + 2 * widest * self.tile
+        records, x = [], 0
+        slopes = np.zeros(len(layers), np.float32)
+        for k, (layer, support, dense) in enumerate(
+            zip(layers, supports, self.dense, strict=True)
+        ):
+            size, act = layer.out * layer.inp, layer.activation
+            masked = support.nonzeros < size
+            y, kept = features, 0
+            features += layer.out
+            if act is not None:
+                slopes[k] = act.slope
+                if act.keeps:
+                    kept = features
+                    features += layer.out
+            at = [array.ctypes.data for array in support.arrays]
+            scales = (8, 4, 4, 4, 8, 4, 4, 4, MASK_BYTES)
+            addresses = [a // scale for a, scale in zip(at, scales, strict=True)]
+            packed = 0 if dense and not masked else size if dense else support.nonzeros
+            code = NONE if act is None else act.code
+            records.append(
+                [layer.out, layer.inp, dense, masked, code, support.nonzeros]
+                + addresses
+                + [values, x, y, kept, scratch, scratch + support.nonzeros]
+            )
+            values += packed
+            x = y
+            scratch += 0 if dense else 2 * support.nonzeros
+        self.values = -(-values // LANES) * LANES
+        self.record = features * self.tile
+        self.scratch = max(scratch, 2 * widest)
+        self._slopes, self._supports = slopes, supports
+        header = [
+            len(layers), self.tile, find_sgemm(), slopes.ctypes.data // 4,
+            self.values, features, widest, deltas,
+        ]  # fmt: skip
+        self._form = np.array([*header, *(v for record in records for v in record)], np.int64)
+        self.address = self._form.ctypes.data
+
+
+def choose_tile(widths: Sequence[int], batch: int, dense: bool) -> int:
+    """Rows of the batch in a tile: few enough for the panels to stay in cache."""
+    whole = max(-(-batch // LANES) * LANES, LANES)
+    most = 512 if dense else 64 if max(widths) > 128 else 128
+    return min(whole, most)
+
+
+def runs_dense(out: int, inp: int, nonzeros: int, batch: int) -> bool:
+    """Whether a layer runs dense, by `sgemm`, rather than by compressed rows."""
+    return bool(find_sgemm()) and nonzeros > 0.5 * out * inp and min(out, inp) >= 16

@@ -1,0 +1,237 @@
+"""A network on its Parameters: `Network.infer` without gradients, `Network.train` with them.
+
+Everything here serves the overhead: tensors pass by address, and one call of a kernel does the
+work of all layers. The weights on the mask are gathered at every call, so nothing ever depends on
+who wrote them, or on what lies off the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_tickets.kernels.linear import is_watched, recycling
+from sparse_tickets.kernels.policy import cpu, reference
+from sparse_tickets.kernels.policy.layout import CALL_FIRST, CALL_LAYER, Form, Layer, Support
+from sparse_tickets.kernels.vector import aligned_empty
+
+__all__ = ["Network"]
+
+# Up to so many rows without a gradient are taken one by one.
+_FEW = 3
+# Nonzeros times rows from which a kernel gives back the GIL.
+_LONG = 1 << 22
+# How many sizes of batches a network keeps its forms for.
+_FORMS = 64
+
+_empty = torch.empty
+
+
+class _Call:
+    """Memory for one call at a time."""
+
+    __slots__ = ("address", "numbers", "scratch", "scratch_at")
+
+    def __init__(self) -> None:
+        self.numbers = np.zeros(256, np.int64)
+        self.address = self.numbers.ctypes.data
+        self.scratch = aligned_empty(1 << 14)
+        self.scratch_at = self.scratch.ctypes.data
+
+    def reserve(self, numbers: int, scratch: int) -> None:
+        """Make room for so many numbers of a call and elements of scratch."""
+        if numbers > self.numbers.size:
+            self.numbers = np.zeros(numbers, np.int64)
+            self.address = self.numbers.ctypes.data
+        if scratch > self.scratch.size:
+            self.scratch = aligned_empty(scratch)
+            self.scratch_at = self.scratch.ctypes.data
+
+
+# Calls that nobody uses; a list's methods are atomic.
+_calls: list[_Call] = []
+
+
+def _take(numbers: int, scratch: int) -> _Call:
+    call = _calls.pop() if _calls else _Call()
+    if numbers > call.numbers.size or scratch > call.scratch.size:
+        call.reserve(numbers, scratch)
+    return call
+
+
+class Network:
+    """Linear layers and activations, with their masks, made ready for the kernels.
+
+    The caller warrants that every tensor it passes is contiguous float32 on the CPU and of the
+    shape that its layer says.
+
+    Args:
+        layers: at least one, of matching widths, none of them zero.
+
+    Attributes:
+        layers: the same.
+        out: features of the output.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = tuple(layers)
+        self.out = self.layers[-1].out
+        self._supports = [Support(layer) for layer in self.layers]
+        self._kept = sum(support.nonzeros for support in self._supports)
+        self._numbers = CALL_FIRST + CALL_LAYER * len(self.layers)
+        self._pack = Struct(f"{self._numbers}q").pack_into
+        self._forms: dict[int, Form] = {}
+        act, *kernels = cpu.kernels()
+        self._act, self._short, self._long = act, kernels[:2], kernels[2:]
+        self._few = self.form(1)
+        self._few_address = self._few.address
+
+    def form(self, batch: int) -> Form:
+        """The form for a batch of this many rows."""
+        form = self._forms.get(batch)
+        if form is None:
+            if len(self._forms) >= _FORMS:
+                self._forms.clear()
+            form = self._forms[batch] = Form(self.layers, self._supports, batch)
+        return form
+
+    def infer(self, x: Tensor, batch: int, addresses: Sequence[int]) -> Tensor:
+        """The output ``[B, O]``, without a gradient to record.
+
+        Args:
+            x: ``[B, I]``, contiguous.
+            batch: B.
+            addresses: of each layer's weight and bias (0 for none), and two zeros.
+        """
+        y = _empty(batch, self.out)
+        if batch <= _FEW:
+            call = _take(self._numbers, self._few.scratch)
+            self._pack(
+                call.numbers, 0, batch, 0, 0, call.scratch_at, x.data_ptr(), y.data_ptr(), 0, 0,
+                *addresses,
+            )  # fmt: skip
+            self._act(0, self._few_address, call.address)
+        else:
+            form = self.form(batch)
+            size = form.values + form.record
+            call = _take(self._numbers, form.scratch + size)
+            saved_at = call.scratch_at + 4 * form.scratch
+            self._pack(
+                call.numbers, 0, batch, 0, saved_at, call.scratch_at, x.data_ptr(), y.data_ptr(),
+                0, 0, *addresses,
+            )  # fmt: skip
+            kernel = self._long if self._kept * batch > _LONG else self._short
+            kernel[0](0, form.address, call.address)
+        _calls.append(call)
+        return y
+
+    def train(self, x: Tensor, masks: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> Any:
+        """The output ``[B, O]``, differentiable any number of times.
+
+        Args:
+            x: ``[B, I]``, contiguous.
+            masks: those that the layers were made of, which must not change before the backward
+                pass.
+            parameters: of each layer the weight, then the bias or None.
+        """
+        return _Run.apply(self, masks, x, *parameters)
+
+    def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """The output, and what the backward pass needs."""
+        batch = x.shape[0]
+        form = self.form(batch)
+        y = _empty(batch, self.out)
+        saved = recycling.empty(form.values + -(-batch // form.tile) * form.record)
+        addresses: list[int] = []
+        for i in range(0, len(parameters), 2):
+            bias: Any = parameters[i + 1]
+            addresses += (
+                parameters[i].data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0
+            )  # fmt: skip
+        call = _take(self._numbers, form.scratch)
+        self._pack(
+            call.numbers, 0, batch, form.record, saved.data_ptr(), call.scratch_at,
+            x.data_ptr(), y.data_ptr(), 0, 0, *addresses,
+        )  # fmt: skip
+        kernel = self._long if self._kept * batch > _LONG else self._short
+        kernel[0](0, form.address, call.address)
+        _calls.append(call)
+        return y, saved
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        parameters: Sequence[Tensor | None],
+        saved: Tensor,
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients that are needed of x and the parameters, None elsewhere."""
+        batch = x.shape[0]
+        form = self.form(batch)
+        found: list[Tensor | None] = [
+            recycling.empty(*tensor.shape) if need else None
+            for tensor, need in zip((x, *parameters), needed, strict=True)
+        ]
+        at = [0 if tensor is None else tensor.data_ptr() for tensor in found]
+        addresses: list[int] = []
+        for i in range(0, len(parameters), 2):
+            # Read where nothing of the layer is pruned.
+            addresses += (parameters[i].data_ptr(), 0, at[i + 1], at[i + 2])
+        dy = dy.contiguous()
+        call = _take(self._numbers, form.scratch)
+        self._pack(
+            call.numbers, 0, batch, form.record, saved.data_ptr(), call.scratch_at,
+            0, 0, at[0], dy.data_ptr(), *addresses,
+        )  # fmt: skip
+        kernel = self._long if self._kept * batch > _LONG else self._short
+        kernel[1](0, form.address, call.address)
+        _calls.append(call)
+        return found
+
+    def describe(self, batch: int, training: bool) -> tuple[str, str]:
+        """The layers' formats for a batch of this many rows, and why."""
+        if batch <= _FEW and not training:
+            return "dense+mask", "few rows: dot products over whole registers, pruned lanes zero"
+        form = self.form(batch)
+        formats = "/".join(
+            "csr" if not dense else "dense" if layer.mask is None else "dense+mask"
+            for layer, dense in zip(self.layers, form.dense, strict=True)
+        )
+        return formats, f"{form.tile} rows at a time through all layers"
+
+
+class _Run(torch.autograd.Function):
+    """A network as one node of autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        network: Network,
+        masks: Sequence[Tensor],
+        x: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        y, saved = network.forward(x, parameters)
+        # The masks too: autograd then raises if one is changed before the backward pass.
+        ctx.save_for_backward(saved, x, *parameters, *masks)
+        ctx.network = network
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        network: Network = ctx.network
+        saved, x, *tensors = ctx.saved_tensors
+        count = 2 * len(network.layers)
+        parameters, masks = tensors[:count], tensors[count:]
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() or is_watched() or type(dy) is not Tensor:
+            found = reference.differentiate(network.layers, masks, x, parameters, needed, dy)
+        else:
+            found = network.backward(dy, x, parameters, saved, needed)
+        return None, None, *found

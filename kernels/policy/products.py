@@ -1,0 +1,232 @@
+"""Products of one layer over one panel: by compressed rows, and dense.
+
+A panel is ``[features][ld]``: ``ld`` batch rows, a multiple of `LANES`, with the features outermost,
+so that one weight meets whole registers. All operands are indices into memory; see `addresses`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from sparse_tickets.kernels.policy.addresses import get, put
+from sparse_tickets.kernels.vector import (
+    LANES,
+    fma,
+    load,
+    make_row_tile,
+    splat,
+    store,
+    sum_each,
+    sum_lanes,
+    transpose,
+)
+
+__all__ = ["clear_columns", "fill", "from_panel", "sparse_gradient", "sparse_product", "sum_rows", "to_panel"]
+
+_ZERO = np.float32(0.0)
+
+
+_tile_8 = make_row_tile(8, 1)
+_tile_4 = make_row_tile(4, 2)
+_tile_2 = make_row_tile(2, 2)
+_tile_1 = make_row_tile(1, 4)
+
+
+@njit(cache=True)
+def sparse_product(m, n, i64, values, begin, rows, index, count, x, y, ld, bias):
+    """``y[r] = bias[r] + sum_j values[j] x[index[j]]`` over the nonzeros j of each row r.
+
+    Args:
+        m: memory as float32.
+        n: memory as int32.
+        i64: memory as int64.
+        values: of the nonzeros, by rows as they are listed.
+        begin: ``[count + 1]`` int64, of each listed row.
+        rows: ``[count]`` int32: rows, listed by how many nonzeros they have: loops of equal length
+            follow each other, which the processor predicts.
+        index: ``[nonzeros]`` int32, rows of x.
+        count: rows.
+        x: the panel.
+        y: the panel to write.
+        ld: its columns.
+        bias: ``[rows]``, or 0.
+    """
+    c = 0
+    start = _ZERO
+    while c < ld:
+        left = (ld - c) // LANES
+        for k in range(count):
+            j = get(i64, begin + k)
+            size = get(i64, begin + k + 1) - j
+            r = np.int64(get(n, rows + k))
+            if bias != 0:
+                start = get(m, bias + r)
+            at = y + r * ld + c
+            if left >= 8:
+                _tile_8(m, values + j, n, index + j, size, x + c, ld, at, start)
+            elif left >= 4:
+                _tile_4(m, values + j, n, index + j, size, x + c, ld, at, start)
+            elif left >= 2:
+                _tile_2(m, values + j, n, index + j, size, x + c, ld, at, start)
+            else:
+                _tile_1(m, values + j, n, index + j, size, x + c, ld, at, start)
+        c += (8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1) * LANES
+
+
+@njit(cache=True)
+def _flush(m, grad, partial):
+    """Add the lane sums of the registers in ``partial`` to `LANES` gradients."""
+    store(m, grad, load(m, grad) + sum_each(m, partial))
+
+
+@njit(cache=True)
+def sparse_gradient(m, n, i64, grad, begin, rows, index, count, x, delta, ld, partial):
+    """``grad[j] += delta[row] . x[index[j]]`` over the nonzeros, `LANES` to a reduction.
+
+    Args:
+        m, n, i64, begin, rows, index, count, x, ld: as for `sparse_product`.
+        grad: of the nonzeros, by rows as they are listed.
+        delta: panel of the gradient by the output.
+        partial: scratch, `LANES` registers.
+    """
+    c = 0
+    while c < ld:
+        left = (ld - c) // LANES
+        slot, j = 0, 0
+        for k in range(count):
+            end = get(i64, begin + k + 1)
+            d0 = delta + np.int64(get(n, rows + k)) * ld + c
+            if left >= 8:
+                d_0, d_1 = load(m, d0), load(m, d0 + LANES)
+                d_2, d_3 = load(m, d0 + 2 * LANES), load(m, d0 + 3 * LANES)
+                d_4, d_5 = load(m, d0 + 4 * LANES), load(m, d0 + 5 * LANES)
+                d_6, d_7 = load(m, d0 + 6 * LANES), load(m, d0 + 7 * LANES)
+                while j < end:
+                    i = x + np.int64(get(n, index + j)) * ld + c
+                    even = fma(d_2, load(m, i + 2 * LANES), d_0 * load(m, i))
+                    odd = fma(d_3, load(m, i + 3 * LANES), d_1 * load(m, i + LANES))
+                    even = fma(d_4, load(m, i + 4 * LANES), even)
+                    odd = fma(d_5, load(m, i + 5 * LANES), odd)
+                    even = fma(d_6, load(m, i + 6 * LANES), even)
+                    odd = fma(d_7, load(m, i + 7 * LANES), odd)
+                    store(m, partial + slot * LANES, even + odd)
+                    slot += 1
+                    j += 1
+                    if slot == LANES:
+                        _flush(m, grad + j - LANES, partial)
+                        slot = 0
+            elif left >= 4:
+                d_0, d_1 = load(m, d0), load(m, d0 + LANES)
+                d_2, d_3 = load(m, d0 + 2 * LANES), load(m, d0 + 3 * LANES)
+                while j < end:
+                    i = x + np.int64(get(n, index + j)) * ld + c
+                    even = fma(d_2, load(m, i + 2 * LANES), d_0 * load(m, i))
+                    odd = fma(d_3, load(m, i + 3 * LANES), d_1 * load(m, i + LANES))
+                    store(m, partial + slot * LANES, even + odd)
+                    slot += 1
+                    j += 1
+                    if slot == LANES:
+                        _flush(m, grad + j - LANES, partial)
+                        slot = 0
+            elif left >= 2:
+                d_0, d_1 = load(m, d0), load(m, d0 + LANES)
+                while j < end:
+                    i = x + np.int64(get(n, index + j)) * ld + c
+                    total = fma(d_1, load(m, i + LANES), d_0 * load(m, i))
+                    store(m, partial + slot * LANES, total)
+                    slot += 1
+                    j += 1
+                    if slot == LANES:
+                        _flush(m, grad + j - LANES, partial)
+                        slot = 0
+            else:
+                d_0 = load(m, d0)
+                while j < end:
+                    i = x + np.int64(get(n, index + j)) * ld + c
+                    store(m, partial + slot * LANES, d_0 * load(m, i))
+                    slot += 1
+                    j += 1
+                    if slot == LANES:
+                        _flush(m, grad + j - LANES, partial)
+                        slot = 0
+        for s in range(slot):
+            at = grad + j - slot + s
+            put(m, at, get(m, at) + sum_lanes(load(m, partial + s * LANES)))
+        c += (8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1) * LANES
+
+
+@njit(cache=True)
+def sum_rows(m, grad, delta, rows, ld):
+    """``grad[r] += sum_c delta[r, c]``."""
+    for r in range(rows):
+        at = delta + r * ld
+        total = load(m, at)
+        for c in range(LANES, ld, LANES):
+            total = total + load(m, at + c)
+        put(m, grad + r, get(m, grad + r) + sum_lanes(total))
+
+
+@njit(cache=True)
+def to_panel(m, x, width, count, panel, ld, pad):
+    """``panel[f][b] = x[b*width + f]`` for ``count`` rows, and zero for the rest of ``ld``.
+
+    Args:
+        m: memory.
+        x: ``[count][width]``.
+        width: features.
+        count: rows, more than ``ld - LANES``.
+        panel: ``[width][ld]``.
+        ld: columns.
+        pad: scratch, ``[LANES][width]``.
+    """
+    blocks = width // LANES * LANES
+    for b in range(0, ld, LANES):
+        row = x + b * width
+        if b + LANES > count:
+            rest = (count - b) * width
+            for i in range(rest):
+                put(m, pad + i, get(m, row + i))
+            for i in range(rest, LANES * width):
+                put(m, pad + i, _ZERO)
+            row = pad
+        for f in range(0, blocks, LANES):
+            transpose(m, row + f, width, m, panel + f * ld + b, ld)
+        for f in range(blocks, width):
+            for i in range(LANES):
+                put(m, panel + f * ld + b + i, get(m, row + i * width + f))
+
+
+@njit(cache=True)
+def from_panel(m, panel, ld, y, width, count, pad):
+    """``y[b*width + f] = panel[f][b]`` for ``count`` rows; arguments as for `to_panel`."""
+    blocks = width // LANES * LANES
+    for b in range(0, ld, LANES):
+        whole = b + LANES <= count
+        row = y + b * width if whole else pad
+        for f in range(0, blocks, LANES):
+            transpose(m, panel + f * ld + b, ld, m, row + f, width)
+        for f in range(blocks, width):
+            for i in range(LANES):
+                put(m, row + i * width + f, get(m, panel + f * ld + b + i))
+        if not whole:
+            for i in range((count - b) * width):
+                put(m, y + b * width + i, get(m, pad + i))
+
+
+@njit(cache=True)
+def clear_columns(m, panel, rows, first, ld):
+    """Zero the columns from ``first`` on: a bias that is not finite must not reach a gradient."""
+    for r in range(rows):
+        for c in range(first, ld):
+            put(m, panel + r * ld + c, _ZERO)
+
+
+@njit(cache=True)
+def fill(m, at, size, value):
+    """Write ``value`` to ``size`` elements."""
+    whole = size // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(m, at + i, splat(value))
+    for i in range(whole, size):
+        put(m, at + i, value)

@@ -1,0 +1,57 @@
+"""A network layer by layer, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_tickets.kernels.policy.layout import Layer
+
+__all__ = ["differentiate", "run"]
+
+
+def run(
+    layers: Sequence[Layer],
+    masks: Iterator[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+) -> Tensor:
+    """``x`` through every layer; of each the weight counts on the mask alone.
+
+    Args:
+        layers: the network.
+        masks: of the layers that have one.
+        x: ``[B, I]``.
+        parameters: of each layer the weight, then the bias or None.
+    """
+    for i, layer in enumerate(layers):
+        weight, bias = parameters[2 * i : 2 * i + 2]
+        assert weight is not None
+        if layer.mask is not None:
+            weight = torch.where(next(masks), weight, 0)
+        x = F.linear(x, weight, bias)
+        if layer.activation is not None:
+            x = layer.activation.module(x)
+    return x
+
+
+def differentiate(
+    layers: Sequence[Layer],
+    masks: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    dy: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of x and the parameters where needed, as autograd's own ops: it may go on."""
+    # Copies of the leaves' names alone: one leaf may have been made from another.
+    own = [None if leaf is None else leaf.view_as(leaf) for leaf in (x, *parameters)]
+    asked = [leaf for leaf, need in zip(own, needed, strict=True) if need]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = run(layers, iter(masks), own[0], own[1:])
+        found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))
+    return [next(found) if need else None for need in needed]
