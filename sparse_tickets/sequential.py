@@ -58,8 +58,8 @@ class _Linear:
     )  # fmt: skip
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.parameters: dict[str, Any] = layer._parameters
-        self.buffers: dict[str, Any] = layer._buffers
+        self.parameters: Any = layer._parameters
+        self.buffers: Any = layer._buffers
         self.weight: Any = self.parameters.get("weight")
         self.bias: Any = self.parameters.get("bias")
         self.mask: Any = self.buffers.get("mask") if isinstance(layer, SparseLinear) else None
@@ -153,8 +153,8 @@ class _Run:
         trained = recorded and input.requires_grad
         addresses: list[int] = []
         for linear in ready.linears:
-            parameters, mask, weight = linear.parameters, linear.mask, linear.weight
-            bias = linear.bias
+            parameters, mask = linear.parameters, linear.mask
+            weight, bias = linear.weight, linear.bias
             if (
                 parameters.get("weight") is not weight
                 or parameters.get("bias") is not bias
@@ -435,14 +435,15 @@ class SparseSequential(nn.Sequential):
         return chain
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_chain"}
+        state = cast(dict[str, Any], super().__getstate__())
+        return {k: v for k, v in state.items() if k != "_chain"}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (_plain_class(type(self)),), self.__getstate__()
 
 
 @cache
-def _fused_class(plain: type[nn.Sequential]) -> type[SparseSequential]:
+def _fused_class(plain: Any) -> Any:
     """The class of sequences that are `plain` and a `SparseSequential`."""
     if plain is nn.Sequential:
         return SparseSequential
@@ -450,29 +451,28 @@ def _fused_class(plain: type[nn.Sequential]) -> type[SparseSequential]:
     return type(f"Sparse{plain.__name__}", (SparseSequential, plain), body)
 
 
-def _plain_class(fused: type[nn.Sequential]) -> type[nn.Sequential]:
+def _plain_class(fused: type[nn.Module]) -> Any:
     return getattr(fused, "_plain", nn.Sequential)
 
 
-def _rebuild(plain: type[nn.Sequential]) -> SparseSequential:
+def _rebuild(plain: Any) -> SparseSequential:
     fused = _fused_class(plain)
     return fused.__new__(fused)
+
+
+_COMMON = ("forward", "__call__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 
 def make_fused_(module: nn.Module) -> None:
     """Make a `SparseSequential` of every sequence in a module in which one call pays.
 
-    Classes change, not objects. Sequences that call or pickle in ways of their own stay as they are.
+    Classes change, not objects. Sequences that call or pickle in their own way stay as they are.
     """
     for sequence in list(module.modules()):
-        kind = type(sequence)
+        kind: Any = type(sequence)
         if (
             isinstance(sequence, nn.Sequential)
-            and kind.forward is nn.Sequential.forward
-            and kind.__call__ is nn.Module.__call__
-            and kind.__reduce_ex__ is object.__reduce_ex__
-            and kind.__reduce__ is object.__reduce__
-            and getattr(kind, "__getstate__", None) is getattr(object, "__getstate__", None)
+            and all(getattr(kind, n) is getattr(nn.Sequential, n) for n in _COMMON)
             and any(isinstance(p, _Run) for p in _find_runs(_flatten(sequence._modules.values())))
         ):
             sequence.__class__ = _fused_class(kind)

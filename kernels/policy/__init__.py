@@ -1,4 +1,4 @@
-"""One whole policy in one call on the CPU: forward and backward, on the Parameters where they lie."""
+"""A whole policy in one call on the CPU: forward, backward, on the Parameters where they lie."""
 
 from __future__ import annotations
 

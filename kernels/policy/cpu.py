@@ -20,13 +20,23 @@ from sparse_tickets.kernels.policy.layout import (
     BEGIN,
     BIAS,
     BITS,
+    CALL_BATCH,
+    CALL_DX,
+    CALL_DY,
+    CALL_FIRST,
     CALL_LAYER,
+    CALL_SAVED,
+    CALL_SCRATCH,
+    CALL_STEP,
+    CALL_X,
+    CALL_Y,
     CODE,
     DBIAS,
     DELTAS,
     DENSE,
     DWEIGHT,
     FEATURES,
+    FORM_FIRST,
     FORM_LAYER,
     GRADIENTS,
     INDEX,
@@ -52,16 +62,6 @@ from sparse_tickets.kernels.policy.layout import (
     WIDEST,
     X_PANEL,
     Y_PANEL,
-    CALL_BATCH,
-    CALL_DX,
-    CALL_DY,
-    CALL_FIRST,
-    CALL_SAVED,
-    CALL_SCRATCH,
-    CALL_STEP,
-    CALL_X,
-    CALL_Y,
-    FORM_FIRST,
 )
 from sparse_tickets.kernels.policy.products import (
     clear_columns,
@@ -77,8 +77,8 @@ from sparse_tickets.kernels.vector import (
     MASK_BYTES,
     fma,
     load,
-    load_kept,
-    load_tail,
+    load_bits,
+    load_bits_tail,
     splat,
     store,
     sum_lanes,
@@ -103,7 +103,7 @@ def _gather(m, n, b, i64, layer, weight, values):
     for r in range(out):
         for w in range(whole):
             i = r * inp + w * LANES
-            store(m, values + i, load_kept(m, weight + i, b, bits + r * words + w))
+            store(m, values + i, load_bits(m, weight + i, b, bits + r * words + w))
         for i in range(whole * LANES, inp):
             kept = _has(b, bits, r * words + whole, i - whole * LANES)
             put(m, values + r * inp + i, get(m, weight + r * inp + i) if kept else _ZERO)
@@ -124,7 +124,7 @@ def _keep(m, b, i64, layer, grad):
     for r in range(out):
         for w in range(whole):
             i = grad + r * inp + w * LANES
-            store(m, i, load_kept(m, i, b, bits + r * words + w))
+            store(m, i, load_bits(m, i, b, bits + r * words + w))
         for i in range(whole * LANES, inp):
             if not _has(b, bits, r * words + whole, i - whole * LANES):
                 put(m, grad + r * inp + i, _ZERO)
@@ -315,9 +315,7 @@ def _backward(base, form_at, call_at):
         count = min(tile, batch - first)
         ld = (count + LANES - 1) // LANES * LANES
         to_panel(m, dy + first * out, out, count, here, ld, scratch)
-        at = _backward_tile(
-            m, n, i64, form, call, saved, panels, scratch, ld, here, there, lowest
-        )
+        at = _backward_tile(m, n, i64, form, call, saved, panels, scratch, ld, here, there, lowest)
         if dx:
             from_panel(m, at, ld, dx + first * inp, inp, count, scratch)
         panels += get(i64, form + FEATURES) * tile
@@ -363,18 +361,18 @@ def _act_layer(m, b, i64, layer, weight, bias, x, y):
         i = 0
         while i + 1 < whole:
             c = i * LANES
-            even = fma(load_kept(m, w + c, b, word + i), load(m, x + c), even)
+            even = fma(load_bits(m, w + c, b, word + i), load(m, x + c), even)
             c += LANES
-            odd = fma(load_kept(m, w + c, b, word + i + 1), load(m, x + c), odd)
+            odd = fma(load_bits(m, w + c, b, word + i + 1), load(m, x + c), odd)
             i += 2
         if i < whole:
             c = i * LANES
-            even = fma(load_kept(m, w + c, b, word + i), load(m, x + c), even)
+            even = fma(load_bits(m, w + c, b, word + i), load(m, x + c), even)
         if whole < words:
             # The last word of the bits says which lanes lie within a row at all.
             c = whole * LANES
-            tail = load_tail(m, x + c, b, bits + out * words)
-            odd = fma(load_tail(m, w + c, b, word + whole), tail, odd)
+            tail = load_bits_tail(m, x + c, b, bits + out * words)
+            odd = fma(load_bits_tail(m, w + c, b, word + whole), tail, odd)
         if bias:
             start = get(m, bias + r)
         put(m, y + r, start + sum_lanes(even + odd))

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from sparse_tickets.kernels.policy.activations import NONE, Activation
 from sparse_tickets.kernels.policy.blas import find_sgemm
-from sparse_tickets.kernels.vector import LANES, MASK_BYTES, aligned_empty
+from sparse_tickets.kernels.vector import LANES, MASK_BYTES
 
 # Of a form: how many layers; rows of the batch in a tile; `sgemm` or 0; the activations'
 # parameters; elements of all packed values; features of all panels of a tile; the widest layer,
@@ -101,7 +100,7 @@ def _invert(position, turned_position, size):
 
 
 def _pack_bits(mask: np.ndarray) -> np.ndarray:
-    """One bit per weight, rows padded to registers, and a word of the lanes that a row ends with."""
+    """One bit per weight, rows padded to registers, and a word of the lanes that end a row."""
     out, inp = mask.shape
     words = -(-inp // LANES)
     lanes = np.zeros((out * words + 1, 8 * MASK_BYTES), bool)
@@ -163,16 +162,15 @@ class Form:
         )
         widths = [layers[0].inp, *(layer.out for layer in layers)]
         self.tile = choose_tile(widths, batch, all(self.dense))
-        values, gradients, features = 0, 0, widths[0]
+        values, features = 0, widths[0]
         widest = -(-max(widths) // LANES) * LANES
         first = LANES * max(widest, LANES)
         deltas = first
         scratch = first + 2 * widest * self.tile
-        records, x = [], 0
+        records: list[list[int]] = []
+        x = 0
         slopes = np.zeros(len(layers), np.float32)
-        for k, (layer, support, dense) in enumerate(
-            zip(layers, supports, self.dense, strict=True)
-        ):
+        for k, (layer, support, dense) in enumerate(zip(layers, supports, self.dense, strict=True)):
             size, act = layer.out * layer.inp, layer.activation
             masked = support.nonzeros < size
             y, kept = features, 0
@@ -188,9 +186,10 @@ class Form:
             packed = 0 if dense and not masked else size if dense else support.nonzeros
             code = NONE if act is None else act.code
             records.append(
-                [layer.out, layer.inp, dense, masked, code, support.nonzeros]
-                + addresses
-                + [values, x, y, kept, scratch, scratch + support.nonzeros]
+                [
+                    *(layer.out, layer.inp, dense, masked, code, support.nonzeros, *addresses),
+                    *(values, x, y, kept, scratch, scratch + support.nonzeros),
+                ]
             )
             values += packed
             x = y

@@ -38,7 +38,7 @@ class _Call:
     __slots__ = ("address", "numbers", "scratch", "scratch_at")
 
     def __init__(self) -> None:
-        self.numbers = np.zeros(256, np.int64)
+        self.numbers: Any = np.zeros(256, np.int64)
         self.address = self.numbers.ctypes.data
         self.scratch = aligned_empty(1 << 14)
         self.scratch_at = self.scratch.ctypes.data
@@ -130,7 +130,7 @@ class Network:
         _calls.append(call)
         return y
 
-    def train(self, x: Tensor, masks: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> Any:
+    def train(self, x: Tensor, masks: Sequence[Tensor], parameters: Sequence[Any]) -> Any:
         """The output ``[B, O]``, differentiable any number of times.
 
         Args:
@@ -141,7 +141,7 @@ class Network:
         """
         return _Run.apply(self, masks, x, *parameters)
 
-    def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """The output, and what the backward pass needs."""
         batch = x.shape[0]
         form = self.form(batch)
@@ -149,10 +149,8 @@ class Network:
         saved = recycling.empty(form.values + -(-batch // form.tile) * form.record)
         addresses: list[int] = []
         for i in range(0, len(parameters), 2):
-            bias: Any = parameters[i + 1]
-            addresses += (
-                parameters[i].data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0
-            )  # fmt: skip
+            weight, bias = parameters[i], parameters[i + 1]
+            addresses += (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0)
         call = _take(self._numbers, form.scratch)
         self._pack(
             call.numbers, 0, batch, form.record, saved.data_ptr(), call.scratch_at,
@@ -167,7 +165,7 @@ class Network:
         self,
         dy: Tensor,
         x: Tensor,
-        parameters: Sequence[Tensor | None],
+        parameters: Sequence[Any],
         saved: Tensor,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:

@@ -1,7 +1,8 @@
 """Products of one layer over one panel: by compressed rows, and dense.
 
-A panel is ``[features][ld]``: ``ld`` batch rows, a multiple of `LANES`, with the features outermost,
-so that one weight meets whole registers. All operands are indices into memory; see `addresses`.
+A panel is ``[features][ld]``: ``ld`` batch rows, a multiple of `LANES`, with the features
+outermost, so that one weight meets whole registers. All operands are indices into memory; see
+`addresses`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from sparse_tickets.kernels.vector import (
     transpose,
 )
 
-__all__ = ["clear_columns", "fill", "from_panel", "sparse_gradient", "sparse_product", "sum_rows", "to_panel"]
+__all__ = [
+    "clear_columns",
+    "fill",
+    "from_panel",
+    "sparse_gradient",
+    "sparse_product",
+    "sum_rows",
+    "to_panel",
+]
 
 _ZERO = np.float32(0.0)
 

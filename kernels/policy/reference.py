@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,7 @@ def run(
         parameters: of each layer the weight, then the bias or None.
     """
     for i, layer in enumerate(layers):
-        weight, bias = parameters[2 * i : 2 * i + 2]
-        assert weight is not None
+        weight, bias = cast(Tensor, parameters[2 * i]), parameters[2 * i + 1]
         if layer.mask is not None:
             weight = torch.where(next(masks), weight, 0)
         x = F.linear(x, weight, bias)
@@ -49,9 +49,9 @@ def differentiate(
     """Gradients of x and the parameters where needed, as autograd's own ops: it may go on."""
     # Copies of the leaves' names alone: one leaf may have been made from another.
     own = [None if leaf is None else leaf.view_as(leaf) for leaf in (x, *parameters)]
-    asked = [leaf for leaf, need in zip(own, needed, strict=True) if need]
+    asked = [cast(Tensor, leaf) for leaf, need in zip(own, needed, strict=True) if need]
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = run(layers, iter(masks), own[0], own[1:])
+        y = run(layers, iter(masks), cast(Tensor, own[0]), own[1:])
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))
     return [next(found) if need else None for need in needed]

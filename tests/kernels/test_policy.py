@@ -1,0 +1,250 @@
+"""A whole policy in one call: equal to plain torch in float64, whatever lies around it."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_tickets.kernels.policy import Layer, Network, find_activation
+from sparse_tickets.kernels.policy import network as module
+
+ACTIVATIONS = [
+    nn.Tanh(), nn.ReLU(), nn.Sigmoid(), nn.ELU(), nn.ELU(-0.5), nn.LeakyReLU(), nn.LeakyReLU(-0.1),
+    nn.SiLU(), nn.GELU(), nn.GELU("tanh"),
+]  # fmt: skip
+
+
+class Problem:
+    """A network with drawn masks, its tensors, and the truth in float64."""
+
+    def __init__(self, widths, density, activation, *, bias=True, last=None, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        self.activations = [activation] * (len(widths) - 2) + [last]
+        self.masks, self.parameters = [], []
+        for inp, out in itertools.pairwise(widths):
+            mask = torch.rand(out, inp, generator=draw) < density
+            self.masks.append(mask if density < 1 else None)
+            # What lies off the mask must never be read.
+            weight = torch.randn(out, inp, generator=draw) / inp**0.5
+            weight = weight if density == 1 else weight.masked_fill(~mask, torch.nan)
+            self.parameters.append(weight.requires_grad_())
+            shift = torch.randn(out, generator=draw).requires_grad_() if bias else None
+            self.parameters.append(shift)
+        layers = [
+            Layer(out, inp, mask, None if act is None else find_activation(act))
+            for inp, out, mask, act in zip(
+                widths, widths[1:], self.masks, self.activations, strict=False
+            )
+        ]
+        self.network = Network(layers)
+        self.draw = draw
+
+    def train(self, x: Tensor) -> Tensor:
+        masks = [mask for mask in self.masks if mask is not None]
+        return self.network.train(x, masks, self.parameters)
+
+    def infer(self, x: Tensor) -> Tensor:
+        addresses = []
+        for weight, bias in zip(self.parameters[::2], self.parameters[1::2], strict=True):
+            addresses += [weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0]
+        return self.network.infer(x, x.shape[0], addresses)
+
+    def truth(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The output in float64, and the leaves that it was made of."""
+        leaves = [
+            None if p is None else p.detach().double().requires_grad_() for p in self.parameters
+        ]
+        for i, (mask, act) in enumerate(zip(self.masks, self.activations, strict=True)):
+            weight = leaves[2 * i] if mask is None else torch.where(mask, leaves[2 * i], 0)
+            x = F.linear(x, weight, leaves[2 * i + 1])
+            x = x if act is None else act(x)
+        return x, leaves
+
+
+def assert_equal(found: Tensor, truth: Tensor) -> None:
+    assert found.dtype == torch.float32
+    scale = max(truth.abs().max().item(), 1.0) if truth.numel() else 1.0
+    torch.testing.assert_close(found.double(), truth, atol=1e-5 * scale, rtol=0)
+
+
+def check(problem: Problem, batch: int) -> None:
+    """Forward by both ways, and all gradients, against float64."""
+    x = torch.randn(batch, problem.network.layers[0].inp, generator=problem.draw)
+    dy = torch.randn(batch, problem.network.out, generator=problem.draw)
+    exact = x.double().requires_grad_()
+    truth, leaves = problem.truth(exact)
+    x.requires_grad_()
+    assert_equal(problem.infer(x.detach()), truth)
+    output = problem.train(x)
+    assert_equal(output, truth)
+    present = [p for p in (x, *problem.parameters) if p is not None]
+    found = torch.autograd.grad(output, present, dy)
+    wanted = torch.autograd.grad(truth, [e for e in (exact, *leaves) if e is not None], dy.double())
+    for gradient, expected in zip(found, wanted, strict=True):
+        assert_equal(gradient, expected)
+    weights = [g for g, p in zip(found, present, strict=True) if p.dim() == 2][1:]
+    for gradient, mask in zip(weights, problem.masks, strict=True):
+        assert mask is None or not gradient[~mask].any()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Whatever a kernel is to write holds NaN before, and so does its scratch."""
+
+    def empty(*shape):
+        return torch.full(shape, torch.nan)
+
+    monkeypatch.setattr(module, "_empty", empty)
+    monkeypatch.setattr(module.recycling, "empty", empty)
+    for call in module._calls:
+        call.scratch.fill(float("nan"))
+    yield
+    for call in module._calls:
+        call.scratch.fill(float("nan"))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 5, 16, 37, 64, 150])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 0.8, 1.0])
+def test_forward_and_gradients_equal_float64(batch, density):
+    check(Problem((5, 64, 33, 2), density, nn.Tanh()), batch)
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (1, 1, 1), (17, 256, 256, 6), (3, 300, 16), (40, 7)])
+@pytest.mark.parametrize("density", [0.1, 0.9, 1.0])
+def test_all_shapes(widths, density):
+    check(Problem(widths, density, nn.ReLU()), 70)
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+def test_activations_between_layers_and_at_the_end(activation, density):
+    check(Problem((6, 32, 20, 3), density, activation, last=activation), 41)
+
+
+def test_without_bias():
+    check(Problem((6, 32, 20, 3), 0.3, nn.Tanh(), bias=False), 41)
+    check(Problem((6, 32, 20, 3), 1.0, nn.Tanh(), bias=False), 1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+def test_activations_of_large_and_special_inputs(activation):
+    problem = Problem((1, 1, 1), 1.0, activation)
+    with torch.no_grad():
+        for p in problem.parameters:
+            p.fill_(1.0 if p.dim() == 2 else 0.0)
+    values = [0.0, -0.0, 1e-8, -1e-8, 1e-3, -1e-3, 0.3, -0.4, 3.0, -3.0, 20.0, -20.0, 80.0, -80.0]
+    x = torch.tensor(values)[:, None].requires_grad_()
+    output = problem.train(x)
+    truth, _ = problem.truth(x.detach().double().requires_grad_())
+    torch.testing.assert_close(output.double(), truth, atol=3e-7, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    exact = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(problem.truth(exact)[0].sum(), exact)
+    torch.testing.assert_close(gradient.double(), expected, atol=2e-6, rtol=1e-6)
+    assert problem.infer(torch.full((1, 1), torch.nan)).isnan().all()
+    assert problem.train(torch.full((9, 1), torch.nan)).isnan().all()
+
+
+def test_a_bias_that_is_not_finite_reaches_no_gradient_of_absent_rows():
+    problem = Problem((4, 16, 1), 0.5, nn.ReLU())
+    with torch.no_grad():
+        problem.parameters[1][0] = torch.inf
+    problem.train(torch.randn(3, 4)).backward(torch.zeros(3, 1))
+    weight = problem.parameters[2]
+    # Rows that are there give 0 * inf; this unit alone may be NaN.
+    assert not weight.grad[:, 1:].isnan().any()
+
+
+def test_only_what_is_asked_for():
+    problem = Problem((4, 16, 16, 3), 0.4, nn.Tanh())
+    for i in (0, 1, 3):
+        problem.parameters[i].requires_grad_(False)
+    x = torch.randn(20, 4)
+    problem.train(x).pow(2).sum().backward()
+    truth, leaves = problem.truth(x.double())
+    truth.pow(2).sum().backward()
+    for i, (parameter, exact) in enumerate(zip(problem.parameters, leaves, strict=True)):
+        if i in (0, 1, 3):
+            assert parameter.grad is None
+        else:
+            assert_equal(parameter.grad, exact.grad)
+
+
+def test_second_derivatives():
+    problem = Problem((3, 16, 8, 2), 0.5, nn.Tanh())
+    x = torch.randn(7, 3, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    found = torch.autograd.grad(problem.train(x).pow(2).sum(), x, create_graph=True)[0]
+    truth, leaves = problem.truth(exact)
+    wanted = torch.autograd.grad(truth.pow(2).sum(), exact, create_graph=True)[0]
+    found.pow(2).sum().backward()
+    wanted.pow(2).sum().backward()
+    assert_equal(x.grad, exact.grad)
+    for i, mask in zip((0, 2, 4), problem.masks, strict=True):
+        assert_equal(problem.parameters[i].grad, leaves[i].grad)
+        assert not problem.parameters[i].grad[~mask].any()
+
+
+def test_backward_twice_gives_the_same():
+    problem = Problem((3, 16, 2), 0.5, nn.Tanh())
+    x = torch.randn(7, 3)
+    loss = problem.train(x).sum()
+    first = torch.autograd.grad(loss, problem.parameters, retain_graph=True)
+    problem.train(x)
+    second = torch.autograd.grad(loss, problem.parameters)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_layer_used_twice_sums_its_gradients():
+    problem = Problem((8, 8, 8), 0.5, nn.Tanh())
+    problem.parameters[2:] = problem.parameters[:2]
+    problem.masks[1] = problem.masks[0]
+    layer = problem.network.layers[0]
+    problem.network = Network([layer, layer._replace(activation=None)])
+    x = torch.randn(9, 8)
+    weight, bias = problem.parameters[:2]
+    problem.train(x).sum().backward()
+    w = weight.detach().double().requires_grad_()
+    kept = torch.where(layer.mask, w, 0)
+    hidden = F.linear(x.double(), kept, bias.detach().double()).tanh()
+    F.linear(hidden, kept, bias.detach().double()).sum().backward()
+    assert_equal(weight.grad, w.grad)
+
+
+@pytest.mark.parametrize("which", [0, 1, "mask", "x"])
+def test_writes_between_forward_and_backward_raise(which):
+    problem = Problem((4, 16, 3), 0.4, nn.Tanh())
+    x = torch.randn(20, 4)
+    loss = problem.train(x).sum()
+    with torch.no_grad():
+        if which == "mask":
+            problem.masks[0][0] = False
+        elif which == "x":
+            x += 1
+        else:
+            problem.parameters[which] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_results_depend_neither_on_other_calls_nor_on_threads():
+    problem = Problem((17, 64, 64, 6), 0.2, nn.Tanh())
+    x = torch.randn(3000, 17)
+
+    def gradients() -> list[Tensor]:
+        output = problem.train(x)
+        return [output, *torch.autograd.grad(output.sum(), problem.parameters)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = gradients()
+        torch.set_num_threads(2)
+        two = gradients()
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
