@@ -30,6 +30,7 @@ LAYERS = (
         "linear",
         "optim",
         "prune",
+        "sequential",
         "structure",
         "ticket",
         "timing",
