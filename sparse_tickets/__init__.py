@@ -2,7 +2,7 @@
 
 Three ways in, each loaded at first use:
 
-- a layer or model of yours: `SparseLinear`, `sparsify_`, `densify_`, `compact`,
+- a layer or model of yours: `SparseLinear`, `sparsify_`, `summary`, `densify_`, `compact`,
   `to_semi_structured`;
 - a study: `Sweep`, `run_sweep`, `load_results`, with `register_env`, `register_criterion` and
   `register_condition` for what is not built in;
@@ -31,6 +31,7 @@ __all__ = [
     "register_env",
     "run_sweep",
     "sparsify_",
+    "summary",
     "to_semi_structured",
     "use_backend",
 ]
@@ -49,6 +50,7 @@ _HOME = {
     "register_env": ("envs", "register_env"),
     "run_sweep": ("sweep.run", "run"),
     "sparsify_": ("convert", "sparsify_"),
+    "summary": ("coverage", "summary"),
     "to_semi_structured": ("convert", "to_semi_structured"),
     "use_backend": ("kernels.dispatch", "use_backend"),
 }
@@ -56,6 +58,7 @@ _HOME = {
 if TYPE_CHECKING:
     from sparse_tickets.conditions import register_condition
     from sparse_tickets.convert import compact, densify_, sparsify_, to_semi_structured
+    from sparse_tickets.coverage import summary
     from sparse_tickets.envs import make_env, register_env
     from sparse_tickets.kernels.dispatch import use_backend
     from sparse_tickets.linear import SparseLinear

@@ -6,15 +6,18 @@ nominal density then says little, effective density says what is left.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kernels.arena import Arena
 from .kernels.errors import check_dtype, check_shape
+from .linear import SparseLinear
 
-__all__ = ["Connectivity", "connectivity"]
+__all__ = ["Connectivity", "connectivity", "find_cuts"]
 
 
 class Connectivity(NamedTuple):
@@ -73,3 +76,95 @@ def connectivity(mask: Tensor, arena: Arena) -> Connectivity:
         dead_units=torch.stack([torch.zeros_like(on_path), *dead[1:-1]]).sum(dim=0),
         reachable_actions=alive[-1].sum(dim=1),
     )
+
+
+def find_cuts(module: nn.Module, elementwise: Collection[type[nn.Module]]) -> list[str]:
+    """Where the masks of any module cut its outputs off from its inputs, in words.
+
+    A module does not say what feeds what. Within an ``nn.Sequential`` a layer reads the one before;
+    elsewhere it may read every earlier layer of its width that ends a sequence, and is taken to be
+    cut off only if it is from all of them. An output layer is one whose width no later layer reads.
+
+    Args:
+        module: any module.
+        elementwise: classes of activations; after another module of a sequence nothing is known.
+
+    Returns:
+        One phrase for each layer that keeps nothing or that no path reaches, unless an earlier
+        layer is the cause, and for each output layer with rows that depend on no input.
+    """
+    layers = {layer: name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    before = dict(_sequences(module, elementwise))
+    order = list(layers)
+    reached: dict[nn.Linear, Tensor] = {}
+    cuts = []
+    for index, layer in enumerate(order):
+        source = _source(layer, order[:index], before, reached)
+        rows = _reach(layer, source)
+        reached[layer] = rows
+        if not isinstance(layer, SparseLinear) or not layer.mask.numel():
+            continue
+        if not rows.any():
+            if not layer.mask.any():
+                cuts.append(f"layer {layers[layer]!r} keeps none of its weights")
+            elif source is not None and source.any():
+                cuts.append(f"no path reaches through layer {layers[layer]!r}")
+            continue
+        is_read = layer in before.values() or any(
+            later.in_features == layer.out_features for later in order[index + 1 :]
+        )
+        dead = (~rows).nonzero().flatten().tolist()
+        if dead and not is_read:
+            shown = ", ".join(map(str, dead[:8])) + (", ..." if len(dead) > 8 else "")
+            cuts.append(f"rows {shown} of output layer {layers[layer]!r} depend on no input")
+    return cuts
+
+
+def _source(
+    layer: nn.Linear,
+    earlier: list[nn.Linear],
+    before: dict[nn.Linear, nn.Linear | None],
+    reached: dict[nn.Linear, Tensor],
+) -> Tensor | None:
+    """Which of a layer's inputs may depend on the module's; None where all may."""
+    if layer in before:
+        known = before[layer]
+        return None if known is None else reached[known]
+    inner = set(before.values())
+    ends = [
+        reached[other]
+        for other in earlier
+        if other not in inner and other.out_features == layer.in_features
+    ]
+    return torch.stack(ends).any(0) if ends else None
+
+
+def _reach(layer: nn.Linear, source: Tensor | None) -> Tensor:
+    """Which outputs depend on an input that may depend on the module's, on the CPU."""
+    if not isinstance(layer, SparseLinear):
+        alive = source is None or bool(source.any())
+        return torch.full((layer.out_features,), alive, device="cpu")
+    edges = layer.mask if source is None else layer.mask & source.to(layer.mask.device)
+    return edges.any(1).cpu()
+
+
+def _sequences(
+    module: nn.Module, elementwise: Collection[type[nn.Module]]
+) -> Iterator[tuple[nn.Linear, nn.Linear | None]]:
+    """Each linear layer after the first of an ``nn.Sequential``, and what it reads, if known."""
+    for sequence in module.modules():
+        if not isinstance(sequence, nn.Sequential):
+            continue
+        steps = [step for step in _flatten(sequence) if type(step) not in elementwise]
+        for left, right in pairwise(steps):
+            if isinstance(right, nn.Linear):
+                known = isinstance(left, nn.Linear) and left.out_features == right.in_features
+                yield right, left if known and isinstance(left, nn.Linear) else None
+
+
+def _flatten(sequence: nn.Sequential) -> Iterator[nn.Module]:
+    for step in sequence:
+        if isinstance(step, nn.Sequential):
+            yield from _flatten(step)
+        else:
+            yield step

@@ -263,7 +263,9 @@ def random_mask(key: Tensor, k: int | Tensor, arena: Arena, step: int = 0) -> Te
     return _first(permutation(key, arena.prunable, stream=Stream.MASK, step=step), count)
 
 
-def erk_counts(layers: Sequence[tuple[int, int, int]], k: int) -> list[int]:
+def erk_counts(
+    layers: Sequence[tuple[int, int, int]], k: int, available: Sequence[int] | None = None
+) -> list[int]:
     """Weights per layer under the Erdos-Renyi-Kernel distribution (Evci et al. 2020).
 
     A layer's density is proportional to ``(in + out) / (in * out)``; a layer that would exceed
@@ -273,6 +275,7 @@ def erk_counts(layers: Sequence[tuple[int, int, int]], k: int) -> list[int]:
     Args:
         layers: ``(offset, out, in)`` of each layer, as `Arena.prunable_layers` gives them.
         k: weights to keep in all.
+        available: the most that each layer can keep, where some are pruned already.
 
     Returns:
         One count per layer; they sum to k.
@@ -280,7 +283,7 @@ def erk_counts(layers: Sequence[tuple[int, int, int]], k: int) -> list[int]:
     Raises:
         ValueError: k is negative or larger than the layers together.
     """
-    sizes = [out * inp for _, out, inp in layers]
+    sizes = [out * inp for _, out, inp in layers] if available is None else list(available)
     if not 0 <= k <= sum(sizes):
         raise ValueError(f"k must be in [0, {sum(sizes)}], got {k}")
     width = [out + inp for _, out, inp in layers]

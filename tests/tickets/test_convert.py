@@ -3,6 +3,11 @@
 import copy
 import doctest
 import math
+import os
+import subprocess
+import sys
+import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -10,18 +15,24 @@ import torch.nn.utils.prune as torch_prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import sparse_tickets.convert as convert
 import sparse_tickets.linear as linear
+import sparse_tickets.selection as selection
 from sparse_tickets.convert import (
     Compact,
+    SparsifyWarning,
     compact,
     densify_,
     from_torch_prune,
     sparsify_,
     to_semi_structured,
 )
+from sparse_tickets.coverage import summary
 from sparse_tickets.linear import SparseLinear
+from sparse_tickets.prune import erk_counts
+from sparse_tickets.selection import keep_largest
 from sparse_tickets.structure import n_m_mask
 
 
@@ -85,7 +96,9 @@ def test_global_pruning_keeps_exactly_k_of_largest_magnitude(policy, density):
     parameters = list(policy.parameters())
     weights = [p.detach().clone() for p in parameters if p.dim() == 2]
     total = sum(w.numel() for w in weights)
-    assert sparsify_(policy, density) is policy
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SparsifyWarning)
+        assert sparsify_(policy, density, scope="global") is policy
     assert len(sparse_layers(policy)) == 5
     assert all(a is b for a, b in zip(parameters, policy.parameters(), strict=True))
     k = math.floor(total * density + 0.5)
@@ -200,7 +213,7 @@ def test_a_linear_itself_and_subclasses():
     ("arguments", "message"),
     [
         ({"density": 1.2}, r"density must be in \[0, 1\], got 1.2"),
-        ({"density": 0.5, "scope": "unit"}, "scope must be one of global, layer, got 'unit'"),
+        ({"density": 0.5, "scope": "unit"}, "scope must be one of erk, layer, global, got 'unit'"),
         ({"density": 0.5, "exclude": ["actor.9"]}, "exclude must name modules .* got 'actor.9'"),
         ({"density": 0.5, "exclude": ["actor.1"]}, "exclude must name linear .* got 'actor.1'"),
         ({"density": 0.5, "exclude": ["actor", "critic"]}, "exclude must leave a linear layer"),
@@ -220,6 +233,303 @@ def test_sparsify_needs_a_linear_layer_that_owns_its_weight():
     with pytest.raises(ValueError, match="layer '1' must own its weight"):
         sparsify_(module, 0.5)
     assert type(module[0]) is nn.Linear
+
+
+# what a fresh policy keeps, and what a user is told
+
+
+def fresh_policy(inputs: int = 4, outputs: int = 2) -> nn.Module:
+    """As PPO implementations initialise it: orthogonal, the action head 100 times smaller."""
+    torch.manual_seed(0)
+    policy = nn.Module()
+    policy.body = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+    policy.head = nn.Linear(64, outputs)
+    for layer in (policy.body[0], policy.body[2]):
+        nn.init.orthogonal_(layer.weight, 2**0.5)
+    nn.init.orthogonal_(policy.head.weight, 0.01)
+    return policy
+
+
+@pytest.mark.parametrize("density", [0.5, 0.2, 0.1, 0.05])
+def test_the_default_keeps_every_action_of_a_fresh_policy(density):
+    policy = sparsify_(fresh_policy(), density)
+    assert kept(policy) == math.floor(density * 4480 + 0.5)
+    assert policy.head.mask.any(1).all()
+    assert policy.head.density >= density
+
+
+@pytest.mark.parametrize("density", [0.013, 0.1, 0.33, 0.8, 1.0])
+def test_erk_is_exact_and_nested_and_keeps_the_largest_of_each_layer(density):
+    policy = fresh_policy()
+    sizes = [(0, 64, 4), (0, 64, 64), (0, 2, 64)]
+    before = [layer.weight.detach().abs() for layer in (*policy.body[::2], policy.head)]
+    sparsify_(policy, 0.9)
+    first = [layer.mask.clone() for layer in sparse_layers(policy)]
+    sparsify_(policy, density, exclude=[])
+    k = math.floor(min(density, 0.9) * 4480 + 0.5)
+    assert kept(policy) == k
+    for layer, weight, mask, count in zip(
+        sparse_layers(policy), before, first, erk_counts(sizes, k), strict=True
+    ):
+        assert not (layer.mask & ~mask).any()
+        assert abs(int(layer.mask.sum()) - count) <= 1
+        out = weight[~layer.mask]
+        assert not layer.mask.any() or not len(out) or weight[layer.mask].min() >= out.max()
+
+
+def test_global_scope_names_the_head_that_it_prunes_away():
+    with pytest.warns(SparsifyWarning, match="layer 'head' keeps none of its weights.*scope='erk'"):
+        sparsify_(fresh_policy(), 0.1, scope="global")
+
+
+def test_a_dead_row_of_an_output_layer_and_a_broken_path_are_named():
+    policy = fresh_policy(outputs=3)
+    with torch.no_grad():
+        policy.head.weight[1] *= 1e-3
+    message = r"rows 1 of output layer 'head' depend on no input"
+    with pytest.warns(SparsifyWarning, match=message):
+        sparsify_(policy, 0.3, scope="layer")
+    chain = nn.Sequential(nn.Linear(2, 2, False), nn.ReLU(), nn.Linear(2, 2, False))
+    with torch.no_grad():
+        chain[0].weight.copy_(torch.tensor([[1.0, 0.9], [0.0, 0.0]]))
+        chain[2].weight.copy_(torch.tensor([[0.0, 0.9], [0.0, 1.0]]))
+    with pytest.warns(SparsifyWarning, match="no path reaches through layer '2'"):
+        sparsify_(chain, 0.5, scope="layer")
+
+
+def test_a_residual_block_and_hidden_rows_are_no_cut():
+    """Nothing is said of a layer whose inputs are not known, nor of hidden units without inputs."""
+    module = nn.Module()
+    module.a = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6))
+    module.b = nn.Linear(6, 1)
+    with torch.no_grad():
+        module.a[0].weight[:5] *= 1e-3
+        module.a[2].weight[:5] *= 1e-3
+        module.b.weight[0, 5] = 1
+    sparsify_(module, 0.17, scope="layer")
+    assert not module.a[2].mask[:5].any()
+
+
+@pytest.mark.filterwarnings("ignore::sparse_tickets.convert.SparsifyWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scope", ["erk", "layer", "global"])
+def test_magnitudes_are_compared_in_their_own_dtype(dtype, scope):
+    """In float64 the larger of two that float32 rounds alike stays, wherever it is."""
+    layer = nn.Linear(3000, 100, dtype=dtype)
+    with torch.no_grad():
+        step = torch.finfo(dtype).eps
+        layer.weight.fill_(1.0)
+        layer.weight[7, 11] = 1 + step
+        layer.weight[99, 2999] = -(1 + 2 * step)
+    sparsify_(layer, 2 / 300_000, scope=scope)
+    assert layer.mask.nonzero().tolist() == [[7, 11], [99, 2999]]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_keep_largest_equals_a_stable_sort(data):
+    """Ties, infinities, half precision beside float64, transposed weights, many blocks of rows."""
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    weights, masks = [], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        out, inp = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 300))
+        dtype = data.draw(st.sampled_from([torch.float16, torch.float32, torch.float64]))
+        weight = torch.randn(inp, out).mul(4).round().div(4).to(dtype).T
+        weight[torch.rand(out, inp) < 0.05] = torch.inf
+        weights.append(weight)
+        masks.append(torch.rand(out, inp) < data.draw(st.sampled_from([0.1, 0.9, 1.0])))
+    inside = torch.cat([mask.flatten() for mask in masks])
+    k = data.draw(st.integers(0, len(inside)))
+    keys = torch.cat([weight.double().abs().reshape(-1) for weight in weights])
+    want = torch.zeros_like(inside)
+    want[keys.masked_fill(~inside, -1).argsort(descending=True, stable=True)[:k]] = True
+    with mock.patch.object(selection, "_BLOCK", 512):
+        got = keep_largest(weights, masks, k)
+    assert torch.equal(torch.cat([mask.flatten() for mask in got]), want & inside)
+    assert [mask.shape for mask in got] == [weight.shape for weight in weights]
+
+
+class Conv1D(nn.Module):
+    """GPT-2's: a linear layer with a transposed weight."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+
+def language_model() -> nn.Module:
+    module = nn.Module()
+    module.wte = nn.Embedding(20, 8)
+    module.attn = nn.MultiheadAttention(8, 2)
+    module.c_attn = Conv1D(8, 24)
+    module.up, module.lm_head = nn.Linear(8, 32), nn.Linear(8, 20, bias=False)
+    module.lm_head.weight = module.wte.weight
+    return module
+
+
+def test_a_tied_embedding_is_pruned_only_when_asked():
+    module = language_model()
+    message = (
+        r"layer 'lm_head' .* got that of 'wte' \(Embedding\).*exclude=\['lm_head'\].*tied=True"
+    )
+    with pytest.raises(ValueError, match=message):
+        sparsify_(module, 0.5)
+    assert not sparse_layers(module)
+    with pytest.warns(SparsifyWarning, match="converted 256 of the module's 704 matrix weights"):
+        sparsify_(module, 0.5, exclude=["lm_head"])
+    assert type(module.lm_head) is nn.Linear
+    assert module.wte.weight.count_nonzero() == 160
+    module = language_model()
+    sparsify_(module, 0.5, tied=True, exclude=["attn", "c_attn"])
+    assert kept(module) == module.lm_head.weight.count_nonzero() + module.up.mask.sum() == 208
+
+
+@pytest.mark.filterwarnings("ignore::sparse_tickets.convert.SparsifyWarning")
+def test_what_is_left_dense_is_logged_and_summarised(caplog):
+    module = language_model()
+    module.sub = NamedLinear(8, 3)
+    with caplog.at_level("INFO", "sparse_tickets"):
+        sparsify_(module, 0.25, tied=True, exclude=["up"])
+    (line,) = caplog.messages
+    assert "converted 1 layers, kept 40 of 160 weights; excluded: up; left dense: 'attn'" in line
+    table = {matrix.name: matrix for matrix in summary(module).matrices}
+    assert list(table) == ["lm_head", "attn", "attn.out_proj", "c_attn", "up", "sub"]
+    assert table["lm_head"].dense is None
+    assert (table["lm_head"].kept, table["lm_head"].weights) == (40, 160)
+    assert table["up"].dense == "not converted"
+    assert "attention" in table["attn"].dense
+    assert "subclass" in table["attn.out_proj"].dense
+    assert "subclass" in table["sub"].dense
+    assert table["c_attn"].dense == "not an nn.Linear"
+    lines = str(summary(module)).splitlines()
+    assert lines[4].split() == [
+        "c_attn",
+        "Conv1D",
+        "8",
+        "x",
+        "24",
+        "192",
+        "of",
+        "192",
+        "dense:",
+        "not",
+        "an",
+        "nn.Linear",
+    ]
+    assert lines[-1].startswith("density 0.8649 over 888 weights, 18% of them in sparse layers")
+
+
+class NamedLinear(nn.Linear):
+    pass
+
+
+def test_excluding_what_is_no_linear_layer_silences_the_warning():
+    module = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 4))
+    sparsify_(module, 1.0, exclude=["0"])
+    with pytest.warns(SparsifyWarning, match=r"left dense: '0' \(Embedding 50x4\)"):
+        sparsify_(module, 1.0)
+
+
+def test_parametrized_layers_in_a_summary():
+    module = nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    sparsify_(module, 1.0, exclude=["0"])
+    (first, second) = summary(module).matrices
+    assert (first.name, first.dense) == ("0", "recomputed by a parametrization")
+    assert second.dense is None
+
+
+def broken(kind: str) -> nn.Module:
+    """A module whose second layer cannot be converted."""
+    layer = nn.Linear(4, 4)
+    if kind == "lazy":
+        layer = nn.LazyLinear(4)
+    elif kind == "parametrized":
+        layer = spectral_norm(layer)
+    elif kind == "weight_norm":
+        layer = weight_norm(layer)
+    elif kind == "meta":
+        layer = nn.Linear(4, 4, device="meta")
+    elif kind == "complex":
+        layer = nn.Linear(4, 4, dtype=torch.complex64)
+    elif kind == "integer":
+        layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int32), requires_grad=False)
+    elif kind == "NaN":
+        layer.weight.data[1, 2] = torch.nan
+    elif kind == "inference":
+        with torch.inference_mode():
+            layer = nn.Linear(4, 4)
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(layer), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("lazy", "has seen no input: run one batch"),
+        ("parametrized", "remove_parametrizations"),
+        ("weight_norm", "remove_parametrizations"),
+        ("meta", "on the meta device: sparsify after"),
+        ("complex", "got torch.complex64: convert or exclude"),
+        ("integer", "got torch.int32: convert or exclude"),
+        ("NaN", "without NaN"),
+        ("inference", "got an inference tensor: build the module outside"),
+    ],
+)
+def test_refusals_name_the_layer_and_come_before_the_first_change(kind, message):
+    module = broken(kind)
+    layers = module[0], module[2]
+    values = [layer.weight.detach().clone() for layer in layers]
+    with pytest.raises(ValueError, match=f"layer '1.0' must .*{message}"):
+        sparsify_(module, 0.5)
+    assert not sparse_layers(module)
+    assert all(
+        torch.equal(a.weight, b) for a, b in zip((module[0], module[2]), values, strict=True)
+    )
+    sparsify_(module, 0.5, exclude=["1"])
+    assert len(sparse_layers(module)) == 2
+
+
+def test_conversion_under_inference_mode_makes_plain_masks():
+    module = nn.Sequential(nn.Linear(4, 400), nn.Linear(400, 4))
+    with torch.inference_mode():
+        sparsify_(module, 0.5)
+    assert not module[0].mask.is_inference()
+    module(torch.ones(2, 4)).sum().backward()
+    sparsify_(module, 0.25)
+    assert kept(module) == 800
+
+
+PEAK = """
+import sys, torch
+from torch import nn
+from sparse_tickets.convert import sparsify_
+
+def high_water():
+    status = open("/proc/self/status").read()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+width = int(sys.argv[1])
+sparsify_(nn.Sequential(nn.Linear(width, width)), 0.3, scope=sys.argv[2])  # warm
+module = nn.Sequential(*(nn.Linear(width, width) for _ in range(6)))
+size = sum(p.numel() * p.element_size() for p in module.parameters())
+open("/proc/self/clear_refs", "w").write("5")  # the mark falls to what is used now
+before = high_water()
+sparsify_(module, 0.1, scope=sys.argv[2])
+print(1 + (high_water() - before) / size)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize("scope", ["erk", "global"])
+@pytest.mark.parametrize("width", [1024, pytest.param(2048, marks=pytest.mark.slow)])
+def test_memory_at_the_peak_is_at_most_twice_the_parameters(width, scope):
+    """In a process of its own, as the operating system counts it: 24 MB, and 100 MB."""
+    command = [sys.executable, "-c", PEAK, str(width), scope]
+    # Freed memory goes back at once, instead of being kept for the next allocation.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=120, env=environment
+    )
+    assert 1.2 < float(run.stdout) < 2.0
 
 
 # densify_, from_torch_prune
@@ -301,7 +611,9 @@ def random_stack(seed: int, density: float, bias: bool, sparse: bool = True) -> 
         nn.Linear(11, 7, bias=bias),
         nn.Linear(7, 3, bias=bias),
     )
-    sparsify_(module, density)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SparsifyWarning)
+        sparsify_(module, density, scope="global")
     return module if sparse else densify_(module)
 
 
