@@ -484,7 +484,7 @@ def test_refusals_name_the_layer_and_come_before_the_first_change(kind, message)
     assert all(
         torch.equal(a.weight, b) for a, b in zip((module[0], module[2]), values, strict=True)
     )
-    sparsify_(module, 0.5, exclude=["1"])
+    sparsify_(module, 1.0, exclude=["1"])
     assert len(sparse_layers(module)) == 2
 
 
