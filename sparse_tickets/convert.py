@@ -16,7 +16,7 @@ from typing import Literal, TypeGuard, cast, get_args
 import torch
 import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from sparse_tickets.connectivity import find_cuts
@@ -195,7 +195,7 @@ def _is_meant(layer: nn.Module) -> TypeGuard[nn.Linear]:
 def _check_convertible(name: str, layer: nn.Linear) -> None:
     """Raise ``ValueError`` if this layer cannot be converted: name it, and the way out."""
     weight = layer._parameters.get("weight")
-    if isinstance(weight, UninitializedTensorMixin):
+    if is_lazy(weight):
         raise ValueError(
             f"layer {name!r} must have its weight, got an nn.LazyLinear that has seen no input: "
             "run one batch through the module first, or exclude the layer"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from sparse_tickets.linear import SparseLinear
@@ -114,7 +114,7 @@ def find_matrices(module: nn.Module) -> dict[int, Matrix]:
 def _matrices(module: nn.Module) -> Iterator[tuple[int, Matrix]]:
     for name, owner in module.named_modules():
         for label, weight in owner._parameters.items():
-            lazy = isinstance(weight, UninitializedTensorMixin)
+            lazy = is_lazy(weight)
             if weight is None or (not lazy and weight.dim() < 2):
                 continue
             if lazy and label != "weight":
