@@ -195,7 +195,7 @@ def _is_meant(layer: nn.Module) -> TypeGuard[nn.Linear]:
 def _check_convertible(name: str, layer: nn.Linear) -> None:
     """Raise ``ValueError`` if this layer cannot be converted: name it, and the way out."""
     weight = layer._parameters.get("weight")
-    if is_lazy(weight):
+    if weight is not None and is_lazy(weight):
         raise ValueError(
             f"layer {name!r} must have its weight, got an nn.LazyLinear that has seen no input: "
             "run one batch through the module first, or exclude the layer"
