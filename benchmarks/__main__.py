@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: run, report, compare, instructions."""
+"""The command line of the benchmarks: run, steps, report, compare, instructions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .instructions import count_instructions
 from .report import write_report
 from .results import RESULTS, load, newest
 from .runner import run_suite
+from .steps import run_steps
 from .suites import SUITES
 
 __all__ = ["main"]
@@ -71,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     two.set_defaults(command=_compare)
     two.add_argument("results", type=Path, nargs="+", metavar="OLD NEW", help="one or more pairs")
 
+    steps = commands.add_parser("steps", help="whole training steps in plain loops")
+    steps.set_defaults(command=_steps)
+    steps.add_argument("--rounds", type=int, default=7)
+    steps.add_argument("--stretch", type=float, default=0.1, help="seconds of a turn")
+    steps.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    steps.add_argument("--only", default="", help="problems whose label contains this")
+    steps.add_argument("--out", type=Path, help="default: results/steps/<device>-<date>.json")
+
     count = commands.add_parser("instructions", help="instructions per call under valgrind")
     count.set_defaults(command=_instructions)
     count.add_argument(
@@ -90,6 +99,12 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         out=options.out,
         fresh=options.fresh,
     )
+
+
+def _steps(options: argparse.Namespace, console: Console) -> int:
+    compiled = not options.no_compile
+    run_steps(console, options.rounds, options.stretch, compiled, options.only, options.out)
+    return 0
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:
