@@ -31,7 +31,13 @@ def no_episodes(monkeypatch):
         def __init__(self, *_) -> None:
             pass
 
-        before = after = result = lambda self, _: None
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            pass
+
+        before = after = note = result = lambda self, _: None
 
     monkeypatch.setattr(ppo, "Evaluator", NoEvaluator)
     monkeypatch.setattr(bc, "Evaluator", NoEvaluator)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_tickets.algos import bc
-from sparse_tickets.algos.ppo import PPO, _Iteration
+from sparse_tickets.algos.ppo import PPO, Iteration
 from sparse_tickets.algos.replay import can_replay, can_replay_cloning
 from sparse_tickets.envs import make_env
 from sparse_tickets.kernels import Arena
@@ -26,7 +26,7 @@ def _train(backend: str, on_device: bool, iterations: int = 3) -> Population:
     key, population = torch.arange(2), _population()
     with use_backend(backend):
         env = make_env("CartPole-v1", 2, SETTINGS.copies, device=key.device)
-        iterate = _Iteration(SETTINGS, env, population, key, 0)
+        iterate = Iteration(SETTINGS, env, population, key, 0)
         if on_device:
             env.keep_clock_on_device()
             iterate.keep_count_on_device()
@@ -53,7 +53,7 @@ def _clone(backend: str, on_device: bool, first: int = 0) -> Population:
         torch.randn(3, 20, 2, generator=generator).log_softmax(-1),
     )
     with use_backend(backend):
-        iterate = bc._Iteration(SETTINGS, population, key, dataset, torch.tensor([2, 0]), first)
+        iterate = bc.Iteration(SETTINGS, population, key, dataset, torch.tensor([2, 0]), first)
         if on_device:
             iterate.keep_count_on_device()
         for iteration in range(first, 3):

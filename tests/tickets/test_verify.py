@@ -56,8 +56,10 @@ def tamper(out, unit, change, *, rows=None):
     """Replace a unit's tickets, or the rows of its table, as someone with the store could."""
     store = Store(out)
     tickets = [change(ticket) for ticket in store.read_tickets(unit)]
-    table = store.read_rows(unit)
-    store.write(unit, [rows(row) for row in table] if rows else table, tickets)
+    table, later = store.read_rows(unit), store.read_rewind(unit)
+    # A unit that is there is never replaced: it goes first.
+    shutil.rmtree(out / "units" / unit.name)
+    store.write(unit, [rows(row) for row in table] if rows else table, tickets, rewind=later)
 
 
 def test_a_fresh_run_agrees(finished, capsys):
