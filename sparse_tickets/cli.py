@@ -131,7 +131,7 @@ class InspectCommand:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status, 0 if all went well, 130 if interrupted."""
+    """Run a command; returns the exit status: 0 if all went well, 130 or 143 if told to stop."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _survive_narrow_encodings()
     console = Console()
@@ -147,6 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"[red]error:[/red] {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\n[yellow]stopped.[/yellow]")
+        return 128 + signal.SIGINT
 
 
 def _version() -> str:
@@ -228,46 +231,59 @@ def _sweep(rest: list[str], console: Console) -> int:
         console.print(estimate(spec))
         return 0
     try:
-        with SweepProgress(spec, console) as progress, _held_interrupt(console) as check:
+        with SweepProgress(spec, console) as progress, _held_signals(console) as check:
 
             def advance(description: str, steps: int) -> None:
                 progress.advance(description, steps)
                 check()
 
             run(spec, out, overwrite=command.overwrite, device=command.device, on_progress=advance)
-    except KeyboardInterrupt:
+    except _Stopped as stopped:
         console.print(
             f"\n[yellow]stopped.[/yellow] Finished units are safe in {escape(str(out))}; "
             "run the same command again to resume."
         )
-        return 130
+        return stopped.status
     return _print_report(out, console, "return_final")
 
 
-@contextmanager
-def _held_interrupt(console: Console) -> Iterator[Callable[[], None]]:
-    """Hold the first Ctrl-C back until the function yielded is called; a second acts at once.
+class _Stopped(KeyboardInterrupt):
+    """A signal asked this process to end; its exit status says which."""
 
-    Raised at any moment, it may surface from a C extension as another error: a file being read
-    would seem damaged.
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
+
+
+@contextmanager
+def _held_signals(console: Console) -> Iterator[Callable[[], None]]:
+    """Hold the first Ctrl-C or SIGTERM back until the function yielded is called.
+
+    A second one acts at once. Raised at any moment, it may surface from a C extension as another
+    error: a file being read would seem damaged.
     """
-    interrupted = False
+    held: int | None = None
 
     def hold(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, previous)
-        console.print("stopping after this iteration; Ctrl-C again stops at once")
+        nonlocal held
+        if held is not None:
+            raise _Stopped(number)
+        held = number
+        again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+        # This may interrupt a write into the same stream, which then takes no other.
+        with suppress(RuntimeError):
+            console.print(f"stopping after this iteration; {again} stops at once")
 
     def check() -> None:
-        if interrupted:
-            raise KeyboardInterrupt
+        if held is not None:
+            raise _Stopped(held)
 
-    previous = signal.signal(signal.SIGINT, hold)
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _report(rest: list[str], console: Console) -> int:

@@ -266,22 +266,27 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_the_first_interrupt_waits_for_a_safe_moment_and_the_second_does_not():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_waits_for_a_safe_moment_and_the_second_does_not(number):
     console = Console(quiet=True)
-    with cli._held_interrupt(console) as check:
+    before = signal.getsignal(number)
+    with cli._held_signals(console) as check:
         check()
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt) as stopped:
             check()
-    with cli._held_interrupt(console):
+    assert stopped.value.status == 128 + number
+    with cli._held_signals(console):
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            signal.raise_signal(number)
+    assert stopped.value.status == 128 + number
+    assert signal.getsignal(number) is before
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
-def test_ctrl_c_exits_130_and_says_how_to_resume(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="sends signals to a process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_sweep_cleanly_and_says_how_to_resume(number, tmp_path):
     out = tmp_path / "run"
     long = ["--env", "CartPole-v1", "--algos", "ppo", "--seeds", "2", "--levels", "40"]
     child = subprocess.Popen(
@@ -294,16 +299,26 @@ def test_ctrl_c_exits_130_and_says_how_to_resume(tmp_path):
     deadline = time.monotonic() + 120
     while not list(out.glob("units/*/manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     text, _ = child.communicate(timeout=60)
     assert "stopping after this iteration" in text
-    assert child.returncode == 130, text
+    assert child.returncode == 128 + number, text
     plain = " ".join(text.split())
     assert "stopped. Finished units are safe in" in plain
     assert "run the same command again to resume" in plain
     assert "Traceback" not in text
-    assert not list(out.rglob("*.lock"))
-    assert Store(out).units()
+    assert {entry.suffix for entry in (out / "units").iterdir()} == {""}  # no lock, no leftover
+    store = Store(out)
+    assert all(store.has(unit) for unit in store.units())
+
+
+def test_ctrl_c_in_other_commands_is_no_traceback(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_print_report", interrupted)
+    assert main(["report", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.strip() == "stopped."
 
 
 def test_version_names_what_numbers_depend_on(capsys):
