@@ -1,16 +1,30 @@
-"""What a run is: its spec and the hash of it, in spec.json."""
+"""What a run is: its spec, the hash of it, and the columns of its rows, in spec.json."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from sparse_tickets.files import StoreError, write_atomic
 from sparse_tickets.sweep.integrity import Damaged, canonical, parse_json, read_regular, sha256
 
-__all__ = ["check_same", "read_spec", "spec_hash", "write_spec"]
+__all__ = ["Identity", "check_same", "read_spec", "spec_hash", "write_spec"]
+
+
+class Identity(NamedTuple):
+    """What spec.json says of a run.
+
+    Attributes:
+        spec: the spec as JSON holds it.
+        spec_hash: its hash.
+        columns: of the run's rows; empty where an earlier version did not say.
+    """
+
+    spec: dict[str, Any]
+    spec_hash: str
+    columns: tuple[str, ...]
 
 
 def spec_hash(spec: Mapping[str, Any]) -> str:
@@ -23,14 +37,18 @@ def spec_hash(spec: Mapping[str, Any]) -> str:
     return sha256(canonical(spec).encode())[:12]
 
 
-def write_spec(file: Path, spec: Mapping[str, Any]) -> None:
-    """Write a spec with its hash."""
-    content = {"spec_hash": spec_hash(spec), "spec": json.loads(canonical(spec))}
+def write_spec(file: Path, spec: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Write a spec with its hash, and the columns that the run's rows are going to have."""
+    content = {
+        "spec_hash": spec_hash(spec),
+        "columns": list(columns),
+        "spec": json.loads(canonical(spec)),
+    }
     write_atomic(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_spec(file: Path) -> tuple[dict[str, Any], str]:
-    """The spec of a run and its hash.
+def read_spec(file: Path) -> Identity:
+    """What a run is.
 
     Raises:
         StoreError: there is none, or it is not what was written.
@@ -39,7 +57,7 @@ def read_spec(file: Path) -> tuple[dict[str, Any], str]:
         content = parse_json(file, read_regular(file))
         spec, recorded = content["spec"], content["spec_hash"]
         if spec_hash(spec) == recorded:
-            return spec, recorded
+            return Identity(spec, recorded, tuple(content.get("columns", ())))
         reason = "the spec does not match its hash"
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{file.parent} holds no run: there is no {file}") from None
@@ -53,15 +71,33 @@ def read_spec(file: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-def check_same(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise `StoreError`, naming the fields that differ, unless two specs are the same."""
-    if spec_hash(stored) == spec_hash(asked):
+def check_same(
+    folder: Path, run: Identity, asked: Mapping[str, Any], columns: Sequence[str]
+) -> None:
+    """Raise `StoreError`, naming what differs, unless a run has this spec and these columns."""
+    if run.spec_hash != spec_hash(asked):
+        _refuse_other(folder, run, asked)
+    if set(run.columns) == set(columns):
         return
-    differences = list(_differences(stored, json.loads(canonical(asked))))
+    if run.columns:
+        lacking = ", ".join(sorted(set(columns) - set(run.columns))) or "nothing"
+        unknown = ", ".join(sorted(set(run.columns) - set(columns))) or "nothing"
+        difference = f"its rows lack {lacking} and have {unknown} that this version does not write"
+    else:
+        difference = "it does not say which columns its rows have"
+    raise StoreError(
+        f"{folder} was begun by another version of this library: {difference}. It can be read "
+        "(sparse-tickets report), not gone on with, since its table would mix two kinds of rows. "
+        "Finish it with that version, choose another --out, or discard it with --overwrite"
+    )
+
+
+def _refuse_other(folder: Path, run: Identity, asked: Mapping[str, Any]) -> NoReturn:
+    differences = list(_differences(run.spec, json.loads(canonical(asked))))
     shown = "; ".join(differences[:4])
     more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
     raise StoreError(
-        f"{folder} holds another run ({spec_hash(stored)}, asked for {spec_hash(asked)}): "
+        f"{folder} holds another run ({run.spec_hash}, asked for {spec_hash(asked)}): "
         f"{shown}{more}. Choose another --out, or discard that run with --overwrite"
     )
 

@@ -1,6 +1,6 @@
 """Where a sweep keeps its results: one folder per run, atomic, resumable, safe to share.
 
-    spec.json                      what the run is, and its hash
+    spec.json                      what the run is, its hash, and the columns of its rows
     units/ppo-level-03-chunk-00/   a finished unit
         rows.parquet               one row per track
         tickets.safetensors        its tickets
@@ -110,7 +110,8 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.damaged: list[str] = []
-        self.spec, self.spec_hash = read_spec(self.path / "spec.json")
+        self._identity = read_spec(self.path / "spec.json")
+        self.spec, self.spec_hash = self._identity.spec, self._identity.spec_hash
 
     @staticmethod
     def open(path: str | Path, spec: Mapping[str, Any], *, overwrite: bool = False) -> Store:
@@ -122,8 +123,9 @@ class Store:
             overwrite: start anew: discard the units and data of the run that is there.
 
         Raises:
-            StoreError: the folder holds a run of another spec, or cannot be written, or a process
-                is working in it that `overwrite` would pull the floor from under.
+            StoreError: the folder holds a run of another spec, or one that another version of this
+                library began with other columns, or cannot be written, or a process is working in
+                it that `overwrite` would pull the floor from under.
         """
         folder = Path(path)
         if folder.exists() and not folder.is_dir():
@@ -145,9 +147,9 @@ class Store:
                 elif overwrite:
                     _discard(folder)
                 if overwrite or not file.exists():
-                    write_spec(file, spec)
+                    write_spec(file, spec, tuple(COLUMNS))
         store = Store(folder)
-        check_same(folder, store.spec, spec)
+        check_same(folder, store._identity, spec, tuple(COLUMNS))
         return store
 
     @property

@@ -135,6 +135,26 @@ class TestSpec:
         assert "--overwrite" in message
         assert filled.has(UNIT)
 
+    @pytest.mark.parametrize(
+        ("columns", "said"),
+        [
+            (None, "does not say which columns"),
+            (sorted({*COLUMNS, "old"} - {"diverged"}), "lack diverged and have old"),
+        ],
+    )
+    def test_a_run_with_other_columns_is_read_but_not_gone_on_with(self, filled, columns, said):
+        file = filled.path / "spec.json"
+        content = json.loads(file.read_text())
+        assert content.pop("columns") == list(COLUMNS)
+        file.write_text(json.dumps(content if columns is None else {**content, "columns": columns}))
+        with pytest.raises(StoreError, match=said) as caught:
+            Store.open(filled.path, SPEC)
+        for way_out in ("--out", "--overwrite", "report"):
+            assert way_out in str(caught.value)
+        assert len(load_results(filled.path)) == 2
+        Store.open(filled.path, SPEC, overwrite=True)
+        assert json.loads(file.read_text())["columns"] == list(COLUMNS)
+
     def test_overwrite_discards_the_run_only(self, filled):
         """Names that a run gives, and nothing else."""
         fill(filled, Unit("ppo", 0, 0))
