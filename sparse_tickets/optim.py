@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from sparse_tickets.kernels.update import tensors as fused
 if TYPE_CHECKING:
     from sparse_tickets.linear import SparseLinear
 
-__all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "fuse_"]
 
 # Where fewer of a tensor's entries are kept, they are updated one by one.
 _LISTED = 0.25
@@ -574,3 +574,34 @@ class RMSprop(_Fused, torch.optim.RMSprop):
             *(group["momentum"], group["centered"]),
             *(-1.0 if group["maximize"] else 1.0, 0.0),
         )
+
+
+_OURS: dict[type[torch.optim.Optimizer], type[_Fused]] = {
+    getattr(torch.optim, kind.__name__): kind for kind in (Adam, AdamW, SGD, RMSprop)
+}
+
+
+def fuse_(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Make an optimiser of torch's the one of ours with its name, by changing its class alone.
+
+    State, ``param_groups``, hooks and whoever refers to it stay. An optimiser of any other class,
+    one that is ``capturable`` or ``differentiable``, and one whose ``step`` was replaced (torch's
+    learning rate schedulers do) stays what it is.
+
+    Args:
+        optimizer: changed in place.
+
+    Returns:
+        The optimiser.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(torch.nn.Linear(4, 2).parameters())
+        >>> type(fuse_(optimizer)) is AdamW
+        True
+    """
+    ours: Any = _OURS.get(type(optimizer))
+    asks = any(g.get("capturable") or g.get("differentiable") for g in optimizer.param_groups)
+    if ours is not None and not asks and "step" not in optimizer.__dict__:
+        optimizer.__class__ = ours
+        cast(_Fused, optimizer)._set_up(None)
+    return optimizer

@@ -7,7 +7,8 @@ where its dense one would be::
     model = PPO(SparseActorCriticPolicy, "CartPole-v1", policy_kwargs={"density": 0.1})
 
 Either way ``save``, ``load`` and ``set_parameters`` work as before, for every algorithm
-of stable-baselines3 and sb3-contrib, and a target network has its online network's masks.
+of stable-baselines3 and sb3-contrib, and a target network has its online network's masks. The
+policy's optimisers step in one pass, as those of `sparse_tickets.optim`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from sparse_tickets import convert
+from sparse_tickets import convert, optim
 from sparse_tickets.linear import SparseLinear, make_sparse_
 from sparse_tickets.targets import tie_masks_
 
@@ -58,10 +60,12 @@ class SparsePolicy(BaseModel):
             not counted. 1 makes the layers sparse with nothing pruned, for a callback to prune.
         scope: as in `sparse_tickets.sparsify_`, with its default.
         exclude: names, as in ``named_modules()``, of layers or modules that stay dense.
+        fuse: make optimisers of torch's those of `sparse_tickets.optim`, by `optim.fuse_`.
     """
 
     # For a policy whose class became sparse after it was built.
     _exclude: tuple[str, ...] = ()
+    _fuse = True
 
     def __init__(
         self,
@@ -69,13 +73,17 @@ class SparsePolicy(BaseModel):
         density: float = 1.0,
         scope: str | None = None,
         exclude: Iterable[str] = (),
+        fuse: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._sparsify_(density, scope, exclude)
+        self._sparsify_(density, scope, exclude, fuse)
 
-    def _sparsify_(self, density: float, scope: str | None, exclude: Iterable[str]) -> None:
+    def _sparsify_(
+        self, density: float, scope: str | None, exclude: Iterable[str], fuse: bool
+    ) -> None:
         """Prune the online networks together, then the targets like them."""
+        self._fuse = fuse
         self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         targets = [name for name, _, target in self._targets() if _has(target, nn.Linear)]
         options: dict[str, Any] = {} if scope is None else {"scope": scope}
@@ -86,6 +94,10 @@ class SparsePolicy(BaseModel):
                 part.__class__ = sparse_policy(type(part))
                 inner = [other for other in self._exclude if other.startswith(f"{name}.")]
                 part._exclude = tuple(other.removeprefix(f"{name}.") for other in inner)
+                part._fuse = fuse
+            optimizer = getattr(part, "optimizer", None)
+            if fuse and isinstance(optimizer, torch.optim.Optimizer):
+                optim.fuse_(optimizer)
         self._tie_targets_()
 
     def _targets(self) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -139,7 +151,8 @@ class SparsePolicy(BaseModel):
         }
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "exclude": self._exclude}
+        own = {"exclude": self._exclude, "fuse": self._fuse}
+        return {**super()._get_constructor_parameters(), **own}
 
 
 class SparseActorCriticPolicy(SparsePolicy, ActorCriticPolicy):
@@ -203,18 +216,23 @@ def _revive(policy_class: type[BaseModel]) -> SparsePolicy:
 
 
 def sparsify_(
-    model: Algorithm, density: float, scope: str | None = None, exclude: Iterable[str] = ()
+    model: Algorithm,
+    density: float,
+    scope: str | None = None,
+    exclude: Iterable[str] = (),
+    fuse: bool = True,
 ) -> Algorithm:
     """Make the policy of a model sparse in place, or a sparse one sparser, targets included.
 
     Its policy becomes an instance of its class's `sparse_policy`, so that what the model saves can
-    be loaded. Parameters, and thereby optimisers, stay the same objects.
+    be loaded. Parameters and optimisers stay the same objects, with their state.
 
     Args:
         model: any algorithm of stable-baselines3 or sb3-contrib, before or during training.
         density: fraction of the online networks' weights to keep, in [0, 1].
         scope: how the density is shared among layers, as in `sparse_tickets.sparsify_`.
         exclude: names, as in ``model.policy.named_modules()``, of what stays dense.
+        fuse: make optimisers of torch's those of `sparse_tickets.optim`, by `optim.fuse_`.
 
     Returns:
         The model.
@@ -238,13 +256,15 @@ def sparsify_(
     dense_class = type(policy)
     policy.__class__ = sparse_policy(dense_class)
     try:
-        policy._sparsify_(density, scope, exclude)
+        policy._sparsify_(density, scope, exclude, fuse)
     except BaseException:
         policy.__class__ = dense_class
         raise
     model.policy_class = type(policy)
-    if policy._exclude:
-        model.policy_kwargs = {**model.policy_kwargs, "exclude": policy._exclude}
+    # For whoever loads what the model saves.
+    for name, value in (("exclude", policy._exclude), ("fuse", fuse)):
+        if name in model.policy_kwargs or value != getattr(SparsePolicy, f"_{name}"):
+            model.policy_kwargs = {**model.policy_kwargs, name: value}
     return model
 
 
@@ -264,6 +284,7 @@ class GradualPruning(BaseCallback):
         every: timesteps between two prunings, at least.
         scope: as in `sparsify_`.
         exclude: as in `sparsify_`.
+        fuse: as in `sparsify_`.
         verbose: 1 prints each pruning.
 
     Raises:
@@ -278,6 +299,7 @@ class GradualPruning(BaseCallback):
         every: int = 1000,
         scope: str | None = None,
         exclude: Iterable[str] = (),
+        fuse: bool = True,
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
@@ -288,7 +310,7 @@ class GradualPruning(BaseCallback):
         if every < 1:
             raise ValueError(f"every must be >= 1, got {every}")
         self.density, self.start, self.stop, self.every = density, start, stop, every
-        self.scope, self.exclude = scope, exclude
+        self.scope, self.exclude, self.fuse = scope, exclude, fuse
 
     def _progress(self) -> float:
         """How far pruning should be, from 0 to 1."""
@@ -298,7 +320,7 @@ class GradualPruning(BaseCallback):
         return max(done - self.start, 0.0) / (self.stop - self.start)
 
     def _on_training_start(self) -> None:
-        sparsify_(self.model, 1.0, self.scope, self.exclude)
+        sparsify_(self.model, 1.0, self.scope, self.exclude, self.fuse)
         kept, progress = _density(cast(SparsePolicy, self.model.policy)), self._progress()
         # The density from which the curve comes through here.
         self._initial = kept
@@ -318,7 +340,7 @@ class GradualPruning(BaseCallback):
 
     def _prune(self, progress: float) -> None:
         density = self.density + (self._initial - self.density) * (1 - progress) ** 3
-        sparsify_(self.model, density, self.scope, self.exclude)
+        sparsify_(self.model, density, self.scope, self.exclude, self.fuse)
         self._next = self.model.num_timesteps + self.every
         self.logger.record("train/density", density)
         if self.verbose:

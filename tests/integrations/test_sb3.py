@@ -1,6 +1,7 @@
 """Stable-Baselines3's models on sparse layers: built, trained, pruned, saved and loaded."""
 
 import pickle
+from operator import attrgetter
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,7 @@ pytest.importorskip("stable_baselines3", reason="needs sparse-tickets[sb3]")
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 
-from sparse_tickets import SparseLinear
+from sparse_tickets import SparseLinear, optim
 from sparse_tickets import sparsify_ as sparsify_module_
 from sparse_tickets.integrations.sb3 import (
     GradualPruning,
@@ -111,12 +112,60 @@ def test_a_sparse_policy_class_takes_the_place_of_the_dense_one(algorithm, tmp_p
         assert torch.equal(value, policy.state_dict()[name])
 
 
+def optimizers(model):
+    """The policy's optimisers by their names in what is saved."""
+    names = model._get_torch_save_params()[0]
+    return {n: attrgetter(n)(model) for n in names if n.endswith(".optimizer")}
+
+
 @algorithms
 def test_optimisers_and_parameters_stay_the_same(algorithm):
     model = build(algorithm)
     before = {name: id(value) for name, value in model.policy.named_parameters()}
+    stepping = optimizers(model)
+    kinds = {name: type(optimizer) for name, optimizer in stepping.items()}
+    model.learn(40)
+    states = {name: len(optimizer.state) for name, optimizer in stepping.items()}
+    sparsify_(model, 0.5, fuse=False)
+    assert {name: type(optimizer) for name, optimizer in optimizers(model).items()} == kinds
     sparsify_(model, 0.5)
     assert {name: id(value) for name, value in model.policy.named_parameters()} == before
+    assert stepping
+    for name, optimizer in optimizers(model).items():
+        assert optimizer is stepping[name]
+        assert len(optimizer.state) == states[name] > 0
+        assert type(optimizer) is getattr(optim, kinds[name].__name__)
+        assert all(plan.format == "fused" for plan in optimizer.plan())
+    model.learn(40, reset_num_timesteps=False)
+
+
+@algorithms
+def test_optimisers_of_torchs_and_ours_load_each_others_files(algorithm, tmp_path):
+    """With the state that they had, under either setting, and as the setting was."""
+    for fuse in (True, False):
+        model = sparsify_(build(algorithm), 0.3, fuse=fuse)
+        model.learn(40)
+        model.save(tmp_path / "model")
+        loaded = algorithm.load(tmp_path / "model", env=model.env, device="cpu")
+        other = build(algorithm, MODELS[algorithm][1], fuse=not fuse)
+        other.set_parameters(str(tmp_path / "model"))
+        for name, optimizer in optimizers(model).items():
+            assert type(optimizers(loaded)[name]) is type(optimizer)
+            assert type(optimizers(other)[name]) is not type(optimizer)
+            for again in (optimizers(loaded)[name], optimizers(other)[name]):
+                torch.testing.assert_close(again.state_dict(), optimizer.state_dict())
+        other.learn(40)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
+def test_learning_does_not_depend_on_whose_optimiser_steps(algorithm):
+    ours, torchs = (sparsify_(build(algorithm), 0.5, fuse=fuse) for fuse in (True, False))
+    for model in (ours, torchs):
+        model.set_random_seed(1)
+        model.learn(33)
+    theirs = dict(torchs.policy.named_parameters())
+    for name, value in ours.policy.named_parameters():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
 
 
 @algorithms

@@ -305,3 +305,44 @@ def test_refusals():
         optim.RMSprop(params, lr=-1)
     optim.Adam(params, fused=True)
     optim.Adam(params, foreach=True)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_an_optimiser_of_torchs_goes_on_as_ours(name, options):
+    net, single, exact = _net(0.3), _net(0.3), _net(0.3).double()
+    kind = getattr(torch.optim, name)
+    optimizer, peer, reference = (kind(n.parameters(), **options) for n in (net, single, exact))
+    calls, groups, state = [], optimizer.param_groups, optimizer.state
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    for fused in (False, True):
+        if fused:
+            assert optim.fuse_(optimizer) is optimizer
+            assert type(optimizer) is getattr(optim, name)
+            assert optimizer.param_groups is groups
+            assert optimizer.state is state
+        _train(net, optimizer)
+        _train(single, peer)
+        _train(exact, reference, dtype=torch.float64)
+    assert optimizer._table is not None
+    assert len(calls) == 2 * STEPS
+    _assert_close(net, exact, single)
+    assert optim.fuse_(optimizer) is optimizer
+    copy.deepcopy(optimizer).step()
+
+
+def test_optimisers_that_stay_torchs():
+    params = list(_net().parameters())
+    scheduled = torch.optim.Adam(params)
+    torch.optim.lr_scheduler.StepLR(scheduled, 1)
+
+    class Mine(torch.optim.Adam):
+        pass
+
+    for optimizer in (
+        scheduled,
+        Mine(params),
+        torch.optim.Adagrad(params),
+        torch.optim.Adam(params, differentiable=True),
+    ):
+        kind = type(optimizer)
+        assert type(optim.fuse_(optimizer)) is kind
