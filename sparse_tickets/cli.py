@@ -83,7 +83,7 @@ class ShowCommand:
     level: int | None = None
     """Level; default: the sparsest finished."""
     export: Path | None = None
-    """Also save the trained policy as a plain nn.Sequential (torch.save) to this file."""
+    """Also write the trained policy to this file: .pt, .safetensors or .onnx."""
     plugin: Files = ()
     """Python files that register your own environments, criteria or conditions."""
 

@@ -157,6 +157,16 @@ class Ticket:
         """Fraction of the prunable weights that are kept."""
         return float(self.mask.double().mean())
 
+    def row(self, which: str) -> Tensor:
+        """``[T]`` the row of that name: ``initial``, ``rewind``, ``final`` or ``best``.
+
+        Raises:
+            ValueError: no such row.
+        """
+        if which not in ROWS:
+            raise ValueError(f"which must be one of {', '.join(ROWS)}, got {which!r}")
+        return getattr(self, which)
+
     def to_sequential(self, which: str = "final") -> nn.Sequential:
         """The actor as plain torch modules, ready for any observation of its environment.
 
@@ -170,13 +180,11 @@ class Ticket:
         Raises:
             ValueError: no such row.
         """
-        if which not in ROWS:
-            raise ValueError(f"which must be one of {', '.join(ROWS)}, got {which!r}")
+        row = self.row(which)
         modules: list[nn.Module] = []
         if any(self.offset) or any(value != 1 for value in self.scale):
             width = self.sizes[0]
             modules.append(Normalise(self.offset or [0.0] * width, self.scale or [1.0] * width))
-        row: Tensor = getattr(self, which)
         for (inp, out), (weight, bias) in zip(
             pairwise(self.sizes), self.arena.actor.layers(row[None]), strict=True
         ):

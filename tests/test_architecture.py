@@ -37,7 +37,7 @@ LAYERS = (
     ),
     ("connectivity", "coverage"),
     ("convert", "envs", "population", "targets"),
-    ("integrations",),
+    ("export", "integrations"),
     ("algos",),
     ("imp",),
     ("sweep",),

@@ -17,6 +17,7 @@ from sparse_tickets.analysis.figures import (
     ticket_figure,
 )
 from sparse_tickets.analysis.table import markdown_table, summary_table
+from sparse_tickets.export import check_suffix, export_ticket
 from sparse_tickets.files import StoreError, write_atomic
 from sparse_tickets.kernels.arena import Net
 from sparse_tickets.sweep.spec import Sweep, Track, protocol
@@ -144,7 +145,10 @@ def show(
 
     Raises:
         StoreError: there is no such finished ticket.
+        ValueError: `export` cannot write such a file.
     """
+    if export is not None:
+        check_suffix(export)
     out = Path(out)
     store = Store(out)
     spec = Sweep.from_dict(store.spec)
@@ -177,12 +181,8 @@ def show(
     figure = mask_figure(inputs, OBSERVATIONS.get(spec.env), stamp(spec))
     files.append(save(figure, folder / f"inputs-{name}.png")[0])
     if export is not None:
-        import io
-
-        buffer = io.BytesIO()
-        torch.save(ticket.to_sequential(), buffer)
-        write_atomic(Path(export), buffer.getvalue())
-        files.append(Path(export))
+        export_ticket(ticket, export)
+        files.append(export)
     return files
 
 

@@ -172,10 +172,21 @@ def test_small_budgets_are_stamped(finished):
     assert stamp(protocol("CartPole-v1")) is None
 
 
+def exported(file):
+    """The policy in a file that ``show --export`` wrote, as a user would rebuild it."""
+    tensors = torch.load(file, weights_only=True)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(),
+        torch.nn.Linear(8, 2),
+    )  # fmt: skip
+    net.load_state_dict({name: tensors[name] for name in net.state_dict()})
+    return lambda raw: net((raw - tensors["offset"]) / tensors["scale"])
+
+
 @pytest.mark.parametrize(
     ("options", "level"), [([], 2), (["--level", "1"], 1), (["--level", "0"], 0)]
 )
-def test_the_exported_policy_is_plain_torch_and_acts_like_the_ticket(
+def test_the_exported_policy_is_plain_tensors_and_acts_like_the_ticket(
     options, level, finished, tmp_path, capsys
 ):
     file = tmp_path / "policy.pt"
@@ -183,8 +194,7 @@ def test_the_exported_policy_is_plain_torch_and_acts_like_the_ticket(
     assert main(["show", str(finished), *arguments]) == 0
     shown = capsys.readouterr().out
     assert f"level-{level:02d}" in shown
-    policy = torch.load(file, weights_only=False)
-    assert isinstance(policy, torch.nn.Sequential)
+    policy = exported(file)
     store = Store(finished)
     (ticket,) = [
         ticket
@@ -210,7 +220,7 @@ def test_the_exported_policy_earns_the_stored_return_in_gymnasium(finished, tmp_
 
     file = tmp_path / "policy.pt"
     assert main(["show", str(finished), "--export", str(file)]) == 0
-    policy = torch.load(file, weights_only=False)
+    policy = exported(file)
     rows = load_results(finished).filter(
         algo="ppo", condition="mask/weights", seed=0, level=2, controls="own"
     )
@@ -228,6 +238,14 @@ def test_the_exported_policy_earns_the_stored_return_in_gymnasium(finished, tmp_
     mean, deviation = torch.tensor(returns).mean(), torch.tensor(returns).std()
     stored = rows["return_final"][0]  # of four episodes
     assert abs(mean - stored) <= 6 * max(deviation, 1) / 2
+
+
+def test_an_export_of_another_kind_is_refused_before_anything_is_drawn(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(out / "figures")
+    assert main(["show", str(out), "--export", str(tmp_path / "policy.pth")]) == 1
+    assert "must end in .pt, .safetensors, .onnx" in " ".join(capsys.readouterr().err.split())
+    assert not (out / "figures").exists()
 
 
 def test_show_says_what_there_is(finished, tmp_path, capsys):
