@@ -22,6 +22,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.files import StoreError
@@ -228,7 +229,7 @@ def _sweep(rest: list[str], console: Console) -> int:
     if command.dry_run:
         from sparse_tickets.sweep.estimate import estimate
 
-        console.print(estimate(spec))
+        _print_table(console, estimate(spec))
         return 0
     try:
         with SweepProgress(spec, console) as progress, _held_signals(console) as check:
@@ -296,10 +297,17 @@ def _print_report(out: Path, console: Console, metric: str) -> int:
     from sparse_tickets.analysis.report import report
 
     table, files = report(out, metric=metric)
-    console.print(table)
+    _print_table(console, table)
     for file in files:
         console.print(f"  {file}", highlight=False, soft_wrap=True, markup=False)
     return 0
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Print a table as wide as it is: a narrow terminal wraps lines, but no number is cut."""
+    wanted = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
+    whole = Console(file=console.file, width=max(wanted, console.width), highlight=False)
+    whole.print(table)
 
 
 def _show(rest: list[str], console: Console) -> int:
@@ -327,7 +335,7 @@ def _verify(rest: list[str], console: Console) -> int:
     command = tyro.cli(VerifyCommand, prog="sparse-tickets verify", args=rest, config=_STYLE)
     _load_plugins(command.plugin)
     table, agree = verify(command.run, command.cells, console)
-    console.print(table)
+    _print_table(console, table)
     return 0 if agree else 1
 
 
@@ -372,8 +380,7 @@ def _inspect(rest: list[str], console: Console) -> int:
     if command.json:
         print(json.dumps(plain(reports), indent=1))
     else:
-        wide = console if console.is_terminal else Console(width=120)
-        wide.print(inspect_table(reports))
+        _print_table(console, inspect_table(reports))
     return 1 if any(report.problems for report in reports) else 0
 
 
@@ -408,6 +415,7 @@ def _load_plugins(files: Sequence[Path]) -> None:
             raise
 
 
+_WIDEST = 1_000
 _REPORTED = (ValueError, TypeError, StoreError, ExpertError, Unverified, CompileError, OSError)
 # A flag is on or not there: no --no-flag beside it.
 _STYLE = (tyro.conf.FlagCreatePairsOff,)

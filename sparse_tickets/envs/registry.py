@@ -126,7 +126,12 @@ def _find(name: str) -> tuple[EnvFactory, EnvSpec]:
             f"env must be one of {', '.join(sorted(_registry))}, one registered with "
             f"register_env, or any gymnasium id, got {name!r} (gymnasium: {error})"
         ) from error
-    return partial(GymEnv, name), _read_spec_once(name)
+    try:
+        return partial(GymEnv, name), _read_spec_once(name)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(
+            f"env must be one that can be made here, got {name!r} (gymnasium: {error})"
+        ) from error
 
 
 @cache

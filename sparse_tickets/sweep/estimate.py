@@ -1,111 +1,163 @@
-"""What a sweep will take, before it runs: cells, time measured on a short probe, disk."""
+"""What a sweep will take, before it runs: cells, time by a short probe, disk."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from sparse_tickets.algos import bc, ppo
-from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.envs import open_env
+from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.prune import random_mask
 from sparse_tickets.sweep.progress import total_steps
-from sparse_tickets.sweep.run import expert_arena
 from sparse_tickets.sweep.spec import Sweep
 
 __all__ = ["estimate"]
 
-_PROBE_ITERATIONS = 4
+# Agent-steps of one probed iteration, at most; Python's environments take a thousand times longer.
+_PROBE_STEPS, _PYTHON_PROBE_STEPS = 1 << 17, 1 << 12
+_TIMED_ITERATIONS = 2
+
+
+class _Needs(NamedTuple):
+    """Of one algorithm; seconds of evaluation are an upper bound, or None where nobody knows."""
+
+    cells: int
+    steps: int
+    training_s: float
+    evaluation_s: float | None
+    disk: float
 
 
 def estimate(spec: Sweep) -> Table:
     """The cells of a sweep, and the time and disk it will take on this machine.
 
-    Times come from training a few iterations at the densest and the sparsest level, so they are
-    rough; the kernels compile before the clock starts.
+    Times come from a few short iterations at the densest and the sparsest level, so they are rough;
+    kernels compile before the clock starts. No evaluation is played: its time is that of acting to
+    the time limit in every episode.
 
     Raises:
         ValueError: an unknown environment.
     """
-    table = Table(title=f"{spec.env}: {spec.levels} levels, {spec.seeds} seeds")
-    for column in ("algo", "cells", "agent-steps", "time", "disk"):
-        table.add_column(column, justify="left" if column == "algo" else "right")
-    seconds_in_all, bytes_in_all, cells_in_all = 0.0, 0, 0
-    for algo in spec.algos:
-        tickets = [(level, len(tracks)) for level, _, tracks in spec.units(algo)]
-        cells = sum(count for _, count in tickets)
-        steps = sum(count * spec.train_steps(level) for level, count in tickets)
-        widest = max(count for _, count in tickets)
-        dense = _seconds_per_step(spec, algo, widest, 1.0)
-        sparse = _seconds_per_step(spec, algo, widest, spec.density(spec.levels - 1))
-        seconds = sum(
-            count * spec.train_steps(level) * (sparse + (dense - sparse) * spec.density(level))
-            for level, count in tickets
-        )
-        disk = sum(count * _ticket_bytes(spec, algo, level) for level, count in tickets)
-        if algo == "bc":
-            transitions = spec.bc.experts * spec.ppo.steps
-            width = spec.env_spec.observation_dim + 2 * spec.env_spec.action_dim
-            disk += 4 * transitions * width
-            expert_steps = spec.bc.experts * (spec.bc.expert_steps or spec.ppo.steps)
-            seconds += expert_steps * _seconds_per_step(spec, "ppo", spec.bc.experts, 1.0)
-        table.add_row(algo, f"{cells:,}", f"{steps:,}", _clock(seconds), f"{disk / 1e6:,.1f} MB")
-        seconds_in_all, bytes_in_all = seconds_in_all + seconds, bytes_in_all + disk
-        cells_in_all += cells
-    table.add_section()
-    table.add_row(
-        "in all",
-        f"{cells_in_all:,}",
-        f"{total_steps(spec):,}",
-        _clock(seconds_in_all),
-        f"{bytes_in_all / 1e6:,.1f} MB",
+    table = Table(title=Text(f"{spec.env}: {spec.levels} levels, {spec.seeds} seeds"))
+    for column in ("algo", "cells", "agent-steps", "training", "evaluation", "disk"):
+        table.add_column(column, justify="left" if column == "algo" else "right", no_wrap=True)
+    needs = {algo: _needs(spec, algo) for algo in spec.algos}
+    for algo, need in needs.items():
+        table.add_row(algo, *_texts(need))
+    evaluations = [need.evaluation_s for need in needs.values() if need.evaluation_s is not None]
+    in_all = _Needs(
+        sum(need.cells for need in needs.values()),
+        total_steps(spec),
+        sum(need.training_s for need in needs.values()),
+        sum(evaluations) if len(evaluations) == len(needs) else None,
+        sum(need.disk for need in needs.values()),
     )
+    table.add_section()
+    table.add_row("in all", *_texts(in_all))
     return table
 
 
-def _seconds_per_step(spec: Sweep, algo: str, tickets: int, density: float) -> float:
-    """Seconds an agent-step takes, its share of the evaluations included."""
+def _texts(need: _Needs) -> tuple[str, ...]:
+    evaluation = "unknown" if need.evaluation_s is None else f"<= {_clock(need.evaluation_s)}"
+    return (
+        f"{need.cells:,}",
+        f"{need.steps:,}",
+        _clock(need.training_s),
+        evaluation,
+        f"{need.disk / 1e6:,.1f} MB",
+    )
+
+
+def _needs(spec: Sweep, algo: str) -> _Needs:
+    first, later = spec.cells
+    pruned = later * (spec.levels - 1)
+    # The cells' densities add up to this many dense ones: a geometric series from level 1 on.
+    dense_cells = first + later * ((1.0 - spec.density(spec.levels)) / spec.rate - 1.0)
+    widest = min(spec.chunk, max(first, later if pruned else 0))
+    dense, acting = _probe(spec, algo, widest, 1.0)
+    sparse, _ = _probe(spec, algo, widest, spec.density(spec.levels - 1))
+    steps = first * spec.train_steps(0) + pruned * spec.train_steps(1)
+    # Between the two, time grows with density.
+    share = dense_cells / (first + pruned)
+    training_s = steps * (sparse + (dense - sparse) * share)
     arena = spec.arena(algo)
+    # Four weight rows on the mask, the rest dense, and the mask's bits.
+    dense_bytes = 16 * (arena.size - arena.prunable) + arena.prunable // 8 + 600
+    disk = 16 * arena.prunable * dense_cells + dense_bytes * (first + pruned)
+    if algo == "bc":
+        width = spec.env_spec.observation_dim + 2 * spec.env_spec.action_dim
+        disk += 4 * width * spec.bc.experts * spec.ppo.steps
+        expert_steps = spec.bc.experts * (spec.bc.expert_steps or spec.ppo.steps)
+        training_s += expert_steps * _probe(spec, "ppo", spec.bc.experts, 1.0)[0]
+    limit, evaluation_s = spec.env_spec.time_limit, None
+    if limit is not None:
+        # Greedy and sampled, before and after training and at every point; and the best checkpoint.
+        episodes = 2 * spec.evaluation.points * spec.evaluation.episodes
+        episodes += 5 * spec.evaluation.final_episodes
+        evaluation_s = (first + pruned) * episodes * limit * acting
+    return _Needs(first + pruned, steps, training_s, evaluation_s, disk)
+
+
+def _probe(spec: Sweep, algo: str, tickets: int, density: float) -> tuple[float, float]:
+    """Seconds of training and of acting alone, per agent-step of ``tickets`` side by side."""
     key = torch.arange(tickets)
-    kept = round(density * arena.prunable)
-    mask = random_mask(key, kept, arena)
-    budget = replace(spec.ppo, steps=_PROBE_ITERATIONS * spec.ppo.batch)
-    evaluation = Evaluation(1, spec.evaluation.episodes, spec.evaluation.final_episodes)
-    dataset = _probe_dataset(spec, budget) if algo == "bc" else None
-    train_s = evaluate_s = 0.0
-    for _ in range(2):  # the first round compiles
-        weight = initialise(arena, key, spec.init, spec.log_std)
-        population = Population.create(arena, weight, mask, density)
-        if dataset is None:
-            result = ppo.train(budget, spec.env, population, key, evaluation=evaluation)
+    arena, actors = spec.arena(algo), spec.arena("ppo")
+    mask = random_mask(key, round(density * arena.prunable), arena)
+    weight = initialise(arena, key, spec.init, spec.log_std)
+    population = Population.create(arena, weight, mask, density)
+    acting = Population.create(actors, initialise(actors, key, spec.init, spec.log_std))
+    with open_env(spec.env, tickets, spec.ppo.copies) as env:
+        most = _PYTHON_PROBE_STEPS if env.task is None else _PROBE_STEPS
+        budget = _shorter(spec.ppo, most // tickets)
+        iterate: Callable[[], None]
+        if algo == "ppo":
+            iterate = ppo.Iteration(budget, env, population, key, 0)
         else:
-            assignment = torch.zeros(tickets, dtype=torch.int64)
-            result = bc.train(
-                budget, spec.env, population, key, dataset, assignment, evaluation=evaluation
-            )
-        train_s = result.train_s
-        evaluate_s = result.wall_s - result.train_s
-    per_step = train_s / (tickets * budget.steps)
-    # One greedy and one sampled evaluation per point, and three final ones.
-    episodes = 2 * spec.evaluation.points * spec.evaluation.episodes
-    episodes += 3 * spec.evaluation.final_episodes
-    probed = 2 * evaluation.episodes + 3 * evaluation.final_episodes
-    return per_step + evaluate_s * episodes / probed / (tickets * spec.ppo.steps)
+            dataset, assignment = _any_dataset(spec, budget.batch), torch.zeros_like(key)
+            iterate = bc.Iteration(budget, population, key, dataset, assignment, 0)
+        training_s = _seconds(iterate) / (tickets * budget.batch)
+        obs = env.reset(key)
+        act = lambda: rollout(acting.parameters, actors, env, obs, key, budget.horizon)  # noqa: E731
+        return training_s, _seconds(act) / (tickets * budget.batch)
 
 
-def _probe_dataset(spec: Sweep, budget: ppo.PPO) -> bc.Dataset:
-    key = torch.zeros(1, dtype=torch.int64)
-    arena = expert_arena(spec)
-    experts = bc.Experts(initialise(arena, key, spec.init, spec.log_std), torch.zeros(1), key)
-    return bc.demonstrations(experts, spec.env, arena, budget.steps)
+def _seconds(call: Callable[[], object]) -> float:
+    """Of one call, once everything is compiled."""
+    call()
+    begin = time.perf_counter()
+    for _ in range(_TIMED_ITERATIONS):
+        call()
+    return (time.perf_counter() - begin) / _TIMED_ITERATIONS
 
 
-def _ticket_bytes(spec: Sweep, algo: str, level: int) -> int:
-    """Four weight rows on the support, the rest dense, and the mask's bits."""
-    arena = spec.arena(algo)
-    return 16 * (spec.kept(algo, level) + arena.size - arena.prunable) + arena.prunable // 8 + 600
+def _shorter(settings: ppo.PPO, most: int) -> ppo.PPO:
+    """Iterations of at most so many steps per ticket, where halving the horizon leads there."""
+    while settings.batch > most and settings.horizon % 2 == 0:
+        # As many samples in a minibatch, as long as there are several.
+        even = settings.minibatches % 2 == 0
+        settings = replace(
+            settings,
+            horizon=settings.horizon // 2,
+            minibatches=settings.minibatches // 2 if even else 1,
+        )
+    return settings
+
+
+def _any_dataset(spec: Sweep, steps: int) -> bc.Dataset:
+    """Of the right shapes: what it holds does not matter to time."""
+    env = spec.env_spec
+    obs = torch.randn(1, steps, env.observation_dim)
+    if env.discrete:
+        return bc.Dataset(obs, torch.zeros(1, steps, env.action_dim).log_softmax(-1))
+    return bc.Dataset(obs, torch.zeros(1, steps, 2 * env.action_dim))
 
 
 def _clock(seconds: float) -> str:

@@ -26,11 +26,10 @@ __all__ = ["SweepProgress", "total_steps"]
 
 def total_steps(spec: Sweep) -> int:
     """Agent-steps of a whole sweep, experts included (those of one round of tries)."""
-    steps = sum(
-        len(tracks) * spec.train_steps(level)
-        for algo in spec.algos
-        for level, _, tracks in spec.units(algo)
-    )
+    first, later = spec.cells
+    pruned = later * (spec.levels - 1)
+    steps = first * spec.train_steps(0) + pruned * spec.train_steps(1)
+    steps *= len(spec.algos)
     if "bc" in spec.algos:
         steps += spec.bc.experts * (spec.bc.expert_steps or spec.ppo.steps)
     return steps

@@ -193,6 +193,11 @@ class Sweep:
                     tracks += [Track(seed, name, controls) for seed in seeds]
         return tracks
 
+    @property
+    def cells(self) -> tuple[int, int]:
+        """How many tracks are trained at level 0, and at each level above."""
+        return len(self.tracks(0)), len(self.tracks(1))
+
     def units(self, algo: str) -> Iterator[tuple[int, int, list[Track]]]:
         """Yield ``(level, chunk index, tracks)`` in the order of training."""
         for level in range(self.levels):

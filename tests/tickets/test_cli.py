@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from sparse_tickets import cli
+from sparse_tickets.algos import evaluation
 from sparse_tickets.analysis.report import stamp
 from sparse_tickets.cli import main
 from sparse_tickets.sweep.spec import Sweep, protocol
@@ -124,13 +125,34 @@ def test_a_dry_run_says_cells_time_and_disk_and_writes_nothing(tmp_path, capsys)
     out = tmp_path / "run"
     assert main(["sweep", *TINY, "--dry-run", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    for word in ("cells", "agent-steps", "time", "disk", "ppo", "bc", "in all"):
+    for word in ("cells", "agent-steps", "training", "evaluation", "disk", "ppo", "bc", "in all"):
         assert word in text
     # 2 dense, then 2 levels of 4 conditions for 2 seeds; for each of two algorithms.
     assert re.search(r"in all +│? +36 ", text)
     assert re.search(r"\d+:\d\d:\d\d", text)
     assert re.search(r"[\d.]+ MB", text)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "FrozenLake-v1"])
+def test_a_dry_run_plays_no_evaluation_and_does_not_grow_with_the_budget(env, capsys, monkeypatch):
+    """The answer for a study of a century comes as fast as that for a minute's, numbers whole."""
+
+    def played(*args, **settings):
+        raise AssertionError("a dry run must not evaluate")
+
+    monkeypatch.setattr(evaluation, "evaluate", played)
+    size = ["--levels", "100000", "--seeds", "3", "--hidden", "8", "--ppo.horizon", "2048"]
+    size += ["--ppo.steps", "900000", "--evaluation.points", "100"]
+    begin = time.perf_counter()
+    assert main(["sweep", "--env", env, "--algos", "ppo", *size, "--dry-run", "--out", "x"]) == 0
+    assert time.perf_counter() - begin < 20
+    text = capsys.readouterr().out
+    # 3 dense, then 99,999 levels of 4 conditions for 3 seeds, each of 109 iterations.
+    cells = 3 + 99_999 * 12
+    assert f" {cells:,} " in text
+    assert f" {cells * 109 * 4 * 2048:,} " in text
+    assert "…" not in text
 
 
 def test_sweep_prints_the_table_and_writes_the_figures(finished, capsys):

@@ -255,6 +255,12 @@ def test_own_environment_is_registered_in_a_line(monkeypatch):
         register_env("Other", partial(GymEnv, Corridor), spec)
 
 
+def test_an_environment_whose_packages_are_missing_says_which():
+    gymnasium.register("Missing-v0", entry_point="not_installed_here:Env")
+    with pytest.raises(ValueError, match=r"made here, got 'Missing-v0' .*not_installed_here"):
+        env_spec("Missing-v0")
+
+
 def test_unknown_names_list_the_known_ones():
     for call in (env_spec, partial(make_env, tickets=1, copies=1)):
         with pytest.raises(ValueError, match=r"CartPole-v1.*any gymnasium id, got 'Nowhere-v0'"):
