@@ -2,7 +2,8 @@
 
 All take addresses of two int64 arrays: the ``form`` of a network for one size of batch (`layout`),
 and the ``call``, which says where this call's tensors lie. Tile by tile of the batch every layer
-runs while its panels are in cache. Per nonzero and batch row: 2 FLOPs forward and 4 backward.
+runs while its panels are in cache. Threads share the batch by parts of many tiles, each of which
+sums up gradients of its own. Per nonzero and batch row: 2 FLOPs forward and 4 backward.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sparse_tickets.kernels.policy.blas import sgemm
 from sparse_tickets.kernels.policy.layout import (
     BEGIN,
     BIAS,
+    BIAS_GRADIENTS,
     BITS,
     CALL_BATCH,
     CALL_DX,
@@ -28,6 +30,7 @@ from sparse_tickets.kernels.policy.layout import (
     CALL_SAVED,
     CALL_SCRATCH,
     CALL_STEP,
+    CALL_THREADS,
     CALL_X,
     CALL_Y,
     CODE,
@@ -46,9 +49,12 @@ from sparse_tickets.kernels.policy.layout import (
     MASKED,
     NONZEROS,
     OUT,
+    PARTS,
     POSITION,
+    PRIVATE,
     ROWS,
     SGEMM,
+    SHARED,
     SLOPES,
     TILE,
     TURNED,
@@ -72,6 +78,7 @@ from sparse_tickets.kernels.policy.products import (
     sum_rows,
     to_panel,
 )
+from sparse_tickets.kernels.threads import share
 from sparse_tickets.kernels.vector import (
     LANES,
     MASK_BYTES,
@@ -116,12 +123,12 @@ def _has(b, bits, word, lane):
 
 
 @njit(cache=True)
-def _keep(m, b, i64, layer, grad):
-    """Zero a dense gradient off the mask."""
-    out, inp, bits = get(i64, layer + OUT), get(i64, layer + INP), get(i64, layer + BITS)
+def _keep(m, b, i64, layer, grad, first, end):
+    """Zero rows of a dense gradient off the mask."""
+    inp, bits = get(i64, layer + INP), get(i64, layer + BITS)
     words = (inp + LANES - 1) // LANES
     whole = inp // LANES
-    for r in range(out):
+    for r in range(first, end):
         for w in range(whole):
             i = grad + r * inp + w * LANES
             store(m, i, load_bits(m, i, b, bits + r * words + w))
@@ -172,29 +179,58 @@ def _forward_tile(m, n, i64, form, call, saved, panels, ld, count):
 
 
 @njit(cache=True)
-def _forward(base, form_at, call_at):
-    m, n, b, i64 = floats(base), shorts(base), bytes_(base), integers(base)
-    form, call = form_at // 8, call_at // 8
-    saved, scratch = get(i64, call + CALL_SAVED) // 4, get(i64, call + CALL_SCRATCH) // 4
+def _tiles(i64, form, call, part):
+    """Of the batch's tiles the first of a part, and the one after its last."""
+    tile, parts = get(i64, form + TILE), get(i64, form + PARTS)
+    tiles = (get(i64, call + CALL_BATCH) + tile - 1) // tile
+    return tiles * part // parts, tiles * (part + 1) // parts
+
+
+@njit(cache=True)
+def _private(i64, form, call, part):
+    """The scratch that a part has to itself."""
+    scratch = get(i64, call + CALL_SCRATCH) // 4 + get(i64, form + SHARED)
+    return scratch + part * get(i64, form + PRIVATE)
+
+
+@njit(cache=True, nogil=True)
+def _forward_part(thread, part, base, form, call):
+    m, n, i64 = floats(base), shorts(base), integers(base)
     layers = get(i64, form + LAYERS)
-    for k in range(layers):
-        layer = form + FORM_FIRST + k * FORM_LAYER
-        if not get(i64, layer + DENSE) or get(i64, layer + MASKED):
-            weight = get(i64, call + CALL_FIRST + k * CALL_LAYER + WEIGHT) // 4
-            _gather(m, n, b, i64, layer, weight, saved + get(i64, layer + VALUES))
     last = form + FORM_FIRST + (layers - 1) * FORM_LAYER
     out, inp = get(i64, last + OUT), get(i64, form + FORM_FIRST + INP)
-    batch, tile = get(i64, call + CALL_BATCH), get(i64, form + TILE)
+    batch, tile, step = (
+        get(i64, call + CALL_BATCH),
+        get(i64, form + TILE),
+        get(i64, call + CALL_STEP),
+    )
     x, y = get(i64, call + CALL_X) // 4, get(i64, call + CALL_Y) // 4
+    saved, scratch = get(i64, call + CALL_SAVED) // 4, _private(i64, form, call, part)
+    begin, end = _tiles(i64, form, call, part)
     panels = saved + get(i64, form + VALUES_SIZE)
-    for first in range(0, batch, tile):
+    panels += begin * step if step else part * get(i64, form + FEATURES) * tile
+    for t in range(begin, end):
+        first = t * tile
         count = min(tile, batch - first)
         ld = (count + LANES - 1) // LANES * LANES
         to_panel(m, x + first * inp, inp, count, panels, ld, scratch)
         _forward_tile(m, n, i64, form, call, saved, panels, ld, count)
         at = panels + get(i64, last + Y_PANEL) * ld
         from_panel(m, at, ld, y + first * out, out, count, scratch)
-        panels += get(i64, call + CALL_STEP)
+        panels += step
+
+
+@njit(cache=True)
+def _forward(base, form_at, call_at):
+    m, n, b, i64 = floats(base), shorts(base), bytes_(base), integers(base)
+    form, call = form_at // 8, call_at // 8
+    saved = get(i64, call + CALL_SAVED) // 4
+    for k in range(get(i64, form + LAYERS)):
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        if not get(i64, layer + DENSE) or get(i64, layer + MASKED):
+            weight = get(i64, call + CALL_FIRST + k * CALL_LAYER + WEIGHT) // 4
+            _gather(m, n, b, i64, layer, weight, saved + get(i64, layer + VALUES))
+    share(_forward_part, get(i64, call + CALL_THREADS), get(i64, form + PARTS), (base, form, call))
 
 
 @njit(cache=True)
@@ -211,49 +247,99 @@ def _lowest(i64, form, call):
 
 
 @njit(cache=True)
-def _begin_gradients(m, n, i64, form, call, saved, scratch, lowest):
-    """Zero what is summed up, and turn the values for the products with the transposed weights."""
+def _turn(m, n, i64, form, call, saved, lowest):
+    """Turn the values for the products with the transposed weights."""
+    scratch = get(i64, call + CALL_SCRATCH) // 4
+    for k in range(lowest, get(i64, form + LAYERS)):
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        if not get(i64, layer + DENSE) and (k > lowest or get(i64, call + CALL_DX)):
+            values, source = saved + get(i64, layer + VALUES), get(i64, layer + TURNED_FROM)
+            turned = scratch + get(i64, layer + TURNED)
+            for j in range(get(i64, layer + NONZEROS)):
+                put(m, turned + j, get(m, values + np.int64(get(n, source + j))))
+
+
+@njit(cache=True)
+def _begin_gradients(m, i64, form, call, part, scratch, lowest):
+    """Zero what a part sums up."""
+    for k in range(lowest, get(i64, form + LAYERS)):
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        at = call + CALL_FIRST + k * CALL_LAYER
+        if get(i64, at + DBIAS):
+            fill(m, scratch + get(i64, layer + BIAS_GRADIENTS), get(i64, layer + OUT), _ZERO)
+        if get(i64, at + DWEIGHT):
+            size = get(i64, layer + NONZEROS)
+            if get(i64, layer + DENSE):
+                size = get(i64, layer + OUT) * get(i64, layer + INP)
+            fill(m, _gradients(i64, layer, at, part, scratch), size, _ZERO)
+
+
+@njit(cache=True)
+def _gradients(i64, layer, at, part, scratch):
+    """Where a part sums up the gradient of a layer's weights."""
+    if get(i64, layer + DENSE) and part == 0:
+        return get(i64, at + DWEIGHT) // 4
+    return scratch + get(i64, layer + GRADIENTS)
+
+
+@njit(cache=True)
+def _add(m, total, term, size):
+    """``total[:size] += term[:size]``."""
+    whole = size // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(m, total + i, load(m, total + i) + load(m, term + i))
+    for i in range(whole, size):
+        put(m, total + i, get(m, total + i) + get(m, term + i))
+
+
+@njit(cache=True, nogil=True)
+def _end_gradients(thread, item, base, form, call, lowest):
+    """Add up the parts' gradients, of a share of every layer's rows, and put them in place."""
+    m, n, b, i64 = floats(base), shorts(base), bytes_(base), integers(base)
+    parts = get(i64, form + PARTS)
+    scratch, private = _private(i64, form, call, 0), get(i64, form + PRIVATE)
     for k in range(lowest, get(i64, form + LAYERS)):
         layer = form + FORM_FIRST + k * FORM_LAYER
         at = call + CALL_FIRST + k * CALL_LAYER
         out, inp = get(i64, layer + OUT), get(i64, layer + INP)
+        first, end = out * item // parts, out * (item + 1) // parts
         dweight, dbias = get(i64, at + DWEIGHT) // 4, get(i64, at + DBIAS) // 4
         if dbias:
-            fill(m, dbias, out, _ZERO)
-        if dweight:
-            fill(m, dweight, out * inp, _ZERO)
-        if not get(i64, layer + DENSE):
-            size = get(i64, layer + NONZEROS)
-            if dweight:
-                fill(m, scratch + get(i64, layer + GRADIENTS), size, _ZERO)
-            if k > lowest or get(i64, call + CALL_DX):
-                values, source = saved + get(i64, layer + VALUES), get(i64, layer + TURNED_FROM)
-                turned = scratch + get(i64, layer + TURNED)
-                for j in range(size):
-                    put(m, turned + j, get(m, values + np.int64(get(n, source + j))))
-
-
-@njit(cache=True)
-def _end_gradients(m, n, b, i64, form, call, scratch, lowest):
-    """Put summed gradients in their places."""
-    for k in range(lowest, get(i64, form + LAYERS)):
-        layer = form + FORM_FIRST + k * FORM_LAYER
-        dweight = get(i64, call + CALL_FIRST + k * CALL_LAYER + DWEIGHT) // 4
+            fill(m, dbias + first, end - first, _ZERO)
+            grad = scratch + get(i64, layer + BIAS_GRADIENTS)
+            for part in range(parts):
+                _add(m, dbias + first, grad + part * private + first, end - first)
         if not dweight:
             continue
+        grad = scratch + get(i64, layer + GRADIENTS)
         if get(i64, layer + DENSE):
+            for part in range(1, parts):
+                term = grad + part * private + first * inp
+                _add(m, dweight + first * inp, term, (end - first) * inp)
             if get(i64, layer + MASKED):
-                _keep(m, b, i64, layer, dweight)
-        else:
-            grad, position = scratch + get(i64, layer + GRADIENTS), get(i64, layer + POSITION)
-            for j in range(get(i64, layer + NONZEROS)):
+                _keep(m, b, i64, layer, dweight, first, end)
+            continue
+        begin, rows, position = (
+            get(i64, layer + BEGIN),
+            get(i64, layer + ROWS),
+            get(i64, layer + POSITION),
+        )
+        j = get(i64, begin + first)
+        for part in range(1, parts):
+            _add(m, grad + j, grad + part * private + j, get(i64, begin + end) - j)
+        for r in range(first, end):
+            fill(m, dweight + np.int64(get(n, rows + r)) * inp, inp, _ZERO)
+            stop = get(i64, begin + r + 1)
+            while j < stop:
                 put(m, dweight + np.int64(get(n, position + j)), get(m, grad + j))
+                j += 1
 
 
 @njit(cache=True)
-def _backward_tile(m, n, i64, form, call, saved, panels, scratch, ld, here, there, lowest):
+def _backward_tile(m, n, i64, form, call, saved, panels, part, ld, here, there, lowest):
     """All layers over one tile, from the last; returns where the gradient of the input lies."""
     sgemm_at = get(i64, form + SGEMM)
+    shared, scratch = get(i64, call + CALL_SCRATCH) // 4, _private(i64, form, call, part)
     for k in range(get(i64, form + LAYERS) - 1, lowest - 1, -1):
         layer = form + FORM_FIRST + k * FORM_LAYER
         at = call + CALL_FIRST + k * CALL_LAYER
@@ -266,19 +352,19 @@ def _backward_tile(m, n, i64, form, call, saved, panels, scratch, ld, here, ther
                 kept = panels + get(i64, layer + KEPT) * ld
             slope = get(m, get(i64, form + SLOPES) + k)
             deactivate(m, here, y, kept, out * ld, code, slope)
-        dweight, dbias = get(i64, at + DWEIGHT) // 4, get(i64, at + DBIAS) // 4
-        if dbias:
-            sum_rows(m, dbias, here, out, ld)
-        if dweight:
+        if get(i64, at + DBIAS):
+            sum_rows(m, scratch + get(i64, layer + BIAS_GRADIENTS), here, out, ld)
+        if get(i64, at + DWEIGHT):
+            grad = _gradients(i64, layer, at, part, scratch)
             if get(i64, layer + DENSE):
                 sgemm(
                     sgemm_at, np.int64(1), np.int64(0), inp, out, ld,
-                    m, x, ld, here, ld, _ONE, dweight, inp,
+                    m, x, ld, here, ld, _ONE, grad, inp,
                 )  # fmt: skip
             else:
                 sparse_gradient(
-                    m, n, i64, scratch + get(i64, layer + GRADIENTS), get(i64, layer + BEGIN),
-                    get(i64, layer + ROWS), get(i64, layer + INDEX), out, x, here, ld, scratch,
+                    m, n, i64, grad, get(i64, layer + BEGIN), get(i64, layer + ROWS),
+                    get(i64, layer + INDEX), out, x, here, ld, scratch,
                 )  # fmt: skip
         if k > lowest or get(i64, call + CALL_DX):
             if get(i64, layer + DENSE):
@@ -289,7 +375,7 @@ def _backward_tile(m, n, i64, form, call, saved, panels, scratch, ld, here, ther
                 )  # fmt: skip
             else:
                 sparse_product(
-                    m, n, i64, scratch + get(i64, layer + TURNED), get(i64, layer + TURNED_BEGIN),
+                    m, n, i64, shared + get(i64, layer + TURNED), get(i64, layer + TURNED_BEGIN),
                     get(i64, layer + TURNED_ROWS), get(i64, layer + TURNED_INDEX), inp,
                     here, there, ld, np.int64(0),
                 )  # fmt: skip
@@ -297,29 +383,39 @@ def _backward_tile(m, n, i64, form, call, saved, panels, scratch, ld, here, ther
     return here
 
 
-@njit(cache=True)
-def _backward(base, form_at, call_at):
-    m, n, b, i64 = floats(base), shorts(base), bytes_(base), integers(base)
-    form, call = form_at // 8, call_at // 8
-    saved, scratch = get(i64, call + CALL_SAVED) // 4, get(i64, call + CALL_SCRATCH) // 4
-    lowest = _lowest(i64, form, call)
-    _begin_gradients(m, n, i64, form, call, saved, scratch, lowest)
+@njit(cache=True, nogil=True)
+def _backward_part(thread, part, base, form, call, lowest):
+    m, n, i64 = floats(base), shorts(base), integers(base)
+    saved, scratch = get(i64, call + CALL_SAVED) // 4, _private(i64, form, call, part)
+    _begin_gradients(m, i64, form, call, part, scratch, lowest)
     last = form + FORM_FIRST + (get(i64, form + LAYERS) - 1) * FORM_LAYER
     out, inp = get(i64, last + OUT), get(i64, form + FORM_FIRST + INP)
     batch, tile = get(i64, call + CALL_BATCH), get(i64, form + TILE)
     dx, dy = get(i64, call + CALL_DX) // 4, get(i64, call + CALL_DY) // 4
-    panels = saved + get(i64, form + VALUES_SIZE)
+    begin, end = _tiles(i64, form, call, part)
+    panels = saved + get(i64, form + VALUES_SIZE) + begin * get(i64, form + FEATURES) * tile
     here = scratch + get(i64, form + DELTAS)
     there = here + get(i64, form + WIDEST) * tile
-    for first in range(0, batch, tile):
+    for t in range(begin, end):
+        first = t * tile
         count = min(tile, batch - first)
         ld = (count + LANES - 1) // LANES * LANES
         to_panel(m, dy + first * out, out, count, here, ld, scratch)
-        at = _backward_tile(m, n, i64, form, call, saved, panels, scratch, ld, here, there, lowest)
+        at = _backward_tile(m, n, i64, form, call, saved, panels, part, ld, here, there, lowest)
         if dx:
             from_panel(m, at, ld, dx + first * inp, inp, count, scratch)
         panels += get(i64, form + FEATURES) * tile
-    _end_gradients(m, n, b, i64, form, call, scratch, lowest)
+
+
+@njit(cache=True)
+def _backward(base, form_at, call_at):
+    m, n, i64 = floats(base), shorts(base), integers(base)
+    form, call = form_at // 8, call_at // 8
+    threads, parts = get(i64, call + CALL_THREADS), get(i64, form + PARTS)
+    lowest = _lowest(i64, form, call)
+    _turn(m, n, i64, form, call, get(i64, call + CALL_SAVED) // 4, lowest)
+    share(_backward_part, threads, parts, (base, form, call, lowest))
+    share(_end_gradients, threads, parts, (base, form, call, lowest))
 
 
 @njit(cache=True)

@@ -19,28 +19,37 @@ from sparse_tickets.kernels.vector import LANES, MASK_BYTES
 
 # Of a form: how many layers; rows of the batch in a tile; `sgemm` or 0; the activations'
 # parameters; elements of all packed values; features of all panels of a tile; the widest layer,
-# rounded up to registers; and where in the scratch the panels of a gradient lie.
-LAYERS, TILE, SGEMM, SLOPES, VALUES_SIZE, FEATURES, WIDEST, DELTAS, FORM_FIRST = range(9)
+# rounded up to registers; in how many parts threads share the batch; scratch that all parts read,
+# and what each has to itself after it; and where in the latter the panels of a gradient lie.
+(
+    LAYERS, TILE, SGEMM, SLOPES, VALUES_SIZE, FEATURES, WIDEST,
+    PARTS, SHARED, PRIVATE, DELTAS, FORM_FIRST,
+) = range(12)  # fmt: skip
 
 # Of each layer in a form: its shape; whether it runs dense, and whether it has anything pruned; its
 # activation; nonzeros by rows (listed by length), and where each lies in the weight; the same by
 # columns, and which of the nonzeros by rows each is; one bit per weight; then where it keeps its
-# values, among what is saved; its panels, in features; and its scratch.
+# values, among what is saved; its panels, in features; where a part sums up the gradients of its
+# weights and its bias, in its own scratch; and the values by columns, in the shared one.
 (
     OUT, INP, DENSE, MASKED, CODE,
     NONZEROS, BEGIN, ROWS, INDEX, POSITION,
     TURNED_BEGIN, TURNED_ROWS, TURNED_INDEX, TURNED_FROM,
-    BITS, VALUES, X_PANEL, Y_PANEL, KEPT, GRADIENTS, TURNED,
+    BITS, VALUES, X_PANEL, Y_PANEL, KEPT, GRADIENTS, BIAS_GRADIENTS, TURNED,
     FORM_LAYER,
-) = range(22)  # fmt: skip
+) = range(23)  # fmt: skip
 
-# Of a call: rows, then addresses in bytes. ``CALL_STEP`` is how far the panels of two tiles are
-# apart in what is saved, 0 where nothing is.
+# Of a call: rows; how far the panels of two tiles are apart in what is saved, 0 where nothing is;
+# threads; then addresses in bytes.
 (
-    CALL_BATCH, CALL_STEP, CALL_SAVED, CALL_SCRATCH,
+    CALL_BATCH, CALL_STEP, CALL_THREADS, CALL_SAVED, CALL_SCRATCH,
     CALL_X, CALL_Y, CALL_DX, CALL_DY, CALL_FIRST,
-) = range(9)  # fmt: skip
+) = range(10)  # fmt: skip
 WEIGHT, BIAS, DWEIGHT, DBIAS, CALL_LAYER = range(5)
+
+
+_DENSE_ROWS, _SPARSE_ROWS, _MOST_PARTS = 128, 64, 8
+"""Rows of the batch that a part has at least, and how many parts there are at most."""
 
 
 class Layer(NamedTuple):
@@ -149,6 +158,7 @@ class Form:
     Attributes:
         address: of the form.
         tile: rows of a tile.
+        parts: in how many parts threads may share the batch.
         record: elements of the panels of a whole tile.
         values: elements of the packed values.
         scratch: elements of scratch that forward and backward need.
@@ -161,12 +171,13 @@ class Form:
             for layer, support in zip(layers, supports, strict=True)
         )
         widths = [layers[0].inp, *(layer.out for layer in layers)]
-        self.tile = choose_tile(widths, batch, all(self.dense))
-        values, features = 0, widths[0]
-        widest = -(-max(widths) // LANES) * LANES
-        first = LANES * max(widest, LANES)
-        deltas = first
-        scratch = first + 2 * widest * self.tile
+        every = all(self.dense)
+        self.parts = choose_parts(batch, every)
+        self.tile = choose_tile(widths, batch, every, self.parts)
+        values, features, shared = 0, widths[0], 0
+        widest = _whole(max(widths))
+        deltas = LANES * max(widest, LANES)
+        private = deltas + 2 * widest * self.tile
         records: list[list[int]] = []
         x = 0
         slopes = np.zeros(len(layers), np.float32)
@@ -185,32 +196,48 @@ class Form:
             addresses = [a // scale for a, scale in zip(at, scales, strict=True)]
             packed = 0 if dense and not masked else size if dense else support.nonzeros
             code = NONE if act is None else act.code
+            gradients = private
+            # The first part writes a dense gradient where it belongs.
+            private += _whole(support.nonzeros if not dense else size if self.parts > 1 else 0)
             records.append(
                 [
                     *(layer.out, layer.inp, dense, masked, code, support.nonzeros, *addresses),
-                    *(values, x, y, kept, scratch, scratch + support.nonzeros),
+                    *(values, x, y, kept, gradients, private, shared),
                 ]
             )
+            private += _whole(layer.out)
             values += packed
+            shared += 0 if dense else _whole(support.nonzeros)
             x = y
-            scratch += 0 if dense else 2 * support.nonzeros
-        self.values = -(-values // LANES) * LANES
+        self.values = _whole(values)
         self.record = features * self.tile
-        self.scratch = max(scratch, 2 * widest)
+        self.scratch = shared + self.parts * private
         self._slopes, self._supports = slopes, supports
         header = [
             len(layers), self.tile, find_sgemm(), slopes.ctypes.data // 4,
-            self.values, features, widest, deltas,
+            self.values, features, widest, self.parts, shared, private, deltas,
         ]  # fmt: skip
         self._form = np.array([*header, *(v for record in records for v in record)], np.int64)
         self.address = self._form.ctypes.data
 
 
-def choose_tile(widths: Sequence[int], batch: int, dense: bool) -> int:
+def _whole(size: int) -> int:
+    """Elements of whole registers."""
+    return -(-size // LANES) * LANES
+
+
+def choose_parts(batch: int, dense: bool) -> int:
+    """In how many parts threads share the batch: by its size alone, as sums depend on it.
+
+    Each part sums gradients of its own, which have to be added up.
+    """
+    return min(max(batch // (_DENSE_ROWS if dense else _SPARSE_ROWS), 1), _MOST_PARTS)
+
+
+def choose_tile(widths: Sequence[int], batch: int, dense: bool, parts: int) -> int:
     """Rows of the batch in a tile: few enough for the panels to stay in cache."""
-    whole = max(-(-batch // LANES) * LANES, LANES)
     most = 512 if dense else 64 if max(widths) > 128 else 128
-    return min(whole, most)
+    return min(max(_whole(-(-batch // parts)), LANES), most)
 
 
 def runs_dense(out: int, inp: int, nonzeros: int, batch: int) -> bool:

@@ -18,13 +18,16 @@ from torch import Tensor
 from sparse_tickets.kernels.linear import is_watched, recycling
 from sparse_tickets.kernels.policy import cpu, reference
 from sparse_tickets.kernels.policy.layout import CALL_FIRST, CALL_LAYER, Form, Layer, Support
+from sparse_tickets.kernels.threads import count_threads
 from sparse_tickets.kernels.vector import aligned_empty
 
 __all__ = ["Network"]
 
 # Up to so many rows without a gradient are taken one by one.
 _FEW = 3
-# Nonzeros times rows from which a kernel gives back the GIL.
+# What it costs to move a feature, in multiply-adds.
+_MOVING = 4
+# Work from which a kernel gives back the GIL.
 _LONG = 1 << 22
 # How many sizes of batches a network keeps its forms for.
 _FORMS = 64
@@ -82,7 +85,9 @@ class Network:
         self.layers = tuple(layers)
         self.out = self.layers[-1].out
         self._supports = [Support(layer) for layer in self.layers]
-        self._kept = sum(support.nonzeros for support in self._supports)
+        # Of a row of the batch: its multiply-adds, and what moves each feature from layer to layer.
+        self._work = sum(support.nonzeros for support in self._supports)
+        self._work += _MOVING * sum(layer.out for layer in self.layers)
         self._numbers = CALL_FIRST + CALL_LAYER * len(self.layers)
         self._pack = Struct(f"{self._numbers}q").pack_into
         self._forms: dict[int, Form] = {}
@@ -112,20 +117,21 @@ class Network:
         if batch <= _FEW:
             call = _take(self._numbers, self._few.scratch)
             self._pack(
-                call.numbers, 0, batch, 0, 0, call.scratch_at, x.data_ptr(), y.data_ptr(), 0, 0,
+                call.numbers, 0, batch, 0, 1, 0, call.scratch_at, x.data_ptr(), y.data_ptr(), 0, 0,
                 *addresses,
             )  # fmt: skip
             self._act(0, self._few_address, call.address)
         else:
             form = self.form(batch)
-            size = form.values + form.record
+            size = form.values + form.parts * form.record
             call = _take(self._numbers, form.scratch + size)
             saved_at = call.scratch_at + 4 * form.scratch
+            work = self._work * batch
             self._pack(
-                call.numbers, 0, batch, 0, saved_at, call.scratch_at, x.data_ptr(), y.data_ptr(),
-                0, 0, *addresses,
+                call.numbers, 0, batch, 0, count_threads(form.parts, work), saved_at,
+                call.scratch_at, x.data_ptr(), y.data_ptr(), 0, 0, *addresses,
             )  # fmt: skip
-            kernel = self._long if self._kept * batch > _LONG else self._short
+            kernel = self._long if work > _LONG else self._short
             kernel[0](0, form.address, call.address)
         _calls.append(call)
         return y
@@ -152,11 +158,12 @@ class Network:
             weight, bias = parameters[i], parameters[i + 1]
             addresses += (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0)
         call = _take(self._numbers, form.scratch)
+        work = self._work * batch
         self._pack(
-            call.numbers, 0, batch, form.record, saved.data_ptr(), call.scratch_at,
-            x.data_ptr(), y.data_ptr(), 0, 0, *addresses,
+            call.numbers, 0, batch, form.record, count_threads(form.parts, work), saved.data_ptr(),
+            call.scratch_at, x.data_ptr(), y.data_ptr(), 0, 0, *addresses,
         )  # fmt: skip
-        kernel = self._long if self._kept * batch > _LONG else self._short
+        kernel = self._long if work > _LONG else self._short
         kernel[0](0, form.address, call.address)
         _calls.append(call)
         return y, saved
@@ -183,11 +190,12 @@ class Network:
             addresses += (parameters[i].data_ptr(), 0, at[i + 1], at[i + 2])
         dy = dy.contiguous()
         call = _take(self._numbers, form.scratch)
+        work = 2 * self._work * batch
         self._pack(
-            call.numbers, 0, batch, form.record, saved.data_ptr(), call.scratch_at,
-            0, 0, at[0], dy.data_ptr(), *addresses,
+            call.numbers, 0, batch, form.record, count_threads(form.parts, work), saved.data_ptr(),
+            call.scratch_at, 0, 0, at[0], dy.data_ptr(), *addresses,
         )  # fmt: skip
-        kernel = self._long if self._kept * batch > _LONG else self._short
+        kernel = self._long if work > _LONG else self._short
         kernel[1](0, form.address, call.address)
         _calls.append(call)
         return found

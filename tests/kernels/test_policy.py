@@ -230,8 +230,14 @@ def test_writes_between_forward_and_backward_raise(which):
         loss.backward()
 
 
-def test_results_depend_neither_on_other_calls_nor_on_threads():
-    problem = Problem((17, 64, 64, 6), 0.2, nn.Tanh())
+@pytest.mark.parametrize("density", [0.05, 0.8, 1.0])
+def test_parts_of_the_batch_add_up(density):
+    check(Problem((17, 64, 80, 6), density, nn.SiLU()), 700)
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_results_depend_neither_on_other_calls_nor_on_threads(density):
+    problem = Problem((17, 64, 64, 6), density, nn.Tanh())
     x = torch.randn(3000, 17)
 
     def gradients() -> list[Tensor]:
