@@ -45,13 +45,10 @@ bench-full: $(INSTALLED)
 	$(BIN)/python -m benchmarks report
 
 # Offline, so nothing is installed: any Python with torch and triton does, .venv's if there is one.
-# Laid out as it would be installed, since the folder kernels is sparse_tickets.kernels.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_OPTIONS ?=
 gpu:
-	@rm -rf build/gpu && mkdir -p build/gpu/sparse_tickets
-	@ln -s $(CURDIR)/sparse_tickets/* build/gpu/sparse_tickets/
-	@ln -s $(CURDIR)/kernels build/gpu/sparse_tickets/kernels
+	@mkdir -p build/gpu
 	@$(GPU_PYTHON) -c 'import setuptools; setuptools.setup()' -q egg_info --egg-base build/gpu
 	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) \
 		$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
@@ -59,11 +56,7 @@ gpu:
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# mypy finds packages by folder: lay them out as they are installed.
-	@rm -rf build/typing && mkdir -p build/typing/sparse_tickets
-	@ln -s $(CURDIR)/sparse_tickets/* build/typing/sparse_tickets/
-	@ln -s $(CURDIR)/kernels build/typing/sparse_tickets/kernels
-	MYPYPATH=build/typing $(BIN)/mypy
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

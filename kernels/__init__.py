@@ -4,7 +4,7 @@ The names in ``__all__`` load at first use. The ops `linear`, `prune`, `mlp` and
 among them: each is named like its folder, and here these names are the folders, always modules
 whatever was imported before. Such an op is imported from its folder, as is everything else:
 
-    from sparse_tickets.kernels.linear import linear
+    from .linear import linear
 
 So are `initial`, `step` and `observe` of ``kernels.dynamics``, which say too little out of it.
 """

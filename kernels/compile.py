@@ -37,8 +37,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparse_tickets.kernels.dispatch import interpreting
-
+from .dispatch import interpreting
 from .jit import options_of
 from .machine_code import (
     CAPABILITIES,

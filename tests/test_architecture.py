@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from setuptools import find_packages
 
 import sparse_tickets
 from sparse_tickets import kernels
@@ -255,10 +256,11 @@ def test_every_module_says_what_it_is() -> None:
     )
 
 
-def test_every_package_is_listed() -> None:
+def test_every_package_is_found() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = {name for name, path in modules().items() if path.name == "__init__.py"}
-    assert set(project["tool"]["setuptools"]["packages"]) == packages
+    found = find_packages(ROOT, **project["tool"]["setuptools"]["packages"]["find"])
+    assert set(found) == packages
     parents = {name.rpartition(".")[0] for name in modules() if "." in name}
     assert parents <= packages
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from sparse_tickets.kernels.mlp.cpu import (
+from ..mlp.cpu import (
     FIRST,
     backward,
     clear_gradient,
@@ -21,8 +21,8 @@ from sparse_tickets.kernels.mlp.cpu import (
     forward,
     gather,
 )
-from sparse_tickets.kernels.mlp.layout import OUT, PANEL, Y, lay_out, prepare
-from sparse_tickets.kernels.mlp.packing import (
+from ..mlp.layout import OUT, PANEL, Y, lay_out, prepare
+from ..mlp.packing import (
     open_scratch,
     pack,
     read_row,
@@ -30,11 +30,11 @@ from sparse_tickets.kernels.mlp.packing import (
     turn_values,
     write_row,
 )
-from sparse_tickets.kernels.random import Stream
-from sparse_tickets.kernels.random.cpu import fill_words
-from sparse_tickets.kernels.threads import share
-from sparse_tickets.kernels.update.cpu import adam_row
-from sparse_tickets.kernels.vector import (
+from ..random import Stream
+from ..random.cpu import fill_words
+from ..threads import share
+from ..update.cpu import adam_row
+from ..vector import (
     LANES,
     exp,
     fma,

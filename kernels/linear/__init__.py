@@ -17,19 +17,19 @@ from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn import Parameter
 
-from sparse_tickets.kernels.dispatch import Backend, Plan, resolve_backend, resume
-from sparse_tickets.kernels.errors import check_device, check_dtype, check_shape
-from sparse_tickets.kernels.linear import reference
-from sparse_tickets.kernels.linear.blocks import (
+from ..dispatch import Backend, Plan, resolve_backend, resume
+from ..errors import check_device, check_dtype, check_shape
+from ..registration import register
+from . import reference
+from .blocks import (
     BLOCK_SIZES,
     BlockPattern,
     block_pattern,
     find_blocks,
 )
-from sparse_tickets.kernels.registration import register
 
 if TYPE_CHECKING:
-    from sparse_tickets.kernels.linear.layer import Prepared
+    from .layer import Prepared
 
 __all__ = [
     "BLOCK_SIZES",
@@ -196,7 +196,7 @@ def plan(
     device = torch.device(device)
     backend = _backend(device, dtype)
     if backend == "cpu":
-        from sparse_tickets.kernels.linear import cpu
+        from . import cpu
 
         return cpu.plan(out, inp, batch, density, dtype, block=block)
     if backend == "triton" and block:
@@ -224,8 +224,8 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
         ValueError: the chosen backend cannot run on the device.
     """
     if _backend(mask.device, dtype) == "cpu":
-        from sparse_tickets.kernels.linear import cpu
-        from sparse_tickets.kernels.linear.patterns import find_pattern
+        from . import cpu
+        from .patterns import find_pattern
 
         return cpu.plan_for(find_pattern(mask[None]), batch, dtype, training)
     density = int(mask.sum()) / max(mask.numel(), 1)
@@ -246,7 +246,7 @@ def prepare(mask: Tensor) -> Prepared | None:
     """
     if resolve_backend(mask.device) != "cpu":
         return None
-    from sparse_tickets.kernels.linear.layer import Prepared
+    from .layer import Prepared
 
     return Prepared(mask)
 
@@ -348,13 +348,13 @@ def _forward(
 ) -> Tensor:
     backend = _backend(x.device, x.dtype)
     if backend == "triton":
-        from sparse_tickets.kernels.linear import blocked_gpu, gpu
+        from . import blocked_gpu, gpu
 
         if blocks is not None:
             return blocked_gpu.forward(x, weight, bias, blocks, block, precision)
         return gpu.forward(x, weight, bias, precision)
     if backend == "cpu":
-        from sparse_tickets.kernels.linear import cpu
+        from . import cpu
 
         return cpu.forward(x, weight, mask, bias)
     return reference.linear(x, weight, mask, bias)
@@ -365,13 +365,13 @@ def _dx(
 ) -> Tensor:
     backend = _backend(dy.device, dy.dtype)
     if backend == "triton":
-        from sparse_tickets.kernels.linear import blocked_gpu, gpu
+        from . import blocked_gpu, gpu
 
         if blocks is not None:
             return blocked_gpu.dx(dy, weight, blocks, block, precision)
         return gpu.dx(dy, weight, precision)
     if backend == "cpu":
-        from sparse_tickets.kernels.linear import cpu
+        from . import cpu
 
         return cpu.dx(dy, weight, mask)
     return reference.linear_dx(dy, weight, mask)
@@ -382,13 +382,13 @@ def _dw(
 ) -> Tensor:
     backend = _backend(dy.device, dy.dtype)
     if backend == "triton":
-        from sparse_tickets.kernels.linear import blocked_gpu, gpu
+        from . import blocked_gpu, gpu
 
         if blocks is not None:
             return blocked_gpu.dw(dy, x, blocks, block, precision)
         return gpu.dw(dy, x, mask, precision)
     if backend == "cpu":
-        from sparse_tickets.kernels.linear import cpu
+        from . import cpu
 
         return cpu.dw(dy, x, mask)
     return reference.linear_dw(dy, x, mask)
@@ -428,7 +428,7 @@ class _Linear(_Differentiable):
             together = needs[0] and needs[1] and _backend(dy.device, dy.dtype) == "cpu"
             eager = not (torch.is_grad_enabled() or is_watched())
             if together and eager and is_plain(dy, x, weight, mask):
-                from sparse_tickets.kernels.linear import cpu
+                from . import cpu
 
                 dx, dw, db = cpu.backward(dy, x, weight, mask)
                 return None, dx, dw, None, db if needs[3] else None, None, None, None

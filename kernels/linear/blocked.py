@@ -11,9 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from sparse_tickets.kernels.linear.patterns import Pattern
-from sparse_tickets.kernels.threads import count_threads, share
-from sparse_tickets.kernels.vector import (
+from ..threads import count_threads, share
+from ..vector import (
     LANES,
     load,
     make_block_tile,
@@ -22,6 +21,7 @@ from sparse_tickets.kernels.vector import (
     store,
     transpose,
 )
+from .patterns import Pattern
 
 __all__ = ["backward", "multiply"]
 

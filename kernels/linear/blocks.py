@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.errors import check_data, check_dtype
+from ..errors import check_data, check_dtype
 
 __all__ = ["BLOCK_SIZES", "BlockPattern", "block_pattern", "find_blocks"]
 

@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from sparse_tickets.kernels.linear.panels import PANEL, from_panel, to_panel
-from sparse_tickets.kernels.linear.patterns import Pattern
-from sparse_tickets.kernels.threads import count_threads, share
-from sparse_tickets.kernels.vector import (
+from ..threads import count_threads, share
+from ..vector import (
     LANES,
     aligned_empty,
     fma,
@@ -30,6 +28,8 @@ from sparse_tickets.kernels.vector import (
     sum_each,
     sum_lanes,
 )
+from .panels import PANEL, from_panel, to_panel
+from .patterns import Pattern
 
 __all__ = ["backward", "flat", "multiply"]
 

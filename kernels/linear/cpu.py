@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.dispatch import Plan
-from sparse_tickets.kernels.linear import blocked, compressed, recycling, reference
-from sparse_tickets.kernels.linear.compressed import flat
-from sparse_tickets.kernels.linear.crossover import Choice, Pass, bucket, choose, is_forced
-from sparse_tickets.kernels.linear.patterns import Pattern, find_pattern
+from ..dispatch import Plan
+from . import blocked, compressed, recycling, reference
+from .compressed import flat
+from .crossover import Choice, Pass, bucket, choose, is_forced
+from .patterns import Pattern, find_pattern
 
 __all__ = ["backward", "dw", "dx", "forward", "plan", "plan_for", "wins_single"]
 

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.vector import LANES
+from ..dispatch import use_backend
+from ..vector import LANES
 
 __all__ = [
     "Choice",
@@ -274,9 +274,9 @@ def _measure(format: Format, out: int, inp: int, batch: int, threads: int) -> di
 def _sparse_layer(
     format: Format, out: int, inp: int, batch: int, density: float, generator: torch.Generator
 ) -> tuple[Callable[..., Tensor], Tensor]:
-    from sparse_tickets.kernels.linear import linear
-    from sparse_tickets.kernels.linear.patterns import build_pattern
-    from sparse_tickets.kernels.linear.single import SingleRow
+    from . import linear
+    from .patterns import build_pattern
+    from .single import SingleRow
 
     size = 16 if format == "blocked" else 1
     mask = torch.rand(out // size, inp // size, generator=generator) < density

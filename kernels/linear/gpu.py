@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_tickets.kernels.compile import Case
-from sparse_tickets.kernels.jit import jit_kernel
-from sparse_tickets.kernels.linear.operands import check_span
-from sparse_tickets.kernels.tuning import prefer
+from ..compile import Case
+from ..jit import jit_kernel
+from ..tuning import prefer
+from .operands import check_span
 
 __all__ = ["COMPILE_CASES", "Tiles", "choose_tiles", "dw", "dx", "forward"]
 

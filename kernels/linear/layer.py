@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparse_tickets.kernels.dispatch import Plan, is_chosen, resume
-from sparse_tickets.kernels.linear import is_plain, is_watched
-from sparse_tickets.kernels.linear.cpu import plan_for, wins_single
-from sparse_tickets.kernels.linear.masking import is_equal, is_zero_off, keep, keep_in_place
-from sparse_tickets.kernels.linear.patterns import Pattern, build_pattern, take_snapshot
-from sparse_tickets.kernels.linear.rows import Rows
-from sparse_tickets.kernels.linear.single import SingleRow
+from ..dispatch import Plan, is_chosen, resume
+from . import is_plain, is_watched
+from .cpu import plan_for, wins_single
+from .masking import is_equal, is_zero_off, keep, keep_in_place
+from .patterns import Pattern, build_pattern, take_snapshot
+from .rows import Rows
+from .single import SingleRow
 
 __all__ = ["Prepared", "multiply_rows"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from sparse_tickets.kernels.vector import LANES, aligned_empty, transpose
+from ..vector import LANES, aligned_empty, transpose
 
 __all__ = ["PANEL", "from_panel", "to_panel"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.vector import aligned_empty
+from ..vector import aligned_empty
 
 __all__ = ["empty", "zeros"]
 

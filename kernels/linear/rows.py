@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.linear import compressed, recycling
-from sparse_tickets.kernels.linear.compressed import flat
-from sparse_tickets.kernels.linear.patterns import Pattern
+from . import compressed, recycling
+from .compressed import flat
+from .patterns import Pattern
 
 __all__ = ["Rows"]
 

@@ -25,9 +25,9 @@ from numba import carray, njit, types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
-from sparse_tickets.kernels.linear.masking import by_address, bytes_differ, pointer
-from sparse_tickets.kernels.linear.patterns import Pattern
-from sparse_tickets.kernels.vector import LANES, fma, load, load_kept, splat, sum_lanes
+from ..vector import LANES, fma, load, load_kept, splat, sum_lanes
+from .masking import by_address, bytes_differ, pointer
+from .patterns import Pattern
 
 __all__ = ["SingleRow"]
 

@@ -13,8 +13,20 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from sparse_tickets.kernels.arena import Net
-from sparse_tickets.kernels.mlp.layout import (
+from ..arena import Net
+from ..threads import share
+from ..vector import (
+    LANES,
+    fma,
+    load,
+    maximum,
+    splat,
+    store,
+    sum_lanes,
+    tanh,
+    transpose,
+)
+from .layout import (
     COLUMNS,
     HIDDEN,
     IN,
@@ -30,7 +42,7 @@ from sparse_tickets.kernels.mlp.layout import (
     lay_out,
     prepare,
 )
-from sparse_tickets.kernels.mlp.packing import (
+from .packing import (
     build_rows,
     inputs,
     open_scratch,
@@ -40,23 +52,11 @@ from sparse_tickets.kernels.mlp.packing import (
     turn_values,
     write_row,
 )
-from sparse_tickets.kernels.mlp.products import (
+from .products import (
     add_product,
     product,
     sparse_gradient,
     sparse_product,
-)
-from sparse_tickets.kernels.threads import share
-from sparse_tickets.kernels.vector import (
-    LANES,
-    fma,
-    load,
-    maximum,
-    splat,
-    store,
-    sum_lanes,
-    tanh,
-    transpose,
 )
 
 __all__ = [

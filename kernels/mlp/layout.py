@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_tickets.kernels.arena import Net
-from sparse_tickets.kernels.threads import count_threads
-from sparse_tickets.kernels.vector import LANES
+from ..arena import Net
+from ..threads import count_threads
+from ..vector import LANES
 
 __all__ = [
     "PANEL",

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from sparse_tickets.kernels.mlp.bits import WORD, mask_word, trailing_zeros
-from sparse_tickets.kernels.mlp.layout import BIAS, COLUMNS, HIDDEN, IN, OUT, ROWS, SPARSE, WEIGHT
+from .bits import WORD, mask_word, trailing_zeros
+from .layout import BIAS, COLUMNS, HIDDEN, IN, OUT, ROWS, SPARSE, WEIGHT
 
 __all__ = [
     "Packed",

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from sparse_tickets.kernels.mlp.layout import PANEL
-from sparse_tickets.kernels.vector import (
+from ..vector import (
     LANES,
     fma,
     load,
@@ -19,6 +18,7 @@ from sparse_tickets.kernels.vector import (
     sum_each,
     sum_lanes,
 )
+from .layout import PANEL
 
 __all__ = ["add_product", "product", "sparse_gradient", "sparse_product"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.arena import Net
+from ..arena import Net
 
 __all__ = ["hidden_layers", "mlp"]
 

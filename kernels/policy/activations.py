@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from torch import nn
 
-from sparse_tickets.kernels.vector import (
+from ..vector import (
     LANES,
     exp,
     fma,

@@ -14,10 +14,22 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from sparse_tickets.kernels.policy.activations import activate, deactivate
-from sparse_tickets.kernels.policy.addresses import bytes_, floats, get, integers, put, shorts
-from sparse_tickets.kernels.policy.blas import sgemm
-from sparse_tickets.kernels.policy.layout import (
+from ..threads import share
+from ..vector import (
+    LANES,
+    MASK_BYTES,
+    fma,
+    load,
+    load_bits,
+    load_bits_tail,
+    splat,
+    store,
+    sum_lanes,
+)
+from .activations import activate, deactivate
+from .addresses import bytes_, floats, get, integers, put, shorts
+from .blas import sgemm
+from .layout import (
     BEGIN,
     BIAS,
     BIAS_GRADIENTS,
@@ -69,7 +81,7 @@ from sparse_tickets.kernels.policy.layout import (
     X_PANEL,
     Y_PANEL,
 )
-from sparse_tickets.kernels.policy.products import (
+from .products import (
     clear_columns,
     fill,
     from_panel,
@@ -77,18 +89,6 @@ from sparse_tickets.kernels.policy.products import (
     sparse_product,
     sum_rows,
     to_panel,
-)
-from sparse_tickets.kernels.threads import share
-from sparse_tickets.kernels.vector import (
-    LANES,
-    MASK_BYTES,
-    fma,
-    load,
-    load_bits,
-    load_bits_tail,
-    splat,
-    store,
-    sum_lanes,
 )
 
 __all__ = ["kernels"]

@@ -13,9 +13,9 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from sparse_tickets.kernels.policy.activations import NONE, Activation
-from sparse_tickets.kernels.policy.blas import find_sgemm
-from sparse_tickets.kernels.vector import LANES, MASK_BYTES
+from ..vector import LANES, MASK_BYTES
+from .activations import NONE, Activation
+from .blas import find_sgemm
 
 # Of a form: how many layers; rows of the batch in a tile; `sgemm` or 0; the activations'
 # parameters; elements of all packed values; features of all panels of a tile; the widest layer,

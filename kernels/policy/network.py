@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.linear import is_watched, recycling
-from sparse_tickets.kernels.policy import cpu, reference
-from sparse_tickets.kernels.policy.layout import CALL_FIRST, CALL_LAYER, Form, Layer, Support
-from sparse_tickets.kernels.threads import count_threads
-from sparse_tickets.kernels.vector import aligned_empty
+from ..linear import is_watched, recycling
+from ..threads import count_threads
+from ..vector import aligned_empty
+from . import cpu, reference
+from .layout import CALL_FIRST, CALL_LAYER, Form, Layer, Support
 
 __all__ = ["Network"]
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from sparse_tickets.kernels.policy.addresses import get, put
-from sparse_tickets.kernels.vector import (
+from ..vector import (
     LANES,
     fma,
     load,
@@ -22,6 +21,7 @@ from sparse_tickets.kernels.vector import (
     sum_lanes,
     transpose,
 )
+from .addresses import get, put
 
 __all__ = [
     "clear_columns",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_tickets.kernels.policy.layout import Layer
+from .layout import Layer
 
 __all__ = ["differentiate", "run"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.core.extending import intrinsic
 
-from sparse_tickets.kernels.threads import share
+from ..threads import share
 
 __all__ = [
     "CHUNK",
