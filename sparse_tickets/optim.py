@@ -13,8 +13,7 @@ With ``max_grad_norm`` the step clips by the norm of all gradients together, as
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from itertools import chain
 from operator import itemgetter
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as torch_optimizer
 
 from sparse_tickets.hooks import count_changes, follow, keep_owned_
@@ -89,7 +89,10 @@ class _Table:
         chunks = fused.cut(lengths)
         self.threads_work = fused.WORK * sum(lengths), len(chunks)
         self.numbers = np.zeros((max(len(groups), 1), fused.NUMBERS))
+        self.moments = [optimizer._moments(group) for group in groups]
         self.hypers: list[Any] = [None] * len(groups)
+        # In memory that was freed and taken again may lie a tensor of another size.
+        self.sizes = 2 * [p.nbytes for p in self.fused]
         self.squares = np.zeros(len(chunks) + 1)
         # Held: the compiled call is given addresses.
         self.arrays = places, chunks
@@ -141,21 +144,32 @@ class _Table:
                 return False
         try:
             self.gradients[:] = [gradient.data_ptr() for gradient in gradients]
-        except AttributeError:
-            # Among them is a None.
+            sizes = [tensor.nbytes for tensor in chain(self.fused, gradients)]
+        except (AttributeError, RuntimeError):
+            # Among them is a None, or one without memory of this kind.
             return False
-        return all(map(_is_contiguous, gradients))
+        return (
+            sizes == self.sizes
+            and all(map(_is_contiguous, gradients))
+            and self._take_up_numbers(optimizer)
+        )
 
-    def run(self, optimizer: _Fused) -> float:
-        """The step of all tensors; returns the norm of their gradients, or 0 without clipping."""
+    def _take_up_numbers(self, optimizer: _Fused) -> bool:
+        """Read the groups' hyper-parameters; False if they ask for state that is not there."""
         for row, group in enumerate(self.groups):
             hyper = optimizer._hyper(group)
             # A tensor of learning rates may have been written.
             if hyper != self.hypers[row] or type(hyper[0]) is Tensor:
-                self.hypers[row] = hyper
+                if optimizer._moments(group) != self.moments[row]:
+                    return False
                 self.numbers[row] = optimizer._numbers(group)
+                self.hypers[row] = hyper
+        return True
+
+    def run(self, optimizer: _Fused) -> float:
+        """The step of all tensors; returns the norm of their gradients, or 0 without clipping."""
         work, parts = self.threads_work
-        limit = math.inf if optimizer.max_grad_norm is None else optimizer.max_grad_norm
+        limit = -1.0 if optimizer.max_grad_norm is None else optimizer.max_grad_norm
         norm = _compiled(optimizer._kernel)(count_threads(parts, work), *self.call, limit)
         torch.autograd.graph.increment_version(self.fused)
         self.versions = [layer.weight._version for layer in self.layers]
@@ -171,15 +185,33 @@ def _state_ids(optimizer: torch.optim.Optimizer) -> list[int]:
     return [*map(id, chain.from_iterable(map(dict.values, optimizer.state.values())))]
 
 
+def _is_plain(tensor: Any) -> bool:
+    """Whether a kernel may read a tensor by its address."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    )
+
+
+def _is_plain_mask(mask: Tensor, weight: Tensor) -> bool:
+    return (
+        type(mask) is Tensor
+        and mask.dtype is torch.bool
+        and mask.is_cpu
+        and mask.is_contiguous()
+        and not mask.is_inference()
+        and mask.shape == weight.shape
+    )
+
+
 def _fits(p: Tensor) -> bool:
     """Whether the compiled pass can update a parameter where it lies."""
     gradient = p.grad
     return (
-        type(p) in (Tensor, torch.nn.Parameter)
-        and p.dtype is torch.float32
-        and p.is_cpu
-        and p.layout is torch.strided
-        and p.is_contiguous()
+        _is_plain(p)
         and not p.is_inference()
         and (
             gradient is None
@@ -327,11 +359,24 @@ class _Fused(torch.optim.Optimizer):
     def _hindrance(self, group: dict[str, Any]) -> str | None:
         """Why torch's own step has to update a group, if so."""
         owned = follow(self)
+        names = [name for _, name in self._moments(group)]
+        if len(set(group["params"])) < len(group["params"]):
+            return "lists a parameter twice"
         for p in group["params"]:
+            if is_lazy(p):
+                return "has a lazy parameter"
             if not _fits(p):
                 return f"has a {p.dtype} parameter on {p.device}, shape {tuple(p.shape)}"
             if len(owned.get(id(p), ())) > 1:
                 return "has a weight that several sparse layers share"
+            if id(p) in owned and not _is_plain_mask(owned[id(p)][0].mask, p):
+                return "has a mask that is not contiguous or no plain tensor"
+            state = self.state.get(p, {})
+            for moment in (state[name] for name in names if state.get(name) is not None):
+                if not (_is_plain(moment) and moment.shape == p.shape):
+                    return (
+                        f"has {p.dtype} state of shape {tuple(moment.shape)} for {tuple(p.shape)}"
+                    )
         return None
 
     def plan(self) -> tuple[Plan, ...]:
@@ -355,10 +400,15 @@ class _Fused(torch.optim.Optimizer):
         """State of parameters that take part for the first time, as torch lays it out."""
         lists: list[list] = [[] for _ in range(self._lists)]
         self._init_group(group, *lists)  # type: ignore[attr-defined]
+        for p in group["params"]:
+            state = self.state.get(p, {})
+            # float64 where that is torch's default dtype.
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to("cpu", torch.float32)
 
     _lists: int
 
-    def _moments(self, group: dict[str, Any]) -> Iterable[tuple[int, str]]:
+    def _moments(self, group: dict[str, Any]) -> list[tuple[int, str]]:
         """Columns and names of the state a group's parameters have."""
         raise NotImplementedError
 
@@ -420,7 +470,7 @@ class Adam(_Fused, torch.optim.Adam):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
         self._set_up(max_grad_norm)
 
-    def _moments(self, group: dict[str, Any]) -> Iterable[tuple[int, str]]:
+    def _moments(self, group: dict[str, Any]) -> list[tuple[int, str]]:
         names = [(fused.FIRST, "exp_avg"), (fused.SECOND, "exp_avg_sq")]
         return [*names, (fused.THIRD, "max_exp_avg_sq")] if group["amsgrad"] else names
 
@@ -492,7 +542,7 @@ class SGD(_Fused, torch.optim.SGD):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)
         self._set_up(max_grad_norm)
 
-    def _moments(self, group: dict[str, Any]) -> Iterable[tuple[int, str]]:
+    def _moments(self, group: dict[str, Any]) -> list[tuple[int, str]]:
         return [(fused.FIRST, "momentum_buffer")] if group["momentum"] != 0 else []
 
     def _start_state(self, group: dict[str, Any]) -> None:
@@ -560,7 +610,7 @@ class RMSprop(_Fused, torch.optim.RMSprop):
         )
         self._set_up(max_grad_norm)
 
-    def _moments(self, group: dict[str, Any]) -> Iterable[tuple[int, str]]:
+    def _moments(self, group: dict[str, Any]) -> list[tuple[int, str]]:
         names = [(fused.FIRST, "square_avg")]
         if group["momentum"] > 0:
             names.append((fused.SECOND, "momentum_buffer"))

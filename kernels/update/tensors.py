@@ -355,7 +355,7 @@ def _make_step(work: Callable, counts: bool) -> Any:
         chunks = _integers(chunks_at, parts, 3)
         numbers = carray(_pointer(numbers_at), (groups, NUMBERS), np.float64)
         norm, scale = 0.0, 1.0
-        if not math.isinf(limit):
+        if limit >= 0.0:
             squares = carray(_pointer(squares_at), (parts,), np.float64)
             share(_square_chunk, threads, parts, (chunks, places, squares))
             for chunk in range(parts):
@@ -366,7 +366,7 @@ def _make_step(work: Callable, counts: bool) -> Any:
             scale = 1.0 if scale > 1.0 else scale
         if counts:
             for tensor in range(tensors):
-                if places[tensor, GRAD]:
+                if places[tensor, STEP]:
                     _floats(places[tensor, STEP], 1)[0] += np.float32(1.0)
         share(work, threads, parts, (chunks, places, numbers, scale))
         return norm
@@ -387,7 +387,7 @@ def compiled(name: str) -> Callable[..., float]:
 
     It takes the number of threads, then address and number of rows of the tensors ``[n, PLACES]``,
     of the numbers ``[groups, NUMBERS]``, of the chunks (`cut`), the address of a float64 per chunk,
-    and the largest norm of all gradients together, infinite for no clipping.
+    and the largest norm of all gradients together, negative for no clipping.
     """
     _STEPS[name].compile(_SIGNATURE)
     return _STEPS[name].get_overload(_SIGNATURE)

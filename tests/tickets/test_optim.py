@@ -1,6 +1,7 @@
 """Fused optimisers: torch's numbers, state and hooks, and zeros where weights are pruned."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -188,6 +189,146 @@ def test_a_tensor_of_learning_rate_is_read_at_every_step():
     lr.fill_(0.1)
     _train(net, optimizer, 1)
     assert not torch.equal(net[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "needs"),
+    [
+        ("SGD", "momentum", 0.9, None),
+        ("SGD", "nesterov", True, None),
+        ("Adam", "amsgrad", True, "max_exp_avg_sq"),
+        ("RMSprop", "momentum", 0.9, "momentum_buffer"),
+        ("RMSprop", "centered", True, "grad_avg"),
+    ],
+)
+def test_settings_that_need_other_state_are_seen(name, setting, value, needs):
+    """A compiled step on state that is not there would end the process."""
+    nets = [_net(0.1), _net(0.1)]
+    pair = [
+        getattr(lib, name)(net.parameters())
+        for lib, net in zip((optim, torch.optim), nets, strict=True)
+    ]
+    for net, optimizer in zip(nets, pair, strict=True):
+        _train(net, optimizer)
+        optimizer.param_groups[0][setting] = value
+        if needs is None:
+            _train(net, optimizer)
+            continue
+        # As torch, which makes this state only with a parameter's first step.
+        with pytest.raises(KeyError, match=needs):
+            _train(net, optimizer)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_memory_taken_again_for_another_size_is_not_overrun():
+    parameter = nn.Parameter(torch.ones(64, 64))
+    optimizer = optim.SGD([parameter], momentum=0.9)
+    for _ in range(3):
+        parameter.grad = torch.ones(64, 64)
+        optimizer.step()
+    parameter.grad = None
+    parameter.data = parameter.data[:2]
+    parameter.grad = torch.ones(2, 64)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        optimizer.step()
+
+
+def test_a_state_of_other_shapes_raises_as_in_torch():
+    small, large = _net(width=8), _net(width=64)
+    donor, optimizer = optim.Adam(small.parameters()), optim.Adam(large.parameters())
+    _train(small, donor)
+    _train(large, optimizer)
+    optimizer.load_state_dict(donor.state_dict())
+    assert "state of shape" in optimizer.plan()[0].reason
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        _train(large, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_counts_of_steps_of_any_dtype(dtype):
+    nets = [_net(), _net()]
+    pair = [optim.Adam(nets[0].parameters()), torch.optim.Adam(nets[1].parameters())]
+    for net, optimizer in zip(nets, pair, strict=True):
+        _train(net, optimizer)
+        state = optimizer.state_dict()
+        for values in state["state"].values():
+            values["step"] = values["step"].to(dtype)
+        optimizer.load_state_dict(state)
+        _train(net, optimizer)
+        assert all(values["step"] == 2 * STEPS for values in optimizer.state.values())
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_default_dtype_does_not_matter():
+    nets = [_net(), _net()]
+    pair = [optim.Adam(nets[0].parameters()), torch.optim.Adam(nets[1].parameters())]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for net, optimizer in zip(nets, pair, strict=True):
+            for _ in range(3):
+                for p in net.parameters():
+                    p.grad = torch.ones_like(p)
+                optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_parameter_listed_twice_steps_twice_as_in_torch():
+    ours, theirs = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate"):
+        pair = [optim.Adam([ours, ours]), torch.optim.Adam([theirs, theirs])]
+    for _ in range(3):
+        for p, optimizer in zip((ours, theirs), pair, strict=True):
+            p.grad = torch.ones(3)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_lazy_parameters_wait_for_their_first_batch():
+    lazy, other = nn.LazyLinear(4), nn.Linear(3, 3)
+    optimizer = optim.Adam([*other.parameters(), *lazy.parameters()])
+    other(torch.ones(1, 3)).sum().backward()
+    before = other.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(other.weight, before)
+    lazy(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    assert optimizer.plan()[0].format == "fused"
+    assert optimizer.state[lazy.weight]["step"] == 1
+
+
+def test_an_empty_parameter_counts_its_steps():
+    empty = nn.Parameter(torch.empty(0))
+    optimizer = optim.Adam([empty])
+    for _ in range(3):
+        empty.grad = torch.empty(0)
+        optimizer.step()
+    assert optimizer.state[empty]["step"] == 3
+
+
+def test_an_infinite_limit_measures_the_norm():
+    net = _net(0.5)
+    optimizer = optim.Adam(net.parameters(), max_grad_norm=math.inf)
+    net(torch.ones(4, 17)).square().sum().backward()
+    norm = nn.utils.clip_grad_norm_(net.parameters(), math.inf)
+    optimizer.step()
+    assert optimizer.grad_norm == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", [3, 7])
+def test_strided_masks(kept):
+    layer = SparseLinear(8, 6)
+    layer.mask = (torch.arange(8 * 6).reshape(8, 6) % 8 < kept).t()
+    layer.apply_mask_()
+    optimizer = optim.SGD(layer.parameters(), lr=0.1)
+    expected = torch.where(layer.mask, layer.weight.detach() - 0.1, 0)
+    layer.weight.grad = layer.mask.float()
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), expected)
 
 
 def test_without_a_gradient_a_parameter_and_its_state_stay():
