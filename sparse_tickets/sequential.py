@@ -73,7 +73,7 @@ class _Linear:
 class _Ready:
     """A run made ready: the network for the present masks, and what must not have changed."""
 
-    __slots__ = ("inp", "linears", "masks", "network", "wanting")
+    __slots__ = ("inp", "linears", "masks", "network", "tensors")
 
     def __init__(self, layers: Sequence[tuple[nn.Linear, nn.Module | None]]) -> None:
         self.linears = [_Linear(layer) for layer, _ in layers]
@@ -86,6 +86,7 @@ class _Ready:
                 self.masks.append(mask)
             act = None if activation is None else find_activation(activation)
             known.append(Layer(layer.out_features, layer.in_features, mask, act))
+        self.tensors = [t for linear in self.linears for t in (linear.weight, linear.bias)]
         self.inp = known[0].inp
         self.network = Network(known)
 
@@ -188,7 +189,7 @@ class _Run:
                 or bias.numel() != linear.bias_size
             ):
                 return None
-            addresses += (weight.data_ptr(), bias.data_ptr(), 0, 0)
+            addresses += (weight.data_ptr(), 0, bias.data_ptr(), 0)
             trained = trained or (recorded and (weight.requires_grad or bias.requires_grad))
         shape = input.shape
         if not shape or shape[-1] != ready.inp:
@@ -198,8 +199,7 @@ class _Run:
         if not x.is_contiguous():
             x = x.contiguous()
         if trained:
-            tensors = [t for linear in ready.linears for t in (linear.weight, linear.bias)]
-            output = ready.network.train(x, ready.masks, tensors)
+            output = ready.network.train(x, ready.masks, ready.tensors, addresses)
         else:
             output = ready.network.infer(x, x.shape[0], addresses)
         return output if flat else output.view(*shape[:-1], ready.network.out)

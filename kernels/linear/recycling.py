@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..vector import aligned_empty
 
-__all__ = ["empty", "zeros"]
+__all__ = ["empty", "is_small", "zeros"]
 
 _LARGE = 1 << 16
 """Elements from which a result is worth keeping: smaller ones stay in the C library's heap."""
@@ -29,6 +29,11 @@ _MOST_BUFFERS, _MOST_ELEMENTS = 16, 1 << 24
 
 # Taken out while looked at, so that two threads never look at the same one.
 _buffers: deque[np.ndarray] = deque()
+
+
+def is_small(size: int) -> bool:
+    """Whether memory for so many elements is not kept."""
+    return size < _LARGE
 
 
 def empty(*shape: int) -> Tensor:

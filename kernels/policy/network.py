@@ -32,7 +32,8 @@ _LONG = 1 << 22
 # How many sizes of batches a network keeps its forms for.
 _FORMS = 64
 
-_empty = torch.empty
+_empty, _empty_like = torch.empty, torch.empty_like
+_grads_are_recorded = torch.is_grad_enabled
 
 
 class _Call:
@@ -88,6 +89,11 @@ class Network:
         # Of a row of the batch: its multiply-adds, and what moves each feature from layer to layer.
         self._work = sum(support.nonzeros for support in self._supports)
         self._work += _MOVING * sum(layer.out for layer in self.layers)
+        self._small = [
+            recycling.is_small(size)
+            for layer in self.layers
+            for size in (layer.out * layer.inp, layer.out)
+        ]
         self._numbers = CALL_FIRST + CALL_LAYER * len(self.layers)
         self._pack = Struct(f"{self._numbers}q").pack_into
         self._forms: dict[int, Form] = {}
@@ -111,7 +117,7 @@ class Network:
         Args:
             x: ``[B, I]``, contiguous.
             batch: B.
-            addresses: of each layer's weight and bias (0 for none), and two zeros.
+            addresses: of each layer's weight, a zero, its bias (or a zero), and a zero.
         """
         y = _empty(batch, self.out)
         if batch <= _FEW:
@@ -136,7 +142,13 @@ class Network:
         _calls.append(call)
         return y
 
-    def train(self, x: Tensor, masks: Sequence[Tensor], parameters: Sequence[Any]) -> Any:
+    def train(
+        self,
+        x: Tensor,
+        masks: Sequence[Tensor],
+        parameters: Sequence[Any],
+        addresses: Sequence[int],
+    ) -> Any:
         """The output ``[B, O]``, differentiable any number of times.
 
         Args:
@@ -144,19 +156,16 @@ class Network:
             masks: those that the layers were made of, which must not change before the backward
                 pass.
             parameters: of each layer the weight, then the bias or None.
+            addresses: of the same, as for `infer`.
         """
-        return _Run.apply(self, masks, x, *parameters)
+        return _Run.apply(self, masks, addresses, x, *parameters)
 
-    def forward(self, x: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, addresses: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The output, and what the backward pass needs."""
         batch = x.shape[0]
         form = self.form(batch)
         y = _empty(batch, self.out)
         saved = recycling.empty(form.values + -(-batch // form.tile) * form.record)
-        addresses: list[int] = []
-        for i in range(0, len(parameters), 2):
-            weight, bias = parameters[i], parameters[i + 1]
-            addresses += (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0)
         call = _take(self._numbers, form.scratch)
         work = self._work * batch
         self._pack(
@@ -179,21 +188,25 @@ class Network:
         """The gradients that are needed of x and the parameters, None elsewhere."""
         batch = x.shape[0]
         form = self.form(batch)
-        found: list[Tensor | None] = [
-            recycling.empty(*tensor.shape) if need else None
-            for tensor, need in zip((x, *parameters), needed, strict=True)
-        ]
-        at = [0 if tensor is None else tensor.data_ptr() for tensor in found]
+        dx = recycling.empty(*x.shape) if needed[0] else None
+        found: list[Tensor | None] = [dx]
         addresses: list[int] = []
-        for i in range(0, len(parameters), 2):
-            # Read where nothing of the layer is pruned.
-            addresses += (parameters[i].data_ptr(), 0, at[i + 1], at[i + 2])
-        dy = dy.contiguous()
+        for parameter, need, small in zip(parameters, needed[1:], self._small, strict=True):
+            # A weight is read where nothing of its layer is pruned.
+            if not need:
+                found.append(None)
+                addresses += (0 if parameter is None else parameter.data_ptr(), 0)
+                continue
+            grad = _empty_like(parameter) if small else recycling.empty(*parameter.shape)
+            found.append(grad)
+            addresses += (parameter.data_ptr(), grad.data_ptr())
+        if not dy.is_contiguous():
+            dy = dy.contiguous()
         call = _take(self._numbers, form.scratch)
         work = 2 * self._work * batch
         self._pack(
             call.numbers, 0, batch, form.record, count_threads(form.parts, work), saved.data_ptr(),
-            call.scratch_at, 0, 0, at[0], dy.data_ptr(), *addresses,
+            call.scratch_at, 0, 0, 0 if dx is None else dx.data_ptr(), dy.data_ptr(), *addresses,
         )  # fmt: skip
         kernel = self._long if work > _LONG else self._short
         kernel[1](0, form.address, call.address)
@@ -220,10 +233,11 @@ class _Run(torch.autograd.Function):
         ctx: Any,
         network: Network,
         masks: Sequence[Tensor],
+        addresses: Sequence[int],
         x: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
-        y, saved = network.forward(x, parameters)
+        y, saved = network.forward(x, addresses)
         # The masks too: autograd then raises if one is changed before the backward pass.
         ctx.save_for_backward(saved, x, *parameters, *masks)
         ctx.network = network
@@ -235,9 +249,9 @@ class _Run(torch.autograd.Function):
         saved, x, *tensors = ctx.saved_tensors
         count = 2 * len(network.layers)
         parameters, masks = tensors[:count], tensors[count:]
-        needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or is_watched() or type(dy) is not Tensor:
+        needed = ctx.needs_input_grad[3:]
+        if _grads_are_recorded() or is_watched() or type(dy) is not Tensor:
             found = reference.differentiate(network.layers, masks, x, parameters, needed, dy)
         else:
             found = network.backward(dy, x, parameters, saved, needed)
-        return None, None, *found
+        return None, None, None, *found

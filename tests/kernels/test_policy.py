@@ -43,13 +43,13 @@ class Problem:
 
     def train(self, x: Tensor) -> Tensor:
         masks = [mask for mask in self.masks if mask is not None]
-        return self.network.train(x, masks, self.parameters)
+        return self.network.train(x, masks, self.parameters, self.addresses())
 
     def infer(self, x: Tensor) -> Tensor:
-        addresses = []
-        for weight, bias in zip(self.parameters[::2], self.parameters[1::2], strict=True):
-            addresses += [weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0]
-        return self.network.infer(x, x.shape[0], addresses)
+        return self.network.infer(x, x.shape[0], self.addresses())
+
+    def addresses(self) -> list[int]:
+        return [at for p in self.parameters for at in (0 if p is None else p.data_ptr(), 0)]
 
     def truth(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """The output in float64, and the leaves that it was made of."""
@@ -96,7 +96,11 @@ def poisoned(monkeypatch):
     def empty(*shape):
         return torch.full(shape, torch.nan)
 
+    def empty_like(tensor):
+        return empty(*tensor.shape)
+
     monkeypatch.setattr(module, "_empty", empty)
+    monkeypatch.setattr(module, "_empty_like", empty_like)
     monkeypatch.setattr(module.recycling, "empty", empty)
     for call in module._calls:
         call.scratch.fill(float("nan"))
