@@ -416,7 +416,16 @@ def _load_plugins(files: Sequence[Path]) -> None:
 
 
 _WIDEST = 1_000
-_REPORTED = (ValueError, TypeError, StoreError, ExpertError, Unverified, CompileError, OSError)
+_REPORTED = (
+    ValueError,
+    TypeError,
+    StoreError,
+    ExpertError,
+    Unverified,
+    CompileError,
+    MemoryError,
+    OSError,
+)
 # A flag is on or not there: no --no-flag beside it.
 _STYLE = (tyro.conf.FlagCreatePairsOff,)
 _COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {

@@ -100,7 +100,7 @@ def remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def explained(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn a full disk and a refusal to write into a `StoreError` that says what to do.
+    """Turn a full disk and what refuses a file into a `StoreError` that says what to do.
 
     Args:
         path: what is written.
@@ -119,6 +119,10 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
             raise StoreError(
                 f"{path} cannot be written ({error.strerror}). Finished units are safe; make "
                 f"{path.parent} writable and run the same command again, or choose another folder"
+            ) from error
+        if error.errno == errno.EISDIR:
+            raise StoreError(
+                f"{path} is a folder, and a file is to be written there: move it away"
             ) from error
         raise
 

@@ -63,8 +63,7 @@ def report(out: str | Path, metric: str = "return_final") -> tuple[Table, list[P
     frame = load_results(out)
     spec = Sweep.from_dict(Store(out).spec)
     mark = stamp(spec)
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
+    folder = _figures(out)
     files: list[Path] = []
     files += save(return_figure(frame, mark, metric=metric), folder / "returns.png")
     effective = return_figure(frame, mark, metric=metric, effective_density=True)
@@ -77,6 +76,16 @@ def report(out: str | Path, metric: str = "return_final") -> tuple[Table, list[P
     table = out / "table.md"
     write_atomic(table, markdown_table(frame, metric).encode())
     return summary_table(frame, metric), [table, *(file for file in files if file.suffix == ".png")]
+
+
+def _figures(out: Path) -> Path:
+    """The folder that figures go to."""
+    folder = out / "figures"
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise StoreError(f"{folder} is not a folder: move it away") from None
+    return folder
 
 
 def _input_masks(spec: Sweep, store: Store, frame: pl.DataFrame) -> list[tuple[str, np.ndarray]]:
@@ -154,8 +163,7 @@ def show(
     spec = Sweep.from_dict(store.spec)
     track = Track(seed, condition, controls)
     ticket = find_ticket(store, spec, algo, track, level)
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
+    folder = _figures(out)
     name = f"{algo}-{condition.replace('/', '-')}-seed-{seed}-level-{ticket.level:02d}"
     net = ticket.arena.actor
     layers = [

@@ -17,6 +17,7 @@ import errno
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -142,9 +143,15 @@ def acquire(path: Path) -> Claim | None:
 def owner(path: Path) -> str | None:
     """``process PID on HOST`` of a lock file; None without one."""
     try:
-        said = path.read_text(errors="replace").split(" ")[0]
-    except (FileNotFoundError, IsADirectoryError):
+        descriptor = _open(path, os.O_RDONLY)
+    except StoreError:
         return None
+    if descriptor is None:
+        return None
+    try:
+        said = _read(descriptor).split(" ")[0]
+    finally:
+        os.close(descriptor)
     pid, _, host = said.strip().partition("@")
     return f"process {pid} on {host}" if pid and host else "an unknown process"
 
@@ -188,17 +195,22 @@ def _kernel_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _open(path: Path) -> int | None:
+def _open(path: Path, mode: int = os.O_RDWR) -> int | None:
     """A descriptor of a lock file; None if it has just gone."""
-    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    stranger = StoreError(f"{path} is not a lock file: delete it and run again")
+    flags = mode | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        return os.open(path, flags)
+        descriptor = os.open(path, flags)
     except FileNotFoundError:
         return None
     except OSError as error:
         if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
-            raise StoreError(f"{path} is not a lock file: delete it and run again") from error
+            raise stranger from error
         raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise stranger
+    return descriptor
 
 
 def _is_file(path: Path, descriptor: int) -> bool:

@@ -28,6 +28,7 @@ from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.prune import has_scores
 from sparse_tickets.sweep.data import checksum, data_file, read_data, write_data
+from sparse_tickets.sweep.memory import free_memory, is_out_of_memory, memory_explained
 from sparse_tickets.sweep.rows import COLUMNS
 from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import DATA, Store, StoreError, Unit
@@ -44,7 +45,10 @@ _POLL_S = 0.5
 
 Cell = tuple[dict[str, Any], Ticket]
 Progress = Callable[[str, int], None]
-"""Called with a description of the work under way and the agent-steps just done."""
+"""Called with a description of the work under way and the agent-steps just done.
+
+Where memory ran out, a negative number takes back those that have to be done again.
+"""
 
 
 def run(
@@ -74,6 +78,8 @@ def run(
     Raises:
         StoreError: the folder belongs to another specification, or the disk is full.
         ExpertError: behavioural cloning found too few experts.
+        MemoryError: there is too little for a single ticket; with enough for some of a chunk, those
+            are trained at once, which changes no result.
         ValueError: an unknown environment, a device that is not there, or an environment to clone
             experts in that does not say when it is solved.
     """
@@ -115,6 +121,8 @@ class _Runner:
         self._notify = notify
         self._dataset: bc.Dataset | None = None
         self._inputs: dict[str, str] = {}
+        # Tickets that memory holds.
+        self._at_once = spec.chunk
 
     def algorithm(self, algo: str) -> Iterator[Unit]:
         """Train an algorithm level by level; yields a unit that another process is working on."""
@@ -155,28 +163,65 @@ class _Runner:
         lost = lost_cells(spec, self._store, unit.algo, unit.level, tracks)
         alive = [track for track in tracks if track not in lost]
         cells = {track: self._lost_cell(unit, track, reason) for track, reason in lost.items()}
-        later = None
-        if alive:
+        later = []
+        while alive:
+            some = alive[: self._at_once]
+            trained = self._train_together(unit, some)
+            if trained is None:
+                self._at_once = (len(some) + 1) // 2
+                continue
+            population, result = trained
+            cells |= self._trained_cells(unit, some, population, result)
+            if result.rewind is not None:
+                later.append(result.rewind)
+            alive = alive[len(some) :]
+        rows, tickets = zip(*(cells[track] for track in tracks), strict=True)
+        inputs = self._inputs if unit.algo == "bc" else {}
+        rewind = _joined(later)._asdict() if later else None
+        self._store.write(unit, rows, tickets, inputs, rewind=rewind)
+
+    def _train_together(
+        self, unit: Unit, tracks: Sequence[Track]
+    ) -> tuple[Population, Result] | None:
+        """Train tracks as one population; None, with a warning, where memory holds fewer only."""
+        what = self._describe(unit)
+        done = 0
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done += steps
+            self._notify(what, steps)
+
+        try:
             population, key = cell_population(
-                spec, self._store, unit.algo, unit.level, alive, self._device
+                self._spec, self._store, unit.algo, unit.level, tracks, self._device
             )
-            what = self._describe(unit)
             result = train_population(
-                spec,
+                self._spec,
                 unit.algo,
                 population,
                 key,
                 unit.level,
-                alive,
+                tracks,
                 self._dataset,
-                on_iteration=lambda steps: self._notify(what, steps),
+                on_iteration=advance,
             )
-            if result.rewind is not None:
-                later = result.rewind._asdict()
-            cells |= self._trained_cells(unit, alive, population, result)
-        rows, tickets = zip(*(cells[track] for track in tracks), strict=True)
-        inputs = self._inputs if unit.algo == "bc" else {}
-        self._store.write(unit, rows, tickets, inputs, rewind=later)
+            return population, result
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(tracks) == 1:
+                with memory_explained(f"training a single ticket, {what}"):
+                    raise
+        # Only here: until the error is gone, its traceback holds the attempt's tensors.
+        free_memory()
+        self._notify(what, -done)
+        warnings.warn(
+            f"{what}: out of memory with {len(tracks)} tickets at once. Going on with "
+            f"{(len(tracks) + 1) // 2}, which changes no result",
+            stacklevel=2,
+        )
+        return None
 
     def _wait_for(self, unit: Unit, what: str) -> None:
         """Say who is waited for; a process that is stopped or busy is somebody's to look after."""
@@ -203,9 +248,12 @@ class _Runner:
                     for name in DATA:
                         remove_leftovers(data_file(store, name))
                     _refuse_guessing(store)
-                    dataset = bc.demonstrations(
-                        self._experts(), spec.env, expert_arena(spec), spec.ppo.steps
-                    )._asdict()
+                    with memory_explained("training experts"):
+                        experts = self._experts()
+                    with memory_explained("drawing demonstrations"):
+                        dataset = bc.demonstrations(
+                            experts, spec.env, expert_arena(spec), spec.ppo.steps
+                        )._asdict()
                     # Other hardware or libraries make others, which must not be mixed in.
                     store.check_inputs("bc", DEMONSTRATIONS, checksum(dataset))
                     write_data(store, DEMONSTRATIONS, dataset)
@@ -577,6 +625,11 @@ def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track])
             units[unit] = stored
         rows.append(Parameters(**{name: value[index] for name, value in units[unit].items()}))
     return Parameters(*(torch.stack(values) for values in zip(*rows, strict=True)))
+
+
+def _joined(parts: Sequence[Parameters]) -> Parameters:
+    """Populations as one, ticket after ticket."""
+    return Parameters(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def _plan(population: Population, algo: str, device: torch.device) -> Plan:

@@ -112,6 +112,9 @@ class Store:
         self.damaged: list[str] = []
         self._identity = read_spec(self.path / "spec.json")
         self.spec, self.spec_hash = self._identity.spec, self._identity.spec_hash
+        for sub in (self._units, self.data):
+            if os.path.lexists(sub) and not sub.is_dir():
+                raise _no_folder(sub)
 
     @staticmethod
     def open(path: str | Path, spec: Mapping[str, Any], *, overwrite: bool = False) -> Store:
@@ -135,9 +138,7 @@ class Store:
                 try:
                     sub.mkdir(parents=True, exist_ok=True)
                 except FileExistsError:
-                    raise StoreError(
-                        f"{sub} is not a folder: move it away, or choose another --out"
-                    ) from None
+                    raise _no_folder(sub) from None
         file = folder / "spec.json"
         if overwrite or not file.exists():
             with _alone(folder / "spec.lock"):
@@ -153,6 +154,10 @@ class Store:
         return store
 
     @property
+    def _units(self) -> Path:
+        return self.path / "units"
+
+    @property
     def data(self) -> Path:
         """Folder of experts and data sets."""
         return self.path / "data"
@@ -160,7 +165,7 @@ class Store:
     def units(self) -> list[Unit]:
         """Units that are there, in order; `has` tells whether their files are intact."""
         found = set()
-        for entry in os.scandir(self.path / "units"):
+        for entry in os.scandir(self._units) if self._units.exists() else ():
             match = re.fullmatch(_UNIT, entry.name.removesuffix(".json"))
             if match:
                 unit = Unit(match[1], int(match[2]), int(match[3]))
@@ -338,10 +343,10 @@ class Store:
             raise StoreError(f"unit {unit.name} is not finished in {self.path}: run the sweep")
 
     def _folder(self, unit: Unit) -> Path:
-        return self.path / "units" / unit.name
+        return self._units / unit.name
 
     def _lock(self, unit: Unit) -> Path:
-        return self.path / "units" / f"{unit.name}.lock"
+        return self._units / f"{unit.name}.lock"
 
     def _is_earlier(self, unit: Unit) -> bool:
         """Whether a unit is kept as earlier versions did: files side by side, no folder."""
@@ -470,6 +475,10 @@ def _check_belong(unit: Unit, rows: Sequence[Mapping[str, Any]], tickets: Sequen
             raise ValueError(f"rows and tickets must be of {unit.name}, got {origins} at {index}")
 
 
+def _no_folder(path: Path) -> StoreError:
+    return StoreError(f"{path} is not a folder: move it away, or choose another --out")
+
+
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Hold a lock that is only ever held for a moment."""
@@ -502,8 +511,15 @@ def _discard(folder: Path) -> None:
         known = b'"spec_hash"' in read_regular(spec)
     except Damaged:
         known = False
-    if not known:
-        raise StoreError(f"{spec} is not a run's: nothing was overwritten")
+    own = [
+        entry
+        for sub, names in _OWN.items()
+        for entry in (folder / sub).iterdir()
+        if names.fullmatch(entry.name)
+    ]
+    # What else could have written such names? A spec.json may be damaged beyond recognition.
+    if not known and not own:
+        raise StoreError(f"{spec} is not a run's: nothing was overwritten. Choose another --out")
     for sub in _OWN:
         if (folder / sub).is_symlink():
             raise StoreError(
@@ -518,10 +534,8 @@ def _discard(folder: Path) -> None:
                 f"(if it is gone, delete {lock})"
             )
         claim.release()
-    for sub, own in _OWN.items():
-        for entry in (folder / sub).iterdir():
-            if own.fullmatch(entry.name):
-                _delete(entry)
+    for entry in own:
+        _delete(entry)
 
 
 def _delete(entry: Path) -> None:

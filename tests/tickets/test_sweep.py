@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -583,3 +584,75 @@ def test_a_training_that_diverges_is_recorded_and_not_gone_on_with(tmp_path):
     assert (later["train_steps"] == 0).all()
     (ticket, *_) = store.read_tickets(Unit("ppo", 0, 0))
     assert "not finite" in ticket.metadata["diverged"]
+
+
+def too_many(monkeypatch, most, error):
+    """Training raises ``error()`` part way for more than so many tickets at once."""
+    train, asked = run_module.train_population, []
+
+    def train_few(*arguments, on_iteration=None, **settings):
+        tracks = arguments[5]
+        asked.append(len(tracks))
+        if len(tracks) > most:
+            on_iteration(len(tracks) * 32)
+            raise error()
+        return train(*arguments, on_iteration=on_iteration, **settings)
+
+    monkeypatch.setattr(run_module, "train_population", train_few)
+    return asked
+
+
+def exhaust_torch():
+    """What torch's allocator says, asked for more than there is."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 55, dtype=torch.uint8)
+    return caught.value
+
+
+def exhaust_numpy():
+    with pytest.raises(MemoryError) as caught:
+        np.empty(1 << 55, np.uint8)
+    return caught.value
+
+
+OUT_OF_MEMORY = [
+    exhaust_torch,
+    exhaust_numpy,
+    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "numpy", "cuda", "triton"])
+def test_out_of_memory_halves_the_population_and_changes_no_result(
+    error, finished, tmp_path, monkeypatch
+):
+    asked = too_many(monkeypatch, 1, error)
+    done = []
+    spec = replace(SPEC, algos=("ppo",))
+    with pytest.warns(UserWarning, match="out of memory with 2 tickets at once. Going on with 1,"):
+        run(spec, tmp_path, on_progress=lambda what, steps: done.append(steps))
+    assert asked[:2] == [2, 1]
+    assert set(asked[1:]) == {1}  # once is enough
+    assert table(tmp_path).equals(table(finished).filter(pl.col("algo") == "ppo"))
+    assert sum(done) == total_steps(spec)
+
+
+def test_what_memory_holds_no_single_ticket_of_is_said(tmp_path, monkeypatch, capsys):
+    too_many(monkeypatch, 0, exhaust_torch)
+    spec = replace(TINY, levels=1, chunk=4)
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(MemoryError, match=r"training a single ticket, ppo level 0.*--hidden"),
+    ):
+        run(spec, tmp_path)
+    assert Store(tmp_path).units() == []
+    assert not list((tmp_path / "units").iterdir())
+    monkeypatch.undo()
+    assert len(results(spec, tmp_path)) == 4
+
+
+def test_other_errors_of_training_are_not_taken_for_memory(tmp_path, monkeypatch):
+    too_many(monkeypatch, 0, lambda: RuntimeError("a kernel is broken"))
+    with pytest.raises(RuntimeError, match="a kernel is broken"):
+        run(TINY, tmp_path)
