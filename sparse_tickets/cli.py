@@ -11,6 +11,7 @@ import platform
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -132,7 +133,12 @@ class InspectCommand:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 if all went well, 130 or 143 if told to stop."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0 if all went well, 2 if what was asked for cannot be, 130 or 143 if told
+        to stop, 1 otherwise.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _survive_narrow_encodings()
     console = Console()
@@ -144,13 +150,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     try:
         return _COMMANDS[name][1](rest, console)
-    except _REPORTED as error:
-        message = f"[red]error:[/red] {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("\n[yellow]stopped.[/yellow]")
         return 128 + signal.SIGINT
+    except Exception as error:
+        where = _place(error, _option(rest, "--plugin"))
+        reported = isinstance(error, _REPORTED)
+        if not reported and where is None:
+            raise
+        message = str(error) if reported else f"{type(error).__name__}: {error}"
+        message += "" if where is None else f" ({where})"
+        Console(stderr=True).print(
+            f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
+        )
+        return 2 if isinstance(error, ValueError | TypeError) and where is None else 1
+
+
+def _place(error: Exception, plugins: Sequence[str]) -> str | None:
+    """File and line of the plugin that an error comes from; None for one of our own."""
+    if isinstance(error, SyntaxError):
+        passed = [(error.filename, error.lineno)]
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        passed = [(frame.filename, frame.lineno) for frame in reversed(frames)]
+    files = {str(Path(plugin).resolve()) for plugin in plugins}
+    places = (f"{file}, line {line}" for file, line in passed if file in files)
+    return next(places, None)
 
 
 def _version() -> str:
@@ -401,7 +426,7 @@ def _option(arguments: list[str], name: str) -> list[str]:
 def _load_plugins(files: Sequence[Path]) -> None:
     """Run the user's own Python files, each once, which register what they define."""
     for file in files:
-        specification = importlib.util.spec_from_file_location(str(file.resolve()), file)
+        specification = importlib.util.spec_from_file_location(str(file.resolve()), file.resolve())
         if not file.is_file() or specification is None or specification.loader is None:
             raise ValueError(f"--plugin must be a Python file, got {file}")
         if specification.name in sys.modules:

@@ -32,6 +32,7 @@ LAYERS = (
         "prune",
         "selection",
         "sequential",
+        "settings",
         "structure",
         "ticket",
         "timing",

@@ -18,9 +18,11 @@ from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.random import Stream, derive_key
 from sparse_tickets.kernels.rollout import demonstrate
 from sparse_tickets.population import Population, initialise
+from sparse_tickets.settings import at_least, check_fields
 
 __all__ = [
     "BC",
+    "FIRST_EXPERT_SEED",
     "Dataset",
     "ExpertError",
     "Experts",
@@ -52,10 +54,11 @@ class BC:
     """Rounds of training before giving up on finding enough experts."""
 
     def __post_init__(self) -> None:
-        if self.experts < 1:
-            raise ValueError(f"experts must be at least 1, got {self.experts}")
-        if self.expert_tries < 1:
-            raise ValueError(f"expert_tries must be at least 1, got {self.expert_tries}")
+        check_fields(
+            self,
+            dict.fromkeys(("experts", "expert_steps", "expert_tries"), at_least(1)),
+            prefix="bc.",
+        )
 
 
 class Experts(NamedTuple):

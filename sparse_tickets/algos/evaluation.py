@@ -13,6 +13,7 @@ from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.kernels.rollout import evaluate
 from sparse_tickets.population import Population
+from sparse_tickets.settings import at_least, check_fields, within
 
 __all__ = ["FINAL_INDEX", "Evaluation", "Evaluator", "Result"]
 
@@ -37,9 +38,15 @@ class Evaluation:
     """Fresh episodes that score the final weights, and as many again for the best checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("points", "episodes", "final_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evaluation {name} must be at least 1, got {getattr(self, name)}")
+        check_fields(
+            self,
+            {
+                "points": within(1, FINAL_INDEX),
+                "episodes": at_least(1),
+                "final_episodes": at_least(1),
+            },
+            prefix="evaluation.",
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population
+from sparse_tickets.settings import above, at_least, check_fields, within
 
 __all__ = ["PPO", "Iteration", "train"]
 
@@ -51,16 +52,22 @@ class PPO:
     """Each ticket's gradient is clipped to this norm, actor and critic jointly."""
 
     def __post_init__(self) -> None:
-        for name in ("copies", "horizon", "epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(
+            self,
+            dict.fromkeys(("steps", "copies", "horizon", "epochs", "minibatches"), at_least(1))
+            | dict.fromkeys(("learning_rate", "entropy_coef", "value_coef"), at_least(0))
+            | dict.fromkeys(("gamma", "lam"), within(0, 1))
+            | dict.fromkeys(("clip", "max_norm"), above(0)),
+            prefix="ppo.",
+        )
         if self.steps < self.batch:
             raise ValueError(
-                f"steps must be at least copies * horizon = {self.batch}, got {self.steps}"
+                f"ppo.steps must be at least copies * horizon = {self.batch}, got {self.steps}"
             )
         if self.batch % self.minibatches:
             raise ValueError(
-                f"minibatches must divide copies * horizon = {self.batch}, got {self.minibatches}"
+                f"ppo.minibatches must divide copies * horizon = {self.batch}, "
+                f"got {self.minibatches}"
             )
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.kernels.dynamics import Task
+from sparse_tickets.settings import above, at_least, check_fields
 
 __all__ = ["Env", "EnvSpec", "Step"]
 
@@ -34,7 +35,9 @@ class EnvSpec:
         random_return: mean return of uniformly random actions, or None if not measured.
 
     Raises:
-        ValueError: a tuple of the wrong length, a scale not above 0, or a dimension below 1.
+        TypeError: a value of another type.
+        ValueError: a tuple of the wrong length, a number that is not finite, a scale not above 0,
+            or a dimension or time limit below 1.
     """
 
     name: str
@@ -50,12 +53,12 @@ class EnvSpec:
     random_return: float | None
 
     def __post_init__(self) -> None:
-        for name, size in (
-            ("observation_dim", self.observation_dim),
-            ("action_dim", self.action_dim),
-        ):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_fields(
+            self,
+            dict.fromkeys(("observation_dim", "action_dim", "time_limit"), at_least(1))
+            | {"scale": above(0)},
+            infinite=("action_low", "action_high"),
+        )
         bounds = 0 if self.discrete else self.action_dim
         for name, values, length in (
             ("action_low", self.action_low, bounds),
@@ -65,8 +68,6 @@ class EnvSpec:
         ):
             if len(values) != length:
                 raise ValueError(f"{name} must have {length} numbers, got {values}")
-        if not all(value > 0 for value in self.scale):
-            raise ValueError(f"scale must be above 0, got {self.scale}")
 
     def raw(self) -> EnvSpec:
         """The same environment with observations as they come: offset 0, scale 1."""

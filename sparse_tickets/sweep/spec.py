@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from sparse_tickets.algos.bc import BC
+from sparse_tickets.algos.bc import BC, FIRST_EXPERT_SEED
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.conditions import find_condition
@@ -17,6 +16,7 @@ from sparse_tickets.kernels.arena import ACTIVATIONS, Arena
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.population import INITIALISATIONS, policy_arena
 from sparse_tickets.prune import CRITERIA, kept
+from sparse_tickets.settings import at_least, check_fields, inside, within
 
 __all__ = ["ALGOS", "CONTROLS", "Sweep", "Track", "protocol"]
 
@@ -95,6 +95,12 @@ class Sweep:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            # Experts are trained from the seeds beyond.
+            {"seeds": within(1, FIRST_EXPERT_SEED), "rate": inside(0, 1)}
+            | dict.fromkeys(("levels", "chunk", "hidden"), at_least(1)),
+        )
         for name, chosen, allowed in (
             ("algos", self.algos, ALGOS),
             ("controls", self.controls, CONTROLS),
@@ -107,11 +113,6 @@ class Sweep:
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) < len(chosen):
                 raise ValueError(f"{name} must be at least one, each once, got {chosen}")
-        for name in ("seeds", "levels", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0.0 < self.rate < 1.0:
-            raise ValueError(f"rate must be in (0, 1), got {self.rate}")
         for name, given, known in (
             ("init", self.init, INITIALISATIONS),
             ("activation", self.activation, ACTIVATIONS),
@@ -119,10 +120,6 @@ class Sweep:
         ):
             if given not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
-        if any(size < 1 for size in self.hidden):
-            raise ValueError(f"hidden must be sizes of at least 1, got {self.hidden}")
-        if not math.isfinite(self.log_std):
-            raise ValueError(f"log_std must be finite, got {self.log_std}")
         steps = self.ppo.iterations * self.ppo.batch
         if not 0 <= self.rewind_step < steps:
             raise ValueError(
@@ -229,6 +226,7 @@ class Sweep:
         """The sweep a stored dictionary describes.
 
         Raises:
+            TypeError: a value of another type.
             ValueError: a field is missing, unknown or out of range.
         """
         derived = ("observations", "critic_layout")

@@ -104,6 +104,11 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
         (["--algos", "dqn"], "algos must be among ppo, bc"),
         (["--criterion", "size"], "criterion must be one of 1:4, 2:4, fan-in"),
         (["--rate", "1.5"], "rate must be in (0, 1), got 1.5"),
+        (["--rate", "nan"], "rate must be finite, got nan"),
+        (["--seeds", "-1"], "seeds must be in [1, 1,000,000], got -1"),
+        (["--seeds", "2.5"], "invalid literal for int"),
+        (["--ppo.learning-rate", "nan"], "ppo.learning_rate must be finite, got nan"),
+        (["--evaluation.points", "0"], "evaluation.points must be in [1, 100,000], got 0"),
         (["--device", "cuda:99"], "device must be one torch has here"),
         (["--plugin", "nowhere.py"], "--plugin must be a Python file, got nowhere.py"),
     ],
@@ -114,7 +119,7 @@ def test_wrong_settings_are_one_line_and_write_nothing(arguments, message, tmp_p
         status = main(["sweep", *arguments, "--out", str(out)])
     except SystemExit as exit_:  # tyro refuses what the dataclass refuses in its own box
         status = exit_.code
-    assert status not in (0, None)
+    assert status == 2
     shown = re.sub(r"[\s│]+", " ", "".join(capsys.readouterr()))
     assert message in shown
     assert "Traceback" not in shown
@@ -180,7 +185,7 @@ def test_report_on_an_unfinished_run(levels, finished, tmp_path, capsys):
 def test_report_metrics_and_missing_runs(finished, tmp_path, capsys):
     assert main(["report", str(finished), "--metric", "return_best"]) == 0
     assert "return_best" in capsys.readouterr().out
-    assert main(["report", str(finished), "--metric", "loss"]) == 1
+    assert main(["report", str(finished), "--metric", "loss"]) == 2
     assert "metric must be one of" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere")]) == 1
     assert "holds no run" in capsys.readouterr().err
@@ -265,7 +270,7 @@ def test_the_exported_policy_earns_the_stored_return_in_gymnasium(finished, tmp_
 def test_an_export_of_another_kind_is_refused_before_anything_is_drawn(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(out / "figures")
-    assert main(["show", str(out), "--export", str(tmp_path / "policy.pth")]) == 1
+    assert main(["show", str(out), "--export", str(tmp_path / "policy.pth")]) == 2
     assert "must end in .pt, .safetensors, .onnx" in " ".join(capsys.readouterr().err.split())
     assert not (out / "figures").exists()
 

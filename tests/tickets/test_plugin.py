@@ -100,7 +100,7 @@ def test_a_condition_of_ones_own(tmp_path, capsys):
 def test_a_run_needs_its_plugin(tmp_path, capsys):
     out, _ = sweep("mask_sign.py", tmp_path, "--levels", "2")
     del CONDITIONS["mask/sign"]
-    assert main(["report", str(out)]) == 1
+    assert main(["report", str(out)]) == 2
     assert "condition must be one of" in capsys.readouterr().err
 
 
@@ -117,12 +117,34 @@ def test_plugins_of_one_name_in_two_folders_are_both_loaded(tmp_path):
 
 def test_a_broken_plugin_shows_where(tmp_path, capsys):
     missing = tmp_path / "missing.py"
-    assert main(["report", str(tmp_path), "--plugin", str(missing)]) == 1
+    assert main(["report", str(tmp_path), "--plugin", str(missing)]) == 2
     assert f"--plugin must be a Python file, got {missing}" in capsys.readouterr().err
     file = tmp_path / "broken.py"
-    file.write_text("1 / 0\n")
-    with pytest.raises(ZeroDivisionError):
-        main(["report", str(tmp_path), "--plugin", str(file)])
+    for text, said in (
+        ("\n1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("\ndef f(:\n", "SyntaxError: invalid syntax"),
+        ("import torch\ntorch.zeros(2) @ torch.zeros(3)\n", "RuntimeError: inconsistent tensor"),
+        ("\nraise ValueError('no [bold] colour')\n", "error: no [bold] colour"),
+    ):
+        file.write_text(text)
+        assert main(["report", str(tmp_path), "--plugin", str(file)]) == 1
+        error = capsys.readouterr().err
+        assert said in error
+        assert f"({file}, line 2)" in error
+        assert error.count("\n") == 1
     file.write_text("from sparse_tickets import register_criterion\n")
     assert main(["report", str(tmp_path), "--plugin", str(file)]) == 1
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_plugin_that_fails_in_a_sweep_shows_where(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from sparse_tickets import register_criterion\n"
+        "@register_criterion('broken')\n"
+        "def broken(weight, initial, arena):\n"
+        "    return {}['scores']\n"
+    )
+    options = ["--plugin", str(file), *TINY, "--algos", "ppo", "--criterion", "broken"]
+    assert main(["sweep", *options, "--out", str(tmp_path / "run")]) == 1
+    assert f"error: KeyError: 'scores' ({file}, line 4)" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from sparse_tickets.algos.bc import BC
@@ -61,7 +62,7 @@ def test_json_round_trip_and_the_observation_scale():
         (lambda stored: stored["ppo"].pop("lam"), "PPO lacks .*lam"),
         (lambda stored: stored.update(colour="red"), "unknown .*colour"),
         (lambda stored: stored.pop("bc"), "lacks .*bc"),
-        (lambda stored: stored.update(seeds=0), "seeds must be at least 1"),
+        (lambda stored: stored.update(seeds=0), r"seeds must be in \[1, 1,000,000\]"),
     ],
 )
 def test_foreign_dictionaries_are_refused(damage, message):
@@ -183,11 +184,11 @@ def test_steps_shrink_by_the_rewind_step():
         ({"criterion": "size"}, "criterion must be one of .*magnitude"),
         ({"init": "xavier"}, "init must be one of lecun"),
         ({"activation": "gelu"}, "activation must be one of tanh"),
-        ({"hidden": (64, 0)}, "hidden must be sizes"),
+        ({"hidden": (64, 0)}, "each of hidden must be at least 1"),
         ({"log_std": float("nan")}, "log_std must be finite"),
         ({"rate": 0.0}, r"rate must be in \(0, 1\)"),
         ({"rate": 1.0}, r"rate must be in \(0, 1\)"),
-        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"seeds": 0}, r"seeds must be in \[1, 1,000,000\]"),
         ({"levels": 0}, "levels must be at least 1"),
         ({"chunk": 0}, "chunk must be at least 1"),
         ({"rewind_step": -512}, "rewind_step must be in"),
@@ -209,12 +210,55 @@ def test_invalid_sweeps_are_refused(settings, message):
         (lambda: PPO(minibatches=7), "minibatches must divide"),
         (lambda: BC(experts=0), "experts must be at least 1"),
         (lambda: BC(expert_tries=0), "expert_tries must be at least 1"),
-        (lambda: Evaluation(points=0), "evaluation points must be at least 1"),
+        (lambda: Evaluation(points=0), r"evaluation.points must be in \[1, 100,000\]"),
     ],
 )
 def test_invalid_parts_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Sweep(seeds=2.5), TypeError, "^seeds must be an integer, got 2.5"),
+        (lambda: Sweep(seeds=True), TypeError, "^seeds must be an integer, got True"),
+        (lambda: Sweep(seeds=None), TypeError, "^seeds must be an integer, got None"),
+        (lambda: Sweep(seeds="3"), TypeError, "^seeds must be an integer, got '3'"),
+        (lambda: Sweep(env=None), TypeError, "^env must be a string, got None"),
+        (lambda: Sweep(rate=NAN), ValueError, "^rate must be finite, got nan"),
+        (lambda: Sweep(log_std=-INF), ValueError, "^log_std must be finite, got -inf"),
+        (lambda: Sweep(hidden=64), TypeError, "^hidden must be a tuple of integers, got 64"),
+        (lambda: Sweep(hidden=(64, 2.0)), TypeError, r"^hidden must be .*, got \(64, 2.0\)"),
+        (lambda: Sweep(conditions=TICKET), TypeError, "^conditions must be a tuple of strings"),
+        (lambda: Sweep(prune_critic=1), TypeError, "^prune_critic must be True or False, got 1"),
+        (lambda: Sweep(ppo={}), TypeError, "^ppo must be a PPO, got {}"),
+        (lambda: PPO(learning_rate=NAN), ValueError, "^ppo.learning_rate must be finite, got nan"),
+        (lambda: PPO(learning_rate=-1.0), ValueError, "^ppo.learning_rate must be at least 0"),
+        (lambda: PPO(clip=True), TypeError, "^ppo.clip must be a number, got True"),
+        (lambda: PPO(max_norm=INF), ValueError, "^ppo.max_norm must be finite, got inf"),
+        (lambda: PPO(gamma=1.01), ValueError, r"^ppo.gamma must be in \[0, 1\], got 1.01"),
+        (lambda: PPO(copies=1e3), TypeError, "^ppo.copies must be an integer, got 1000.0"),
+        (lambda: BC(expert_gate=NAN), ValueError, "^bc.expert_gate must be finite, got nan"),
+        (lambda: BC(expert_gate="x"), TypeError, "^bc.expert_gate must be a number or None"),
+        (lambda: BC(expert_steps=0), ValueError, "^bc.expert_steps must be at least 1, got 0"),
+        (lambda: Evaluation(points=100_001), ValueError, r"in \[1, 100,000\], got 100001"),
+        (lambda: Evaluation(episodes=None), TypeError, "^evaluation.episodes must be an integer"),
+    ],
+)
+def test_every_field_is_held_to_its_type_and_range(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_equal_settings_are_stored_alike():
+    given = Sweep(seeds=np.int64(15), hidden=[64, 64], ppo=PPO(value_coef=np.float32(0.5), gamma=1))
+    plain = Sweep(ppo=PPO(gamma=1.0))
+    assert given == plain
+    assert spec_hash(given.to_dict()) == spec_hash(plain.to_dict())
 
 
 def test_unknown_environments_list_the_known_ones():
