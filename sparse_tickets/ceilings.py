@@ -74,7 +74,7 @@ def layer_cost(format: str, mask: Tensor, batch: int, training: bool) -> Cost:
     """
     tickets, out, inp = mask.shape
     sizes = tickets, batch, out, inp
-    kept = int(mask.sum()) / max(tickets, 1)
+    kept = int(mask.count_nonzero()) / max(tickets, 1)
     if format == "csr":
         products = [f(*sizes, kept) for f in (cost.csr_forward, cost.csr_dx, cost.csr_dw)]
     elif format.startswith("blocked"):

@@ -260,7 +260,8 @@ def _masks(groups: Sequence[Sequence[nn.Linear]], density: float, scope: Scope) 
     if scope == "layer":
         counts = [count_kept(density, weight.numel()) for weight in weights]
     else:
-        left = [int(mask.sum()) for mask in masks]
+        # sum() of a bool mask would make it int64 first.
+        left = [int(mask.count_nonzero()) for mask in masks]
         shapes = [(0, *weight.shape) for weight in weights]
         counts = erk_counts(shapes, min(total, sum(left)), left)
     return [

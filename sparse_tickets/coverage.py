@@ -122,7 +122,7 @@ def _matrices(module: nn.Module) -> Iterator[tuple[int, Matrix]]:
             shape = () if lazy else tuple(weight.shape)
             kept, dense = prod(shape) if shape else 0, None
             if isinstance(owner, SparseLinear) and label == "weight":
-                kept = kept if owner.mask.is_meta else int(owner.mask.sum())
+                kept = kept if owner.mask.is_meta else int(owner.mask.count_nonzero())
             else:
                 dense = _reason(owner, lazy)
             yield id(weight), Matrix(*_holder(module, name, owner), shape, kept, dense)

@@ -8,6 +8,7 @@ Layers and optimisers are referred to weakly.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "count_changes",
     "follow",
+    "is_kept",
     "keep_",
     "keep_owned_",
     "keep_state_",
@@ -36,6 +38,8 @@ __all__ = [
 _owners: dict[int, WeakSet[SparseLinear]] = {}
 """Layers by the identity of their weight; an entry may be out of date, so whoever asks looks."""
 _sweep_at = 64
+_BLOCK = 1 << 18
+"""Elements of a matrix that are looked at together on a CPU."""
 _changes = 0
 _optimizers: WeakSet[Optimizer] = WeakSet()
 _hook: RemovableHandle | None = None
@@ -170,7 +174,20 @@ def keep_(tensor: Tensor, mask: Tensor) -> None:
     On a CPU the bitwise product is 20 times as fast as ``masked_fill`` on an irregular mask.
     """
     integer = _INTEGER[tensor.element_size()]
-    tensor.view(integer).bitwise_and_(mask.to(integer).neg_())
+    for part, kept in _rows(tensor, mask):
+        part.view(integer).bitwise_and_(kept.to(integer).neg_())
+
+
+def is_kept(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether ``tensor`` is zero off the mask."""
+    parts = _rows(tensor, mask)
+    return not any(part.masked_fill(kept, 0).count_nonzero() for part, kept in parts)
+
+
+def _rows(tensor: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both by blocks of rows: what is made of a block needs little memory beside the whole."""
+    height = max(1, _BLOCK // max(1, mask.shape[1])) if mask.is_cpu else max(1, mask.shape[0])
+    return zip(tensor.split(height), mask.split(height), strict=True)
 
 
 def keep_state_(optimizer: Optimizer, weight: Tensor, mask: Tensor) -> None:

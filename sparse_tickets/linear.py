@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sparse_tickets.hooks import keep_, keep_state_, stepped_optimizers, track, untrack
+from sparse_tickets.hooks import is_kept, keep_, keep_state_, stepped_optimizers, track, untrack
 from sparse_tickets.kernels.dispatch import Plan, use_backend
 from sparse_tickets.kernels.errors import check_dtype, check_shape
 from sparse_tickets.kernels.linear import linear, plan_for, prepare
@@ -285,7 +285,7 @@ class SparseLinear(nn.Linear):
             return self
         if not self.mask.all():
             for tensor in (self.weight, self.weight.grad):
-                if tensor is not None and tensor.masked_fill(self.mask, 0).count_nonzero():
+                if tensor is not None and not is_kept(tensor, self.mask):
                     keep_(tensor, self.mask)
             for optimizer in stepped_optimizers():
                 keep_state_(optimizer, self.weight, self.mask)
@@ -301,7 +301,7 @@ class SparseLinear(nn.Linear):
     @property
     def density(self) -> float:
         """The fraction of weights the mask keeps (1.0 of none)."""
-        return float(self.mask.sum()) / self.mask.numel() if self.mask.numel() else 1.0
+        return float(self.mask.count_nonzero()) / self.mask.numel() if self.mask.numel() else 1.0
 
     @property
     def sparsity(self) -> float:
@@ -335,7 +335,7 @@ class SparseLinear(nn.Linear):
         """nn.Linear's, and the number of weights kept."""
         if self.mask.is_meta:
             return super().extra_repr()
-        return f"{super().extra_repr()}, kept={int(self.mask.sum())}/{self.mask.numel()}"
+        return f"{super().extra_repr()}, kept={int(self.mask.count_nonzero())}/{self.mask.numel()}"
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -109,7 +109,7 @@ class _Table:
     def _mask(self, place: np.ndarray, layer: SparseLinear, p: Tensor) -> None:
         layer.apply_mask_()
         mask = layer.mask
-        kept, support = int(mask.sum()), None
+        kept, support = int(mask.count_nonzero()), None
         if kept < _LISTED * mask.numel():
             support = fused.find_support(mask.numpy().reshape(-1))
             place[fused.LENGTH], place[fused.SUPPORT] = kept, support.ctypes.data
@@ -442,7 +442,7 @@ class Adam(_Fused, torch.optim.Adam):
         >>> optimizer = Adam(layer.parameters(), lr=1e-3, max_grad_norm=0.5)
         >>> layer(torch.ones(8, 64)).sum().backward()
         >>> optimizer.step()
-        >>> int(layer.weight.count_nonzero()) == int(layer.mask.sum())
+        >>> int(layer.weight.count_nonzero()) == int(layer.mask.count_nonzero())
         True
     """
 

@@ -29,7 +29,7 @@ def keep_largest(weights: Sequence[Tensor], masks: Sequence[Tensor], k: int) -> 
     Returns:
         One mask per weight; ties keep the earlier weight and the lower position.
     """
-    if k >= sum(int(mask.sum()) for mask in masks):
+    if k >= sum(int(mask.count_nonzero()) for mask in masks):
         return [mask.clone(memory_format=torch.contiguous_format) for mask in masks]
     kept = [torch.zeros_like(mask, memory_format=torch.contiguous_format) for mask in masks]
     if k == 0:

@@ -362,4 +362,4 @@ def _density(policy: SparsePolicy) -> float:
         for layer in policy.modules()
         if isinstance(layer, SparseLinear) and layer not in followers
     ]
-    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
