@@ -1,0 +1,84 @@
+"""Trainers reach values known on paper, dense and sparse, in seconds: `tests/probes.py`."""
+
+import pytest
+import torch
+from probes import GAMMA, PROBES, register_probes
+
+from sparse_tickets.algos import bc, ppo
+from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.envs import env_spec
+from sparse_tickets.kernels.mlp import mlp
+from sparse_tickets.kernels.prune import prune
+from sparse_tickets.population import Population, initialise, policy_arena
+
+TICKETS = 3
+SETTINGS = ppo.PPO(
+    steps=8_000, copies=8, horizon=20, gamma=GAMMA, learning_rate=1e-2, entropy_coef=0.0
+)
+ONCE = Evaluation(points=1, episodes=16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def probes():
+    register_probes()
+
+
+def fresh(name: str, density: float, *, critic: bool = True) -> tuple[Population, torch.Tensor]:
+    """Three tickets, pruned at random, and their keys."""
+    spec = env_spec(name)
+    arena = policy_arena(spec, (16, 16), critic=critic)
+    key = torch.arange(TICKETS) + 1
+    weight = initialise(arena, key, "orthogonal", log_std=-0.5)
+    everything = torch.ones(TICKETS, arena.prunable, dtype=torch.bool)
+    kept = torch.full((TICKETS,), int(density * arena.prunable))
+    scores = torch.rand(TICKETS, arena.prunable, generator=torch.Generator().manual_seed(0))
+    mask = prune(scores, everything, kept, criterion="score")
+    return Population.create(arena, weight, mask, density), key
+
+
+def value(population: Population, obs: float) -> torch.Tensor:
+    """What each ticket's critic says of an observation, ``[P]``."""
+    arena, x = population.arena, torch.full((TICKETS, 1, 1), float(obs))
+    return mlp(x, population.parameters.weight, arena.critic).flatten()
+
+
+def acts(population: Population, obs: float) -> torch.Tensor:
+    """What each ticket does greedily, ``[P]``."""
+    arena, x = population.arena, torch.full((TICKETS, 1, 1), float(obs))
+    head = mlp(x, population.parameters.weight, arena.actor).squeeze(1)
+    return head.argmax(1) if arena.log_std is None else head.squeeze(1)
+
+
+def check(name: str, population: Population, returns: torch.Tensor) -> None:
+    """The best return, the best action, and the critic's value of every observation."""
+    probe = PROBES[name]
+    # A random sign's mean over a hundred episodes has a standard error of 0.1.
+    assert returns.sub(probe.best).abs().max() < (0.3 if probe.best == 0 else 0.02)
+    for obs, action in (probe.action or {}).items():
+        assert acts(population, obs).sub(action).abs().max() < 0.05
+    if population.arena.critic is not None:
+        for obs, known in probe.values.items():
+            assert value(population, obs).sub(known).abs().max() < 0.05, obs
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("name", PROBES)
+def test_ppo_reaches_the_known_values(name, density):
+    population, key = fresh(name, density)
+    result = ppo.train(SETTINGS, name, population, key, evaluation=ONCE)
+    check(name, population, result.return_final)
+
+
+@pytest.mark.parametrize("name", ["choice by the observation", "number by the observation"])
+def test_cloning_does_what_its_experts_do(name):
+    experts = fresh(name, 1.0)[0].arena
+    settings = bc.BC(experts=2)
+    trained = bc.train_experts(
+        settings, SETTINGS, name, experts, 0.9, evaluation=ONCE, log_std=-1.0
+    )
+    population, key = fresh(name, 0.5, critic=False)
+    data = bc.demonstrations(trained, name, experts, 256)
+    result = bc.train(
+        SETTINGS, name, population, key, data, torch.arange(TICKETS) % 2, evaluation=ONCE
+    )
+    check(name, population, result.return_final)
