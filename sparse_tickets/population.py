@@ -15,7 +15,7 @@ from sparse_tickets.kernels.random import Stream, normal
 
 __all__ = ["INITIALISATIONS", "Population", "initialise", "policy_arena"]
 
-INITIALISATIONS = ("lecun", "kaiming", "orthogonal")
+INITIALISATIONS = ("lecun", "kaiming", "orthogonal", "rescaled")
 
 
 def policy_arena(
@@ -49,6 +49,14 @@ def initialise(arena: Arena, key: Tensor, scheme: str = "lecun", log_std: float 
     1/in and 2/in for every layer, heads included; ``orthogonal`` (Saxe et al., 2014) has gain
     sqrt(2), 0.01 for the actor's head and 1 for the critic's, as PPO codebases use it.
 
+    ``rescaled`` is ``lecun`` with layer l multiplied by c_l = s / s_l, where s_l = in_l^(-1/2) is
+    its standard deviation and s the geometric mean of them all. Every layer then has the standard
+    deviation s, so magnitudes are drawn from one distribution and a global ranking of them keeps
+    the same share of each, 0.8^k at level k, where lecun's favours layers of few inputs. The
+    product of the c_l is 1: biases being zero, a relu network computes what it did, and a tanh
+    network does to first order. (Vischer et al., 2022, propose to rescale, without a formula that
+    we could read; this one is ours.)
+
     Args:
         arena: the layout.
         key: ``[P]`` int64, one key per ticket.
@@ -62,6 +70,7 @@ def initialise(arena: Arena, key: Tensor, scheme: str = "lecun", log_std: float 
         raise ValueError(f"scheme must be one of {INITIALISATIONS}, got {scheme!r}")
     flat = torch.zeros(len(key), arena.size, device=key.device)
     for index, net in enumerate(arena.nets):
+        common = math.prod(net.sizes[:-1]) ** (-0.5 / net.depth)
         for layer in range(net.depth):
             out, inp = net.shape(layer)
             draw = normal(key, out * inp, stream=Stream.INIT, step=64 * index + layer)
@@ -70,6 +79,8 @@ def initialise(arena: Arena, key: Tensor, scheme: str = "lecun", log_std: float 
                 head_gain = 0.01 if net is arena.actor else 1.0
                 gain = head_gain if layer == net.depth - 1 else math.sqrt(2.0)
                 weight = gain * _orthogonal(draw)
+            elif scheme == "rescaled":
+                weight = draw * common
             else:
                 weight = draw * math.sqrt((1.0 if scheme == "lecun" else 2.0) / inp)
             net.weight(flat, layer).copy_(weight)

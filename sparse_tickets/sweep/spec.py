@@ -83,7 +83,7 @@ class Sweep:
     activation: str = "tanh"
     """tanh or relu."""
     init: str = "lecun"
-    """Initialisation: lecun, kaiming or orthogonal."""
+    """Initialisation: lecun, kaiming, orthogonal or rescaled (every layer prunes alike)."""
     log_std: float = 0.0
     """Initial log standard deviation of continuous actions."""
     prune_critic: bool = False

@@ -8,8 +8,9 @@ from torch import nn
 
 from sparse_tickets.envs import env_spec
 from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.random import derive_key
-from sparse_tickets.population import Population, initialise, policy_arena
+from sparse_tickets.population import INITIALISATIONS, Population, initialise, policy_arena
 
 ARENA = Arena.build((4, 48, 32, 2), (4, 48, 32, 1))
 KEY = torch.tensor([derive_key("population", seed) for seed in range(64)])
@@ -45,7 +46,7 @@ def test_orthogonal_layers_are_orthogonal_with_the_gains_of_ppo():
     assert (heads < 0).any()
 
 
-@pytest.mark.parametrize("scheme", ["lecun", "kaiming", "orthogonal"])
+@pytest.mark.parametrize("scheme", INITIALISATIONS)
 def test_biases_start_at_zero_and_tickets_and_layers_differ(scheme):
     flat = initialise(ARENA, KEY, scheme)
     for net in ARENA.nets:
@@ -56,12 +57,44 @@ def test_biases_start_at_zero_and_tickets_and_layers_differ(scheme):
     assert not torch.equal(*hidden)
 
 
-@pytest.mark.parametrize("scheme", ["lecun", "kaiming", "orthogonal"])
+@pytest.mark.parametrize("scheme", INITIALISATIONS)
 def test_initial_weights_do_not_depend_on_the_batch(scheme):
     together = initialise(ARENA, KEY, scheme)
     alone = torch.cat([initialise(ARENA, KEY[[index]], scheme) for index in range(5)])
     assert torch.equal(together[:5], alone)
     assert torch.equal(initialise(ARENA, KEY.flip(0), scheme).flip(0), together)
+
+
+def test_rescaled_layers_lose_the_same_share_at_every_level():
+    """Exchangeable magnitudes: what a layer keeps is hypergeometric around the level's density."""
+    arena = Arena.build((4, 64, 32, 2), (4, 64, 32, 1), prune_critic=True)
+    key = torch.arange(40)
+    total = arena.prunable
+    shares = {}
+    for scheme in ("rescaled", "lecun"):
+        weight = initialise(arena, key, scheme)[:, :total]
+        mask = torch.ones_like(weight, dtype=torch.bool)
+        for level in range(1, 11):
+            kept = round(0.8**level * total)
+            mask = prune(weight, mask, kept, criterion="magnitude")
+            density = kept / total
+            for begin, out, inp in arena.prunable_layers():
+                size = out * inp
+                share = mask[:, begin : begin + size].float().mean().item()
+                spread = (density * (1 - density) / size * (total - size) / (total - 1)) ** 0.5
+                shares[scheme, level, begin] = (share - density) / (spread / len(key) ** 0.5)
+    assert max(abs(z) for (scheme, *_), z in shares.items() if scheme == "rescaled") < 4.5
+    assert max(abs(z) for (scheme, *_), z in shares.items() if scheme == "lecun") > 20
+
+
+def test_rescaling_leaves_a_relu_network_as_it_was():
+    arena = Arena.build((4, 48, 32, 2), activation="relu")
+    obs = torch.randn(len(KEY), 6, 4)
+    before, after = (
+        Population.create(arena, initialise(arena, KEY, scheme)).actor(obs)
+        for scheme in ("lecun", "rescaled")
+    )
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
 
 
 def test_every_algorithm_starts_a_seed_with_the_same_actor():
