@@ -68,7 +68,7 @@ def env_spec(name: str) -> EnvSpec:
     """Spaces and observation scale of an environment.
 
     Args:
-        name: a built-in or registered environment, or any gymnasium id (offset 0, scale 1).
+        name: a built-in or registered environment, or any gymnasium id; see `gym_spec`.
 
     Raises:
         ValueError: nobody knows the name; the message lists the known ones.
@@ -136,7 +136,7 @@ def _find(name: str) -> tuple[EnvFactory, EnvSpec]:
 
 @cache
 def _read_spec_once(name: str) -> EnvSpec:
-    """Of a gymnasium id; to read it an environment has to be made."""
+    """Of a gymnasium id; to read it an environment has to be made, to scale it played."""
     spec = gym_spec(name)
     if set(spec.scale) == {255.0}:
         warnings.warn(

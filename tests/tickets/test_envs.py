@@ -1,5 +1,6 @@
 """Environments: long rollouts against gymnasium, independent tickets, restarts, registration."""
 
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -269,7 +270,10 @@ def test_unknown_names_list_the_known_ones():
 
 def test_any_gymnasium_id_falls_back_to_the_adapter():
     spec = env_spec("MountainCarContinuous-v0")
-    assert (spec.offset, spec.scale) == ((0.0, 0.0), (1.0, 1.0))
+    # It starts in [-0.6, -0.4] and rocks under random pushes; each costs 0.1 * action^2.
+    assert spec.offset[0] == pytest.approx(-0.5, abs=0.1)
+    assert spec.scale[0] == pytest.approx(0.15, abs=0.1)
+    assert spec.random_return == pytest.approx(-999 * 0.1 / 3, rel=0.05)
     assert (spec.action_low, spec.action_high) == ((-1.0,), (1.0,))
     assert (spec.time_limit, spec.solved) == (999, 90.0)
     env = make_env("MountainCarContinuous-v0", 1, 2)
@@ -277,6 +281,54 @@ def test_any_gymnasium_id_falls_back_to_the_adapter():
     env.reset(keys(1))
     clipped, bound = (env.step(torch.full((1, 2, 1), push)) for push in (50.0, 1.0))
     assert torch.equal(clipped.reward, bound.reward)
+
+
+def test_the_pilot_finds_scale_and_random_return():
+    """Episodes of ten steps, of inputs whose moments are known; a reward of 1 for one action."""
+
+    class Known(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2, 3), np.float64)
+        action_space = gymnasium.spaces.Discrete(4, start=-1)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.time = 0
+            return self.observe(), {}
+
+        def step(self, action):
+            self.time += 1
+            return self.observe(), float(action == 2), False, self.time == 10, {}
+
+        def observe(self):
+            wide, narrow, far = self.np_random.normal((1, 5, 1e7), (30, 0.02, 1))
+            return np.array([[wide, narrow, far], [7.0, np.nan, self.time]])
+
+    spec = gym_spec(Known, "Known")
+    assert spec == gym_spec(Known, "Known")
+    assert spec.random_return == pytest.approx(2.5, abs=0.2)  # 1,000 episodes
+    assert spec.offset == (0.0, 5.0, 1e7, 0.0, 0.0, 4.5)
+    wide, narrow, far, *rest = spec.scale
+    assert wide == pytest.approx(30, abs=1)
+    assert narrow == pytest.approx(0.02, abs=0.001)
+    assert far == pytest.approx(1, abs=0.1)
+    assert rest == [1.0, 1.0, 2.9]
+    raw = gym_spec(Known, "Known", pilot_steps=0)
+    assert raw == replace(spec.raw(), random_return=None)
+    assert gym_spec(Known, pilot_steps=9).random_return is None
+
+
+def test_the_pilot_leaves_one_hot_observations_and_refuses_other_shapes():
+    spec = gym_spec("FrozenLake-v1")
+    assert spec.raw() == spec
+    assert 0.005 < spec.random_return < 0.03
+
+    class Flat(Corridor):
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros((2, 1)), {}
+
+    with pytest.raises(ValueError, match=r"Flat must return .* shape \(1, 2\), got \(2, 1\)"):
+        gym_spec(Flat, "Flat")
 
 
 def test_built_in_specs_agree_with_gymnasium():
@@ -424,7 +476,7 @@ def test_observations_are_scaled_before_they_are_rounded():
         def observe(self):
             return np.array([1e-60 * (self.time + 1), 1e60])
 
-    spec = EnvSpec(**{**vars(gym_spec(Tiny, "Tiny")), "scale": (1e-60, 1e60)})
+    spec = EnvSpec(**{**vars(gym_spec(Tiny, "Tiny")), "offset": (0.0, 0.0), "scale": (1e-60, 1e60)})
     env = GymEnv(Tiny, 1, 1, spec=spec)
     assert env.reset(keys(1)).flatten().tolist() == [1.0, 1.0]
     beyond = GymEnv(Tiny, 1, 1)

@@ -9,6 +9,7 @@ import torch
 
 from sparse_tickets.cli import main
 from sparse_tickets.conditions import CONDITIONS
+from sparse_tickets.envs import env_spec
 from sparse_tickets.envs.registry import _registry
 from sparse_tickets.prune import CRITERIA
 from sparse_tickets.sweep.store import Store, load_results
@@ -61,9 +62,14 @@ def test_an_environment_of_ones_own(tmp_path):
     results = load_results(out)
     assert set(results["env"]) == {"Stay"}
     assert set(results["algo"]) == {"ppo", "bc"}
-    assert set(results["random_return"]) == {8.0}
+    spec = env_spec("Stay")
+    assert 2 < spec.random_return < 15
+    assert set(results["random_return"]) == {spec.random_return}
     assert results["return_final"].is_between(0, 20).all()
-    assert Store(out).spec["observations"] == {"offset": [0.0], "scale": [2.0]}
+    assert Store(out).spec["observations"] == {
+        "offset": list(spec.offset),
+        "scale": list(spec.scale),
+    }
     assert main(["verify", str(out), "--cells", "1", "--plugin", str(file)]) == 0
 
 
