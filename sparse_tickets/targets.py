@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparse_tickets.linear import SparseLinear, make_sparse_
+from sparse_tickets.sequential import make_fused_
 
 __all__ = ["tie_masks_"]
 
@@ -23,7 +24,8 @@ def tie_masks_(target: nn.Module, online: nn.Module) -> nn.Module:
 
     Args:
         target: a module built like ``online``, changed in place: where ``online`` has a
-            `SparseLinear`, its ``nn.Linear`` becomes one, on the same Parameters.
+            `SparseLinear`, its ``nn.Linear`` becomes one, on the same Parameters, and sequences
+            of them are run in one call, as by `sparsify_`.
         online: the module that is trained and pruned.
 
     Returns:
@@ -48,6 +50,7 @@ def tie_masks_(target: nn.Module, online: nn.Module) -> nn.Module:
         else:
             sparse.set_mask_(layer.mask)
         sparse.apply_mask_()
+    make_fused_(target)
     return target
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_tickets import SparseLinear, sparsify_
+from sparse_tickets.sequential import SparseSequential
 from sparse_tickets.targets import tie_masks_
 
 # Networks as small as these lose an output at such densities.
@@ -51,6 +52,14 @@ def test_target_becomes_sparse_on_its_own_parameters():
         assert target[index].mask is online[index].mask
         assert not weight[~online[index].mask].any()
         assert weight[online[index].mask].all()
+
+
+def test_target_runs_in_one_call_as_the_online_network_does(networks):
+    online, target = networks
+    assert type(target) is type(online) is SparseSequential
+    assert target.plan(batch=8) == online.plan(batch=8)
+    x = torch.randn(8, 6)
+    torch.testing.assert_close(target(x), answer(target, x))
 
 
 @pytest.mark.parametrize("batch", [1, 8, 256])
