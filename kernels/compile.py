@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .caching import cache_folder
 from .dispatch import interpreting
 from .jit import options_of
 from .machine_code import (
@@ -327,7 +328,7 @@ def _dots(ttir: str) -> tuple[str, ...]:
 
 def _compile_case(op: str, case: Case, capability: int) -> Report:
     """Of the cache, if nothing changed since."""
-    path = _cache_folder() / f"{_key(case, capability)}.json"
+    path = cache_folder() / "kernels" / f"{_key(case, capability)}.json"
     report = _read(path)
     if report is None:
         try:
@@ -353,11 +354,6 @@ def _key(case: Case, capability: int) -> str:
     parts = [_LAYOUT, triton.__version__, capability, case.kernel.cache_key]
     parts += [case.signature, constexprs, options_of(case.kernel) | case.options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "sparse_tickets" / "kernels"
 
 
 def _report(values: dict[str, Any]) -> Report:

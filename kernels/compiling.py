@@ -1,14 +1,83 @@
-"""Tell the user what Numba compiles: it happens once per machine, and it takes seconds."""
+"""Numba, with a cache that never stops a program: `njit`; and what it compiles: `on_compile`.
+
+A kernel is compiled once per machine, which takes seconds. Numba alone cannot be imported where
+neither the package nor the user's home can be written, and raises on every call of a kernel whose
+file in the cache is damaged; here that costs the seconds again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from numba.core import event
+import numba
+from numba.core import caching, event
 
-__all__ = ["on_compile"]
+from .caching import cache_folder, warn_once
+
+__all__ = ["njit", "on_compile"]
+
+
+def njit(function: Callable[..., Any] | None = None, *, cache: bool = False, **options: Any) -> Any:
+    """``numba.njit``, whose cache is wherever something can be written.
+
+    Args:
+        function: to decorate.
+        cache: keep what is compiled: in ``NUMBA_CACHE_DIR``, beside the source or in
+            `cache_folder`, whichever of these can be written first.
+        **options: of ``numba.njit``.
+    """
+    if function is None:
+        return lambda function: njit(function, cache=cache, **options)
+    dispatcher = numba.njit(**options)(function)
+    if cache:
+        # Raised where none can be written; then each process compiles.
+        with suppress(RuntimeError):
+            dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+class _Locator(caching._SourceFileBackedLocatorMixin, caching._CacheLocator):
+    """In `cache_folder`, a folder for each folder of sources."""
+
+    def __init__(self, function: Callable[..., Any], file: str) -> None:
+        self._py_file = file
+        self._lineno = function.__code__.co_firstlineno
+        self._folder = cache_folder() / "numba" / self.get_suitable_cache_subpath(file)
+
+    def get_cache_path(self) -> str:
+        return str(self._folder)
+
+
+class _Implementation(caching.CompileResultCacheImpl):
+    # The first two are NUMBA_CACHE_DIR and beside the source.
+    _locator_classes = (*caching.CompileResultCacheImpl._locator_classes[:2], _Locator)
+
+
+class _Cache(caching.FunctionCache):
+    """What cannot be read is compiled again, and what cannot be written is not kept."""
+
+    _impl_class = _Implementation
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:
+            # Whatever unpickling a damaged file may raise. Without its index it is overwritten.
+            warn_once(f"compiling again what is damaged in {self.cache_path}", error)
+            try:
+                self.flush()
+            except OSError:
+                self.disable()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            warn_once(f"what is compiled cannot be kept in {self.cache_path}", error)
+            self.disable()
 
 
 class _Listener(event.Listener):

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from .caching import keep_triton_cache
+
 __all__ = ["jit_kernel", "options_of"]
 
 
@@ -24,6 +26,7 @@ def jit_kernel(*, fp_fusion: bool, **options: Any) -> Callable[[Callable[..., No
     """
 
     def decorate(function: Callable[..., None]) -> Any:
+        keep_triton_cache()
         import triton
 
         made = triton.jit(function, **options)

@@ -14,10 +14,12 @@ import operator
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import config, types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, overload, register_model
+
+from .compiling import njit
 
 __all__ = [
     "LANES",

@@ -11,9 +11,9 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ..compiling import njit
 from ..threads import count_threads, share
 from .reference import ACROBOT, CARTPOLE, MOUNTAIN_CAR, TASKS, Task
 

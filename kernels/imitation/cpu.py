@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
+from ..compiling import njit
 from ..mlp.cpu import (
     FIRST,
     backward,

@@ -9,8 +9,8 @@ and batch row: one multiply-add, 2 FLOPs, at about the rate of a dense product.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..compiling import njit
 from ..threads import count_threads, share
 from ..vector import (
     LANES,

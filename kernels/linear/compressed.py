@@ -15,8 +15,8 @@ import threading
 
 import numpy as np
 import torch
-from numba import njit
 
+from ..compiling import njit
 from ..threads import count_threads, share
 from ..vector import (
     LANES,

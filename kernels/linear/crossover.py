@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..caching import cache_folder
 from ..dispatch import use_backend
 from ..vector import LANES
 
@@ -195,10 +196,9 @@ def _times(format: Format, out: int, inp: int, batch: int) -> dict[Pass, _Times]
 
 def cache_file() -> Path:
     """Where this processor's table for the present number of threads is kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = re.sub(r"[^a-z0-9]+", "-", _processor().lower()).strip("-")
     file = f"crossover-{name}-{torch.get_num_threads()}.json"
-    return Path(root) / "sparse_tickets" / file
+    return cache_folder() / file
 
 
 def _processor() -> str:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core.extending import intrinsic
+
+from ..compiling import njit
 
 __all__ = [
     "by_address",

@@ -7,8 +7,8 @@ A panel of 256 features is 64 KB on AVX-512: it stays in L2 while every nonzero 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..compiling import njit
 from ..vector import LANES, aligned_empty, transpose
 
 __all__ = ["PANEL", "from_panel", "to_panel"]

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from ..compiling import njit
 
 __all__ = ["BLOCKS", "Compressed", "Pattern", "build_pattern", "find_pattern", "take_snapshot"]
 

@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
+from ..compiling import njit
 from ..vector import LANES, fma, load, load_kept, splat, sum_lanes
 from .masking import by_address, bytes_differ, pointer
 from .patterns import Pattern

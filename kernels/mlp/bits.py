@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core.extending import intrinsic
+
+from ..compiling import njit
 
 __all__ = ["WORD", "mask_word", "trailing_zeros"]
 

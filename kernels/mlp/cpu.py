@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from ..arena import Net
+from ..compiling import njit
 from ..threads import share
 from ..vector import (
     LANES,

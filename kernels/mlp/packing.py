@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from ..compiling import njit
 from .bits import WORD, mask_word, trailing_zeros
 from .layout import BIAS, COLUMNS, HIDDEN, IN, OUT, ROWS, SPARSE, WEIGHT
 

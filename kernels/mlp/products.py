@@ -6,8 +6,7 @@ any size in tiles of registers; tails run on narrower tiles.
 
 from __future__ import annotations
 
-from numba import njit
-
+from ..compiling import njit
 from ..vector import (
     LANES,
     fma,

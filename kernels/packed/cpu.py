@@ -10,10 +10,10 @@ import threading
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..compiling import njit
 from ..linear import cpu as linear
 from ..threads import count_threads, share
 from . import reference

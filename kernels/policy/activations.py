@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from torch import nn
 
+from ..compiling import njit
 from ..vector import (
     LANES,
     exp,

@@ -9,8 +9,10 @@ index of its first element, ``address // itemsize``.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core.extending import intrinsic
+
+from ..compiling import njit
 
 __all__ = ["bytes_", "floats", "get", "integers", "put", "shorts"]
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
+from ..compiling import njit
 from ..threads import share
 from ..vector import (
     LANES,

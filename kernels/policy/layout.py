@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
+from ..compiling import njit
 from ..vector import LANES, MASK_BYTES
 from .activations import NONE, Activation
 from .blas import find_sgemm

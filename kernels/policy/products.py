@@ -8,8 +8,8 @@ outermost, so that one weight meets whole registers. All operands are indices in
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..compiling import njit
 from ..vector import (
     LANES,
     fma,

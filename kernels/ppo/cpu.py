@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
+from ..compiling import njit
 from ..mlp.cpu import (
     FIRST,
     backward,

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ..compiling import njit
 from ..threads import count_threads, share
 
 __all__ = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ..compiling import njit
 from ..threads import count_threads, share
 
 __all__ = ["gae", "gae_ticket"]

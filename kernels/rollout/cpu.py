@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from ..arena import Arena
+from ..compiling import njit
 from ..dynamics import Task
 from ..dynamics.copies import Copies
 from ..dynamics.cpu import task_observe, task_reset, task_step

@@ -19,9 +19,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..arena import Arena, Net
+from ..compiling import njit
 from ..mlp.cpu import build_rows
 from ..vector import LANES, load, make_sparse_tile, make_tile, maximum, splat, store, tanh
 

@@ -12,9 +12,9 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ..compiling import njit
 from ..threads import count_threads, share
 
 __all__ = ["adam_", "adam_row", "rewind_"]

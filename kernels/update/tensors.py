@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core.extending import intrinsic
 
+from ..compiling import njit
 from ..threads import share
 
 __all__ = [

@@ -411,7 +411,6 @@ def test_a_damaged_table_is_measured_again(
     table: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(crossover, "_measure", lambda *args: fake_times(2.0))
-    table.parent.mkdir(parents=True)
     table.write_bytes(damage.encode("latin-1"))
     assert crossover.choose("csr", "forward", 48, 64, 100, 0.05).sparse
     assert "csr 48x64 batch 128" in json.loads(table.read_text())["seconds"]
@@ -421,7 +420,8 @@ def test_a_damaged_table_is_measured_again(
 def test_a_table_that_cannot_be_written_is_kept_in_memory(
     table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table.parent.parent.joinpath("sparse_tickets").write_text("a file, not a folder")
+    table.parent.rmdir()
+    table.parent.write_text("a file, not a folder")
     calls = []
     monkeypatch.setattr(crossover, "_measure", lambda *args: calls.append(1) or fake_times(2.0))
     for _ in range(2):

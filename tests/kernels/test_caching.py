@@ -1,0 +1,223 @@
+"""Compiled kernels where nothing can be written, and what becomes of a cache that is damaged.
+
+A file stands where a folder should: unlike permissions, that stops the superuser too.
+"""
+
+import importlib.util
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sparse_tickets.kernels.caching import cache_folder, keep_triton_cache
+from sparse_tickets.kernels.compiling import on_compile
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL = """
+from sparse_tickets.kernels.compiling import njit
+
+@njit(cache=True)
+def double(x):
+    return 2 * x
+"""
+
+
+@pytest.fixture
+def barred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No home, and another folder for temporary files, which is returned."""
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return temporary
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[], ModuleType]:
+    """Import a module with a kernel as a new process would."""
+    folder = tmp_path / "module"
+    folder.mkdir()
+    (folder / "kernel.py").write_text(KERNEL)
+
+    def load() -> ModuleType:
+        spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@contextmanager
+def compilations(expected: int) -> Iterator[None]:
+    seen: list[str | None] = []
+    with on_compile(seen.append):
+        yield
+    assert len([name for name in seen if name]) == expected
+
+
+def kept(tmp_path: Path, suffix: str) -> Path:
+    (path,) = (tmp_path / "module" / "__pycache__").glob(f"*{suffix}")
+    return path
+
+
+IMPORT = """
+import pkgutil
+from importlib import import_module
+import sparse_tickets.kernels
+for module in pkgutil.walk_packages(sparse_tickets.kernels.__path__, "sparse_tickets.kernels."):
+    if not module.name.endswith("gpu"):
+        import_module(module.name)
+"""
+USE = """
+import torch
+from sparse_tickets.kernels import bits
+from sparse_tickets.kernels.compiling import on_compile
+with on_compile(lambda name: name and print(name)):
+    bits(torch.tensor([3]), 4, stream=1, step=0)
+"""
+
+
+def test_the_library_needs_no_folder_of_its_own(tmp_path: Path, barred: Path) -> None:
+    site = tmp_path / "site"
+    caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "sparse_tickets", site / "sparse_tickets", ignore=caches)
+    for folder in [site, *site.rglob("*/")]:
+        (folder / "__pycache__").touch()
+
+    def run(code: str) -> tuple[str, list[str]]:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(site)},
+            cwd=site,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, [line for line in done.stderr.splitlines() if "Warning" in line]
+
+    output, (warning,) = run(IMPORT + USE)
+    assert "bits" in output
+    folder = barred / f"sparse_tickets-{os.getuid()}"
+    assert f"kept in {folder}, since {tmp_path}/home/.cache/sparse_tickets cannot" in warning
+    assert folder.stat().st_mode & 0o077 == 0
+    output, (warning,) = run(USE)
+    assert not output, "compiled twice"
+
+
+def test_without_any_folder_each_process_compiles(
+    tmp_path: Path, barred: Path, load: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "home" / "none"))
+    (tmp_path / "module" / "__pycache__").touch()
+    with pytest.warns(RuntimeWarning, match="is not kept"):
+        first = load()
+    for module in (first, load()):
+        with compilations(1):
+            assert module.double(3) == 6
+
+
+def test_the_user_cache_comes_before_a_temporary_one(
+    tmp_path: Path, barred: Path, load: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "module" / "__pycache__").touch()
+    with compilations(1):
+        assert load().double(3) == 6
+    with compilations(0):
+        assert load().double(3) == 6
+    assert list((tmp_path / "cache" / "sparse_tickets" / "numba").rglob("*.nbc"))
+    assert not list(barred.iterdir())
+
+
+def test_a_user_without_a_home_gets_no_folder_named_tilde(
+    barred: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # What `expanduser` leaves where neither HOME nor the list of users knows one.
+    monkeypatch.setenv("HOME", "~")
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        assert cache_folder().parent == barred
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_temporary_folder_that_others_can_write_is_not_used(barred: Path) -> None:
+    folder = barred / f"sparse_tickets-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="is not kept"):
+        assert barred not in cache_folder().parents
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("damage", ["empty", "half", "zeros", "text"])
+def test_a_damaged_file_is_compiled_again(
+    tmp_path: Path, load: Callable[[], ModuleType], suffix: str, damage: str
+) -> None:
+    load().double(3)
+    file = kept(tmp_path, suffix)
+    whole = file.read_bytes()
+    damaged = {"half": whole[: len(whole) // 2], "zeros": bytes(len(whole)), "text": b"not it"}
+    file.write_bytes(damaged.get(damage, b""))
+    module = load()
+    with pytest.warns(RuntimeWarning, match="compiling again what is damaged in"), compilations(1):
+        assert module.double(3) == 6
+    with compilations(0):
+        assert load().double(3) == 6
+
+
+def test_a_damaged_file_that_cannot_be_replaced_is_compiled_again(
+    tmp_path: Path, load: Callable[[], ModuleType]
+) -> None:
+    load().double(3)
+    kept(tmp_path, ".nbi").write_bytes(b"")
+    module = load()
+    with full(), pytest.warns(RuntimeWarning, match="compiling again"), compilations(1):
+        assert module.double(3) == 6
+
+
+def test_a_full_disk_costs_nothing_but_the_cache(
+    tmp_path: Path, load: Callable[[], ModuleType]
+) -> None:
+    module = load()
+    with full(), pytest.warns(RuntimeWarning, match="cannot be kept in") as seen:
+        assert (module.double(3), module.double(3.0)) == (6, 6.0)
+    assert len(seen) == 1
+    assert not list((tmp_path / "module" / "__pycache__").glob("*.nbc*"))
+
+
+@contextmanager
+def full() -> Iterator[None]:
+    """No file of this process can grow; Python ignores the signal and raises OSError."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_triton_keeps_its_cache_where_it_can(barred: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRITON_HOME", "TRITON_CACHE_DIR", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    # So that it is gone after this test.
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        keep_triton_cache()
+    assert Path(os.environ["TRITON_CACHE_DIR"]) == cache_folder() / "triton"
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    keep_triton_cache()
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
