@@ -18,7 +18,7 @@ SHAPES = {  # P, B, sizes
 # The nominal density that makes the CPU kernels run every layer in a format.
 FORMATS = {"auto": None, "dense": 1.0, "csr": 0.0}
 OURS = [
-    *((backend, format) for backend in BACKENDS for format in ("auto", "packed")),
+    *((backend, "auto") for backend in BACKENDS),
     ("cpu", "dense"),
     ("cpu", "csr"),
 ]
@@ -36,8 +36,6 @@ def _problem(shape, sparsity, device="cpu"):
 def bench_policy(timed, backend, format, shape, sparsity):
     def build():
         problem = _problem(shape, sparsity, device_of(backend))
-        if format == "packed":
-            return ours.policy_packed(problem, backend)
         return ours.policy(problem, backend, FORMATS[format])
 
     timed(build, sparsity=sparsity)

@@ -19,13 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.files import write_atomic
 from sparse_tickets.kernels import tuning, use_backend
-from sparse_tickets.kernels.mlp import mlp_packed
-from sparse_tickets.kernels.packed import build_pattern, pack, unpack
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.kernels.tuning import Question
@@ -34,7 +31,7 @@ from sparse_tickets.timing import Contender
 from . import gpu_ours, gpu_packed, ours
 from .clone_job import CloneJob, clone_contender
 from .gpu_clock import Timer, is_lost, make_timer
-from .gpu_problems import LayerProblem, distance, random_masks_on
+from .gpu_problems import LayerProblem, random_masks_on
 from .gpu_process import DIED, watched
 from .gpu_table import Sizes
 from .ppo_job import PPOJob
@@ -113,13 +110,7 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
             LayerProblem(tickets, batch, width, width, 90.0, device=device)
         ),
     )
-    hidden = sizes.policy_widths[0]
-    name = f"packed policy of width {hidden}, forward+backward"
-    yield Subject(name, lambda: _packed_policy(policy(hidden), "ieee"))
     yield Subject(f"policy of width {width}, forward+backward", lambda: ours.policy(policy(width)))
-    widest = sizes.policy_widths[-1]
-    name = f"packed policy of width {widest}, forward+backward, tf32"
-    yield Subject(name, lambda: _packed_policy(policy(widest), "tf32"))
 
 
 def _act(job: PPOJob) -> Contender:
@@ -146,25 +137,6 @@ def _prune(tickets: int, prunable: int, device: torch.device) -> Contender:
     with use_backend("reference"):
         expected = prune(scores, mask, kept)
     return gpu_ours.prune_to(scores, mask, kept, expected)
-
-
-def _packed_policy(problem: PolicyProblem, precision: str) -> Contender:
-    """A whole network by its packed weights, and the gradient."""
-    arena, mask = problem.arena, problem.mask
-    pattern = build_pattern(mask, arena.prunable_layers())
-    values = pack(problem.weight, pattern).requires_grad_()
-    rest = problem.weight[:, arena.prunable :].clone().requires_grad_()
-
-    def run() -> tuple[Tensor, ...]:
-        y = mlp_packed(problem.x, values, pattern, rest, arena.actor, precision=precision)
-        return (y.detach(), *torch.autograd.grad(y, (values, rest), problem.dy))
-
-    def error() -> float:
-        y, of_values, of_rest = run()
-        grad = torch.cat([unpack(of_values, pattern), of_rest], 1)
-        return distance([y, grad], problem.forward_backward, problem.terms, precision)
-
-    return Contender("packed policy", run, error)
 
 
 def candidates(question: Question) -> Iterator[dict[str, int]]:

@@ -14,7 +14,7 @@ from sparse_tickets.kernels.dispatch import resolve_backend
 from sparse_tickets.kernels.linear import linear, plan_for
 from sparse_tickets.kernels.linear import plan as linear_plan
 from sparse_tickets.kernels.linear.crossover import forced_format
-from sparse_tickets.kernels.mlp import mlp, mlp_packed
+from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.mlp import plan as mlp_plan
 from sparse_tickets.kernels.packed import build_pattern, pack, unpack
 from sparse_tickets.kernels.packed import linear_packed as packed_product
@@ -32,7 +32,6 @@ __all__ = [
     "linear_packed",
     "on_backend",
     "policy",
-    "policy_packed",
 ]
 
 OURS = "sparse_tickets"
@@ -175,28 +174,6 @@ def policy(
         lambda: mismatch(timed(), problem.forward_backward, problem.terms),
         plan=chosen,
     )
-
-
-def policy_packed(problem: PolicyProblem, backend: str = "auto", name: str = OURS) -> Contender:
-    """`kernels.mlp.mlp_packed` and its gradient, packed as the weights are."""
-    prunable = problem.arena.prunable
-    kept = int(problem.mask[0].sum())
-    pattern = build_pattern(problem.mask, problem.arena.prunable_layers(), width=kept)
-    values = pack(problem.weight[:, :prunable], pattern).requires_grad_()
-    rest = problem.weight[:, prunable:].clone().requires_grad_()
-
-    def run() -> tuple[Tensor, Tensor, Tensor]:
-        y = mlp_packed(problem.x, values, pattern, rest, problem.arena.actor)
-        return (y.detach(), *torch.autograd.grad(y, (values, rest), problem.dy))
-
-    timed = on_backend(backend, run)
-
-    def error() -> float:
-        y, packed, others = timed()
-        gradient = torch.cat([unpack(packed, pattern), others], dim=1)
-        return mismatch([y, gradient], problem.forward_backward, problem.terms)
-
-    return Contender(name, timed, error, plan="mlp_packed")
 
 
 def layer_inside(deep: PolicyProblem, shallow: PolicyProblem, name: str = OURS) -> Contender:

@@ -8,11 +8,10 @@ from torch import Tensor
 from ..arena import Net
 from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
 from ..errors import check_device, check_shape, check_untransformed
-from ..packed import Pattern, unpack
 from . import reference, registration
-from .checks import check_density, check_floats, check_packed, check_precision, check_rows
+from .checks import check_density, check_floats, check_precision, check_rows
 
-__all__ = ["describe_layers", "mlp", "mlp_packed", "plan", "plan_packed"]
+__all__ = ["describe_layers", "mlp", "plan"]
 
 
 def mlp(
@@ -74,58 +73,6 @@ def mlp(
     return registration.run(*arguments, backend)
 
 
-def mlp_packed(
-    x: Tensor,
-    values: Tensor,
-    pattern: Pattern,
-    rest: Tensor,
-    net: Net,
-    *,
-    precision: str = "ieee",
-) -> Tensor:
-    """`mlp` by packed weights; their gradient arrives packed as well.
-
-    Gradients by parameters that do not belong to `net` are exactly zero. On a GPU tiles are
-    expanded in registers; a backward pass in one launch lays them out in scratch of its own, which
-    L2 can hold while a program runs. Which launches run is told by `plan_packed`. A gradient that
-    may be differentiated again goes by `linear_packed`, layer by layer. Other backends unpack, and
-    call `mlp`.
-
-    Args:
-        x: ``[P, B, I]`` float32; float64 with the reference backend.
-        values: ``[P, k]``, same dtype: the weights on the mask, as `packed.pack` has them.
-        pattern: where they lie. It covers the network's weight matrices, one after the other.
-        rest: ``[P, size - N]``, same dtype: what follows the prunable weights in a row of the
-            arena, so ``weight[:, N:]``; the biases lie there.
-        net: where the network lies in the row.
-        precision: see `mlp`.
-
-    Returns:
-        ``[P, B, O]``: the output layer is linear.
-
-    Raises:
-        ValueError: a shape, a device, a pattern or a precision that is none of these.
-        TypeError: a dtype the backend does not take, or the pattern is no `Pattern`.
-        NotImplementedError, RuntimeError: as `mlp`.
-    """
-    if x.dim() != 3 or x.shape[2] != net.sizes[0]:
-        raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
-    check_packed(values, pattern, rest, net, x.shape[0])
-    check_device("x", x, values)
-    check_precision(precision)
-    tensors = x, values, pattern.bits, pattern.start, rest
-    arguments = *tensors, net, pattern.shapes, precision
-    if torch.compiler.is_compiling():
-        return registration.call_packed(*arguments)
-    backend = resolve_backend(x.device)
-    check_floats(backend, values=values, x=x)
-    if backend != "reference":
-        check_untransformed("mlp_packed", x, values, rest)
-    if backend != "triton":
-        return mlp(x, torch.cat([unpack(values, pattern), rest], 1), net)
-    return registration.run_packed(*arguments, backend)
-
-
 def plan(
     net: Net,
     device: torch.device,
@@ -160,32 +107,6 @@ def plan(
         nominal = density if masked else 1.0
         return Plan("mlp", "cpu", *describe_layers((net,), (nominal,)))
     return Plan("mlp", "reference", "dense+mask", PLAIN_TORCH)
-
-
-def plan_packed(
-    net: Net, device: torch.device, *, precision: str = "ieee", to_input: bool = False
-) -> Plan:
-    """What `mlp_packed` does on ``device`` where gradients are asked for, and why.
-
-    Args:
-        net: the network.
-        device: where its tensors live.
-        precision: of the products of the Triton backend.
-        to_input: whether the gradient of the input is asked for, not the parameters' alone.
-
-    Raises:
-        ValueError: a precision that `mlp_packed` refuses, or a backend the device cannot run.
-    """
-    check_precision(precision)
-    backend = resolve_backend(device)
-    if backend != "triton":
-        inner = plan(net, device, masked=False)
-        reason = f"unpacked for every call, then as mlp: {inner.reason}"
-        return Plan("mlp_packed", backend, inner.format, reason)
-    from . import gpu
-
-    reason = gpu.describe(net, precision, to_input=to_input, packed=True)
-    return Plan("mlp_packed", "triton", "packed", reason)
 
 
 def describe_layers(nets: tuple[Net, ...], densities: tuple[float, ...]) -> tuple[str, str]:

@@ -13,13 +13,11 @@ from ..dispatch import Backend
 from ..errors import check_device, check_dtype, check_shape
 from ..linear import PRECISIONS
 from ..memory import check_separate
-from ..packed import Pattern
 
 __all__ = [
     "check_density",
     "check_floats",
     "check_optimiser",
-    "check_packed",
     "check_parameters",
     "check_precision",
     "check_rows",
@@ -88,35 +86,6 @@ def check_rows(weight: Tensor, nets: tuple[Net, ...], mask: Tensor | None, ticke
                     f"mask must not cover biases, got {prunable} entries and a bias at "
                     f"{net.biases[layer]}"
                 )
-
-
-def check_packed(values: Tensor, pattern: Pattern, rest: Tensor, net: Net, tickets: int) -> None:
-    """Raise unless packed weights and the ``rest [tickets, tail]`` of the rows fit the network."""
-    if not isinstance(pattern, Pattern):
-        raise TypeError(f"pattern must be a Pattern, got {type(pattern).__name__}")
-    check_shape("pattern.bits", pattern.bits, (tickets, pattern.bits.shape[1]))
-    check_shape("values", values, (tickets, pattern.width))
-    layers = [(layer.offset, layer.out, layer.inp) for layer in pattern.layers]
-    own = [(begin, *net.shape(layer)) for layer, begin in enumerate(net.weights)]
-    first = layers.index(own[0]) if own[0] in layers else 0
-    if layers[first : first + net.depth] != own:
-        raise ValueError(
-            "pattern must cover the network's layers (offset, out, inp), one after the other: "
-            f"{own}, got {layers}"
-        )
-    if min(net.biases) < pattern.size:
-        raise ValueError(
-            f"pattern must not cover biases, got {pattern.size} entries and a bias at "
-            f"{min(net.biases)}"
-        )
-    tail = max(begin + net.sizes[i + 1] for i, begin in enumerate(net.biases)) - pattern.size
-    if rest.dim() != 2 or rest.shape[0] != tickets or rest.shape[1] < tail:
-        raise ValueError(
-            f"rest must have shape [{tickets}, at least {tail}], got {tuple(rest.shape)}"
-        )
-    check_dtype("rest", rest, values.dtype)
-    for name, tensor in (("rest", rest), ("pattern", pattern.bits)):
-        check_device(name, tensor, values)
 
 
 def check_optimiser(max_norm: float | None, beta1: float, beta2: float, eps: float) -> None:

@@ -5,12 +5,6 @@ Backward, it takes a stretch of the rows tile by tile, recomputes their activati
 gradient of every weight in its registers; it writes these once, one row of the arena per stretch,
 which `split_gpu` adds in order. No atomics: a result depends neither on P nor on timing.
 
-Weights lie in rows of the arena, or packed (`packed_gpu` launches these): then ``weight`` is the
-values, ``mask`` the pattern's bits as octets, ``start`` what precedes each tile. A layer this
-narrow is one tile, so it is read as a whole either way. Backward, where every tile of rows reads
-them again, a program first writes them out as matrices in scratch of its own, and packs its
-gradient from there: 4 bytes a weight and stretch, at most 64 KiB, which L2 holds while it runs.
-
 Dots on CUDA cores only: a tensor-core dot keeps its operands' fragments, and sm_80 spills.
 """
 
@@ -24,7 +18,6 @@ import triton.language as tl
 
 from ..compile import Case
 from ..jit import jit_kernel
-from ..packed.tiles import load_packed_tile, store_packed_tile
 from .geometry import Geometry
 
 __all__ = [
@@ -93,27 +86,20 @@ def _load_rows(source, stride, left, SIZE: tl.constexpr, BLOCK: tl.constexpr, RO
 def load_weight(
     weight,
     mask,
-    start,
     layer: tl.constexpr,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     MASKED: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    """A layer ``[out, inp]`` in whole blocks, zero off the mask and beyond its size."""
-    if start is None:
-        row = tl.arange(0, BLOCKS[layer + 1])[:, None]
-        col = tl.arange(0, BLOCKS[layer])[None, :]
-        inside = (row < SIZES[layer + 1]) & (col < SIZES[layer])
-        entry = WEIGHTS[layer] + row * SIZES[layer] + col
-        values = tl.load(weight + entry, mask=inside, other=0.0)
-        if MASKED[layer]:
-            values = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, values, 0.0)
-    else:
-        bits = mask + WEIGHTS[layer]
-        first = start + TILES[layer]
-        values = load_packed_tile(weight, bits, first, 0, BLOCKS[layer + 1], BLOCKS[layer])
+    """A layer in whole blocks ``[out, inp]``, zero off the mask and beyond its size."""
+    row = tl.arange(0, BLOCKS[layer + 1])[:, None]
+    col = tl.arange(0, BLOCKS[layer])[None, :]
+    inside = (row < SIZES[layer + 1]) & (col < SIZES[layer])
+    entry = WEIGHTS[layer] + row * SIZES[layer] + col
+    values = tl.load(weight + entry, mask=inside, other=0.0)
+    if MASKED[layer]:
+        values = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, values, 0.0)
     return values
 
 
@@ -128,15 +114,12 @@ def hidden_layers(
     x,
     weight,
     mask,
-    start,
-    bias,
     DEPTH: tl.constexpr,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
-    TILES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     APART: tl.constexpr = False,
 ):
@@ -148,8 +131,8 @@ def hidden_layers(
     for layer in tl.static_range(DEPTH - 1):
         if APART and layer > 0:
             tl.debug_barrier()
-        matrix = load_weight(weight, mask, start, layer, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
-        shift = load_bias(bias, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
+        matrix = load_weight(weight, mask, layer, SIZES, BLOCKS, WEIGHTS, MASKED)
+        shift = load_bias(weight, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
         total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + shift
         inputs += (activate(total, ACTIVATION),)
     return inputs
@@ -160,22 +143,17 @@ def forward_kernel(
     x,
     weight,
     mask,
-    start,
-    bias,
     y,
     samples,
     x_ticket,
     x_row,
     weight_ticket,
     mask_ticket,
-    start_ticket,
-    bias_ticket,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
-    TILES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -192,36 +170,20 @@ def forward_kernel(
     begin = program % tiles * ROWS
     left = samples - begin
     weight += ticket * weight_ticket
-    bias += ticket * bias_ticket
     if mask is not None:
         mask += ticket * mask_ticket
-    if start is not None:
-        start += ticket * start_ticket
     x += ticket * x_ticket + begin.to(tl.int64) * x_row
     y += (ticket * samples + begin) * SIZES[DEPTH]
 
     tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
     inputs = hidden_layers(
-        tile,
-        weight,
-        mask,
-        start,
-        bias,
-        DEPTH,
-        SIZES,
-        BLOCKS,
-        WEIGHTS,
-        BIASES,
-        MASKED,
-        TILES,
-        ACTIVATION,
-        DEEP,
+        tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION, DEEP
     )
-    if DEEP or start is not None:
-        # Else the compiler expands the last tile early, and spills.
+    if DEEP:
+        # Else the compiler loads the last layer early, and spills.
         tl.debug_barrier()
-    matrix = load_weight(weight, mask, start, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, TILES)
-    shift = load_bias(bias, BIASES[DEPTH - 1], SIZES[DEPTH], BLOCKS[DEPTH])
+    matrix = load_weight(weight, mask, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED)
+    shift = load_bias(weight, BIASES[DEPTH - 1], SIZES[DEPTH], BLOCKS[DEPTH])
     total = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + shift
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCKS[DEPTH])[None, :]
@@ -242,56 +204,13 @@ def _add_rows(total, delta):
     return total + delta
 
 
-# Not inlined: beside their code the compiler gives the loop more registers than there are.
-
-
-@triton.jit(noinline=True)
-def _expand(
-    dense,
-    values,
-    bits,
-    start,
-    OUT: tl.constexpr,
-    INP: tl.constexpr,
-    TILE_OUT: tl.constexpr,
-    TILE_IN: tl.constexpr,
-):
-    """Write a layer's packed weights as a matrix ``[OUT, INP]``."""
-    row = tl.arange(0, TILE_OUT)[:, None]
-    col = tl.arange(0, TILE_IN)[None, :]
-    tile = load_packed_tile(values, bits, start, 0, TILE_OUT, TILE_IN)
-    tl.store(dense + row * INP + col, tile, mask=(row < OUT) & (col < INP))
-
-
-@triton.jit(noinline=True)
-def _pack(
-    dense,
-    values,
-    bits,
-    start,
-    OUT: tl.constexpr,
-    INP: tl.constexpr,
-    TILE_OUT: tl.constexpr,
-    TILE_IN: tl.constexpr,
-):
-    """Write the supported entries of a matrix ``[OUT, INP]``."""
-    row = tl.arange(0, TILE_OUT)[:, None]
-    col = tl.arange(0, TILE_IN)[None, :]
-    tile = tl.load(dense + row * INP + col, mask=(row < OUT) & (col < INP), other=0.0)
-    store_packed_tile(values, bits, start, 0, tile, TILE_OUT, TILE_IN)
-
-
 @jit_kernel(fp_fusion=True)
 def backward_kernel(
     dy,
     x,
     weight,
     mask,
-    start,
-    bias,
-    expanded,
     target,
-    bias_target,
     samples,
     stretch,
     dy_ticket,
@@ -300,24 +219,19 @@ def backward_kernel(
     x_row,
     weight_ticket,
     mask_ticket,
-    start_ticket,
-    bias_ticket,
     target_row,
-    bias_target_row,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
-    TILES: tl.constexpr,
-    EXPANDED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradient of a ticket's parameters over ``stretch`` of its samples, as a row of the targets.
+    """Gradient of a ticket's parameters over ``stretch`` of its samples, as a row of `target`.
 
-    Row ``ticket * stretches + split`` of `target` is laid out like `weight`, that of `bias_target`
-    like `bias`; entries of other networks are left alone. A ticket takes 6·samples·(weights) FLOPs
+    Row ``ticket * stretches + split`` is laid out like one of `weight`; entries of other networks
+    are left alone. A ticket takes 6·samples·(weights) FLOPs
     less 2 for the last layer, which is not recomputed, and the first, whose input needs no
     gradient; it moves x and dy once, weights once and masks twice per stretch, and writes its
     gradient once per stretch.
@@ -326,35 +240,15 @@ def backward_kernel(
     # All deltas come before all gradients then: between two deltas, the compiler fills registers
     # with operands of a gradient, and with four layers it spills others for them.
     DEEP: tl.constexpr = DEPTH > 3
-    OFFSETS: tl.constexpr = WEIGHTS if start is None else EXPANDED
-    SUPPORTED: tl.constexpr = MASKED if start is None else (False,) * DEPTH
     ticket = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     weight += ticket * weight_ticket
-    bias += ticket * bias_ticket
     if mask is not None:
         mask += ticket * mask_ticket
-    if start is not None:
-        start += ticket * start_ticket
     begin = split * stretch
     x += ticket * x_ticket + begin.to(tl.int64) * x_row
     dy += ticket * dy_ticket + begin.to(tl.int64) * dy_row
     place = ticket * tl.num_programs(1) + split
-    matrices, support = weight, mask
-    if start is not None:
-        matrices, support = expanded + place * EXPANDED[DEPTH], None
-        for layer in tl.static_range(DEPTH):
-            _expand(
-                matrices + EXPANDED[layer],
-                weight,
-                mask + WEIGHTS[layer],
-                start + TILES[layer],
-                SIZES[layer + 1],
-                SIZES[layer],
-                BLOCKS[layer + 1],
-                BLOCKS[layer],
-            )
-        tl.debug_barrier()
 
     # From the output down, the order in which a tile adds to them. The bias's has a row for each of
     # the tile's, added up once at the end: a sum per tile would be one more barrier. Deep networks
@@ -372,19 +266,7 @@ def backward_kernel(
         left = samples - done
         tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
         inputs = hidden_layers(
-            tile,
-            matrices,
-            support,
-            None,
-            bias,
-            DEPTH,
-            SIZES,
-            BLOCKS,
-            OFFSETS,
-            BIASES,
-            SUPPORTED,
-            None,
-            ACTIVATION,
+            tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
         )
         deltas = (_load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS),)
         new_grads = ()
@@ -396,9 +278,7 @@ def backward_kernel(
                 grad = _add_product(grads[DEPTH - 1 - layer], delta, inputs[layer])
                 new_grads += (grad,)
             if layer > 0:
-                matrix = load_weight(
-                    matrices, support, None, layer, SIZES, BLOCKS, OFFSETS, SUPPORTED, None
-                )
+                matrix = load_weight(weight, mask, layer, SIZES, BLOCKS, WEIGHTS, MASKED)
                 delta = tl.dot(delta, matrix, input_precision="ieee")
                 deltas += (deactivate(delta, inputs[layer], ACTIVATION),)
         if DEEP:
@@ -412,10 +292,6 @@ def backward_kernel(
         dy += ROWS * dy_row
 
     target += place * target_row
-    bias_target += place * bias_target_row
-    if start is not None:
-        # From here on they hold the gradient: nobody reads the weights any more.
-        tl.debug_barrier()
     for layer in tl.static_range(DEPTH):
         row = tl.arange(0, BLOCKS[layer + 1])
         grad = grads[DEPTH - 1 - layer]
@@ -425,27 +301,11 @@ def backward_kernel(
         row += (samples < 0).to(tl.int32)
         col = tl.arange(0, BLOCKS[layer])[None, :]
         inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
-        entry = OFFSETS[layer] + row[:, None] * SIZES[layer] + col
-        if start is None:
-            if MASKED[layer]:
-                grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
-            tl.store(target + entry, grad, mask=inside)
-        else:
-            tl.store(matrices + entry, grad, mask=inside)
-        tl.store(bias_target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
-    if start is not None:
-        tl.debug_barrier()
-        for layer in tl.static_range(DEPTH):
-            _pack(
-                matrices + EXPANDED[layer],
-                target,
-                mask + WEIGHTS[layer],
-                start + TILES[layer],
-                SIZES[layer + 1],
-                SIZES[layer],
-                BLOCKS[layer + 1],
-                BLOCKS[layer],
-            )
+        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
+        if MASKED[layer]:
+            grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
+        tl.store(target + entry, grad, mask=inside)
+        tl.store(target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
 
 
 @dataclass(frozen=True)
@@ -478,19 +338,15 @@ _NARROW = 32
 
 
 @cache
-def launches(blocks: tuple[int, ...], packed: bool) -> tuple[Launch, ...]:
+def launches(blocks: tuple[int, ...]) -> tuple[Launch, ...]:
     """What a pass can be launched with, the default first: what registers hold on every GPU.
 
     Beyond 32 wide that is the default alone: more rows, and fewer or more warps, were compiled, and
-    spill somewhere.
-
-    Args:
-        blocks: see `Geometry`.
-        packed: whether weights are.
+    spill somewhere. ``blocks`` are those of `Geometry`.
     """
     if max(blocks) > _NARROW:
         return (_DEFAULT,)
-    return (_DEFAULT, Launch(16, 4), *(() if packed else (Launch(32, 8),)))
+    return (_DEFAULT, Launch(16, 4), Launch(32, 8))
 
 
 def case(
@@ -500,17 +356,15 @@ def case(
     launch: Launch = _DEFAULT,
     *,
     masked: bool = True,
-    suffix: str = "",
 ) -> Case:
     """A launch on rows that are not aligned, named after the network."""
-    floats = ["x", "weight", "bias"]
-    integers = ["samples", "x_ticket", "x_row"]
-    integers += ["weight_ticket", "mask_ticket", "start_ticket", "bias_ticket"]
+    floats, integers = ["x", "weight"], ["samples", "x_ticket", "x_row"]
+    integers += ["weight_ticket", "mask_ticket"]
     if kernel == "forward":
         floats.append("y")
     else:
-        floats += ["dy", "target", "bias_target"]
-        integers += ["stretch", "dy_ticket", "dy_row", "target_row", "bias_target_row"]
+        floats += ["dy", "target"]
+        integers += ["stretch", "dy_ticket", "dy_row", "target_row"]
     signature = dict.fromkeys(floats, "*fp32:16") | dict.fromkeys(integers, "i32")
     constexprs = {**geometry.constexprs, "BLOCKS": geometry.blocks, **launch.constexprs}
     constexprs["ACTIVATION"] = activation
@@ -518,17 +372,7 @@ def case(
         signature["mask"] = "*u8:16"
     else:
         constexprs["mask"] = None
-    if geometry.tiles is None:
-        constexprs["start"] = None
-    else:
-        signature["start"] = "*i32:16"
-    if kernel == "backward":
-        constexprs["EXPANDED"] = geometry.expanded
-        if geometry.tiles is None:
-            constexprs["expanded"] = None
-        else:
-            signature["expanded"] = "*fp32:16"
-    name = f"{kernel}_{'_'.join(map(str, geometry.sizes))}_{activation}{suffix}"
+    name = f"{kernel}_{'_'.join(map(str, geometry.sizes))}_{activation}{'' if masked else '_dense'}"
     if launch != _DEFAULT:
         name += f"_rows{launch.rows}_warps{launch.warps}"
     function = forward_kernel if kernel == "forward" else backward_kernel
@@ -536,14 +380,7 @@ def case(
 
 
 COMPILE_CASES = [
-    case(
-        kernel,
-        Geometry.of_sizes(sizes, masked=masked),
-        activation,
-        launch,
-        masked=masked,
-        suffix="" if masked else "_dense",
-    )
+    case(kernel, Geometry.of_sizes(sizes, masked=masked), activation, launch, masked=masked)
     for kernel in ("forward", "backward")
     for sizes, activation, masked in (
         ((4, 64, 64, 2), "tanh", True),
@@ -566,5 +403,5 @@ COMPILE_CASES = [
         ((32, 32, 32, 32, 32), "tanh", True),
         ((32, 32, 32, 32, 32), "relu", True),
     )
-    for launch in launches(Geometry.of_sizes(sizes, masked=masked).blocks, packed=False)
+    for launch in launches(Geometry.of_sizes(sizes, masked=masked).blocks)
 ]

@@ -7,19 +7,16 @@ CUDA graph finds them where it left them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 
 from ..arena import Net
-from ..linear import gpu as layer_gpu
 from . import passes_gpu, split_gpu
 from .geometry import Geometry
-from .passes_gpu import Route, Weights, with_rows
+from .passes_gpu import Route, Weights
 
-__all__ = ["COMPILE_CASES", "Rows", "backward", "choose", "describe", "forward"]
+__all__ = ["COMPILE_CASES", "backward", "choose", "describe", "forward"]
 
 COMPILE_CASES = passes_gpu.COMPILE_CASES
 
@@ -53,8 +50,8 @@ def _is_narrow(net: Net) -> bool:
     return max(net.sizes) <= FUSED_WIDTH and net.depth <= FUSED_DEPTH
 
 
-def describe(net: Net, precision: str, *, to_input: bool = False, packed: bool = False) -> str:
-    """The route in words, of packed weights or others; else arguments as for `choose`."""
+def describe(net: Net, precision: str, *, to_input: bool = False) -> str:
+    """The route in words; arguments as for `choose`."""
     route = choose(net, precision, to_input=to_input)
     registers = "forward in one launch with activations in registers"
     if route.backward != "fused":
@@ -72,38 +69,7 @@ def describe(net: Net, precision: str, *, to_input: bool = False, packed: bool =
     reason = f"{forward}; {backward}; width {max(net.sizes)}, {precision} products"
     if precision != "ieee" and _is_narrow(net):
         reason += ", for which tensor cores want the registers that would hold activations"
-    if not packed:
-        return reason
-    if route.backward == "fused":
-        return f"{reason}; tiles expanded in registers, backward in scratch that L2 can hold"
-    return f"{reason}; tiles expanded in registers"
-
-
-@dataclass(frozen=True)
-class Rows(Weights):
-    """Parameters in rows of the arena, under a mask or none."""
-
-    @staticmethod
-    def of(weight: Tensor, net: Net, mask: Tensor | None) -> Rows:
-        """Of ``weight [P, size]`` and ``mask [P, N]`` bool."""
-        weight = with_rows(weight)
-        octets = None if mask is None else with_rows(mask).view(torch.uint8)
-        geometry = Geometry.of(net, 0 if mask is None else mask.shape[1])
-        return Rows(net, geometry, weight, octets, None, weight)
-
-    def product(self, x: Tensor, layer: int, precision: str) -> Tensor:
-        bias = self.net.bias(self.weight, layer)
-        return layer_gpu.forward(x, self._masked(layer), bias, precision)
-
-    def dx(self, dy: Tensor, layer: int, precision: str) -> Tensor:
-        return layer_gpu.dx(dy, self._masked(layer), precision)
-
-    def _masked(self, layer: int) -> Tensor:
-        """A layer's weight ``[P, out, in]``, zero off the mask, as the products ask."""
-        matrix = self.net.weight(self.weight, layer)
-        if self.mask is None or not self.geometry.masked[layer]:
-            return matrix
-        return torch.where(self.net.weight(self.mask, layer) != 0, matrix, 0)
+    return reason
 
 
 def forward(
@@ -133,7 +99,7 @@ def forward(
         y, and the hidden activations if ``keep``, else None.
     """
     route = choose(net, precision).forward
-    return passes_gpu.forward(Rows.of(weight, net, mask), x, route, precision, keep, y, hidden)
+    return passes_gpu.forward(Weights.of(weight, net, mask), x, route, precision, keep, y, hidden)
 
 
 def backward(
@@ -166,7 +132,7 @@ def backward(
     Returns:
         dx or None, and dweight: zero off the mask and where `net` has no parameters.
     """
-    weights = Rows.of(weight, net, mask)
+    weights = Weights.of(weight, net, mask)
     tickets, samples, _ = x.shape
     route = choose(net, precision, to_input=to_input).backward
     if not to_input:
@@ -180,7 +146,7 @@ def backward(
     splits, stretch = passes_gpu.cut_as_measured(x, weights.geometry, route)
     rows = dweight.zero_() if splits == 1 else weight.new_empty(tickets * splits, weight.shape[1])
     stretches = splits, stretch
-    passes_gpu.backward(weights, dy, x, route, precision, hidden, dx, (rows, rows), stretches)
+    passes_gpu.backward(weights, dy, x, route, precision, hidden, dx, rows, stretches)
     if splits > 1:
         _add(rows, dweight, weights.geometry, splits)
     return dx, dweight

@@ -1,13 +1,11 @@
-"""The launches of a network's passes, one way for weights in rows of the arena and for packed ones.
+"""The launches of a network's passes over rows of the arena: `forward` and `backward` run a route.
 
-`Weights` says where a network's parameters lie; `forward` and `backward` run a route over them. How
-the samples are cut follows from their number and the shape of the network alone, never from P or
-from how many weights are left; so do the launches, measured (`kernels.tuning`) or not.
+How the samples are cut follows from their number and the shape of the network alone, never from P
+or from how many weights are left; so do the launches, measured (`kernels.tuning`) or not.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +16,7 @@ import triton
 from torch import Tensor
 
 from ..arena import Net
+from ..linear import gpu as layer_gpu
 from ..tuning import prefer
 from . import fused_gpu, split_gpu
 from .geometry import Geometry
@@ -80,42 +79,48 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Weights(ABC):
+class Weights:
     """A network's parameters as the kernels take them; rows are contiguous, all else is strided.
 
     Attributes:
-        net: the network.
+        net: where the network lies in a row.
         geometry: its constants.
-        weight: ``[P, size]`` float32: rows of the arena, or packed values.
-        mask: uint8, or None: the mask, or the bits of packed weights as octets.
-        start: if packed, what precedes each tile; else None.
-        bias: ``[P, .]`` float32: the rows that hold the biases.
+        weight: ``[P, size]`` float32, rows of the arena.
+        mask: ``[P, N]`` uint8, or None.
     """
 
     net: Net
     geometry: Geometry
     weight: Tensor
     mask: Tensor | None
-    start: Tensor | None
-    bias: Tensor
 
-    @abstractmethod
+    @staticmethod
+    def of(weight: Tensor, net: Net, mask: Tensor | None) -> Weights:
+        """Of ``weight [P, size]`` and ``mask [P, N]`` bool."""
+        octets = None if mask is None else with_rows(mask).view(torch.uint8)
+        geometry = Geometry.of(net, 0 if mask is None else mask.shape[1])
+        return Weights(net, geometry, with_rows(weight), octets)
+
     def product(self, x: Tensor, layer: int, precision: str) -> Tensor:
         """``[P, B, I] -> [P, B, O]`` by one layer, bias included."""
+        bias = self.net.bias(self.weight, layer)
+        return layer_gpu.forward(x, self._masked(layer), bias, precision)
 
-    @abstractmethod
     def dx(self, dy: Tensor, layer: int, precision: str) -> Tensor:
         """``[P, B, O] -> [P, B, I]``, the gradient of a layer's input."""
+        return layer_gpu.dx(dy, self._masked(layer), precision)
+
+    def _masked(self, layer: int) -> Tensor:
+        """A layer's weight ``[P, out, in]``, zero off the mask, as the products ask."""
+        matrix = self.net.weight(self.weight, layer)
+        if self.mask is None or not self.geometry.masked[layer]:
+            return matrix
+        return torch.where(self.net.weight(self.mask, layer) != 0, matrix, 0)
 
     @property
-    def pointers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of weights, mask and tiles."""
-        return self.weight, self.mask, self.start
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Of `pointers`, from ticket to ticket."""
-        return self.weight.stride(0), _stride(self.mask), _stride(self.start)
+    def mask_stride(self) -> int:
+        """From ticket to ticket; 0 without a mask."""
+        return 0 if self.mask is None else self.mask.stride(0)
 
 
 def forward(
@@ -164,7 +169,7 @@ def backward(
     precision: str,
     hidden: Tensor | None,
     dx: Tensor | None,
-    targets: tuple[Tensor, Tensor],
+    target: Tensor,
     stretches: tuple[int, int],
 ) -> None:
     """Write ``dx``, unless None, and a row of the parameters' gradients per ticket and stretch.
@@ -177,14 +182,14 @@ def backward(
         precision: of the products.
         hidden: what `forward` kept; recomputed if it is needed and None.
         dx: ``[P, B, I]``, contiguous; the fused pass has none.
-        targets: rows laid out like ``weights.weight`` and ``weights.bias``, of which the network's
-            entries are written.
+        target: contiguous rows laid out like ``weights.weight``, of which the network's entries
+            are written.
         stretches: how many there are, and the samples of all but the last; see `cut`.
     """
     dy, x = with_rows(dy), with_rows(x)
     with torch.cuda.device_of(x):
         if route == "fused":
-            _backward_fused(weights, dy, x, targets, stretches)
+            _backward_fused(weights, dy, x, target, stretches)
             return
         if hidden is None:
             hidden = x.new_empty(*x.shape[:2], weights.geometry.hidden)
@@ -193,24 +198,24 @@ def backward(
         deltas = torch.empty_like(hidden)
         down = _deltas_walk if route == "split" else _deltas_layers
         down(weights, dy, precision, hidden, deltas, dx)
-        _gradient(weights, dy, x, precision, hidden, deltas, targets, stretches)
+        _gradient(weights, dy, x, precision, hidden, deltas, target, stretches)
 
 
 def _forward_fused(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:
     tickets, samples, _ = x.shape
     geometry, activation = weights.geometry, weights.net.activation
-    launches = fused_gpu.launches(geometry.blocks, packed=geometry.tiles is not None)
+    launches = fused_gpu.launches(geometry.blocks)
     launch = _prefer_launch(launches, "fused_forward", x, geometry, activation)
     fused_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
         x,
-        *weights.pointers,
-        weights.bias,
+        weights.weight,
+        weights.mask,
         y,
         samples,
         x.stride(0),
         x.stride(1),
-        *weights.strides,
-        weights.bias.stride(0),
+        weights.weight.stride(0),
+        weights.mask_stride,
         **geometry.constexprs,
         BLOCKS=geometry.blocks,
         ACTIVATION=activation,
@@ -222,19 +227,18 @@ def _forward_fused(weights: Weights, x: Tensor, precision: str, y: Tensor, hidde
 def _forward_walk(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:
     tickets, samples, _ = x.shape
     geometry = weights.geometry
-    launches = split_gpu.walks(precision, packed=geometry.tiles is not None)
-    launch = _prefer_launch(launches, "forward", x, geometry, precision)
+    launch = _prefer_launch(split_gpu.WALKS, "forward", x, geometry, precision)
     split_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
         x,
-        *weights.pointers,
-        weights.bias,
+        weights.weight,
+        weights.mask,
         y,
         hidden,
         samples,
         x.stride(0),
         x.stride(1),
-        *weights.strides,
-        weights.bias.stride(0),
+        weights.weight.stride(0),
+        weights.mask_stride,
         **geometry.constexprs,
         HIDDEN=geometry.hidden,
         ACTIVATION=weights.net.activation,
@@ -259,35 +263,30 @@ def _backward_fused(
     weights: Weights,
     dy: Tensor,
     x: Tensor,
-    targets: tuple[Tensor, Tensor],
+    target: Tensor,
     stretches: tuple[int, int],
 ) -> None:
     tickets, samples, _ = x.shape
     splits, stretch = stretches
     geometry, activation = weights.geometry, weights.net.activation
-    expanded = None
-    if geometry.tiles is not None:
-        expanded = x.new_empty(tickets * splits, geometry.expanded[-1])
-    launches = fused_gpu.launches(geometry.blocks, packed=geometry.tiles is not None)
+    launches = fused_gpu.launches(geometry.blocks)
     launch = _prefer_launch(launches, "fused_backward", x, geometry, activation)
     fused_gpu.backward_kernel[(tickets, splits)](
         dy,
         x,
-        *weights.pointers,
-        weights.bias,
-        expanded,
-        *targets,
+        weights.weight,
+        weights.mask,
+        target,
         samples,
         stretch,
         dy.stride(0),
         dy.stride(1),
         x.stride(0),
         x.stride(1),
-        *weights.strides,
-        weights.bias.stride(0),
-        *(target.stride(0) for target in targets),
+        weights.weight.stride(0),
+        weights.mask_stride,
+        target.stride(0),
         **geometry.constexprs,
-        EXPANDED=geometry.expanded,
         BLOCKS=geometry.blocks,
         ACTIVATION=activation,
         **launch.constexprs,
@@ -307,18 +306,19 @@ def _deltas_walk(
     geometry = weights.geometry
     constants = geometry.constexprs
     del constants["BIASES"]
-    launches = split_gpu.walks(precision, packed=geometry.tiles is not None)
-    launch = _prefer_launch(launches, "deltas", dy, geometry, precision)
+    launch = _prefer_launch(split_gpu.WALKS, "deltas", dy, geometry, precision)
     split_gpu.delta_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
         dy,
-        *weights.pointers,
+        weights.weight,
+        weights.mask,
         hidden,
         deltas,
         dx,
         samples,
         dy.stride(0),
         dy.stride(1),
-        *weights.strides,
+        weights.weight.stride(0),
+        weights.mask_stride,
         **constants,
         HIDDEN=geometry.hidden,
         ACTIVATION=weights.net.activation,
@@ -355,14 +355,13 @@ def _gradient(
     precision: str,
     hidden: Tensor,
     deltas: Tensor,
-    targets: tuple[Tensor, Tensor],
+    target: Tensor,
     stretches: tuple[int, int],
 ) -> None:
     tickets, samples, _ = x.shape
     splits, stretch = stretches
     geometry = weights.geometry
-    launches = split_gpu.gradients(packed=geometry.tiles is not None)
-    launch = _prefer_launch(launches, "gradient", x, geometry, precision)
+    launch = _prefer_launch(split_gpu.GRADIENTS, "gradient", x, geometry, precision)
     cut_layers = launch.constexprs(geometry, precision)
     split_gpu.gradient_kernel[(tickets * sum(cut_layers["COUNTS"]), splits)](
         dy,
@@ -370,16 +369,15 @@ def _gradient(
         hidden,
         deltas,
         weights.mask,
-        weights.start,
-        *targets,
+        target,
         samples,
         stretch,
         dy.stride(0),
         dy.stride(1),
         x.stride(0),
         x.stride(1),
-        *weights.strides[1:],
-        *(target.stride(0) for target in targets),
+        weights.mask_stride,
+        target.stride(0),
         **geometry.constexprs,
         **cut_layers,
         HIDDEN=geometry.hidden,
@@ -406,7 +404,6 @@ def cut_as_measured(x: Tensor, geometry: Geometry, route: str) -> tuple[int, int
         x.device,
         among=among,
         layers=geometry.label,
-        packed=geometry.tiles is not None,
         built_in=f"{stretch}",
         samples=samples,
     )
@@ -430,7 +427,7 @@ def _prefer_launch(
 
     Args:
         launches: what the kernel can be launched with.
-        kernel: its name in `kernels.tuning`, but for what tells packed weights.
+        kernel: its name in `kernels.tuning`.
         x: ``[P, B, ...]``, whose device and B count.
         geometry: of the network.
         kind: the activation, or the precision, where the launch may depend on it.
@@ -439,7 +436,7 @@ def _prefer_launch(
         return launches[0]
     return prefer(
         launches[0],
-        f"mlp.{kernel}" if geometry.tiles is None else f"mlp.packed_{kernel}",
+        f"mlp.{kernel}",
         x.device,
         among=launches,
         layers=geometry.label,
@@ -457,7 +454,3 @@ def _places(net: Net, hidden: Tensor) -> list[Tensor]:
 def with_rows(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it, with contiguous rows: the kernels stride all else."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)

@@ -5,9 +5,6 @@ rows of one ticket through every layer; what it writes it reads again at once, f
 The weights' gradients are one launch for all layers, a program per tile of a layer and stretch of
 the samples; `add_kernel` adds stretches in order. No atomics: a result depends neither on P nor on
 timing. ``hidden`` and ``deltas`` are ``[P, B, sum of hidden sizes]``, layer by layer in a row.
-
-Weights lie in rows of the arena, or packed: then ``weight`` is the values, ``mask`` the pattern's
-bits as octets, ``start`` what precedes each tile, and a tile of a product is a tile of the pattern.
 """
 
 from __future__ import annotations
@@ -22,14 +19,14 @@ import triton.language as tl
 
 from ..compile import Case
 from ..jit import jit_kernel
-from ..packed.layout import MAX_TILE
-from ..packed.tiles import load_packed_tile, store_packed_tile
 from .fused_gpu import activate, deactivate
 from .geometry import Geometry
 
 __all__ = [
     "ADD_BLOCK",
     "COMPILE_CASES",
+    "GRADIENTS",
+    "WALKS",
     "Gradient",
     "Walk",
     "add_kernel",
@@ -37,8 +34,6 @@ __all__ = [
     "delta_kernel",
     "forward_kernel",
     "gradient_kernel",
-    "gradients",
-    "walks",
 ]
 
 ADD_BLOCK = 512
@@ -82,46 +77,11 @@ def _product(
     return total
 
 
-@triton.jit
-def _packed_product(
-    a,
-    a_row,
-    values,
-    bits,
-    start,
-    row,
-    left,
-    tile,
-    next_tile,
-    DEPTH: tl.constexpr,
-    DOWN: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_OUT: tl.constexpr,
-    TILE_IN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``[ROWS, TILE_OUT]`` of ``a wᵀ`` over a row of tiles; `DOWN` a column, ``a w``."""
-    STEP: tl.constexpr = TILE_OUT if DOWN else TILE_IN
-    inner = tl.arange(0, STEP)[None, :]
-    total = tl.zeros((ROWS, TILE_IN if DOWN else TILE_OUT), dtype=tl.float32)
-    for begin in range(0, DEPTH, STEP):
-        inside = (row < left) & (begin + inner < DEPTH)
-        a_values = tl.load(a + row * a_row + begin + inner, mask=inside, other=0.0)
-        weight = load_packed_tile(values, bits, start, tile, TILE_OUT, TILE_IN)
-        if not DOWN:
-            weight = tl.trans(weight)
-        total = tl.dot(a_values, weight, total, input_precision=PRECISION)
-        tile += next_tile
-    return total
-
-
 @jit_kernel(fp_fusion=True)
 def forward_kernel(
     x,
     weight,
     mask,
-    start,
-    bias,
     y,
     hidden,
     samples,
@@ -129,13 +89,10 @@ def forward_kernel(
     x_row,
     weight_ticket,
     mask_ticket,
-    start_ticket,
-    bias_ticket,
     SIZES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
-    TILES: tl.constexpr,
     HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -146,8 +103,7 @@ def forward_kernel(
     """``y[p] = network(x[p])`` and its hidden activations.
 
     A ticket takes 2·samples·(weights) FLOPs; it moves x once, activations twice, y once, and its
-    weights and their mask once per tile of rows, from L2 after the first. A packed tile is expanded
-    as often.
+    weights and their mask once per tile of rows, from L2 after the first.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
     tiles = tl.cdiv(samples, ROWS)
@@ -157,10 +113,7 @@ def forward_kernel(
     left = samples - first
     row = tl.arange(0, ROWS)[:, None]
     weight += ticket * weight_ticket
-    bias += ticket * bias_ticket
     mask_row = weight if mask is None else mask + ticket * mask_ticket
-    if start is not None:
-        start += ticket * start_ticket
     source = x + ticket * x_ticket + first.to(tl.int64) * x_row
     source_row = x_row
     hidden += (ticket * samples + first) * HIDDEN
@@ -169,45 +122,26 @@ def forward_kernel(
     for layer in tl.static_range(DEPTH):
         for begin in range(0, SIZES[layer + 1], SIDES[layer + 1]):
             col = begin + tl.arange(0, SIDES[layer + 1])[None, :]
-            if start is None:
-                total = _product(
-                    source,
-                    source_row,
-                    weight + WEIGHTS[layer],
-                    1,
-                    SIZES[layer],
-                    mask_row + WEIGHTS[layer],
-                    row,
-                    left,
-                    col,
-                    SIZES[layer + 1],
-                    SIZES[layer],
-                    MASKED[layer],
-                    ROWS,
-                    SIDES[layer + 1],
-                    STEP,
-                    PRECISION,
-                )
-            else:
-                total = _packed_product(
-                    source,
-                    source_row,
-                    weight,
-                    mask_row + WEIGHTS[layer],
-                    start + TILES[layer],
-                    row,
-                    left,
-                    begin // SIDES[layer + 1] * tl.cdiv(SIZES[layer], SIDES[layer]),
-                    1,
-                    SIZES[layer],
-                    False,
-                    ROWS,
-                    SIDES[layer + 1],
-                    SIDES[layer],
-                    PRECISION,
-                )
+            total = _product(
+                source,
+                source_row,
+                weight + WEIGHTS[layer],
+                1,
+                SIZES[layer],
+                mask_row + WEIGHTS[layer],
+                row,
+                left,
+                col,
+                SIZES[layer + 1],
+                SIZES[layer],
+                MASKED[layer],
+                ROWS,
+                SIDES[layer + 1],
+                STEP,
+                PRECISION,
+            )
             inside = (row < left) & (col < SIZES[layer + 1])
-            total += tl.load(bias + BIASES[layer] + col, mask=col < SIZES[layer + 1], other=0.0)
+            total += tl.load(weight + BIASES[layer] + col, mask=col < SIZES[layer + 1], other=0.0)
             if layer < DEPTH - 1:
                 tl.store(hidden + row * HIDDEN + col, activate(total, ACTIVATION), mask=inside)
             else:
@@ -224,7 +158,6 @@ def delta_kernel(
     dy,
     weight,
     mask,
-    start,
     hidden,
     deltas,
     dx,
@@ -233,11 +166,9 @@ def delta_kernel(
     dy_row,
     weight_ticket,
     mask_ticket,
-    start_ticket,
     SIZES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     MASKED: tl.constexpr,
-    TILES: tl.constexpr,
     HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -259,8 +190,6 @@ def delta_kernel(
     row = tl.arange(0, ROWS)[:, None]
     weight += ticket * weight_ticket
     mask_row = weight if mask is None else mask + ticket * mask_ticket
-    if start is not None:
-        start += ticket * start_ticket
     source = dy + ticket * dy_ticket + first.to(tl.int64) * dy_row
     source_row = dy_row
     # Past the end of the row's last layer; each layer steps back by its own size.
@@ -271,43 +200,24 @@ def delta_kernel(
             place -= SIZES[layer]
             for begin in range(0, SIZES[layer], SIDES[layer]):
                 col = begin + tl.arange(0, SIDES[layer])[None, :]
-                if start is None:
-                    total = _product(
-                        source,
-                        source_row,
-                        weight + WEIGHTS[layer],
-                        SIZES[layer],
-                        1,
-                        mask_row + WEIGHTS[layer],
-                        row,
-                        left,
-                        col,
-                        SIZES[layer],
-                        SIZES[layer + 1],
-                        MASKED[layer],
-                        ROWS,
-                        SIDES[layer],
-                        STEP,
-                        PRECISION,
-                    )
-                else:
-                    total = _packed_product(
-                        source,
-                        source_row,
-                        weight,
-                        mask_row + WEIGHTS[layer],
-                        start + TILES[layer],
-                        row,
-                        left,
-                        begin // SIDES[layer],
-                        tl.cdiv(SIZES[layer], SIDES[layer]),
-                        SIZES[layer + 1],
-                        True,
-                        ROWS,
-                        SIDES[layer + 1],
-                        SIDES[layer],
-                        PRECISION,
-                    )
+                total = _product(
+                    source,
+                    source_row,
+                    weight + WEIGHTS[layer],
+                    SIZES[layer],
+                    1,
+                    mask_row + WEIGHTS[layer],
+                    row,
+                    left,
+                    col,
+                    SIZES[layer],
+                    SIZES[layer + 1],
+                    MASKED[layer],
+                    ROWS,
+                    SIDES[layer],
+                    STEP,
+                    PRECISION,
+                )
                 inside = (row < left) & (col < SIZES[layer])
                 if layer > 0:
                     entry = place + row * HIDDEN + col
@@ -329,7 +239,6 @@ def _gradient_tile(
     source,
     source_row,
     mask,
-    start,
     grad,
     bias_grad,
     begin,
@@ -368,14 +277,11 @@ def _gradient_tile(
         sums += d
         delta += STEP * delta_row
         source += STEP * source_row
-    if start is None:
-        inside = (row < OUT) & (col < INP)
-        entry = row * INP + col
-        if MASKED:
-            total = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, total, 0.0)
-        tl.store(grad + entry, total, mask=inside)
-    else:
-        store_packed_tile(grad, mask, start, tile, total, TILE_OUT, TILE_INP)
+    inside = (row < OUT) & (col < INP)
+    entry = row * INP + col
+    if MASKED:
+        total = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, total, 0.0)
+    tl.store(grad + entry, total, mask=inside)
     if tile % tiles_inp == 0:
         out = tile // tiles_inp * TILE_OUT + tl.arange(0, TILE_OUT)
         tl.store(bias_grad + out, tl.sum(sums, 1), mask=out < OUT)
@@ -388,9 +294,7 @@ def gradient_kernel(
     hidden,
     deltas,
     mask,
-    start,
     target,
-    bias_target,
     samples,
     stretch,
     dy_ticket,
@@ -398,26 +302,22 @@ def gradient_kernel(
     x_ticket,
     x_row,
     mask_ticket,
-    start_ticket,
     target_row,
-    bias_target_row,
     SIZES: tl.constexpr,
     SIDES: tl.constexpr,
     COUNTS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
-    TILES: tl.constexpr,
     HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of one layer's gradient over ``stretch`` samples, in a row of the targets.
+    """One tile of one layer's gradient over ``stretch`` samples, in a row of `target`.
 
-    Row ``ticket * stretches + split`` of `target` is laid out like the weights, that of
-    `bias_target` like what holds the biases; entries of other networks are left alone. A ticket
-    takes 2·samples·(weights) FLOPs; a layer's deltas are read once per tile of its inputs, its
-    inputs once per tile of its outputs.
+    Row ``ticket * stretches + split`` is laid out like one of the weights; entries of other
+    networks are left alone. A ticket takes 2·samples·(weights) FLOPs; a layer's deltas are read
+    once per tile of its inputs, its inputs once per tile of its outputs.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
     split = tl.program_id(1)
@@ -430,11 +330,8 @@ def gradient_kernel(
     begin = split * stretch
     end = tl.minimum(begin + stretch, samples)
     mask_row = target if mask is None else mask + ticket * mask_ticket
-    if start is not None:
-        start += ticket * start_ticket
     place = ticket * tl.num_programs(1) + split
     target += place * target_row
-    bias_target += place * bias_target_row
     delta = deltas + ticket * samples * HIDDEN
     source = x + ticket * x_ticket
     source_row = x_row
@@ -448,9 +345,8 @@ def gradient_kernel(
                 source,
                 source_row,
                 mask_row + WEIGHTS[layer],
-                None if start is None else start + TILES[layer],
-                target + WEIGHTS[layer] if start is None else target,
-                bias_target + BIASES[layer],
+                target + WEIGHTS[layer],
+                target + BIASES[layer],
                 begin,
                 end,
                 tile,
@@ -511,7 +407,7 @@ class Walk:
         rows: samples per program.
         cols: most features of a tile.
         warps: per program.
-        stages: of the software pipeline; expanded tiles do not pass through it.
+        stages: of the software pipeline.
     """
 
     rows: int
@@ -558,7 +454,7 @@ class Gradient:
 
 
 def _sides(geometry: Geometry, largest: int) -> tuple[int, ...]:
-    """Side of the tiles that each size is cut into; of packed weights 64 gives the pattern's."""
+    """Side of the tiles that each size is cut into."""
     return tuple(min(largest, block) for block in geometry.blocks)
 
 
@@ -567,55 +463,29 @@ def _step(precision: str) -> int:
     return 32 if precision == "tf32" else 16
 
 
-_WALKS = (Walk(32, 64, 4, 3), Walk(16, 64, 4, 3), Walk(32, 64, 8, 3), Walk(32, 32, 4, 3))
+WALKS = (Walk(32, 64, 4, 3), Walk(16, 64, 4, 3), Walk(32, 64, 8, 3), Walk(32, 32, 4, 3))
+"""What a walk can be launched with, the default first: what spills on no GPU."""
 
-_GRADIENTS = (Gradient(64, 4, 3), Gradient(32, 4, 3), Gradient(64, 8, 3), Gradient(64, 4, 4))
-
-
-_PACKED_WALKS = {
-    "ieee": (Walk(16, 64, 8, 1),),
-    "tf32": (
-        Walk(32, 64, 4, 1),
-        Walk(16, 64, 4, 1),
-        Walk(64, 64, 4, 1),
-        Walk(64, 64, 8, 1),
-        Walk(128, 64, 8, 1),
-    ),
-    "tf32x3": (Walk(32, 64, 8, 1), Walk(16, 64, 4, 1), Walk(16, 64, 8, 1)),
-}
-"""What holds whole tiles, which the dots take from registers; IEEE leaves no choice."""
-
-
-def walks(precision: str, *, packed: bool) -> tuple[Walk, ...]:
-    """What a walk can be launched with, the default first: what spills on no GPU."""
-    return _PACKED_WALKS[precision] if packed else _WALKS
-
-
-def gradients(*, packed: bool) -> tuple[Gradient, ...]:
-    """What `gradient_kernel` can be launched with; a packed tile is stored as a whole."""
-    return tuple(launch for launch in _GRADIENTS if not packed or launch.tile == MAX_TILE)
+GRADIENTS = (Gradient(64, 4, 3), Gradient(32, 4, 3), Gradient(64, 8, 3), Gradient(64, 4, 4))
+"""The same of `gradient_kernel`."""
 
 
 def case(
     kernel: Any, geometry: Geometry, precision: str, launch: Walk | Gradient, *, masked: bool = True
 ) -> Case:
     """A launch on rows that are not aligned, named after the network."""
-    floats = ("x", "dy", "weight", "bias", "y", "dx", "hidden", "deltas", "target", "bias_target")
+    floats = ("x", "dy", "weight", "y", "dx", "hidden", "deltas", "target")
     arguments = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "*fp32:16")
-    arguments |= {"mask": "*u8:16", "start": "*i32:16"}
+    arguments |= {"mask": "*u8:16"}
     constants = geometry.constexprs | {"HIDDEN": geometry.hidden, "PRECISION": precision}
     constants |= {"ACTIVATION": "tanh", **launch.constexprs(geometry, precision)}
-    packed = geometry.tiles is not None
     constants |= {} if masked else {"mask": None}
-    constants |= {} if packed else {"start": None}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature = {name: arguments[name] for name in kernel.arg_names if name not in constants}
     sizes = map(str, geometry.sizes)
     parts = [kernel.__name__.removesuffix("_kernel"), "memory", *sizes, precision]
     parts += [] if masked else ["dense"]
-    parts += ["packed"] if packed else []
-    built_in = walks(precision, packed=packed)[0], gradients(packed=packed)[0]
-    if launch not in built_in:
+    if launch not in (WALKS[0], GRADIENTS[0]):
         parts += [f"{name}{value}" for name, value in asdict(launch).items()]
     return Case("_".join(parts), kernel, signature, constants, launch.options)
 
@@ -631,8 +501,7 @@ def _row_cases() -> Iterator[Case]:
             ((100, 128, 64, 128, 20), "ieee", True),
         ):
             geometry = Geometry.of_sizes(sizes, masked=masked)
-            walking = kernel is not gradient_kernel
-            launches = walks(precision, packed=False) if walking else gradients(packed=False)
+            launches = GRADIENTS if kernel is gradient_kernel else WALKS
             # Without a mask it is smaller than others of the same launch.
             for launch in launches if masked else launches[:1]:
                 yield case(kernel, geometry, precision, launch, masked=masked)
@@ -658,7 +527,7 @@ COMPILE_CASES = [
         gradient_kernel,
         Geometry.of_sizes((17, 256, 256, 6), masked=True),
         "ieee",
-        gradients(packed=False)[0],
+        GRADIENTS[0],
     ),
     _ADD,
 ]

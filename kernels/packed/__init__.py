@@ -17,6 +17,7 @@ one layer's entries of a buffer, and the norm's partial sums on the way::
     write_gradient_(gradient, dy, x, pattern, 0, squares=squares)
     adam_(values, gradient, m, v, step, lr, None, count=pattern.count, norm_partials=squares)
 
+The format is a GPU's, whose memory it spares: elsewhere plain torch unpacks for every product.
 A pattern is a snapshot. A mask that changes needs a new one, and values packed anew.
 """
 
@@ -230,15 +231,9 @@ def plan(
     if backend == "triton":
         reason = "tiles expanded in registers, no dense weight or gradient in memory"
         return Plan("linear_packed", backend, "packed", reason)
-    if backend == "cpu":
-        from ..linear import cpu
-
-        inner = cpu.plan(out, inp, batch, density, dtype)
-        reason = f"unpacked for every product, then as linear: {inner.reason}"
-        return Plan("linear_packed", backend, inner.format, reason)
     reason = "unpacked for every product, then torch's dense product"
-    if resolve_backend(device) != "reference":
-        reason += ": the kernels know float32 and, on a GPU, halves"
+    if resolve_backend(device) == "triton":
+        reason += ": the kernels know float32 and halves"
     return Plan("linear_packed", backend, "dense", reason)
 
 

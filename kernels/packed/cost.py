@@ -1,17 +1,11 @@
-"""What products by packed weights must do at least, and packing and unpacking."""
+"""What products by packed weights must do at least."""
 
 from __future__ import annotations
 
 from ..cost import Cost
 from .layout import lay_out
 
-__all__ = ["dw", "dx", "forward", "pack", "pattern_bytes", "unpack"]
-
-
-def pattern_bytes(tickets: int, out: int, inp: int) -> float:
-    """Bytes of one layer's bits and tile starts, which every pass reads once."""
-    (layer,) = lay_out(out, inp)
-    return 4.0 * tickets * (layer.words + layer.tiles)
+__all__ = ["dw", "dx", "forward"]
 
 
 def forward(tickets: int, batch: int, out: int, inp: int, nonzeros: int, itemsize: int = 4) -> Cost:
@@ -27,14 +21,14 @@ def forward(tickets: int, batch: int, out: int, inp: int, nonzeros: int, itemsiz
     """
     numbers = nonzeros + batch * (inp + out) + out
     flops = tickets * batch * (2.0 * nonzeros + out)
-    return Cost(flops, itemsize * tickets * numbers + pattern_bytes(tickets, out, inp))
+    return Cost(flops, itemsize * tickets * numbers + _pattern_bytes(tickets, out, inp))
 
 
 def dx(tickets: int, batch: int, out: int, inp: int, nonzeros: int, itemsize: int = 4) -> Cost:
     """``dx = dy w``; see `forward`."""
     numbers = nonzeros + batch * (inp + out)
     flops = 2.0 * tickets * batch * nonzeros
-    return Cost(flops, itemsize * tickets * numbers + pattern_bytes(tickets, out, inp))
+    return Cost(flops, itemsize * tickets * numbers + _pattern_bytes(tickets, out, inp))
 
 
 def dw(tickets: int, batch: int, out: int, inp: int, nonzeros: int, itemsize: int = 4) -> Cost:
@@ -42,13 +36,7 @@ def dw(tickets: int, batch: int, out: int, inp: int, nonzeros: int, itemsize: in
     return dx(tickets, batch, out, inp, nonzeros, itemsize)
 
 
-def pack(tickets: int, out: int, inp: int, nonzeros: int, itemsize: int = 4) -> Cost:
-    """Dense weights to values: only the supported entries need be read."""
-    moved = 2.0 * itemsize * tickets * nonzeros
-    return Cost(0.0, moved + pattern_bytes(tickets, out, inp))
-
-
-def unpack(tickets: int, out: int, inp: int, nonzeros: int, itemsize: int = 4) -> Cost:
-    """Values to dense weights, zeros included."""
-    moved = float(itemsize) * tickets * (nonzeros + out * inp)
-    return Cost(0.0, moved + pattern_bytes(tickets, out, inp))
+def _pattern_bytes(tickets: int, out: int, inp: int) -> float:
+    """One layer's bits and tile starts, which every pass reads once."""
+    (layer,) = lay_out(out, inp)
+    return 4.0 * tickets * (layer.words + layer.tiles)

@@ -50,11 +50,9 @@ WRITE = torch.ops.sparse_tickets.write_gradient_.default
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that computes in this dtype: the kernels know float32 and, on a GPU, halves."""
-    backend = resolve_backend(device)
-    if backend == "cpu" and dtype not in (torch.float32, torch.float64):
-        return "reference"
-    return "reference" if backend == "triton" and dtype == torch.float64 else backend
+    """Triton, which knows no float64, or plain torch: packed weights spare a GPU's memory alone."""
+    triton = resolve_backend(device) == "triton" and dtype != torch.float64
+    return "triton" if triton else "reference"
 
 
 def _forward(
@@ -68,15 +66,10 @@ def _forward(
     precision: str,
 ) -> Tensor:
     place = lay_out(*shapes)[layer]
-    backend = choose(x.device, x.dtype)
-    if backend == "triton":
+    if choose(x.device, x.dtype) == "triton":
         from . import gpu
 
         return gpu.forward(x, values, bits, start, bias, place, precision)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.forward(x, values, bits, start, bias, place)
     return reference.forward(x, values, bits, start, bias, place)
 
 
@@ -90,15 +83,10 @@ def _dx(
     precision: str,
 ) -> Tensor:
     place = lay_out(*shapes)[layer]
-    backend = choose(dy.device, dy.dtype)
-    if backend == "triton":
+    if choose(dy.device, dy.dtype) == "triton":
         from . import gpu
 
         return gpu.dx(dy, values, bits, start, place, precision)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.dx(dy, values, bits, start, place)
     return reference.dx(dy, values, bits, start, place)
 
 
@@ -127,15 +115,10 @@ def _write(
     precision: str,
     squares: Tensor | None,
 ) -> None:
-    backend = choose(x.device, x.dtype)
-    if backend == "triton":
+    if choose(x.device, x.dtype) == "triton":
         from . import gpu
 
         gpu.dw(gradient, dy, x, bits, start, place, precision, squares)
-    elif backend == "cpu":
-        from . import cpu
-
-        cpu.dw(gradient, dy, x, bits, start, place, squares)
     else:
         reference.dw(gradient, dy, x, bits, start, place, squares)
 
@@ -157,29 +140,19 @@ def _write_gradient(
 
 def _pack(dense: Tensor, bits: Tensor, start: Tensor, shapes: list[int], width: int) -> Tensor:
     layers = lay_out(*shapes)
-    backend = choose(dense.device, dense.dtype)
-    if backend == "triton":
+    if choose(dense.device, dense.dtype) == "triton":
         from . import gpu
 
         return gpu.pack(dense, bits, start, layers, width)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.pack(dense, bits, start, layers, width)
     return reference.pack(dense, bits, start, layers, width)
 
 
 def _unpack(values: Tensor, bits: Tensor, start: Tensor, shapes: list[int]) -> Tensor:
     layers, size = lay_out(*shapes), _size(shapes)
-    backend = choose(values.device, values.dtype)
-    if backend == "triton":
+    if choose(values.device, values.dtype) == "triton":
         from . import gpu
 
         return gpu.unpack(values, bits, start, layers, size)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.unpack(values, bits, start, layers, size)
     return reference.unpack(values, bits, start, layers, size)
 
 

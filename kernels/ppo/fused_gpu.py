@@ -122,21 +122,9 @@ def _learn(
         index = tl.load(order + ticket * samples + first + done + lane, mask=inside, other=0)
         tile = _load_rows(obs, ticket * samples + index, inside, SIZES[0], BLOCKS[0])
         inputs = hidden_layers(
-            tile,
-            weight,
-            None,
-            None,
-            weight,
-            DEPTH,
-            SIZES,
-            BLOCKS,
-            WEIGHTS,
-            BIASES,
-            MASKED,
-            None,
-            ACTIVATION,
+            tile, weight, None, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
         )
-        matrix = load_weight(weight, None, None, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED, None)
+        matrix = load_weight(weight, None, DEPTH - 1, SIZES, BLOCKS, WEIGHTS, MASKED)
         shift = load_bias(weight, BIASES[DEPTH - 1], OUT, WIDE)
         output = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + shift
         if ACTOR:
@@ -191,9 +179,7 @@ def _learn(
             new_grads += (grad,)
             new_bias_grads += (bias_grads[DEPTH - 1 - layer] + delta,)
             if layer > 0:
-                matrix = load_weight(
-                    weight, None, None, layer, SIZES, BLOCKS, WEIGHTS, MASKED, None
-                )
+                matrix = load_weight(weight, None, layer, SIZES, BLOCKS, WEIGHTS, MASKED)
                 delta = tl.dot(delta, matrix, input_precision="ieee")
                 delta = deactivate(delta, inputs[layer], ACTIVATION)
         grads = new_grads
@@ -392,7 +378,7 @@ def _prefer_launch(arena: Arena, batch: Batch, count: int) -> mlp.Launch:
 def _launches(arena: Arena) -> tuple[mlp.Launch, ...]:
     """What registers hold on every GPU, the default first; with relu that is the default alone."""
     blocks = (block for net in arena.nets for block in Geometry.of(net, 0).blocks)
-    launches = mlp.launches(tuple(blocks), packed=False)
+    launches = mlp.launches(tuple(blocks))
     return launches if arena.actor.activation == "tanh" else launches[:1]
 
 

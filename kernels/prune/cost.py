@@ -6,9 +6,8 @@ A selection of the k-th largest compares and counts integers: no floating-point 
 from __future__ import annotations
 
 from ..cost import Cost
-from ..update import cost as update
 
-__all__ = ["prune", "prune_rewind"]
+__all__ = ["prune"]
 
 
 def prune(tickets: int, prunable: int, *, itemsize: int = 4) -> Cost:
@@ -20,19 +19,3 @@ def prune(tickets: int, prunable: int, *, itemsize: int = 4) -> Cost:
         itemsize: bytes of a score.
     """
     return Cost(0, tickets * (prunable * (itemsize + 2) + 8))
-
-
-def prune_rewind(
-    tickets: int, size: int, prunable: int, *, moments: bool = False, itemsize: int = 4
-) -> Cost:
-    """Pruning, and rewinding without reading the mask once more.
-
-    Args:
-        tickets: P.
-        size: T, entries of a row of weights.
-        prunable: N, scores of a ticket.
-        moments: rewind to moments other than zero.
-        itemsize: bytes of a number.
-    """
-    rewinding = update.rewind(tickets, size, moments=moments, itemsize=itemsize)
-    return prune(tickets, prunable, itemsize=itemsize).plus(rewinding)

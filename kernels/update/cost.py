@@ -1,4 +1,4 @@
-"""What rewinding and Adam must do at least: every entry of a row once, masked or packed.
+"""What Adam must do at least: every entry of a row once, masked or packed.
 
 A masked row is read and written whole, pruned entries included, and its mask with it; of a packed
 row give its length k, and no mask.
@@ -8,23 +8,7 @@ from __future__ import annotations
 
 from ..cost import Cost
 
-__all__ = ["adam", "rewind"]
-
-
-def rewind(
-    tickets: int, size: int, prunable: int = 0, *, moments: bool = False, itemsize: int = 4
-) -> Cost:
-    """Read the initial row (and its two moments, if ``moments``) and the mask; write three rows.
-
-    Args:
-        tickets: P.
-        size: T, entries of a row.
-        prunable: N, entries of the mask; 0 without one.
-        moments: rewind to moments other than zero.
-        itemsize: bytes of a number.
-    """
-    rows = 6 if moments else 4
-    return Cost(0, tickets * (rows * itemsize * size + prunable))
+__all__ = ["adam"]
 
 
 def adam(

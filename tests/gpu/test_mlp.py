@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from sparse_tickets.kernels.arena import Arena
-from sparse_tickets.kernels.mlp import mlp, mlp_packed, plan, reference
-from sparse_tickets.kernels.packed import build_pattern, pack, unpack
+from sparse_tickets.kernels.mlp import mlp, plan, reference
 
 pytest.importorskip("triton")
 
@@ -52,37 +51,6 @@ def test_equals_float64(width, precision, activation, device):
         assert not weights.grad[:, : arena.prunable][~mask].any()
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
-@pytest.mark.parametrize("width", [64, 128, 256])
-@pytest.mark.parametrize("to_input", [False, True])
-def test_packed_equals_float64(width, precision, to_input, device):
-    generator = torch.Generator(device).manual_seed(0)
-    arena = Arena.build((17, width, width, 6))
-    net, prunable = arena.actor, arena.prunable
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator, device=device)
-
-    weight = random(30, arena.size) / width**0.5
-    mask = random(30, prunable) > 1
-    weight[:, :prunable].masked_fill_(~mask, 0)
-    x, dy = random(30, 700, 17), random(30, 700, 6)
-    expected = gradients(
-        lambda x, w: reference.mlp(x, w, net, mask), x.double(), weight.double(), dy.double()
-    )
-    pattern = build_pattern(mask, arena.prunable_layers())
-    values = pack(weight, pattern).requires_grad_()
-    rest = weight[:, prunable:].clone().requires_grad_()
-    inputs = x.clone().requires_grad_(to_input)
-    y = mlp_packed(inputs, values, pattern, rest, net, precision=precision)
-    y.backward(dy)
-    grad = torch.cat([unpack(values.grad, pattern), rest.grad], 1)
-    for one, other in zip((y.detach(), inputs.grad, grad), expected, strict=True):
-        if one is not None:
-            error = (one.double() - other).norm() / other.norm()
-            assert error <= 8 * (UNIT[precision] + 16 * 2.0**-24)
-
-
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_a_ticket_does_not_see_its_batch(width, device):
     arena = Arena.build((17, width, width, 6))
@@ -114,8 +82,4 @@ def test_never_waits_for_the_device(width, device):
     mask = torch.ones(3, arena.prunable, dtype=torch.bool, device=device)
     x = torch.zeros(3, 40, 17, device=device)
     mlp(x, weight, arena.actor, mask).sum().backward()
-    pattern = build_pattern(mask, arena.prunable_layers(), width=arena.prunable)
-    values = torch.zeros(3, pattern.width, device=device, requires_grad=True)
-    rest = torch.zeros(3, arena.size - arena.prunable, device=device)
-    mlp_packed(x, values, pattern, rest, arena.actor).sum().backward()
     assert plan(arena.actor, device).backend == "triton"

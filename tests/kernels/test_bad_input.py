@@ -26,7 +26,7 @@ from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
-from sparse_tickets.kernels.mlp import mlp, mlp_packed
+from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.packed import (
     build_pattern,
     linear_packed,
@@ -309,13 +309,6 @@ CASES = {
     "write_gradient_": Case(call_write_gradient_, make_gradient, ("gradient", "squares")),
     "mlp": Case(
         lambda **tensors: mlp(net=ARENA.actor, **tensors), make_network, differentiable=True
-    ),
-    "mlp_packed": Case(
-        call_packed(mlp_packed, net=ARENA.actor),
-        lambda *sizes: (
-            make_packed(*sizes) | {"x": draw(*sizes[:2], 3), "rest": draw(sizes[0], TAIL)}
-        ),
-        differentiable=True,
     ),
     "prune": Case(prune, make_prune),
     "prune_rewind_": Case(prune_rewind_, make_prune_rewind, ("mask", "weight", "m", "v")),

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_tickets.kernels import dynamics
-from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.dynamics import TASKS, cost
+from sparse_tickets.kernels.dynamics import TASKS
 
 pytest.importorskip("triton")
 
@@ -154,29 +153,3 @@ class _Counter(TorchDispatchMode):
         if func.__name__.partition(".")[0] in self.COUNTED and out.is_floating_point():
             self.count += out.numel()
         return out
-
-
-@ALL
-def test_costs_count_what_the_reference_computes(task):
-    state, action = (tensor.cpu() for tensor in draw(task, 1))
-    u = torch.rand(1, task.state_dim)
-    if task.discrete:
-        action = action.double()
-    for function, args, expected in (
-        (task.initial, (u,), cost.initial(task, 1)),
-        (task.observe, (state,), cost.observe(task, 1)),
-    ):
-        with _Counter() as counter:
-            function(*args)
-        assert counter.count == expected.flops
-    with _Counter() as counter:
-        task.step(state, action)
-    assert counter.count == cost.step(task, 1).flops
-
-
-def test_costs_count_the_bytes():
-    cartpole, pendulum = TASKS["CartPole-v1"], TASKS["Pendulum-v1"]
-    assert cost.step(cartpole, 10) == Cost(280, 10 * (32 + 8 + 32 + 4 + 1))
-    assert cost.step(pendulum, 1).bytes == 16 + 4 + 16 + 4 + 1
-    assert cost.observe(pendulum, 3) == Cost(6, 3 * (16 + 12))
-    assert cost.initial(pendulum, 1) == Cost(4, 8 + 16)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.imitation import CloneConfig, clone_update_, cost, plan, reference
+from sparse_tickets.kernels.imitation import CloneConfig, clone_update_, plan, reference
 from sparse_tickets.kernels.mlp import layout
 
 LR = 1e-3
@@ -206,19 +206,3 @@ def test_plan_is_honest():
     assert plan(arena, torch.device("cpu"), density=0.1).backend == "cpu"
     with use_backend("reference"):
         assert plan(arena, torch.device("cpu")).backend == "reference"
-
-
-def test_costs_by_hand():
-    assert cost.loss(2, 10, 3) == (2 * 10 * (36 + 3), 2 * 10 * (3 * 12 + 8))
-    assert cost.loss(2, 10, 3, continuous=True) == (2 * 10 * (45 + 1), 2 * 10 * (3 * 16 + 8))
-    step = 6 * (32 + 16) - 2 * 32 + 4 * 8 + 2 * 10
-    numbers = 32 + 16 + 10
-    for critic in (None, (4, 8, 1)):
-        found = cost.update(Arena.build((4, 8, 2), critic), 3, updates=5, batch=20)
-        assert found.flops == 3 * 5 * (20 * (step + 24 + 3) + 16 * numbers)
-        assert found.bytes == 3 * 5 * (20 * 4 * (4 + 2) + 28 * numbers)
-    continuous = cost.update(Arena.build((4, 8, 2), continuous=True), 3, updates=5, batch=20)
-    assert continuous.flops == 3 * 5 * (20 * (step + 30 + 1) + 16 * (numbers + 2))
-    assert continuous.bytes == 3 * 5 * (20 * 4 * (4 + 4) + 28 * (numbers + 2))
-    half = cost.update(Arena.build((4, 8, 2)), 3, updates=5, batch=20, density=0.5)
-    assert half.flops == found.flops - 3 * 5 * (20 * (6 * 48 - 64) / 2 + 16 * 24)

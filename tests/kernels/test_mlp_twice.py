@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
-from sparse_tickets.kernels.mlp import mlp, mlp_packed
-from sparse_tickets.kernels.packed import build_pattern, pack
+from sparse_tickets.kernels.mlp import mlp
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 KERNELS = ["cpu", pytest.param("triton", marks=needs_triton)]
@@ -56,23 +55,12 @@ class Population:
             self.directions = tuple(tensor.cuda() for tensor in self.directions)
         return self
 
-    def pack(self, weight: Tensor) -> Tensor:
-        return pack(weight, build_pattern(self.mask, self.arena.prunable_layers()))
-
-    def run(self, x: Tensor, weight: Tensor, values: Tensor | None) -> Tensor:
-        """By packed values, if given."""
-        if values is None:
-            return mlp(x, weight, self.net, self.mask)
-        pattern = build_pattern(self.mask, self.arena.prunable_layers())
-        return mlp_packed(x, values, pattern, weight[:, self.arena.prunable :], self.net)
-
-    def twice(self, backend: str, *, packed: bool, dtype: torch.dtype, to_input: bool) -> Any:
+    def twice(self, backend: str, *, dtype: torch.dtype, to_input: bool) -> Any:
         """First derivatives, and those of their sum along the directions, by x, weight and dy."""
         x, weight, dy = (t.to(dtype).requires_grad_() for t in (self.x, self.weight, self.dy))
         of_x, of_weight = (direction.to(dtype) for direction in self.directions)
         with use_backend(backend):
-            values = self.pack(weight) if packed else None
-            y = self.run(x if to_input else x.detach(), weight, values)
+            y = mlp(x if to_input else x.detach(), weight, self.net, self.mask)
             leaves = (x, weight) if to_input else (weight,)
             first = torch.autograd.grad(y, leaves, dy, create_graph=True)
             along = (of_x, of_weight) if to_input else (of_weight,)
@@ -90,7 +78,6 @@ def assert_near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
         torch.testing.assert_close(one.double().cpu(), other.cpu(), rtol=0, atol=TOLERANCE * scale)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("backend", KERNELS)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
@@ -101,22 +88,21 @@ def assert_near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     to_input=st.booleans(),
 )
-def test_any_network(backend, packed, to_input, sizes, density, **shape) -> None:
+def test_any_network(backend, to_input, sizes, density, **shape) -> None:
     given = Population(sizes, density, **shape).on(backend)
-    found = given.twice(backend, packed=packed, dtype=torch.float32, to_input=to_input)
-    exact = given.twice("reference", packed=False, dtype=torch.float64, to_input=to_input)
+    found = given.twice(backend, dtype=torch.float32, to_input=to_input)
+    exact = given.twice("reference", dtype=torch.float64, to_input=to_input)
     assert_near(found, exact)
     by_weight = found[3 if to_input else 1]
     assert not by_weight[:, : given.arena.prunable][~given.mask].any()
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("sizes", [(4, 64, 64, 2), (5, 130, 3), (3, 300, 2)])
 @needs_triton
-def test_every_route_of_a_gpu(sizes, packed) -> None:
+def test_every_route_of_a_gpu(sizes) -> None:
     given = Population(sizes, 0.3, samples=17).on("triton")
-    found = given.twice("triton", packed=packed, dtype=torch.float32, to_input=True)
-    assert_near(found, given.twice("reference", packed=False, dtype=torch.float64, to_input=True))
+    found = given.twice("triton", dtype=torch.float32, to_input=True)
+    assert_near(found, given.twice("reference", dtype=torch.float64, to_input=True))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -171,21 +157,16 @@ def test_three_times(backend) -> None:
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_a_backward_pass_under_autocast_is_of_the_forward_pass(
-    backend, packed, create_graph
-) -> None:
+def test_a_backward_pass_under_autocast_is_of_the_forward_pass(backend, create_graph) -> None:
     given = Population((3, 6, 2), 0.7).on(backend)
     x, weight = given.x.requires_grad_(), given.weight.requires_grad_()
-    values = given.pack(weight.detach()).requires_grad_()
-    leaves = (x, values) if packed else (x, weight)
 
     def differentiate(cast: bool) -> tuple[Tensor, ...]:
         with use_backend(backend):
-            loss = given.run(x, weight, values if packed else None).square().sum()
+            loss = mlp(x, weight, given.net, given.mask).square().sum()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=cast):
-            return torch.autograd.grad(loss, leaves, create_graph=create_graph)
+            return torch.autograd.grad(loss, (x, weight), create_graph=create_graph)
 
     for plain, cast in zip(differentiate(False), differentiate(True), strict=True):
         assert torch.equal(plain, cast)

@@ -150,27 +150,6 @@ def mlp_backward() -> Iterator[Arguments]:
         yield draw(TICKETS, BATCH, 2), *tensors, kept, *form, to_input
 
 
-def packed_network() -> Arguments:
-    return draw(TICKETS, BATCH, 4), draw(TICKETS, WIDTH), *WHERE, draw(TICKETS, REST)
-
-
-def mlp_packed() -> Iterator[Arguments]:
-    x, values, bits, start, rest = packed_network()
-    leaves = x.requires_grad_(), values.requires_grad_(), bits, start, rest.requires_grad_()
-    yield *leaves, NET.code, SHAPES, PRECISION
-
-
-def mlp_packed_keep() -> Iterator[Arguments]:
-    yield *packed_network(), NET.code, SHAPES, PRECISION
-
-
-def mlp_packed_backward() -> Iterator[Arguments]:
-    form = NET.code, SHAPES, PRECISION
-    hidden = draw(TICKETS, BATCH, NET.sizes[1]).tanh()
-    for kept, to_input in ((hidden, True), (None, False)):
-        yield draw(TICKETS, BATCH, 2), *packed_network(), kept, *form, to_input
-
-
 # Rows of seven weights, five of them prunable.
 
 
@@ -307,9 +286,6 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "mlp": mlp,
     "mlp_keep": mlp_keep,
     "mlp_backward": mlp_backward,
-    "mlp_packed": mlp_packed,
-    "mlp_packed_keep": mlp_packed_keep,
-    "mlp_packed_backward": mlp_packed_backward,
     "prune": prune,
     "prune_rewind_": prune_rewind_,
     "rewind_": rewind_,

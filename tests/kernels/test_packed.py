@@ -27,7 +27,7 @@ from sparse_tickets.kernels.packed import (
 from sparse_tickets.kernels.update import adam_
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
-BACKENDS = ["reference", "cpu", pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
 
 DRAWN_LAYERS = {
     "sizes": st.lists(st.integers(1, 40), min_size=2, max_size=3),
@@ -200,7 +200,7 @@ def test_pack_and_unpack(backend: str, net, dtype: torch.dtype) -> None:
 )
 def test_any_layer_packs(out: int, inp: int, density: float, tickets: int) -> None:
     dense, _, pattern = population(((out, inp),), (density,) * tickets)
-    with use_backend("cpu"):
+    with use_backend("reference"):
         values = pack(dense, pattern)
         assert torch.equal(unpack(values, pattern), dense)
     assert torch.equal(
@@ -298,10 +298,9 @@ def test_products_of_any_layers(backend: str, sizes, density, batch: int) -> Non
     check_products(backend, tuple(zip(sizes[1:], sizes, strict=False)), batch, density=density)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_products_of_other_dtypes(backend: str, dtype: torch.dtype) -> None:
-    check_products(backend, ((7, 9), (2, 7)), batch=5, dtype=dtype)
+def test_products_of_other_dtypes(dtype: torch.dtype) -> None:
+    check_products("reference", ((7, 9), (2, 7)), batch=5, dtype=dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -373,12 +372,11 @@ def test_double_backward(backend: str) -> None:
             torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_gradcheck(backend: str) -> None:
+def test_gradcheck() -> None:
     dense, _, pattern = population(((3, 4), (2, 3)), (0.5, 0.9), torch.float64)
     x = draw(2, 3, 3, dtype=torch.float64).requires_grad_()
     values = pack(dense, pattern).requires_grad_()
-    with use_backend(backend):
+    with use_backend("reference"):
         torch.autograd.gradcheck(lambda x, v: linear_packed(x, v, pattern, 1), (x, values))
         torch.autograd.gradgradcheck(lambda x, v: linear_packed(x, v, pattern, 1), (x, values))
 
@@ -582,11 +580,10 @@ def test_bad_gradients() -> None:
 
 def test_plans() -> None:
     with use_backend("auto"):
-        assert plan(64, 64, 32, 0.1, torch.float32, "cpu").backend == "cpu"
-        assert "unpacked" in plan(64, 64, 32, 0.1, torch.float32, "cpu").reason
-        halves = plan(64, 64, 32, 0.1, torch.float16, "cpu")
-    assert isinstance(halves, Plan)
-    assert (halves.op, halves.backend, halves.format) == ("linear_packed", "reference", "dense")
+        found = plan(64, 64, 32, 0.1, torch.float32, "cpu")
+    assert isinstance(found, Plan)
+    assert (found.op, found.backend, found.format) == ("linear_packed", "reference", "dense")
+    assert "unpacked" in found.reason
     with pytest.raises(ValueError, match="density must be in"):
         plan(64, 64, 32, 1.5, torch.float32, "cpu")
 
@@ -602,12 +599,9 @@ def test_plans_of_triton() -> None:
 def test_costs_by_hand() -> None:
     """2 tickets, batch 3, a 64 x 128 layer of two tiles with 100 nonzeros a ticket."""
     pattern = 2 * (64 * 128 / 8 + 2 * 4)
-    assert cost.pattern_bytes(2, 64, 128) == pattern
     numbers = 100 + 3 * 64 + 3 * 128
     assert cost.dx(2, 3, 64, 128, 100) == Cost(2 * 2 * 3 * 100, 4 * 2 * numbers + pattern)
     assert cost.dw(2, 3, 64, 128, 100) == cost.dx(2, 3, 64, 128, 100)
     forward = cost.forward(2, 3, 64, 128, 100, itemsize=2)
     assert forward.flops == 2 * 3 * (2 * 100 + 64)
     assert forward.bytes == 2 * 2 * (numbers + 64) + pattern
-    assert cost.pack(2, 64, 128, 100) == Cost(0, 2 * 4 * 200 + pattern)
-    assert cost.unpack(2, 64, 128, 100) == Cost(0, 2 * 4 * (100 + 64 * 128) + pattern)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.mlp import layout
-from sparse_tickets.kernels.ppo import Batch, PPOConfig, cost, plan, ppo_update_, reference
+from sparse_tickets.kernels.ppo import Batch, PPOConfig, plan, ppo_update_, reference
 
 LR = 2.5e-4
 EPS = torch.finfo(torch.float32).eps
@@ -277,23 +277,3 @@ def test_plan_is_honest():
     assert plan(arena, torch.device("cpu"), density=0.1).format == "csr/csr/csr/csr/csr"
     with use_backend("reference"):
         assert plan(arena, torch.device("cpu")).backend == "reference"
-
-
-def test_costs_by_hand() -> None:
-    assert cost.loss(2, 10, 3) == (2 * 10 * (36 + 40), 2 * 10 * (32 + 8 + 16 + 8))
-    arena = Arena.build((4, 8, 2), (4, 8, 1))
-    actor = 6 * (32 + 16) - 2 * 32 + 4 * 8 + 2 * 10
-    critic = 6 * (32 + 8) - 2 * 32 + 4 * 8 + 2 * 9
-    numbers = (32 + 16 + 10) + (32 + 8 + 9)
-    found = cost.update(arena, 3, 20, epochs=2, minibatches=4)
-    assert found.flops == 3 * (2 * 20 * (actor + critic + 24 + 40) + 8 * 16 * numbers)
-    assert found.bytes == 3 * (2 * 20 * (4 * 8 + 8) + 8 * 28 * numbers)
-    half = cost.update(arena, 3, 20, epochs=2, minibatches=4, density=0.5)
-    saved = 2 * 20 * (6 * 48 - 64) / 2 + 8 * 16 * 24
-    assert half.flops == found.flops - 3 * saved
-    step = cost.gradient(arena, 3, 20)
-    assert step.flops == 3 * 20 * (actor + critic + 24 + 40)
-    assert step.bytes == 3 * (20 * (8 + 4 * 8 + 8) + 8 * numbers)
-    continuous = Arena.build((4, 8, 2), (4, 8, 1), continuous=True)
-    step = cost.gradient(continuous, 3, 20)
-    assert step.bytes == 3 * (20 * (8 + 4 * 8 + 8) + 8 * (numbers + 2))

@@ -329,8 +329,6 @@ def test_cost():
     # Two rows of ten scores, four entries more without a mask; counts are eight bytes each.
     assert cost.prune(2, 10) == (0, 2 * (10 * 4 + 10 + 10 + 8))
     assert cost.prune(2, 10, itemsize=8) == (0, 2 * (10 * 8 + 10 + 10 + 8))
-    assert cost.prune_rewind(2, 14, 10) == (0, 2 * (10 * 6 + 8 + 14 * 16))
-    assert cost.prune_rewind(2, 14, 10, moments=True) == (0, 2 * (10 * 6 + 8 + 14 * 24))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_tickets.kernels import random
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
-from sparse_tickets.kernels.random import Stream, cost, cpu, reference
+from sparse_tickets.kernels.random import Stream, cpu, reference
 
 BACKENDS = ["cpu", *(["triton"] if has_triton() else [])]
 ALL_BACKENDS = ["reference", *BACKENDS]
@@ -412,15 +412,6 @@ def test_arguments_are_checked():
         random.categorical(torch.ones(2, 3), torch.ones(3))
     with pytest.raises(TypeError, match="probs must be float32"):
         random.categorical(torch.ones(2, 3).double(), torch.ones(2))
-
-
-def test_cost():
-    # Three keys of 8 bytes in, ten numbers each out.
-    assert cost.bits(3, 10) == cost.permutation(3, 10) == cost.integers(3, 10) == (0, 24 + 240)
-    assert cost.uniform(3, 10) == (30, 24 + 120)
-    assert cost.normal(3, 10) == (165, 24 + 120)
-    # Five draws of four probabilities: two sums, a product; 16 + 4 bytes in, 8 out.
-    assert cost.categorical(5, 4) == (5 * 9, 5 * 28)
 
 
 def test_compiles_to_one_graph_for_every_step():

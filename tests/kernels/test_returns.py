@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.returns import cost, gae
+from sparse_tickets.kernels.returns import gae
 
 BACKENDS = ["reference", "cpu", "triton"]
 SHAPES = [(3, 11, 5), (1, 1, 1), (2, 7, 130), (0, 4, 2), (2, 0, 3), (2, 4, 0)]
@@ -201,9 +201,3 @@ def test_gae_refuses(change, error, message):
     arguments = dict(zip(names, rollout((2, 3, 4)), strict=True)) | {"gamma": 0.9, "lam": 0.9}
     with pytest.raises(error, match=message):
         gae(**(arguments | change))
-
-
-def test_cost():
-    # Six steps: reward, value, next value and two flags in, advantage and target out.
-    assert cost.gae(1, 2, 3) == (6 * 6, 6 * (3 * 4 + 2 + 2 * 4))
-    assert cost.gae(1, 2, 3, itemsize=8) == (6 * 6, 6 * (3 * 8 + 2 + 2 * 8))

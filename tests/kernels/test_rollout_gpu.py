@@ -15,7 +15,6 @@ from sparse_tickets.kernels.dynamics import TASKS
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.rollout import (
     Rollout,
-    cost,
     demonstrate,
     evaluate,
     plan,
@@ -394,22 +393,3 @@ def test_arguments_are_checked():
             rollout(parameters, arena, env, obs, key, 1)
         with pytest.raises(RuntimeError, match="reset"):
             rollout(parameters, arena, ClassicEnv("CartPole-v1", 1, 2, DEVICE), obs, key, 1)
-
-
-def test_costs_are_those_of_a_hand_count():
-    arena = Arena.build((4, 3, 2), (4, 5, 1))
-    assert cost.forward(arena.actor) == 2 * (12 + 6) + 3
-    task = TASKS["CartPole-v1"]
-    both = cost.rollout(arena, task, tickets=2, steps=10, copies=3)
-    actor, critic = 39, 2 * (20 + 5) + 5
-    assert both.flops == 60 * (actor + 28 + 8) + 66 * critic
-    rows = 2 * 4 * (12 + 3 + 6 + 2 + 20 + 5 + 5 + 1)
-    assert both.bytes == rows + 6 * 2 * (32 + 16 + 4) + 60 * (16 + 8 + 4 + 4 + 2 + 4 + 4)
-    gaussian = Arena.build((3, 4, 1), continuous=True)
-    pendulum = TASKS["Pendulum-v1"]
-    alone = cost.rollout(gaussian, pendulum, tickets=1, steps=1, copies=1)
-    assert alone.flops == (2 * 16 + 4) + 18 + 2 + 6
-    assert alone.bytes == 4 * (12 + 4 + 4 + 1 + 1) + 2 * (16 + 12 + 4) + (12 + 4 + 4 + 4 + 2)
-    score = cost.evaluate(gaussian, pendulum, tickets=2, copies=3, length=200)
-    assert score.flops == 6 * 200 * 62
-    assert score.bytes == 2 * 4 * 21 + 4 * 6

@@ -20,8 +20,7 @@ from sparse_tickets.kernels import tuning
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
-from sparse_tickets.kernels.mlp import mlp, mlp_packed
-from sparse_tickets.kernels.packed import build_pattern, pack
+from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.prune import prune_rewind_
 from sparse_tickets.kernels.rollout import rollout
@@ -56,9 +55,7 @@ def _population(sizes: tuple[int, ...]) -> tuple[Arena, Tensor, Tensor]:
     return arena, weight.to(DEVICE), mask.to(DEVICE)
 
 
-def _network(
-    sizes: tuple[int, ...], samples: int, *, packed: bool = False, precision: str = "ieee"
-) -> Callable:
+def _network(sizes: tuple[int, ...], samples: int) -> Callable:
     arena, weight, mask = _population(sizes)
     x = torch.randn(2, samples, sizes[0], generator=_generator()).to(DEVICE)
     dy = torch.randn(2, samples, sizes[-1], generator=_generator()).to(DEVICE)
@@ -66,12 +63,6 @@ def _network(
     def run(dtype: torch.dtype) -> list[Tensor]:
         leaf = weight.to(dtype).requires_grad_()
         inputs = x.to(dtype)
-        if packed:
-            pattern = build_pattern(mask, arena.prunable_layers())
-            values = pack(weight, pattern).to(dtype).requires_grad_()
-            rest = weight[:, arena.prunable :].to(dtype).requires_grad_()
-            y = mlp_packed(inputs, values, pattern, rest, arena.actor, precision=precision)
-            return [y.detach(), *torch.autograd.grad(y, (values, rest), dy.to(dtype))]
         y = mlp(inputs, leaf, arena.actor, mask)
         return [y.detach(), *torch.autograd.grad(y, leaf, dy.to(dtype))]
 
@@ -159,16 +150,6 @@ CASES: dict[str, tuple[Any, str, Callable]] = {
     "mlp.forward": (split_gpu, "forward_kernel", _network((3, 70, 2), 37)),
     "mlp.deltas": (split_gpu, "delta_kernel", _network((3, 70, 2), 37)),
     "mlp.gradient": (split_gpu, "gradient_kernel", _network((3, 130, 2), 37)),
-    "mlp.packed_fused_forward": (
-        fused_gpu, "forward_kernel", _network((3, 17, 9, 2), 37, packed=True)),
-    "mlp.packed_fused_backward": (
-        fused_gpu, "backward_kernel", _network((3, 17, 9, 2), 37, packed=True)),
-    "mlp.packed_forward": (
-        split_gpu, "forward_kernel", _network((3, 70, 2), 20, packed=True, precision="tf32x3")),
-    "mlp.packed_deltas": (
-        split_gpu, "delta_kernel", _network((3, 70, 2), 20, packed=True, precision="tf32x3")),
-    "mlp.packed_gradient": (
-        split_gpu, "gradient_kernel", _network((3, 70, 2), 20, packed=True)),
     "rollout.act": (rollout_gpu, "_act_kernel", _rollout),
     "rollout.judge": (policy_gpu, "_judge_kernel", _rollout),
     "ppo.gradient": (ppo_gpu, "gradient_kernel", _ppo),

@@ -504,8 +504,6 @@ def test_cost():
     # Two rows of 10 entries, 6 of them under the mask.
     assert cost.adam(2, 10, 6) == (2 * 10 * 16, 2 * (10 * (16 + 12) + 6))
     assert cost.adam(2, 10, partials=True) == (2 * 10 * 14, 2 * 10 * 28)
-    assert cost.rewind(2, 10, 6) == (0, 2 * (10 * (4 + 12) + 6))
-    assert cost.rewind(2, 10, moments=True) == (0, 2 * 10 * (12 + 12))
 
 
 def test_triton_takes_float32_only():
