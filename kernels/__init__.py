@@ -35,7 +35,6 @@ __all__ = [
     "normal",
     "permutation",
     "ppo_update_",
-    "prune_rewind_",
     "resolve_backend",
     "rewind_",
     "uniform",
@@ -47,7 +46,6 @@ _EXPORTS = {
     "dispatch": ("Plan", "resolve_backend", "use_backend"),
     "imitation": ("CloneConfig", "clone_update_"),
     "ppo": ("Batch", "PPOConfig", "ppo_update_"),
-    "prune": ("prune_rewind_",),
     "random": (
         "Stream",
         "bits",
@@ -69,7 +67,6 @@ if TYPE_CHECKING:
     from .dispatch import Plan, resolve_backend, use_backend
     from .imitation import CloneConfig, clone_update_
     from .ppo import Batch, PPOConfig, ppo_update_
-    from .prune import prune_rewind_
     from .random import (
         Stream,
         bits,

@@ -1,7 +1,7 @@
 """Which weights to keep: pruning criteria, exact counts per level, and masks drawn at random.
 
 A criterion turns trained and initial weights into scores; the `prune` op keeps exactly k of them,
-and `prune_and_rewind_` reaches the start of the next level in the same pass. Some criteria give
+and `prune_and_rewind_` reaches the start of the next level. Some criteria give
 masks a `Structure`: n of every m inputs, equal fan-in, square blocks. Random masks are drawn from
 each ticket's own Philox stream, so a mask does not depend on which other tickets are drawn with it.
 """
@@ -19,8 +19,9 @@ from torch import Tensor
 from .kernels.arena import Arena, Parameters
 from .kernels.errors import check_dtype, check_shape
 from .kernels.prune import Criterion as Ranking
-from .kernels.prune import prune, prune_rewind_
+from .kernels.prune import prune
 from .kernels.random import Stream, permutation
+from .kernels.update import rewind_
 from .structure import Blocks, FanIn, NOfM, Structure
 
 __all__ = [
@@ -161,7 +162,7 @@ def prune_and_rewind_(
     k: int | Tensor,
     arena: Arena,
 ) -> None:
-    """From one level to the next in one pass: `prune_masks` and, on its mask, the rewind point.
+    """From one level to the next: `prune_masks` and, on its mask, the rewind point.
 
     Args:
         criterion: as in `prune_masks`.
@@ -177,21 +178,18 @@ def prune_and_rewind_(
         TypeError: a dtype.
     """
     initial = rewind_point.weight[:, : arena.prunable]
-    scores, ranking = _scores(criterion, weight, initial, parameters.mask, k, arena)
-    prune_rewind_(
-        scores,
-        parameters.mask,
-        k,
+    smaller = prune_masks(criterion, weight, initial, parameters.mask, k, arena)
+    rewind_(
         parameters.weight,
         rewind_point.weight,
         parameters.m,
         parameters.v,
+        smaller,
         initial_m=rewind_point.m,
         initial_v=rewind_point.v,
-        criterion=ranking,
     )
+    parameters.mask.copy_(smaller)
     parameters.step.copy_(rewind_point.step)
-    _check_structure(criterion, parameters.mask, arena)
 
 
 def has_scores(

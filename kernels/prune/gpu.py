@@ -1,4 +1,4 @@
-"""Exact-k pruning in Triton: a radix select over the bits of the scores, with rewinding.
+"""Exact-k pruning in Triton: a radix select over the bits of the scores.
 
 A row of up to `SHORT` entries stays in the registers of one program, in one launch: it is read
 once (5 bytes an entry) and its mask written (1).
@@ -14,9 +14,6 @@ which reads a row three times and writes its mask once: 16 bytes an entry. Count
 lists are in order of position: the same mask on every run, no atomics, no wait for the device.
 Finishing is slow only where very many scores agree in 16 bits, as ties do.
 
-Rewinding is part of `split` and `finish`: weight and moments are written where the mask is, 4 bytes
-an entry read and 12 written. Short rows, which a cache holds, are rewound by a second launch.
-
 Blocks and warps of `count`, `split` and of short rows may be measured (`kernels.tuning`), by the
 row's length: whatever they are, the mask is the same. `choose` and `finish`, which a program per
 ticket runs through in no time, keep theirs.
@@ -27,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -38,9 +35,8 @@ from ..compile import Case
 from ..errors import check_dtype
 from ..jit import jit_kernel
 from ..tuning import prefer
-from ..update.gpu import rewind_
 
-__all__ = ["COMPILE_CASES", "Launch", "Point", "prune", "prune_rewind_"]
+__all__ = ["COMPILE_CASES", "Launch", "prune"]
 
 SHORT = 8192
 CHUNK = 8192
@@ -104,20 +100,6 @@ def _choose(counts, wanted):
     found = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
     above = tl.sum(tl.where(tl.arange(0, 256) > found, counts, 0), 0)
     return found.to(tl.uint32), wanted - above
-
-
-@triton.jit
-def _rewind(weight, initial, m, v, initial_m, initial_v, entry, kept, written):
-    """Weight and moments of these entries as at the rewind point, zero where not kept."""
-    tl.store(weight + entry, tl.load(initial + entry, mask=kept, other=0.0), mask=written)
-    first = tl.zeros_like(entry).to(tl.float32)
-    second = first
-    if initial_m is not None:
-        first = tl.load(initial_m + entry, mask=kept, other=0.0)
-    if initial_v is not None:
-        second = tl.load(initial_v + entry, mask=kept, other=0.0)
-    tl.store(m + entry, first, mask=written)
-    tl.store(v + entry, second, mask=written)
 
 
 @jit_kernel(fp_fusion=True)
@@ -215,30 +197,19 @@ def _split_kernel(
     prefix,
     begin,
     undecided,
-    weight,
-    initial,
-    m,
-    v,
-    initial_m,
-    initial_v,
     prunable,
     stride,
-    size,
     chunks,
     stretch,
-    spans,
     MAGNITUDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write what the first 16 bits decide, and list the positions they do not.
-
-    Spans beyond the chunks hold the entries that are never pruned.
-    """
-    ticket = (tl.program_id(0) // spans).to(tl.int64)
-    span = tl.program_id(0) % spans
+    """Write what the first 16 bits decide, and list the positions they do not."""
+    ticket = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
     high = tl.load(prefix + ticket).to(tl.uint32)
-    place = tl.load(begin + ticket * (chunks + 1) + span, mask=span < chunks, other=0)
-    for block in range(span * stretch, (span + 1) * stretch):
+    place = tl.load(begin + ticket * (chunks + 1) + chunk)
+    for block in range(chunk * stretch, (chunk + 1) * stretch):
         column = block * BLOCK + tl.arange(0, BLOCK)
         key = _keys(scores, mask, ticket, column, prunable, stride, MAGNITUDE)
         kept = key >> 16 > high
@@ -249,10 +220,6 @@ def _split_kernel(
         position = place + tl.cumsum(listed, 0) - 1
         tl.store(undecided + ticket * prunable + position, column, mask=unsure)
         place += tl.sum(listed, 0)
-        if weight is not None:
-            rest = (column >= prunable) & (column < size)
-            entry = ticket * size + column
-            _rewind(weight, initial, m, v, initial_m, initial_v, entry, kept | rest, decided | rest)
 
 
 @jit_kernel(fp_fusion=True)
@@ -263,15 +230,8 @@ def _finish_kernel(
     wanted,
     begin,
     undecided,
-    weight,
-    initial,
-    m,
-    v,
-    initial_m,
-    initial_v,
     prunable,
     stride,
-    size,
     chunks,
     MAGNITUDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -307,50 +267,21 @@ def _finish_kernel(
         kept = exists & ((key > threshold) | ((tie == 1) & (rank <= left)))
         tl.store(out + ticket * prunable + column, kept, mask=exists)
         seen += tl.sum(tie, 0)
-        if weight is not None:
-            entry = ticket * size + column
-            _rewind(weight, initial, m, v, initial_m, initial_v, entry, kept, exists)
-
-
-class Point(NamedTuple):
-    """What is rewound, and to what; arguments as in `prune_rewind_`."""
-
-    weight: Tensor
-    initial: Tensor
-    m: Tensor
-    v: Tensor
-    initial_m: Tensor | None
-    initial_v: Tensor | None
 
 
 def prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
-    out = torch.empty_like(mask)
-    _select(scores, mask, out, k, None, magnitude)
-    return out
-
-
-def prune_rewind_(scores: Tensor, mask: Tensor, k: Tensor, point: Point, magnitude: bool) -> None:
-    check_dtype("weight on the Triton backend", point.weight, torch.float32)
-    _select(scores, mask, mask, k, point, magnitude)
-    if mask.shape[1] <= SHORT:
-        weight, initial, m, v, initial_m, initial_v = point
-        rewind_(weight, initial, m, v, mask, None, initial_m, initial_v)
-
-
-def _select(
-    scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, point: Point | None, magnitude: bool
-) -> None:
-    """Write the mask of every row to ``out``, which may be ``mask`` itself; rewind long rows."""
+    """See the op; mask and k are contiguous."""
     check_dtype("scores on the Triton backend", scores, torch.float32)
+    out = torch.empty_like(mask)
     tickets, prunable = mask.shape
     if mask.numel() == 0:
-        return
+        return out
     if scores.stride(1) != 1:
         scores = scores.contiguous()
     with torch.cuda.device_of(mask):
         if prunable > SHORT:
-            _select_long(scores, mask, out, k, point, magnitude)
-            return
+            _select_long(scores, mask, out, k, magnitude)
+            return out
         launch = _launch(
             "short", _short_launches(triton.next_power_of_2(prunable)), mask, magnitude
         )
@@ -365,21 +296,18 @@ def _select(
             BLOCK=launch.block,
             num_warps=launch.warps,
         )
+    return out
 
 
-def _select_long(
-    scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, point: Point | None, magnitude: bool
-) -> None:
+def _select_long(scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, magnitude: bool) -> None:
+    """Write the mask of every row to ``out``."""
     tickets, prunable = mask.shape
-    size = prunable if point is None else point.weight.shape[1]
-    rows = point or (None,) * len(Point._fields)
     stretches = triton.cdiv(prunable, CHUNK)
     length = triton.cdiv(stretches, MAX_CHUNKS) * CHUNK
     chunks = triton.cdiv(prunable, length)
-    spans = triton.cdiv(size, length)
     stride = scores.stride(0)
     count = _launch("count", COUNTS, mask, magnitude)
-    split = _launch("split", SPLITS, mask, magnitude, rewinds=point is not None)
+    split = _launch("split", SPLITS, mask, magnitude)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=mask.device)
@@ -404,20 +332,17 @@ def _select_long(
         _choose_kernel[(tickets,)](
             counts, k, prefix, wanted, begin, chunks, SECOND=second, ROWS=CHOOSE_ROWS, num_warps=8
         )
-    _split_kernel[(tickets * spans,)](
+    _split_kernel[(tickets * chunks,)](
         scores,
         mask,
         out,
         prefix,
         begin,
         undecided,
-        *rows,
         prunable,
         stride,
-        size,
         chunks,
         length // split.block,
-        spans,
         MAGNITUDE=magnitude,
         BLOCK=split.block,
         num_warps=split.warps,
@@ -429,10 +354,8 @@ def _select_long(
         wanted,
         begin,
         undecided,
-        *rows,
         prunable,
         stride,
-        size,
         chunks,
         MAGNITUDE=magnitude,
         BLOCK=FINISH_BLOCK,
@@ -449,24 +372,18 @@ def _short_launches(length: int) -> tuple[Launch, ...]:
     return (default, Launch(block, 8)) if block == SHORT else (default,)
 
 
-def _launch(
-    kernel: str, among: Sequence[Launch], mask: Tensor, magnitude: bool, **kind: bool
-) -> Launch:
+def _launch(kernel: str, among: Sequence[Launch], mask: Tensor, magnitude: bool) -> Launch:
     """What was measured on this device for rows of this length, or the first of these."""
     if len(among) == 1:
         return among[0]
     op, length = f"prune.{kernel}", mask.shape[1]
-    return prefer(
-        among[0], op, mask.device, among=among, length=length, magnitude=magnitude, **kind
-    )
+    return prefer(among[0], op, mask.device, among=among, length=length, magnitude=magnitude)
 
 
 _SCORES = {"scores": "*fp32:16", "mask": "*i1:16", "prunable": "i32", "stride": "i32"}
-_OUT = {"out": "*i1:16", "size": "i32"}
+_OUT = {"out": "*i1:16"}
 _CHUNKS = {"chunks": "i32", "stretch": "i32"}
 _STATE = {"prefix": "*i32:16", "begin": "*i32:16", "undecided": "*i32:16"}
-_NOTHING = dict.fromkeys(Point._fields)
-_REWIND = dict.fromkeys(Point._fields, "*fp32:16")
 
 
 def _cases() -> list[Case]:
@@ -486,13 +403,12 @@ def _cases() -> list[Case]:
             name = f"short_{length}_magnitude" if magnitude else f"short_{length}"
             constants = {"MAGNITUDE": magnitude}
             add(name, _short_kernel, signature, constants, _short_launches(length))
-    for name, types, absent in (("prune", {}, _NOTHING), ("prune_rewind", _REWIND, {})):
-        options: dict[str, Any] = {"MAGNITUDE": True, **absent}
-        signature = {**_SCORES, **_OUT, **_CHUNKS, **_STATE, **types, "spans": "i32"}
-        add(f"{name}_split", _split_kernel, signature, options, SPLITS)
-        signature = {**_SCORES, **_OUT, **_STATE, **types, "wanted": "*i32:16", "chunks": "i32"}
-        del signature["mask"]
-        add(f"{name}_finish", _finish_kernel, signature, options, [Launch(FINISH_BLOCK, 8)])
+    options: dict[str, Any] = {"MAGNITUDE": True}
+    signature = {**_SCORES, **_OUT, **_CHUNKS, **_STATE}
+    add("split", _split_kernel, signature, options, SPLITS)
+    signature = {**_SCORES, **_OUT, **_STATE, "wanted": "*i32:16", "chunks": "i32"}
+    del signature["mask"]
+    add("finish", _finish_kernel, signature, options, [Launch(FINISH_BLOCK, 8)])
     for second in (False, True):
         signature = {**_SCORES, **_CHUNKS, "prefix": "*i32:16", "counts": "*i32:16"}
         options = {"SECOND": second, "MAGNITUDE": False}

@@ -193,7 +193,7 @@ def _rewind_impl(
     initial_m, initial_v = _contiguous(initial_m), _contiguous(initial_v)
     mask, count = _contiguous(mask), _contiguous(count)
     rows = (weight, initial, m, v)
-    check_rewind_separate(*rows, initial_m, initial_v, read={"mask": mask, "count": count})
+    check_rewind_separate(*rows, initial_m, initial_v, mask=mask, count=count)
     _backend(weight.device).rewind_(*rows, mask, count, initial_m, initial_v)
     mark_written(weight, m, v)
 

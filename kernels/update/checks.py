@@ -1,9 +1,8 @@
-"""What the updates, and pruning where it rewinds, refuse, and with which words."""
+"""What the updates refuse, and with which words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -107,9 +106,7 @@ def check_rewind_separate(
     v: Tensor,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
-    *,
-    written: Mapping[str, Tensor] | None = None,
-    read: Mapping[str, Tensor | None] | None = None,
+    **read: Tensor | None,
 ) -> None:
     """What is written shares no memory, but a row may be rewound to itself: that only masks it."""
     sources = {
@@ -121,5 +118,4 @@ def check_rewind_separate(
         )
         if source is not None and source.data_ptr() != target.data_ptr()
     }
-    targets = {"weight": weight, "m": m, "v": v, **(written or {})}
-    check_separate(targets, {**sources, **(read or {})})
+    check_separate({"weight": weight, "m": m, "v": v}, {**sources, **read})

@@ -8,7 +8,7 @@ import torch
 
 from sparse_tickets.kernels import random
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.prune import prune, prune_rewind_
+from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.update import adam_, rewind_
 
@@ -108,28 +108,6 @@ def test_a_ticket_s_mask_and_update_do_not_depend_on_its_company(cuda):
     assert torch.equal(adam_(grad=grad[5:6], mask=mask[5:6], **alone), norm[5:6])
     for name, row in alone.items():
         assert torch.equal(row, rows[name][5:6])
-
-
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("shape", [(1024, 8900, 4480), (60, 140_000, 70_000)], ids=str)
-def test_prune_rewind(shape, late, cuda):
-    tickets, size, prunable = shape
-    rows, _, mask = population(*shape, cuda, density=0.7)
-    initial, first, second = randn(3, tickets, size, cuda=cuda).unbind()
-    moments = {"initial_m": first, "initial_v": second} if late else {}
-    k = torch.randint(0, prunable + 1, (tickets,), generator=cuda, device="cuda")
-    targets = {name: rows[name] for name in ("weight", "m", "v")}
-    expected = {name: row.clone() for name, row in targets.items()}
-    expected_mask = mask.clone()
-    scores = expected["weight"][:, :prunable]
-    with use_backend("reference"):
-        prune_rewind_(scores, expected_mask, k, initial=initial, **expected, **moments)
-    scores = targets["weight"][:, :prunable]
-    with without_waiting():
-        prune_rewind_(scores, mask, k, initial=initial, check=False, **targets, **moments)
-    assert torch.equal(mask, expected_mask)
-    for name, row in expected.items():
-        assert torch.equal(targets[name], row), name
 
 
 @pytest.mark.parametrize("shape", [(1024, 8900, 4480), (60, 140_000, 70_000), (1, 3, 2)], ids=str)

@@ -35,7 +35,7 @@ from sparse_tickets.kernels.packed import (
     write_gradient_,
 )
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
-from sparse_tickets.kernels.prune import prune, prune_rewind_
+from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import demonstrate, evaluate, rollout
 from sparse_tickets.kernels.update import adam_, rewind_
@@ -159,10 +159,6 @@ def make_prune(tickets: int, batch: int, density: float) -> Tensors:
         "mask": draw_mask(tickets, 5, density=density),
         "k": whole(4, tickets) + 1,
     }
-
-
-def make_prune_rewind(tickets: int, batch: int, density: float) -> Tensors:
-    return make_rewind(tickets, batch, density) | make_prune(tickets, batch, density)
 
 
 def make_draw(tickets: int, batch: int, density: float) -> Tensors:
@@ -311,7 +307,6 @@ CASES = {
         lambda **tensors: mlp(net=ARENA.actor, **tensors), make_network, differentiable=True
     ),
     "prune": Case(prune, make_prune),
-    "prune_rewind_": Case(prune_rewind_, make_prune_rewind, ("mask", "weight", "m", "v")),
     "rewind_": Case(rewind_, make_rewind, ("weight", "m", "v")),
     "adam_": Case(adam_, make_optimiser, ("weight", "m", "v", "step")),
     "adam_ packed": Case(
@@ -599,32 +594,30 @@ def test_nothing_to_do(name: str, sizes: tuple[int, int, float], backend: str) -
 
 @on_each_backend
 @pytest.mark.parametrize("k", [-1, 6, torch.tensor([1, -1]), torch.tensor([6, 0])], ids=str)
-@pytest.mark.parametrize("name", ["prune", "prune_rewind_"])
-def test_counts_out_of_range(name: str, k: int | Tensor, backend: str) -> None:
-    tensors = CASES[name].make(2, 3, 0.6) | {"k": k}
+def test_counts_out_of_range(k: int | Tensor, backend: str) -> None:
+    tensors = CASES["prune"].make(2, 3, 0.6) | {"k": k}
     tensors = on_device(backend, {n: torch.as_tensor(t) for n, t in tensors.items()})
-    before = {n: tensors[n].clone() for n in CASES[name].written}
+    before = {n: tensors[n].clone() for n in CASES["prune"].written}
     count = tensors["k"] if isinstance(k, Tensor) else k
     with (
         use_backend(backend),
         pytest.raises(ValueError, match=r"k must be in \[0, 5\], got (6|-1)"),
     ):
-        CASES[name].call(**(tensors | {"k": count}))
+        CASES["prune"].call(**(tensors | {"k": count}))
     assert all(torch.equal(tensor, tensors[n]) for n, tensor in before.items())
 
 
 @on_each_backend
-@pytest.mark.parametrize("name", ["prune", "prune_rewind_"])
-def test_nan_scores(name: str, backend: str) -> None:
+def test_nan_scores(backend: str) -> None:
     """Refused inside the mask, ignored off it."""
-    tensors = on_device(backend, CASES[name].make(2, 3, 0.6))
+    tensors = on_device(backend, CASES["prune"].make(2, 3, 0.6))
     finite = {n: t.clone() for n, t in tensors.items()}
     tensors["scores"].masked_fill_(~tensors["mask"], torch.nan)
     inside = tensors["scores"].masked_fill(tensors["mask"], torch.nan)
     with use_backend(backend), pytest.raises(ValueError, match="scores must not be NaN inside"):
-        CASES[name].call(**(tensors | {"scores": inside}))
+        CASES["prune"].call(**(tensors | {"scores": inside}))
     for one, other in zip(
-        run(CASES[name], backend, tensors), run(CASES[name], backend, finite), strict=True
+        run(CASES["prune"], backend, tensors), run(CASES["prune"], backend, finite), strict=True
     ):
         assert torch.equal(one, other)
 

@@ -169,14 +169,6 @@ def prune() -> Iterator[Arguments]:
         yield draw(TICKETS, 5), draw_mask(TICKETS, 5), torch.tensor([1, 2]), magnitude
 
 
-def prune_rewind_() -> Iterator[Arguments]:
-    given = rows()
-    weight, m, v, initial = (given[name] for name in ("weight", "m", "v", "other"))
-    for moments in ((None, None), (draw(TICKETS, 7, seed=3), draw(TICKETS, 7, seed=4))):
-        scores, k = draw(TICKETS, 5), torch.tensor([1, 2])
-        yield scores, given["mask"], k, weight, initial, m, v, *moments, True
-
-
 def rewind_() -> Iterator[Arguments]:
     given = rows()
     tensors = tuple(given[name] for name in ("weight", "other", "m", "v"))
@@ -287,7 +279,6 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "mlp_keep": mlp_keep,
     "mlp_backward": mlp_backward,
     "prune": prune,
-    "prune_rewind_": prune_rewind_,
     "rewind_": rewind_,
     "adam_": adam_,
     **{

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
-from sparse_tickets.kernels.prune import cost, prune, prune_rewind_
-from sparse_tickets.kernels.update import rewind_
+from sparse_tickets.kernels.prune import cost, prune
 
 # "triton long" takes the path of long rows whatever their length, through several chunks.
 TRITON = ["triton", "triton long"] if has_triton() else []
@@ -207,122 +206,6 @@ def test_triton_on_any_population(tickets, prunable, density, levels, seed):
     expected = on("reference", scores, mask, k)
     for backend in TRITON:
         assert torch.equal(on(backend, scores, mask, k), expected)
-
-
-def level(tickets, size, prunable, generator):
-    """Trained weights, a mask, and a rewind point; moments are NaN, to be overwritten."""
-    weight = torch.randn(tickets, size, generator=generator)
-    mask = torch.rand(tickets, prunable, generator=generator) < 0.7
-    weight[:, :prunable] *= mask
-    rows = {"weight": weight, "initial": torch.randn(tickets, size, generator=generator)}
-    rows |= {name: torch.full((tickets, size), math.nan) for name in ("m", "v")}
-    k = torch.randint(0, prunable + 1, (tickets,), generator=generator)
-    return mask, k, rows
-
-
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(3, 120, 97), (1, 1, 1), (2, 300, 300), (2, 300, 64), (2, 7, 0), (0, 9, 5)], ids=str
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_prune_rewind_is_prune_then_rewind(backend, shape, late, generator, poisoned):
-    check_prune_rewind(backend, shape, late, generator)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=8, derandomize=True)
-@given(
-    tickets=st.integers(0, 3),
-    size=st.integers(0, 300),
-    beyond=st.integers(0, 40),
-    late=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_prune_rewind_of_any_rows(backend, tickets, size, beyond, late, seed):
-    generator = torch.Generator().manual_seed(seed)
-    check_prune_rewind(backend, (tickets, size + beyond, size), late, generator)
-
-
-def check_prune_rewind(backend, shape, late, generator):
-    mask, k, rows = level(*shape, generator)
-    device = device_of(backend)
-    point = {name: torch.randn(shape[:2], generator=generator) for name in ("m", "v")}
-    moments = {f"initial_{name}": moment for name, moment in point.items()} if late else {}
-    for source in ("apart", "weight"):
-        for criterion in ("score", "magnitude"):
-            expected = {name: row.clone() for name, row in rows.items()}
-            trained = expected["weight"][:, : shape[2]].clone()
-            new_mask = on("reference", trained, mask, k, criterion=criterion)
-            rewind_(mask=new_mask, **expected, **moments)
-
-            got = {name: row.to(device, copy=True) for name, row in rows.items()}
-            got_mask = mask.to(device, copy=True)
-            scores = got["weight"][:, : shape[2]]
-            if source == "apart":
-                scores = scores.clone()
-            with using(backend):
-                late_moments = {name: moment.to(device) for name, moment in moments.items()}
-                prune_rewind_(
-                    scores, got_mask, k.to(device), **got, **late_moments, criterion=criterion
-                )
-            assert torch.equal(got_mask.cpu(), new_mask)
-            for name, row in expected.items():
-                assert torch.equal(got[name].cpu(), row), name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_may_share_storage_with_what_is_written(backend, generator):
-    mask, k, rows = level(2, 200, 200, generator)
-    device = device_of(backend)
-    storage = torch.randn(3, 2, 200, generator=generator).to(device)
-    # Scores are the first moment, which the same pass sets to zero.
-    weight, m, v = storage.unbind()
-    new_mask = on("reference", m.cpu(), mask, k)
-    got_mask = mask.to(device, copy=True)
-    with using(backend):
-        prune_rewind_(m, got_mask, k.to(device), weight, rows["initial"].to(device), m, v)
-    assert torch.equal(got_mask.cpu(), new_mask)
-    assert torch.equal(weight.cpu(), rows["initial"] * new_mask)
-    assert not storage[1:].any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_prune_rewind_refuses_shared_memory(backend, generator):
-    mask, k, rows = level(2, 30, 20, generator)
-    before = rows["weight"].clone()
-    for change in (
-        {"m": rows["weight"]},
-        {"v": rows["m"]},
-        {"initial": rows["m"]},
-        {"initial_v": rows["weight"]},
-    ):
-        with using(backend), pytest.raises(ValueError, match="must not share memory with"):
-            prune_rewind_(rows["weight"][:, :20], mask, k, **(rows | change))
-    assert torch.equal(rows["weight"], before)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"mask": torch.ones(3, 2).bool().t()}, ValueError, "mask must be contiguous, got strides"),
-        ({"mask": torch.ones(2, 1).bool().expand(2, 3)}, ValueError, "mask must be contiguous"),
-        ({"weight": torch.zeros(2, 2)}, ValueError, r"m must have shape \(2, 2\), got \(2, 4\)"),
-        ({"weight": torch.zeros(4, 2).t()}, ValueError, "weight must be contiguous"),
-        ({"weight": torch.zeros(2, 4).int()}, TypeError, "weight must be float32 or float64"),
-        ({"m": torch.zeros(2, 1).expand(2, 4)}, ValueError, "m must be contiguous"),
-        ({"v": torch.zeros(2, 4).double()}, TypeError, "v must be float32, got float64"),
-        ({"initial": torch.zeros(2, 5)}, ValueError, r"initial must have shape \(2, 4\)"),
-        ({"initial_m": torch.zeros(2, 4, device="meta")}, ValueError, "initial_m must be on cpu"),
-        ({"k": 4}, ValueError, r"k must be in \[0, 3\], got 4"),
-        ({"criterion": "size"}, ValueError, "criterion must be 'score' or 'magnitude', got 'size'"),
-        ({"scores": torch.full((2, 3), math.nan)}, ValueError, "NaN for ticket 0 at entry 0"),
-    ],
-)
-def test_prune_rewind_refuses(change, error, message):
-    arguments = {name: torch.zeros(2, 4) for name in ("weight", "initial", "m", "v")}
-    arguments |= {"scores": torch.zeros(2, 3), "mask": torch.ones(2, 3).bool(), "k": 1}
-    with pytest.raises(error, match=message):
-        prune_rewind_(**(arguments | change))
 
 
 def test_cost():

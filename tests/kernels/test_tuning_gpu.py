@@ -22,7 +22,7 @@ from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
-from sparse_tickets.kernels.prune import prune_rewind_
+from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.kernels.update import adam_
 
@@ -134,10 +134,8 @@ def _prune(prunable: int) -> Callable:
     def run(dtype: torch.dtype) -> list[Tensor]:
         scores = torch.randn(2, prunable, generator=_generator()).round(decimals=1).to(DEVICE)
         mask = (torch.rand(2, prunable, generator=_generator()) < 0.8).to(DEVICE)
-        rows = [torch.randn(2, prunable + 9, generator=_generator()).to(DEVICE) for _ in range(4)]
         k = torch.tensor([prunable // 3, 40], device=DEVICE)
-        prune_rewind_(scores, mask, k, *rows)
-        return [mask.to(dtype), *(row.to(dtype) for row in rows)]
+        return [prune(scores, mask, k).to(dtype)]
 
     return run
 

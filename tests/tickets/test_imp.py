@@ -10,7 +10,7 @@ from sparse_tickets.imp import Trained, dense_population, next_population
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, interpreting
-from sparse_tickets.kernels.prune import prune_rewind_
+from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.population import initialise
 from sparse_tickets.prune import CRITERIA
@@ -299,15 +299,15 @@ def test_a_tickets_start_depends_on_nothing_beside_it(generator):
             assert torch.equal(got, expected[one]), name
 
 
-def test_one_pass_prunes_and_rewinds_by_the_weights_themselves(generator, monkeypatch):
-    """Without a pass to compute magnitudes, and without writing a ticket's rows again."""
+def test_prunes_by_the_weights_themselves(generator, monkeypatch):
+    """Without a pass to compute magnitudes."""
     calls = []
 
     def spy(scores, *rows, **options):
         calls.append((scores, options["criterion"]))
-        prune_rewind_(scores, *rows, **options)
+        return prune(scores, *rows, **options)
 
-    monkeypatch.setattr("sparse_tickets.prune.prune_rewind_", spy)
+    monkeypatch.setattr("sparse_tickets.prune.prune", spy)
     monkeypatch.delattr("sparse_tickets.imp._redraw_policy_")
     point = rewound(BOTH, 3, generator, trained=True)
     _, trained = level(BOTH, ["mask/weights"] * 3, point, generator)
