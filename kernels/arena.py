@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Arena", "Net", "Parameters"]
+from .activations import ACTIVATIONS
 
-ACTIVATIONS = ("tanh", "relu")
+__all__ = ["Arena", "Net", "Parameters"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Net:
     @property
     def code(self) -> tuple[int, ...]:
         """These attributes as integers, the form in which a registered op takes a network."""
-        return ACTIVATIONS.index(self.activation), *self.sizes, *self.weights, *self.biases
+        kind = list(ACTIVATIONS).index(self.activation)
+        return kind, *self.sizes, *self.weights, *self.biases
 
     @staticmethod
     @cache
@@ -50,7 +51,7 @@ class Net:
         activation, *numbers = code
         depth = len(numbers) // 3
         sizes, offsets = tuple(numbers[: depth + 1]), tuple(numbers[depth + 1 :])
-        return Net(sizes, ACTIVATIONS[activation], offsets[:depth], offsets[depth:])
+        return Net(sizes, list(ACTIVATIONS)[activation], offsets[:depth], offsets[depth:])
 
     @property
     def depth(self) -> int:
@@ -120,7 +121,8 @@ class Arena:
                 `prune_critic` without a critic.
         """
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation must be one of {names}, got {activation!r}")
         for name, sizes in (("actor", actor), ("critic", critic)):
             if sizes is None:
                 continue

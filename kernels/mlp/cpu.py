@@ -12,18 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..activations_cpu import activate, deactivate
 from ..arena import Net
 from ..compiling import njit
 from ..threads import share
 from ..vector import (
     LANES,
-    fma,
     load,
-    maximum,
-    splat,
-    store,
     sum_lanes,
-    tanh,
     transpose,
 )
 from .layout import (
@@ -76,31 +72,17 @@ FIRST = np.int64(0)
 
 
 @njit(cache=True)
-def _activate(space, y, rows, count, width, relu):
+def _activate(space, y, rows, count, width, activation):
     for k in range(count):
         row = y + rows[k] * PANEL
-        if relu:
-            for c in range(row, row + width, LANES):
-                store(space, c, maximum(load(space, c), splat(_ZERO)))
-        else:
-            for c in range(row, row + width, LANES):
-                store(space, c, tanh(load(space, c)))
+        activate(space, row, row + width, activation)
 
 
 @njit(cache=True)
-def _deactivate(space, delta, y, rows, count, width, relu):
-    """Multiply the gradient by the activation's derivative, which its output ``y`` tells."""
+def _deactivate(space, delta, y, rows, count, width, activation):
     for k in range(count):
         row = rows[k] * PANEL
-        if relu:
-            for c in range(row, row + width):
-                # Read first: a conditional load would be a branch per element.
-                gradient = space[delta + c]
-                space[delta + c] = gradient if space[y + c] > _ZERO else _ZERO
-        else:
-            for c in range(row, row + width, LANES):
-                value, gradient = load(space, y + c), load(space, delta + c)
-                store(space, delta + c, fma(splat(_ZERO) - gradient * value, value, gradient))
+        deactivate(space, delta + row, y + row, width, activation)
 
 
 @njit(cache=True)
@@ -133,7 +115,7 @@ def forward(layout, packed, first, last, width):
                 weight, begin, inp, _UNIT, space, x, PANEL, y, PANEL, out, inp, width, weight, bias
             )
         if layers[layer, HIDDEN]:
-            _activate(space, y, rows, live, width, layout.relu)
+            _activate(space, y, rows, live, width, layout.activation)
 
 
 @njit(cache=True)
@@ -227,7 +209,7 @@ def backward(layout, packed, first, last, columns, width, to_input):
                     zeros,
                 )
             if layer > first:
-                _deactivate(space, there, x, wanted, number, width, layout.relu)
+                _deactivate(space, there, x, wanted, number, width, layout.activation)
             here, there = there, here
     return here
 

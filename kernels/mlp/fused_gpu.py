@@ -51,10 +51,11 @@ def _tanh(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """``tanh`` or ``relu``; both keep NaN."""
+    """See `kernels.activations`; NaN stays NaN."""
     if ACTIVATION == "tanh":
         y = _tanh(x)
     else:
+        tl.static_assert(ACTIVATION == "relu")
         y = tl.where(x < 0, 0.0, x)
     return y
 
@@ -65,6 +66,7 @@ def deactivate(delta, y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "tanh":
         result = delta * (1.0 - y * y)
     else:
+        tl.static_assert(ACTIVATION == "relu")
         result = tl.where(y <= 0, 0.0, delta)
     return result
 

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..activations import check_on_gpu
 from ..arena import Net
 from . import passes_gpu, split_gpu
 from .geometry import Geometry
@@ -37,7 +38,11 @@ def choose(net: Net, precision: str, *, to_input: bool = False) -> Route:
         net: its sizes count.
         precision: the fused kernels know ``ieee`` alone: on tensor cores they spill.
         to_input: whether the input's gradient is asked for, which the fused backward leaves out.
+
+    Raises:
+        ValueError: the kernels do not know the network's activation.
     """
+    check_on_gpu(net.activation)
     if max(net.sizes) > WIDTH:
         return Route("layers", "layers")
     if precision != "ieee" or not _is_narrow(net):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..arena import Net
 from ..linear import linear
 
@@ -24,5 +25,5 @@ def mlp(x: Tensor, weight: Tensor, mask: Tensor | None, net: Net, precision: str
             matrix = torch.where(inside, matrix, 0)
         x = linear(x, matrix, inside, net.bias(weight, layer), precision=precision)
         if layer < net.depth - 1:
-            x = torch.tanh(x) if net.activation == "tanh" else torch.relu(x)
+            x = ACTIVATIONS[net.activation].function(x)
     return x

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..activations_cpu import code_of
 from ..arena import Net
 from ..threads import count_threads
 from ..vector import LANES
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
     Attributes:
         layers: ``[L, FIELDS]`` int64, the actor's layers, then the critic's.
         actor_layers: how many belong to the actor.
-        relu: whether the activation is relu, not tanh.
+        activation: see `activations_cpu.code_of`.
         log_std: offset in the arena's row.
         actions: number of `log_std` entries.
         parameters: room for one packed row.
@@ -67,7 +68,7 @@ class Layout(NamedTuple):
 
     layers: np.ndarray
     actor_layers: int
-    relu: bool
+    activation: int
     log_std: int
     actions: int
     parameters: int
@@ -159,7 +160,7 @@ def lay_out(
     return Layout(
         layers=np.array(rows, dtype=np.int64),
         actor_layers=nets[0].depth,
-        relu=nets[0].activation == "relu",
+        activation=code_of(nets[0].activation),
         log_std=0 if log_std is None else log_std,
         actions=actions,
         parameters=parameters,

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..arena import Net
 from ..linear import gpu as layer_gpu
 from ..tuning import prefer
@@ -249,13 +250,9 @@ def _forward_walk(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden
 
 
 def _forward_layers(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:
-    inputs = x
+    inputs, activation = x, ACTIVATIONS[weights.net.activation]
     for layer, place in enumerate(_places(weights.net, hidden)):
-        inputs = weights.product(inputs, layer, precision)
-        if weights.net.activation == "tanh":
-            inputs = torch.tanh(inputs, out=place)
-        else:
-            inputs = torch.clamp_min(inputs, 0, out=place)
+        inputs = activation.into(weights.product(inputs, layer, precision), place)
     y.copy_(weights.product(inputs, weights.net.depth - 1, precision))
 
 
@@ -336,14 +333,10 @@ def _deltas_layers(
     deltas: Tensor,
     dx: Tensor | None,
 ) -> None:
-    net, delta = weights.net, dy
+    net, delta, activation = weights.net, dy, ACTIVATIONS[weights.net.activation]
     layers = zip(_places(net, hidden), _places(net, deltas), strict=True)
     for layer, (y, place) in reversed(list(enumerate(layers, 1))):
-        above = weights.dx(delta, layer, precision)
-        if net.activation == "tanh":
-            delta = torch.ops.aten.tanh_backward.grad_input(above, y, grad_input=place)
-        else:
-            delta = torch.ops.aten.threshold_backward.grad_input(above, y, 0, grad_input=place)
+        delta = activation.derive(weights.dx(delta, layer, precision), y, place)
     if dx is not None:
         dx.copy_(weights.dx(delta, 0, precision))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..arena import Net
 
 __all__ = ["hidden_layers", "mlp"]
@@ -23,7 +24,7 @@ def _layers(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> list[Te
     if mask is not None:
         prunable = mask.shape[1]
         weight = torch.cat([torch.where(mask, weight[:, :prunable], 0), weight[:, prunable:]], 1)
-    activation = torch.tanh if net.activation == "tanh" else torch.relu
+    activation = ACTIVATIONS[net.activation].function
     outputs = []
     for layer, (matrix, bias) in enumerate(net.layers(weight)):
         x = torch.baddbmm(bias[:, None], x, matrix.mT)

@@ -389,7 +389,7 @@ def _critic(arena: Arena, density: float, copies: int) -> Network:
     if arena.critic is not None:
         return network(arena.critic, arena, density, copies)
     empty = np.empty(0, np.int64)
-    return Network(empty, empty, empty, 0, relu=False, sparse=False)
+    return Network(empty, empty, empty, 0, activation=0, sparse=False)
 
 
 def _head(arena: Arena) -> _Head:

@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..activations_cpu import activate, code_of
 from ..arena import Arena, Net
 from ..compiling import njit
 from ..mlp.cpu import build_rows
-from ..vector import LANES, load, make_sparse_tile, make_tile, maximum, splat, store, tanh
+from ..vector import LANES, load, make_sparse_tile, make_tile, store
 
 __all__ = ["Network", "forward", "network", "prefers_sparse", "prepare"]
 
@@ -50,7 +51,7 @@ class Network(NamedTuple):
         weights: offset of each layer's weight in a ticket's row.
         biases: offset of each layer's bias.
         stride: the largest size, rounded up to whole registers.
-        relu: ReLU between the layers, else tanh.
+        activation: see `activations_cpu.code_of`.
         sparse: run the sparse plan.
     """
 
@@ -58,7 +59,7 @@ class Network(NamedTuple):
     weights: np.ndarray
     biases: np.ndarray
     stride: int
-    relu: bool
+    activation: int
     sparse: bool
 
 
@@ -100,7 +101,7 @@ def network(net: Net, arena: Arena, density: float, copies: int) -> Network:
         np.array(net.weights, np.int64),
         np.array(net.biases, np.int64),
         -(-max(net.sizes) // LANES) * LANES,
-        net.activation == "relu",
+        code_of(net.activation),
         prunable and prefers_sparse(net.sizes, density, copies),
     )
 
@@ -178,17 +179,6 @@ def _prepare_sparse(row, mask, net, x, y):
 
 
 @njit(cache=True)
-def _activate(x, begin, end, relu):
-    if relu:
-        zero = splat(np.float32(0.0))
-        for i in range(begin, end, LANES):
-            store(x, i, maximum(load(x, i), zero))
-    else:
-        for i in range(begin, end, LANES):
-            store(x, i, tanh(load(x, i)))
-
-
-@njit(cache=True)
 def forward(net, prepared, obs, count, out):
     """Run the network on the first ``count`` rows of ``obs [E, I]``, writing ``out [E, O]``."""
     if net.sparse:
@@ -227,7 +217,7 @@ def _forward_dense(net, prepared, obs, count, out):
                 o += LANES
         if layer < last:
             for e in range(count):
-                _activate(y, e * stride, e * stride + width, net.relu)
+                activate(y, e * stride, e * stride + width, net.activation)
         v0 += inp * width
         b0 += width
         x, y = y, x
@@ -261,7 +251,7 @@ def _forward_sparse(net, prepared, obs, count, out):
                 )
             r += 1
         if layer < last:
-            _activate(y, 0, rows * count, net.relu)
+            activate(y, 0, rows * count, net.activation)
         x, y = y, x
     for e in range(count):
         for o in range(sizes[-1]):

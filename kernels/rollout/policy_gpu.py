@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import check_on_gpu
 from ..arena import Arena, Net
 from ..compile import Case
 from ..jit import jit_kernel
@@ -61,10 +62,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate(x, RELU: tl.constexpr):
-    if RELU:
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
         return tl.where(x < 0.0, 0.0, x)
     else:
+        tl.static_assert(ACTIVATION == "tanh")
         return _tanh(x)
 
 
@@ -205,8 +207,9 @@ def misfit(nets: tuple[Net, ...]) -> str | None:
 
 def describe(net: Net) -> dict[str, Any]:
     """What a kernel knows of a network while it compiles."""
+    check_on_gpu(net.activation)
     return {
-        "NET": (net.sizes, net.weights, net.biases, net.activation == "relu"),
+        "NET": (net.sizes, net.weights, net.biases, net.activation),
         "WIDTH": _width(net),
         "FEATURES": triton.next_power_of_2(net.sizes[0]),
     }

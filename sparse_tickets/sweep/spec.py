@@ -12,7 +12,8 @@ from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.conditions import find_condition
 from sparse_tickets.envs import EnvSpec, env_spec
-from sparse_tickets.kernels.arena import ACTIVATIONS, Arena
+from sparse_tickets.kernels.activations import ACTIVATIONS
+from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.population import INITIALISATIONS, policy_arena
 from sparse_tickets.prune import CRITERIA, kept
