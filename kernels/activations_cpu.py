@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .compiling import njit
 from .vector import LANES, fma, load, maximum, splat, store, tanh
 
 __all__ = ["activate", "code_of", "deactivate"]
