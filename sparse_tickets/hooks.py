@@ -2,6 +2,7 @@
 
 After a step the hook looks up the optimiser's own parameters and visits the sparse layers among
 them, so an optimiser without any pays 50 ns a parameter, however many layers the process has.
+What it found it goes through again, by address, for as long as everything lies where it lay.
 Layers and optimisers are referred to weakly.
 """
 
@@ -11,7 +12,7 @@ from array import array
 from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -114,6 +115,11 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def keep_owned_(optimizer: Optimizer) -> None:
     """Zero what a step did to the pruned weights of its own layers, and to their state."""
+    known = _passes.get(optimizer)
+    if known is not None and known.is_valid(optimizer):
+        known.run()
+        return
+    changes = _changes
     owned = [
         (weight, _owners[id(weight)])
         for group in optimizer.param_groups
@@ -121,13 +127,15 @@ def keep_owned_(optimizer: Optimizer) -> None:
         if id(weight) in _owners
     ]
     if owned:
-        _keep_owned_(optimizer, owned)
+        _keep_owned_(optimizer, owned, changes)
 
 
 @torch.no_grad()
-def _keep_owned_(optimizer: Optimizer, owned: list[tuple[Tensor, WeakSet[SparseLinear]]]) -> None:
-    # Rows of value, mask and count for one pass over all that lies plainly on the CPU.
-    table = array("q")
+def _keep_owned_(
+    optimizer: Optimizer, owned: list[tuple[Tensor, WeakSet[SparseLinear]]], changes: int
+) -> None:
+    found = _Pass(optimizer, changes)
+    alone = False
     for weight, owners in owned:
         with _lock:
             layers = tuple(owners)
@@ -137,22 +145,104 @@ def _keep_owned_(optimizer: Optimizer, owned: list[tuple[Tensor, WeakSet[SparseL
                 continue
             with _lock:
                 _optimizers.add(optimizer)
-            if layer.is_dense():
-                continue
-            shape = weight.shape
-            state = optimizer.state.get(weight, {})
-            plain = _is_plain(mask, torch.bool) and mask.shape == shape
-            for value in (weight, *state.values()):
-                if not isinstance(value, Tensor) or value.shape != shape:
-                    continue
-                if plain and _is_plain(value, torch.float32):
-                    table.extend((value.data_ptr(), mask.data_ptr(), mask.numel()))
-                else:
+            for value in found.take(optimizer, layer, weight, mask):
+                alone = True
+                if not layer.is_dense():
                     keep_(value, mask)
-    if table:
-        from sparse_tickets.kernels.linear.masking import keep_all
+    found.run()
+    with _lock:
+        if alone:
+            _passes.pop(optimizer, None)
+        else:
+            _passes[optimizer] = found
 
-        keep_all(table.buffer_info()[0], len(table) // 3)
+
+class _Pass:
+    """What an optimiser's steps have to leave at zero, by address, and what must not have changed.
+
+    Masks and values are read where they lie, so nothing that is written to them matters.
+
+    Args:
+        optimizer: the optimiser, referred to by nothing in here.
+        changes: how often layers had come and gone before they were looked up.
+    """
+
+    def __init__(self, optimizer: Optimizer, changes: int) -> None:
+        self._changes = changes
+        self._params = _ids_of_params(optimizer)
+        self._layers: list[tuple[ref[SparseLinear], Tensor, Tensor]] = []
+        self._states: list[int] = []
+        # Held, so that no identity is given to another.
+        self._held: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._places: list[int] = []
+        # Rows of value, mask and count.
+        self._table = array("q")
+
+    def take(
+        self, optimizer: Optimizer, layer: SparseLinear, weight: Tensor, mask: Tensor
+    ) -> list[Tensor]:
+        """Take up a layer's weight and state; returns what does not lie plainly on the CPU."""
+        shape, others = weight.shape, []
+        plain = _is_plain(mask, torch.bool) and mask.shape == shape
+        state = optimizer.state.get(weight, {}).values()
+        self._layers.append((ref(layer), weight, mask))
+        self._states += map(id, state)
+        self._held += state
+        tensors = [mask]
+        for value in (weight, *state):
+            if not isinstance(value, Tensor) or value.shape != shape:
+                continue
+            if plain and _is_plain(value, torch.float32):
+                self._table.extend((value.data_ptr(), mask.data_ptr(), mask.numel()))
+                tensors.append(value)
+            else:
+                others.append(value)
+        if plain:
+            self._tensors += tensors
+            self._places += _places(tensors)
+        return others
+
+    def is_valid(self, optimizer: Optimizer) -> bool:
+        """Whether the layers and their state lie where they lay."""
+        if self._changes != _changes or self._params != _ids_of_params(optimizer):
+            return False
+        state = optimizer.state
+        ids: list[int] = []
+        for known, weight, mask in self._layers:
+            layer = known()
+            if (
+                layer is None
+                or layer._parameters.get("weight") is not weight
+                or layer._buffers.get("mask") is not mask
+            ):
+                return False
+            ids += map(id, state.get(weight, {}).values())
+        return (
+            ids == self._states
+            and _places(self._tensors) == self._places
+            and all(map(_is_contiguous, self._tensors))
+        )
+
+    def run(self) -> None:
+        """Zero what is not zero off the masks."""
+        if self._table:
+            from sparse_tickets.kernels.linear.masking import keep_all
+
+            keep_all(self._table.buffer_info()[0], len(self._table) // 3)
+
+
+_passes: WeakKeyDictionary[Optimizer, _Pass] = WeakKeyDictionary()
+_is_contiguous = Tensor.is_contiguous
+
+
+def _ids_of_params(optimizer: Optimizer) -> list[int]:
+    return [id(p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _places(tensors: list[Tensor]) -> list[int]:
+    """Addresses and sizes, by which a tensor that was given other memory is known."""
+    return [n for tensor in tensors for n in (tensor.data_ptr(), tensor.nbytes)]
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:

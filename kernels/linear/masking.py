@@ -60,6 +60,18 @@ def _is_pruned(builder, kept):
 
 
 @intrinsic
+def _or_none(typingctx, kept, seen):
+    """``seen``, or 1 where the byte is 0."""
+
+    def generate(context, builder, signature, arguments):
+        kept, seen = arguments
+        return builder.or_(seen, builder.zext(_is_pruned(builder, kept), kept.type))
+
+    one = types.uint8
+    return one(one, one), generate
+
+
+@intrinsic
 def _or_pruned(typingctx, value, kept, seen):
     """``seen | value`` without the value's sign where it is pruned: -0 is zero too."""
 
@@ -132,12 +144,26 @@ def _keep_in_place(value_at, mask_at, count):
 
 
 @njit(cache=True, error_model="numpy")
+def _is_full(mask_at, count):
+    """Whether nothing is pruned."""
+    mask = carray(pointer(mask_at), (count,), np.uint8)
+    seen = np.uint8(0)
+    for i in range(count):
+        seen = _or_none(mask[i], seen)
+    return seen == 0
+
+
+@njit(cache=True, error_model="numpy")
 def _keep_all(table_at, rows):
     """`keep_in_place` for each ``[value address, mask address, count]`` that needs it."""
     table = carray(pointer(table_at), (rows, 3), np.int64)
+    full = False
     for row in range(rows):
         value_at, mask_at, count = table[row, 0], table[row, 1], table[row, 2]
-        if not _zero_off(value_at, mask_at, count):
+        # A weight and its state follow each other.
+        if row == 0 or mask_at != table[row - 1, 1]:
+            full = _is_full(mask_at, count)
+        if not full and not _zero_off(value_at, mask_at, count):
             _keep_in_place(value_at, mask_at, count)
 
 

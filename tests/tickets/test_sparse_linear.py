@@ -281,6 +281,50 @@ def test_hook_learns_a_mask_that_the_user_wrote():
     assert_zero_off_mask(layer, optimizer)
 
 
+MOVES = {
+    "nothing": lambda layer, optimizer: None,
+    "weight": lambda layer, optimizer: setattr(layer.weight, "data", layer.weight.detach().clone()),
+    "weight turned": lambda layer, optimizer: setattr(
+        layer.weight, "data", layer.weight.detach().t().contiguous().t()
+    ),
+    "Parameter": lambda layer, optimizer: (
+        setattr(layer, "weight", nn.Parameter(layer.weight.detach().clone())),
+        optimizer.add_param_group({"params": [layer.weight]}),
+    ),
+    "mask": lambda layer, optimizer: setattr(layer, "mask", layer.mask.clone()),
+    "mask's data": lambda layer, optimizer: setattr(layer.mask, "data", layer.mask.clone()),
+    "state": lambda layer, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "dtype": lambda layer, optimizer: layer.double().float(),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_hook_sees_what_moved_since_the_last_step(name):
+    layer = pruned_layer()
+    optimizer = torch.optim.Adam(layer.parameters())
+    train(layer, optimizer)
+    MOVES[name](layer, optimizer)
+    layer.mask.data[:2] = False
+    train(layer, optimizer)
+    # Momentum of what the mask no longer keeps, and what somebody wrote.
+    optimizer.state[layer.weight]["exp_avg"].fill_(1.0)
+    layer.weight.data.fill_(1.0)
+    optimizer.step()
+    assert_zero_off_mask(layer, optimizer)
+
+
+def test_weight_of_a_layer_that_is_gone_is_free():
+    layer = pruned_layer()
+    weight = layer.weight
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    train(layer, optimizer)
+    del layer
+    gc.collect()
+    weight.data.fill_(1.0)
+    optimizer.step()
+    assert weight.all()
+
+
 def test_hook_leaves_other_parameters_and_optimizers_alone():
     layer = pruned_layer()
     other = nn.Linear(3, 3)
