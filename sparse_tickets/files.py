@@ -10,12 +10,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["StoreError", "explained", "remove_leftovers", "write_atomic", "write_folder"]
+__all__ = [
+    "UNSUPPORTED",
+    "StoreError",
+    "explained",
+    "make_folder",
+    "remove_leftovers",
+    "temporary_name",
+    "write_atomic",
+    "write_folder",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-# What file systems say to a call that they do not have.
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems say to a call that they do not have."""
 
 
 class StoreError(RuntimeError):
@@ -39,7 +48,7 @@ def write_atomic(path: Path, data: bytes, *, replace: bool = True) -> bool:
     Raises:
         StoreError: the disk or the quota is full, or nothing may be written there.
     """
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     with explained(path, len(data)):
         try:
             _write_synced(temporary, data)
@@ -69,7 +78,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> bool:
     Raises:
         StoreError: the disk or the quota is full, or nothing may be written there.
     """
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     with explained(path, sum(map(len, files.values()))):
         try:
             temporary.mkdir()
@@ -87,6 +96,19 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> bool:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return True
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it, for good: a power cut does not take them back.
+
+    Raises:
+        FileExistsError: there is something else of its name.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.absolute().parent)
+    path.mkdir(exist_ok=True)
+    _sync_folder(path.absolute().parent)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -127,7 +149,8 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
         raise
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """A new name beside a path, which `remove_leftovers` knows."""
     return path.with_name(f".{path.name}~{secrets.token_hex(8)}.tmp")
 
 
@@ -138,7 +161,7 @@ def _take_name(temporary: Path, path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in (*_UNSUPPORTED, errno.EPERM):
+        if error.errno not in (*UNSUPPORTED, errno.EPERM):
             raise
         # No hard links here: of two writers at the same moment the later one stays.
         if os.path.lexists(path):
@@ -162,7 +185,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in UNSUPPORTED:
             raise
     finally:
         os.close(descriptor)

@@ -1,10 +1,22 @@
 """Claims: lock files that say who works on what, across threads, processes and machines.
 
-Two things together hold a claim. The kernel's lock on the file (flock) ends with the process,
-however it ends, stands while the process is stopped, and holds between containers; on one machine
-it alone decides. Other machines, and file systems that have no such locks, go by the lease: the
-owner counts up in the file every `RENEW_S`, and who has seen the same count for `LEASE_S` by its
-own monotonic clock takes the claim over. No two clocks are ever compared.
+A claim of PATH is a chain of files, each created whole, and only if its name is free:
+
+    PATH            the first claim, with a token of its own
+    PATH~TOKEN      the claim that took over from the one with this token
+
+Who made the last one holds the claim. A file's name says whom it takes over from, so that of all
+who find a claim dead one alone succeeds it, and nothing of a process that died on the way is in
+anybody's way: a dead successor is succeeded like any other. To let go, the holder removes PATH,
+which frees the claim, then the rest. Who took over from a chain that was let go at that moment sees
+it, by looking again, and removes its file; left behind, that leads nowhere, since no token is ever
+used twice. `tests/tickets/test_locks.py` walks through every order of these steps.
+
+Whether a claim is dead, two things tell. The kernel's lock on its file (flock) ends with the
+process, however it ends, stands while the process is stopped, and holds between containers; on one
+machine it alone decides. Other machines, and file systems that have no such locks, go by the lease:
+the owner counts up in its file every `RENEW_S`, and who has seen the same count for `LEASE_S`, by
+its own monotonic clock, holds it for dead. No two clocks are ever compared.
 
 A claim saves work; it does not make results safe, and need not. Where an owner is silent for longer
 than its lease and then goes on, two processes do the same work: of their results the one that takes
@@ -14,6 +26,7 @@ its name first stays, the other is dropped (`files.write_folder`).
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import socket
@@ -26,7 +39,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from sparse_tickets.files import StoreError, explained, write_atomic
+from sparse_tickets.files import UNSUPPORTED, StoreError, explained, temporary_name
 
 try:
     import fcntl
@@ -38,13 +51,6 @@ __all__ = ["Claim", "acquire", "owner"]
 RENEW_S = 10.0
 LEASE_S = 60.0
 
-_NO_KERNEL_LOCKS = (
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.ENOLCK,
-    errno.EINVAL,
-)
 # What each lock file not ours last said, and since when by the monotonic clock.
 _seen: dict[Path, tuple[str, float]] = {}
 
@@ -52,40 +58,44 @@ _seen: dict[Path, tuple[str, float]] = {}
 class Claim:
     """A lock file that this process holds until `release`; made by `acquire`."""
 
-    def __init__(self, path: Path, descriptor: int, name: str) -> None:
+    def __init__(self, path: Path, file: Path, descriptor: int, name: str) -> None:
         self._path = path
+        self._file = file
         self._descriptor = descriptor
         self._name = name
         self._released = threading.Event()
         self._renewal = threading.Thread(target=self._renew, name=f"claim {path}", daemon=True)
-        _write(descriptor, _line(name, 0))
         _claims.add(self)
         self._renewal.start()
 
     def release(self) -> None:
-        """End the claim and remove its file, unless another process has taken it over."""
+        """End the claim and remove its files, unless another process has taken it over."""
         if self._descriptor < 0:
             return
-        self._released.set()
-        self._renewal.join()
-        if self._is_ours():
-            self._path.unlink(missing_ok=True)
-        self._close()
+        try:
+            self._released.set()
+            self._renewal.join()
+            chain = _chain(self._path)
+            if list(chain)[-1:] == [self._file] and self._is_ours():
+                # The first one first: that is the moment the claim is free.
+                for file in chain:
+                    file.unlink(missing_ok=True)
+        finally:
+            self._close()
 
     def _is_ours(self) -> bool:
-        return _is_file(self._path, self._descriptor) and _read(self._descriptor).startswith(
-            self._name
-        )
+        return (_said(self._file) or "").startswith(self._name)
 
     def _renew(self) -> None:
         count = 0
         while not self._released.wait(RENEW_S):
             count += 1
             # A renewal that fails costs at most the claim.
-            with suppress(OSError):
+            with suppress(OSError, StoreError):
                 if not self._is_ours():
                     return
-                _write(self._descriptor, _line(self._name, count))
+                os.lseek(self._descriptor, 0, os.SEEK_SET)
+                os.write(self._descriptor, _line(self._name, count))
                 os.fsync(self._descriptor)
 
     def _close(self) -> None:
@@ -116,91 +126,161 @@ def acquire(path: Path) -> Claim | None:
     Raises:
         StoreError: the lock is not a file, or nothing may be written there.
     """
-    name = f"{os.getpid()}@{_host()} {_machine()} {secrets.token_hex(8)}"
-    while True:
-        with explained(path):
-            if not os.path.lexists(path):
-                # Never empty: who opens it reads whose it is.
-                write_atomic(path, _line(name, 0).encode(), replace=False)
-            descriptor = _open(path)
+    with explained(path):
+        while True:
+            chain = _chain(path)
+            file = path
+            if chain:
+                last, said = list(chain.items())[-1]
+                alive = _is_alive(last, said)
+                if alive:
+                    return None
+                if alive is None:
+                    continue
+                file = _successor(path, said)
+            name = f"{os.getpid()}@{_host()} {_machine()} {secrets.token_hex(8)}"
+            descriptor = _create(path, file, name)
             if descriptor is None:
                 continue
             try:
-                claim = _claim(path, descriptor, name)
+                # The chain may have been let go on the way: then this file leads nowhere.
+                if list(_chain(path))[-1:] == [file]:
+                    for each in chain:
+                        _seen.pop(each.absolute(), None)
+                    return Claim(path, file, descriptor, name)
+                file.unlink(missing_ok=True)
             except BaseException:
                 os.close(descriptor)
                 raise
-        if claim is not None:
-            _seen.pop(path.absolute(), None)
-            return claim
-        # Its owner removes a lock before it lets go: then this one was no longer the path's.
-        gone = not _is_file(path, descriptor)
-        os.close(descriptor)
-        if not gone:
-            return None
+            os.close(descriptor)
 
 
 def owner(path: Path) -> str | None:
     """``process PID on HOST`` of a lock file; None without one."""
     try:
-        descriptor = _open(path, os.O_RDONLY)
+        chain = _chain(path)
     except StoreError:
         return None
-    if descriptor is None:
+    if not chain:
         return None
-    try:
-        said = _read(descriptor).split(" ")[0]
-    finally:
-        os.close(descriptor)
+    said = list(chain.values())[-1].split(" ")[0]
     pid, _, host = said.strip().partition("@")
     return f"process {pid} on {host}" if pid and host else "an unknown process"
 
 
-def _claim(path: Path, descriptor: int, name: str) -> Claim | None:
-    """Claim an open lock file if its owner is us, or dead; its descriptor goes with the claim."""
-    kernel = _kernel_lock(descriptor)
-    if kernel is False or not _is_file(path, descriptor):
+def _chain(path: Path) -> dict[Path, str]:
+    """The files of a claim from the first to the last, with what they say; empty if it is free."""
+    chain: dict[Path, str] = {}
+    file = path
+    while file not in chain and (said := _said(file)) is not None:
+        chain[file] = said
+        file = _successor(path, said)
+    return chain
+
+
+def _successor(path: Path, said: str) -> Path:
+    """The file of whoever takes over from the claim that says so, whatever its count."""
+    name = said.rpartition(" ")[0]
+    return path.with_name(f"{path.name}~{hashlib.sha256(name.encode()).hexdigest()[:16]}")
+
+
+def _create(path: Path, file: Path, name: str) -> int | None:
+    """Create a file of a claim, whole and with the kernel's lock; None if its name is taken."""
+    temporary = temporary_name(path)
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            os.write(descriptor, _line(name, 0))
+            _kernel_lock(descriptor)
+            os.link(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        os.close(descriptor)
+        # Another process may have cleared the temporary file away.
+        if isinstance(error, FileExistsError | FileNotFoundError):
+            return None
+        if isinstance(error, OSError) and error.errno in (*UNSUPPORTED, errno.EPERM):
+            return _create_directly(file, name)
+        raise
+    return descriptor
+
+
+def _create_directly(file: Path, name: str) -> int | None:
+    """`_create` without hard links: for a moment the file says nothing, and is taken for alive."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
         return None
-    said = _read(descriptor)
-    ours = said.startswith(name)
-    # On this machine the kernel's lock, now ours, was all that kept the file's owner.
-    dead_here = kernel is True and said.split(" ")[1:2] == [_machine()]
-    if ours or dead_here or _is_silent(path, said):
-        return Claim(path, descriptor, name)
-    return None
+    try:
+        _kernel_lock(descriptor)
+        os.write(descriptor, _line(name, 0))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
-def _is_silent(path: Path, said: str) -> bool:
+def _is_alive(file: Path, said: str) -> bool | None:
+    """Whether the owner of a lock file is not known to be dead; None if the file has just gone."""
+    descriptor = _open(file)
+    if descriptor is None:
+        return None
+    try:
+        free = _kernel_lock(descriptor, shared=True)
+    finally:
+        os.close(descriptor)
+    if free is False:
+        return True
+    # On this machine the kernel's lock was all that kept the file's owner.
+    if free and said.split(" ")[1:2] == [_machine()]:
+        return False
+    return not _is_silent(file, said)
+
+
+def _is_silent(file: Path, said: str) -> bool:
     """Whether a lock file has said the same for longer than a lease."""
     now = time.monotonic()
-    last, since = _seen.get(path.absolute(), (None, now))
+    last, since = _seen.get(file.absolute(), (None, now))
     if said != last:
-        _seen[path.absolute()] = said, now
+        _seen[file.absolute()] = said, now
         return False
     return now - since > LEASE_S
 
 
-def _kernel_lock(descriptor: int) -> bool | None:
+def _kernel_lock(descriptor: int, shared: bool = False) -> bool | None:
     """Whether the kernel's lock is ours now; None where the file system has none."""
     if fcntl is None:
         return None
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno in _NO_KERNEL_LOCKS:
+        if error.errno in (*UNSUPPORTED, errno.ENOLCK):
             return None
         raise
     return True
 
 
-def _open(path: Path, mode: int = os.O_RDWR) -> int | None:
-    """A descriptor of a lock file; None if it has just gone."""
-    stranger = StoreError(f"{path} is not a lock file: delete it and run again")
-    flags = mode | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+def _said(file: Path) -> str | None:
+    """What a lock file says; None if there is none."""
+    descriptor = _open(file)
+    if descriptor is None:
+        return None
     try:
-        descriptor = os.open(path, flags)
+        return os.read(descriptor, 1024).decode(errors="replace")
+    finally:
+        os.close(descriptor)
+
+
+def _open(file: Path) -> int | None:
+    """A descriptor of a lock file; None if there is none."""
+    stranger = StoreError(f"{file} is not a lock file: delete it and run again")
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(file, flags)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -213,26 +293,8 @@ def _open(path: Path, mode: int = os.O_RDWR) -> int | None:
     return descriptor
 
 
-def _is_file(path: Path, descriptor: int) -> bool:
-    """Whether a path still names the open file."""
-    try:
-        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _line(name: str, count: int) -> str:
-    return f"{name} {count:010d}\n"
-
-
-def _read(descriptor: int) -> str:
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return os.read(descriptor, 1024).decode(errors="replace")
-
-
-def _write(descriptor: int, line: str) -> None:
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.ftruncate(descriptor, os.write(descriptor, line.encode()))
+def _line(name: str, count: int) -> bytes:
+    return f"{name} {count:010d}\n".encode()
 
 
 @cache

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_tickets.files import StoreError, explained, remove_leftovers, write_folder
+from sparse_tickets.files import StoreError, explained, make_folder, remove_leftovers, write_folder
 from sparse_tickets.sweep import locks
 from sparse_tickets.sweep.identity import check_same, read_spec, spec_hash, write_spec
 from sparse_tickets.sweep.integrity import (
@@ -59,7 +59,7 @@ _DAMAGED = r"(\.damaged(-[0-9]+)?)?"
 # All that a run ever writes in its two folders.
 _OWN = {
     "units": re.compile(
-        rf"{_UNIT}(\.(json|parquet|safetensors))?{_DAMAGED}|{_UNIT}\.lock"
+        rf"{_UNIT}(\.(json|parquet|safetensors))?{_DAMAGED}|{_UNIT}\.lock(~[0-9a-f]{{16}})?"
         rf"|\.{_ALGO}~[0-9a-f]+\.tmp"
     ),
     "data": re.compile(
@@ -136,7 +136,7 @@ class Store:
         with explained(folder):
             for sub in (folder, folder / "units", folder / "data"):
                 try:
-                    sub.mkdir(parents=True, exist_ok=True)
+                    make_folder(sub)
                 except FileExistsError:
                     raise _no_folder(sub) from None
         file = folder / "spec.json"
@@ -205,7 +205,8 @@ class Store:
             yield False
             return
         try:
-            remove_leftovers(self._folder(unit))
+            for place in (self._folder(unit), self._lock(unit)):
+                remove_leftovers(place)
             yield True
         finally:
             claim.release()

@@ -1,0 +1,301 @@
+"""Faults put into a run of the store: kills at every write, and what a power cut leaves.
+
+``python tests/faults.py JOB FOLDER STEP`` kills a process of its own at every STEP-th write of a
+job, goes on, and prints how many kills there were; it ends with an error where one did harm.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sparse_tickets import files
+from sparse_tickets.algos.bc import BC
+from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.sweep.data import checksum, read_data, write_data
+from sparse_tickets.sweep.rows import COLUMNS
+from sparse_tickets.sweep.run import run
+from sparse_tickets.sweep.spec import Sweep
+from sparse_tickets.sweep.store import DATA, Store, Unit, load_results
+from sparse_tickets.ticket import ROWS, Ticket
+
+SPEC = Sweep(
+    conditions=("mask/weights", "random/re-init"),
+    seeds=2,
+    levels=2,
+    hidden=(4,),
+    rewind_step=64,
+    chunk=3,
+    ppo=PPO(steps=128, horizon=16),
+    bc=BC(experts=1, expert_gate=0.0),
+    evaluation=Evaluation(points=1, episodes=1, final_episodes=2),
+)
+UNITS = (Unit("ppo", 0, 0), Unit("ppo", 1, 0))
+_ARENA = Arena.build((4, 3, 2))
+
+
+def write_units(out: Path) -> None:
+    """The store's part of a sweep: two units and a data set, nothing trained."""
+    store = Store.open(out, {"levels": 2})
+    if read_data(store, "experts") is None:
+        write_data(store, "experts", {"weight": torch.arange(6.0)})
+    for unit in UNITS:
+        while not store.has(unit):
+            with store.claim(unit) as mine:
+                if mine and not store.has(unit):
+                    rewind = {"weight": torch.ones(1, 3)} if unit.level == 0 else None
+                    store.write(unit, [_row(unit)], [_ticket(unit)], rewind=rewind)
+            if not mine:
+                time.sleep(0.01)
+
+
+def _row(unit: Unit) -> dict[str, Any]:
+    kinds = {"string": "x", "int64": 0, "double": 1.5, "bool": False, "list<double>": [2.0]}
+    row = {name: kinds[kind] for name, kind in COLUMNS.items()}
+    return row | {"algo": unit.algo, "level": unit.level}
+
+
+def _ticket(unit: Unit) -> Ticket:
+    weights = {name: torch.linspace(0, 1, _ARENA.size) for name in ROWS}
+    return Ticket.of(
+        _ARENA,
+        mask=torch.ones(_ARENA.prunable, dtype=torch.bool),
+        **weights,
+        env="x",
+        algo=unit.algo,
+        seed=0,
+        condition="mask/weights",
+        controls="own",
+        level=unit.level,
+    )
+
+
+JOBS: dict[str, Callable[[Path], object]] = {
+    "units": write_units,
+    "sweep": lambda out: run(SPEC, out),
+}
+
+
+def contents(out: Path) -> dict[str, str]:
+    """Digests of all that a run's folder gives to who reads it, times aside."""
+    store = Store(out)
+    found = {}
+    for unit in store.units():
+        for index, ticket in enumerate(store.read_tickets(unit)):
+            found[f"{unit.name} {index}"] = checksum(
+                {name: getattr(ticket, name) for name in ("mask", *ROWS)}
+            )
+        rewind = store.read_rewind(unit)
+        if rewind is not None:
+            found[f"{unit.name} rewind"] = checksum(rewind)
+    for name in DATA:
+        data = read_data(store, name)
+        if data is not None:
+            found[name] = checksum(data)
+    frame = load_results(out)
+    times = [name for name in ("wall_s", "train_s") if name in frame.columns]
+    return found | {"table": frame.drop(times).write_json()}
+
+
+@contextmanager
+def watched(before: Callable[[str], None]) -> Iterator[None]:
+    """Call ``before`` with a name at every step that changes a disk, just before it is done.
+
+    The contents of a file are written in two steps: a process may die in between.
+    """
+
+    busy = False
+
+    def step(name: str) -> None:
+        """What is done on the way is no step of its own."""
+        nonlocal busy
+        if not busy:
+            busy = True
+            try:
+                before(name)
+            finally:
+                busy = False
+
+    def stepping(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            step(name)
+            return function(*args, **settings)
+
+        return call
+
+    def open_stepping(path: Any, flags: int, *args: Any, **settings: Any) -> int:
+        if flags & os.O_CREAT:
+            step("create")
+        return os_open(path, flags, *args, **settings)
+
+    def write_synced(path: Path, data: bytes) -> None:
+        step("create")
+        with open(path, "x+b", buffering=0) as file:
+            for part in (data[: len(data) // 2], data[len(data) // 2 :]):
+                step("write")
+                file.write(part)
+            os.fsync(file.fileno())
+
+    os_open = os.open
+    names = ["fsync", "ftruncate", "link", "mkdir", "rename", "replace", "rmdir", "unlink", "write"]
+    patches = [mock.patch.object(os, name, stepping(name, getattr(os, name))) for name in names]
+    patches.append(mock.patch.object(os, "open", open_stepping))
+    patches.append(mock.patch.object(files, "_write_synced", write_synced))
+    with _all(patches):
+        yield
+
+
+@contextmanager
+def _all(patches: list[Any]) -> Iterator[None]:
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.stop()
+
+
+def steps_of(job: Callable[[Path], object], out: Path) -> list[str]:
+    """The steps of a job, by name."""
+    steps: list[str] = []
+    with watched(steps.append):
+        job(out)
+    return steps
+
+
+def at_step(number: int, fault: Callable[[], None]) -> Callable[[str], None]:
+    """Something for `watched` that lets a fault happen at the step of this number, from 0."""
+    left = number
+
+    def before(name: str) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            fault()
+
+    return before
+
+
+def kill_everywhere(job: Callable[[Path], object], folder: Path, step: int) -> int:
+    """Kill a job at every ``step``-th write, go on, and compare; how many kills.
+
+    Raises:
+        AssertionError: a kill that changed what is read afterwards.
+    """
+    os.fsync = lambda descriptor: None  # What a process wrote outlives it unflushed.
+    job(folder / "whole")
+    expected = contents(folder / "whole")
+    names = steps_of(job, folder / "counted")
+    points = range(0, len(names), step)
+    for point in points:
+        out = folder / f"killed-{point}"
+        child = os.fork()
+        if child == 0:
+            with watched(at_step(point, lambda: os.kill(os.getpid(), signal.SIGKILL))):
+                job(out)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"step {point} was not reached"
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        job(out)
+        assert contents(out) == expected, f"killed before step {point}, {names[point]}"
+        shutil.rmtree(out)
+    return len(points)
+
+
+class Disk:
+    """What is on a disk for certain: files and folders as they were when they were last flushed.
+
+    ``fsync`` takes note; `after_power_cut` builds what a cut at this moment could leave.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._contents: dict[int, bytes] = {}
+        self._entries: dict[int, dict[str, int]] = {}
+        self._is_folder: dict[int, bool] = {}
+        # Of files held open no number is given to another.
+        self._held: list[int] = []
+        descriptor = os.open(root, os.O_RDONLY)
+        self.fsync(descriptor)
+        os.close(descriptor)
+
+    def fsync(self, descriptor: int) -> None:
+        """Take note of a file or folder as it is now."""
+        status = os.fstat(descriptor)
+        self._held.append(os.dup(descriptor))
+        if stat.S_ISDIR(status.st_mode):
+            entries = {}
+            for entry in os.scandir(descriptor):
+                entries[entry.name] = self._number(entry)
+            self._entries[status.st_ino] = entries
+        else:
+            self._contents[status.st_ino] = os.pread(descriptor, status.st_size, 0)
+
+    def _number(self, entry: os.DirEntry[str]) -> int:
+        status = entry.stat(follow_symlinks=False)
+        self._is_folder[status.st_ino] = stat.S_ISDIR(status.st_mode)
+        return status.st_ino
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for descriptor in self._held:
+            os.close(descriptor)
+        self._held.clear()
+
+    def after_power_cut(self, out: Path, kind: str, draw: random.Random) -> None:
+        """Build a disk after a cut.
+
+        Args:
+            out: where.
+            kind: ``least``: nothing but what was flushed; ``empty`` and ``zeros``: every name as it
+                is now, with nothing or zeros in files not flushed; ``mixed``: one of these for
+                each folder and file.
+            draw: for ``mixed``.
+        """
+        self._build(self.root.stat().st_ino, self.root, out, kind, draw)
+
+    def _build(
+        self, inode: int, now: Path | None, out: Path, kind: str, draw: random.Random
+    ) -> None:
+        """Build a folder, from what was flushed of it and what it is ``now``."""
+        out.mkdir()
+        flushed = self._entries.get(inode, {})
+        current = {}
+        if now is not None:
+            for entry in os.scandir(now):
+                current[entry.name] = self._number(entry)
+        places = {number: now / name for name, number in current.items()} if now else {}
+        here = draw.choice(("least", "empty", "zeros")) if kind == "mixed" else kind
+        for name, number in (flushed if here == "least" else current).items():
+            place = places.get(number)
+            if self._is_folder[number]:
+                self._build(number, place, out / name, kind, draw)
+                continue
+            data = self._contents.get(number, b"")
+            if number not in self._contents and here == "zeros" and place is not None:
+                data = bytes(place.stat().st_size)
+            (out / name).write_bytes(data)
+
+
+def main(job: str, folder: str, step: str) -> None:
+    torch.set_num_threads(1)  # A fork must not have threads of OpenMP behind it.
+    print(json.dumps(kill_everywhere(JOBS[job], Path(folder), int(step))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
