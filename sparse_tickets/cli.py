@@ -62,8 +62,10 @@ class ReportCommand:
 
     run: tyro.conf.Positional[Path]
     """The folder given to sweep as --out."""
-    metric: str = "return_final"
-    """return_final, return_best, return_final_sampled or return_auc."""
+    metric: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RETURN ...")] = ()
+    """Of return_final, return_final_sampled, return_auc (area under the learning curve),
+    return_initial (before training), which are the default, return_best and
+    return_initial_sampled."""
     plugin: Files = ()
     """Python files that register your own environments, criteria or conditions."""
 
@@ -270,7 +272,7 @@ def _sweep(rest: list[str], console: Console) -> int:
             "run the same command again to resume."
         )
         return stopped.status
-    return _print_report(out, console, "return_final")
+    return _print_report(out, console, ())
 
 
 class _Stopped(KeyboardInterrupt):
@@ -318,11 +320,12 @@ def _report(rest: list[str], console: Console) -> int:
     return _print_report(command.run, console, command.metric)
 
 
-def _print_report(out: Path, console: Console, metric: str) -> int:
+def _print_report(out: Path, console: Console, metrics: Sequence[str]) -> int:
     from sparse_tickets.analysis.report import report
 
-    table, files = report(out, metric=metric)
-    _print_table(console, table)
+    tables, files = report(out, metrics)
+    for table in tables:
+        _print_table(console, table)
     for file in files:
         console.print(f"  {file}", highlight=False, soft_wrap=True, markup=False)
     return 0

@@ -6,7 +6,8 @@ Each function returns a ``matplotlib.figure.Figure`` that belongs to no global s
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -27,8 +28,9 @@ from .style import (
     INK,
     PALE,
     colour_of,
-    dash,
+    contribution_line,
     head,
+    line_of,
     note,
     save,
     styled,
@@ -43,18 +45,8 @@ __all__ = [
     "ticket_figure",
 ]
 
-_CONTRIBUTION_COLOURS = {
-    "initialisation": "#332288",
-    "mask": "#AA4499",
-    "layerwise ratio": "#88812C",
-}
 _ALGORITHM_NAMES = {"ppo": "PPO", "bc": "behavioural cloning"}
-_METRIC_NAMES = {
-    "return_final": "final return",
-    "return_best": "return of the best checkpoint",
-    "return_final_sampled": "final return, sampled actions",
-    "return_auc": "area under the learning curve",
-}
+_PANEL_HEIGHT, _LABEL_HEIGHT = 2.2, 0.14  # inches
 
 _TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 _WIDE_TICKS = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)  # when sparser still
@@ -63,16 +55,24 @@ _LEVEL_WIDTH = np.log(1.25)  # neighbouring levels on the log axis
 Array = NDArray[np.float64]
 
 
+class _End(NamedTuple):
+    """The last point of a condition's line."""
+
+    condition: str
+    density: float
+    value: float
+
+
 @styled
 def return_figure(
     frame: pl.DataFrame,
     stamp: str | None = None,
     *,
     controls: str | None = None,
-    metric: str = "return_final",
+    metric: str | Sequence[str] = "return_final",
     effective_density: bool = False,
 ) -> Figure:
-    """Return against density, dense at the left, one panel per algorithm.
+    """Return against density, dense at the left: a column per algorithm, rows for what is compared.
 
     A line is a condition's interquartile mean over seeds, its band the 95% bootstrap interval over
     whole tracks (none for a single seed), a dot one seed. Horizontal lines mark the dense policies'
@@ -81,8 +81,8 @@ def return_figure(
     Args:
         frame: The results frame of one environment.
         stamp: A short warning printed on the figure, such as "toy budget".
-        controls: "own" or "ticket"; left out, the kind the frame holds, "own" if it holds both.
-        metric: The return to draw, one of ``frame.METRICS``.
+        controls: "own" or "ticket"; left out, every kind the frame holds, a row each.
+        metric: The return to draw, of ``frame.METRICS``; several have a row each.
         effective_density: Count only weights on a path from input to output. A line then passes
             through the median density of its seeds, and ends where the median seed has no path;
             the dots of seeds without any path stand at the right end.
@@ -90,86 +90,109 @@ def return_figure(
     Raises:
         ValueError: The frame is empty, is no results frame or holds several environments.
     """
-    results.check(frame, metric, one_env=True)
-    kind = _controls(frame, controls)
+    kinds, metrics = _rows(frame, controls, metric)
     env = results.environments(frame)[0]
     algos = results.algorithms(frame)
+    rows = [(kind, name) for kind in kinds for name in metrics]
     shown = {
-        algo: [
-            results.tracks(frame, env, algo, condition, kind, metric)
+        (kind, name, algo): [
+            results.tracks(frame, env, algo, condition, kind, name)
             for condition in results.conditions(frame, env, algo, kind)
         ]
+        for kind, name in rows
         for algo in algos
     }
-    figure = Figure(figsize=(2.0 + 2.9 * len(algos), 3.1), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, len(algos), sharey=True, squeeze=False)[0]
-    edge = _sparsest([t for each in shown.values() for t in each], effective_density)
-    for panel, algo in zip(panels, algos, strict=True):
+    drawn = [track for each in shown.values() for track in each]
+    figure, grid = _grid(len(rows), len(algos))
+    edge = _sparsest(drawn, effective_density)
+    ends: dict[Axes, list[_End]] = {}
+    for panels, (kind, name) in zip(grid, rows, strict=True):
+        for panel, algo in zip(panels, algos, strict=True):
+            tracks = shown[kind, name, algo]
+            _density_axis(panel, edge, no_path=effective_density)
+            ends[panel] = [
+                end
+                for position, track in enumerate(tracks)
+                for end in _draw_tracks(
+                    panel, track, edge, effective_density, position, len(tracks)
+                )
+            ]
+            alone = not any(np.isfinite(track.values).any() for track in tracks)
+            _draw_references(panel, _level_0(frame, env, algo, name), alone)
+        label = results.METRICS[name]
+        panels[0].set_ylabel(label if len(kinds) == 1 else f"{label}\n({kind} controls)")
+        panels[0].yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        if not effective_density:
+            for panel in panels:
+                _label_ends(panel, ends[panel])
+    for panel, algo in zip(grid[0], algos, strict=True):
         panel.set_title(_ALGORITHM_NAMES.get(algo, algo))
-        _density_axis(panel, edge, no_path=effective_density)
+    for panel in grid[-1]:
         panel.set_xlabel("effective density" if effective_density else "density")
-        drawn = [
-            _draw_tracks(panel, track, edge, effective_density, position, len(shown[algo]))
-            for position, track in enumerate(shown[algo])
+    if effective_density:
+        present = {track.condition for track in drawn}
+        names = dict.fromkeys([*CONDITION_COLOURS, *sorted(present)])
+        handles = [
+            Line2D([], [], linewidth=1.4, label=name, **line_of(name))
+            for name in names
+            if name in present
         ]
-        _draw_references(panel, _level_0(frame, env, algo, metric), alone=not any(drawn))
-    panels[0].set_ylabel(_METRIC_NAMES[metric])
-    panels[0].yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-
-    present = {track.condition for each in shown.values() for track in each}
-    handles = [
-        Line2D([], [], color=colour_of(name), linestyle=dash(name), linewidth=1.6, label=name)
-        for name in dict.fromkeys([*CONDITION_COLOURS, *sorted(present)])
-        if name in present
-    ]
-    _legend(panels[-1], handles)
-    seeds = {len(track.seeds) for each in shown.values() for track in each}
-    about = f"{kind} controls: interquartile mean of {_seeds(seeds)}" if seeds else ""
+        _legend(grid[0, -1], handles)
+    seeds = {len(track.seeds) for track in drawn}
+    about = f"interquartile mean of {_seeds(seeds)}" if seeds else ""
+    if about and len(kinds) == 1:
+        about = f"{kinds[0]} controls: {about}"
     head(figure, env, about, stamp)
     return figure
 
 
 @styled
 def contribution_figure(
-    frame: pl.DataFrame, stamp: str | None = None, *, metric: str = "return_final"
+    frame: pl.DataFrame,
+    stamp: str | None = None,
+    *,
+    metric: str | Sequence[str] = "return_final",
 ) -> Figure:
     """What initialisation, mask and layerwise ratio contribute to the return, by density.
 
-    One panel per algorithm, and a row for each kind of controls. A line is the mean of the
+    A column per algorithm, a row for each kind of controls and metric. A line is the mean of the
     differences paired within seeds, its band their 95% bootstrap interval.
 
     Args:
         frame: The results frame of one environment.
         stamp: A short warning printed on the figure, such as "toy budget".
-        metric: The return to compare, one of ``frame.METRICS``.
+        metric: The return to compare, of ``frame.METRICS``; several have rows each.
 
     Raises:
         ValueError: The frame is empty, is no results frame or holds several environments.
     """
-    results.check(frame, metric, one_env=True)
-    table = contributions(frame, metric)
-    algos, kinds = results.algorithms(frame), results.controls_kinds(frame)
-    edge = min([0.5, *table["density"]])
-    figure = Figure(
-        figsize=(2.0 + 2.9 * len(algos), 0.7 + 2.2 * len(kinds)), dpi=DPI, layout="constrained"
-    )
-    grid = figure.subplots(len(kinds), len(algos), sharex=True, sharey=True, squeeze=False)
-    for panels, kind in zip(grid, kinds, strict=True):
+    kinds, metrics = _rows(frame, None, metric)
+    tables = {name: contributions(frame, name) for name in metrics}
+    everything = pl.concat(tables.values())
+    algos = results.algorithms(frame)
+    rows = [(kind, name) for kind in kinds for name in metrics]
+    edge = min([0.5, *everything["density"]])
+    figure, grid = _grid(len(rows), len(algos))
+    for panels, (kind, metric_name) in zip(grid, rows, strict=True):
         for panel, algo in zip(panels, algos, strict=True):
             _density_axis(panel, edge)
             panel.axhline(0.0, color=INK, linewidth=0.7, zorder=1)
-            here = table.filter((pl.col("algo") == algo) & (pl.col("controls") == kind))
-            for name, colour in _CONTRIBUTION_COLOURS.items():
+            here = tables[metric_name].filter(
+                (pl.col("algo") == algo) & (pl.col("controls") == kind)
+            )
+            for position, name in enumerate(CONTRIBUTIONS):
                 line = here.filter(pl.col("contribution") == name).sort("level")
                 x, y, low, high = (
                     line[c].cast(pl.Float64).fill_null(float("nan")).to_numpy()
                     for c in ("density", "mean", "low", "high")
                 )
-                panel.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-                panel.plot(x, y, color=colour, linewidth=1.4)
+                style = contribution_line(name)
+                panel.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
+                panel.plot(x, y, linewidth=1.4, markevery=_every(position, len(x)), **style)
             if here.is_empty():
                 note(panel, "no paired conditions")
-        panels[0].set_ylabel(f"difference in {_METRIC_NAMES[metric]}\n({kind} controls)")
+        label = f"difference in\n{results.METRICS[metric_name]}"
+        panels[0].set_ylabel(label if len(kinds) == 1 else f"{label}\n({kind} controls)")
     for panel, algo in zip(grid[0], algos, strict=True):
         panel.set_title(_ALGORITHM_NAMES.get(algo, algo))
     for panel in grid[-1]:
@@ -178,25 +201,75 @@ def contribution_figure(
         Line2D(
             [],
             [],
-            color=_CONTRIBUTION_COLOURS[name],
-            linewidth=1.6,
+            linewidth=1.4,
             label=f"{name}\n{having}\n− {lacking}",  # noqa: RUF001 (a minus sign)
+            **contribution_line(name),
         )
         for name, (having, lacking) in CONTRIBUTIONS.items()
-        if name in table["contribution"]
+        if name in everything["contribution"]
     ]
     _legend(grid[0, -1], handles, labelspacing=1.2)
-    pairs = set(table.filter(pl.col("level") > 0)["seeds"])
+    pairs = set(everything.filter(pl.col("level") > 0)["seeds"])
     about = f"mean difference within {_seeds(pairs)}" if pairs else ""
+    if about and len(kinds) == 1:
+        about = f"{kinds[0]} controls: {about}"
     head(figure, results.environments(frame)[0], about, stamp)
     return figure
 
 
-def _controls(frame: pl.DataFrame, wanted: str | None) -> str:
+def _rows(
+    frame: pl.DataFrame, controls: str | None, metric: str | Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The kinds of controls and the metrics that have rows in a figure."""
+    metrics = [metric] if isinstance(metric, str) else list(metric)
+    if not metrics:
+        raise ValueError("metric must name at least one return, got none")
+    for name in metrics:
+        results.check(frame, name, one_env=True)
     kinds = results.controls_kinds(frame)
-    if wanted is not None and wanted not in kinds:
-        raise ValueError(f"controls must be one of {', '.join(kinds)}, got {wanted!r}")
-    return wanted or kinds[0]
+    if controls is not None and controls not in kinds:
+        raise ValueError(f"controls must be one of {', '.join(kinds)}, got {controls!r}")
+    return ([controls] if controls else kinds), metrics
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, Any]:
+    size = (0.6 + 3.9 * columns, 0.9 + _PANEL_HEIGHT * rows)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
+
+
+def _every(position: int, levels: int) -> tuple[int, int]:
+    """Which points have markers: every third of many, each line others, so that all are seen."""
+    step = 3 if levels > 8 else 1
+    return position % step, step
+
+
+def _label_ends(panel: Axes, ends: list[_End]) -> None:
+    """Name each condition's line at its end, to the right of the panel, one below the other."""
+    low, high = panel.get_ylim()
+    gap = _LABEL_HEIGHT / _PANEL_HEIGHT * (high - low)
+    height = low - gap
+    ends = sorted(ends, key=lambda end: end.value)
+    for position, (condition, density, value) in enumerate(ends):
+        # Above the one below, leaving room for those above.
+        highest = high - gap * (len(ends) - 1 - position)
+        height = max(min(value, highest), height + gap)
+        panel.annotate(
+            condition,
+            (density, value),
+            (1.05, height),
+            textcoords=panel.get_yaxis_transform(),
+            va="center",
+            fontsize=7,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour_of(condition),
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
+        )
 
 
 def _level_0(frame: pl.DataFrame, env: str, algo: str, metric: str) -> results.Tracks | None:
@@ -240,8 +313,8 @@ def _draw_tracks(
     effective: bool,
     position: int,
     conditions: int,
-) -> bool:
-    """Band, line and dots of one condition; returns whether there was anything finite to draw."""
+) -> Iterator[_End]:
+    """Draw band, line and dots of one condition; yields where the line ends, if there is one."""
     shade = colour_of(track.condition)
     middle = iqm(track.values, 0)
     low, high = bootstrap_interval(track.values)
@@ -256,10 +329,10 @@ def _draw_tracks(
     panel.plot(
         x[there],
         middle[there],
-        color=shade,
-        linewidth=1.5,
-        linestyle=dash(track.condition),
-        zorder=4,
+        linewidth=1.4,
+        zorder=4 + position / 100,
+        markevery=_every(position, int(there.sum())),
+        **line_of(track.condition),
     )
     # Conditions side by side within a level, seeds spread a little: dots do not hide each other.
     spread = np.random.default_rng(position).uniform(-0.5, 0.5, track.values.shape)
@@ -276,7 +349,8 @@ def _draw_tracks(
         linewidths=0,
         zorder=3,
     )
-    return bool(np.isfinite(track.values).any())
+    if there.any():
+        yield _End(track.condition, float(x[there][-1]), float(middle[there][-1]))
 
 
 def _draw_references(panel: Axes, dense: results.Tracks | None, alone: bool) -> None:

@@ -19,6 +19,8 @@ __all__ = [
     "CONDITIONS",
     "DENSE",
     "METRICS",
+    "SHOWN_METRICS",
+    "UNTRAINED",
     "Tracks",
     "algorithms",
     "check",
@@ -38,7 +40,19 @@ CONDITIONS = (
     "permuted/re-init",
     "erk-random/re-init",
 )
-METRICS = ("return_final", "return_best", "return_final_sampled", "return_auc")
+METRICS = {
+    "return_final": "final return",
+    "return_final_sampled": "final return, sampled actions",
+    "return_auc": "area under the learning curve",
+    "return_best": "return of the best checkpoint",
+    "return_initial": "return before training",
+    "return_initial_sampled": "return before training, sampled actions",
+}
+"""The returns of a cell, greedy unless said otherwise, with their names in figures."""
+SHOWN_METRICS = ("return_final", "return_final_sampled", "return_auc", "return_initial")
+"""Shown side by side: a final return alone hides from where, and how fast, it was reached."""
+UNTRAINED = ("return_initial", "return_initial_sampled")
+"""Of weights no one has trained, dense ones too: there is no dense return to keep."""
 
 _KINDS = ("own", "ticket")
 # These draw nothing from another track, so both kinds of controls mean the same cells by them.
@@ -70,10 +84,12 @@ class Tracks:
         source: The controls its cells carry: another kind's where they are the same in both.
         seeds: ``[seeds]`` in increasing order.
         values: ``[seeds, levels]`` of the metric; NaN where a cell is missing or not finite.
+        diverged: ``[seeds, levels]`` bool, cells whose training has no result.
         density: ``[levels]``, NaN at a level without cells.
         effective_density: ``[seeds, levels]``.
         random: Mean return of the random policy; NaN where unknown.
-        dense_median: Median metric of all the algorithm's dense policies; NaN where there is none.
+        dense_median: Median metric of all the algorithm's dense policies; NaN where there is none,
+            or where the metric is of untrained ones.
     """
 
     env: str
@@ -83,6 +99,7 @@ class Tracks:
     source: str
     seeds: NDArray[np.int64]
     values: Array
+    diverged: NDArray[np.bool_]
     density: Array
     effective_density: Array
     random: float
@@ -94,6 +111,13 @@ class Tracks:
         if not self.dense_median > self.random:
             return None
         return normalised_return(self.values, self.random, self.dense_median)
+
+    @property
+    def judged(self) -> Array | None:
+        """``normalised`` with what diverged below everything, so that it counts as degraded."""
+        if self.normalised is None:
+            return None
+        return np.where(self.diverged, -np.inf, self.normalised)
 
 
 def check(frame: pl.DataFrame, metric: str = "return_final", *, one_env: bool = False) -> None:
@@ -193,6 +217,9 @@ def tracks(
         out[row, column] = _floats(cells, name)
         return out
 
+    # Results of before divergence was recorded have no such column.
+    diverged = matrix("diverged") == 1.0 if "diverged" in cells.columns else np.zeros(shape, bool)
+
     values = matrix(metric)
     density = np.full(shape[1], np.nan)
     density[column] = _floats(cells, "density")
@@ -203,11 +230,14 @@ def tracks(
         controls=controls,
         source=str(own["controls"][0]),
         seeds=seeds,
-        values=np.where(np.isfinite(values), values, np.nan),
+        values=np.where(np.isfinite(values) & ~diverged, values, np.nan),
+        diverged=diverged,
         density=density,
         effective_density=matrix("effective_density"),
         random=_finite(_floats(here, "random_return"), np.mean),
-        dense_median=_finite(_floats(dense, metric), np.median),
+        dense_median=(
+            float("nan") if metric in UNTRAINED else _finite(_floats(dense, metric), np.median)
+        ),
     )
 
 

@@ -25,6 +25,8 @@ def mask_figure(
     masks: Sequence[tuple[str, ArrayLike]],
     observation_names: Sequence[str] | None = None,
     stamp: str | None = None,
+    *,
+    title: str = "",
 ) -> Figure:
     """Input-layer masks: units by inputs as a picture, and what is kept of each input.
 
@@ -34,6 +36,7 @@ def mask_figure(
             which has bars only.
         observation_names: Name of each input dimension; numbers if left out.
         stamp: A short warning printed on the figure, such as "toy budget".
+        title: Whose masks they are: environment, condition, seeds.
 
     Raises:
         ValueError: There are no masks, they disagree about the inputs or the names do, or a value
@@ -103,13 +106,16 @@ def mask_figure(
         )
         bar.ax.set_yticklabels(["pruned", "half", "kept"])
         bar.outline.set_visible(False)
-    head(figure, "Input layer", "", stamp)
+    head(figure, "Input layer", title, stamp)
     return figure
 
 
 @styled
 def ticket_figure(
-    layers: Sequence[tuple[str, ArrayLike, ArrayLike]], stamp: str | None = None
+    layers: Sequence[tuple[str, ArrayLike, ArrayLike]],
+    stamp: str | None = None,
+    *,
+    title: str = "",
 ) -> Figure:
     """One ticket, layer by layer: its kept weights in place, and counts per row and column.
 
@@ -119,6 +125,7 @@ def ticket_figure(
     Args:
         layers: ``(name, mask[out, in], weight[out, in])`` per layer, from input to output.
         stamp: A short warning printed on the figure, such as "toy budget".
+        title: Whose ticket it is: environment, algorithm, condition, seed, level.
 
     Raises:
         ValueError: There are no layers, or a mask or weight is no matrix of its layer's shape.
@@ -130,7 +137,7 @@ def ticket_figure(
         # Gentler than proportional, so that two outputs are seen beside 256 units.
         return max(0.5, 2.6 * float(np.sqrt(size / largest)) ** 1.3)
 
-    margin, gap, left, top, bottom = 0.34, 0.6, 0.4, 0.85, 0.5  # inches
+    margin, gap, left, top, bottom = 0.34, 0.6, 0.4, 1.0, 0.5  # inches
     widths = [side(mask.shape[1]) for _, mask, _ in checked]
     heights = [side(mask.shape[0]) for _, mask, _ in checked]
     total_width = left + sum(widths) + len(checked) * (margin + gap) - 0.3
@@ -186,6 +193,9 @@ def ticket_figure(
         va="top",
         fontsize=9,
         weight="bold",
+    )
+    figure.text(
+        left / total_width, 1 - 0.34 / total_height, title, va="top", fontsize=7, color=GREY
     )
     put_stamp(figure, stamp)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sparse_tickets.analysis.figures import (
     save,
     ticket_figure,
 )
+from sparse_tickets.analysis.frame import SHOWN_METRICS
 from sparse_tickets.analysis.table import markdown_table, summary_table
 from sparse_tickets.export import check_suffix, export_ticket
 from sparse_tickets.files import StoreError, write_atomic
@@ -45,15 +47,16 @@ def stamp(spec: Sweep) -> str | None:
     return "toy budget" if short else None
 
 
-def report(out: str | Path, metric: str = "return_final") -> tuple[Table, list[Path]]:
+def report(out: str | Path, metrics: Sequence[str] = ()) -> tuple[list[Table], list[Path]]:
     """Summarise a run and draw its figures into ``<out>/figures``.
 
     Args:
         out: the run's folder, finished or not.
-        metric: the return to report.
+        metrics: the returns to report, of ``analysis.METRICS``; by default final, sampled, area
+            under the curve and before training.
 
     Returns:
-        A table for the terminal and the files written.
+        Tables for the terminal, one per metric, and the files written.
 
     Raises:
         StoreError: there is no run, or nothing is finished yet.
@@ -61,21 +64,25 @@ def report(out: str | Path, metric: str = "return_final") -> tuple[Table, list[P
     """
     out = Path(out)
     frame = load_results(out)
+    # Runs of earlier versions have no returns from before training.
+    metrics = metrics or [name for name in SHOWN_METRICS if name in frame.columns]
     spec = Sweep.from_dict(Store(out).spec)
     mark = stamp(spec)
     folder = _figures(out)
     files: list[Path] = []
-    files += save(return_figure(frame, mark, metric=metric), folder / "returns.png")
-    effective = return_figure(frame, mark, metric=metric, effective_density=True)
+    files += save(return_figure(frame, mark, metric=metrics), folder / "returns.png")
+    effective = return_figure(frame, mark, metric=metrics[0], effective_density=True)
     files += save(effective, folder / "returns-effective-density.png")
-    files += save(contribution_figure(frame, mark, metric=metric), folder / "contributions.png")
+    files += save(contribution_figure(frame, mark, metric=metrics), folder / "contributions.png")
     kept = _input_masks(spec, Store(out), frame)
     if kept:
-        figure = mask_figure(kept, OBSERVATIONS.get(spec.env), mark)
+        title = f"{spec.env}, mask/weights, share of {spec.seeds} seeds that keep a weight"
+        figure = mask_figure(kept, OBSERVATIONS.get(spec.env), mark, title=title)
         files += save(figure, folder / "input-masks.png")
     table = out / "table.md"
-    write_atomic(table, markdown_table(frame, metric).encode())
-    return summary_table(frame, metric), [table, *(file for file in files if file.suffix == ".png")]
+    write_atomic(table, "\n".join(markdown_table(frame, name) for name in metrics).encode())
+    tables = [summary_table(frame, name) for name in metrics]
+    return tables, [table, *(file for file in files if file.suffix == ".png")]
 
 
 def _figures(out: Path) -> Path:
@@ -174,7 +181,9 @@ def show(
         )
         for layer in range(net.depth)
     ]
-    files = [save(ticket_figure(layers, stamp(spec)), folder / f"ticket-{name}.png")[0]]
+    whose = f"{spec.env}, {algo}, {condition} ({controls} controls), seed {seed}"
+    drawn = ticket_figure(layers, stamp(spec), title=f"{whose}, level {ticket.level}")
+    files = [save(drawn, folder / f"ticket-{name}.png")[0]]
     steps = [
         find_ticket(store, spec, algo, track, each)
         for each in sorted({0, ticket.level // 2, ticket.level})
@@ -186,7 +195,7 @@ def show(
         )
         for step in steps
     ]
-    figure = mask_figure(inputs, OBSERVATIONS.get(spec.env), stamp(spec))
+    figure = mask_figure(inputs, OBSERVATIONS.get(spec.env), stamp(spec), title=whose)
     files.append(save(figure, folder / f"inputs-{name}.png")[0])
     if export is not None:
         export_ticket(ticket, export)

@@ -22,8 +22,9 @@ __all__ = [
     "INK",
     "PALE",
     "colour_of",
-    "dash",
+    "contribution_line",
     "head",
+    "line_of",
     "note",
     "put_stamp",
     "save",
@@ -40,11 +41,26 @@ CONDITION_COLOURS = {
     "permuted/re-init": "#56B4E9",
     "erk-random/re-init": "#7A5C3E",
 }
+# Dashes and marker: colours alone are lost in print, and one line under another altogether.
+_LINES: dict[str, tuple[Any, str]] = {
+    "mask/weights": ("-", "o"),
+    "mask/permuted": ((0, (4, 1.6)), "s"),
+    "permuted/permuted": ((0, (4, 1.2, 1, 1.2)), "^"),
+    "random/re-init": ((0, (1, 1.2)), "D"),
+    "mask/re-init": ((0, (2, 1)), "v"),
+    "permuted/re-init": ((0, (6, 1, 1, 1, 1, 1)), "P"),
+    "erk-random/re-init": ((0, (7, 2)), "X"),
+}
 INK, GREY, PALE = "#222222", "#767676", "#D9D9D9"
 DPI = 200
 
+# In colours of their own, dashed and marked as the condition that has the thing.
+_CONTRIBUTION_LINES = {
+    "initialisation": ("#332288", "mask/weights"),
+    "mask": ("#AA4499", "mask/permuted"),
+    "layerwise ratio": ("#88812C", "permuted/permuted"),
+}
 _OWN_COLOURS = ("#000000", "#882255", "#999933", "#332288")
-_DASHED = ("mask/re-init", "permuted/re-init", "erk-random/re-init")
 _WARNING = "#A03000"
 _STYLE: dict[Any, Any] = {
     "font.size": 8.0,
@@ -120,10 +136,23 @@ def colour_of(condition: str) -> str:
     return CONDITION_COLOURS.get(condition, own)
 
 
-def dash(condition: str) -> Any:
-    """Line style of a condition: solid for the literature's four, dashed for the further ones."""
-    solid = condition in CONDITION_COLOURS and condition not in _DASHED
-    return "-" if solid else (0, (3.5, 1.2))
+def line_of(condition: str) -> dict[str, Any]:
+    """Colour, dashes and marker of a condition, told apart in grey and where lines coincide."""
+    dashes, marker = _LINES.get(condition, ((0, (3.5, 1.2, 1, 1.2, 1, 1.2)), "*"))
+    return {
+        "color": colour_of(condition),
+        "linestyle": dashes,
+        "marker": marker,
+        "markersize": 3.4,
+        "markerfacecolor": "white",
+        "markeredgewidth": 0.8,
+    }
+
+
+def contribution_line(name: str) -> dict[str, Any]:
+    """Colour, dashes and marker of a contribution."""
+    colour, twin = _CONTRIBUTION_LINES[name]
+    return {**line_of(twin), "color": colour}
 
 
 def note(panel: Axes, text: str) -> None:

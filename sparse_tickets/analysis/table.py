@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -32,6 +33,7 @@ _SUMMARY = {
     "density": pl.Float64,
     "effective_density": pl.Float64,
     "seeds": pl.Int64,
+    "diverged": pl.Int64,
     "iqm": pl.Float64,
     "low": pl.Float64,
     "high": pl.Float64,
@@ -88,9 +90,10 @@ def summary(
 
     Returns:
         Columns env, algo, controls, condition, level, density, effective_density (mean), seeds
-        (finite returns), iqm, low, high, mean (the IQM trims failures, the mean does not),
-        normalised_iqm (0 is random, 1 the median dense policy), retained (fraction of seeds at or
-        above the threshold). Null where a value does not exist: no interval below two seeds, no
+        (finite returns), diverged (seeds without a result, which the means leave out), iqm, low,
+        high, mean (the IQM trims failures, the mean does not), normalised_iqm (0 is random, 1 the
+        median dense policy), retained (fraction of seeds, diverged ones included, at or above the
+        threshold). Null where a value does not exist: no interval below two seeds, no
         normalised return where dense policies do not beat random ones.
 
     Raises:
@@ -101,12 +104,14 @@ def summary(
         middle, average = iqm(track.values, 0), mean(track.values, 0)
         low, high = bootstrap_interval(track.values, iqm, confidence, resamples, seed)
         seeds = np.sum(~np.isnan(track.values), axis=0)
+        diverged = np.sum(track.diverged, axis=0)
         nothing = np.full_like(middle, np.nan)
         normalised, retained = nothing, nothing
         if track.normalised is not None:
             normalised = iqm(track.normalised, 0)
             kept = np.sum(track.normalised >= threshold, axis=0)
-            retained = np.where(seeds > 0, kept / np.maximum(seeds, 1), np.nan)
+            run = seeds + diverged
+            retained = np.where(run > 0, kept / np.maximum(run, 1), np.nan)
         effective = mean(track.effective_density, 0)
         rows += [
             {
@@ -115,6 +120,7 @@ def summary(
                 "density": float(track.density[level]),
                 "effective_density": float(effective[level]),
                 "seeds": int(seeds[level]),
+                "diverged": int(diverged[level]),
                 "iqm": float(middle[level]),
                 "low": float(low[level]),
                 "high": float(high[level]),
@@ -148,7 +154,8 @@ def degradation(
     Returns:
         Columns env, algo, controls, condition, seeds, level (mean over tracks, each cut at the
         horizon), low, high, density (at that level), horizon, censored (tracks that reach the
-        horizon undegraded: if there are any, level is a lower bound). Conditions without tracks
+        horizon undegraded: if there are any, level is a lower bound). What diverged counts as
+        degraded. Conditions without tracks
         beyond level 0, or whose dense policies do not beat random ones, have no row.
 
     Raises:
@@ -265,14 +272,19 @@ def summary_table(
         ValueError: The frame is empty or is no results frame.
     """
     title, header, rows = _cells(frame, metric, threshold)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    # As text: names may have brackets, which rich would take for its markup.
+    table = Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False
+    )
     words = len(rows[0].words)
     for position, name in enumerate(header):
-        table.add_column(name, justify="left" if position < words else "right", no_wrap=True)
+        justify: Literal["left", "right"] = "left" if position < words else "right"
+        table.add_column(Text(name), justify=justify, no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         last = following is not None and following.words[:-1] != row.words[:-1]
-        level = Text(row.level[0]).append(f" {row.level[1]}".rstrip(), style="dim")
-        table.add_row(*row.words, *(value for value, _ in row.returns), level, end_section=last)
+        texts = [*row.words, *(value for value, _ in row.returns)]
+        levels = [Text(value).append(f" {span}".rstrip(), style="dim") for value, span in row.level]
+        table.add_row(*map(Text, texts), *levels, end_section=last)
     return table
 
 
@@ -288,18 +300,21 @@ def markdown_table(
     words = len(rows[0].words)
     lines = [header, ["---" if i < words else "---:" for i in range(len(header))]]
     for row in rows:
-        pairs = (*row.returns, row.level)
+        pairs = (*row.returns, *row.level)
         lines.append([*row.words, *(f"{value} {span}".strip() for value, span in pairs)])
     return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of either table: names, then (value, interval) texts."""
+    """One row of either table: names, then (value, interval) texts.
+
+    ``level`` is empty where a metric has no degradation level.
+    """
 
     words: tuple[str, ...]
     returns: tuple[tuple[str, str], ...]
-    level: tuple[str, str]
+    level: tuple[tuple[str, str], ...]
 
 
 def _cells(frame: pl.DataFrame, metric: str, threshold: float) -> tuple[str, list[str], list[_Row]]:
@@ -315,6 +330,7 @@ def _cells(frame: pl.DataFrame, metric: str, threshold: float) -> tuple[str, lis
     words = [name for name in _IDENTITY if name not in shared]
 
     degrades = {row[:4]: row[4:] for row in degraded.select(*_IDENTITY, *_LEVEL).iter_rows()}
+    judged = metric not in results.UNTRAINED
     rows = []
     for key, group in every.group_by(_IDENTITY, maintain_order=True):
         returns = {row["level"]: row for row in group.iter_rows(named=True)}
@@ -324,16 +340,22 @@ def _cells(frame: pl.DataFrame, metric: str, threshold: float) -> tuple[str, lis
                     str(word) for word, name in zip(key, _IDENTITY, strict=True) if name in words
                 ),
                 returns=tuple(_return_text(returns.get(level)) for level in shown),
-                level=_level_text(*degrades.get(key, (None, None, None, 0))),
+                level=((_level_text(*degrades.get(key, (None, None, None, 0))),) if judged else ()),
             )
         )
-    header = [*words, *(_percent(density[level]) for level in shown), "degrades at"]
+    header = [*words, *(_percent(density[level]) for level in shown)]
+    header += ["degrades at"] if judged else []
     setting = [every["env"][0]] if "env" in shared else []
     setting += [f"{every['controls'][0]} controls"] if "controls" in shared else []
-    title = (
-        f"{', '.join([*setting, metric])}: IQM over seeds by density; degrades at the first of two "
-        f"successive levels below {threshold:g} of dense (mean over seeds) [95% interval]"
-    )
+    title = f"{', '.join([*setting, metric])}: IQM over seeds by density"
+    if judged:
+        title += (
+            f"; degrades at the first of two successive levels below {threshold:g} of dense "
+            "(mean over seeds) [95% interval]"
+        )
+    diverged = every["diverged"].sum()
+    if diverged:
+        title += f"; {diverged} cells diverged: left out of returns, degraded"
     return title, header, rows
 
 
@@ -397,12 +419,11 @@ def _identity(track: results.Tracks) -> dict[str, object]:
 
 def _begun(track: results.Tracks) -> tuple[NDArray[np.int64], results.Array] | None:
     """Seeds and normalised tracks that hold their level 0; None if there are none."""
-    if track.normalised is None:
+    judged = track.judged
+    if judged is None:
         return None
-    begun = ~np.isnan(track.values[:, 0])
-    if not begun.any():
-        return None
-    return track.seeds[begun], track.normalised[begun]
+    begun = ~np.isnan(judged[:, 0])
+    return (track.seeds[begun], judged[begun]) if begun.any() else None
 
 
 def _density_at(level: float, density: NDArray[np.float64]) -> float:

@@ -1,7 +1,8 @@
-"""A sweep's progress bar: what is trained, how fast, how long it still takes."""
+"""A sweep's progress: what is trained, how fast, how long it still takes; as a bar or in lines."""
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -22,6 +23,8 @@ from sparse_tickets.kernels.compiling import on_compile
 from sparse_tickets.sweep.spec import Sweep
 
 __all__ = ["SweepProgress", "total_steps"]
+
+_BETWEEN_LINES_S = 30.0
 
 
 def total_steps(spec: Sweep) -> int:
@@ -44,11 +47,15 @@ class _Speed(ProgressColumn):
 
 
 class SweepProgress:
-    """Shows a bar while its context is open; `advance` is what `run` calls."""
+    """Shows a bar while its context is open; `advance` is what `run` calls.
+
+    Where the console is no terminal, a line now and then takes the place of the bar.
+    """
 
     def __init__(self, spec: Sweep, console: Console) -> None:
+        self._console = console
         self._bar = Progress(
-            TextColumn("{task.description:28}"),
+            TextColumn("{task.description:28}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:3.0f}%"),
             _Speed(Column(no_wrap=True)),
@@ -57,8 +64,10 @@ class SweepProgress:
             TimeRemainingColumn(),
             console=console,
             expand=True,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=total_steps(spec))
+        self._next_line = time.monotonic()
         self._open = ExitStack()
 
     def __enter__(self) -> SweepProgress:
@@ -76,8 +85,21 @@ class SweepProgress:
 
     def _compiling(self, kernel: str | None) -> None:
         if kernel is not None:
-            self._bar.update(self._task, description=f"compiling once: {kernel}")
+            self.advance(f"compiling once: {kernel}", 0)
 
     def advance(self, description: str, steps: int) -> None:
         """Say what is under way and add the agent-steps just done."""
         self._bar.update(self._task, description=description, advance=steps)
+        if self._bar.disable and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _BETWEEN_LINES_S
+            self._console.print(self._line(), highlight=False, markup=False, soft_wrap=True)
+
+    def _line(self) -> str:
+        task = self._bar.tasks[0]
+        line = f"{task.percentage:3.0f}%  {task.description}"
+        if task.speed:
+            line += f", {task.speed / 1000:,.0f}k steps/s"
+        if task.time_remaining is not None:
+            minutes, seconds = divmod(round(task.time_remaining), 60)
+            line += f", {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+        return line

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from rich.console import Console
 
 from sparse_tickets.analysis import (
@@ -66,11 +67,14 @@ def sweep(
                 "return_final": value,
                 "return_best": value + 1,
                 "return_final_sampled": 0.9 * value,
+                "return_initial": 0.5 * value,
+                "return_initial_sampled": 0.4 * value,
                 "return_auc": 0.7 * value,
                 "curve": [22.0, value],
                 "train_steps": 1000,
                 "wall_s": 1.0,
                 "random_return": 22.0,
+                "diverged": False,
             }
         )
     return pl.DataFrame(rows)
@@ -300,6 +304,57 @@ class TestSummary:
         assert table.select("level", "horizon", "censored").row(0) == (2.0, 2, 4)
         assert "≥ 2.0" in markdown_table(sweep(levels=3, conditions=("mask/weights",)))
 
+    def test_what_diverged_counts_as_degraded_and_is_no_return(self):
+        frame = sweep(levels=6, conditions=("mask/weights",), algos=("ppo", "bc"))
+        lost = (pl.col("seed") == 1) & (pl.col("level") >= 2) & (pl.col("algo") == "ppo")
+        frame = frame.with_columns(
+            pl.when(lost).then(float("nan")).otherwise("return_final").alias("return_final"),
+            diverged=lost,
+        )
+        row = summary(frame).row(
+            by_predicate=(pl.col("algo") == "ppo") & (pl.col("level") == 3), named=True
+        )
+        assert (row["seeds"], row["diverged"]) == (3, 1)
+        assert row["retained"] == 0.75
+        assert row["iqm"] > 400
+        ppo, bc = (
+            degradation(frame).row(by_predicate=pl.col("algo") == algo, named=True)
+            for algo in ("ppo", "bc")
+        )
+        # Three tracks are undegraded at the horizon of 5, the fourth degrades at 2.
+        assert (ppo["level"], ppo["censored"], ppo["seeds"]) == ((3 * 5 + 2) / 4, 3, 4)
+        assert (bc["level"], bc["censored"]) == (5, 4)
+        assert compare(frame)["difference"][0] == 0.75
+        assert "4 cells diverged" in markdown_table(frame)
+        dense = frame.with_columns(
+            diverged=(pl.col("seed") == 1) & (pl.col("algo") == "ppo"),
+        )
+        assert degradation(dense)["seeds"].to_list() == [4, 4]
+        # Results of before divergence was recorded.
+        assert degradation(frame.drop("diverged"))["censored"].to_list() == [4, 4]
+
+    def test_the_density_is_that_of_the_runs_own_rate(self):
+        frame = sweep(levels=20, algos=("ppo",), conditions=("mask/permuted",))
+        halved = frame.with_columns(density=0.5 ** pl.col("level"))
+        (level,), (density,) = degradation(halved)["level"], degradation(halved)["density"]
+        assert density == pytest.approx(0.5**level)
+
+    def test_untrained_returns_have_no_degradation_level(self):
+        assert degradation(sweep(), "return_initial").is_empty()
+        assert "degrades" not in markdown_table(sweep(), "return_initial")
+        assert contributions(sweep(), "return_initial").height == contributions(sweep()).height
+
+    def test_names_in_brackets_are_no_markup(self):
+        frame = sweep(levels=3).with_columns(
+            env=pl.lit("[bold]Env"), condition=pl.col("condition").str.replace("mask/w", "[red]w")
+        )
+        console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(summary_table(frame))
+        console.file.close()
+        text = console.export_text()
+        assert "[bold]Env" in text
+        assert "[red]weights" in text
+
     def test_says_nothing_of_degradation_without_a_scale(self):
         frame = sweep().with_columns(random_return=pl.lit(500.0))
         assert degradation(frame).is_empty()
@@ -409,12 +464,43 @@ class TestFigures:
         assert left.get_xscale() == "log"
         assert left.get_xlim()[0] > 1 > left.get_xlim()[1]
         assert left.get_ylim() == right.get_ylim()
-        legend = [text.get_text() for text in right.get_legend().get_texts()]
-        assert legend == list(FOUR)
+        figure.draw_without_rendering()
+        for panel in (left, right):
+            labels = {text.get_text(): text for text in panel.texts}
+            assert set(FOUR) <= labels.keys()
+            # Without the arrows, which an annotation counts in.
+            boxes = [Text.get_window_extent(labels[name]) for name in FOUR]
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+            assert all(box.x0 > panel.bbox.x1 for box in boxes)
+
+    def test_return_figure_has_a_row_for_each_kind_of_controls_and_metric(self):
+        frame = sweep(kinds=("own", "ticket"))
+        figure = figures.return_figure(frame, metric=("return_final", "return_initial"))
+        labels = [panel.get_ylabel().split("\n") for panel in figure.axes[::2]]
+        assert labels == [
+            [name, f"({kind} controls)"]
+            for kind in ("own", "ticket")
+            for name in ("final return", "return before training")
+        ]
+        one = figures.return_figure(frame, controls="ticket")
+        assert len(one.axes) == 2
+        assert any("ticket controls" in text.get_text() for text in one.texts)
+
+    @pytest.mark.parametrize("draw", [figures.return_figure, figures.contribution_figure])
+    def test_lines_differ_without_colour(self, draw):
+        """In dashes and in markers, which are where the others' are not."""
+        lines = [
+            line for line in draw(sweep(levels=20)).axes[0].lines if line.get_marker() != "None"
+        ]
+        assert len(lines) in (3, 4)
+        for style in (lambda line: line.get_marker(), lambda line: line._unscaled_dash_pattern):
+            assert len({str(style(line)) for line in lines}) == len(lines)
+        starts = [line.get_markevery()[0] for line in lines]
+        assert len(set(starts)) == 3
 
     def test_a_condition_keeps_its_colour(self):
         def colours(frame):
-            legend = figures.return_figure(frame).axes[-1].get_legend()
+            legend = figures.return_figure(frame, effective_density=True).axes[-1].get_legend()
             handles = legend.get_lines()
             return {handle.get_label(): handle.get_color() for handle in handles}
 
@@ -451,7 +537,8 @@ class TestFigures:
         figure.draw_without_rendering()
         bars = [panel.patches for panel in figure.axes if panel.patches]
         np.testing.assert_allclose([bar.get_height() for bar in bars[0]], [1, 1 / 3])
-        figures.mask_figure([("inputs", [0.5, 0.0])]).draw_without_rendering()
+        figure = figures.mask_figure([("inputs", [0.5, 0.0])], title="mask/weights, seed 3")
+        assert "mask/weights, seed 3" in [text.get_text() for text in figure.texts]
 
     @pytest.mark.parametrize(
         ("masks", "names", "message"),
@@ -475,7 +562,8 @@ class TestFigures:
             (name, rng.random(shape) < density, rng.normal(size=shape))
             for name, shape in shapes.items()
         ]
-        figure = figures.ticket_figure(layers)
+        figure = figures.ticket_figure(layers, title="mask/weights, seed 3")
+        assert "mask/weights, seed 3" in [text.get_text() for text in figure.texts]
         figure.draw_without_rendering()
         kept = sum(int(mask.sum()) for _, mask, _ in layers)
         assert any(text.get_text().startswith(f"{kept} of 4416") for text in figure.texts)

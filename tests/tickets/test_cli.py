@@ -1,5 +1,6 @@
 """The command line: help, errors, dry runs, reports on what is there, export, interruption."""
 
+import io
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from sparse_tickets import cli
 from sparse_tickets.algos import evaluation
 from sparse_tickets.analysis.report import stamp
 from sparse_tickets.cli import main
+from sparse_tickets.sweep import progress
 from sparse_tickets.sweep.spec import Sweep, protocol
 from sparse_tickets.sweep.store import Store, load_results
 
@@ -165,6 +167,9 @@ def test_sweep_prints_the_table_and_writes_the_figures(finished, capsys):
     text = capsys.readouterr().out
     assert "mask/weights" in text
     assert "random/re-init" in text
+    for metric in ("return_final", "return_final_sampled", "return_auc", "return_initial"):
+        assert f"{metric}: IQM over seeds" in " ".join(text.split())
+        assert f"{metric}: IQM over seeds" in (finished / "table.md").read_text()
     files = re.findall(r"\S+\.(?:md|png)", text)
     assert len(files) == 5
     assert all(os.path.getsize(file) > 0 for file in files)
@@ -355,6 +360,22 @@ def test_a_signal_ends_a_sweep_cleanly_and_says_how_to_resume(number, tmp_path):
     assert {entry.suffix for entry in (out / "units").iterdir()} == {""}  # no lock, no leftover
     store = Store(out)
     assert all(store.has(unit) for unit in store.units())
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
+    monkeypatch.setattr(progress, "_BETWEEN_LINES_S", 0.2)
+    out = io.StringIO()
+    spec = Sweep(algos=("ppo",), levels=1, seeds=1)
+    with progress.SweepProgress(spec, Console(file=out, width=40)) as shown:
+        for _ in range(2):
+            for _ in range(3):
+                shown.advance("ppo level 0 of [bold]mine", spec.train_steps(0) // 8)
+            time.sleep(0.25)
+        shown.advance("ppo level 0", 0)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == " 12%  ppo level 0 of [bold]mine"
+    assert [line.split()[0] for line in lines] == ["12%", "50%", "75%"]
+    assert re.fullmatch(r" 75%  ppo level 0, [\d,]+k steps/s, 0:00:0\d left", lines[2])
 
 
 def test_ctrl_c_in_other_commands_is_no_traceback(tmp_path, monkeypatch, capsys):
