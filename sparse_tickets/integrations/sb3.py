@@ -126,6 +126,24 @@ class SparsePolicy(BaseModel):
             del state[key]
         return state
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """A state with the masks of all layers that are sparse, or of none: a dense policy's.
+
+        Raises:
+            RuntimeError: under ``strict``, some masks are missing, or the masks present would prune
+                weights of a dense policy's state.
+        """
+        sparse = {f"{name}.mask" for name, part in self.named_modules() if _is_sparse(part)}
+        masks = sparse - set(self._target_masks(""))
+        missing = sorted(masks - state_dict.keys())
+        if strict and missing and len(missing) < len(masks):
+            raise RuntimeError(
+                f"state_dict must hold the mask of every sparse layer or, for a dense policy's "
+                f"state, of none; missing are {missing}: load it with strict=False "
+                "(exact_match=False) to keep the masks there are"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -147,7 +165,7 @@ class SparsePolicy(BaseModel):
             f"{prefix}{name}.{layer}.mask": f"{prefix}{name.removesuffix('_target')}.{layer}.mask"
             for name, _, target in self._targets()
             for layer, module in target.named_modules()
-            if isinstance(module, SparseLinear)
+            if _is_sparse(module)
         }
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -348,6 +366,10 @@ class GradualPruning(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    return isinstance(module, SparseLinear)
 
 
 def _has(module: nn.Module, kind: type[nn.Module]) -> bool:

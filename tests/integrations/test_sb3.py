@@ -176,6 +176,26 @@ def test_set_parameters_brings_the_masks(algorithm):
     check_masks(other, 0.2)
 
 
+@algorithms
+def test_a_strict_load_refuses_a_state_that_lost_a_mask(algorithm):
+    model = sparsify_(build(algorithm), 0.3)
+    parameters = model.get_parameters()
+    whole = dict(parameters["policy"])
+    lost = [key for key in whole if key.endswith(".mask")][-1]
+    parameters["policy"] = {key: value for key, value in whole.items() if key != lost}
+    with pytest.raises(RuntimeError, match=lost):
+        model.set_parameters(parameters)
+    model.set_parameters(parameters, exact_match=False)
+    check_masks(model, 0.3)
+    other = build(algorithm, MODELS[algorithm][1], density=0.3)
+    dense = build(algorithm).get_parameters()
+    with pytest.raises(RuntimeError, match="dense model"):
+        other.set_parameters(dense)
+    unpruned = build(algorithm, MODELS[algorithm][1])
+    unpruned.set_parameters(dense)
+    check_masks(unpruned, 1.0)
+
+
 @pytest.mark.parametrize("algorithm", [DQN, SAC, TD3])
 def test_targets_answer_right_while_pruned_in_training(algorithm):
     model = sparsify_(build(algorithm), 0.8)

@@ -35,12 +35,17 @@ def pytest_configure() -> None:
 
 
 def _draw_masks() -> None:
-    """The tests fill whole states with ``rand_like``, which torch has for floats only."""
-    rand_like = torch.rand_like
+    """The tests fill whole states with random numbers, which torch does not draw for bools."""
+    rand_like, randint_like = torch.rand_like, torch.randint_like
 
     def rand_like_any(tensor: Tensor, **options: Any) -> Tensor:
         if tensor.dtype is torch.bool:
             return rand_like(tensor, dtype=torch.float32) < 0.5
         return rand_like(tensor, **options)
 
-    torch.rand_like = rand_like_any
+    def randint_like_any(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        if tensor.dtype is torch.bool:
+            return rand_like_any(tensor)
+        return randint_like(tensor, *args, **options)
+
+    torch.rand_like, torch.randint_like = rand_like_any, randint_like_any
