@@ -113,7 +113,7 @@ def test_an_invented_return_disagrees(copy, capsys):
 
 
 def test_what_cannot_be_verified_says_why(copy, tmp_path, capsys):
-    assert main(["verify", str(copy), "--cells", "0"]) == 1
+    assert main(["verify", str(copy), "--cells", "0"]) == 2
     assert "cells must be at least 1" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
     assert "holds no run" in capsys.readouterr().err
