@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 __all__ = [
     "Population",
+    "Pruner",
     "SparseLinear",
     "Sweep",
     "Ticket",
@@ -38,6 +39,7 @@ __all__ = [
 
 _HOME = {
     "Population": ("population", "Population"),
+    "Pruner": ("dynamic.pruner", "Pruner"),
     "SparseLinear": ("linear", "SparseLinear"),
     "Sweep": ("sweep.spec", "Sweep"),
     "Ticket": ("ticket", "Ticket"),
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from sparse_tickets.conditions import register_condition
     from sparse_tickets.convert import compact, densify_, sparsify_, to_semi_structured
     from sparse_tickets.coverage import summary
+    from sparse_tickets.dynamic.pruner import Pruner
     from sparse_tickets.envs import make_env, register_env
     from sparse_tickets.kernels.dispatch import use_backend
     from sparse_tickets.linear import SparseLinear

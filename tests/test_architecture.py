@@ -39,7 +39,7 @@ LAYERS = (
     ),
     ("connectivity", "coverage"),
     ("convert", "envs", "population", "targets"),
-    ("export", "integrations"),
+    ("dynamic", "export", "integrations"),
     ("algos",),
     ("imp",),
     ("sweep",),

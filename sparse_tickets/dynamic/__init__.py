@@ -1,0 +1,26 @@
+"""Sparsity during training, along four axes: when, where, what goes and what comes.
+
+A method is one choice on each: a **schedule** (`schedules`), a **distribution** over layers
+(`distributions`), a score of what to **drop** and one of what to **grow** (`scores`). `METHODS`
+names the published ones; `update_mask` takes one step of any of them, for a whole population or a
+module of one's own (`Pruner`).
+"""
+
+from .distributions import DISTRIBUTIONS, layer_counts
+from .method import METHODS, Method
+from .pruner import Pruner
+from .schedules import SCHEDULES
+from .scores import DROP_SCORES, GROW_SCORES
+from .update import update_mask
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "DROP_SCORES",
+    "GROW_SCORES",
+    "METHODS",
+    "SCHEDULES",
+    "Method",
+    "Pruner",
+    "layer_counts",
+    "update_mask",
+]
