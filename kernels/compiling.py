@@ -7,8 +7,12 @@ file in the cache is damaged; here that costs the seconds again.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -17,6 +21,9 @@ from numba.core import caching, event
 from .caching import cache_folder, warn_once
 
 __all__ = ["njit", "on_compile"]
+
+_IMPORT = re.compile(r"^from (\.+)([\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
+_NAME = re.compile(r"\w+")
 
 
 def njit(function: Callable[..., Any] | None = None, *, cache: bool = False, **options: Any) -> Any:
@@ -38,7 +45,50 @@ def njit(function: Callable[..., Any] | None = None, *, cache: bool = False, **o
     return dispatcher
 
 
-class _Locator(caching._SourceFileBackedLocatorMixin, caching._CacheLocator):
+class _Stamp:
+    """Stamps a kernel's file by what it and all it imports relatively say.
+
+    Numba's own stamp is of the file alone, and helpers are compiled into their callers: after a
+    ``git pull`` old machine code would meet new layouts.
+    """
+
+    _py_file: str
+
+    def get_source_stamp(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for path in sorted(_sources(Path(self._py_file))):
+            digest.update(_content(path))
+        return digest.hexdigest()
+
+
+@cache
+def _sources(file: Path) -> frozenset[Path]:
+    """A file and what it imports relatively, and so on."""
+    found, waiting = {file}, [file]
+    while waiting:
+        new = _imported(waiting.pop()) - found
+        found |= new
+        waiting += new
+    return frozenset(found)
+
+
+@cache
+def _imported(file: Path) -> frozenset[Path]:
+    paths = set()
+    for dots, module, names in _IMPORT.findall(_content(file).decode()):
+        base = file.parents[len(dots) - 1].joinpath(*filter(None, module.split(".")))
+        modules = [base, *(base / name for name in _NAME.findall(names))]
+        paths |= {path.with_name(f"{path.name}.py") for path in modules}
+        paths |= {path / "__init__.py" for path in modules}
+    return frozenset(path for path in paths if path.is_file())
+
+
+@cache
+def _content(file: Path) -> bytes:
+    return file.read_bytes()
+
+
+class _Locator(_Stamp, caching._SourceFileBackedLocatorMixin, caching._CacheLocator):
     """In `cache_folder`, a folder for each folder of sources."""
 
     def __init__(self, function: Callable[..., Any], file: str) -> None:
@@ -52,7 +102,13 @@ class _Locator(caching._SourceFileBackedLocatorMixin, caching._CacheLocator):
 
 class _Implementation(caching.CompileResultCacheImpl):
     # The first two are NUMBA_CACHE_DIR and beside the source.
-    _locator_classes = (*caching.CompileResultCacheImpl._locator_classes[:2], _Locator)
+    _locator_classes = (
+        *(
+            type(locator.__name__, (_Stamp, locator), {})
+            for locator in caching.CompileResultCacheImpl._locator_classes[:2]
+        ),
+        _Locator,
+    )
 
 
 class _Cache(caching.FunctionCache):

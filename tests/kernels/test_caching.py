@@ -161,6 +161,55 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(barred: Path) -> N
         assert barred not in cache_folder().parents
 
 
+HELPERS = {
+    "__init__.py": "",
+    "callers/__init__.py": "",
+    "callers/caller.py": """
+from sparse_tickets.kernels.compiling import njit
+from ..helper import (
+    double,
+)
+
+@njit(cache=True)
+def quadruple(x):
+    return double(double(x))
+""",
+    "helper.py": """
+from sparse_tickets.kernels.compiling import njit
+from .constants import TWO
+
+@njit(inline="always")
+def double(x):
+    return TWO * x
+""",
+    "constants.py": "TWO = 2",
+}
+
+
+def test_what_a_kernel_imports_is_part_of_its_stamp(tmp_path: Path) -> None:
+    """A helper is compiled into its caller, whose own file did not change."""
+    package = tmp_path / "package"
+    (package / "callers").mkdir(parents=True)
+    for name, text in HELPERS.items():
+        (package / name).write_text(text)
+    code = """
+from package.callers.caller import quadruple
+result = quadruple(1)
+print(result, sum(quadruple.stats.cache_hits.values()))
+"""
+
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        return done.stdout.strip()
+
+    assert run() == "4 0"
+    assert run() == "4 1"
+    (package / "constants.py").write_text("TWO = 3")
+    assert run() == "9 0"
+
+
 @pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
 @pytest.mark.parametrize("damage", ["empty", "half", "zeros", "text"])
 def test_a_damaged_file_is_compiled_again(
