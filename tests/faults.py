@@ -1,10 +1,12 @@
-"""Faults put into a run of the store: kills at every write, and what a power cut leaves.
+"""Faults put into a run of the store: kills at every write, stops, and what a power cut leaves.
 
-``python tests/faults.py JOB FOLDER STEP`` kills a process of its own at every STEP-th write of a
-job, goes on, and prints how many kills there were; it ends with an error where one did harm.
+As a program it forks processes of its own, prints how many faults there were, and ends with an
+error where one did harm:
+
+    python tests/faults.py kill JOB FOLDER STEP       one process, killed at every STEP-th write
+    python tests/faults.py crowd JOB FOLDER ROUNDS LOCKS   several on one store, killed and stopped
 """
 
-import json
 import os
 import random
 import shutil
@@ -25,6 +27,8 @@ from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.sweep import locks
+from sparse_tickets.sweep import run as run_module
 from sparse_tickets.sweep.data import checksum, read_data, write_data
 from sparse_tickets.sweep.rows import COLUMNS
 from sparse_tickets.sweep.run import run
@@ -292,9 +296,88 @@ class Disk:
             (out / name).write_bytes(data)
 
 
-def main(job: str, folder: str, step: str) -> None:
+def crowd(job: Callable[[Path], object], folder: Path, rounds: int, has_locks: bool) -> int:
+    """Let 2 to 4 processes do a job on one store, killed, replaced, and stopped; how many signals.
+
+    Stops last up to three leases, so that claims are taken over from processes that go on later.
+
+    Args:
+        job: what each does.
+        folder: where.
+        rounds: how often, each time with other moments.
+        has_locks: whether the kernel's locks decide who is dead, or leases alone.
+
+    Raises:
+        AssertionError: a unit was lost, stored twice, or is not what one process alone makes.
+    """
+    os.fsync = lambda descriptor: None
+    locks.RENEW_S, locks.LEASE_S = 0.02, 0.2
+    run_module._POLL_S = 0.02
+    if not has_locks:
+        locks.fcntl = None  # type: ignore[assignment]
+    job(folder / "whole")
+    expected = contents(folder / "whole")
+    signals = 0
+    for number in range(rounds):
+        draw = random.Random(number)
+        out, log = folder / f"crowd-{number}", folder / f"log-{number}"
+        workers = {_worker(job, out, log) for _ in range(draw.randint(2, 4))}
+        left = 12
+        while workers:
+            time.sleep(draw.uniform(0.001, 0.03))
+            for worker in list(workers):
+                ended, status = os.waitpid(worker, os.WNOHANG)
+                if ended:
+                    workers.remove(worker)
+                    assert os.WIFSIGNALED(status) or status == 0, f"round {number}: {status}"
+                    if os.WIFSIGNALED(status):
+                        workers.add(_worker(job, out, log))
+            if workers and left:
+                left -= 1
+                signals += 1
+                worker = draw.choice(sorted(workers))
+                if draw.random() < 0.5:
+                    os.kill(worker, signal.SIGKILL)
+                else:
+                    os.kill(worker, signal.SIGSTOP)
+                    time.sleep(draw.uniform(0, 3 * locks.LEASE_S))
+                    os.kill(worker, signal.SIGCONT)
+        assert contents(out) == expected, f"round {number}"
+        stored = log.read_text().split()
+        assert len(stored) == len(set(stored)), f"round {number}: stored twice: {stored}"
+        assert not list(out.rglob("*.damaged*")), f"round {number}"
+    return signals
+
+
+def _worker(job: Callable[[Path], object], out: Path, log: Path) -> int:
+    """Fork a process that does a job and notes each unit it stored; its number."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    write = Store.write
+
+    def noted(store: Store, unit: Unit, *args: Any, **settings: Any) -> bool:
+        stored = write(store, unit, *args, **settings)
+        if stored:
+            with open(log, "a") as file:
+                file.write(f"{unit.name}\n")
+        return stored
+
+    try:
+        with mock.patch.object(Store, "write", noted):
+            job(out)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def main(fault: str, job: str, folder: str, count: str, kernel_locks: str = "") -> None:
     torch.set_num_threads(1)  # A fork must not have threads of OpenMP behind it.
-    print(json.dumps(kill_everywhere(JOBS[job], Path(folder), int(step))))
+    if fault == "kill":
+        print(kill_everywhere(JOBS[job], Path(folder), int(count)))
+    else:
+        print(crowd(JOBS[job], Path(folder), int(count), kernel_locks == "locks"))
 
 
 if __name__ == "__main__":

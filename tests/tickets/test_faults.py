@@ -33,24 +33,34 @@ def short_lease(monkeypatch):
     monkeypatch.setattr(run_module, "_POLL_S", 0.02)
 
 
-def kill(job, folder, step):
-    """Kill a process at every step-th write of a job, in another process; how many kills."""
+def inflict(*what):
+    """Faults in processes that another one forks; how many."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    command = [sys.executable, faults.__file__, job, str(folder), str(step)]
+    command = [sys.executable, faults.__file__, *map(str, what)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
     assert done.returncode == 0, done.stderr
-    print(done.stdout.strip(), "kills")
+    print(*what, done.stdout.strip())
     return int(done.stdout)
 
 
 def test_killed_at_writes_of_a_unit(tmp_path):
-    assert kill("units", tmp_path, 4) > 15
+    assert inflict("kill", "units", tmp_path, 4) > 15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "least"), [("units", 60), ("sweep", 150)])
 def test_killed_at_every_write(job, least, tmp_path):
-    assert kill(job, tmp_path, 1) > least
+    assert inflict("kill", job, tmp_path, 1) > least
+
+
+def test_several_processes_on_one_store_killed_and_stopped(tmp_path):
+    assert inflict("crowd", "units", tmp_path, 4, "leases") > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["locks", "leases"])
+def test_several_processes_on_one_sweep_killed_and_stopped(kernel, tmp_path):
+    assert inflict("crowd", "sweep", tmp_path, 20, kernel) > 150
 
 
 class Interrupted(KeyboardInterrupt):
