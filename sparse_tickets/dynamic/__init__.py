@@ -2,12 +2,13 @@
 
 A method is one choice on each: a **schedule** (`schedules`), a **distribution** over layers
 (`distributions`), a score of what to **drop** and one of what to **grow** (`scores`). `METHODS`
-names the published ones; `update_mask` takes one step of any of them, for a whole population or a
-module of one's own (`Pruner`).
+names the published ones; `update_mask` takes one step of any of them, for a module of
+one's own (`Pruner`) or a whole population (`PopulationPruner`).
 """
 
 from .distributions import DISTRIBUTIONS, layer_counts
 from .method import METHODS, Method
+from .population import PopulationPruner
 from .pruner import Pruner
 from .schedules import SCHEDULES
 from .scores import DROP_SCORES, GROW_SCORES
@@ -20,6 +21,7 @@ __all__ = [
     "METHODS",
     "SCHEDULES",
     "Method",
+    "PopulationPruner",
     "Pruner",
     "layer_counts",
     "update_mask",

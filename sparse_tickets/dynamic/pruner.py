@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,8 +15,9 @@ from sparse_tickets.convert import sparsify_
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.linear import SparseLinear, count_kept
 
+from .course import Course, find_method
 from .distributions import Layer, layer_counts
-from .method import METHODS, Method
+from .method import Method
 from .scores import DROP_SCORES, GROW_SCORES, Moment
 from .update import update_mask
 
@@ -50,7 +50,6 @@ class Pruner:
         seed: of random scores.
 
     Attributes:
-        method: the method.
         count: gradient steps so far.
 
     Raises:
@@ -68,19 +67,14 @@ class Pruner:
         exclude: Iterable[str] = (),
         seed: int = 0,
     ) -> None:
-        if isinstance(method, str):
-            if method not in METHODS:
-                raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-            method = METHODS[method]
-        count_kept(density, 0)
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        self.method, self._final, self._steps = method, density, steps
+        method = find_method(method)
+        # Before anything is changed.
+        Course(method, steps, 1.0, density)
         self._layers = _sparse_layers(module, list(exclude))
         self._places = _places(layer for layer, *_ in self._layers.values())
         self._size = sum(layer.weight.numel() for layer, *_ in self._layers.values())
         self._key = torch.tensor([derive_key("pruner", seed)], device="cpu")
-        self._initial_density = self.density
+        self._course = Course(method, steps, self.density, density)
         self._initial = self._gather("weight")
         self._gradients: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -105,9 +99,9 @@ class Pruner:
             RuntimeError: a layer had no part in the backward pass whose gradient is asked for.
         """
         self.count += 1
-        due = self._is_due(self.count)
+        due = self._course.is_due(self.count)
         if due:
-            self._update_(self.method)
+            self._update_(self._course.method)
         self._arm()
         return due
 
@@ -115,7 +109,7 @@ class Pruner:
         """What goes on from a checkpoint; the masks are in the module's own."""
         return {
             "count": self.count,
-            "initial_density": self._initial_density,
+            "initial_density": self._course.initial,
             "initial": self._initial,
             "key": self._key,
         }
@@ -131,23 +125,16 @@ class Pruner:
                 f"state must be of a module with {self._size} weights in its sparse layers, got "
                 f"one with {state['initial'].shape[1]}"
             )
-        self.count, self._initial_density = state["count"], state["initial_density"]
+        self.count = state["count"]
+        self._course = replace(self._course, initial=state["initial_density"])
         self._initial = state["initial"].to(self._initial)
         self._key = state["key"].clone()
         self._arm()
 
-    def _is_due(self, count: int) -> bool:
-        start = math.ceil(self.method.start * self._steps)
-        stop = max(1, start, math.ceil(self.method.stop * self._steps))
-        within = max(1, start) <= count <= stop
-        return within and ((count - start) % self.method.every == 0 or count == stop)
-
     @torch.no_grad()
     def _update_(self, method: Method) -> None:
-        progress = min(1.0, self.count / self._steps)
-        density = method.density(progress, self._initial_density, self._final)
         mask, growing = self._gather("mask"), GROW_SCORES[method.grow]
-        k = count_kept(density, self._size)
+        k = count_kept(self._course.density(self.count), self._size)
         if growing is None:
             k = min(k, int(mask.count_nonzero()))
         kept = [int(mask[:, at].count_nonzero()) for at in map(_slice, self._places)]
@@ -161,7 +148,7 @@ class Pruner:
             DROP_SCORES[method.drop](moment),
             None if growing is None else growing(moment),
             k,
-            replaced=method.replaced(progress),
+            replaced=self._course.replaced(self.count),
             layers=self._places,
             counts=counts,
         )
@@ -182,7 +169,7 @@ class Pruner:
             handle.remove()
         self._handles.clear()
         self._gradients.clear()
-        if self.method.needs_gradient and self._is_due(self.count + 1):
+        if self._course.method.needs_gradient and self._course.is_due(self.count + 1):
             self._handles += [
                 layer.register_forward_hook(partial(self._listen, name), with_kwargs=True)
                 for name, layers in self._layers.items()

@@ -7,17 +7,22 @@ import torch
 from torch import nn
 
 from sparse_tickets import SparseLinear
+from sparse_tickets.algos import ppo
+from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.dynamic import (
     DROP_SCORES,
     GROW_SCORES,
     METHODS,
     SCHEDULES,
     Method,
+    PopulationPruner,
     Pruner,
     layer_counts,
     update_mask,
 )
 from sparse_tickets.dynamic.scores import Moment
+from sparse_tickets.envs import env_spec
+from sparse_tickets.population import Population, initialise, policy_arena
 
 LAYERS = [(0, 5, 3), (15, 4, 5), (35, 1, 4)]
 SIZE = 39
@@ -297,6 +302,73 @@ def test_scores_know_each_ticket_alone():
             score(Moment(weight[[i]], initial[[i]], gradient[[i]], key[[i]], 7)) for i in range(5)
         ]
         assert torch.equal(torch.cat(alone), score(together)), name
+
+
+SETTINGS = ppo.PPO(steps=6 * 64, copies=4, horizon=16, minibatches=2, epochs=2)
+
+
+def tickets(index: list[int]) -> tuple[Population, torch.Tensor]:
+    arena = policy_arena(env_spec("CartPole-v1"), (16, 12))
+    key = torch.tensor(index) + 100
+    return Population.create(arena, initialise(arena, key)), key
+
+
+def train_tickets(index: list[int], method: Method, gradient=None) -> Population:
+    population, key = tickets(index)
+    size = population.arena.prunable
+    rows = None if gradient is None else lambda: gradient(population)
+    pruner = PopulationPruner(population, method, 0.2, 24, key, gradient=rows)
+
+    def look(_):
+        before = population.parameters.mask.clone()
+        updated = pruner.step(4)
+        mask = population.parameters.mask
+        density = method.density(pruner.count / 24, 1.0, 0.2)
+        if updated or method.schedule == "constant":
+            assert population.density == density
+        assert (mask.sum(1) == math.floor(population.density * size + 0.5)).all()
+        for name in ("weight", "m", "v"):
+            row = getattr(population.parameters, name)[:, :size]
+            assert not row[~mask | (mask & ~before)].any()
+
+    ppo.train(
+        SETTINGS,
+        "CartPole-v1",
+        population,
+        key,
+        evaluation=Evaluation(points=1, episodes=2, final_episodes=2),
+        on_iteration=look,
+    )
+    assert pruner.count == 24
+    return population
+
+
+def towards_first(population: Population) -> torch.Tensor:
+    """Some gradient that is each ticket's own."""
+    size = population.arena.prunable
+    return population.parameters.weight[:, :size].flip(1) + torch.arange(size)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tickets_of_a_population_are_pruned_each_by_itself(name):
+    method = Method(**{**vars(METHODS[name]), "every": 8})
+    gradient = towards_first if method.needs_gradient else None
+    together = train_tickets([0, 1, 2], method, gradient)
+    alone = train_tickets([1], method, gradient)
+    assert torch.equal(together.parameters.mask[1], alone.parameters.mask[0])
+    assert torch.equal(together.parameters.weight[1], alone.parameters.weight[0])
+    assert not torch.equal(together.parameters.mask[0], together.parameters.mask[1])
+
+
+def test_a_population_that_cannot_be_pruned_alike_is_refused():
+    population, key = tickets([0, 1])
+    with pytest.raises(ValueError, match="gradient must be given for this method"):
+        PopulationPruner(population, "rigl", 0.1, 10, key)
+    with pytest.raises(ValueError, match=r"key must have shape \(2,\), got \(1,\)"):
+        PopulationPruner(population, "set", 0.1, 10, key[:1])
+    population.parameters.mask[0, 0] = False
+    with pytest.raises(ValueError, match="as many weights in every ticket, got 279 to 280"):
+        PopulationPruner(population, "set", 0.1, 10, key)
 
 
 @pytest.mark.parametrize(
