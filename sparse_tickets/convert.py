@@ -94,9 +94,9 @@ def sparsify_(
 
     The default shares the density out by Erdos-Renyi-Kernel, more to small layers and heads: of the
     three scopes the best for fresh PPO and SAC policies at density 0.1 in ``experiments/
-    sparsify_default.py`` (three seeds or two, so gaps are rough; DQN did as well by ``layer``). Ranking all
-    layers together (``global``) prunes PPO's heads, which are initialised 100 times smaller, to
-    nothing: the policy is a constant and never learns.
+    sparsify_default.py`` (two to three seeds, so gaps are rough; DQN did as well by ``layer``).
+    Ranking all layers together (``global``) prunes PPO's heads, which are initialised 100 times
+    smaller, to nothing: the policy is a constant and never learns.
 
     Args:
         module: any module, changed in place. Its Parameters stay the same objects.
