@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow bench bench-full gpu check format docs clean
+.PHONY: help demo test test-slow fuzz bench bench-full gpu check format docs clean
 
 help:
 	@echo "make demo       a small lottery-ticket study of CartPole-v1: table and figures"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take long"
+	@echo "make fuzz       drawn tests with new cases, CASES=1000 each; hours"
 	@echo "make bench      what sparsity gains on this machine, a few minutes; writes benchmarks/"
 	@echo "make bench-full the same with scaling curves and more shapes, about 20 minutes"
 	@echo "make gpu        on an NVIDIA GPU, under 9 minutes, offline: tests, tuning, targets, a sweep"
@@ -35,6 +36,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+CASES ?= 1000
+fuzz: $(INSTALLED)
+	SPARSE_TICKETS_FUZZ=$(CASES) $(BIN)/python -m pytest tests/fuzz
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks run --suite quick
