@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "check_integer",
     "check_shape",
     "check_untransformed",
+    "has_data",
 ]
 
 
@@ -37,10 +39,16 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
 
 
+def has_data(tensor: Tensor) -> bool:
+    """Whether anybody can look at the values: not of a meta tensor, nor of a fake one."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def check_data(name: str, tensor: Tensor) -> None:
-    """Raise ``ValueError`` if ``tensor`` is a meta tensor, whose values nobody can look at."""
-    if tensor.is_meta:
-        raise ValueError(f"{name} must hold data, got a tensor on meta")
+    """Raise ``ValueError`` unless `has_data`."""
+    if not has_data(tensor):
+        kind = "a tensor on meta" if tensor.is_meta else "a FakeTensor"
+        raise ValueError(f"{name} must hold data, got {kind}")
 
 
 def check_integer(name: str, value: int, low: int, high: int) -> int:

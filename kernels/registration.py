@@ -17,6 +17,7 @@ def register(
     library: Library,
     name: str,
     op: Any,
+    check: Callable[..., object],
     compute: Callable[..., Tensor],
     function: type[torch.autograd.Function],
     shape: Callable[..., tuple[int, ...]],
@@ -27,6 +28,8 @@ def register(
         library: where the op is defined.
         name: of the op.
         op: the op itself, of tensors ``[P, ...]`` and what they share.
+        check: raises where arguments do not fit; whoever calls the op by its name has passed no
+            other check, and kernels read memory by shapes.
         compute: what it is on a device.
         function: how autograd differentiates it, given the op first.
         shape: of its result, which has the first argument's dtype.
@@ -39,7 +42,12 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    def checked(*args: Any) -> Tensor:
+        check(*args)
+        return compute(*args)
+
     def fake(*args: Any) -> Tensor:
+        check(*args)
         return args[0].new_empty(shape(*args))
 
     def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
@@ -57,7 +65,7 @@ def register(
         return result.unflatten(0, (info.batch_size, tickets)), 0
 
     for device in ("CPU", "CUDA"):
-        library.impl(name, compute, device)
+        library.impl(name, checked, device)
     library.impl(name, differentiable, "Autograd")
     register_fake(f"sparse_tickets::{name}", fake, lib=library)
     register_vmap(f"sparse_tickets::{name}", batched, lib=library)

@@ -26,6 +26,7 @@ from .blocks import (
     BlockPattern,
     block_pattern,
     find_blocks,
+    table_shape,
 )
 
 if TYPE_CHECKING:
@@ -481,38 +482,61 @@ class _LinearDW(_Differentiable):
             )
 
 
-# Whoever calls an op by its name has passed no check; kernels read memory by these shapes.
+def _check_forward(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor | None,
+    block: int,
+    precision: str,
+) -> None:
+    _validate(x, weight, mask, bias, precision)
+    _check_blocks(blocks, block, mask)
 
 
-def _checked_forward(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *form: Any
-) -> Tensor:
-    _validate(x, weight, mask, bias, form[-1])
-    return _forward(x, weight, mask, bias, *form)
-
-
-def _checked_dx(dy: Tensor, weight: Tensor, mask: Tensor, *form: Any) -> Tensor:
+def _check_dx(
+    dy: Tensor, weight: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
+) -> None:
     if weight.dim() != 3:
         raise ValueError(f"weight must have shape (P, O, I), got {tuple(weight.shape)}")
+    check_shape("mask", mask, tuple(weight.shape))
     # The transposed product: dy takes the place of x.
-    _validate(dy, weight.mT, mask.mT, None, form[-1])
-    return _dx(dy, weight, mask, *form)
+    _validate(dy, weight.mT, mask.mT, None, precision)
+    _check_blocks(blocks, block, mask)
 
 
-def _checked_dw(dy: Tensor, x: Tensor, mask: Tensor, *form: Any) -> Tensor:
+def _check_dw(
+    dy: Tensor, x: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
+) -> None:
     if dy.dim() != 3:
         raise ValueError(f"dy must have shape (P, B, O), got {tuple(dy.shape)}")
     weight = dy.new_empty(1).expand(mask.shape)
-    _validate(x, weight, mask, None, form[-1])
+    _validate(x, weight, mask, None, precision)
     check_shape("dy", dy, (*x.shape[:2], mask.shape[1]))
-    return _dw(dy, x, mask, *form)
+    _check_blocks(blocks, block, mask)
+
+
+def _check_blocks(blocks: Tensor | None, block: int, mask: Tensor) -> None:
+    """A `BlockPattern`'s table and size fit the mask, or there are none."""
+    if blocks is None:
+        if block:
+            raise ValueError(f"block must be 0 without a table of blocks, got {block}")
+        return
+    if block not in BLOCK_SIZES:
+        raise ValueError(f"block must be one of {BLOCK_SIZES}, got {block}")
+    tickets, out, inp = mask.shape
+    check_shape("blocks", blocks, table_shape(tickets, out, inp, block))
+    check_dtype("blocks", blocks, torch.int32)
+    check_device("blocks", blocks, mask)
 
 
 register(
     _library,
     "linear",
     _LINEAR,
-    _checked_forward,
+    _check_forward,
+    _forward,
     _Linear,
     lambda x, weight, *_: (x.shape[0], x.shape[1], weight.shape[1]),
 )
@@ -520,10 +544,17 @@ register(
     _library,
     "linear_dx",
     _DX,
-    _checked_dx,
+    _check_dx,
+    _dx,
     _LinearDX,
     lambda dy, weight, *_: (dy.shape[0], dy.shape[1], weight.shape[2]),
 )
 register(
-    _library, "linear_dw", _DW, _checked_dw, _LinearDW, lambda dy, x, mask, *_: tuple(mask.shape)
+    _library,
+    "linear_dw",
+    _DW,
+    _check_dw,
+    _dw,
+    _LinearDW,
+    lambda dy, x, mask, *_: tuple(mask.shape),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import check_data, check_dtype
 
-__all__ = ["BLOCK_SIZES", "BlockPattern", "block_pattern", "find_blocks"]
+__all__ = ["BLOCK_SIZES", "BlockPattern", "block_pattern", "find_blocks", "table_shape"]
 
 BLOCK_SIZES = (16, 32, 64)
 """Sizes of square blocks: what a tensor core takes at least, up to one output tile."""
@@ -85,9 +85,6 @@ def block_pattern(mask: Tensor, block: int) -> BlockPattern:
     check_dtype("mask", mask, torch.bool)
     check_data("mask", mask)
     mask = mask[None] if mask.dim() == 2 else mask
-    out, inp = mask.shape[1:]
-    if out % block or inp % block:
-        raise ValueError(f"mask must be multiples of block={block} wide, got {out} x {inp}")
     table = _build(mask, block)
     if table is None:
         ticket, row, column = _first_mixed(mask, block)
@@ -116,6 +113,18 @@ def find_blocks(mask: Tensor) -> BlockPattern | None:
         table = _build(mask, known.block)
         version = _remember(mask, known.block, table)
     return None if table is None else BlockPattern(mask, known.block, table, version)
+
+
+def table_shape(tickets: int, out: int, inp: int, block: int) -> tuple[int, ...]:
+    """Of `BlockPattern.table`.
+
+    Raises:
+        ValueError: the block does not divide the mask.
+    """
+    if out % block or inp % block:
+        raise ValueError(f"mask must be multiples of block={block} wide, got {out} x {inp}")
+    rows, columns = out // block, inp // block
+    return tickets, rows + columns, 1 + max(rows, columns)
 
 
 def _owner(mask: Tensor) -> Tensor:
@@ -150,14 +159,14 @@ def _split(mask: Tensor, block: int) -> Tensor:
 def _build(mask: Tensor, block: int) -> Tensor | None:
     """See `BlockPattern.table`; None if a block is neither kept nor pruned whole."""
     tickets, out, inp = mask.shape
-    rows, columns = out // block, inp // block
+    table = mask.new_zeros(table_shape(tickets, out, inp, block), dtype=torch.int32)
     if not mask.numel():
-        return mask.new_zeros(tickets, rows + columns, 1 + max(rows, columns), dtype=torch.int32)
+        return table
+    rows = out // block
     blocks = _split(mask, block)
     kept = blocks.all((3, 4))
     if not torch.equal(kept, blocks.any((3, 4))):
         return None
-    table = mask.new_zeros(tickets, rows + columns, 1 + max(rows, columns), dtype=torch.int32)
     for lists, matrix in ((table[:, :rows], kept), (table[:, rows:], kept.mT)):
         lists[:, :, 0] = matrix.sum(2)
         order = (~matrix).to(torch.uint8).argsort(dim=2, stable=True)

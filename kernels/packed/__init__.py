@@ -27,16 +27,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan, resolve_backend
-from ..errors import (
-    check_device,
-    check_dtype,
-    check_integer,
-    check_shape,
-    check_untransformed,
-)
+from ..errors import check_device, check_integer, check_untransformed
 from ..linear import PRECISIONS
-from ..memory import check_separate
 from . import registration
+from .checks import check_precision, check_values
 from .layout import Layer, Pattern, build_pattern
 
 __all__ = [
@@ -50,8 +44,6 @@ __all__ = [
     "unpack",
     "write_gradient_",
 ]
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def linear_packed(
@@ -94,12 +86,10 @@ def linear_packed(
         dtype = torch.get_autocast_dtype(device)
         x, values = _autocast(x, dtype), _autocast(values, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    place = _check_product(values, pattern, layer, precision)
-    _check_batch("x", x, values, place.inp)
-    if bias is not None:
-        check_shape("bias", bias, (pattern.tickets, place.out))
-        check_dtype("bias", bias, x.dtype)
-        check_device("bias", bias, x)
+    check_values("values", values, pattern.bits, pattern.width)
+    # Before torch sees them, which takes no other types.
+    check_precision(precision)
+    layer = check_integer("layer", layer, 0, len(pattern.layers))
     return registration.LINEAR(
         x, values, pattern.bits, pattern.start, bias, pattern.shapes, layer, precision
     )
@@ -121,13 +111,6 @@ def pack(dense: Tensor, pattern: Pattern) -> Tensor:
         ValueError: a shape or a device is not as above.
     """
     _check_pattern(pattern)
-    if dense.dim() != 2 or dense.shape[0] != pattern.tickets or dense.shape[1] < pattern.size:
-        raise ValueError(
-            f"dense must have shape ({pattern.tickets}, {pattern.size} or more), "
-            f"got {tuple(dense.shape)}"
-        )
-    check_dtype("dense", dense, *_DTYPES)
-    check_device("dense", dense, pattern.bits)
     return registration.PACK(dense, pattern.bits, pattern.start, pattern.shapes, pattern.width)
 
 
@@ -145,7 +128,8 @@ def unpack(values: Tensor, pattern: Pattern) -> Tensor:
         TypeError: a dtype is not as above, or the pattern is no `Pattern`.
         ValueError: a shape or a device is not as above.
     """
-    _check_values(values, pattern)
+    _check_pattern(pattern)
+    check_values("values", values, pattern.bits, pattern.width)
     return registration.UNPACK(values, pattern.bits, pattern.start, pattern.shapes)
 
 
@@ -180,21 +164,11 @@ def write_gradient_(
             tensor that is written shares memory with another.
         NotImplementedError: from forward-mode differentiation.
     """
-    place = _check_product(gradient, pattern, layer, precision, "gradient")
-    _check_batch("x", x, gradient, place.inp)
-    _check_batch("dy", dy, gradient, place.out)
-    check_shape("dy", dy, (pattern.tickets, x.shape[1], place.out))
-    targets = {"gradient": gradient}
-    if squares is not None:
-        check_shape("squares", squares, (pattern.tickets, pattern.start.shape[1] - 1))
-        check_dtype("squares", squares, torch.float32, torch.float64)
-        check_device("squares", squares, x)
-        targets["squares"] = squares
-    for name, target in targets.items():
-        if not target.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {target.stride()}")
+    _check_pattern(pattern)
+    check_values("gradient", gradient, pattern.bits, pattern.width)
+    check_precision(precision)
+    layer = check_integer("layer", layer, 0, len(pattern.layers))
     check_untransformed("write_gradient_", gradient, dy, x, squares)
-    check_separate(targets, {"dy": dy, "x": x})
     registration.WRITE(
         gradient.detach(),
         dy.detach(),
@@ -245,29 +219,3 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _check_pattern(pattern: Pattern) -> None:
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Pattern, got {type(pattern).__name__}")
-
-
-def _check_values(values: Tensor, pattern: Pattern, name: str = "values") -> None:
-    _check_pattern(pattern)
-    check_shape(name, values, (pattern.tickets, pattern.width))
-    check_dtype(name, values, *_DTYPES)
-    check_device(name, values, pattern.bits)
-
-
-def _check_product(
-    values: Tensor, pattern: Pattern, layer: int, precision: str, name: str = "values"
-) -> Layer:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    _check_values(values, pattern, name)
-    return pattern.layers[check_integer("layer", layer, 0, len(pattern.layers))]
-
-
-def _check_batch(name: str, tensor: Tensor, values: Tensor, features: int) -> None:
-    """``[P, B, features]`` of the values' dtype, where they live."""
-    if tensor.dim() != 3 or (tensor.shape[0], tensor.shape[2]) != (values.shape[0], features):
-        raise ValueError(
-            f"{name} must have shape ({values.shape[0]}, B, {features}), got {tuple(tensor.shape)}"
-        )
-    check_dtype(name, tensor, values.dtype)
-    check_device(name, tensor, values)

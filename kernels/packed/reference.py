@@ -9,17 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_sound
 from .layout import Layer
 
 __all__ = ["dw", "dx", "forward", "pack", "place", "tile_squares", "unpack", "unpack_layer"]
 
 
-def place(bits: Tensor, start: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Where a layer is supported, ``[P, out, inp]`` bool, and which value lies there, int64."""
+def place(bits: Tensor, start: Tensor, layer: Layer, width: int) -> tuple[Tensor, Tensor]:
+    """Where a layer is supported, ``[P, out, inp]`` bool, and which of width values lies there."""
     words = bits[:, layer.first_word : layer.first_word + layer.words]
     shift = torch.arange(32, dtype=torch.int32, device=bits.device)
     kept = (words.unsqueeze(2) >> shift) & 1
     kept = kept.reshape(len(bits), layer.tiles, layer.tile_out * layer.tile_in)
+    check_sound(kept, start, layer, width)
     first = start[:, layer.first_tile : layer.first_tile + layer.tiles].unsqueeze(2)
     index = first + kept.cumsum(2) - kept
 
@@ -33,7 +35,7 @@ def place(bits: Tensor, start: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
 
 def unpack_layer(values: Tensor, bits: Tensor, start: Tensor, layer: Layer) -> Tensor:
     """One weight matrix ``[P, out, inp]``, zero off the mask."""
-    mask, index = place(bits, start, layer)
+    mask, index = place(bits, start, layer, values.shape[1])
     # A value more, for the entries that have none.
     padded = torch.cat([values, values.new_zeros(len(values), 1)], 1)
     index = index.masked_fill(~mask, values.shape[1])
@@ -95,7 +97,7 @@ def dw(
     dense = torch.bmm(dy.mT, x)
     _pack_layer(target, dense, bits, start, layer)
     if squares is not None:
-        mask, _ = place(bits, start, layer)
+        mask, _ = place(bits, start, layer, target.shape[1])
         kept = dense.masked_fill(~mask, 0).to(squares.dtype)
         first = layer.first_tile
         squares[:, first : first + layer.tiles] = tile_squares(kept, layer)
@@ -112,6 +114,6 @@ def tile_squares(dense: Tensor, layer: Layer) -> Tensor:
 
 def _pack_layer(values: Tensor, matrix: Tensor, bits: Tensor, start: Tensor, layer: Layer) -> None:
     """Store the supported entries of ``matrix [P, out, inp]`` among the values."""
-    mask, index = place(bits, start, layer)
+    mask, index = place(bits, start, layer, values.shape[1])
     ticket = torch.arange(len(values), device=values.device)[:, None, None].expand_as(index)
     values[ticket[mask], index[mask]] = matrix[mask]

@@ -14,9 +14,20 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from ..dispatch import Backend, resolve_backend, resume
-from ..memory import mark_written
+from ..errors import check_device, check_dtype, check_integer, check_shape
+from ..memory import check_separate, mark_written
 from ..registration import register
 from . import reference
+from .checks import (
+    DTYPES,
+    check_batch,
+    check_dense,
+    check_precision,
+    check_squares,
+    check_values,
+    check_where,
+    find_layer,
+)
 from .layout import Layer, lay_out
 
 __all__ = ["DW", "DX", "LINEAR", "PACK", "UNPACK", "WRITE", "choose"]
@@ -53,6 +64,95 @@ def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     """Triton, which knows no float64, or plain torch: packed weights spare a GPU's memory alone."""
     triton = resolve_backend(device) == "triton" and dtype != torch.float64
     return "triton" if triton else "reference"
+
+
+def _check_forward(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    bias: Tensor | None,
+    shapes: list[int],
+    layer: int,
+    precision: str,
+) -> None:
+    check_precision(precision)
+    place = find_layer(check_where(bits, start, shapes), layer)
+    check_values("values", values, bits)
+    check_batch("x", x, values, place.inp)
+    if bias is not None:
+        check_shape("bias", bias, (len(bits), place.out))
+        check_dtype("bias", bias, x.dtype)
+        check_device("bias", bias, x)
+
+
+def _check_dx(
+    dy: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    shapes: list[int],
+    layer: int,
+    precision: str,
+) -> None:
+    check_precision(precision)
+    place = find_layer(check_where(bits, start, shapes), layer)
+    check_values("values", values, bits)
+    check_batch("dy", dy, values, place.out)
+
+
+def _check_dw(
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    shapes: list[int],
+    layer: int,
+    width: int,
+    precision: str,
+) -> None:
+    check_precision(precision)
+    place = find_layer(check_where(bits, start, shapes), layer)
+    check_integer("width", width, 0, 1 << 31)
+    check_dtype("x", x, *DTYPES)
+    check_device("x", x, bits)
+    check_batch("x", x, x.new_empty(len(bits), 0), place.inp)
+    check_batch("dy", dy, x, place.out)
+    check_shape("dy", dy, (*x.shape[:2], place.out))
+
+
+def _check_write(
+    gradient: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    start: Tensor,
+    shapes: list[int],
+    layer: int,
+    precision: str,
+    squares: Tensor | None,
+) -> None:
+    check_values("gradient", gradient, bits)
+    check_dtype("gradient", gradient, x.dtype)
+    _check_dw(dy, x, bits, start, shapes, layer, gradient.shape[1], precision)
+    targets = {"gradient": gradient}
+    if squares is not None:
+        check_squares(squares, start)
+        targets["squares"] = squares
+    for name, target in targets.items():
+        if not target.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {target.stride()}")
+
+
+def _check_pack(dense: Tensor, bits: Tensor, start: Tensor, shapes: list[int], width: int) -> None:
+    check_where(bits, start, shapes)
+    check_dense(dense, bits, _size(shapes))
+    check_integer("width", width, 0, 1 << 31)
+
+
+def _check_unpack(values: Tensor, bits: Tensor, start: Tensor, shapes: list[int]) -> None:
+    check_where(bits, start, shapes)
+    check_values("values", values, bits)
 
 
 def _forward(
@@ -134,8 +234,11 @@ def _write_gradient(
     precision: str,
     squares: Tensor | None,
 ) -> None:
+    _check_write(gradient, dy, x, bits, start, shapes, layer, precision, squares)
+    written = {"gradient": gradient} | ({} if squares is None else {"squares": squares})
+    check_separate(written, {"dy": dy, "x": x, "bits": bits, "start": start})
     _write(gradient, dy, x, bits, start, lay_out(*shapes)[layer], precision, squares)
-    mark_written(gradient, *(() if squares is None else (squares,)))
+    mark_written(*written.values())
 
 
 def _pack(dense: Tensor, bits: Tensor, start: Tensor, shapes: list[int], width: int) -> Tensor:
@@ -259,6 +362,7 @@ register(
     _library,
     "linear_packed",
     LINEAR,
+    _check_forward,
     _forward,
     _Linear,
     lambda x, values, bits, start, bias, shapes, layer, precision: (
@@ -270,6 +374,7 @@ register(
     _library,
     "linear_packed_dx",
     DX,
+    _check_dx,
     _dx,
     _LinearDX,
     lambda dy, values, bits, start, shapes, layer, precision: (
@@ -281,6 +386,7 @@ register(
     _library,
     "linear_packed_dw",
     DW,
+    _check_dw,
     _dw,
     _LinearDW,
     lambda dy, x, bits, start, shapes, layer, width, precision: (dy.shape[0], width),
@@ -289,6 +395,7 @@ register(
     _library,
     "pack",
     PACK,
+    _check_pack,
     _pack,
     _Pack,
     lambda dense, bits, start, shapes, width: (dense.shape[0], width),
@@ -297,10 +404,11 @@ register(
     _library,
     "unpack",
     UNPACK,
+    _check_unpack,
     _unpack,
     _Unpack,
     lambda values, bits, start, shapes: (values.shape[0], _size(shapes)),
 )
 for _device in ("CPU", "CUDA"):
     _library.impl("write_gradient_", _write_gradient, _device)
-register_fake("sparse_tickets::write_gradient_", lambda *_: None, lib=_library)
+register_fake("sparse_tickets::write_gradient_", _check_write, lib=_library)

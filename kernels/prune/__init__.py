@@ -58,19 +58,12 @@ def _checked(
     scores: Tensor, mask: Tensor, k: Tensor | int, criterion: str, check: bool
 ) -> tuple[Tensor, bool]:
     """Counts as a tensor, and whether scores are ranked by magnitude."""
-    if scores.ndim != 2:
-        raise ValueError(f"scores must have shape [P, N], got {tuple(scores.shape)}")
-    check_dtype("scores", scores, torch.float32, torch.float64)
-    check_shape("mask", mask, tuple(scores.shape))
-    check_dtype("mask", mask, torch.bool)
-    check_device("mask", mask, scores)
+    _check_scores(scores, mask)
     if criterion not in ("score", "magnitude"):
         raise ValueError(f"criterion must be 'score' or 'magnitude', got {criterion!r}")
     tickets, prunable = scores.shape
     if isinstance(k, Tensor):
-        check_shape("k", k, (tickets,))
-        check_dtype("k", k, torch.int64)
-        check_device("k", k, scores)
+        _check_counts_shape(k, scores)
         if check:
             _check_counts(k, prunable)
     else:
@@ -101,7 +94,29 @@ def _check_no_nan(scores: Tensor, mask: Tensor) -> None:
         )
 
 
+def _check_scores(scores: Tensor, mask: Tensor) -> None:
+    if scores.ndim != 2:
+        raise ValueError(f"scores must have shape [P, N], got {tuple(scores.shape)}")
+    check_dtype("scores", scores, torch.float32, torch.float64)
+    check_shape("mask", mask, tuple(scores.shape))
+    check_dtype("mask", mask, torch.bool)
+    check_device("mask", mask, scores)
+
+
+def _check_counts_shape(k: Tensor, scores: Tensor) -> None:
+    check_shape("k", k, (len(scores),))
+    check_dtype("k", k, torch.int64)
+    check_device("k", k, scores)
+
+
+def _check_op(scores: Tensor, mask: Tensor, k: Tensor) -> None:
+    """Whoever calls the op by its name has passed no other check; kernels read memory by shapes."""
+    _check_scores(scores, mask)
+    _check_counts_shape(k, scores)
+
+
 def _prune_impl(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
+    _check_op(scores, mask, k)
     backend = resolve_backend(scores.device)
     mask, k = mask.contiguous(), k.contiguous()
     if backend == "triton":
@@ -118,5 +133,6 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("sparse_tickets::prune", lib=_library)
-def _prune_fake(scores, mask, k, magnitude):
+def _prune_fake(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
+    _check_op(scores, mask, k)
     return torch.empty_like(mask, memory_format=torch.contiguous_format)

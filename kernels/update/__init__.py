@@ -11,6 +11,7 @@ every row by itself. None has a derivative, forward-mode tangents are refused.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,11 +64,6 @@ def rewind_(
             one; only a source and its own target may be the same.
         TypeError: a dtype.
     """
-    check_rows(mask, weight=weight, m=m, v=v)
-    for name, given in (("initial", initial), ("initial_m", initial_m), ("initial_v", initial_v)):
-        if given is not None:
-            check_like(name, given, weight)
-    check_count(count, mask, weight)
     check_untransformed("rewind_", weight, initial, m, v, initial_m, initial_v)
     torch.ops.sparse_tickets.rewind_(
         weight.detach(),
@@ -128,18 +124,6 @@ def adam_(
             one, or a number out of its range.
         TypeError: a dtype; the Triton backend takes float32 only.
     """
-    check_rows(mask, weight=weight, m=m, v=v)
-    check_like("grad", grad, weight)
-    check_vector("step", step, weight, torch.int64)
-    check_vector("lr", lr, weight, torch.float32, torch.float64)
-    if not step.is_contiguous():
-        raise ValueError(f"step must be contiguous, got strides {step.stride()}")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        check_range(name, beta, 0 <= beta < 1, "in [0, 1)")
-    check_range("eps", eps, eps >= 0, ">= 0")
-    limit = check_max_norm(max_norm)
-    check_count(count, mask, weight)
-    check_partials(norm_partials, weight)
     check_untransformed("adam_", weight, grad, m, v, lr, norm_partials)
     return torch.ops.sparse_tickets.adam_(
         weight.detach(),
@@ -151,7 +135,7 @@ def adam_(
         mask,
         count,
         None if norm_partials is None else norm_partials.detach(),
-        limit,
+        check_max_norm(max_norm),
         beta1,
         beta2,
         eps,
@@ -179,6 +163,55 @@ def _optional(
     return {name: _contiguous(tensor) for name, tensor in given.items()}
 
 
+# Whoever calls an op by its name has passed no other check; kernels read memory by these shapes.
+
+
+def _check_rewind(
+    weight: Tensor,
+    initial: Tensor,
+    m: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    initial_m: Tensor | None,
+    initial_v: Tensor | None,
+) -> None:
+    check_rows(mask, weight=weight, m=m, v=v)
+    for name, given in (("initial", initial), ("initial_m", initial_m), ("initial_v", initial_v)):
+        if given is not None:
+            check_like(name, given, weight)
+    check_count(count, mask, weight)
+
+
+def _check_adam(
+    weight: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    norm_partials: Tensor | None,
+    max_norm: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    check_rows(mask, weight=weight, m=m, v=v)
+    check_like("grad", grad, weight)
+    check_vector("step", step, weight, torch.int64)
+    check_vector("lr", lr, weight, torch.float32, torch.float64)
+    if not step.is_contiguous():
+        raise ValueError(f"step must be contiguous, got strides {step.stride()}")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        check_range(name, beta, 0 <= beta < 1, "in [0, 1)")
+    check_range("eps", eps, eps >= 0, ">= 0")
+    check_range("max_norm", max_norm, max_norm > 0, "> 0")
+    check_count(count, mask, weight)
+    check_partials(norm_partials, weight)
+
+
 def _rewind_impl(
     weight: Tensor,
     initial: Tensor,
@@ -189,6 +222,7 @@ def _rewind_impl(
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
+    _check_rewind(weight, initial, m, v, mask, count, initial_m, initial_v)
     initial = initial.contiguous()
     initial_m, initial_v = _contiguous(initial_m), _contiguous(initial_v)
     mask, count = _contiguous(mask), _contiguous(count)
@@ -213,11 +247,12 @@ def _adam_impl(
     beta2: float,
     eps: float,
 ) -> Tensor:
+    numbers = (max_norm, beta1, beta2, eps)
+    _check_adam(weight, grad, m, v, step, lr, mask, count, norm_partials, *numbers)
     grad, lr = grad.contiguous(), lr.contiguous()
     optional = _optional(mask, count, norm_partials)
     written = {"weight": weight, "m": m, "v": v, "step": step}
     check_separate(written, {"grad": grad, "lr": lr, **optional})
-    numbers = (max_norm, beta1, beta2, eps)
     backend = _backend(weight.device)
     norm = backend.adam_(weight, grad, m, v, step, lr, *optional.values(), *numbers)
     mark_written(weight, m, v, step)
@@ -239,13 +274,11 @@ for _key in ("CPU", "CUDA"):
     _library.impl("adam_", _adam_impl, _key)
 
 
-@torch.library.register_fake("sparse_tickets::rewind_", lib=_library)
-def _rewind_fake(weight, initial, m, v, mask, count, initial_m, initial_v):
-    return None
+# Where shapes alone are known, the same is refused.
+torch.library.register_fake("sparse_tickets::rewind_", _check_rewind, lib=_library)
 
 
 @torch.library.register_fake("sparse_tickets::adam_", lib=_library)
-def _adam_fake(
-    weight, grad, m, v, step, lr, mask, count, norm_partials, max_norm, beta1, beta2, eps
-):
+def _adam_fake(weight: Tensor, *rest: Any) -> Tensor:
+    _check_adam(weight, *rest)
     return weight.new_empty(weight.shape[0])

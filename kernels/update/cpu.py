@@ -17,7 +17,7 @@ from torch import Tensor
 from ..compiling import njit
 from ..threads import count_threads, share
 
-__all__ = ["adam_", "adam_row", "rewind_"]
+__all__ = ["adam_", "adam_row", "blend", "rewind_"]
 
 # Work per entry, in the units of `count_threads`.
 _WORK = 16
@@ -78,8 +78,17 @@ def _norm(grad, mask, partials):
 
 
 @njit(cache=True, error_model="numpy")
+def blend(old, new, rate):
+    """As `torch.lerp` from the nearer end: at a rate of 1 nothing of a huge ``old`` is left."""
+    difference = new - old
+    if rate < 0.5:
+        return old + rate * difference
+    return new - (difference - rate * difference)
+
+
+@njit(cache=True, error_model="numpy")
 def _adam_entry(weight, grad, m, v, rate1, beta2, rate2, size, inverse_root, eps):
-    m = m + rate1 * (grad - m)
+    m = blend(m, grad, rate1)
     v = v * beta2 + rate2 * (grad * grad)
     weight = weight - size * m / (math.sqrt(v) * inverse_root + eps)
     return weight, m, v

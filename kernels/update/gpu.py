@@ -180,7 +180,9 @@ def _adam_kernel(
     m_old = tl.load(m + entry, mask=keep, other=0.0)
     v_old = tl.load(v + entry, mask=keep, other=0.0)
     w_old = tl.load(weight + entry, mask=keep, other=0.0)
-    m_new = m_old + rate1 * (g - m_old)
+    # As `torch.lerp` from the nearer end: at a rate of 1 nothing of a huge moment is left.
+    change = g - m_old
+    m_new = tl.where(rate1 < 0.5, m_old + rate1 * change, g - (change - rate1 * change))
     v_new = v_old * beta2 + rate2 * (g * g)
     w_new = w_old - tl.div_rn(rate * m_new, tl.div_rn(tl.sqrt_rn(v_new), root) + eps)
     tl.store(weight + entry, tl.where(keep, w_new, 0.0), mask=touched)

@@ -20,6 +20,7 @@ from numba.core.extending import intrinsic
 
 from ..compiling import njit
 from ..threads import share
+from .cpu import blend
 
 __all__ = [
     "CHUNK",
@@ -170,7 +171,7 @@ def _adam_entry(w, g, a, b, c, k):
     sign, decay, shrink, rate1, decay2, rate2, size, inverse_root, eps, _ = k
     w = w * shrink
     g = sign * g + decay * w
-    a = a + rate1 * (g - a)
+    a = blend(a, g, rate1)
     b = b * decay2 + rate2 * (g * g)
     w = w - size * a / (math.sqrt(b) * inverse_root + eps)
     return w, a, b, c
@@ -181,7 +182,7 @@ def _amsgrad_entry(w, g, a, b, c, k):
     sign, decay, shrink, rate1, decay2, rate2, size, inverse_root, eps, _ = k
     w = w * shrink
     g = sign * g + decay * w
-    a = a + rate1 * (g - a)
+    a = blend(a, g, rate1)
     b = b * decay2 + rate2 * (g * g)
     # Not max(): a NaN must not be forgotten.
     c = c if c > b else b

@@ -334,8 +334,36 @@ def move(argument: Any, device: str) -> Any:
 )
 def test_opcheck(name: str, backend: str) -> None:
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.sparse_tickets, packet), overload or "default")
     with use_backend(backend):
         for arguments in EXAMPLES[name]():
-            torch.library.opcheck(op, tuple(move(argument, device) for argument in arguments))
+            torch.library.opcheck(
+                find_op(name), tuple(move(argument, device) for argument in arguments)
+            )
+
+
+def find_op(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.sparse_tickets, packet), overload or "default")
+
+
+CHECKED = (
+    *("linear", "linear_dx", "linear_dw", "linear_packed", "linear_packed_dx", "linear_packed_dw"),
+    *("pack", "unpack", "write_gradient_", "prune", "rewind_", "adam_"),
+)
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_misfits_are_refused_by_the_op_itself(name: str) -> None:
+    """Whoever calls an op by its name, on data or on shapes alone, gets an error and no crash."""
+    op = find_op(name)
+    for arguments in EXAMPLES[name]():
+        call = [move(argument, "cpu") for argument in arguments]
+        call = [a.detach() if isinstance(a, torch.Tensor) else a for a in call]
+        for at, tensor in enumerate(call):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            for misfit in (tensor.new_zeros((1,) * tensor.dim()), tensor[None]):
+                for device in ("cpu", "meta"):
+                    spoiled = [*call[:at], misfit, *call[at + 1 :]]
+                    with pytest.raises(ValueError, match="must have shape"):
+                        op(*(move(argument, device) for argument in spoiled))

@@ -564,6 +564,32 @@ def test_bad_packing() -> None:
         unpack(torch.zeros(2, 63), "mask")
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda pattern: pattern.bits.fill_(-1),
+        lambda pattern: pattern.bits.zero_(),
+        lambda pattern: pattern.start.fill_(10**6),
+        lambda pattern: pattern.start.sub_(10**6),
+    ],
+)
+def test_a_pattern_that_was_written_reads_no_foreign_memory(backend, write) -> None:
+    mask = torch.rand(2, 40 * 70) < 0.1
+    pattern = build_pattern(mask, [(0, 40, 70)])
+    values = pack(torch.randn(2, 40 * 70), pattern)
+    linear_packed(torch.randn(2, 3, 70), values, pattern, 0)
+    write(pattern)
+    calls = (
+        lambda: linear_packed(torch.randn(2, 3, 70), values, pattern, 0),
+        lambda: unpack(values, pattern),
+        lambda: pack(torch.randn(2, 40 * 70), pattern),
+    )
+    for call in calls:
+        with use_backend(backend), pytest.raises(ValueError, match="as build_pattern made it"):
+            call()
+
+
 def test_bad_gradients() -> None:
     pattern = build_pattern(torch.ones(2, 63, dtype=torch.bool), [(0, 7, 9)])
     gradient, dy, x = torch.zeros(2, 63), torch.zeros(2, 4, 7), torch.zeros(2, 4, 9)

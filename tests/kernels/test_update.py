@@ -137,6 +137,16 @@ def test_adam_is_torch_adam_after_clip_grad_norm(backend, dtype, max_norm, beta1
         assert (off_mask(rows[name], rows["mask"]) == 0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_memory_a_huge_gradient_is_forgotten(backend):
+    """``m + (g - m)`` would be 0 here: the moment is the last gradient."""
+    rows = population(2, 20, 20, torch.float32) | {"mask": None}
+    for size in (1e8, 1.0):
+        grad = torch.full((2, 20), size)
+        on(backend, adam_, grad=grad, max_norm=None, beta1=0.0, **rows)
+        assert (rows["m"] == size).all()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_adam_agrees_with_reference_in_float64(backend, shape):

@@ -79,6 +79,15 @@ def test_steps_equal_torchs(name, options, density, clip):
                     assert not value[~layer.mask].any()
 
 
+def test_without_memory_a_huge_gradient_is_forgotten():
+    layer = SparseLinear(4, 4).prune_(0.5)
+    optimizer = optim.Adam(layer.parameters(), betas=(0.0, 0.999))
+    for size in (1e8, 1.0):
+        layer.weight.grad = torch.full((4, 4), size)
+        optimizer.step()
+        assert torch.equal(optimizer.state[layer.weight]["exp_avg"], size * layer.mask)
+
+
 def test_large_tensors_do_not_depend_on_threads():
     before, found = torch.get_num_threads(), []
     try:
