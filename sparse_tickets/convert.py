@@ -153,6 +153,7 @@ def sparsify_(
             sparse = layer if isinstance(layer, SparseLinear) else make_sparse_(layer)
             sparse.set_mask_(mask)
     make_fused_(module)
+    _stop_fused_attention(module)
     _tell(module, layers, exclude, density, scope)
     return module
 
@@ -277,6 +278,22 @@ def _joint_mask(group: Sequence[nn.Linear]) -> Tensor:
     )
 
 
+def _stop_fused_attention(module: nn.Module) -> None:
+    """Make encoders call their layers, as they do in training.
+
+    For inference torch's ``TransformerEncoderLayer`` reads the weights itself, pruned ones too.
+    """
+    for encoder in module.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            encoder.use_nested_tensor &= not _holds_sparse(encoder)
+        elif isinstance(encoder, nn.TransformerEncoderLayer) and _holds_sparse(encoder):
+            encoder.activation_relu_or_gelu = 0
+
+
+def _holds_sparse(module: nn.Module) -> bool:
+    return any(isinstance(layer, SparseLinear) for layer in module.modules())
+
+
 def _tell(
     module: nn.Module,
     layers: Mapping[str, nn.Linear],
@@ -382,6 +399,7 @@ def from_torch_prune(module: nn.Module) -> nn.Module:
         mask = layer.get_buffer("weight_mask") != 0
         torch_prune.remove(layer, "weight")
         make_sparse_(layer).set_mask_(mask)
+    _stop_fused_attention(module)
     return module
 
 

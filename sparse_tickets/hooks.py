@@ -36,6 +36,9 @@ __all__ = [
     "untrack",
 ]
 
+# A name of the module, because each dot would be a look-up at every step.
+_is_compiled = torch.compiler.is_dynamo_compiling
+
 _owners: dict[int, WeakSet[SparseLinear]] = {}
 """Layers by the identity of their weight; an entry may be out of date, so whoever asks looks."""
 _sweep_at = 64
@@ -109,7 +112,12 @@ def follow(optimizer: Optimizer) -> dict[int, list[SparseLinear]]:
 
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """The global hook; an optimiser that ``keeps_masks`` has done its work."""
-    if not getattr(optimizer, "keeps_masks", False):
+    if getattr(optimizer, "keeps_masks", False):
+        return
+    if _is_compiled():
+        # The graph of a compiled step ends here: what follows works on memory.
+        torch.compiler.disable(keep_owned_)(optimizer)
+    else:
         keep_owned_(optimizer)
 
 
@@ -263,9 +271,12 @@ def keep_(tensor: Tensor, mask: Tensor) -> None:
 
     On a CPU the bitwise product is 20 times as fast as ``masked_fill`` on an irregular mask.
     """
-    integer = _INTEGER[tensor.element_size()]
+    integer = _INTEGER.get(tensor.element_size())
     for part, kept in _rows(tensor, mask):
-        part.view(integer).bitwise_and_(kept.to(integer).neg_())
+        if integer is None or part.is_conj() or part.is_neg():
+            part.masked_fill_(~kept, 0)
+        else:
+            part.view(integer).bitwise_and_(kept.to(integer).neg_())
 
 
 def is_kept(tensor: Tensor, mask: Tensor) -> bool:
@@ -276,8 +287,21 @@ def is_kept(tensor: Tensor, mask: Tensor) -> bool:
 
 def _rows(tensor: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Both by blocks of rows: what is made of a block needs little memory beside the whole."""
+    tensor, mask = _find_local(tensor, mask)
     height = max(1, _BLOCK // max(1, mask.shape[1])) if mask.is_cpu else max(1, mask.shape[0])
     return zip(tensor.split(height), mask.split(height), strict=True)
+
+
+def _find_local(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a tensor that is sharded over processes the part that lies here, and its mask."""
+    if type(tensor) in (Tensor, Parameter) or not hasattr(tensor, "placements"):
+        return tensor, mask
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor, mask
+    where = tensor.device_mesh, tensor.placements
+    return tensor.to_local(), distribute_tensor(mask, *where, src_data_rank=None).to_local()
 
 
 def keep_state_(optimizer: Optimizer, weight: Tensor, mask: Tensor) -> None:

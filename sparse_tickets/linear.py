@@ -9,9 +9,10 @@ reads the weight through the mask, or looks first whether that would make a diff
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 
 from sparse_tickets.hooks import is_kept, keep_, keep_state_, stepped_optimizers, track, untrack
 from sparse_tickets.kernels.dispatch import Plan, use_backend
-from sparse_tickets.kernels.errors import check_dtype, check_shape
+from sparse_tickets.kernels.errors import check_data, check_dtype, check_shape, has_data
 from sparse_tickets.kernels.linear import linear, plan_for, prepare
 from sparse_tickets.kernels.prune import prune
 
@@ -45,6 +46,7 @@ def count_kept(density: float, total: int) -> int:
 _is_compiled = torch.compiler.is_dynamo_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class SparseLinear(nn.Linear):
@@ -156,7 +158,9 @@ class SparseLinear(nn.Linear):
             _is_compiled()
             or _functorch_active()
             or _tracing_state() is not None
+            or _dispatch_modes() > 0
             or forward_ad._current_level >= 0
+            or not isinstance(input, Tensor)
         ):
             # Asked of the module each is half a microsecond of searching.
             parameters: Any = self._parameters
@@ -187,11 +191,14 @@ class SparseLinear(nn.Linear):
         # What is recomputed by a hook or a parametrization is an attribute alone.
         weight, mask, bias = self.weight, self.mask, self.bias
         if not isinstance(input, Tensor):
+            # A proxy of torch.fx, whose graph then reads through the mask as it is when it runs.
             return F.linear(input, torch.where(mask, weight, 0), bias)
         if not input.dim() or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input must have shape [..., {self.in_features}], got {tuple(input.shape)}"
             )
+        if _functorch_active() and not _is_compiled():
+            _check_members(weight, mask)
         weight = torch.where(mask, weight, 0)
         if not self._runs_by_op(input):
             return F.linear(input, weight, bias)
@@ -240,7 +247,11 @@ class SparseLinear(nn.Linear):
         kept = count_kept(density, self.weight.numel())
         if scores is None:
             scores = self.weight.detach().abs()
+        if hasattr(scores, "full_tensor"):
+            # Sharded over processes, each of which finds the same mask.
+            scores = scores.full_tensor()
         check_shape("scores", scores, tuple(self.weight.shape))
+        check_data("scores", scores)
         flat = scores.detach().reshape(1, -1)
         if flat.dtype is not torch.float64:
             flat = flat.float()
@@ -281,7 +292,7 @@ class SparseLinear(nn.Linear):
         Returns:
             The layer itself.
         """
-        if self.weight.is_meta:
+        if not (has_data(self.weight) and has_data(self.mask)):
             return self
         if not self.mask.all():
             for tensor in (self.weight, self.weight.grad):
@@ -301,6 +312,7 @@ class SparseLinear(nn.Linear):
     @property
     def density(self) -> float:
         """The fraction of weights the mask keeps (1.0 of none)."""
+        check_data("mask", self.mask)
         return float(self.mask.count_nonzero()) / self.mask.numel() if self.mask.numel() else 1.0
 
     @property
@@ -324,6 +336,7 @@ class SparseLinear(nn.Linear):
         """
         if batch < 0:
             raise ValueError(f"batch must be >= 0, got {batch}")
+        check_data("mask", self.mask)
         if self.mask.all():
             return Plan("linear", "reference", "dense", "nothing is pruned: torch's own linear")
         device = self.weight.device.type
@@ -333,7 +346,7 @@ class SparseLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """nn.Linear's, and the number of weights kept."""
-        if self.mask.is_meta:
+        if not has_data(self.mask):
             return super().extra_repr()
         return f"{super().extra_repr()}, kept={int(self.mask.count_nonzero())}/{self.mask.numel()}"
 
@@ -388,15 +401,14 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts, which the mask goes through unchanged; ``to_empty``, which it may not.
 
-        A mask that comes out another is memory that nobody initialised, and prunes nothing.
+        A mask that comes out as memory that nobody initialised prunes nothing.
         """
         before = self.mask
         super()._apply(fn, recurse)
         mask = self.mask
         if mask.dtype is not torch.bool:
             self._buffers["mask"] = mask = mask.bool()
-        lost = before.is_meta or not torch.equal(before.to(mask.device), mask)
-        if lost and not mask.is_meta:
+        if has_data(mask) and (not has_data(before) or _loses_values(fn, before.device)):
             with torch.no_grad():
                 mask.fill_(True)
         track(self)
@@ -411,7 +423,20 @@ class SparseLinear(nn.Linear):
                     "replaces the mask"
                 )
             check_shape("mask", value, (self.out_features, self.in_features))
+            if value.is_inference():
+                raise ValueError(
+                    "mask must be a tensor that autograd may keep, got an inference tensor: "
+                    "layer.set_mask_(mask) copies it"
+                )
         super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` asks for."""
+        raise TypeError(
+            "SparseLinear must not be scripted: torch.jit.trace, torch.export.export and "
+            "torch.onnx.export take it as it is, and "
+            "torch.jit.script(sparse_tickets.densify_(copy.deepcopy(module))) a dense copy"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_prepared"}
@@ -419,6 +444,36 @@ class SparseLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track(self)
+
+
+def _loses_values(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    """Whether a function of tensors gives others back, as ``to_empty`` does.
+
+    Asked with bits that nobody could have left in memory before, and that any dtype holds.
+    """
+    probe = torch.frombuffer(bytearray(os.urandom(256)), dtype=torch.uint8).to(device) & 1
+    with torch.no_grad():
+        return not torch.equal(fn(probe.clone()).to(probe), probe)
+
+
+def _check_members(weight: Tensor, mask: Tensor) -> None:
+    """Raise ``ValueError`` if `vmap` runs over weights under one mask, whosever that is."""
+    if _is_batched(weight) and not _is_batched(mask):
+        raise ValueError(
+            "mask must be mapped as the weights are, got one for all members of a vmap: pass the "
+            "buffers too, as in functional_call(layer, (parameters, buffers), x) of "
+            "torch.func.stack_module_state; members that do share a mask take "
+            "{name: buffer.expand(members, *buffer.shape)}"
+        )
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether `vmap` maps over a tensor, at any level."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 class _MissingMask(str):
@@ -435,9 +490,9 @@ class _MissingMask(str):
 
     def __format__(self, spec: str) -> str:
         return (
-            f"{self!s} (the state is a dense model's and has {self._lost} weights that the mask "
-            "prunes: load it with strict=False to prune them, or make the model dense first by "
-            "sparse_tickets.densify_)"
+            f"{self!s} (the state has none, as a dense model's, and {self._lost} weights that the "
+            "present mask prunes: load it with strict=False to prune them, or make the model dense "
+            "first by sparse_tickets.densify_)"
         )
 
 

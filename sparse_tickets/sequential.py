@@ -7,6 +7,7 @@ module, with the same result. `SparseSequential` is an ``nn.Sequential`` that ca
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, cast
@@ -17,6 +18,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from sparse_tickets.kernels.dispatch import Plan, is_chosen
+from sparse_tickets.kernels.linear.masking import are_equal
+from sparse_tickets.kernels.linear.patterns import take_snapshot
 from sparse_tickets.kernels.policy import Layer, Network, find_activation
 from sparse_tickets.linear import SparseLinear
 
@@ -53,7 +56,7 @@ class _Linear:
     """A layer's tensors as they were when its run was made ready."""
 
     __slots__ = (
-        "bias", "bias_size", "buffers", "mask", "mask_at", "mask_version", "parameters", "weight",
+        "bias", "bias_size", "buffers", "mask", "mask_at", "parameters", "snapshot", "weight",
         "weight_size",
     )  # fmt: skip
 
@@ -63,32 +66,44 @@ class _Linear:
         self.weight: Any = self.parameters.get("weight")
         self.bias: Any = self.parameters.get("bias")
         self.mask: Any = self.buffers.get("mask") if isinstance(layer, SparseLinear) else None
-        self.mask_version, self.mask_at = -1, 0
-        if self.mask is not None:
-            self.mask_version, self.mask_at = self.mask._version, self.mask.data_ptr()
+        self.snapshot = None if self.mask is None else take_snapshot(self.mask)
+        self.mask_at = 0 if self.mask is None else self.mask.data_ptr()
         self.weight_size = layer.out_features * layer.in_features
         self.bias_size = layer.out_features
 
 
 class _Ready:
-    """A run made ready: the network for the present masks, and what must not have changed."""
+    """A run made ready: the network for the present masks, and what must not have changed.
 
-    __slots__ = ("inp", "linears", "masks", "network", "tensors")
+    Nobody need announce that a mask was written: `has_masks` compares each with its snapshot.
+    """
+
+    __slots__ = ("_snapshots", "inp", "linears", "masks", "network", "tensors")
 
     def __init__(self, layers: Sequence[tuple[nn.Linear, nn.Module | None]]) -> None:
         self.linears = [_Linear(layer) for layer, _ in layers]
         known, self.masks = [], []
         for linear, (layer, activation) in zip(self.linears, layers, strict=True):
-            mask = linear.mask
+            mask = linear.snapshot
             if mask is not None and bool(mask.all()):
                 mask = None
             if mask is not None:
-                self.masks.append(mask)
+                self.masks.append(linear.mask)
             act = None if activation is None else find_activation(activation)
             known.append(Layer(layer.out_features, layer.in_features, mask, act))
         self.tensors = [t for linear in self.linears for t in (linear.weight, linear.bias)]
         self.inp = known[0].inp
         self.network = Network(known)
+        self._snapshots = array("q")
+        for linear in self.linears:
+            if linear.snapshot is not None:
+                snapshot_at = linear.snapshot.data_ptr()
+                self._snapshots.extend((linear.mask_at, snapshot_at, linear.weight_size))
+
+    def has_masks(self) -> bool:
+        """Whether the masks, where they lie, hold what they held."""
+        snapshots = self._snapshots
+        return are_equal(snapshots.buffer_info()[0], len(snapshots) // 3)
 
 
 class _Run:
@@ -163,8 +178,8 @@ class _Run:
                     mask is not None
                     and (
                         linear.buffers.get("mask") is not mask
-                        or mask._version != linear.mask_version
                         or mask.data_ptr() != linear.mask_at
+                        or not mask.is_contiguous()
                     )
                 )
             ):
@@ -191,6 +206,11 @@ class _Run:
                 return None
             addresses += (weight.data_ptr(), 0, bias.data_ptr(), 0)
             trained = trained or (recorded and (weight.requires_grad or bias.requires_grad))
+        if not ready.has_masks():
+            ready = self._prepare()
+            # Not equal to its own snapshot is a mask that is being written, or was never.
+            if ready is None or not ready.has_masks():
+                return None
         shape = input.shape
         if not shape or shape[-1] != ready.inp:
             return None
@@ -225,6 +245,7 @@ class _Run:
                     and (
                         type(mask) is not Tensor
                         or not mask.is_cpu
+                        or not mask.is_contiguous()
                         or mask.is_inference()
                         or mask.dtype is not torch.bool
                         or tuple(mask.shape) != shape

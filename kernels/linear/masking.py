@@ -19,6 +19,7 @@ from numba.core.extending import intrinsic
 from ..compiling import njit
 
 __all__ = [
+    "are_equal",
     "by_address",
     "bytes_differ",
     "is_equal",
@@ -113,6 +114,16 @@ def _equal(a_at, b_at, count):
 
 
 @njit(cache=True, error_model="numpy")
+def _all_equal(table_at, rows):
+    """`is_equal` for every ``[address, address, bytes]``."""
+    table = carray(pointer(table_at), (rows, 3), np.int64)
+    different = False
+    for row in range(rows):
+        different |= bytes_differ(table[row, 0], table[row, 1], table[row, 2])
+    return not different
+
+
+@njit(cache=True, error_model="numpy")
 def _zero_off(value_at, mask_at, count):
     """Whether every value off the mask is zero."""
     value = carray(pointer(value_at), (count,), np.int32)
@@ -178,6 +189,7 @@ def by_address(function, arguments: int):
 
 
 is_equal = by_address(_equal, 3)
+are_equal = by_address(_all_equal, 2)
 is_zero_off = by_address(_zero_off, 3)
 keep = by_address(_keep, 4)
 keep_in_place = by_address(_keep_in_place, 3)

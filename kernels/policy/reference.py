@@ -47,10 +47,14 @@ def differentiate(
     dy: Tensor,
 ) -> list[Tensor | None]:
     """Gradients of x and the parameters where needed, as autograd's own ops: it may go on."""
-    # Copies of the leaves' names alone: one leaf may have been made from another.
-    own = [None if leaf is None else leaf.view_as(leaf) for leaf in (x, *parameters)]
-    asked = [cast(Tensor, leaf) for leaf, need in zip(own, needed, strict=True) if need]
     again = torch.is_grad_enabled()
+    # Copies of the leaves' names alone: one leaf may have been made from another. Where nobody goes
+    # on, fresh leaves: of a compiled backward pass the saved tensors know no gradient.
+    own = [
+        None if leaf is None else leaf.view_as(leaf) if again else leaf.detach().requires_grad_()
+        for leaf in (x, *parameters)
+    ]
+    asked = [cast(Tensor, leaf) for leaf, need in zip(own, needed, strict=True) if need]
     with torch.enable_grad():
         y = run(layers, iter(masks), cast(Tensor, own[0]), own[1:])
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))

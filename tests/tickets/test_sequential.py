@@ -139,6 +139,39 @@ def test_changes_are_seen(change):
         torch.testing.assert_close(policy(x).double(), truth(policy, x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("density", [1.0, 0.4])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.data.bernoulli_(0.5),
+        lambda mask: mask.numpy().fill(False),
+        lambda mask: setattr(mask, "data", mask.data.t()),
+    ],
+    ids=["data", "numpy", "transposed"],
+)
+def test_a_mask_that_nobody_announced(write, density):
+    policy = make(density)
+    for batch in (1, 8, 256):
+        x = torch.randn(batch, 4)
+        policy(x)
+        with torch.no_grad():
+            policy(x)
+    write(policy[2].mask)
+    for batch in (1, 8, 256):
+        x = torch.randn(batch, 4)
+        expected = truth(policy, x).float()
+        torch.testing.assert_close(policy(x), expected, atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(policy(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mask_of_bytes_goes_layer_by_layer():
+    policy = make()
+    policy[2].mask.view(torch.uint8).mul_(121)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(policy(x), truth(policy, x).float(), atol=1e-5, rtol=1e-4)
+
+
 def test_settings_of_activations_are_seen():
     policy, x = make(activation=nn.LeakyReLU), torch.randn(20, 4)
     policy(x)
