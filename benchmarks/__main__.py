@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sparse_tickets.timing import Budget
 
+from . import steps
 from .compare import compare
 from .console import show_comparison, warn_if_busy
 from .first_screen import rewrite
@@ -19,7 +20,6 @@ from .instructions import count_instructions
 from .report import write_report
 from .results import RESULTS, load, newest
 from .runner import run_suite
-from .steps import run_steps
 from .suites import SUITES
 
 __all__ = ["main"]
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--readme",
         type=Path,
         default=Path(__file__).parents[1] / "README.md",
-        help="whose measured and losses markers are filled in",
+        help="whose steps, measured and losses markers are filled in",
     )
 
     two = commands.add_parser(
@@ -72,13 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     two.set_defaults(command=_compare)
     two.add_argument("results", type=Path, nargs="+", metavar="OLD NEW", help="one or more pairs")
 
-    steps = commands.add_parser("steps", help="whole training steps in plain loops")
-    steps.set_defaults(command=_steps)
-    steps.add_argument("--rounds", type=int, default=7)
-    steps.add_argument("--stretch", type=float, default=0.1, help="seconds of a turn")
-    steps.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    steps.add_argument("--only", default="", help="problems whose label contains this")
-    steps.add_argument("--out", type=Path, help="default: results/steps/<device>-<date>.json")
+    whole = commands.add_parser("steps", help="whole training steps in plain loops")
+    whole.set_defaults(command=_steps)
+    whole.add_argument("--rounds", type=int, default=7)
+    whole.add_argument("--stretch", type=float, default=0.1, help="seconds of a turn")
+    whole.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    whole.add_argument("--only", default="", help="problems whose label contains this")
+    whole.add_argument("--out", type=Path, help="default: results/steps/<device>-<date>.json")
 
     count = commands.add_parser("instructions", help="instructions per call under valgrind")
     count.set_defaults(command=_instructions)
@@ -103,13 +103,14 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 def _steps(options: argparse.Namespace, console: Console) -> int:
     compiled = not options.no_compile
-    run_steps(console, options.rounds, options.stretch, compiled, options.only, options.out)
+    steps.run_steps(console, options.rounds, options.stretch, compiled, options.only, options.out)
     return 0
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:
     runs = newest(options.results)
-    pages = rewrite(options.readme, runs), write_report(options.out, runs)
+    loops = steps.newest(options.results / "steps")
+    pages = rewrite(options.readme, runs, loops), write_report(options.out, runs)
     console.print(f"written to {pages[0]} and {pages[1]}", highlight=False, soft_wrap=True)
     return 0
 

@@ -1,6 +1,6 @@
 """The numbers in the top README, between markers: what is gained, and every measured loss.
 
-Both come from one run, so the reader sees one machine, one commit and one date.
+The last two come from one run, so the reader sees one machine, one commit and one date.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from sparse_tickets.files import write_atomic
 from sparse_tickets.timing import Spread
 
+from . import steps
 from .measure import Record
 from .peers import (
     jax_ppo,
@@ -55,6 +56,7 @@ _KINDS = {
     "speedup": "",
     "replay_speedup": ", CUDA graph",
 }
+_NO_STEPS = "Not measured yet: `python -m benchmarks steps`, then `python -m benchmarks report`."
 _NOTHING = "Not measured yet: `python -m benchmarks run`, then `python -m benchmarks report`."
 
 
@@ -69,20 +71,29 @@ def widest(runs: Mapping[str, Sequence[Run]]) -> Run | None:
     return max(timed, key=filled, default=None)
 
 
-def rewrite(page: Path, runs: Mapping[str, Sequence[Run]]) -> Path:
-    """Write both texts between their markers in ``page``; the rest stays as it is.
+def rewrite(page: Path, runs: Mapping[str, Sequence[Run]], loops: Path | None = None) -> Path:
+    """Write all texts between their markers in ``page``; the rest stays as it is.
+
+    Args:
+        page: to rewrite.
+        runs: newest runs by device.
+        loops: the file of whole steps, if there is one.
 
     Raises:
         ValueError: the page lacks a pair of markers, or has it twice.
     """
     text, run = page.read_text(encoding="utf-8"), widest(runs)
-    for name, write in (("measured", measured), ("losses", losses)):
+    bodies = {
+        "steps": _NO_STEPS if loops is None else steps.measured(loops),
+        "measured": _NOTHING if run is None else measured(run),
+        "losses": _NOTHING if run is None else losses(run),
+    }
+    for name, body in bodies.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         pattern = re.compile(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", re.DOTALL)
         found = len(pattern.findall(text))
         if found != 1 or text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"{page} must have the markers {begin} and {end}, once and in order")
-        body = _NOTHING if run is None else write(run)
         text = pattern.sub(lambda _, body=body: f"\n{body}\n", text)
     write_atomic(page, text.encode())
     return page

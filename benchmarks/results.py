@@ -51,7 +51,10 @@ PART = "-part"
 
 _LAYOUT = 2
 _LAYOUTS = (1, 2)
-_PACKAGES = ("torch", "triton", "numba", "numpy", "scipy", "jax", "sparseprop", "stable-baselines3")
+_PACKAGES = (
+    *("torch", "triton", "numba", "numpy", "scipy"),
+    *("jax", "sparseprop", "sparselab", "stable-baselines3"),
+)
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 A step is zero_grad, forward, loss, backward, clipping by the global norm and Adam; nothing pauses,
 nothing is repeated warm, and torch's own operations run in between. Policies take turns, a stretch
-of steps each, so that all see the same machine. A policy is timed only if its losses over the first
-steps are those of dense weights times the mask from the same start.
+of steps each, so that all see the same machine; `torch.compile` and SparseLab live in processes of
+their own. A policy is timed only if its losses over the first steps are those of dense weights
+times the mask from the same start.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,13 +28,16 @@ from sparse_tickets.files import write_atomic
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import pinned_threads
 
+from .apart import Apart, Step, Turn, take
+from .peers import sparselab
 from .results import RESULTS, provenance
 
-__all__ = ["run_steps", "table"]
+__all__ = ["measured", "newest", "run_steps", "table", "times_table"]
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 CHECKED_STEPS = 5
 MAX_NORM = 0.5
+DENSE, COMPILED = "dense", "dense, compiled"
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,6 @@ PROBLEMS = (
     Problem((17, 256, 256, 6), "relu", 0),
 )
 
-Step = Callable[[], Tensor]
-
 
 class _Masked(nn.Module):
     """``weight * mask``, recomputed at every use."""
@@ -83,32 +84,81 @@ def _policy(problem: Problem) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _contenders(problem: Problem, sparsity: float, compiled: bool) -> dict[str, Step]:
-    """By name, the steps of equal policies; ``w * mask`` is the reference for all but ``dense``."""
-    torch.manual_seed(0)
-    dense = _policy(problem)
-    sparse = copy.deepcopy(dense)
-    with warnings.catch_warnings():
-        # At 99% an action of a small policy may be pruned away; a step costs the same.
-        warnings.simplefilter("ignore", SparsifyWarning)
-        sparsify_(sparse, density=1 - sparsity)
-    masked = copy.deepcopy(dense)
-    for layer, twin in zip(masked, sparse, strict=True):
-        if isinstance(twin, SparseLinear):
-            parametrize.register_parametrization(layer, "weight", _Masked(twin.mask))
-    observation = torch.randn(problem.batch or 1, problem.sizes[0])
-    target = torch.randn(problem.batch or 1, problem.sizes[-1])
-    policies = {"dense": dense, "w * mask": masked, "ours, torch's Adam": sparse}
-    if compiled:
-        policies["dense, compiled"] = torch.compile(copy.deepcopy(dense))
-    if not problem.batch:
-        policies["ours"] = policies.pop("ours, torch's Adam")
-        return {name: _act(policy, observation) for name, policy in policies.items()}
-    own = copy.deepcopy(sparse)
-    steps = {name: _train(policy, observation, target) for name, policy in policies.items()}
-    fused = optim.Adam(own.parameters(), lr=1e-4, max_grad_norm=MAX_NORM)
-    steps["ours, our Adam"] = _step(own, fused, observation, target, clip=False)
-    return steps
+class _Start:
+    """What all policies of a problem start from, and what they are shown."""
+
+    def __init__(self, problem: Problem, sparsity: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.dense = _policy(problem)
+        self.observation = torch.randn(problem.batch or 1, problem.sizes[0])
+        self.target = torch.randn(problem.batch or 1, problem.sizes[-1])
+        self.trains = problem.batch > 0
+        self.sparse = copy.deepcopy(self.dense)
+        with warnings.catch_warnings():
+            # At 99% an action of a small policy may be pruned away; a step costs the same.
+            warnings.simplefilter("ignore", SparsifyWarning)
+            sparsify_(self.sparse, density=1 - sparsity)
+
+    def step(self, policy: nn.Module) -> Step:
+        """A step of a policy: acting, or training with torch's fastest Adam."""
+        if not self.trains:
+            return _act(policy, self.observation)
+        fastest = torch.optim.Adam(policy.parameters(), lr=1e-4, fused=True)
+        return _step(policy, fastest, self.observation, self.target, clip=True)
+
+    def own_step(self) -> Step:
+        """A step of a sparse policy with our Adam."""
+        policy = copy.deepcopy(self.sparse)
+        fused = optim.Adam(policy.parameters(), lr=1e-4, max_grad_norm=MAX_NORM)
+        return _step(policy, fused, self.observation, self.target, clip=False)
+
+    def masked(self) -> nn.Module:
+        policy = copy.deepcopy(self.dense)
+        for layer, twin in zip(policy, self.sparse, strict=True):
+            if isinstance(twin, SparseLinear):
+                parametrize.register_parametrization(layer, "weight", _Masked(twin.mask))
+        return policy
+
+
+def compiled_step(problem: Problem, sparsity: float) -> Step:
+    """Of the dense policy, under `torch.compile`."""
+    start = _Start(problem)
+    return start.step(torch.compile(start.dense))
+
+
+def sparselab_step(problem: Problem, sparsity: float) -> Step:
+    """Of a policy of SparseLab's layers with our masks."""
+    start = _Start(problem, sparsity)
+    layers = zip(start.dense, start.sparse, strict=True)
+    policy = nn.Sequential(
+        *(
+            sparselab.layer(layer, twin.mask) if isinstance(twin, SparseLinear) else layer
+            for layer, twin in layers
+        )
+    )
+    sparselab.follow_torch()
+    return start.step(policy)
+
+
+def _contenders(
+    problem: Problem, threads: int, apart: dict[str, Apart]
+) -> dict[tuple[str, float], Turn]:
+    """By name and sparsity, the turns of policies that start alike; dense ones are pruned by 0."""
+    dense = _Start(problem)
+    turns = {(DENSE, 0.0): take(dense.step(dense.dense))}
+    if COMPILED in apart:
+        turns[COMPILED, 0.0] = apart[COMPILED].turn(problem, 0.0, threads)
+    for sparsity in SPARSITIES:
+        start = _Start(problem, sparsity)
+        turns["w * mask", sparsity] = take(start.step(start.masked()))
+        turns["ours" if not problem.batch else "ours, torch's Adam", sparsity] = take(
+            start.step(start.sparse)
+        )
+        if problem.batch:
+            turns["ours, our Adam", sparsity] = take(start.own_step())
+        if sparselab.NAME in apart:
+            turns[sparselab.NAME, sparsity] = apart[sparselab.NAME].turn(problem, sparsity, threads)
+    return turns
 
 
 def _act(policy: nn.Module, observation: Tensor) -> Step:
@@ -117,11 +167,6 @@ def _act(policy: nn.Module, observation: Tensor) -> Step:
             return policy(observation)
 
     return step
-
-
-def _train(policy: nn.Module, observation: Tensor, target: Tensor) -> Step:
-    fastest = torch.optim.Adam(policy.parameters(), lr=1e-4, fused=True)
-    return _step(policy, fastest, observation, target, clip=True)
 
 
 def _step(
@@ -145,36 +190,30 @@ def _step(
     return step
 
 
-def _check(label: str, steps: dict[str, Step]) -> None:
-    """Run the first steps of all, which also compiles what compiles.
+def _check(label: str, turns: dict[tuple[str, float], Turn]) -> None:
+    """Take the first steps of all, which also compiles what compiles.
 
     Raises:
         RuntimeError: a policy does not do what dense weights times the mask do.
     """
     found = {
-        name: torch.stack([step() for _ in range(CHECKED_STEPS)]) for name, step in steps.items()
+        key: torch.stack([turn(1)[1] for _ in range(CHECKED_STEPS)]) for key, turn in turns.items()
     }
-    for name, values in found.items():
-        reference = found["dense" if name.startswith("dense") else "w * mask"]
+    for (name, sparsity), values in found.items():
+        reference = found["w * mask", sparsity]
         if not torch.allclose(values, reference, rtol=1e-3, atol=1e-4):
             raise RuntimeError(f"{label}: {name} gives {values}, the reference {reference}")
 
 
-def _time(steps: dict[str, Step], rounds: int, stretch_s: float) -> dict[str, list[float]]:
+def _time(
+    turns: dict[tuple[str, float], Turn], rounds: int, stretch_s: float
+) -> dict[tuple[str, float], list[float]]:
     """Seconds per step of each, one number a round."""
-    counts = {}
-    for name, step in steps.items():
-        begin = time.perf_counter()
-        for _ in range(20):
-            step()
-        counts[name] = max(1, int(stretch_s * 20 / (time.perf_counter() - begin)))
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    counts = {key: max(1, int(stretch_s * 20 / turn(20)[0])) for key, turn in turns.items()}
+    times: dict[tuple[str, float], list[float]] = {key: [] for key in turns}
     for _ in range(rounds):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            for _ in range(counts[name]):
-                step()
-            times[name].append((time.perf_counter() - begin) / counts[name])
+        for key, turn in turns.items():
+            times[key].append(turn(counts[key])[0] / counts[key])
     return times
 
 
@@ -187,6 +226,8 @@ def run_steps(
     out: Path | None = None,
 ) -> Path:
     """Time every problem at every sparsity with one thread and with two; write JSON and a table.
+
+    A file of the same commit keeps its other problems, so that a run can be made in parts.
 
     Args:
         console: where progress and the table go.
@@ -206,31 +247,56 @@ def run_steps(
     if not chosen:
         raise ValueError(f"only must be part of one of {[p.label for p in PROBLEMS]}, got {only!r}")
     run = provenance("steps", "cpu", None, rounds)
-    records = []
-    for problem in chosen:
-        for sparsity in SPARSITIES:
+    path = out or RESULTS / "steps" / f"{run.device}-{run.date[:10]}.json"
+    records = _others(path, run.commit, chosen)
+    apart = {COMPILED: Apart(compiled_step)} if compiled else {}
+    if find_spec("sparselab") and find_spec("threadpoolctl"):
+        apart[sparselab.NAME] = Apart(sparselab_step)
+    try:
+        for problem in chosen:
             for threads in (1, 2):
                 with pinned_threads(threads):
-                    torch.compiler.reset()
-                    steps = _contenders(problem, sparsity, compiled)
-                    _check(problem.label, steps)
-                    times = _time(steps, rounds, stretch_s)
-                records.append(
-                    {"problem": asdict(problem), "label": problem.label, "sparsity": sparsity}
-                    | {"threads": threads, "seconds": times}
-                )
-        console.print(f"{problem.label}: done", highlight=False)
+                    turns = _contenders(problem, threads, apart)
+                    _check(problem.label, turns)
+                    times = _time(turns, rounds, stretch_s)
+                for sparsity in SPARSITIES:
+                    # What is dense is so at any sparsity.
+                    seconds = {
+                        name: values
+                        for (name, level), values in times.items()
+                        if level == sparsity or name in (DENSE, COMPILED)
+                    }
+                    records.append(
+                        {"problem": asdict(problem), "label": problem.label, "sparsity": sparsity}
+                        | {"threads": threads, "seconds": seconds}
+                    )
+            console.print(f"{problem.label}: done", highlight=False)
+    finally:
+        for peer in apart.values():
+            peer.close()
+    order = [problem.label for problem in PROBLEMS]
+    records.sort(key=lambda record: order.index(record["label"]))
     header = {
         k: v for k, v in asdict(run).items() if k not in ("records", "refused", "counts", "parts")
     }
-    path = out or RESULTS / "steps" / f"{run.device}-{run.date[:10]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps({"run": header, "records": records}, indent=1) + "\n"
     write_atomic(path, data.encode())
-    text = table(records)
+    text = f"{table(records)}\n{times_table(records)}"
     write_atomic(path.with_suffix(".md"), text.encode())
     console.print(text, highlight=False, soft_wrap=True)
     return path
+
+
+def _others(path: Path, commit: str | None, chosen: list[Problem]) -> list[dict]:
+    """Of a file of this commit the records of problems that are not chosen."""
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
+    labels = [problem.label for problem in chosen]
+    if data["run"]["commit"] != commit:
+        return []
+    return [record for record in data["records"] if record["label"] not in labels]
 
 
 def table(records: list[dict]) -> str:
@@ -250,10 +316,50 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def times_table(records: list[dict]) -> str:
+    """Microseconds of a step as Markdown, of each contender at its better thread count."""
+    share = " | ".join(f"{sparsity:.0%}" for sparsity in SPARSITIES)
+    lines = [
+        f"| microseconds of a step, weights pruned | of | {share} |",
+        "| --- | --- |" + " ---: |" * len(SPARSITIES),
+    ]
+    for label in dict.fromkeys(record["label"] for record in records):
+        here = [record for record in records if record["label"] == label]
+        best = [_best([r for r in here if r["sparsity"] == s]) for s in SPARSITIES]
+        for name in best[0]:
+            cells = " | ".join(f"{1e6 * found[name]:,.0f}" for found in best)
+            lines.append(f"| {label} | {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def measured(path: Path) -> str:
+    """The ratios of a file, and where they come from."""
+    data = json.loads(path.read_text())
+    run, records = data["run"], data["records"]
+    peers = [name for name in records[0]["seconds"] if not name.startswith("ours")]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return (
+        f"{table(records)}\nMeasured on {run['hardware']}; {versions}; commit {run['commit']}; "
+        f"{run['date'][:10]}. Peers: {', '.join(peers)}, each with one thread or two, whichever is "
+        f"faster. Times: [{path.stem}](benchmarks/results/steps/{path.stem}.md)."
+    )
+
+
+def newest(folder: Path) -> Path | None:
+    """The latest file of steps in a folder, by the date in its name."""
+    return max(folder.glob("*.json"), key=lambda path: path.stem[-10:], default=None)
+
+
 def _ratio(records: list[dict], ours: str) -> str:
+    best = _best(records)
+    peer = min(value for name, value in best.items() if not name.startswith("ours"))
+    return f"{peer / best[ours]:.2f}x"
+
+
+def _best(records: list[dict]) -> dict[str, float]:
+    """Median seconds of each contender at its better thread count."""
     best: dict[str, float] = {}
     for record in records:
         for name, seconds in record["seconds"].items():
             best[name] = min(best.get(name, float("inf")), statistics.median(seconds))
-    peer = min(value for name, value in best.items() if not name.startswith("ours"))
-    return f"{peer / best[ours]:.2f}x"
+    return best

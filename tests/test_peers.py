@@ -231,6 +231,9 @@ def run():
 
 PAGE = """\
 # Title
+<!-- steps:begin -->
+old steps
+<!-- steps:end -->
 <!-- measured:begin -->
 what stood there
 <!-- measured:end -->
@@ -285,7 +288,7 @@ def test_no_results_and_no_losses_are_said(run, tmp_path):
     page = tmp_path / "README.md"
     page.write_text(PAGE)
     first_screen.rewrite(page, {})
-    assert page.read_text().count("Not measured yet") == 2
+    assert page.read_text().count("Not measured yet") == 3
     wins = replace(run, records=run.records[2:4])
     assert first_screen.losses(wins).startswith("No peer was faster in any of the 2")
     assert "cores: neither times nor ratios" in first_screen.measured(replace(run, busy=3.0))
