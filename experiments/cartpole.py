@@ -24,6 +24,7 @@ from sparse_tickets.sweep.spec import protocol
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "runs" / "cartpole"
+METRICS = ("return_final", "return_auc", "return_final_sampled", "return_initial")
 SPEC = replace(protocol("CartPole-v1"), seeds=15, levels=20)
 
 
@@ -32,19 +33,27 @@ def main() -> None:
         run_sweep(SPEC, OUT, on_progress=progress.advance)
     frame = load_results(OUT)
     frame.write_parquet(HERE / "results" / "cartpole.parquet")
-    figures = {
-        "returns": return_figure(frame),
-        "effective_density": return_figure(frame, effective_density=True),
-        "contributions": contribution_figure(frame),
-    }
-    for name, figure in figures.items():
-        save(figure, HERE / "figures" / f"cartpole_{name}.png")
-    (HERE / "results" / "cartpole.md").write_text(markdown_table(frame))
-    print(markdown_table(frame))
+    tables = write(frame)
+    print(tables)
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=2):
         print("Degradation level of each condition", degradation(frame))
         print("Cloning against PPO, paired by seed", compare(frame))
         print("Contributions", contributions(frame))
+
+
+def write(frame: pl.DataFrame) -> str:
+    """Draw the figures and write the tables, which are returned too."""
+    shown = [name for name in METRICS if name in frame.columns]
+    figures = {
+        "returns": return_figure(frame, metric=METRICS[:2]),
+        "effective_density": return_figure(frame, effective_density=True),
+        "contributions": contribution_figure(frame, metric=METRICS[:2]),
+    }
+    for name, figure in figures.items():
+        save(figure, HERE / "figures" / f"cartpole_{name}.png")
+    tables = "\n".join(markdown_table(frame, name) for name in shown)
+    (HERE / "results" / "cartpole.md").write_text(tables)
+    return tables
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ import importlib.util
 import io
 import itertools
 import json
-import platform
 import signal
-import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -28,6 +26,7 @@ from rich.table import Table
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.files import StoreError
 from sparse_tickets.kernels.compile import CompileError
+from sparse_tickets.provenance import commit, processor, versions
 from sparse_tickets.sweep.progress import SweepProgress
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep, protocol
@@ -63,9 +62,8 @@ class ReportCommand:
     run: tyro.conf.Positional[Path]
     """The folder given to sweep as --out."""
     metric: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RETURN ...")] = ()
-    """Of return_final, return_final_sampled, return_auc (area under the learning curve),
-    return_initial (before training), which are the default, return_best and
-    return_initial_sampled."""
+    """Of return_final, return_final_sampled, return_auc (area under the learning curve) and
+    return_initial (before training), all by default, return_best, return_initial_sampled."""
     plugin: Files = ()
     """Python files that register your own environments, criteria or conditions."""
 
@@ -151,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage(arguments, console)
     name, rest = arguments[0], arguments[1:]
     try:
-        return _COMMANDS[name][1](rest, console)
+        with _plain_warnings():
+            return _COMMANDS[name][1](rest, console)
     except KeyboardInterrupt:
         Console(stderr=True).print("\n[yellow]stopped.[/yellow]")
         return 128 + signal.SIGINT
@@ -182,21 +181,23 @@ def _place(error: Exception, plugins: Sequence[str]) -> str | None:
 
 def _version() -> str:
     """Of this library, its commit where it runs from a clone, and what its numbers depend on."""
-    own = metadata.version("sparse-tickets")
-    # Only a clone of this library counts, not a repository that an environment lies in.
-    root = Path(__file__).parents[1]
-    if (root / ".git").exists() and (root / "kernels").is_dir():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        with suppress(OSError, subprocess.CalledProcessError):
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            own += f" (commit {done.stdout.strip()})"
-    lines = [f"sparse-tickets {own}", f"python {platform.python_version()}"]
-    for name in ("torch", "triton", "numba", "numpy", "gymnasium"):
-        try:
-            lines.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            lines.append(f"{name} is not installed")
-    return "\n".join(lines)
+    packages = ("sparse-tickets", "torch", "triton", "numba", "numpy", "gymnasium")
+    found = versions(packages)
+    own = f"sparse-tickets {found['sparse-tickets']}"
+    lines = [own if commit() is None else f"{own} (commit {commit()})"]
+    lines += [f"{name} {found.get(name, 'is not installed')}" for name in ("python", *packages[1:])]
+    return "\n".join([*lines, f"processor {processor()}"])
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings as one line, without the line of our source they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _survive_narrow_encodings() -> None:
@@ -402,7 +403,8 @@ def _inspect(rest: list[str], console: Console) -> int:
             command.arch,
             everything=command.all,
             on_report=lambda report: status.update(
-                f"{next(finished)} compiled; sm_{report.capability} {report.op} {report.case}"
+                f"{next(finished)} compiled; sm_{report.capability} {report.op} "
+                f"{escape(report.case)}"
             ),
         )
     if command.json:

@@ -29,6 +29,7 @@ LAYERS = (
         "hooks",
         "linear",
         "optim",
+        "provenance",
         "prune",
         "selection",
         "sequential",

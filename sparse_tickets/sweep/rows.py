@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["COLUMNS", "SORTED_BY", "from_parquet", "to_parquet"]
+__all__ = ["COLUMNS", "OPTIONAL", "SORTED_BY", "from_parquet", "to_parquet"]
 
 COLUMNS = {
     "env": "string",
@@ -36,6 +36,13 @@ COLUMNS = {
     "wall_s": "double",
     "random_return": "double",
     "diverged": "bool",
+}
+# Also written, but lacking in runs of earlier versions, which are gone on with all the same.
+OPTIONAL = {
+    "curve_sampled": "list<double>",
+    "train_s": "double",
+    "commit": "string",
+    "processor": "string",
 }
 SORTED_BY = ("env", "algo", "condition", "controls", "seed", "level")
 
@@ -83,7 +90,7 @@ def _arrow_type(column: str) -> pyarrow.DataType | None:
     """The type of a known column; None lets arrow infer it."""
     import pyarrow
 
-    name = COLUMNS.get(column)
+    name = (COLUMNS | OPTIONAL).get(column)
     if name == "list<double>":
         return pyarrow.list_(pyarrow.float64())
     return None if name is None else pyarrow.type_for_alias(name)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -26,6 +24,7 @@ from sparse_tickets.kernels import ppo as kernels_ppo
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.population import Population, initialise
+from sparse_tickets.provenance import commit, processor, versions
 from sparse_tickets.prune import has_scores
 from sparse_tickets.sweep.data import checksum, data_file, read_data, write_data
 from sparse_tickets.sweep.memory import free_memory, is_out_of_memory, memory_explained
@@ -314,6 +313,8 @@ class _Runner:
             "train_s": 0.0,
             "random_return": environment.random_return,
             "diverged": True,
+            "commit": commit(),
+            "processor": processor(),
         }
         ticket = Ticket.of(
             arena,
@@ -342,7 +343,7 @@ class _Runner:
         kept = spec.kept(algo, level)
         initial = initialise(population.arena, _initial_keys(spec, tracks), spec.init, spec.log_std)
         how: dict[str, Any] = {
-            "versions": _versions(),
+            "versions": versions(("sparse-tickets", "torch", "numpy", "numba")),
             "plan": str(_plan(population, algo, self._device)),
         }
         if algo == "bc":
@@ -380,6 +381,8 @@ class _Runner:
                 "train_s": result.train_s / len(tracks),
                 "random_return": environment.random_return,
                 "diverged": reason is not None,
+                "commit": commit(),
+                "processor": processor(),
             }
             ticket = Ticket.of(
                 population.arena,
@@ -635,8 +638,3 @@ def _joined(parts: Sequence[Parameters]) -> Parameters:
 def _plan(population: Population, algo: str, device: torch.device) -> Plan:
     describe = imitation.plan if algo == "bc" else kernels_ppo.plan
     return describe(population.arena, device, density=population.density)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("sparse-tickets", "torch", "numpy", "numba")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}

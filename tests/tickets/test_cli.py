@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib import metadata
 
 import pytest
@@ -18,6 +19,7 @@ from sparse_tickets import cli
 from sparse_tickets.algos import evaluation
 from sparse_tickets.analysis.report import stamp
 from sparse_tickets.cli import main
+from sparse_tickets.provenance import processor
 from sparse_tickets.sweep import progress
 from sparse_tickets.sweep.spec import Sweep, protocol
 from sparse_tickets.sweep.store import Store, load_results
@@ -395,6 +397,7 @@ def test_version_names_what_numbers_depend_on(capsys):
         name: metadata.version(name) for name in ("torch", "numba", "numpy", "gymnasium")
     }
     assert "triton" in lines
+    assert lines["processor"] == processor()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
@@ -406,6 +409,21 @@ def test_output_survives_narrow_terminals(encoding, finished):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.decode(encoding)
+
+
+def test_a_warning_is_one_line(monkeypatch):
+    said = []
+
+    def warned(*_):
+        given = UserWarning("this environment names no time limit")
+        said.append(warnings.formatwarning(given, UserWarning, "ours.py", 7))
+        return 0
+
+    monkeypatch.setitem(cli._COMMANDS, "report", ("", warned))
+    before = warnings.formatwarning
+    assert main(["report"]) == 0
+    assert said == ["warning: this environment names no time limit\n"]
+    assert warnings.formatwarning is before
 
 
 def test_brackets_are_no_markup(tmp_path, capsys):

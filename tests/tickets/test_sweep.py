@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -20,9 +22,11 @@ from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.envs import registry
 from sparse_tickets.files import StoreError
+from sparse_tickets.provenance import commit, processor
 from sparse_tickets.sweep import run as run_module
 from sparse_tickets.sweep.data import checksum, read_data, write_data
 from sparse_tickets.sweep.progress import total_steps
+from sparse_tickets.sweep.rows import COLUMNS, OPTIONAL
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, Unit, load_results
@@ -121,6 +125,27 @@ def test_the_table_has_a_row_per_cell_and_the_promised_columns(finished):
     assert (results["curve"].list.len() == 2).all()
     areas = results["curve"].list.mean()
     assert (results["return_auc"] - areas).abs().max() < 1e-4
+    assert set(results["processor"]) == {processor()}
+    assert set(results["commit"]) == {commit()}
+
+
+def test_the_docs_tell_every_column_and_its_type(finished):
+    results = load_results(finished)
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    told = dict(re.findall(r"^\| (\w+) \| ([\w ]+) \|", text, re.MULTILINE))
+    told.pop("column")
+    types = {
+        pl.String: "string",
+        pl.Int64: "int64",
+        pl.Float64: "double",
+        pl.Boolean: "bool",
+        pl.List(pl.Float64): "list of double",
+    }
+    found = {name: types[kind] for name, kind in results.schema.items()}
+    if commit() is None:  # installed from a wheel
+        found["commit"] = "string"
+    assert told == found
+    assert set(found) == {*COLUMNS, *OPTIONAL}
 
 
 def test_everything_needed_later_is_stored(finished):
