@@ -31,6 +31,7 @@ from .activations import activate, deactivate
 from .addresses import bytes_, floats, get, integers, put, shorts
 from .blas import sgemm
 from .layout import (
+    ACT_FROM,
     BEGIN,
     BIAS,
     BIAS_GRADIENTS,
@@ -421,8 +422,8 @@ def _backward(base, form_at, call_at):
 
 @njit(cache=True)
 def _act(base, form_at, call_at):
-    """Few rows, one by one, without a gradient: dot products over whole registers of weights."""
-    m, b, i64 = floats(base), bytes_(base), integers(base)
+    """Few rows, one by one, without a gradient."""
+    m, n, b, i64 = floats(base), shorts(base), bytes_(base), integers(base)
     form, call = form_at // 8, call_at // 8
     layers = get(i64, form + LAYERS)
     scratch = get(i64, call + CALL_SCRATCH) // 4
@@ -436,7 +437,12 @@ def _act(base, form_at, call_at):
             layer = form + FORM_FIRST + k * FORM_LAYER
             at = call + CALL_FIRST + k * CALL_LAYER
             weight, bias = get(i64, at + WEIGHT) // 4, get(i64, at + BIAS) // 4
-            _act_layer(m, b, i64, layer, weight, bias, read, write)
+            if ACT_FROM * get(i64, layer + NONZEROS) < get(i64, layer + OUT) * get(
+                i64, layer + INP
+            ):
+                _act_sparse(m, n, i64, layer, weight, bias, read, write)
+            else:
+                _act_layer(m, b, i64, layer, weight, bias, read, write)
             code, size = get(i64, layer + CODE), get(i64, layer + OUT)
             if code:
                 slope = get(m, get(i64, form + SLOPES) + k)
@@ -448,7 +454,31 @@ def _act(base, form_at, call_at):
 
 
 @njit(cache=True)
+def _act_sparse(m, n, i64, layer, weight, bias, x, y):
+    """One row through a layer, nonzero by nonzero."""
+    begin, rows = get(i64, layer + BEGIN), get(i64, layer + ROWS)
+    index, position = get(i64, layer + INDEX), get(i64, layer + POSITION)
+    j = get(i64, begin)
+    for k in range(get(i64, layer + OUT)):
+        end = get(i64, begin + k + 1)
+        even, odd = _ZERO, _ZERO
+        while j + 1 < end:
+            w0 = get(m, weight + np.int64(get(n, position + j)))
+            w1 = get(m, weight + np.int64(get(n, position + j + 1)))
+            even += w0 * get(m, x + np.int64(get(n, index + j)))
+            odd += w1 * get(m, x + np.int64(get(n, index + j + 1)))
+            j += 2
+        if j < end:
+            w0 = get(m, weight + np.int64(get(n, position + j)))
+            even += w0 * get(m, x + np.int64(get(n, index + j)))
+            j += 1
+        r = np.int64(get(n, rows + k))
+        put(m, y + r, (get(m, bias + r) if bias else _ZERO) + even + odd)
+
+
+@njit(cache=True)
 def _act_layer(m, b, i64, layer, weight, bias, x, y):
+    """One row through a layer, by dot products over whole registers of weights."""
     out, inp, bits = get(i64, layer + OUT), get(i64, layer + INP), get(i64, layer + BITS)
     words, whole = (inp + LANES - 1) // LANES, inp // LANES
     start = _ZERO

@@ -54,6 +54,9 @@ _DENSE_ROWS, _SPARSE_ROWS, _MOST_PARTS = 128, 64, 8
 _DENSE_FROM = 0.42
 """Density from which `sgemm` is faster: 0.38 at batch 64, 0.47 at 2048, layers of 256 x 256."""
 
+ACT_FROM = 8
+"""A few rows go nonzero by nonzero where at most one weight of so many is left."""
+
 
 class Layer(NamedTuple):
     """One linear layer of a network and what follows it.

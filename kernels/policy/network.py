@@ -19,7 +19,7 @@ from ..linear import is_watched, recycling
 from ..threads import count_threads
 from ..vector import aligned_empty
 from . import cpu, reference
-from .layout import CALL_FIRST, CALL_LAYER, Form, Layer, Support
+from .layout import ACT_FROM, CALL_FIRST, CALL_LAYER, Form, Layer, Support
 
 __all__ = ["Network"]
 
@@ -216,7 +216,11 @@ class Network:
     def describe(self, batch: int, training: bool) -> tuple[str, str]:
         """The layers' formats for a batch of this many rows, and why."""
         if batch <= _FEW and not training:
-            return "dense+mask", "few rows: dot products over whole registers, pruned lanes zero"
+            formats = "/".join(
+                "csr" if ACT_FROM * support.nonzeros < layer.out * layer.inp else "dense+mask"
+                for layer, support in zip(self.layers, self._supports, strict=True)
+            )
+            return formats, "few rows: each through all layers at once"
         form = self.form(batch)
         formats = "/".join(
             "csr" if not dense else "dense" if layer.mask is None else "dense+mask"
