@@ -10,6 +10,7 @@ from itertools import groupby
 import torch
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -227,7 +228,7 @@ def _hanging(*rows: tuple[str, str]) -> Table:
     """Words and what is said of them, each in a column of its own."""
     table = Table.grid(padding=(0, 2))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from sparse_tickets.kernels.compile import (
@@ -67,7 +68,7 @@ def inspect_table(reports: Sequence[Report]) -> Table:
         if position and report.op != reports[position - 1].op:
             table.add_section()
         table.add_row(
-            f"{report.op} {report.case}",
+            escape(f"{report.op} {report.case}"),
             f"sm_{report.capability}",
             f"{report.registers}",
             f"[red]{report.spills} B[/red]" if report.spills else "0",
@@ -80,7 +81,9 @@ def inspect_table(reports: Sequence[Report]) -> Table:
         for report in reports
         for problem in report.problems
     ]
-    table.caption = "\n".join(wrong) if wrong else f"{len(reports)} configurations, no problems"
+    table.caption = (
+        escape("\n".join(wrong)) if wrong else f"{len(reports)} configurations, no problems"
+    )
     table.caption_justify = "left"
     table.caption_style = "red" if wrong else "dim"
     return table

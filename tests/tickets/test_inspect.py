@@ -82,6 +82,13 @@ def test_the_table_names_instructions_and_problems():
     assert "no problems" not in bad
 
 
+def test_a_case_in_brackets_is_no_markup():
+    bracketed = Report("mlp", "[red] tile [16]", 100, 4, 255, 24, 24, 0, 0, ("bf16",), ())
+    shown = " ".join(rendered([bracketed]).split())
+    assert "mlp [red] tile [16]" in shown
+    assert "mlp/[red] tile [16]: spills" in shown
+
+
 def test_data_holds_what_follows_from_the_report():
     (data,) = plain([GOOD])
     assert data["occupancy"] == {"programs": 4, "share": 0.25, "limit": "shared"}
