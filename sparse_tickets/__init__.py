@@ -50,7 +50,7 @@ _HOME = {
     "register_condition": ("conditions", "register_condition"),
     "register_criterion": ("prune", "register_criterion"),
     "register_env": ("envs", "register_env"),
-    "run_sweep": ("sweep.run", "run"),
+    "run_sweep": ("sweep.engines", "run"),
     "sparsify_": ("convert", "sparsify_"),
     "summary": ("coverage", "summary"),
     "to_semi_structured": ("convert", "to_semi_structured"),
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from sparse_tickets.linear import SparseLinear
     from sparse_tickets.population import Population
     from sparse_tickets.prune import register_criterion
-    from sparse_tickets.sweep.run import run as run_sweep
+    from sparse_tickets.sweep.engines import run as run_sweep
     from sparse_tickets.sweep.spec import Sweep
     from sparse_tickets.sweep.store import load_results
     from sparse_tickets.ticket import Ticket

@@ -27,8 +27,8 @@ from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.files import StoreError
 from sparse_tickets.kernels.compile import CompileError
 from sparse_tickets.provenance import commit, processor, versions
+from sparse_tickets.sweep.engines import run
 from sparse_tickets.sweep.progress import SweepProgress
-from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep, protocol
 from sparse_tickets.timing import Unverified
 
@@ -53,6 +53,12 @@ class SweepCommand:
     """Python files that register your own environments, criteria or conditions."""
     device: str = "cpu"
     """Where to train: cpu or cuda; results agree to rounding, which training amplifies."""
+    engine: str = "local"
+    """local, or ray: units are tasks of a Ray cluster; the same table."""
+    address: str | None = None
+    """Of the Ray cluster, or auto; default: one is started on this machine."""
+    gpus_per_chunk: float = 0.0
+    """Share of a GPU that a unit takes on Ray; 0 trains on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,11 @@ def _sweep(rest: list[str], console: Console) -> int:
         SweepCommand, prog="sparse-tickets sweep", args=rest, config=_STYLE, default=default
     )
     spec, out = command.spec, command.out
+    if command.plugin and command.engine != "local":
+        raise ValueError(
+            "--plugin is read by this process alone, got --engine ray: put what it registers into "
+            "a package that is installed on every machine and that gymnasium finds"
+        )
     if command.dry_run:
         from sparse_tickets.sweep.estimate import estimate
 
@@ -266,7 +277,16 @@ def _sweep(rest: list[str], console: Console) -> int:
                 progress.advance(description, steps)
                 check()
 
-            run(spec, out, overwrite=command.overwrite, device=command.device, on_progress=advance)
+            run(
+                spec,
+                out,
+                overwrite=command.overwrite,
+                device=command.device,
+                engine=command.engine,
+                address=command.address,
+                gpus_per_chunk=command.gpus_per_chunk,
+                on_progress=advance,
+            )
     except _Stopped as stopped:
         console.print(
             f"\n[yellow]stopped.[/yellow] Finished units are safe in {escape(str(out))}; "

@@ -22,7 +22,7 @@ from rich.text import Text
 from sparse_tickets.kernels.compiling import on_compile
 from sparse_tickets.sweep.spec import Sweep
 
-__all__ = ["SweepProgress", "total_steps"]
+__all__ = ["SweepProgress", "expert_steps", "total_steps"]
 
 _BETWEEN_LINES_S = 30.0
 
@@ -33,9 +33,12 @@ def total_steps(spec: Sweep) -> int:
     pruned = later * (spec.levels - 1)
     steps = first * spec.train_steps(0) + pruned * spec.train_steps(1)
     steps *= len(spec.algos)
-    if "bc" in spec.algos:
-        steps += spec.bc.experts * (spec.bc.expert_steps or spec.ppo.steps)
-    return steps
+    return steps + expert_steps(spec) if "bc" in spec.algos else steps
+
+
+def expert_steps(spec: Sweep) -> int:
+    """Agent-steps of one round of experts."""
+    return spec.bc.experts * (spec.bc.expert_steps or spec.ppo.steps)
 
 
 class _Speed(ProgressColumn):

@@ -33,7 +33,17 @@ from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import DATA, Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
 
-__all__ = ["DEMONSTRATIONS", "cell_population", "make_experts", "run", "train_population"]
+__all__ = [
+    "DEMONSTRATIONS",
+    "Runner",
+    "begin",
+    "cell_population",
+    "make_experts",
+    "refuse_guessing",
+    "run",
+    "train_population",
+    "units_before",
+]
 
 # Claimed, like a unit, by the process that trains the experts; it never has files of its own.
 _EXPERTS = Unit("experts", 0, 0)
@@ -82,26 +92,30 @@ def run(
         ValueError: an unknown environment, a device that is not there, or an environment to clone
             experts in that does not say when it is solved.
     """
-    # What cannot work is refused before anything is written.
-    content = spec.to_dict()
-    if "bc" in spec.algos:
-        _expert_budget(spec), _expert_gate(spec)
     where = _device(device)
-    if spec.env_spec.time_limit is None:
-        warnings.warn(
-            f"{spec.env} names no time limit: evaluation waits for every episode to end. If a "
-            "policy can go on for ever, register the environment wrapped in "
-            "gymnasium.wrappers.TimeLimit",
-            stacklevel=2,
-        )
-    store = Store.open(out, content, overwrite=overwrite)
-    runner = _Runner(spec, store, where, on_progress or (lambda description, steps: None))
+    store = begin(spec, out, overwrite)
+    runner = Runner(spec, store, where, on_progress or (lambda description, steps: None))
     algorithms = [runner.algorithm(algo) for algo in spec.algos]
     while algorithms:
         algorithms = [each for each in algorithms if next(each, None) is not None]
         if algorithms:
             time.sleep(_POLL_S)
     return store
+
+
+def begin(spec: Sweep, out: str | Path, overwrite: bool) -> Store:
+    """The store of a sweep; what cannot work is refused before anything is written."""
+    content = spec.to_dict()
+    if "bc" in spec.algos:
+        _expert_budget(spec), _expert_gate(spec)
+    if spec.env_spec.time_limit is None:
+        warnings.warn(
+            f"{spec.env} names no time limit: evaluation waits for every episode to end. If a "
+            "policy can go on for ever, register the environment wrapped in "
+            "gymnasium.wrappers.TimeLimit",
+            stacklevel=3,
+        )
+    return Store.open(out, content, overwrite=overwrite)
 
 
 def _device(name: str) -> torch.device:
@@ -112,7 +126,9 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device must be one torch has here, got {name!r} ({reason})") from error
 
 
-class _Runner:
+class Runner:
+    """Trains a sweep's units from what its store holds, and stores them."""
+
     def __init__(self, spec: Sweep, store: Store, device: torch.device, notify: Progress) -> None:
         self._spec = spec
         self._store = store
@@ -127,26 +143,26 @@ class _Runner:
         """Train an algorithm level by level; yields a unit that another process is working on."""
         for level, units in groupby(self._spec.units(algo), key=itemgetter(0)):
             left = [(Unit(algo, level, chunk), tracks) for _, chunk, tracks in units]
-            while left := [each for each in left if not self._finish(*each)]:
-                self._wait_for(left[0][0], self._describe(left[0][0]))
+            while left := [each for each in left if not self.finish(*each)]:
+                self._wait_for(left[0][0], self.describe(left[0][0]))
                 yield left[0][0]
         if algo == "bc":
-            self._check_data()
+            self.check_data()
 
-    def _finish(self, unit: Unit, tracks: Sequence[Track]) -> bool:
+    def finish(self, unit: Unit, tracks: Sequence[Track]) -> bool:
         """Train one chunk of a level if nobody has; False while another process does."""
-        if not self._is_stored(unit):
+        if not self.is_stored(unit):
             with self._store.claim(unit) as mine:
                 if not mine:
                     return False
                 # Another process may have finished it a moment ago.
-                if not self._is_stored(unit):
+                if not self.is_stored(unit):
                     self._train(unit, tracks)
                     return True
-        self._notify(self._describe(unit), len(tracks) * self._spec.train_steps(unit.level))
+        self._notify(self.describe(unit), len(tracks) * self._spec.train_steps(unit.level))
         return True
 
-    def _is_stored(self, unit: Unit) -> bool:
+    def is_stored(self, unit: Unit) -> bool:
         """Whether a unit is finished and, at level 0, what later levels rewind to is there."""
         if not self._store.has(unit):
             return False
@@ -157,7 +173,7 @@ class _Runner:
         spec = self._spec
         if unit.algo == "bc":
             if self._dataset is None:
-                self._dataset = self._demonstrations()
+                self._dataset = self.demonstrations()
             self._store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])
         lost = lost_cells(spec, self._store, unit.algo, unit.level, tracks)
         alive = [track for track in tracks if track not in lost]
@@ -183,7 +199,7 @@ class _Runner:
         self, unit: Unit, tracks: Sequence[Track]
     ) -> tuple[Population, Result] | None:
         """Train tracks as one population; None, with a warning, where memory holds fewer only."""
-        what = self._describe(unit)
+        what = self.describe(unit)
         done = 0
 
         def advance(steps: int) -> None:
@@ -227,17 +243,17 @@ class _Runner:
         owner = self._store.claimed_by(unit) or "another process"
         self._notify(f"{what}: waiting for {owner}", 0)
 
-    def _check_data(self) -> None:
+    def check_data(self) -> None:
         """Look at the data sets too once cloning is done: `verify` and other runs need them."""
         read_data(self._store, "experts")
         if read_data(self._store, DEMONSTRATIONS) is None:
-            self._demonstrations()
+            self.demonstrations()
         self._store.check_inputs("bc", DEMONSTRATIONS)
 
-    def _describe(self, unit: Unit) -> str:
+    def describe(self, unit: Unit) -> str:
         return f"{unit.algo} level {unit.level}, density {self._spec.density(unit.level):.1%}"
 
-    def _demonstrations(self) -> bc.Dataset:
+    def demonstrations(self) -> bc.Dataset:
         """The experts' data set, from the store or made now: the one all cells are trained on."""
         spec, store = self._spec, self._store
         while (stored := read_data(store, DEMONSTRATIONS)) is None:
@@ -246,7 +262,7 @@ class _Runner:
                 if mine and read_data(store, DEMONSTRATIONS) is None:
                     for name in DATA:
                         remove_leftovers(data_file(store, name))
-                    _refuse_guessing(store)
+                    refuse_guessing(store)
                     with memory_explained("training experts"):
                         experts = self._experts()
                     with memory_explained("drawing demonstrations"):
@@ -449,12 +465,31 @@ def _parents(
     spec: Sweep, store: Store, algo: str, level: int, tracks: Sequence[Track]
 ) -> list[Ticket]:
     """The trained networks that a level's masks come from."""
+    return _finished(spec, store, algo, _parent_cells(spec, level, tracks))
+
+
+def _parent_cells(spec: Sweep, level: int, tracks: Sequence[Track]) -> list[tuple[Track, int]]:
     # Random masks have no chain: any trained network will do, and level 0 is always there.
-    cells = [(track.source, level - 1 if spec.chained(track.condition) else 0) for track in tracks]
-    return _finished(spec, store, algo, cells)
+    return [(track.source, level - 1 if spec.chained(track.condition) else 0) for track in tracks]
 
 
-def _refuse_guessing(store: Store) -> None:
+def units_before(spec: Sweep, unit: Unit, tracks: Sequence[Track]) -> list[Unit]:
+    """The units that a unit of these tracks is trained from."""
+    if unit.level == 0:
+        return []
+    cells = _parent_cells(spec, unit.level, tracks) + [(track, 0) for track in tracks]
+    return sorted({_place(spec, unit.algo, track, level)[0] for track, level in cells})
+
+
+def _place(spec: Sweep, algo: str, track: Track, level: int) -> tuple[Unit, int]:
+    """The unit of a cell, and its place in it."""
+    if level == 0:
+        track = Track(track.seed, "dense", "shared")
+    chunk, index = divmod(spec.tracks(level).index(track), spec.chunk)
+    return Unit(algo, level, chunk), index
+
+
+def refuse_guessing(store: Store) -> None:
     """Demonstrations made anew could not be compared with those of units that recorded none."""
     silent = store.check_inputs("bc", DEMONSTRATIONS)
     if silent:
@@ -595,10 +630,7 @@ def _finished(
     units: dict[Unit, list[Ticket]] = {}
     tickets = []
     for track, level in cells:
-        if level == 0:
-            track = Track(track.seed, "dense", "shared")
-        chunk, index = divmod(spec.tracks(level).index(track), spec.chunk)
-        unit = Unit(algo, level, chunk)
+        unit, index = _place(spec, algo, track, level)
         if unit not in units:
             units[unit] = store.read_tickets(unit)
         tickets.append(units[unit][index])

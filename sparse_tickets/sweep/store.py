@@ -252,7 +252,20 @@ class Store:
             inputs=inputs or {},
             files=files,
         )
-        files[MANIFEST] = manifest.to_bytes()
+        return self.adopt(unit, files | {MANIFEST: manifest.to_bytes()})
+
+    def files(self, unit: Unit) -> dict[str, bytes]:
+        """The files of a finished unit by name, for `adopt` of another copy of the run.
+
+        Raises:
+            StoreError: the unit is not finished.
+        """
+        self._require(unit)
+        manifest, files = self._read(unit)
+        return files | {MANIFEST: manifest.to_bytes()}
+
+    def adopt(self, unit: Unit, files: Mapping[str, bytes]) -> bool:
+        """Store the files of a unit, unless another process stored it first; whether these are."""
         while not write_folder(self._folder(unit), files):
             if self.has(unit):
                 return False

@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 import torch
 
-from sparse_tickets import files
+from sparse_tickets import files, run_sweep
 from sparse_tickets.algos.bc import BC, ExpertError
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
@@ -681,3 +681,42 @@ def test_other_errors_of_training_are_not_taken_for_memory(tmp_path, monkeypatch
     too_many(monkeypatch, 0, lambda: RuntimeError("a kernel is broken"))
     with pytest.raises(RuntimeError, match="a kernel is broken"):
         run(TINY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine": "dask"}, "engine must be one of local, ray, got 'dask'"),
+        ({"address": "auto"}, "address and gpus_per_chunk need engine='ray'"),
+        ({"engine": "ray", "device": "cuda"}, "device must be left out with engine='ray'"),
+        ({"engine": "ray", "gpus_per_chunk": -1.0}, "gpus_per_chunk must be >= 0, got -1.0"),
+    ],
+)
+def test_engines_refuse_what_is_not_theirs(settings, said, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        run_sweep(SPEC, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_ray_its_engine_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"needs Ray: pip install 'sparse-tickets\[ray\]'"):
+        run_sweep(SPEC, tmp_path / "run", engine="ray")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_units_files_are_adopted_by_another_copy_of_the_run(finished, tmp_path):
+    """As tasks of a cluster return them."""
+    store, other = Store(finished), Store.open(tmp_path, SPEC.to_dict())
+    unit = Unit("ppo", 0, 0)
+    files = store.files(unit)
+    assert other.adopt(unit, files)
+    assert not other.adopt(unit, files)  # the first stays
+    assert other.has(unit)
+    assert other.files(unit) == files
+    broken = files | {"rows.parquet": files["rows.parquet"][:-1]}
+    assert other.adopt(Unit("ppo", 0, 1), broken)
+    with pytest.warns(UserWarning, match=r"manifest.json belongs to another unit"):
+        assert not other.has(Unit("ppo", 0, 1))
+    with pytest.raises(StoreError, match="is not finished"):
+        other.files(Unit("ppo", 0, 1))
