@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow fuzz bench bench-full gpu check format docs clean
+.PHONY: help demo test test-slow fuzz works-with bench bench-full gpu check format docs clean
 
 help:
 	@echo "make demo       a small lottery-ticket study of CartPole-v1: table and figures"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take long"
 	@echo "make fuzz       drawn tests with new cases, CASES=1000 each; hours"
+	@echo "make works-with Stable-Baselines3's and sb3-contrib's own tests on sparse policies, TorchRL"
 	@echo "make bench      what sparsity gains on this machine, a few minutes; writes benchmarks/"
 	@echo "make bench-full the same with scaling curves and more shapes, about 20 minutes"
 	@echo "make gpu        on an NVIDIA GPU, under 9 minutes, offline: tests, tuning, targets, a sweep"
@@ -40,6 +41,24 @@ test-slow: $(INSTALLED)
 CASES ?= 1000
 fuzz: $(INSTALLED)
 	SPARSE_TICKETS_FUZZ=$(CASES) $(BIN)/python -m pytest tests/fuzz
+
+# Their tests are in the source distributions alone. TESTS="tests/test_run.py": some of them.
+OTHERS := build/works_with
+works-with: $(INSTALLED)
+	$(BIN)/pip install --quiet --editable '.[test,sb3,torchrl]' 'stable-baselines3[extra]' sb3-contrib
+	$(BIN)/python -m pytest tests/integrations
+	rm -rf $(OTHERS) && mkdir -p $(OTHERS)
+	for name in stable-baselines3 sb3-contrib; do \
+		is=$$($(BIN)/pip show $$name | sed -n 's/^Version: //p') && \
+		$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(OTHERS) $$name==$$is && \
+		mkdir $(OTHERS)/$$name && \
+		tar xzf $(OTHERS)/*$$is.tar.gz --strip-components 1 -C $(OTHERS)/$$name && \
+		rm $(OTHERS)/*.tar.gz || exit 1; \
+	done
+	status=0; for name in stable-baselines3 sb3-contrib; do (cd $(OTHERS)/$$name && \
+		PYTHONPATH=$(CURDIR)/tests/works_with \
+		$(CURDIR)/$(BIN)/python -m pytest -p sb3_all_sparse $(TESTS)) || status=1; \
+	done; exit $$status
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks run --suite quick

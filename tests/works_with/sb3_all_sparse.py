@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BaseModel
 from torch import Tensor
 
 from sparse_tickets.integrations.sb3 import SparsePolicy, sparse_policy
@@ -24,14 +25,23 @@ def pytest_configure() -> None:
     _draw_masks()
     if DENSITY == "dense":
         return
-    SparsePolicy.__init__.__kwdefaults__["density"] = float(DENSITY)
-    construct = BaseAlgorithm.__init__
+    defaults = SparsePolicy.__init__.__kwdefaults__
+    defaults["density"] = float(DENSITY)
+    construct, load = BaseAlgorithm.__init__, BaseModel.load.__func__
 
     def construct_sparse(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
         self.policy_class = sparse_policy(self.policy_class)
 
-    BaseAlgorithm.__init__ = construct_sparse
+    def load_as_it_was(cls: type[BaseModel], *args: Any, **kwargs: Any) -> BaseModel:
+        # A part of a policy is built of the very layers whose state is loaded next.
+        defaults["density"] = 1.0
+        try:
+            return load(cls, *args, **kwargs)
+        finally:
+            defaults["density"] = float(DENSITY)
+
+    BaseAlgorithm.__init__, BaseModel.load = construct_sparse, classmethod(load_as_it_was)
 
 
 def _draw_masks() -> None:
