@@ -20,7 +20,7 @@ from sparse_tickets.analysis.contributions import contributions
 from sparse_tickets.analysis.figures import contribution_figure, return_figure, save
 from sparse_tickets.analysis.table import compare, degradation, markdown_table
 from sparse_tickets.sweep.progress import SweepProgress
-from sparse_tickets.sweep.spec import protocol
+from sparse_tickets.sweep.protocols import protocol
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "runs" / "cartpole"

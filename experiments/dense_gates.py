@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from sparse_tickets import load_results, run_sweep
 from sparse_tickets.analysis.figures import save
 from sparse_tickets.sweep.data import read_data
-from sparse_tickets.sweep.spec import protocol
+from sparse_tickets.sweep.protocols import protocol
 
 HERE = Path(__file__).parent
 SEEDS = 5

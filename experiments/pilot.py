@@ -28,7 +28,7 @@ from sparse_tickets.algos import ppo
 from sparse_tickets.envs import ClassicEnv, env_spec, register_env
 from sparse_tickets.kernels.random import Stream, derive_key, uniform
 from sparse_tickets.population import Population, initialise, policy_arena
-from sparse_tickets.sweep.spec import protocol
+from sparse_tickets.sweep.protocols import protocol
 
 COPIES = 512
 SEEDS = 24

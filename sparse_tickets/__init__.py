@@ -4,8 +4,8 @@ Three ways in, each loaded at first use:
 
 - a layer or model of yours: `SparseLinear`, `sparsify_`, `summary`, `densify_`, `compact`,
   `to_semi_structured`;
-- a study: `Sweep`, `run_sweep`, `load_results`, with `register_env`, `register_criterion` and
-  `register_condition` for what is not built in;
+- a study: `Sweep`, `run_sweep`, `load_results`, with `register_env`, `register_criterion`,
+  `register_condition` and `register_algorithm` for what is not built in;
 - the parts of such a study: `Population`, `Ticket`, `make_env`, `use_backend`.
 
 The ops beneath are in `sparse_tickets.kernels`.
@@ -27,6 +27,7 @@ __all__ = [
     "densify_",
     "load_results",
     "make_env",
+    "register_algorithm",
     "register_condition",
     "register_criterion",
     "register_env",
@@ -47,6 +48,7 @@ _HOME = {
     "densify_": ("convert", "densify_"),
     "load_results": ("sweep.store", "load_results"),
     "make_env": ("envs", "make_env"),
+    "register_algorithm": ("algos.registry", "register_algorithm"),
     "register_condition": ("conditions", "register_condition"),
     "register_criterion": ("prune", "register_criterion"),
     "register_env": ("envs", "register_env"),
@@ -58,6 +60,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from sparse_tickets.algos.registry import register_algorithm
     from sparse_tickets.conditions import register_condition
     from sparse_tickets.convert import compact, densify_, sparsify_, to_semi_structured
     from sparse_tickets.coverage import summary

@@ -29,7 +29,8 @@ from sparse_tickets.kernels.compile import CompileError
 from sparse_tickets.provenance import commit, processor, versions
 from sparse_tickets.sweep.engines import run
 from sparse_tickets.sweep.progress import SweepProgress
-from sparse_tickets.sweep.spec import Sweep, protocol
+from sparse_tickets.sweep.protocols import protocol
+from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.timing import Unverified
 
 __all__ = ["main"]
@@ -50,7 +51,7 @@ class SweepCommand:
     overwrite: bool = False
     """Discard the run the folder holds, of whatever specification, and start anew."""
     plugin: Files = ()
-    """Python files that register your own environments, criteria or conditions."""
+    """Python files that register your own environments, criteria, conditions or algorithms."""
     device: str = "cpu"
     """Where to train: cpu or cuda; results agree to rounding, which training amplifies."""
     engine: str = "local"
@@ -71,7 +72,7 @@ class ReportCommand:
     """Of return_final, return_final_sampled, return_auc (area under the learning curve) and
     return_initial (before training), all by default, return_best, return_initial_sampled."""
     plugin: Files = ()
-    """Python files that register your own environments, criteria or conditions."""
+    """Python files that register your own environments, criteria, conditions or algorithms."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ShowCommand:
     run: tyro.conf.Positional[Path]
     """The folder given to sweep as --out."""
     algo: str = "ppo"
-    """ppo or bc."""
+    """Algorithm that trained it: ppo, bc or your own."""
     condition: str = "mask/weights"
     """Condition of the track: how its mask and weights are drawn."""
     controls: str = "own"
@@ -93,7 +94,7 @@ class ShowCommand:
     export: Path | None = None
     """Also write the trained policy to this file: .pt, .safetensors or .onnx."""
     plugin: Files = ()
-    """Python files that register your own environments, criteria or conditions."""
+    """Python files that register your own environments, criteria, conditions or algorithms."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class VerifyCommand:
     cells: int = 5
     """How many cells, one of every algorithm and level before a second of any."""
     plugin: Files = ()
-    """Python files that register your own environments, criteria or conditions."""
+    """Python files that register your own environments, criteria, conditions or algorithms."""
 
 
 @dataclass(frozen=True)

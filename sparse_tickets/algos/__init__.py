@@ -1,0 +1,1 @@
+"""Training algorithms of populations, one file each; `registry` names them."""

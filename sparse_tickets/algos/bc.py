@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos import ppo
+from sparse_tickets.algos.algorithm import Algorithm, Dataset, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay_cloning, replayed
-from sparse_tickets.envs import open_env
+from sparse_tickets.envs import Env, open_env
+from sparse_tickets.kernels import imitation
 from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.random import Stream, derive_key
 from sparse_tickets.kernels.rollout import demonstrate
@@ -21,6 +24,7 @@ from sparse_tickets.population import Population, initialise
 from sparse_tickets.settings import at_least, check_fields
 
 __all__ = [
+    "ALGORITHM",
     "BC",
     "FIRST_EXPERT_SEED",
     "Dataset",
@@ -73,18 +77,6 @@ class Experts(NamedTuple):
     weight: Tensor
     returns: Tensor
     seeds: Tensor
-
-
-class Dataset(NamedTuple):
-    """Transitions of D experts, frozen for all levels and conditions.
-
-    Attributes:
-        obs: ``[D, n, features]`` normalised observations.
-        target: ``[D, n, A]`` expert log-probabilities, or ``[D, n, 2A]`` mean and log_std.
-    """
-
-    obs: Tensor
-    target: Tensor
 
 
 def train_experts(
@@ -288,3 +280,47 @@ class Iteration:
         )
         # In place: a replay looks where the capture did.
         self._update += self._config.updates
+
+
+class _Cloning:
+    """Behavioural cloning as a sweep knows it."""
+
+    name, title = "bc", "behavioural cloning"
+    settings = BC
+    has_critic, imitates = False, True
+
+    def train(
+        self,
+        settings: BC,
+        budget: ppo.PPO,
+        env_name: str,
+        population: Population,
+        key: Tensor,
+        demonstrations: Demonstrations | None,
+        schedule: Schedule,
+    ) -> Result:
+        taught = _given(demonstrations)
+        return train(budget, env_name, population, key, *taught, **schedule)
+
+    def iteration(
+        self,
+        settings: BC,
+        budget: ppo.PPO,
+        env: Env,
+        population: Population,
+        key: Tensor,
+        demonstrations: Demonstrations | None,
+    ) -> Iteration:
+        return Iteration(budget, population, key, *_given(demonstrations), 0)
+
+    def plan(self, arena: Arena, device: torch.device, density: float) -> Plan:
+        return imitation.plan(arena, device, density=density)
+
+
+def _given(demonstrations: Demonstrations | None) -> Demonstrations:
+    if demonstrations is None:
+        raise ValueError("demonstrations must be given to train by behavioural cloning, got None")
+    return demonstrations
+
+
+ALGORITHM: Algorithm = _Cloning()

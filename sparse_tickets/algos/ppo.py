@@ -8,16 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay, replayed
 from sparse_tickets.envs import Env, open_env
+from sparse_tickets.kernels import ppo
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population
 from sparse_tickets.settings import above, at_least, check_fields, within
 
-__all__ = ["PPO", "Iteration", "train"]
+__all__ = ["ALGORITHM", "PPO", "Iteration", "train"]
 
 
 @dataclass(frozen=True)
@@ -221,3 +225,40 @@ class Iteration:
         # In place: a replay looks where the capture did.
         self._obs.copy_(obs)
         self._number += 1
+
+
+class _ProximalPolicyOptimisation:
+    """PPO as a sweep knows it: its settings are the budget."""
+
+    name, title = "ppo", "PPO"
+    settings = PPO
+    has_critic, imitates = True, False
+
+    def train(
+        self,
+        settings: PPO,
+        budget: PPO,
+        env_name: str,
+        population: Population,
+        key: Tensor,
+        demonstrations: Demonstrations | None,
+        schedule: Schedule,
+    ) -> Result:
+        return train(settings, env_name, population, key, **schedule)
+
+    def iteration(
+        self,
+        settings: PPO,
+        budget: PPO,
+        env: Env,
+        population: Population,
+        key: Tensor,
+        demonstrations: Demonstrations | None,
+    ) -> Iteration:
+        return Iteration(budget, env, population, key, 0)
+
+    def plan(self, arena: Arena, device: torch.device, density: float) -> Plan:
+        return ppo.plan(arena, device, density=density)
+
+
+ALGORITHM: Algorithm = _ProximalPolicyOptimisation()

@@ -17,6 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from sparse_tickets.algos.registry import ALGORITHMS
+
 from . import frame as results
 from .contributions import CONTRIBUTIONS, contributions
 from .pictures import mask_figure, ticket_figure
@@ -45,7 +47,6 @@ __all__ = [
     "ticket_figure",
 ]
 
-_ALGORITHM_NAMES = {"ppo": "PPO", "bc": "behavioural cloning"}
 _PANEL_HEIGHT, _LABEL_HEIGHT = 2.2, 0.14  # inches
 
 _TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
@@ -126,7 +127,7 @@ def return_figure(
             for panel in panels:
                 _label_ends(panel, ends[panel])
     for panel, algo in zip(grid[0], algos, strict=True):
-        panel.set_title(_ALGORITHM_NAMES.get(algo, algo))
+        panel.set_title(_title(algo))
     for panel in grid[-1]:
         panel.set_xlabel("effective density" if effective_density else "density")
     if effective_density:
@@ -194,7 +195,7 @@ def contribution_figure(
         label = f"difference in\n{results.METRICS[metric_name]}"
         panels[0].set_ylabel(label if len(kinds) == 1 else f"{label}\n({kind} controls)")
     for panel, algo in zip(grid[0], algos, strict=True):
-        panel.set_title(_ALGORITHM_NAMES.get(algo, algo))
+        panel.set_title(_title(algo))
     for panel in grid[-1]:
         panel.set_xlabel("density")
     handles = [
@@ -270,6 +271,10 @@ def _label_ends(panel: Axes, ends: list[_End]) -> None:
                 "shrinkB": 2,
             },
         )
+
+
+def _title(algo: str) -> str:
+    return ALGORITHMS[algo].title if algo in ALGORITHMS else algo
 
 
 def _level_0(frame: pl.DataFrame, env: str, algo: str, metric: str) -> results.Tracks | None:

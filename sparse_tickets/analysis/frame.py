@@ -13,6 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from sparse_tickets.algos.registry import ALGORITHMS
+
 from .statistics import normalised_return
 
 __all__ = [
@@ -78,7 +80,7 @@ class Tracks:
 
     Attributes:
         env: Environment name.
-        algo: "ppo" or "bc".
+        algo: Algorithm name.
         condition: One of :data:`CONDITIONS`, a registered one, or :data:`DENSE`.
         controls: "own" or "ticket".
         source: The controls its cells carry: another kind's where they are the same in both.
@@ -153,8 +155,9 @@ def environments(frame: pl.DataFrame) -> list[str]:
 
 
 def algorithms(frame: pl.DataFrame) -> list[str]:
-    """The algorithms of the frame: PPO first, then BC, then any other by name."""
-    return sorted(frame["algo"].unique(), key=lambda name: ({"ppo": 0, "bc": 1}.get(name, 2), name))
+    """The algorithms of the frame in the registry's order, then any other by name."""
+    known, found = list(ALGORITHMS), set(frame["algo"].unique())
+    return [*(name for name in known if name in found), *sorted(found.difference(known))]
 
 
 def controls_kinds(frame: pl.DataFrame) -> list[str]:

@@ -22,7 +22,8 @@ from sparse_tickets.analysis.table import markdown_table, summary_table
 from sparse_tickets.export import check_suffix, export_ticket
 from sparse_tickets.files import StoreError, write_atomic
 from sparse_tickets.kernels.arena import Net
-from sparse_tickets.sweep.spec import Sweep, Track, protocol
+from sparse_tickets.sweep.protocols import protocol
+from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import Store, load_results
 from sparse_tickets.ticket import Ticket
 

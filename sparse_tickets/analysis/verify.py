@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from sparse_tickets.algos import bc
 from sparse_tickets.algos.evaluation import FINAL_INDEX, Evaluation
 from sparse_tickets.envs import make_env
 from sparse_tickets.files import StoreError
@@ -25,8 +24,8 @@ from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.kernels.rollout import evaluate
 from sparse_tickets.population import Population
-from sparse_tickets.sweep.data import checksum, read_data
-from sparse_tickets.sweep.run import DEMONSTRATIONS, cell_population, train_population
+from sparse_tickets.sweep.experts import stored_demonstrations
+from sparse_tickets.sweep.run import cell_population, train_population
 from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import Store, Unit
 from sparse_tickets.ticket import Ticket
@@ -194,20 +193,9 @@ def _again(
         # Evaluations on the way change nothing in training.
         brief = replace(spec, evaluation=Evaluation(1, 1, spec.evaluation.final_episodes))
         tracks = [cell.track for cell in cells]
-        dataset = _demonstrations(store) if algo == "bc" else None
+        dataset = stored_demonstrations(store, algo) if algo in spec.imitating else None
         result = train_population(
             brief, algo, population, key, level, tracks, dataset, on_iteration
         )
     values = zip(same, returns.tolist(), result.return_final.tolist(), strict=True)
     return [_Again(*value) for value in values]
-
-
-def _demonstrations(store: Store) -> bc.Dataset:
-    stored = read_data(store, DEMONSTRATIONS)
-    if stored is None:
-        raise StoreError(
-            f"{store.data} has no intact demonstrations: run the sweep again, which makes them "
-            "again and trains nothing that is finished"
-        )
-    store.check_inputs("bc", DEMONSTRATIONS, checksum(stored))
-    return bc.Dataset(**stored)

@@ -11,12 +11,14 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from sparse_tickets.algos import bc, ppo
+from sparse_tickets.algos.algorithm import Dataset, Demonstrations
+from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.envs import open_env
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.prune import random_mask
-from sparse_tickets.sweep.progress import total_steps
+from sparse_tickets.sweep.progress import expert_steps, total_steps
 from sparse_tickets.sweep.spec import Sweep
 
 __all__ = ["estimate"]
@@ -92,11 +94,10 @@ def _needs(spec: Sweep, algo: str) -> _Needs:
     # Four weight rows on the mask, the rest dense, and the mask's bits.
     dense_bytes = 16 * (arena.size - arena.prunable) + arena.prunable // 8 + 600
     disk = 16 * arena.prunable * dense_cells + dense_bytes * (first + pruned)
-    if algo == "bc":
+    if algo in spec.imitating[:1]:  # the experts are trained once for all
         width = spec.env_spec.observation_dim + 2 * spec.env_spec.action_dim
         disk += 4 * width * spec.bc.experts * spec.ppo.steps
-        expert_steps = spec.bc.experts * (spec.bc.expert_steps or spec.ppo.steps)
-        training_s += expert_steps * _probe(spec, "ppo", spec.bc.experts, 1.0)[0]
+        training_s += expert_steps(spec) * _probe(spec, "ppo", spec.bc.experts, 1.0)[0]
     limit, evaluation_s = spec.env_spec.time_limit, None
     if limit is not None:
         # Greedy and sampled, before and after training and at every point; and the best checkpoint.
@@ -109,7 +110,7 @@ def _needs(spec: Sweep, algo: str) -> _Needs:
 def _probe(spec: Sweep, algo: str, tickets: int, density: float) -> tuple[float, float]:
     """Seconds of training and of acting alone, per agent-step of ``tickets`` side by side."""
     key = torch.arange(tickets)
-    arena, actors = spec.arena(algo), spec.arena("ppo")
+    arena, actors = spec.arena(algo), spec.expert_arena
     mask = random_mask(key, round(density * arena.prunable), arena)
     weight = initialise(arena, key, spec.init, spec.log_std)
     population = Population.create(arena, weight, mask, density)
@@ -117,12 +118,10 @@ def _probe(spec: Sweep, algo: str, tickets: int, density: float) -> tuple[float,
     with open_env(spec.env, tickets, spec.ppo.copies) as env:
         most = _PYTHON_PROBE_STEPS if env.task is None else _PROBE_STEPS
         budget = _shorter(spec.ppo, most // tickets)
-        iterate: Callable[[], None]
-        if algo == "ppo":
-            iterate = ppo.Iteration(budget, env, population, key, 0)
-        else:
-            dataset, assignment = _any_dataset(spec, budget.batch), torch.zeros_like(key)
-            iterate = bc.Iteration(budget, population, key, dataset, assignment, 0)
+        algorithm, taught = find_algorithm(algo), None
+        if algorithm.imitates:
+            taught = Demonstrations(_any_dataset(spec, budget.batch), torch.zeros_like(key))
+        iterate = algorithm.iteration(spec.settings_of(algo), budget, env, population, key, taught)
         training_s = _seconds(iterate) / (tickets * budget.batch)
         obs = env.reset(key)
         act = lambda: rollout(acting.parameters, actors, env, obs, key, budget.horizon)  # noqa: E731
@@ -138,7 +137,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) / _TIMED_ITERATIONS
 
 
-def _shorter(settings: ppo.PPO, most: int) -> ppo.PPO:
+def _shorter(settings: PPO, most: int) -> PPO:
     """Iterations of at most so many steps per ticket, where halving the horizon leads there."""
     while settings.batch > most and settings.horizon % 2 == 0:
         # As many samples in a minibatch, as long as there are several.
@@ -151,13 +150,13 @@ def _shorter(settings: ppo.PPO, most: int) -> ppo.PPO:
     return settings
 
 
-def _any_dataset(spec: Sweep, steps: int) -> bc.Dataset:
+def _any_dataset(spec: Sweep, steps: int) -> Dataset:
     """Of the right shapes: what it holds does not matter to time."""
     env = spec.env_spec
     obs = torch.randn(1, steps, env.observation_dim)
     if env.discrete:
-        return bc.Dataset(obs, torch.zeros(1, steps, env.action_dim).log_softmax(-1))
-    return bc.Dataset(obs, torch.zeros(1, steps, 2 * env.action_dim))
+        return Dataset(obs, torch.zeros(1, steps, env.action_dim).log_softmax(-1))
+    return Dataset(obs, torch.zeros(1, steps, 2 * env.action_dim))
 
 
 def _clock(seconds: float) -> str:

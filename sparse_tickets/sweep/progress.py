@@ -33,12 +33,12 @@ def total_steps(spec: Sweep) -> int:
     pruned = later * (spec.levels - 1)
     steps = first * spec.train_steps(0) + pruned * spec.train_steps(1)
     steps *= len(spec.algos)
-    return steps + expert_steps(spec) if "bc" in spec.algos else steps
+    return steps + expert_steps(spec) if spec.imitating else steps
 
 
 def expert_steps(spec: Sweep) -> int:
     """Agent-steps of one round of experts."""
-    return spec.bc.experts * (spec.bc.expert_steps or spec.ppo.steps)
+    return spec.bc.experts * spec.expert_budget.steps
 
 
 class _Speed(ProgressColumn):

@@ -21,15 +21,9 @@ import torch
 
 from sparse_tickets.files import StoreError, write_atomic
 from sparse_tickets.sweep.data import data_file, read_data
+from sparse_tickets.sweep.experts import DEMONSTRATIONS, EXPERTS, refuse_guessing
 from sparse_tickets.sweep.progress import expert_steps
-from sparse_tickets.sweep.run import (
-    DEMONSTRATIONS,
-    Progress,
-    Runner,
-    begin,
-    refuse_guessing,
-    units_before,
-)
+from sparse_tickets.sweep.run import Progress, Runner, begin, units_before
 from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import DATA, Store, Unit
 from sparse_tickets.sweep.tensors import checksum, parse_tensors
@@ -38,8 +32,6 @@ __all__ = ["run"]
 
 _RETRIES = 10
 _POLL_S = 0.5
-# Claimed while the experts' task runs, as by `run.Runner`.
-_EXPERTS = Unit("experts", 0, 0)
 
 Files = Mapping[str, bytes]
 
@@ -143,7 +135,7 @@ class _Driver:
 
     def _algorithm(self, algo: str) -> Iterator[bool]:
         """Submit the units of an algorithm, level by level; yields while some are to come."""
-        if algo == "bc":
+        if algo in self._spec.imitating:
             while not self._has_demonstrations():
                 yield True
         levels: dict[int, list[tuple[Unit, Sequence[Track]]]] = {}
@@ -153,14 +145,14 @@ class _Driver:
             left = list(units)
             while left := [each for each in left if not self._is_done(*each)]:
                 yield True
-        if algo == "bc":
-            self._runner.check_data()
+        if algo in self._spec.imitating:
+            self._runner.teacher.check(algo)
 
     def _has_demonstrations(self) -> bool:
         if read_data(self._store, DEMONSTRATIONS) is not None:
             return True
-        refuse_guessing(self._store)
-        self._submit(_EXPERTS, ())
+        refuse_guessing(self._spec, self._store)
+        self._submit(EXPERTS, ())
         return False
 
     def _is_done(self, unit: Unit, tracks: Sequence[Track]) -> bool:
@@ -186,7 +178,7 @@ class _Driver:
             return
         try:
             before = units_before(self._spec, unit, tracks) if tracks else []
-            data = DATA if unit.algo in ("bc", _EXPERTS.algo) else ()
+            data = DATA if unit.algo in (*self._spec.imitating, EXPERTS.algo) else ()
             reference = self._remote.remote(
                 self._spec.to_dict(),
                 unit,
@@ -231,9 +223,9 @@ class _Driver:
                 ) from error
             for line in said:
                 warnings.warn(line, stacklevel=2)
-            if task.unit == _EXPERTS:
+            if task.unit == EXPERTS:
                 self._store_data(files)
-                self._notify("bc experts", expert_steps(self._spec))
+                self._notify("experts", expert_steps(self._spec))
             else:
                 self._store.adopt(task.unit, files)
 
@@ -241,7 +233,8 @@ class _Driver:
         """Store experts and demonstrations, unless others were there when units were trained."""
         path = data_file(self._store, DEMONSTRATIONS)
         made = parse_tensors(path, files[path.name], DEMONSTRATIONS, self._store.spec_hash)
-        self._store.check_inputs("bc", DEMONSTRATIONS, checksum(made))
+        for algo in self._spec.imitating:
+            self._store.check_inputs(algo, DEMONSTRATIONS, checksum(made))
         for name, content in files.items():
             write_atomic(self._store.data / name, content, replace=False)
 
@@ -266,8 +259,8 @@ def _train(
             if content is not None:
                 write_atomic(data_file(store, name), ray.get(content))
         runner = Runner(sweep, store, torch.device(device), lambda description, steps: None)
-        if unit == _EXPERTS:
-            runner.demonstrations()
+        if unit == EXPERTS:
+            runner.teacher.make()
             paths = [data_file(store, name) for name in DATA]
             found: Files = {path.name: path.read_bytes() for path in paths}
         else:

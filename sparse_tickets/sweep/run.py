@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,43 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_tickets.algos import bc, ppo
-from sparse_tickets.algos.evaluation import Evaluation, Result
+from sparse_tickets.algos.algorithm import Dataset, Schedule
+from sparse_tickets.algos.evaluation import Result
+from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.connectivity import connectivity
-from sparse_tickets.files import remove_leftovers
 from sparse_tickets.imp import Trained, dense_population, next_population
-from sparse_tickets.kernels import imitation
-from sparse_tickets.kernels import ppo as kernels_ppo
-from sparse_tickets.kernels.arena import Arena, Parameters
-from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.provenance import commit, processor, versions
 from sparse_tickets.prune import has_scores
-from sparse_tickets.sweep.data import checksum, data_file, read_data, write_data
+from sparse_tickets.sweep.experts import POLL_S, Teacher, assigned, expert_gate
 from sparse_tickets.sweep.memory import free_memory, is_out_of_memory, memory_explained
 from sparse_tickets.sweep.rows import COLUMNS
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import DATA, Store, StoreError, Unit
+from sparse_tickets.sweep.store import Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
 
-__all__ = [
-    "DEMONSTRATIONS",
-    "Runner",
-    "begin",
-    "cell_population",
-    "make_experts",
-    "refuse_guessing",
-    "run",
-    "train_population",
-    "units_before",
-]
+__all__ = ["Runner", "begin", "cell_population", "run", "train_population", "units_before"]
 
-# Claimed, like a unit, by the process that trains the experts; it never has files of its own.
-_EXPERTS = Unit("experts", 0, 0)
-DEMONSTRATIONS = "demonstrations"
 # In a ticket's metadata: why its training has no result.
 DIVERGED = "diverged"
-_POLL_S = 0.5
 
 Cell = tuple[dict[str, Any], Ticket]
 Progress = Callable[[str, int], None]
@@ -99,15 +81,15 @@ def run(
     while algorithms:
         algorithms = [each for each in algorithms if next(each, None) is not None]
         if algorithms:
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
     return store
 
 
 def begin(spec: Sweep, out: str | Path, overwrite: bool) -> Store:
     """The store of a sweep; what cannot work is refused before anything is written."""
     content = spec.to_dict()
-    if "bc" in spec.algos:
-        _expert_budget(spec), _expert_gate(spec)
+    if spec.imitating:
+        _ = spec.expert_budget, expert_gate(spec)
     if spec.env_spec.time_limit is None:
         warnings.warn(
             f"{spec.env} names no time limit: evaluation waits for every episode to end. If a "
@@ -127,15 +109,18 @@ def _device(name: str) -> torch.device:
 
 
 class Runner:
-    """Trains a sweep's units from what its store holds, and stores them."""
+    """Trains a sweep's units from what its store holds, and stores them.
+
+    Attributes:
+        teacher: has the experts' demonstrations.
+    """
 
     def __init__(self, spec: Sweep, store: Store, device: torch.device, notify: Progress) -> None:
         self._spec = spec
         self._store = store
         self._device = device
         self._notify = notify
-        self._dataset: bc.Dataset | None = None
-        self._inputs: dict[str, str] = {}
+        self.teacher = Teacher(spec, store, device, notify)
         # Tickets that memory holds.
         self._at_once = spec.chunk
 
@@ -146,8 +131,8 @@ class Runner:
             while left := [each for each in left if not self.finish(*each)]:
                 self._wait_for(left[0][0], self.describe(left[0][0]))
                 yield left[0][0]
-        if algo == "bc":
-            self.check_data()
+        if algo in self._spec.imitating:
+            self.teacher.check(algo)
 
     def finish(self, unit: Unit, tracks: Sequence[Track]) -> bool:
         """Train one chunk of a level if nobody has; False while another process does."""
@@ -171,17 +156,14 @@ class Runner:
 
     def _train(self, unit: Unit, tracks: Sequence[Track]) -> None:
         spec = self._spec
-        if unit.algo == "bc":
-            if self._dataset is None:
-                self._dataset = self.demonstrations()
-            self._store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])
+        dataset = self.teacher.dataset(unit.algo) if unit.algo in spec.imitating else None
         lost = lost_cells(spec, self._store, unit.algo, unit.level, tracks)
         alive = [track for track in tracks if track not in lost]
         cells = {track: self._lost_cell(unit, track, reason) for track, reason in lost.items()}
         later = []
         while alive:
             some = alive[: self._at_once]
-            trained = self._train_together(unit, some)
+            trained = self._train_together(unit, some, dataset)
             if trained is None:
                 self._at_once = (len(some) + 1) // 2
                 continue
@@ -191,12 +173,12 @@ class Runner:
                 later.append(result.rewind)
             alive = alive[len(some) :]
         rows, tickets = zip(*(cells[track] for track in tracks), strict=True)
-        inputs = self._inputs if unit.algo == "bc" else {}
+        inputs = {} if dataset is None else self.teacher.inputs
         rewind = _joined(later)._asdict() if later else None
         self._store.write(unit, rows, tickets, inputs, rewind=rewind)
 
     def _train_together(
-        self, unit: Unit, tracks: Sequence[Track]
+        self, unit: Unit, tracks: Sequence[Track], dataset: Dataset | None
     ) -> tuple[Population, Result] | None:
         """Train tracks as one population; None, with a warning, where memory holds fewer only."""
         what = self.describe(unit)
@@ -218,7 +200,7 @@ class Runner:
                 key,
                 unit.level,
                 tracks,
-                self._dataset,
+                dataset,
                 on_iteration=advance,
             )
             return population, result
@@ -243,61 +225,8 @@ class Runner:
         owner = self._store.claimed_by(unit) or "another process"
         self._notify(f"{what}: waiting for {owner}", 0)
 
-    def check_data(self) -> None:
-        """Look at the data sets too once cloning is done: `verify` and other runs need them."""
-        read_data(self._store, "experts")
-        if read_data(self._store, DEMONSTRATIONS) is None:
-            self.demonstrations()
-        self._store.check_inputs("bc", DEMONSTRATIONS)
-
     def describe(self, unit: Unit) -> str:
         return f"{unit.algo} level {unit.level}, density {self._spec.density(unit.level):.1%}"
-
-    def demonstrations(self) -> bc.Dataset:
-        """The experts' data set, from the store or made now: the one all cells are trained on."""
-        spec, store = self._spec, self._store
-        while (stored := read_data(store, DEMONSTRATIONS)) is None:
-            with store.claim(_EXPERTS) as mine:
-                # Another process may have finished it a moment ago.
-                if mine and read_data(store, DEMONSTRATIONS) is None:
-                    for name in DATA:
-                        remove_leftovers(data_file(store, name))
-                    refuse_guessing(store)
-                    with memory_explained("training experts"):
-                        experts = self._experts()
-                    with memory_explained("drawing demonstrations"):
-                        dataset = bc.demonstrations(
-                            experts, spec.env, expert_arena(spec), spec.ppo.steps
-                        )._asdict()
-                    # Other hardware or libraries make others, which must not be mixed in.
-                    store.check_inputs("bc", DEMONSTRATIONS, checksum(dataset))
-                    write_data(store, DEMONSTRATIONS, dataset)
-            if not mine:
-                self._wait_for(_EXPERTS, "bc experts")
-                time.sleep(_POLL_S)
-        self._inputs[DEMONSTRATIONS] = checksum(stored)
-        silent = store.check_inputs("bc", DEMONSTRATIONS, self._inputs[DEMONSTRATIONS])
-        if silent:
-            warnings.warn(
-                f"{len(silent)} units, {silent[0].name} first, were written by a version that did "
-                "not record their demonstrations: taken to be those of "
-                f"{store.data / DEMONSTRATIONS}.safetensors",
-                stacklevel=2,
-            )
-        return bc.Dataset(**{name: part.to(self._device) for name, part in stored.items()})
-
-    def _experts(self) -> bc.Experts:
-        stored = read_data(self._store, "experts")
-        if stored is not None:
-            experts = bc.Experts(**stored)
-            return experts._replace(weight=experts.weight.to(self._device))
-        experts = make_experts(
-            self._spec,
-            on_iteration=lambda steps: self._notify("bc experts", steps),
-            device=self._device,
-        )
-        write_data(self._store, "experts", experts._asdict())
-        return experts
 
     def _origin(self, unit: Unit, track: Track) -> dict[str, Any]:
         return {
@@ -360,10 +289,12 @@ class Runner:
         initial = initialise(population.arena, _initial_keys(spec, tracks), spec.init, spec.log_std)
         how: dict[str, Any] = {
             "versions": versions(("sparse-tickets", "torch", "numpy", "numba")),
-            "plan": str(_plan(population, algo, self._device)),
+            "plan": str(
+                find_algorithm(algo).plan(population.arena, self._device, population.density)
+            ),
         }
-        if algo == "bc":
-            how["inputs"] = dict(self._inputs)
+        if algo in spec.imitating:
+            how["inputs"] = self.teacher.inputs
         rewind = result.initial if result.rewind is None else result.rewind.weight
         environment = spec.env_spec
         cells: dict[Track, Cell] = {}
@@ -489,57 +420,6 @@ def _place(spec: Sweep, algo: str, track: Track, level: int) -> tuple[Unit, int]
     return Unit(algo, level, chunk), index
 
 
-def refuse_guessing(store: Store) -> None:
-    """Demonstrations made anew could not be compared with those of units that recorded none."""
-    silent = store.check_inputs("bc", DEMONSTRATIONS)
-    if silent:
-        raise StoreError(
-            f"{store.data / DEMONSTRATIONS}.safetensors is gone, and {silent[0].name}, written by "
-            "an earlier version, did not record it: new ones could differ. Restore the file, "
-            "delete units/bc-* to train all of cloning again, or choose another --out"
-        )
-
-
-def expert_arena(spec: Sweep) -> Arena:
-    """The experts' layout: an actor and a critic, never pruned."""
-    return replace(spec, prune_critic=False).arena("ppo")
-
-
-def make_experts(
-    spec: Sweep,
-    on_iteration: Callable[[int], None] | None = None,
-    device: torch.device | str = "cpu",
-) -> bc.Experts:
-    """Train the experts that the sweep's students imitate."""
-    return bc.train_experts(
-        spec.bc,
-        _expert_budget(spec),
-        spec.env,
-        expert_arena(spec),
-        _expert_gate(spec),
-        scheme=spec.init,
-        log_std=spec.log_std,
-        # An expert is judged by its final weights alone.
-        evaluation=Evaluation(1, 1, spec.evaluation.final_episodes),
-        on_iteration=on_iteration,
-        device=device,
-    )
-
-
-def _expert_budget(spec: Sweep) -> ppo.PPO:
-    steps = spec.bc.expert_steps
-    return spec.ppo if steps is None else replace(spec.ppo, steps=steps)
-
-
-def _expert_gate(spec: Sweep) -> float:
-    gate = spec.env_spec.solved if spec.bc.expert_gate is None else spec.bc.expert_gate
-    if gate is None:
-        raise ValueError(
-            f"bc.expert_gate must be given for {spec.env}: nobody says when it counts as solved"
-        )
-    return gate
-
-
 def train_population(
     spec: Sweep,
     algo: str,
@@ -547,37 +427,22 @@ def train_population(
     key: Tensor,
     level: int,
     tracks: Sequence[Track],
-    dataset: bc.Dataset | None,
+    dataset: Dataset | None,
     on_iteration: Callable[[int], None] | None = None,
 ) -> Result:
     """Train one level of some tracks by the sweep's settings; levels above 0 start rewound."""
     first = 0 if level == 0 else spec.rewind_iteration
     rewind = spec.rewind_iteration if level == 0 and spec.rewind_step else None
-    if algo == "ppo":
-        return ppo.train(
-            spec.ppo,
-            spec.env,
-            population,
-            key,
-            evaluation=spec.evaluation,
-            first_iteration=first,
-            rewind_iteration=rewind,
-            on_iteration=on_iteration,
-        )
-    if dataset is None:
-        raise ValueError("dataset must be given to train by behavioural cloning, got None")
-    assignment = torch.tensor([track.seed % spec.bc.experts for track in tracks], device=key.device)
-    return bc.train(
-        spec.ppo,
-        spec.env,
-        population,
-        key,
-        dataset,
-        assignment,
-        evaluation=spec.evaluation,
-        first_iteration=first,
-        rewind_iteration=rewind,
-        on_iteration=on_iteration,
+    schedule: Schedule = {
+        "evaluation": spec.evaluation,
+        "first_iteration": first,
+        "rewind_iteration": rewind,
+        "on_iteration": on_iteration,
+    }
+    demonstrations = None if dataset is None else assigned(spec, tracks, dataset)
+    settings = spec.settings_of(algo)
+    return find_algorithm(algo).train(
+        settings, spec.ppo, spec.env, population, key, demonstrations, schedule
     )
 
 
@@ -665,8 +530,3 @@ def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track])
 def _joined(parts: Sequence[Parameters]) -> Parameters:
     """Populations as one, ticket after ticket."""
     return Parameters(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-
-def _plan(population: Population, algo: str, device: torch.device) -> Plan:
-    describe = imitation.plan if algo == "bc" else kernels_ppo.plan
-    return describe(population.arena, device, density=population.density)

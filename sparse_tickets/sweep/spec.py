@@ -1,4 +1,4 @@
-"""What a sweep is: a frozen, hashed specification; the protocol's defaults per environment."""
+"""What a sweep is: a frozen, hashed specification."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from sparse_tickets.algos.bc import BC, FIRST_EXPERT_SEED
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.algos.registry import ALGORITHMS, find_algorithm
 from sparse_tickets.conditions import find_condition
 from sparse_tickets.envs import EnvSpec, env_spec
 from sparse_tickets.kernels.activations import ACTIVATIONS
@@ -19,9 +20,8 @@ from sparse_tickets.population import INITIALISATIONS, policy_arena
 from sparse_tickets.prune import CRITERIA, kept
 from sparse_tickets.settings import at_least, check_fields, inside, within
 
-__all__ = ["ALGOS", "CONTROLS", "Sweep", "Track", "protocol"]
+__all__ = ["CONTROLS", "Sweep", "Track"]
 
-ALGOS = ("ppo", "bc")
 CONTROLS = ("own", "ticket")
 TICKET = "mask/weights"
 # How conditions treat a critic under the mask, hashed where there is one. 1 (not recorded): random
@@ -56,8 +56,8 @@ class Sweep:
 
     env: str = "CartPole-v1"
     """CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, your own, or any gymnasium id."""
-    algos: tuple[str, ...] = ALGOS
-    """Training algorithms: ppo, and bc, behavioural cloning of PPO experts."""
+    algos: tuple[str, ...] = ("ppo", "bc")
+    """Training algorithms: ppo, bc (behavioural cloning of PPO experts), and your own."""
     conditions: tuple[str, ...] = (
         TICKET,
         "mask/permuted",
@@ -94,6 +94,8 @@ class Sweep:
     ppo: PPO = field(default_factory=PPO)
     bc: BC = field(default_factory=BC)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    settings: dict = field(default_factory=dict, hash=False)
+    """Settings of your own algorithms by name; theirs by default."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -103,7 +105,7 @@ class Sweep:
             | dict.fromkeys(("levels", "chunk", "hidden"), at_least(1)),
         )
         for name, chosen, allowed in (
-            ("algos", self.algos, ALGOS),
+            ("algos", self.algos, tuple(ALGORITHMS)),
             ("controls", self.controls, CONTROLS),
         ):
             if not chosen or any(value not in allowed for value in chosen):
@@ -133,6 +135,7 @@ class Sweep:
             )
         if "ticket" in self.controls and TICKET not in self.conditions:
             raise ValueError(f"controls 'ticket' need the condition {TICKET!r} in conditions")
+        object.__setattr__(self, "settings", _completed(self.settings))
 
     @property
     def env_spec(self) -> EnvSpec:
@@ -151,14 +154,37 @@ class Sweep:
 
     def arena(self, algo: str) -> Arena:
         """The parameter layout of an algorithm's tickets; a cloned student has no critic."""
-        critic = algo != "bc"
+        critic = find_algorithm(algo).has_critic
+        return self._layout(critic, prune_critic=self.prune_critic and critic)
+
+    @property
+    def expert_arena(self) -> Arena:
+        """The experts' layout: an actor and a critic, never pruned."""
+        return self._layout(critic=True, prune_critic=False)
+
+    def _layout(self, critic: bool, prune_critic: bool) -> Arena:
         return policy_arena(
             self.env_spec,
             self.hidden,
             activation=self.activation,
             critic=critic,
-            prune_critic=self.prune_critic and critic,
+            prune_critic=prune_critic,
         )
+
+    @property
+    def imitating(self) -> tuple[str, ...]:
+        """The algorithms that learn from experts' demonstrations."""
+        return tuple(algo for algo in self.algos if find_algorithm(algo).imitates)
+
+    @property
+    def expert_budget(self) -> PPO:
+        """How PPO trains the experts."""
+        steps = self.bc.expert_steps
+        return self.ppo if steps is None else replace(self.ppo, steps=steps)
+
+    def settings_of(self, algo: str) -> Any:
+        """An algorithm's own settings."""
+        return self.settings[algo] if algo in self.settings else getattr(self, algo)
 
     def density(self, level: int) -> float:
         """The nominal density of a level, (1 - rate)^level."""
@@ -218,6 +244,10 @@ class Sweep:
         spec = self.env_spec
         scale = {"offset": list(spec.offset), "scale": list(spec.scale)}
         content = asdict(self) | {"observations": scale}
+        # Of the algorithms that are trained: one more in the registry makes no other sweep of this.
+        own = content.pop("settings")
+        if trained := {name: own[name] for name in self.algos if name in own}:
+            content["settings"] = trained
         if self.prune_critic:
             content["critic_layout"] = _CRITIC_LAYOUT
         return json.loads(json.dumps(content))
@@ -233,7 +263,8 @@ class Sweep:
         derived = ("observations", "critic_layout")
         given = {name: value for name, value in stored.items() if name not in derived}
         parts = {"ppo": PPO, "bc": BC, "evaluation": Evaluation}
-        _require_fields(cls, given)
+        own = given.pop("settings", {})
+        _require_fields(cls, given | {"settings": own})
         settings: dict[str, Any] = {}
         for name, value in given.items():
             if name in parts:
@@ -241,7 +272,24 @@ class Sweep:
                 settings[name] = parts[name](**value)
             else:
                 settings[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**settings)
+        for name, value in own.items():
+            _require_fields(find_algorithm(name).settings, value)
+        own = {name: find_algorithm(name).settings(**value) for name, value in own.items()}
+        return cls(**settings, settings=own)
+
+
+def _completed(given: dict) -> dict[str, Any]:
+    """Settings of all registered algorithms that have no field of their own in a sweep."""
+    fixed = {field.name for field in fields(Sweep)}
+    own = {name: each.settings for name, each in ALGORITHMS.items() if name not in fixed}
+    for name, settings in given.items():
+        if name not in own:
+            known = ", ".join(own) or "none"
+            raise ValueError(f"settings must be of your own algorithms ({known}), got {name!r}")
+        if not isinstance(settings, own[name]):
+            wanted = own[name].__name__
+            raise TypeError(f"settings[{name!r}] must be a {wanted}, got {settings!r}")
+    return {name: given.get(name, kind()) for name, kind in own.items()}
 
 
 def _require_fields(kind: type, given: dict) -> None:
@@ -253,75 +301,3 @@ def _require_fields(kind: type, given: dict) -> None:
             f"not the specification of a sweep: {kind.__name__} lacks {missing or 'nothing'}, "
             f"has unknown {unknown or 'nothing'}"
         )
-
-
-# CleanRL's hyper-parameters for CartPole, rl-zoo3's tuned ones elsewhere: those of SB3, whose
-# value loss has no factor 1/2, so its value_coef of 0.5 is 1 here.
-_SB3 = PPO(learning_rate=3e-4, clip_value=False, value_coef=1.0, entropy_coef=0.0)
-# Box2D and MuJoCo are slow to simulate: fewer seeds, conditions and levels, a larger rate.
-_SLOW: dict[str, Any] = {
-    "seeds": 5,
-    "conditions": ("mask/weights", "mask/permuted", "permuted/permuted"),
-    "levels": 10,
-    "rate": 0.33,
-}
-_PROTOCOL: dict[str, dict[str, Any]] = {
-    "Acrobot-v1": {"ppo": replace(_SB3, copies=16, horizon=256, minibatches=64, lam=0.94)},
-    "Pendulum-v1": {
-        "ppo": replace(
-            _SB3,
-            steps=400_000,
-            horizon=1024,
-            minibatches=64,
-            epochs=10,
-            learning_rate=1e-3,
-            gamma=0.9,
-        )
-    },
-    "MountainCar-v0": {
-        "ppo": replace(_SB3, steps=1_000_000, copies=16, horizon=16, minibatches=4, lam=0.98)
-    },
-    "LunarLander-v3": {
-        **_SLOW,
-        "ppo": replace(
-            _SB3,
-            steps=1_000_000,
-            copies=16,
-            horizon=1024,
-            minibatches=256,
-            gamma=0.999,
-            lam=0.98,
-            entropy_coef=0.01,
-        ),
-    },
-    "HalfCheetah-v5": {
-        **_SLOW,
-        "hidden": (256, 256),
-        "activation": "relu",
-        "log_std": -2.0,
-        "ppo": replace(
-            _SB3,
-            steps=1_000_000,
-            copies=1,
-            horizon=512,
-            epochs=20,
-            minibatches=8,
-            learning_rate=2.06e-5,
-            gamma=0.98,
-            lam=0.92,
-            clip=0.1,
-            entropy_coef=0.000401762,
-            value_coef=2 * 0.58096,
-            max_norm=0.8,
-        ),
-    },
-}
-
-
-def protocol(env: str) -> Sweep:
-    """The protocol's sweep for an environment: its budget and tuned hyper-parameters.
-
-    Levels run to 24, so that a condition that never degrades within the paper's 20 trainings can
-    still do so. Environments without a tuned entry get CleanRL's PPO.
-    """
-    return replace(Sweep(), env=env, **{"levels": 25, **_PROTOCOL.get(env, {})})

@@ -21,7 +21,8 @@ from sparse_tickets.analysis.report import stamp
 from sparse_tickets.cli import main
 from sparse_tickets.provenance import processor
 from sparse_tickets.sweep import progress
-from sparse_tickets.sweep.spec import Sweep, protocol
+from sparse_tickets.sweep.protocols import protocol
+from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, load_results
 
 BUDGET = ["--ppo.steps", "512", "--ppo.horizon", "32", "--evaluation.points", "2"]

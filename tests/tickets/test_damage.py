@@ -15,6 +15,7 @@ from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.files import StoreError
+from sparse_tickets.sweep import experts as experts_module
 from sparse_tickets.sweep import locks
 from sparse_tickets.sweep import run as run_module
 from sparse_tickets.sweep.data import checksum, read_data
@@ -80,7 +81,8 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(locks, "LEASE_S", 0.05)
-    monkeypatch.setattr(run_module, "_POLL_S", 0.03)
+    for module in (run_module, experts_module):
+        monkeypatch.setattr(module, "POLL_S", 0.03)
 
 
 def files(out):

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_tickets.algos import bc
+from sparse_tickets.algos.registry import ALGORITHMS, find_algorithm, register_algorithm
+from sparse_tickets.analysis.figures import return_figure
 from sparse_tickets.cli import main
 from sparse_tickets.conditions import CONDITIONS
 from sparse_tickets.envs import env_spec
 from sparse_tickets.envs.registry import _registry
 from sparse_tickets.prune import CRITERIA
-from sparse_tickets.sweep.store import Store, load_results
+from sparse_tickets.sweep.spec import Sweep
+from sparse_tickets.sweep.store import Store, load_results, spec_hash
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL))
@@ -25,7 +29,7 @@ TINY = ["--algos", "ppo", *SMALL, *SHORT, *FEW]
 @pytest.fixture(autouse=True)
 def _registries():
     """Plugins register for good: take back what a test registered."""
-    registries = (CONDITIONS, CRITERIA, _registry)
+    registries = (ALGORITHMS, CONDITIONS, CRITERIA, _registry)
     copies, modules = [dict(registry) for registry in registries], set(sys.modules)
     yield
     for registry, copied in zip(registries, copies, strict=True):
@@ -48,7 +52,7 @@ def sweep(name, tmp_path, *options):
 
 
 def test_every_example_is_at_most_twenty_lines():
-    assert sorted(FILES) == ["large_same_sign.py", "mask_sign.py", "stay.py"]
+    assert sorted(FILES) == ["large_same_sign.py", "mask_sign.py", "slow_ppo.py", "stay.py"]
     assert TEXT.count("```python") == len(FILES)
     for name, text in FILES.items():
         lines = [line for line in text.splitlines() if line.strip()]
@@ -101,6 +105,65 @@ def test_a_condition_of_ones_own(tmp_path, capsys):
             weight = net.weight(ticket.rewind[None], layer)
             initial = net.weight(ticket.initial[None], layer)
             torch.testing.assert_close(weight, initial.sign() / net.sizes[layer] ** 0.5)
+
+
+def test_an_algorithm_of_ones_own(tmp_path, capsys):
+    plain = spec_hash(Sweep().to_dict())
+    options = ["--algos", "ppo", "slow_ppo", "--settings.slow-ppo.share", "0", "--levels", "2"]
+    out, file = sweep("slow_ppo.py", tmp_path, *options)
+    assert spec_hash(Sweep().to_dict()) == plain  # which does not train it
+    store = Store(out)
+    assert store.spec["settings"] == {"slow_ppo": {"share": 0.0}}
+    assert Sweep.from_dict(store.spec).to_dict() == store.spec
+    moved = {"ppo": [], "slow_ppo": []}
+    for unit in store.units():
+        for ticket in store.read_tickets(unit):
+            moved[unit.algo].append(not torch.equal(ticket.final, ticket.rewind))
+    assert all(moved["ppo"])
+    assert len(moved["slow_ppo"]) == len(moved["ppo"])
+    assert not any(moved["slow_ppo"])
+    titles = [panel.get_title(loc="left") for panel in return_figure(load_results(out)).axes]
+    assert titles == ["PPO", "slow PPO"]
+    again = ["sweep", "--plugin", str(file), *TINY, *options, "--out", str(out)]
+    assert main([*again, "--dry-run"]) == 0
+    assert "slow_ppo" in capsys.readouterr().out
+    before = load_results(out)
+    assert main(again) == 0
+    assert load_results(out).equals(before)
+    assert main(["verify", str(out), "--cells", "4", "--plugin", str(file)]) == 0
+
+
+class _Again:
+    """Cloning under another name: what a sweep does for one algorithm that imitates, it does."""
+
+    name, title, settings, has_critic, imitates = "again", "again", bc.BC, False, True
+    train, iteration, plan = bc.ALGORITHM.train, bc.ALGORITHM.iteration, bc.ALGORITHM.plan
+
+
+def test_an_imitating_algorithm_of_ones_own_shares_the_demonstrations(tmp_path):
+    register_algorithm(_Again())
+    out = tmp_path / "run"
+    few = ["--algos", "bc", "again", "--levels", "1", "--bc.experts", "1", "--bc.expert-gate", "0"]
+    arguments = ["sweep", *TINY, *few, "--out", str(out)]
+    assert main(arguments) == 0
+    store = Store(out)
+    inputs = [store.inputs(unit) for unit in store.units()]
+    assert [unit.algo for unit in store.units()] == ["again", "bc"]
+    assert inputs[0] == inputs[1]
+    assert list(inputs[0]) == ["demonstrations"]
+    with pytest.raises(ValueError, match="given to train by behavioural cloning, got None"):
+        find_algorithm("again").train(None, None, "", None, None, None, {})
+
+
+def test_an_algorithm_is_new_known_and_has_settings_of_its_kind():
+    with pytest.raises(ValueError, match="name must be new, got 'again'; registered: ppo, bc"):
+        register_algorithm(_Again()) and register_algorithm(_Again())
+    with pytest.raises(ValueError, match="algorithm must be one of ppo, bc, again, got 'dqn'"):
+        find_algorithm("dqn")
+    with pytest.raises(ValueError, match=r"of your own algorithms \(again\), got 'dqn'"):
+        Sweep(settings={"dqn": None})
+    with pytest.raises(TypeError, match=r"settings\['again'\] must be a BC, got 3"):
+        Sweep(settings={"again": 3})
 
 
 def test_a_run_needs_its_plugin(tmp_path, capsys):

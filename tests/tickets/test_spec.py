@@ -13,7 +13,8 @@ from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.conditions import CONDITIONS
 from sparse_tickets.envs import env_spec
 from sparse_tickets.sweep.progress import total_steps
-from sparse_tickets.sweep.spec import Sweep, Track, protocol
+from sparse_tickets.sweep.protocols import protocol
+from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import spec_hash
 
 TICKET = "mask/weights"

@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from sparse_tickets import files, run_sweep
+from sparse_tickets.algos import bc
 from sparse_tickets.algos.bc import BC, ExpertError
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.envs import registry
 from sparse_tickets.files import StoreError
 from sparse_tickets.provenance import commit, processor
+from sparse_tickets.sweep import experts as experts_module
 from sparse_tickets.sweep import run as run_module
 from sparse_tickets.sweep.data import checksum, read_data, write_data
 from sparse_tickets.sweep.progress import total_steps
@@ -297,7 +299,7 @@ def test_experts_are_not_trained_twice(copy, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("experts were trained again")
 
-    monkeypatch.setattr(run_module, "make_experts", refuse)
+    monkeypatch.setattr(experts_module, "make_experts", refuse)
     store = run(SPEC, copy)
     assert read_data(store, "demonstrations")["obs"].shape == (2, 512, 4)
     experts = read_data(store, "experts")
@@ -369,13 +371,13 @@ def test_cloning_does_not_go_on_with_other_demonstrations(copy, finished):
 
 def test_other_demonstrations_made_anew_are_not_stored(copy, monkeypatch):
     lose(copy, "data/demonstrations*", "units/bc-level-02*")
-    make = run_module.bc.demonstrations
+    make = bc.demonstrations
 
     def other_rounding(*args, **kwargs):
         data = make(*args, **kwargs)
         return data._replace(target=data.target + 1e-6)
 
-    monkeypatch.setattr(run_module.bc, "demonstrations", other_rounding)
+    monkeypatch.setattr(bc, "demonstrations", other_rounding)
     with pytest.raises(StoreError, match="mixes different demonstrations"):
         run(SPEC, copy)
     assert not (copy / "data" / "demonstrations.safetensors").exists()

@@ -1,0 +1,119 @@
+"""What a training algorithm has to say of itself to be swept, compared and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from sparse_tickets.algos.evaluation import Evaluation, Result
+from sparse_tickets.envs import Env
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.population import Population
+
+if TYPE_CHECKING:
+    from sparse_tickets.algos.ppo import PPO
+
+__all__ = ["Algorithm", "Dataset", "Demonstrations", "Schedule"]
+
+
+class Dataset(NamedTuple):
+    """Transitions of D experts, frozen for all levels and conditions.
+
+    Attributes:
+        obs: ``[D, n, features]`` normalised observations.
+        target: ``[D, n, A]`` expert log-probabilities, or ``[D, n, 2A]`` mean and log_std.
+    """
+
+    obs: Tensor
+    target: Tensor
+
+
+class Demonstrations(NamedTuple):
+    """The experts' transitions, and which expert each ticket of a population imitates.
+
+    Attributes:
+        dataset: of D experts.
+        assignment: ``[P]`` int64, below D.
+    """
+
+    dataset: Dataset
+    assignment: Tensor
+
+
+class Schedule(TypedDict, total=False):
+    """How a training is judged and where it starts; see `sparse_tickets.algos.ppo.train`."""
+
+    evaluation: Evaluation | None
+    first_iteration: int
+    rewind_iteration: int | None
+    on_iteration: Callable[[int], None] | None
+
+
+class Algorithm(Protocol):
+    """One object per algorithm, in its own file; `register_algorithm` makes it known.
+
+    Every algorithm trains for the same budget, that of PPO's settings: as many iterations of as
+    many samples, so that sweeps compare like with like.
+
+    Attributes:
+        name: what specifications, results and the command line call it.
+        title: what figures call it.
+        settings: a frozen dataclass of its own hyper-parameters, each with a default; PPO's are the
+            budget itself.
+        has_critic: whether its tickets carry a critic.
+        imitates: whether it learns from experts' demonstrations, which a sweep then makes.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def settings(self) -> type: ...
+    @property
+    def has_critic(self) -> bool: ...
+    @property
+    def imitates(self) -> bool: ...
+
+    def train(
+        self,
+        settings: Any,
+        budget: PPO,
+        env_name: str,
+        population: Population,
+        key: Tensor,
+        demonstrations: Demonstrations | None,
+        schedule: Schedule,
+    ) -> Result:
+        """Train every ticket of a population; nothing is computed across tickets.
+
+        Args:
+            settings: one of `settings`.
+            budget: how long, and how minibatches are cut.
+            env_name: where the tickets act or are judged.
+            population: changed in place.
+            key: ``[P]`` int64; all randomness of a ticket's training comes from its key.
+            demonstrations: given where the algorithm `imitates`.
+            schedule: how training is judged and where it starts.
+        """
+        ...
+
+    def iteration(
+        self,
+        settings: Any,
+        budget: PPO,
+        env: Env,
+        population: Population,
+        key: Tensor,
+        demonstrations: Demonstrations | None,
+    ) -> Callable[[], object]:
+        """One iteration of training, to be called again and again: estimates time it."""
+        ...
+
+    def plan(self, arena: Arena, device: torch.device, density: float) -> Plan:
+        """How its updates are computed, and why; recorded with each ticket."""
+        ...
