@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.files import StoreError
@@ -31,6 +32,7 @@ from sparse_tickets.sweep.engines import run
 from sparse_tickets.sweep.progress import SweepProgress
 from sparse_tickets.sweep.protocols import protocol
 from sparse_tickets.sweep.spec import Sweep
+from sparse_tickets.sweep.store import Store
 from sparse_tickets.timing import Unverified
 
 __all__ = ["main"]
@@ -58,6 +60,30 @@ class SweepCommand:
     """local, or ray: units are tasks of a Ray cluster; the same table."""
     address: str | None = None
     """Of the Ray cluster, or auto; default: one is started on this machine."""
+    gpus_per_chunk: float = 0.0
+    """Share of a GPU that a unit takes on Ray; 0 trains on CPUs."""
+
+
+@dataclass(frozen=True)
+class StudyCommand:
+    """Run the sweeps of a TOML file one after the other, with one report; resumable."""
+
+    file: tyro.conf.Positional[Path]
+    """The study: settings of all sweeps, a [[sweep]] for each, grids."""
+    out: Path
+    """Folder for results, one folder per sweep; running the same command again resumes it."""
+    dry_run: bool = False
+    """Print the cells, the time and the disk each sweep and all will take, and stop."""
+    overwrite: bool = False
+    """Discard the runs the folders hold, of whatever specification, and start anew."""
+    plugin: Files = ()
+    """Python files that register your own environments, criteria or conditions."""
+    device: str = "cpu"
+    """Where to train: cpu or cuda; results agree to rounding, which training amplifies."""
+    engine: str = "local"
+    """local, or ray: units are tasks of a Ray cluster; the same table."""
+    address: str | None = None
+    """Of the Ray cluster, or auto; default: one is started on this machine for each sweep."""
     gpus_per_chunk: float = 0.0
     """Share of a GPU that a unit takes on Ray; 0 trains on CPUs."""
 
@@ -261,16 +287,58 @@ def _sweep(rest: list[str], console: Console) -> int:
         SweepCommand, prog="sparse-tickets sweep", args=rest, config=_STYLE, default=default
     )
     spec, out = command.spec, command.out
-    if command.plugin and command.engine != "local":
-        raise ValueError(
-            "--plugin is read by this process alone, got --engine ray: put what it registers into "
-            "a package that is installed on every machine and that gymnasium finds"
-        )
+    _refuse_far_plugins(command)
     if command.dry_run:
         from sparse_tickets.sweep.estimate import estimate
 
         _print_table(console, estimate(spec))
         return 0
+    stopped = _run(spec, out, command, console)
+    return stopped or _print_report(out, console, ())
+
+
+def _study(rest: list[str], console: Console) -> int:
+    from sparse_tickets.analysis.study import study_report
+    from sparse_tickets.sweep.estimate import estimate_study
+    from sparse_tickets.sweep.study import load_study
+
+    command = tyro.cli(StudyCommand, prog="sparse-tickets study", args=rest, config=_STYLE)
+    _load_plugins(command.plugin)
+    _refuse_far_plugins(command)
+    study = load_study(command.file)
+    if command.dry_run:
+        _print_table(console, estimate_study(study))
+        return 0
+    failed = {}
+    for number, (name, spec) in enumerate(study.items(), 1):
+        console.print(Text(f"{name} ({number} of {len(study)})"), highlight=False)
+        try:
+            if stopped := _run(spec, command.out / name, command, console):
+                return stopped
+        except ExpertError as error:
+            failed[name] = error
+    for name, failure in failed.items():
+        Console(stderr=True).print(Text(f"error: {name}: {failure}"), soft_wrap=True)
+    # A sweep whose experts failed has its other algorithms all the same.
+    reported = [name for name in study if Store(command.out / name).units()]
+    if reported:
+        table, files = study_report(command.out, reported)
+        _print_table(console, table)
+        for file in files:
+            console.print(f"  {file}", highlight=False, soft_wrap=True, markup=False)
+    return 1 if failed else 0
+
+
+def _refuse_far_plugins(command: SweepCommand | StudyCommand) -> None:
+    if command.plugin and command.engine != "local":
+        raise ValueError(
+            "--plugin is read by this process alone, got --engine ray: put what it registers into "
+            "a package that is installed on every machine and that gymnasium finds"
+        )
+
+
+def _run(spec: Sweep, out: Path, command: SweepCommand | StudyCommand, console: Console) -> int:
+    """Run a sweep with a progress bar; 0, or the exit status if a signal stopped it."""
     try:
         with SweepProgress(spec, console) as progress, _held_signals(console) as check:
 
@@ -294,7 +362,7 @@ def _sweep(rest: list[str], console: Console) -> int:
             "run the same command again to resume."
         )
         return stopped.status
-    return _print_report(out, console, ())
+    return 0
 
 
 class _Stopped(KeyboardInterrupt):
@@ -484,6 +552,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
     "report": ("print a run's table and draw its figures", _report),
     "show": ("draw a ticket's masks; export its policy", _show),
     "verify": ("retrain some cells in plain torch and compare", _verify),
+    "study": ("run several sweeps of a TOML file, with one report", _study),
     "bench": ("measure what sparsity gains for a layer of your size", _bench),
     "inspect": ("what the compiler made of the GPU kernels; needs no GPU", _inspect),
 }

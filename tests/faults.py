@@ -27,7 +27,7 @@ from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.kernels.arena import Arena
-from sparse_tickets.sweep import locks
+from sparse_tickets.sweep import experts, locks
 from sparse_tickets.sweep import run as run_module
 from sparse_tickets.sweep.data import checksum, read_data, write_data
 from sparse_tickets.sweep.rows import COLUMNS
@@ -312,7 +312,7 @@ def crowd(job: Callable[[Path], object], folder: Path, rounds: int, has_locks: b
     """
     os.fsync = lambda descriptor: None
     locks.RENEW_S, locks.LEASE_S = 0.02, 0.2
-    run_module._POLL_S = 0.02
+    run_module.POLL_S = experts.POLL_S = 0.02
     if not has_locks:
         locks.fcntl = None  # type: ignore[assignment]
     job(folder / "whole")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from sparse_tickets.prune import random_mask
 from sparse_tickets.sweep.progress import expert_steps, total_steps
 from sparse_tickets.sweep.spec import Sweep
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "estimate_study"]
 
 # Agent-steps of one probed iteration, at most; Python's environments take a thousand times longer.
 _PROBE_STEPS, _PYTHON_PROBE_STEPS = 1 << 17, 1 << 12
@@ -54,17 +54,39 @@ def estimate(spec: Sweep) -> Table:
     needs = {algo: _needs(spec, algo) for algo in spec.algos}
     for algo, need in needs.items():
         table.add_row(algo, *_texts(need))
-    evaluations = [need.evaluation_s for need in needs.values() if need.evaluation_s is not None]
-    in_all = _Needs(
-        sum(need.cells for need in needs.values()),
-        total_steps(spec),
-        sum(need.training_s for need in needs.values()),
-        sum(evaluations) if len(evaluations) == len(needs) else None,
-        sum(need.disk for need in needs.values()),
-    )
     table.add_section()
-    table.add_row("in all", *_texts(in_all))
+    table.add_row("in all", *_texts(_summed(needs.values(), total_steps(spec))))
     return table
+
+
+def estimate_study(study: Mapping[str, Sweep]) -> Table:
+    """What the sweeps of a study take, and all together; as `estimate`.
+
+    Raises:
+        ValueError: an unknown environment.
+    """
+    table = Table(title=Text(f"{len(study)} sweeps"))
+    for column in ("sweep", "cells", "agent-steps", "training", "evaluation", "disk"):
+        table.add_column(column, justify="left" if column == "sweep" else "right", no_wrap=True)
+    needs = []
+    for name, spec in study.items():
+        steps = total_steps(spec)
+        needs.append(_summed([_needs(spec, algo) for algo in spec.algos], steps))
+        table.add_row(Text(name), *_texts(needs[-1]))
+    table.add_section()
+    table.add_row("in all", *_texts(_summed(needs, sum(need.steps for need in needs))))
+    return table
+
+
+def _summed(needs: Collection[_Needs], steps: int) -> _Needs:
+    evaluations = [need.evaluation_s for need in needs if need.evaluation_s is not None]
+    return _Needs(
+        sum(need.cells for need in needs),
+        steps,
+        sum(need.training_s for need in needs),
+        sum(evaluations) if len(evaluations) == len(needs) else None,
+        sum(need.disk for need in needs),
+    )
 
 
 def _texts(need: _Needs) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
 
-__all__ = ["Runner", "begin", "cell_population", "run", "train_population", "units_before"]
+__all__ = ["Runner", "begin", "cell_population", "check", "run", "train_population", "units_before"]
 
 # In a ticket's metadata: why its training has no result.
 DIVERGED = "diverged"
@@ -87,9 +87,7 @@ def run(
 
 def begin(spec: Sweep, out: str | Path, overwrite: bool) -> Store:
     """The store of a sweep; what cannot work is refused before anything is written."""
-    content = spec.to_dict()
-    if spec.imitating:
-        _ = spec.expert_budget, expert_gate(spec)
+    check(spec)
     if spec.env_spec.time_limit is None:
         warnings.warn(
             f"{spec.env} names no time limit: evaluation waits for every episode to end. If a "
@@ -97,7 +95,14 @@ def begin(spec: Sweep, out: str | Path, overwrite: bool) -> Store:
             "gymnasium.wrappers.TimeLimit",
             stacklevel=3,
         )
-    return Store.open(out, content, overwrite=overwrite)
+    return Store.open(out, spec.to_dict(), overwrite=overwrite)
+
+
+def check(spec: Sweep) -> None:
+    """Raise ``ValueError`` where a sweep cannot be run."""
+    spec.to_dict()
+    if spec.imitating:
+        _ = spec.expert_budget, expert_gate(spec)
 
 
 def _device(name: str) -> torch.device:

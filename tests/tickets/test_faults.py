@@ -13,7 +13,7 @@ from unittest import mock
 import faults
 import pytest
 
-from sparse_tickets.sweep import locks
+from sparse_tickets.sweep import experts, locks
 from sparse_tickets.sweep import run as run_module
 from sparse_tickets.sweep.store import Store
 
@@ -30,7 +30,8 @@ def quick_disk(monkeypatch):
 def short_lease(monkeypatch):
     """Of a lock whose contents were lost nobody knows whether its owner is on this machine."""
     monkeypatch.setattr(locks, "LEASE_S", 0.01)
-    monkeypatch.setattr(run_module, "_POLL_S", 0.02)
+    for module in (run_module, experts):
+        monkeypatch.setattr(module, "POLL_S", 0.02)
 
 
 def inflict(*what):
