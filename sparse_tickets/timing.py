@@ -7,7 +7,8 @@ is reported by `verified_ratio` alone, which first compares every contender's ow
 float64 reference and refuses if one is wrong.
 
 Samples are warm: a call finds in the caches what the one before it left. `interleave_cold` times
-single calls after the caches were overwritten.
+single calls after the caches were overwritten; `alternate` times calls in turn, as a plain loop
+makes them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "Spread",
     "Timing",
     "Unverified",
+    "alternate",
     "evictor",
     "interleave",
     "interleave_cold",
@@ -164,6 +166,40 @@ class Comparison:
     speedup: dict[str, Spread]
     cold: dict[str, tuple[float, ...]] = field(default_factory=dict)
     cold_speedup: dict[str, Spread] = field(default_factory=dict)
+
+
+def alternate(
+    contenders: Sequence[Contender], budget: Budget, clock: Clock | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Seconds per call in a plain loop, one entry per round: call by call, without any pause.
+
+    Each contender finds caches, branches and idle threads as the others left them, which is how an
+    operation is met in a program.
+
+    Args:
+        contenders: verified by the caller.
+        budget: rounds, and how long each contender's calls last in one, at least.
+        clock: `process_clock` by default.
+    """
+    clock = clock or process_clock
+    found: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    begin, warm = clock()[0], 0
+    while warm < 3 or clock()[0] - begin < budget.warmup_seconds:
+        for contender in contenders:
+            contender.run()
+        warm += 1
+    total = max(clock()[0] - begin, 1e-9)
+    calls = max(1, math.ceil(budget.sample_seconds * len(contenders) * warm / total))
+    for _ in range(budget.rounds):
+        taken = dict.fromkeys(found, 0.0)
+        for _ in range(calls):
+            for contender in contenders:
+                start = clock()[0]
+                contender.run()
+                taken[contender.name] += clock()[0] - start
+        for name, seconds in taken.items():
+            found[name].append(seconds / calls)
+    return {name: tuple(seconds) for name, seconds in found.items()}
 
 
 def process_clock() -> tuple[float, float]:

@@ -23,6 +23,7 @@ from sparse_tickets.timing import (
     Spread,
     Timing,
     Unverified,
+    alternate,
     evictor,
     interleave,
     mismatch,
@@ -93,6 +94,13 @@ def test_rounds_take_turns_and_begin_with_the_next_contender(clock):
     interleave([clock.contender(name, 1.0) for name in "abc"], BUDGET, clock)
     turns = "".join(clock.log[6:])  # after two warm-up calls each
     assert turns == "abcbcacab" * 2, "each round starts with the next"
+
+
+def test_a_loop_calls_one_after_the_other_until_a_round_is_long_enough(clock):
+    budget = replace(BUDGET, rounds=2, sample_seconds=6.0)
+    pair = [clock.contender("a", 1.0), clock.contender("b", 3.0)]
+    assert alternate(pair, budget, clock) == {"a": (1.0, 1.0), "b": (3.0, 3.0)}
+    assert "".join(clock.log) == "ab" * (3 + 2 * 3)
 
 
 def test_ratios_are_paired_within_rounds(clock):
@@ -776,17 +784,20 @@ def test_bench_command_lines_and_table():
     ]
     assert tuple(seen) == found.lines
     assert found.what.startswith("16 x 16, batch 8, float32, ")
+    assert all(line.loop.median > 0 for line in found.lines)
     assert all(line.bound > 0 and line.plan.backend == "reference" for line in found.lines)
     console = Console(record=True, width=80, file=io.StringIO())
-    fast, slow = (replace(found.lines[0], speedup=spread(x)) for x in (2.0, 0.5))
+    fast, slow = (
+        replace(found.lines[0], speedup=spread(x), loop=spread(0.75 * x)) for x in (2.0, 0.5)
+    )
     fast = replace(fast, sparsity=90.0, ours=spread(1.234e-3), bound=1.234e-3 / 4)
     ceilings = Ceilings(spread(1.5e11), {1 << 20: spread(2e10)})
     console.print(bench_table(Bench((slow, fast), ceilings, what="a layer")))
     text = " ".join(console.export_text().split())
     for said in (
         "forward, a layer",
-        "2.00x ± 1% ██████████ 308 us 25%",
-        "0.50x ± 1% ░░ ",
+        "2.00x ± 1% ██████████ 1.50x 308 us 25%",
+        "0.50x ± 1% ░░ 0.38x ",
         "1.23 ms",
         "reference/",
         "150 GFLOP/s",
