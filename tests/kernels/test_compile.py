@@ -193,10 +193,12 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(compiling.tempfile, "tempdir", str(tmp_path / "file"))
     monkeypatch.setattr(compiling, "cross_compile", lambda *_, **__: report)
     kernel = SimpleNamespace(cache_key="", run=partial(print))
     case = Case("case", kernel, {}, {}, {})
-    assert compiling._compile_case("op", case, 90) == report
+    with pytest.warns(RuntimeWarning, match="is not kept"):
+        assert compiling._compile_case("op", case, 90) == report
 
 
 def test_reports_come_in_order_of_the_cases() -> None:
