@@ -112,10 +112,13 @@ def test_what_takes_a_policy_computes_it(take):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+# Warnings of torch's about itself.
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
 @pytest.mark.parametrize("options", [{"dynamo": True}, {"dynamo": False}], ids=str)
 def test_onnx_exporters(options, tmp_path):
-    policy = make()
+    policy = make().eval()
     made = export_to_onnx(policy, draw(), tmp_path, **options)
     x = draw()
     torch.testing.assert_close(made(x), truth(policy)(x))
@@ -259,7 +262,7 @@ def test_schedule_free_optimisers(name):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_ends_its_graph_once():
+def test_a_compiled_step_ends_its_graph_at_the_hook():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     policy = make()
@@ -271,11 +274,12 @@ def test_a_compiled_step_ends_its_graph_once():
         step()
         assert_zero(policy, optimizer)
     breaks = torch._dynamo.utils.counters["graph_break"]
-    # One of torch's own, one for the hook.
-    assert sum(breaks.values()) <= 2
+    # One of torch's own, two for the hook, which is not traced.
+    assert sum(breaks.values()) <= 3
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("batch", [3, 256])
 def test_compiled_autograd(batch):
     torch._dynamo.reset()
