@@ -69,7 +69,11 @@ class Claim:
         self._renewal.start()
 
     def release(self) -> None:
-        """End the claim and remove its files, unless another process has taken it over."""
+        """End the claim and remove its files, unless another process has taken it over.
+
+        Raises:
+            StoreError: nothing may be removed there any more; the claim is over all the same.
+        """
         if self._descriptor < 0:
             return
         try:
@@ -77,9 +81,10 @@ class Claim:
             self._renewal.join()
             chain = _chain(self._path)
             if list(chain)[-1:] == [self._file] and self._is_ours():
-                # The first one first: that is the moment the claim is free.
-                for file in chain:
-                    file.unlink(missing_ok=True)
+                with explained(self._path):
+                    # The first one first: that is the moment the claim is free.
+                    for file in chain:
+                        file.unlink(missing_ok=True)
         finally:
             self._close()
 

@@ -1,5 +1,6 @@
-"""A run that is killed, interrupted or without power at any write: afterwards the same table."""
+"""A run killed, interrupted, refused or without power at any write: afterwards the same table."""
 
+import errno
 import itertools
 import os
 import random
@@ -13,6 +14,7 @@ from unittest import mock
 import faults
 import pytest
 
+from sparse_tickets.files import StoreError
 from sparse_tickets.sweep import experts, locks
 from sparse_tickets.sweep import run as run_module
 from sparse_tickets.sweep.store import Store
@@ -96,6 +98,41 @@ def test_interrupted_at_writes_of_a_unit(tmp_path):
 @pytest.mark.parametrize(("job", "least"), [("units", 60), ("sweep", 150)])
 def test_interrupted_at_every_write(job, least, tmp_path):
     assert interrupt_everywhere(faults.JOBS[job], tmp_path, 1) > least
+
+
+def refuse_everywhere(job, folder, step, codes):
+    """Let the disk refuse every step-th write, in each way; how often."""
+    job(folder / "whole")
+    expected = faults.contents(folder / "whole")
+    points = range(0, len(faults.steps_of(job, folder / "counted")), step)
+    for code, point in itertools.product(codes, points):
+        out = folder / f"refused-{code}-{point}"
+
+        def refuse(code=code):
+            raise OSError(code, os.strerror(code))
+
+        with (
+            pytest.raises(StoreError, match=r"no space left|cannot be written"),
+            faults.watched(faults.at_step(point, refuse)),
+        ):
+            job(out)
+        job(out)
+        assert faults.contents(out) == expected, (code, point)
+        shutil.rmtree(out)
+    print(len(codes) * len(points), "refusals")
+    return len(codes) * len(points)
+
+
+def test_a_disk_that_refuses_writes_of_a_unit(tmp_path):
+    codes = (errno.ENOSPC, errno.EROFS)
+    assert refuse_everywhere(faults.JOBS["units"], tmp_path, 3, codes) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "step"), [("units", 1), ("sweep", 3)])
+def test_a_disk_that_refuses_any_write(job, step, tmp_path):
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    assert refuse_everywhere(faults.JOBS[job], tmp_path, step, codes) > 200
 
 
 def cut_power_everywhere(job, folder, step, kinds):
