@@ -109,6 +109,7 @@ class _Driver:
         options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": _RETRIES}
         self._remote = ray.remote(**options)(_train)
         self._running: dict[Any, _Task] = {}
+        self._under_way: set[Unit] = set()
         self._files: dict[Unit | str, Any] = {}
 
     def __enter__(self) -> _Driver:
@@ -141,7 +142,8 @@ class _Driver:
         levels: dict[int, list[tuple[Unit, Sequence[Track]]]] = {}
         for level, chunk, tracks in self._spec.units(algo):
             levels.setdefault(level, []).append((Unit(algo, level, chunk), tracks))
-        for units in levels.values():
+        for level, units in levels.items():
+            self._forget(algo, level)
             left = list(units)
             while left := [each for each in left if not self._is_done(*each)]:
                 yield True
@@ -157,7 +159,7 @@ class _Driver:
 
     def _is_done(self, unit: Unit, tracks: Sequence[Track]) -> bool:
         """Whether a unit is stored; submitted if not, and if nobody works on it."""
-        if any(task.unit == unit for task in self._running.values()):
+        if unit in self._under_way:
             return False
         if self._runner.is_stored(unit):
             steps = len(tracks) * self._spec.train_steps(unit.level)
@@ -168,7 +170,7 @@ class _Driver:
 
     def _submit(self, unit: Unit, tracks: Sequence[Track]) -> None:
         # As many as can run, and some to follow: each holds a claim that is kept alive.
-        if any(task.unit == unit for task in self._running.values()):
+        if unit in self._under_way:
             return
         if len(self._running) >= 16 + 2 * int(self._ray.cluster_resources().get("CPU", 0)):
             return
@@ -190,6 +192,7 @@ class _Driver:
             claim.close()
             raise
         self._running[reference] = _Task(unit, tracks, claim)
+        self._under_way.add(unit)
 
     def _reference(self, unit: Unit) -> Any:
         """A unit's files, put into the cluster's memory once."""
@@ -197,16 +200,24 @@ class _Driver:
             self._files[unit] = self._ray.put(self._store.files(unit))
         return self._files[unit]
 
+    def _forget(self, algo: str, level: int) -> None:
+        """Let the cluster forget files that no unit from this level on is trained from."""
+        for known in list(self._files):
+            if isinstance(known, Unit) and known.algo == algo and 0 < known.level < level - 1:
+                del self._files[known]
+
     def _data(self, name: str) -> Any:
-        if read_data(self._store, name) is None:
-            return None
+        """A data set's file, put into the cluster's memory once; None if there is none yet."""
         if name not in self._files:
+            if read_data(self._store, name) is None:
+                return None
             self._files[name] = self._ray.put(data_file(self._store, name).read_bytes())
         return self._files[name]
 
     def _take_in(self, reference: Any) -> None:
         """Store what a task returned, and say what it had to say."""
         task = self._running.pop(reference)
+        self._under_way.remove(task.unit)
         with task.claim:
             try:
                 files, said = self._ray.get(reference)
