@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +144,11 @@ def candidates(question: Question) -> Iterator[dict[str, int]]:
 
     A neighbour has one number changed: warps and tile sides by 2, stages by one.
     """
-    fields = asdict(question.default)
+    fields = question.default.numbers
     if question.among:
-        yield from (asdict(other) for other in question.among if other != question.default)
+        yield from (other.numbers for other in question.among if other != question.default)
         return
     for name, value in fields.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
         low, high = _LIMITS.get(name, (_SMALLEST, _LARGEST))
         tried = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
         for other in tried:
@@ -289,7 +287,7 @@ class _Tuner:
     ) -> tuple[dict[str, int] | None, float]:
         """The candidate that makes the whole subject fastest, and how many times as fast."""
         # Not what the file of an earlier run says.
-        default = asdict(question.default)
+        default = question.default.numbers
         with tuning.override(question.op, question.shapes, default), watched(_HANG_S):
             seconds = _seconds(contender, self.timer)
         if self.timer.spoiled:

@@ -22,12 +22,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
+
+from .launch import Launch
 
 __all__ = [
     "CONFIGS",
@@ -52,8 +53,6 @@ _LEAST_DENSITY = 1e-6
 Configuration = Mapping[str, int]
 """Of one launch: tile sizes, warps, stages, by the names the op gives them."""
 
-Launch = TypeVar("Launch")
-
 
 class Question(NamedTuple):
     """What an op asked for.
@@ -62,15 +61,15 @@ class Question(NamedTuple):
         op: as the op names itself.
         shapes: see `shape_class`.
         density: nominal.
-        default: the configuration it was built with, a frozen dataclass of integers.
+        default: the configuration it was built with.
         among: what it can be launched with; empty if any neighbour of the default may be tried.
     """
 
     op: str
     shapes: str
     density: float
-    default: Any
-    among: Sequence[Any] = ()
+    default: Launch
+    among: Sequence[Launch] = ()
 
 
 # Not context variables: backward passes ask from threads of their own.
@@ -132,7 +131,7 @@ def prefer(
     """``default``, or what was measured for the same type of launch.
 
     Args:
-        default: what the op was built with, a frozen dataclass of integers.
+        default: what the op was built with.
         op: see `configuration`.
         device: see `configuration`.
         among: all that counts, a function of ``sizes`` rounded as `shape_class` does; empty if
@@ -152,7 +151,7 @@ def prefer(
     if chosen is None:
         return default
     try:
-        launch = replace(default, **chosen)  # type: ignore[type-var]
+        launch = default.replace(**chosen)
     except TypeError as error:
         raise ValueError(f"configuration of {op!r} for {shapes!r} does not fit: {error}") from error
     if among and launch not in among:

@@ -9,7 +9,6 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +41,7 @@ from benchmarks.tables import STAGES
 from sparse_tickets.kernels import tuning
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.kernels.dispatch import has_triton
+from sparse_tickets.kernels.launch import Launch
 from sparse_tickets.timing import Contender, Unverified
 
 ROOT = Path(__file__).parents[1]
@@ -432,11 +432,8 @@ def test_parts_that_did_not_run_have_no_tables():
     assert all("ended with status 1: no" in line for line in summary(run))
 
 
-@dataclass(frozen=True)
-class Launch:
-    rows: int
-    warps: int
-    stages: int
+def launch(rows, warps, stages):
+    return Launch(rows=rows, warps=warps, stages=stages)
 
 
 def test_cloning_is_verified():
@@ -451,7 +448,7 @@ def test_cloning_is_verified():
 
 
 def test_candidates_change_one_number_within_its_limits():
-    found = list(candidates(tuning.Question("op", "x", 1.0, Launch(16, 4, 1))))
+    found = list(candidates(tuning.Question("op", "x", 1.0, launch(16, 4, 1))))
     assert found == [
         {"rows": 32, "warps": 4, "stages": 1},
         {"rows": 16, "warps": 2, "stages": 1},
@@ -461,7 +458,7 @@ def test_candidates_change_one_number_within_its_limits():
 
 
 def test_candidates_are_what_the_op_can_be_launched_with():
-    default, other = Launch(16, 4, 1), Launch(32, 8, 2)
+    default, other = launch(16, 4, 1), launch(32, 8, 2)
     question = tuning.Question("op", "x", 1.0, default, (default, other))
     assert list(candidates(question)) == [{"rows": 32, "warps": 8, "stages": 2}]
 
@@ -470,7 +467,7 @@ def test_candidates_are_what_the_op_can_be_launched_with():
 def tuned(monkeypatch):
     """Of an op that is fastest with many warps, wrong with 2, and does not fit at 32 rows."""
     timer = FakeTimer()
-    default = Launch(16, 4, 1)
+    default = launch(16, 4, 1)
 
     def build():
         asked = [default]
@@ -513,7 +510,7 @@ def test_tuning_keeps_the_fastest_candidate_that_is_right(tuned):
 
 
 def test_tuning_goes_on_behind_a_candidate_that_spoiled_its_process(monkeypatch):
-    timer, default, checked = FakeTimer(), Launch(16, 4, 1), []
+    timer, default, checked = FakeTimer(), launch(16, 4, 1), []
 
     def build():
         def run():
@@ -546,8 +543,8 @@ def test_tuning_goes_on_behind_a_candidate_that_spoiled_its_process(monkeypatch)
     found["at"] = {"subject": "fake", "candidate": fatal}
     assert not go_on()
     assert found["done"] == ["fake"]
-    assert checked.count(Launch(32, 4, 1)) == 1
-    assert Launch(16, 2, 1) not in checked
+    assert checked.count(launch(32, 4, 1)) == 1
+    assert launch(16, 2, 1) not in checked
     assert fatal | {"failed": gpu_process.DIED} in found["tried"]
     assert found["configurations"]["fake"]["n=128"]["1.0"]["warps"] == 8
 
@@ -580,8 +577,8 @@ def test_what_will_be_measured_is_launched_ahead_once_and_shared_out(monkeypatch
 
     def asks():
         def run():
-            launch = tuning.prefer(Launch(16, 4, 1), "fake", CPU, n=100)
-            launched.append((launch.rows, launch.warps, launch.stages))
+            chosen = tuning.prefer(launch(16, 4, 1), "fake", CPU, n=100)
+            launched.append((chosen.rows, chosen.warps, chosen.stages))
 
         return Contender("subject", run, None)
 

@@ -14,8 +14,6 @@ order: a ticket's result does not depend on P.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +21,11 @@ from torch import Tensor
 
 from ..compile import Case
 from ..jit import jit_kernel
+from ..launch import Launch
 from ..tuning import prefer
 from .operands import check_span
 
-__all__ = ["COMPILE_CASES", "GradientTiles", "ProductTiles", "dw", "dx", "forward"]
+__all__ = ["COMPILE_CASES", "choose_gradient_tiles", "choose_product_tiles", "dw", "dx", "forward"]
 
 
 @jit_kernel(fp_fusion=True)
@@ -159,84 +158,33 @@ def _gradient_kernel(
     tl.store(dw_tile, total.to(dw.dtype.element_ty), mask=(place < col_blocks)[None, :])
 
 
-@dataclass(frozen=True)
-class ProductTiles:
-    """How `forward` and `dx` cut a product: output tiles as wide as a block.
+def choose_product_tiles(rows: int, block: int, dtype: torch.dtype, precision: str) -> Launch:
+    """How `forward` and `dx` cut a product of ``rows``: output tiles as wide as a block.
 
-    Attributes:
-        rows: of the batch in a tile.
-        depth: entries of the kept blocks per step; several small blocks, or a part of a large one.
-        warps: per program.
-        stages: of the software pipeline.
+    A fixed function of shape, dtype and precision. A step takes several small blocks, or a part of
+    a large one. Tall tiles make up for the narrowest blocks. IEEE float32, float64 and tf32x3 take
+    short steps, as in `gpu.choose_tiles`. For blocks of 32, tiles of 128 rows spill, and so do
+    steps of 32 in tf32 on Blackwell.
     """
-
-    rows: int
-    depth: int
-    warps: int
-    stages: int
-
-    @staticmethod
-    def choose(rows: int, block: int, dtype: torch.dtype, precision: str) -> ProductTiles:
-        """A fixed function of shape, dtype and precision.
-
-        Tall tiles make up for the narrowest blocks. IEEE float32, float64 and tf32x3 take short
-        steps, as in `gpu.choose_tiles`. For blocks of 32, tiles of 128 rows spill, and so do steps
-        of 32 in tf32 on Blackwell.
-        """
-        most = 32 if dtype == torch.float64 else 128 if block == 16 else 64
-        tall = min(most, max(16, triton.next_power_of_2(rows)))
-        depth = _depth(dtype, precision)
-        if block == 32 and depth == 32:
-            depth = 64
-        return ProductTiles(tall, depth, _warps(dtype), 3)
-
-    @property
-    def constexprs(self) -> dict[str, int]:
-        """The kernel's block sizes."""
-        return {"BLOCK_ROWS": self.rows, "BLOCK_DEPTH": self.depth}
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    most = 32 if dtype == torch.float64 else 128 if block == 16 else 64
+    tall = min(most, max(16, triton.next_power_of_2(rows)))
+    depth = _depth(dtype, precision)
+    if block == 32 and depth == 32:
+        depth = 64
+    return Launch(block_rows=tall, block_depth=depth, warps=_warps(dtype), stages=3)
 
 
-@dataclass(frozen=True)
-class GradientTiles:
-    """How `dw` cuts a gradient: a block high, and as wide as several blocks.
+def choose_gradient_tiles(inp: int, block: int, dtype: torch.dtype, precision: str) -> Launch:
+    """How `dw` cuts a gradient ``inp`` wide: a block high, and as wide as several blocks.
 
-    Attributes:
-        cols: of the input in a tile, a multiple of the block.
-        depth: rows of the batch per step.
-        warps: per program.
-        stages: of the software pipeline.
+    A fixed function of shape, dtype and precision; a step takes rows of the batch. Three stages of
+    IEEE float32 on blocks of 64 spill a few bytes; four do not.
     """
-
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-
-    @staticmethod
-    def choose(inp: int, block: int, dtype: torch.dtype, precision: str) -> GradientTiles:
-        """A fixed function of shape, dtype and precision.
-
-        Three stages of IEEE float32 on blocks of 64 spill a few bytes; four do not.
-        """
-        most = max(block, 32 if dtype == torch.float64 else 64)
-        cols = min(most, triton.next_power_of_2(inp))
-        stages = 4 if dtype == torch.float32 and precision == "ieee" else 3
-        return GradientTiles(cols, _depth(dtype, precision), _warps(dtype), stages)
-
-    @property
-    def constexprs(self) -> dict[str, int]:
-        """The kernel's block sizes."""
-        return {"BLOCK_COLS": self.cols, "BLOCK_DEPTH": self.depth}
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    most = max(block, 32 if dtype == torch.float64 else 64)
+    cols = min(most, triton.next_power_of_2(inp))
+    stages = 4 if dtype == torch.float32 and precision == "ieee" else 3
+    depth = _depth(dtype, precision)
+    return Launch(block_cols=cols, block_depth=depth, warps=_warps(dtype), stages=stages)
 
 
 def _depth(dtype: torch.dtype, precision: str) -> int:
@@ -275,7 +223,7 @@ def dw(dy: Tensor, x: Tensor, table: Tensor, block: int, precision: str) -> Tens
         return result
     exact = precision if dy.dtype == torch.float32 else "ieee"
     tiles = prefer(
-        GradientTiles.choose(inp, block, dy.dtype, exact),
+        choose_gradient_tiles(inp, block, dy.dtype, exact),
         "linear_blocked.dw",
         dy.device,
         batch=batch,
@@ -285,7 +233,7 @@ def dw(dy: Tensor, x: Tensor, table: Tensor, block: int, precision: str) -> Tens
         dtype=dy.dtype,
         precision=exact,
     )
-    grid = _grid(tickets * (out // block) * triton.cdiv(inp, tiles.cols))
+    grid = _grid(tickets * (out // block) * triton.cdiv(inp, tiles.block_cols))
     with torch.cuda.device_of(dy):
         _gradient_kernel[grid](
             dy,
@@ -325,7 +273,7 @@ def _product(
         return c
     exact = precision if a.dtype == torch.float32 else "ieee"
     tiles = prefer(
-        ProductTiles.choose(rows, block, a.dtype, exact),
+        choose_product_tiles(rows, block, a.dtype, exact),
         "linear_blocked",
         a.device,
         rows=rows,
@@ -335,7 +283,7 @@ def _product(
         dtype=a.dtype,
         precision=exact,
     )
-    grid = _grid(tickets * triton.cdiv(rows, tiles.rows) * (cols // block))
+    grid = _grid(tickets * triton.cdiv(rows, tiles.block_rows) * (cols // block))
     with torch.cuda.device_of(a):
         _product_kernel[grid](
             a,
@@ -380,7 +328,7 @@ _KINDS = {
 def _product_case(product: str, dtype: torch.dtype, precision: str, block: int) -> Case:
     """A launch as `forward` and `dx` make it on a wide layer: aligned and row-major."""
     kind = _KINDS[dtype]
-    tiles = ProductTiles.choose(256, block, dtype, precision)
+    tiles = choose_product_tiles(256, block, dtype, precision)
     signature = {"a": kind, "b": kind, "c": kind, "table": "*i32:16", "first_list": "i32"}
     signature |= dict.fromkeys(("rows", "cols", "a_ticket", "a_row", "b_ticket"), "i32:16")
     signature |= dict.fromkeys(("table_ticket", "table_list"), "i32")
@@ -398,7 +346,7 @@ def _product_case(product: str, dtype: torch.dtype, precision: str, block: int) 
 
 def _gradient_case(dtype: torch.dtype, precision: str, block: int) -> Case:
     kind = _KINDS[dtype]
-    tiles = GradientTiles.choose(256, block, dtype, precision)
+    tiles = choose_gradient_tiles(256, block, dtype, precision)
     signature = {"dy": kind, "x": kind, "dw": kind, "table": "*i32:16"}
     sizes = ("batch", "out", "inp", "dy_ticket", "dy_batch", "x_ticket", "x_batch")
     signature |= dict.fromkeys(sizes, "i32:16")

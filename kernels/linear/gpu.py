@@ -7,8 +7,6 @@ inner dimension: no atomics, no split sums, so a result depends neither on P nor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +14,11 @@ from torch import Tensor
 
 from ..compile import Case
 from ..jit import jit_kernel
+from ..launch import Launch
 from ..tuning import prefer
 from .operands import check_span
 
-__all__ = ["COMPILE_CASES", "Tiles", "choose_tiles", "dw", "dx", "forward"]
+__all__ = ["COMPILE_CASES", "choose_tiles", "dw", "dx", "forward"]
 
 
 @jit_kernel(fp_fusion=True)
@@ -86,36 +85,7 @@ def _gemm_kernel(
     tl.store(c_tile, total.to(c.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How the kernel cuts a product, and the launch it takes.
-
-    Attributes:
-        rows: of an output tile.
-        cols: of an output tile.
-        depth: of the inner dimension per step.
-        warps: per program.
-        stages: of the software pipeline.
-    """
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-
-    @property
-    def constexprs(self) -> dict[str, int]:
-        """The kernel's block sizes."""
-        return {"BLOCK_ROWS": self.rows, "BLOCK_COLS": self.cols, "BLOCK_DEPTH": self.depth}
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
-
-def choose_tiles(rows: int, cols: int, dtype: torch.dtype, precision: str) -> Tiles:
+def choose_tiles(rows: int, cols: int, dtype: torch.dtype, precision: str) -> Launch:
     """Tiles for a ``[rows, cols]`` output: a fixed function of shape, dtype and precision.
 
     IEEE float32 and float64 compute in registers, and tf32x3 keeps three copies there: they take
@@ -123,11 +93,19 @@ def choose_tiles(rows: int, cols: int, dtype: torch.dtype, precision: str) -> Ti
     """
     block_rows = min(64, max(16, triton.next_power_of_2(rows)))
     block_cols = min(64, max(16, triton.next_power_of_2(cols)))
-    if dtype == torch.float64:
-        return Tiles(min(32, block_rows), min(32, block_cols), 16, 8, 2)
+    depth, warps, stages = (64 if block_rows == block_cols == 64 else 32), 4, 3
     if dtype == torch.float32:
-        return Tiles(block_rows, block_cols, 32 if precision == "tf32" else 16, 4, 3)
-    return Tiles(block_rows, block_cols, 64 if block_rows == block_cols == 64 else 32, 4, 3)
+        depth = 32 if precision == "tf32" else 16
+    elif dtype == torch.float64:
+        block_rows, block_cols = min(32, block_rows), min(32, block_cols)
+        depth, warps, stages = 16, 8, 2
+    return Launch(
+        block_rows=block_rows,
+        block_cols=block_cols,
+        block_depth=depth,
+        warps=warps,
+        stages=stages,
+    )
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
@@ -165,7 +143,7 @@ def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, mask: Tensor | None, precis
         dtype=a.dtype,
         precision=exact,
     )
-    programs = tickets * triton.cdiv(rows, tiles.rows) * triton.cdiv(cols, tiles.cols)
+    programs = tickets * triton.cdiv(rows, tiles.block_rows) * triton.cdiv(cols, tiles.block_cols)
     if programs >= 2**31:
         raise ValueError(f"the product must take fewer than 2**31 tiles, got {programs}")
     with torch.cuda.device_of(a):
@@ -232,7 +210,8 @@ def _case(product: str, dtype: torch.dtype, precision: str, rows: int, cols: int
     else:
         constexprs |= {"mask": None}
         signature |= {"mask_ticket": "i32", "mask_row": "i32", "mask_col": "i32"}
-    name = f"{product}_{kind[1:5]}_{precision}_{tiles.rows}x{tiles.cols}x{tiles.depth}"
+    block = "x".join(map(str, tiles.constexprs.values()))
+    name = f"{product}_{kind[1:5]}_{precision}_{block}"
     return Case(name, _gemm_kernel, signature, constexprs, tiles.options)
 
 

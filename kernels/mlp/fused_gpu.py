@@ -10,7 +10,6 @@ Dots on CUDA cores only: a tensor-core dot keeps its operands' fragments, and sm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import triton
@@ -18,11 +17,11 @@ import triton.language as tl
 
 from ..compile import Case
 from ..jit import jit_kernel
+from ..launch import Launch
 from .geometry import Geometry
 
 __all__ = [
     "COMPILE_CASES",
-    "Launch",
     "activate",
     "backward_kernel",
     "case",
@@ -310,30 +309,12 @@ def backward_kernel(
         tl.store(target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a pass is launched.
-
-    Attributes:
-        rows: samples per tile.
-        warps: per program.
-    """
-
-    rows: int
-    warps: int
-
-    @property
-    def constexprs(self) -> dict[str, int]:
-        """The kernels' block size."""
-        return {"ROWS": self.rows}
-
-    @property
-    def options(self) -> dict[str, int]:
-        """One stage: to prefetch weights that every tile reads again would cost shared memory."""
-        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": 255}
+def _launch(rows: int, warps: int) -> Launch:
+    """One stage: to prefetch weights that every tile reads again would cost shared memory."""
+    return Launch(rows=rows, warps=warps, stages=1, maxnreg=255)
 
 
-_DEFAULT = Launch(16, 8)
+_DEFAULT = _launch(16, 8)
 """With 64 columns 16 rows are all that dots on CUDA cores can take unspilled."""
 
 _NARROW = 32
@@ -348,7 +329,7 @@ def launches(blocks: tuple[int, ...]) -> tuple[Launch, ...]:
     """
     if max(blocks) > _NARROW:
         return (_DEFAULT,)
-    return (_DEFAULT, Launch(16, 4), Launch(32, 8))
+    return (_DEFAULT, _launch(16, 4), _launch(32, 8))
 
 
 def case(
@@ -376,7 +357,7 @@ def case(
         constexprs["mask"] = None
     name = f"{kernel}_{'_'.join(map(str, geometry.sizes))}_{activation}{'' if masked else '_dense'}"
     if launch != _DEFAULT:
-        name += f"_rows{launch.rows}_warps{launch.warps}"
+        name += f"_{launch.label}"
     function = forward_kernel if kernel == "forward" else backward_kernel
     return Case(name, function, signature, constexprs, launch.options)
 

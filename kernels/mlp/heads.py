@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from ..compile import Case
+from ..launch import Launch
 from ..tuning import prefer
 
-__all__ = ["Launch", "cases", "launches", "padded", "prefer_launch"]
+__all__ = ["cases", "launches", "padded", "prefer_launch"]
 
 _MOST_BLOCK, _MOST_ENTRIES = 256, 1024
 """Samples, and samples times actions, of one step: more would not fit the registers."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a ticket's program walks its minibatch.
-
-    Attributes:
-        block: samples of one step.
-        warps: per program.
-    """
-
-    block: int
-    warps: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Left alone, the assembler spills a little for an occupancy of no use to one program."""
-        return {"num_warps": self.warps, "maxnreg": 255}
+def _launch(block: int, warps: int) -> Launch:
+    """Left alone, the assembler spills a little for an occupancy of no use to one program."""
+    return Launch(block=block, warps=warps, maxnreg=255)
 
 
 def padded(actions: int) -> int:
@@ -49,8 +36,8 @@ def launches(count: int, width: int) -> tuple[Launch, ...]:
         width: `padded` outputs.
     """
     block = min(max(16, min(_MOST_BLOCK, _MOST_ENTRIES // width)), max(16, count))
-    longer = (Launch(2 * block, 8),) if 2 * block <= count else ()
-    return (Launch(block, 2), Launch(block, 4), Launch(block, 8), *longer)
+    longer = (_launch(2 * block, 8),) if 2 * block <= count else ()
+    return (_launch(block, 2), _launch(block, 4), _launch(block, 8), *longer)
 
 
 def prefer_launch(op: str, output: Tensor, *, continuous: bool) -> Launch:
@@ -96,9 +83,9 @@ def cases(
     else:
         constants |= {"log_std": None, "d_log_std": None}
     default, *others = launches(count, padded(actions))
-    named = [(name, default), *((f"{name}_{x.block}_warps{x.warps}", x) for x in others)]
+    named = [(name, default), *((f"{name}_{x.label}", x) for x in others)]
     return [
-        Case(full, kernel, signature, {**constants, "BLOCK": launch.block}, launch.options)
+        Case(full, kernel, signature, constants | launch.constexprs, launch.options)
         for full, launch in named
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..arena import Net
+from ..launch import Launch
 from ..linear import gpu as layer_gpu
 from ..tuning import prefer
 from . import fused_gpu, split_gpu
@@ -25,7 +26,6 @@ from .geometry import Geometry
 __all__ = [
     "COMPILE_CASES",
     "Route",
-    "Stretch",
     "Weights",
     "backward",
     "cut",
@@ -33,8 +33,6 @@ __all__ = [
     "forward",
     "with_rows",
 ]
-
-Launch = TypeVar("Launch")
 
 COMPILE_CASES = [*fused_gpu.COMPILE_CASES, *split_gpu.COMPILE_CASES]
 
@@ -66,17 +64,6 @@ class Route:
 
     forward: Literal["fused", "walk", "layers"]
     backward: Literal["fused", "split", "layers"]
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """What `cut` is asked for.
-
-    Attributes:
-        samples: whose gradient a program sums up.
-    """
-
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -244,7 +231,7 @@ def _forward_walk(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden
         HIDDEN=geometry.hidden,
         ACTIVATION=weights.net.activation,
         PRECISION=precision,
-        **launch.constexprs(geometry, precision),
+        **split_gpu.walk_constants(launch, geometry, precision),
         **launch.options,
     )
 
@@ -320,7 +307,7 @@ def _deltas_walk(
         HIDDEN=geometry.hidden,
         ACTIVATION=weights.net.activation,
         PRECISION=precision,
-        **launch.constexprs(geometry, precision),
+        **split_gpu.walk_constants(launch, geometry, precision),
         **launch.options,
     )
 
@@ -355,7 +342,7 @@ def _gradient(
     splits, stretch = stretches
     geometry = weights.geometry
     launch = _prefer_launch(split_gpu.GRADIENTS, "gradient", x, geometry, precision)
-    cut_layers = launch.constexprs(geometry, precision)
+    cut_layers = split_gpu.gradient_constants(launch, geometry, precision)
     split_gpu.gradient_kernel[(tickets * sum(cut_layers["COUNTS"]), splits)](
         dy,
         x,
@@ -404,12 +391,12 @@ def cut_as_measured(x: Tensor, geometry: Geometry, route: str) -> tuple[int, int
 
 
 @cache
-def _stretches(samples: int, default: int) -> tuple[Stretch, ...]:
+def _stretches(samples: int, default: int) -> tuple[Launch, ...]:
     """The default, and its neighbours that cut the samples otherwise."""
-    found: dict[object, Stretch] = {}
+    found: dict[object, Launch] = {}
     for stretch in (default, default // 2, default * 2, default // 4, default * 4):
         if stretch >= STRETCH_UNIT:
-            found.setdefault(cut(samples, stretch), Stretch(stretch))
+            found.setdefault(cut(samples, stretch), Launch(samples=stretch))
     return tuple(found.values())
 
 

@@ -10,7 +10,6 @@ timing. ``hidden`` and ``deltas`` are ``[P, B, sum of hidden sizes]``, layer by 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ import triton.language as tl
 
 from ..compile import Case
 from ..jit import jit_kernel
+from ..launch import Launch
 from .fused_gpu import activate, deactivate
 from .geometry import Geometry
 
@@ -27,13 +27,13 @@ __all__ = [
     "COMPILE_CASES",
     "GRADIENTS",
     "WALKS",
-    "Gradient",
-    "Walk",
     "add_kernel",
     "case",
     "delta_kernel",
     "forward_kernel",
+    "gradient_constants",
     "gradient_kernel",
+    "walk_constants",
 ]
 
 ADD_BLOCK = 512
@@ -399,58 +399,18 @@ def add_kernel(
     tl.store(target + ticket * target_row + column, total, mask=column < size)
 
 
-@dataclass(frozen=True)
-class Walk:
-    """How `forward_kernel` and `delta_kernel` are launched.
-
-    Attributes:
-        rows: samples per program.
-        cols: most features of a tile.
-        warps: per program.
-        stages: of the software pipeline.
-    """
-
-    rows: int
-    cols: int
-    warps: int
-    stages: int
-
-    def constexprs(self, geometry: Geometry, precision: str) -> dict[str, Any]:
-        """How samples and layers are cut: sides of tiles by size, depth of a step."""
-        sides = _sides(geometry, self.cols)
-        return {"ROWS": self.rows, "SIDES": sides, "STEP": _step(precision)}
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Left alone, the assembler spills a little here and there for an occupancy of no use."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255}
+def walk_constants(launch: Launch, geometry: Geometry, precision: str) -> dict[str, Any]:
+    """How `forward_kernel` and `delta_kernel` cut samples and layers: sides of tiles by size."""
+    sides = _sides(geometry, launch.cols)
+    return {"ROWS": launch.rows, "SIDES": sides, "STEP": _step(precision)}
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """How `gradient_kernel` is launched.
-
-    Attributes:
-        tile: largest side of a tile.
-        warps: per program.
-        stages: of the software pipeline.
-    """
-
-    tile: int
-    warps: int
-    stages: int
-
-    def constexprs(self, geometry: Geometry, precision: str) -> dict[str, Any]:
-        """How the layers are cut: sides of tiles by size, tiles of each layer, samples a step."""
-        sides = _sides(geometry, self.tile)
-        across = [-(-size // side) for size, side in zip(geometry.sizes, sides, strict=True)]
-        counts = tuple(inp * out for inp, out in pairwise(across))
-        return {"SIDES": sides, "COUNTS": counts, "STEP": _step(precision)}
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 168}
+def gradient_constants(launch: Launch, geometry: Geometry, precision: str) -> dict[str, Any]:
+    """How `gradient_kernel` cuts layers: sides of tiles by size, tiles of each, samples a step."""
+    sides = _sides(geometry, launch.tile)
+    across = [-(-size // side) for size, side in zip(geometry.sizes, sides, strict=True)]
+    counts = tuple(inp * out for inp, out in pairwise(across))
+    return {"SIDES": sides, "COUNTS": counts, "STEP": _step(precision)}
 
 
 def _sides(geometry: Geometry, largest: int) -> tuple[int, ...]:
@@ -463,22 +423,30 @@ def _step(precision: str) -> int:
     return 32 if precision == "tf32" else 16
 
 
-WALKS = (Walk(32, 64, 4, 3), Walk(16, 64, 4, 3), Walk(32, 64, 8, 3), Walk(32, 32, 4, 3))
+# Left alone, the assembler spills a little here and there for an occupancy of no use.
+WALKS = tuple(
+    Launch(rows=rows, cols=cols, warps=warps, stages=3, maxnreg=255)
+    for rows, cols, warps in ((32, 64, 4), (16, 64, 4), (32, 64, 8), (32, 32, 4))
+)
 """What a walk can be launched with, the default first: what spills on no GPU."""
 
-GRADIENTS = (Gradient(64, 4, 3), Gradient(32, 4, 3), Gradient(64, 8, 3), Gradient(64, 4, 4))
+GRADIENTS = tuple(
+    Launch(tile=tile, warps=warps, stages=stages, maxnreg=168)
+    for tile, warps, stages in ((64, 4, 3), (32, 4, 3), (64, 8, 3), (64, 4, 4))
+)
 """The same of `gradient_kernel`."""
 
 
 def case(
-    kernel: Any, geometry: Geometry, precision: str, launch: Walk | Gradient, *, masked: bool = True
+    kernel: Any, geometry: Geometry, precision: str, launch: Launch, *, masked: bool = True
 ) -> Case:
     """A launch on rows that are not aligned, named after the network."""
     floats = ("x", "dy", "weight", "y", "dx", "hidden", "deltas", "target")
     arguments = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "*fp32:16")
     arguments |= {"mask": "*u8:16"}
     constants = geometry.constexprs | {"HIDDEN": geometry.hidden, "PRECISION": precision}
-    constants |= {"ACTIVATION": "tanh", **launch.constexprs(geometry, precision)}
+    cut = gradient_constants if kernel is gradient_kernel else walk_constants
+    constants |= {"ACTIVATION": "tanh", **cut(launch, geometry, precision)}
     constants |= {} if masked else {"mask": None}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature = {name: arguments[name] for name in kernel.arg_names if name not in constants}
@@ -486,7 +454,7 @@ def case(
     parts = [kernel.__name__.removesuffix("_kernel"), "memory", *sizes, precision]
     parts += [] if masked else ["dense"]
     if launch not in (WALKS[0], GRADIENTS[0]):
-        parts += [f"{name}{value}" for name, value in asdict(launch).items()]
+        parts.append(launch.label)
     return Case("_".join(parts), kernel, signature, constants, launch.options)
 
 

@@ -10,7 +10,6 @@ how many weights are left. No atomics, sums in one order: a ticket's result does
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ from torch import Tensor
 
 from ..compile import Case
 from ..jit import jit_kernel
+from ..launch import Launch
 from ..tuning import prefer
 from .layout import MAX_TILE, Layer
 from .tiles import load_packed_tile, store_packed_tile
 
-__all__ = ["COMPILE_CASES", "Launch", "choose_launch", "dw", "dx", "forward", "pack", "unpack"]
+__all__ = ["COMPILE_CASES", "choose_launch", "dw", "dx", "forward", "pack", "unpack"]
 
 
 @jit_kernel(fp_fusion=True)
@@ -245,26 +245,6 @@ def _move_kernel(
         tl.store(dense_tile, weight, mask=inside)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a product goes over the batch, and the launch it takes.
-
-    Attributes:
-        batch: rows of the batch per program (forward, dX) or per step (dW).
-        warps: per program.
-        stages: of the software pipeline; expanded tiles do not pass through it.
-    """
-
-    batch: int
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
-
 def choose_launch(
     product: str, batch: int, layer: Layer, dtype: torch.dtype, precision: str
 ) -> Launch:
@@ -276,16 +256,16 @@ def choose_launch(
     """
     rows = max(16, triton.next_power_of_2(batch))
     if dtype != torch.float32:
-        return Launch(min(64 if product == "dw" else 128, rows), 4, 2)
+        return Launch(block_batch=min(64 if product == "dw" else 128, rows), warps=4, stages=2)
     if product == "dw":
         depth = {"ieee": 16, "tf32": 32, "tf32x3": 32}[precision]
-        return Launch(min(depth, rows), 4, 2)
+        return Launch(block_batch=min(depth, rows), warps=4, stages=2)
     if precision == "ieee":
-        return Launch(16, 8, 1)
+        return Launch(block_batch=16, warps=8, stages=1)
     if precision == "tf32x3":
         full = layer.tile_out == layer.tile_in == MAX_TILE
         rows = min(32 if product == "forward" else 128 if full else 64, rows)
-    return Launch(min(128, rows), 8 if rows >= 128 else 4, 1)
+    return Launch(block_batch=min(128, rows), warps=8 if rows >= 128 else 4, stages=1)
 
 
 def forward(
@@ -304,7 +284,7 @@ def forward(
         return y
     _check_spans(x=x, y=y)
     launch = _launch("forward", x, layer, precision)
-    programs = tickets * triton.cdiv(batch, launch.batch) * layer.tiles_out
+    programs = tickets * triton.cdiv(batch, launch.block_batch) * layer.tiles_out
     packed = _packed(values, bits, start, layer)
     with torch.cuda.device_of(x):
         _forward_kernel[(_check_programs(programs),)](
@@ -334,7 +314,7 @@ def dx(
         return result
     _check_spans(dy=dy, dx=result)
     launch = _launch("dx", dy, layer, precision)
-    programs = tickets * triton.cdiv(batch, launch.batch) * layer.tiles_in
+    programs = tickets * triton.cdiv(batch, launch.block_batch) * layer.tiles_in
     packed = _packed(values, bits, start, layer)
     with torch.cuda.device_of(dy):
         _dx_kernel[(_check_programs(programs),)](
@@ -463,12 +443,12 @@ def _constexprs(
     constexprs: dict[str, object] = {
         "TILE_OUT": layer.tile_out,
         "TILE_IN": layer.tile_in,
-        "BLOCK_BATCH": launch.batch,
+        **launch.constexprs,
         "PRECISION": exact,
     }
     if product == "forward":
         # Hopper's tensor cores take 64 rows of the first operand, of whichever has them.
-        fits = layer.tile_out == MAX_TILE or launch.batch < MAX_TILE
+        fits = layer.tile_out == MAX_TILE or launch.block_batch < MAX_TILE
         constexprs["WEIGHT_FIRST"] = fits and (dtype != torch.float32 or exact != "ieee")
     return constexprs
 
@@ -517,7 +497,7 @@ def _case(product: str, dtype: torch.dtype, precision: str, batch: int, out: int
     size = "i32:16" if out % 16 == inp % 16 == batch % 16 == 0 else "i32"
     kind = _TYPES[dtype]
     tile = f"{layer.tile_out}x{layer.tile_in}"
-    name = f"{product}_{kind[1:5]}_{precision}_{launch.batch}_{tile}"
+    name = f"{product}_{kind[1:5]}_{precision}_{launch.block_batch}_{tile}"
     kernel = _KERNELS[product]
     return Case(name, kernel, _signature(kernel, kind, size), constexprs, launch.options)
 

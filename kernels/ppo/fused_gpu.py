@@ -20,10 +20,11 @@ from torch import Tensor
 from ..arena import Arena
 from ..compile import Case
 from ..jit import jit_kernel
+from ..launch import Launch
 from ..mlp import fused_gpu as mlp
 from ..mlp.fused_gpu import deactivate, hidden_layers, load_bias, load_weight, zeros
 from ..mlp.geometry import Geometry
-from ..mlp.passes_gpu import FUSED_STRETCH, Stretch, cut
+from ..mlp.passes_gpu import FUSED_STRETCH, cut
 from ..tuning import prefer
 from .loss_gpu import load_spread, policy_loss, standardise, store_policy_sums, value_loss
 
@@ -41,7 +42,7 @@ MOST_LAYERS = 3
 _WALK = 512
 """Advantages that a program reads at once for their mean and deviation."""
 
-_STRETCHES = tuple(Stretch(samples) for samples in (FUSED_STRETCH, 32, 128, 256))
+_STRETCHES = tuple(Launch(samples=samples) for samples in (FUSED_STRETCH, 32, 128, 256))
 """Samples whose gradient a program sums up, the default first."""
 
 
@@ -358,7 +359,7 @@ def cut_minibatch(arena: Arena, batch: Batch, count: int) -> tuple[int, int]:
     return cut(count, chosen.samples)
 
 
-def _prefer_launch(arena: Arena, batch: Batch, count: int) -> mlp.Launch:
+def _prefer_launch(arena: Arena, batch: Batch, count: int) -> Launch:
     among = _launches(arena)
     if len(among) == 1:
         return among[0]
@@ -375,7 +376,7 @@ def _prefer_launch(arena: Arena, batch: Batch, count: int) -> mlp.Launch:
 
 
 @cache
-def _launches(arena: Arena) -> tuple[mlp.Launch, ...]:
+def _launches(arena: Arena) -> tuple[Launch, ...]:
     """What registers hold on every GPU, the default first; with relu that is the default alone."""
     blocks = (block for net in arena.nets for block in Geometry.of(net, 0).blocks)
     launches = mlp.launches(tuple(blocks))
@@ -420,7 +421,7 @@ def _cases(sizes: tuple[int, ...], activation: str, *, continuous: bool) -> list
     name = f"gradient_{'_'.join(map(str, sizes))}_{activation}_{kind}"
     return [
         Case(
-            f"{name}_rows{launch.rows}_warps{launch.warps}",
+            f"{name}_{launch.label}",
             gradient_kernel,
             signature,
             {**constants, **launch.constexprs},

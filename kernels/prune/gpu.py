@@ -22,7 +22,6 @@ ticket runs through in no time, keep theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -34,9 +33,10 @@ from torch import Tensor
 from ..compile import Case
 from ..errors import check_dtype
 from ..jit import jit_kernel
+from ..launch import Launch
 from ..tuning import prefer
 
-__all__ = ["COMPILE_CASES", "Launch", "prune"]
+__all__ = ["COMPILE_CASES", "prune"]
 
 SHORT = 8192
 CHUNK = 8192
@@ -47,23 +47,10 @@ CHOOSE_ROWS = 32
 FINISH_BLOCK = 2048
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a row, or a chunk of it, is walked.
-
-    Attributes:
-        block: entries that a program takes at once.
-        warps: per program.
-    """
-
-    block: int
-    warps: int
-
-
-COUNTS = (Launch(8192, 8), Launch(8192, 16), Launch(4096, 8))
+COUNTS = tuple(Launch(block=b, warps=w) for b, w in ((8192, 8), (8192, 16), (4096, 8)))
 """What `count` can be launched with, the default first."""
 
-SPLITS = (Launch(4096, 8), Launch(4096, 16), Launch(2048, 8), Launch(2048, 4))
+SPLITS = tuple(Launch(block=b, warps=w) for b, w in ((4096, 8), (4096, 16), (2048, 8), (2048, 4)))
 """The same of `split`."""
 
 
@@ -293,8 +280,8 @@ def prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
             prunable,
             scores.stride(0),
             MAGNITUDE=magnitude,
-            BLOCK=launch.block,
-            num_warps=launch.warps,
+            **launch.constexprs,
+            **launch.options,
         )
     return out
 
@@ -326,8 +313,8 @@ def _select_long(scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, magnitude
             length // count.block,
             SECOND=second,
             MAGNITUDE=magnitude,
-            BLOCK=count.block,
-            num_warps=count.warps,
+            **count.constexprs,
+            **count.options,
         )
         _choose_kernel[(tickets,)](
             counts, k, prefix, wanted, begin, chunks, SECOND=second, ROWS=CHOOSE_ROWS, num_warps=8
@@ -344,8 +331,8 @@ def _select_long(scores: Tensor, mask: Tensor, out: Tensor, k: Tensor, magnitude
         chunks,
         length // split.block,
         MAGNITUDE=magnitude,
-        BLOCK=split.block,
-        num_warps=split.warps,
+        **split.constexprs,
+        **split.options,
     )
     _finish_kernel[(tickets,)](
         scores,
@@ -368,8 +355,8 @@ def _short_launches(length: int) -> tuple[Launch, ...]:
     """What a row of up to ``length``, a power of two, can be launched with, the default first."""
     block = max(length, 256)
     # Up to 16 entries a thread; in between, assemblers spill a little for more occupancy.
-    default = Launch(block, max(4, block // 512))
-    return (default, Launch(block, 8)) if block == SHORT else (default,)
+    default = Launch(block=block, warps=max(4, block // 512))
+    return (default, Launch(block=block, warps=8)) if block == SHORT else (default,)
 
 
 def _launch(kernel: str, among: Sequence[Launch], mask: Tensor, magnitude: bool) -> Launch:
@@ -393,9 +380,9 @@ def _cases() -> list[Case]:
         """One for every launch; the first has the plain name."""
         for launch in launches:
             plain = launch == launches[0]
-            full = name if plain else f"{name}_block{launch.block}_warps{launch.warps}"
-            constants = {**constexprs, "BLOCK": launch.block}
-            cases.append(Case(full, kernel, signature, constants, {"num_warps": launch.warps}))
+            full = name if plain else f"{name}_{launch.label}"
+            constants = constexprs | launch.constexprs
+            cases.append(Case(full, kernel, signature, constants, launch.options))
 
     for magnitude in (False, True):
         for length in (256, SHORT):
@@ -408,7 +395,7 @@ def _cases() -> list[Case]:
     add("split", _split_kernel, signature, options, SPLITS)
     signature = {**_SCORES, **_OUT, **_STATE, "wanted": "*i32:16", "chunks": "i32"}
     del signature["mask"]
-    add("finish", _finish_kernel, signature, options, [Launch(FINISH_BLOCK, 8)])
+    add("finish", _finish_kernel, signature, options, [Launch(block=FINISH_BLOCK, warps=8)])
     for second in (False, True):
         signature = {**_SCORES, **_CHUNKS, "prefix": "*i32:16", "counts": "*i32:16"}
         options = {"SECOND": second, "MAGNITUDE": False}

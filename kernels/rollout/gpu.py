@@ -469,7 +469,7 @@ def _cases(name: str, task: Task, hidden: tuple[int, ...], activation: str) -> l
     cases = []
     for launch in launches(arena.actor):
         default = launch == launches(arena.actor)[0]
-        full, options = name if default else f"{name}_warps{launch.warps}", launch.options
+        full, options = name if default else f"{name}_{launch.label}", launch.options
         cases += [
             Case(f"act_{full}", _act_kernel, act, {**constexprs, "heads": None}, options),
             Case(f"act_heads_{full}", _act_kernel, {**act, "heads": floats}, constexprs, options),

@@ -13,7 +13,6 @@ or T, which no bit of a result may depend on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -26,12 +25,12 @@ from ..activations import check_on_gpu
 from ..arena import Arena, Net
 from ..compile import Case
 from ..jit import jit_kernel
+from ..launch import Launch
 from ..tuning import prefer
 from .reference import Rollout
 
 __all__ = [
     "COMPILE_CASES",
-    "Launch",
     "describe",
     "entry_of",
     "forward",
@@ -215,31 +214,9 @@ def describe(net: Net) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How many threads live through an episode.
-
-    Attributes:
-        warps: per program.
-    """
-
-    warps: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Left alone, the assembler would rather spill a little than lose occupancy."""
-        return {"num_warps": self.warps, "maxnreg": 255}
-
-
-@dataclass(frozen=True)
-class JudgeLaunch(Launch):
-    """The same, and how far a program of the critic walks.
-
-    Attributes:
-        stretch: observations, for which it loads the weights once.
-    """
-
-    stretch: int
+def _launch(**numbers: int) -> Launch:
+    """Left alone, the assembler would rather spill a little than lose occupancy."""
+    return Launch(**numbers, maxnreg=255)
 
 
 @cache
@@ -248,13 +225,15 @@ def launches(net: Net) -> tuple[Launch, ...]:
     threads = max(_width(net), triton.next_power_of_2(_hidden_weights(net)) // _WEIGHTS_PER_THREAD)
     warps = max(1, threads // 32)
     found = (warps, warps // 2, 2 * warps)
-    return tuple(Launch(each) for each in found if 1 <= each <= _MOST_WARPS)
+    return tuple(_launch(warps=each) for each in found if 1 <= each <= _MOST_WARPS)
 
 
 @cache
-def _judge_launches(net: Net) -> tuple[JudgeLaunch, ...]:
-    default, *others = (JudgeLaunch(each.warps, 16) for each in launches(net))
-    return (default, *others, JudgeLaunch(default.warps, 8), JudgeLaunch(default.warps, 32))
+def _judge_launches(net: Net) -> tuple[Launch, ...]:
+    """The same of the critic; a program loads the weights once for a stretch of observations."""
+    warps = [launch.warps for launch in launches(net)]
+    cuts = [*((each, 16) for each in warps), (warps[0], 8), (warps[0], 32)]
+    return tuple(_launch(warps=each, stretch=stretch) for each, stretch in cuts)
 
 
 def prefer_launch(net: Net, task: str, device: torch.device) -> Launch:
@@ -313,7 +292,7 @@ def judge(
             copies,
             stretches,
             **describe(critic),
-            STRETCH=launch.stretch,
+            **launch.constexprs,
             **launch.options,
         )
 
@@ -328,11 +307,10 @@ def _cases(name: str, sizes: tuple[int, ...], activation: str) -> list[Case]:
     default = _judge_launches(net)[0]
     return [
         Case(
-            f"judge_{name}"
-            + ("" if launch == default else f"_warps{launch.warps}_stretch{launch.stretch}"),
+            f"judge_{name}" + ("" if launch == default else f"_{launch.label}"),
             _judge_kernel,
             signature,
-            {**describe(net), "STRETCH": launch.stretch},
+            describe(net) | launch.constexprs,
             launch.options,
         )
         for launch in _judge_launches(net)

@@ -15,7 +15,6 @@ training loop here repeats, keep theirs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,30 +24,21 @@ from torch import Tensor
 from ..compile import Case
 from ..errors import check_dtype
 from ..jit import jit_kernel
+from ..launch import Launch
 from ..tuning import prefer
 from .checks import PARTIALS_LIMIT
 
-__all__ = ["COMPILE_CASES", "Launch", "adam_", "rewind_"]
+__all__ = ["COMPILE_CASES", "adam_", "rewind_"]
 
 BLOCK = 1024
 MAX_PARTIALS = 1024
 """A long row has longer stretches per partial sum, not more partials: the update reads them all."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a row is cut.
-
-    Attributes:
-        block: entries of a row that a program takes at once.
-        warps: per program.
-    """
-
-    block: int
-    warps: int
-
-
-LAUNCHES = (Launch(BLOCK, 4), Launch(2 * BLOCK, 8), Launch(BLOCK, 8), Launch(BLOCK // 2, 4))
+LAUNCHES = tuple(
+    Launch(block=block, warps=warps)
+    for block, warps in ((BLOCK, 4), (2 * BLOCK, 8), (BLOCK, 8), (BLOCK // 2, 4))
+)
 """What Adam and its norm can be launched with, the default first."""
 
 
@@ -324,8 +314,8 @@ def adam_(
             FROZEN=frozen,
             CLIP=math.isfinite(max_norm),
             PARTS=triton.next_power_of_2(parts),
-            BLOCK=launch.block,
-            num_warps=launch.warps,
+            **launch.constexprs,
+            **launch.options,
         )
     return norm
 
@@ -360,8 +350,8 @@ def _partial_norms(
         stretch,
         summands,
         FROZEN=frozen,
-        BLOCK=launch.block,
-        num_warps=launch.warps,
+        **launch.constexprs,
+        **launch.options,
     )
     return (grad if summed is None else summed), partial
 
@@ -455,11 +445,11 @@ def _cases() -> list[Case]:
     ]
     return cases + [
         Case(
-            f"{case.name}_{launch.block}_warps{launch.warps}",
+            f"{case.name}_{launch.label}",
             case.kernel,
             case.signature,
-            {**case.constexprs, "BLOCK": launch.block},
-            {"num_warps": launch.warps},
+            case.constexprs | launch.constexprs,
+            launch.options,
         )
         for launch in LAUNCHES[1:]
         for case in cases

@@ -447,10 +447,10 @@ def test_errors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 16, 80, 4096])
 def test_tiles_fit(size: int, dtype: torch.dtype, block: int) -> None:
-    product = blocked_gpu.ProductTiles.choose(size, block, dtype, "ieee")
-    gradient = blocked_gpu.GradientTiles.choose(max(size, block), block, dtype, "ieee")
-    assert 16 <= product.rows < max(2 * size, 17)
-    assert gradient.cols % block == 0
+    product = blocked_gpu.choose_product_tiles(size, block, dtype, "ieee")
+    gradient = blocked_gpu.choose_gradient_tiles(max(size, block), block, dtype, "ieee")
+    assert 16 <= product.block_rows < max(2 * size, 17)
+    assert gradient.block_cols % block == 0
     for tiles in (product, gradient):
-        assert tiles.depth in (16, 32, 64)
+        assert tiles.block_depth in (16, 32, 64)
         assert tiles.stages >= 3

@@ -255,11 +255,11 @@ def test_only_its_own_rows_see_a_nan() -> None:
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (17, 64), (1000, 3), (4096, 4096)])
 def test_tiles_fit_the_tensor_cores_and_the_shape(rows: int, cols: int, dtype: torch.dtype) -> None:
     tiles = gpu.choose_tiles(rows, cols, dtype, "ieee")
-    for block, size in ((tiles.rows, rows), (tiles.cols, cols)):
+    for block, size in ((tiles.block_rows, rows), (tiles.block_cols, cols)):
         assert 16 <= block <= 64
         assert block & (block - 1) == 0
         assert block < max(2 * size, 17)
-    assert tiles.depth in (16, 32, 64)
+    assert tiles.block_depth in (16, 32, 64)
 
 
 def test_too_large_a_matrix_is_refused() -> None:

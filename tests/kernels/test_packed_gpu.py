@@ -123,9 +123,9 @@ def test_launches_fit_tensor_cores(product: str, dtype: torch.dtype, batch: int)
     layer = Layer(0, 256, 256, 0, 0)
     for precision in ("ieee", "tf32", "tf32x3"):
         launch = gpu.choose_launch(product, batch, layer, dtype, precision)
-        assert 16 <= launch.batch <= 128
-        assert launch.batch & (launch.batch - 1) == 0
-        assert launch.batch < max(2 * batch, 17)
+        assert 16 <= launch.block_batch <= 128
+        assert launch.block_batch & (launch.batch - 1) == 0
+        assert launch.block_batch < max(2 * batch, 17)
 
 
 def test_too_large_an_operand_is_refused() -> None:

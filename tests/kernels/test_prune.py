@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
+from sparse_tickets.kernels.launch import Launch
 from sparse_tickets.kernels.prune import cost, prune
 
 # "triton long" takes the path of long rows whatever their length, through several chunks.
@@ -32,7 +33,7 @@ def using(backend):
     if backend == "triton long":
         from sparse_tickets.kernels.prune import gpu
 
-        blocks = {"COUNTS": (gpu.Launch(128, 8),), "SPLITS": (gpu.Launch(64, 8),)}
+        blocks = {"COUNTS": (Launch(block=128, warps=8),), "SPLITS": (Launch(block=64, warps=8),)}
         with mock.patch.multiple(gpu, MAX_CHUNKS=3, **TINY, **blocks), use_backend("triton"):
             yield
     else:

@@ -2,12 +2,12 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from sparse_tickets.kernels import tuning
+from sparse_tickets.kernels.launch import Launch
 from sparse_tickets.kernels.tuning import configuration, configuration_file, override, shape_class
 
 CUDA = torch.device("cuda", 0)
@@ -65,24 +65,22 @@ def test_of_two_equally_near_the_denser_counts(written):
     assert configuration("op", "x", 0.5, CUDA) == {"warps": 8}
 
 
-@dataclass(frozen=True)
-class Tiles:
-    rows: int
-    warps: int
+def tiles(rows, warps):
+    return Launch(rows=rows, warps=warps)
 
 
 def test_a_measured_configuration_is_preferred_field_by_field(written):
-    default = Tiles(64, 4)
+    default = tiles(64, 4)
     assert tuning.prefer(default, "op", CUDA, n=100) is default
     written({"op": {"n=128": {"1.0": {"warps": 8}}, "n=256": {"1.0": {"cols": 8}}}})
-    assert tuning.prefer(default, "op", CUDA, n=100) == Tiles(64, 8)
+    assert tuning.prefer(default, "op", CUDA, n=100) == tiles(64, 8)
     assert tuning.prefer(default, "op", CUDA, n=64) is default
     with pytest.raises(ValueError, match="configuration of 'op' for 'n=256' does not fit"):
         tuning.prefer(default, "op", CUDA, n=256)
 
 
 def test_only_a_launch_that_the_op_knows_counts(written):
-    default, other = Tiles(64, 4), Tiles(64, 8)
+    default, other = tiles(64, 4), tiles(64, 8)
     written({"op": {"n=128": {"1.0": {"warps": 8}}, "n=256": {"1.0": {"warps": 2}}}})
     among = (default, other)
     assert tuning.prefer(default, "op", CUDA, among=among, n=100) == other
@@ -92,24 +90,24 @@ def test_only_a_launch_that_the_op_knows_counts(written):
 
 
 def test_a_candidate_is_tried_on_its_own_op_and_shapes_in_every_thread():
-    default, cpu = Tiles(64, 4), torch.device("cpu")
+    default, cpu = tiles(64, 4), torch.device("cpu")
 
     def ask(op, kind):
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(tuning.prefer, default, op, cpu, kind=kind).result()
 
     with override("op", "kind=x", {"warps": 16}):
-        assert ask("op", "x") == Tiles(64, 16)
+        assert ask("op", "x") == tiles(64, 16)
         assert ask("op", "y") is default
         assert ask("other", "x") is default
         with override("op", "kind=x", {"warps": 2}):
-            assert ask("op", "x") == Tiles(64, 2)
-        assert ask("op", "x") == Tiles(64, 16)
+            assert ask("op", "x") == tiles(64, 2)
+        assert ask("op", "x") == tiles(64, 16)
     assert ask("op", "x") is default
 
 
 def test_questions_are_heard_from_every_thread():
-    default = Tiles(64, 4)
+    default = tiles(64, 4)
     with tuning.listen() as heard, ThreadPoolExecutor(1) as pool:
         pool.submit(tuning.prefer, default, "op", torch.device("cpu"), density=0.5, n=3).result()
     assert heard == [tuning.Question("op", "n=4", 0.5, default, ())]

@@ -7,7 +7,6 @@ kernel is launched with is recorded, and the result compared with plain torch in
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache, partial
 from typing import Any
 
@@ -196,7 +195,7 @@ def test_what_is_preferred_is_launched_and_right(op: str, monkeypatch: pytest.Mo
         recorder = Recorder(getattr(module, name))
         monkeypatch.setattr(module, name, recorder)
         with (
-            tuning.override(op, question.shapes, asdict(launch)),
+            tuning.override(op, question.shapes, launch.numbers),
             use_backend("triton"),
         ):
             actual = run(torch.float32)
@@ -209,7 +208,7 @@ def test_what_is_preferred_is_launched_and_right(op: str, monkeypatch: pytest.Mo
 
 def _assert_launched(launched: list, launch: Any) -> None:
     """Some launch has every number of this one, under the name that its kernel gives it."""
-    fields = asdict(launch)
+    fields = launch.numbers
     if set(fields) == {"samples"}:  # How the samples are cut, an argument and the grid.
         stretch = -(-100 // -(-100 // fields["samples"]) // 32) * 32
         integers = [[a for a in arguments if isinstance(a, int)] for arguments, _ in launched]
@@ -248,7 +247,7 @@ def test_packed_rows_of_any_length_share_a_launch() -> None:
         assert question.shapes == "masked=False"
         for launch in question.among:
             with (
-                tuning.override(op, question.shapes, asdict(launch)),
+                tuning.override(op, question.shapes, launch.numbers),
                 use_backend("triton"),
             ):
                 actual = run(torch.float32)
