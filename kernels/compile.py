@@ -1,21 +1,8 @@
 """Compile Triton kernels for GPUs that are not here, and report what the machine code holds.
 
-Triton and its wheel carry everything from source to machine code, so no GPU is needed. Each
-``gpu.py`` (and ``*_gpu.py``) lists what it would launch in ``COMPILE_CASES``, and the tests compile
-the cases for Ampere, Hopper and Blackwell; `Report.problems` says what must not be::
-
-    COMPILE_CASES = [
-        Case(
-            "forward_fp16",                                     # unique within the op
-            _forward_kernel,                                    # the @jit_kernel function
-            {"x": "*fp16:16", "y": "*fp16:16", "rows": "i32"},  # every runtime argument
-            {"BLOCK": 64},                                      # every tl.constexpr argument
-            {"num_warps": 4, "num_stages": 3},                  # launch options
-        ),
-    ]
-
-A type ends in ``:16`` where the launch will see a multiple of 16 (pointers from torch's allocator
-are; sizes only if the shape says so); an argument that is None at launch is a constexpr None.
+Triton and its wheel carry everything from source to machine code, so no GPU is needed. What is
+launched is recorded from the launchers (`examples`), and the tests compile it for Ampere, Hopper
+and Blackwell; `Report.problems` says what must not be.
 ``python -m sparse_tickets.kernels.compile 90 linear`` prints one JSON line per case. Reports are
 kept under the user's cache directory, by the source of the kernel and all that goes into it.
 """
@@ -35,10 +22,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .caching import cache_folder
 from .dispatch import interpreting
+from .examples import Case, record
 from .jit import options_of
 from .machine_code import (
     CAPABILITIES,
@@ -66,28 +54,6 @@ _LAYOUT = 1
 
 class CompileError(RuntimeError):
     """A kernel does not compile; the message names the case and carries the compiler's words."""
-
-
-class Case(NamedTuple):
-    """One launch of a kernel, as far as the compiler needs to know it.
-
-    Attributes:
-        name: unique within its op.
-        kernel: the function, decorated with `jit_kernel`.
-        signature: Triton type of every runtime argument, e.g. ``"*fp32:16"``, ``"i32"``.
-        constexprs: value of every ``tl.constexpr`` argument.
-        options: launch options, e.g. ``{"num_warps": 4, "num_stages": 3}``.
-        smoke: compiled where time is short, too. So is, unmarked, the first case of a kernel for
-            each combination of named choices, with tensor cores (tf32 or halves) and without;
-            float64 and tf32x3 only in kernels that know nothing else.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    options: dict[str, Any]
-    smoke: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,7 +193,7 @@ def compile_ops(
     Args:
         ops: folders under ``kernels/``, e.g. ``["linear"]``.
         capabilities: compute capabilities to compile for.
-        smoke: only the cases that `Case.smoke` describes.
+        smoke: only some of each kernel; see `cases`.
         on_report: called with each report as it comes, from any thread.
 
     Returns:
@@ -270,17 +236,21 @@ def ops_with_kernels() -> list[str]:
 
 
 def cases(op: str, *, smoke: bool = False) -> list[Case]:
-    """The cases of an op, all or those that `Case.smoke` describes.
+    """The cases of an op.
 
-    Raises:
-        AttributeError: a ``gpu.py`` of the op has no ``COMPILE_CASES``.
+    Args:
+        op: its folder.
+        smoke: only the first case of a kernel for each combination of named choices, with tensor
+            cores (tf32 or halves) and without; float64 and tf32x3 only in kernels that know
+            nothing else.
     """
-    listed: dict[int, Case] = {}
-    for path in _gpu_files(op):
-        module = importlib.import_module(f"sparse_tickets.kernels.{op}.{path.stem}")
-        # Once, though one module may list another's cases among its own.
-        listed |= {id(case): Case(*case) for case in module.COMPILE_CASES}
-    found = list(listed.values())
+    modules = (
+        importlib.import_module(f"sparse_tickets.kernels.{op}.{path.stem}")
+        for path in _gpu_files(op)
+    )
+    # One module may list another's examples among its own.
+    examples = [example for module in modules for example in getattr(module, "EXAMPLES", ())]
+    found = list(record({id(example): example for example in examples}.values(), op))
     if not smoke:
         return found
     first: dict[tuple[object, ...], Case] = {}
@@ -289,7 +259,7 @@ def cases(op: str, *, smoke: bool = False) -> list[Case]:
         if not _is_seldom(case) or all(case.kernel is not other.kernel for other in first.values()):
             first.setdefault(_kind(case), case)
     chosen = {case.name for case in first.values()}
-    return [case for case in found if case.smoke or case.name in chosen]
+    return [case for case in found if case.name in chosen]
 
 
 def _gpu_files(op: str) -> list[Path]:

@@ -8,7 +8,7 @@ Without a file, or without an entry, an op takes the configuration it was built 
     tiles = prefer(default_tiles(...), "linear", x.device, rows=64, cols=256, dtype=x.dtype)
 
 An op whose kernels registers hold barely names what it can be launched with (``among``): what its
-`COMPILE_CASES` compile, so that nothing is tried, or read from a file, that spills.
+`EXAMPLES` compile, so that nothing is tried, or read from a file, that spills.
 
     {"layout": 1, "device": "NVIDIA H100 80GB HBM3", ...,
      "configurations": {"linear": {"cols=256 dtype=float32 rows=64": {"1.0": {"rows": 64, ...}}}}}

@@ -12,6 +12,7 @@ operations, of which most are inside sines and cosines.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from .reference import ACROBOT, CARTPOLE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = [
-    "COMPILE_CASES",
+    "EXAMPLES",
     "initial",
     "load_state",
     "observe",
@@ -315,36 +316,13 @@ def observe(task: Task, state: Tensor) -> Tensor:
     return observation
 
 
-def _cases(task: Task) -> list[Case]:
-    name = task.name.partition("-")[0].lower()
-    constexprs = {"TASK": task.id, "SIZE": task.state_dim, "BLOCK": _BLOCK}
-    state, result, copies = "*fp64:16", {"successor": "*fp64:16"}, {"copies": "i32"}
-    action = "*i64:16" if task.discrete else "*fp32:16"
-    outcome = {"reward": "*fp32:16", "terminated": "*i1:16"}
-    options = {"num_warps": 4}
-    return [
-        Case(
-            f"initial_{name}",
-            _initial_kernel,
-            {"u": "*fp32:16", "state": state, **copies},
-            constexprs,
-            options,
-        ),
-        Case(
-            f"step_{name}",
-            _step_kernel,
-            {"state": state, "action": action, **result, **outcome, **copies},
-            constexprs,
-            options,
-        ),
-        Case(
-            f"observe_{name}",
-            _observe_kernel,
-            {"state": state, "observation": "*fp32:16", **copies},
-            {**constexprs, "FEATURES": task.observation_dim},
-            options,
-        ),
-    ]
+def _example(task: Task) -> None:
+    state = meta(5, task.state_dim, dtype=torch.float64)
+    initial(task, meta(5, task.state_dim))
+    step(task, state, meta(5, dtype=torch.int64) if task.discrete else meta(5, task.action_dim))
+    observe(task, state)
 
 
-COMPILE_CASES = [case for task in TASKS.values() for case in _cases(task)]
+EXAMPLES = [
+    Example(name.partition("-")[0].lower(), partial(_example, task)) for name, task in TASKS.items()
+]

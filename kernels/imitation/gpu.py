@@ -23,9 +23,9 @@ from .reference import critic_spans
 if TYPE_CHECKING:
     from . import CloneConfig
 
-__all__ = ["COMPILE_CASES", "clone_update_"]
+__all__ = ["EXAMPLES", "clone_update_"]
 
-COMPILE_CASES = [*minibatch_gpu.COMPILE_CASES, *loss_gpu.COMPILE_CASES]
+EXAMPLES = [*minibatch_gpu.EXAMPLES, *loss_gpu.EXAMPLES]
 
 MOST_SAMPLES = 8192
 """Of a ticket, drawn at once: the observations of many updates, but not of any number of them."""

@@ -12,11 +12,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
-from ..mlp.heads import cases, padded, prefer_launch
+from ..mlp.heads import padded, prefer_launch
 
-__all__ = ["COMPILE_CASES", "loss_and_gradient"]
+__all__ = ["EXAMPLES", "loss_and_gradient"]
 
 # Below the logarithm of the smallest normal float32: an action the expert never takes.
 _NEVER = tl.constexpr(-87.0)
@@ -143,21 +143,19 @@ def loss_and_gradient(
         )
 
 
-def _cases(name: str, continuous: bool, actions: int, count: int) -> list[Case]:
-    """One for every launch."""
-    signature = dict.fromkeys(("output", "target", "d_output", "losses"), "*fp32:16")
+def _example(actions: int, count: int, *, continuous: bool) -> None:
+    log_std = meta(2, actions + 1)[:, 1:] if continuous else None
     # A minibatch's rows begin anywhere in those of all updates.
-    signature |= {"rows": "*i64", "share": "fp32"}
-    signature |= dict.fromkeys(("row_stride", "log_std_stride", "d_log_std_stride"), "i32")
-    signature |= {"count": "i32"}
-    sizes = {"actions": actions, "count": count}
-    return cases(name, _loss_kernel, signature, {}, continuous=continuous, **sizes)
+    rows = meta(2, 3, count + 1, dtype=torch.int64)[:, 0, 1:]
+    output, target = meta(2, count, actions), meta(3, 50, actions * (1 + continuous))
+    gradient = meta(2, count, actions), log_std
+    loss_and_gradient(output, log_std, rows, target, 0.5, gradient, meta(2))
 
 
-COMPILE_CASES = [
-    *_cases("loss_discrete", False, 2, 128),
-    *_cases("loss_discrete_long", False, 2, 1024),
-    *_cases("loss_discrete_wide", False, 18, 1024),
-    *_cases("loss_continuous", True, 6, 128),
-    *_cases("loss_continuous_wide", True, 17, 1024),
+EXAMPLES = [
+    Example("discrete", lambda: _example(2, 128, continuous=False)),
+    Example("discrete_long", lambda: _example(2, 1024, continuous=False)),
+    Example("discrete_wide", lambda: _example(18, 1024, continuous=False)),
+    Example("continuous", lambda: _example(6, 128, continuous=True)),
+    Example("continuous_wide", lambda: _example(17, 1024, continuous=True)),
 ]

@@ -8,17 +8,19 @@ captured CUDA graph counts on.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..random import Stream
 from ..random.gpu import philox
 
-__all__ = ["COMPILE_CASES", "draw"]
+__all__ = ["EXAMPLES", "draw"]
 
 _BLOCK = 32
 """Blocks of four words that a program draws."""
@@ -136,19 +138,9 @@ def draw(
     return rows, minibatches
 
 
-def _case(columns: int) -> Case:
-    sizes = ("samples", "datasets", "batch", "updates", "skipped", "inputs")
-    return Case(
-        f"draw_{columns}",
-        _draw_kernel,
-        {
-            **dict.fromkeys(("key_pointer", "dataset", "first_update", "row_pointer"), "*i64:16"),
-            **dict.fromkeys(("obs", "minibatch"), "*fp32:16"),
-            **dict.fromkeys(sizes, "i32"),
-        },
-        {"STREAM": int(Stream.MINIBATCH), "COLUMNS": columns, "BLOCK": _BLOCK},
-        {"num_warps": 4},
-    )
+def _example(inputs: int) -> None:
+    tickets = meta(2, dtype=torch.int64)
+    draw(meta(3, 50, inputs), tickets, tickets, meta(dtype=torch.int64), 5, 4, 9)
 
 
-COMPILE_CASES = [_case(columns) for columns in (1, 4, 8, _MOST_COLUMNS)]
+EXAMPLES = [Example(f"{inputs}", partial(_example, inputs)) for inputs in (1, 4, 8, _MOST_COLUMNS)]

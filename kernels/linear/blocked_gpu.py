@@ -14,18 +14,20 @@ order: a ticket's result does not depend on P.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 from .operands import check_span
 
-__all__ = ["COMPILE_CASES", "choose_gradient_tiles", "choose_product_tiles", "dw", "dx", "forward"]
+__all__ = ["EXAMPLES", "choose_gradient_tiles", "choose_product_tiles", "dw", "dx", "forward"]
 
 
 @jit_kernel(fp_fusion=True)
@@ -317,48 +319,22 @@ def _accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-_KINDS = {
-    torch.float64: "*fp64:16",
-    torch.float32: "*fp32:16",
-    torch.float16: "*fp16:16",
-    torch.bfloat16: "*bf16:16",
-}
+def _example(dtype: torch.dtype, precision: str, block: int) -> None:
+    """All products of a wide layer."""
+    x, weight = meta(2, 256, 256, dtype=dtype), meta(2, 256, 256, dtype=dtype)
+    # Block rows, then block columns; how long their lists are is not known.
+    table = meta(2, 2 * (256 // block), 256 // block + 3, dtype=torch.int32)
+    forward(x, weight, meta(2, 256, dtype=dtype), table, block, precision)
+    dx(x, weight, table, block, precision)
+    dw(x, x, table, block, precision)
 
 
-def _product_case(product: str, dtype: torch.dtype, precision: str, block: int) -> Case:
-    """A launch as `forward` and `dx` make it on a wide layer: aligned and row-major."""
-    kind = _KINDS[dtype]
-    tiles = choose_product_tiles(256, block, dtype, precision)
-    signature = {"a": kind, "b": kind, "c": kind, "table": "*i32:16", "first_list": "i32"}
-    signature |= dict.fromkeys(("rows", "cols", "a_ticket", "a_row", "b_ticket"), "i32:16")
-    signature |= dict.fromkeys(("table_ticket", "table_list"), "i32")
-    constexprs = {"a_depth": 1, "BLOCK": block, "ACCUMULATOR": _accumulator(dtype)}
-    constexprs |= {"PRECISION": precision, **tiles.constexprs}
-    if product == "forward":
-        signature |= {"b_col": "i32:16", "bias": kind, "bias_ticket": "i32:16"}
-        constexprs |= {"b_depth": 1, "bias_col": 1}
-    else:
-        signature |= {"b_depth": "i32:16", "bias_ticket": "i32", "bias_col": "i32"}
-        constexprs |= {"b_col": 1, "bias": None}
-    name = f"blocked_{product}_{kind[1:5]}_{precision}_{block}"
-    return Case(name, _product_kernel, signature, constexprs, tiles.options)
-
-
-def _gradient_case(dtype: torch.dtype, precision: str, block: int) -> Case:
-    kind = _KINDS[dtype]
-    tiles = choose_gradient_tiles(256, block, dtype, precision)
-    signature = {"dy": kind, "x": kind, "dw": kind, "table": "*i32:16"}
-    sizes = ("batch", "out", "inp", "dy_ticket", "dy_batch", "x_ticket", "x_batch")
-    signature |= dict.fromkeys(sizes, "i32:16")
-    signature |= dict.fromkeys(("table_ticket", "table_list"), "i32")
-    constexprs = {"dy_out": 1, "x_inp": 1, "BLOCK": block, "ACCUMULATOR": _accumulator(dtype)}
-    constexprs |= {"PRECISION": precision, **tiles.constexprs}
-    name = f"blocked_dw_{kind[1:5]}_{precision}_{block}"
-    return Case(name, _gradient_kernel, signature, constexprs, tiles.options)
-
-
-COMPILE_CASES = [
-    make(dtype, precision, block)
+EXAMPLES = [
+    Example(
+        f"{str(dtype).removeprefix('torch.')}_{precision}_{block}",
+        partial(_example, dtype, precision, block),
+        exact=True,
+    )
     for dtype, precision, blocks in (
         (torch.float64, "ieee", (16, 64)),
         (torch.float32, "ieee", (16, 32, 64)),
@@ -368,9 +344,4 @@ COMPILE_CASES = [
         (torch.bfloat16, "ieee", (16, 64)),
     )
     for block in blocks
-    for make in (
-        lambda dtype, precision, block: _product_case("forward", dtype, precision, block),
-        lambda dtype, precision, block: _product_case("dx", dtype, precision, block),
-        _gradient_case,
-    )
 ]

@@ -7,18 +7,20 @@ inner dimension: no atomics, no split sums, so a result depends neither on P nor
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 from .operands import check_span
 
-__all__ = ["COMPILE_CASES", "choose_tiles", "dw", "dx", "forward"]
+__all__ = ["EXAMPLES", "choose_tiles", "dw", "dx", "forward"]
 
 
 @jit_kernel(fp_fusion=True)
@@ -172,52 +174,21 @@ def _accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _case(product: str, dtype: torch.dtype, precision: str, rows: int, cols: int) -> Case:
-    """A launch as `forward`, `dx` and `dw` make it: aligned, row-major, and of even sizes if wide.
-
-    Sizes known to be multiples of 16 let the loads be wide and the pipeline asynchronous.
-    """
-    kind = {
-        torch.float64: "*fp64:16",
-        torch.float32: "*fp32:16",
-        torch.float16: "*fp16:16",
-        torch.bfloat16: "*bf16:16",
-    }[dtype]
-    tiles = choose_tiles(rows, cols, dtype, precision)
-    size = "i32:16" if rows % 16 == cols % 16 == 0 else "i32"
-    signature = {"a": kind, "b": kind, "c": kind, "rows": size, "cols": size, "depth": size}
-    constexprs = {
-        "ACCUMULATOR": _accumulator(dtype),
-        "PRECISION": precision,
-        **tiles.constexprs,
-    }
-
-    def operand(name: str, unit: str, strided: str) -> None:
-        signature.update({f"{name}_ticket": "i32:16", f"{name}_{strided}": "i32:16"})
-        constexprs[f"{name}_{unit}"] = 1
-
-    operand("a", *(("row", "depth") if product == "dw" else ("depth", "row")))
-    operand("b", *(("depth", "col") if product == "forward" else ("col", "depth")))
-    if product == "forward":
-        signature |= {"bias": kind, "bias_ticket": "i32:16"}
-        constexprs |= {"bias_col": 1}
-    else:
-        constexprs |= {"bias": None}
-        signature |= {"bias_ticket": "i32", "bias_col": "i32"}
-    if product == "dw":
-        signature |= {"mask": "*u8:16"}
-        operand("mask", "col", "row")
-    else:
-        constexprs |= {"mask": None}
-        signature |= {"mask_ticket": "i32", "mask_row": "i32", "mask_col": "i32"}
-    block = "x".join(map(str, tiles.constexprs.values()))
-    name = f"{product}_{kind[1:5]}_{precision}_{block}"
-    return Case(name, _gemm_kernel, signature, constexprs, tiles.options)
+def _example(dtype: torch.dtype, precision: str, rows: int, cols: int) -> None:
+    """All products of ``rows`` samples by ``rows`` inputs, into ``cols`` outputs."""
+    x, dy = meta(2, rows, rows, dtype=dtype), meta(2, rows, cols, dtype=dtype)
+    weight, bias = meta(2, cols, rows, dtype=dtype), meta(2, cols, dtype=dtype)
+    forward(x, weight, bias, precision)
+    dx(dy, weight, precision)
+    dw(dy, x, meta(2, cols, rows, dtype=torch.bool), precision)
 
 
-COMPILE_CASES = [
-    _case(product, dtype, precision, rows, cols)
-    for product in ("forward", "dx", "dw")
+EXAMPLES = [
+    Example(
+        f"{str(dtype).removeprefix('torch.')}_{precision}_{rows}x{cols}",
+        partial(_example, dtype, precision, rows, cols),
+        exact=True,
+    )
     for dtype, precision, rows, cols in (
         (torch.float64, "ieee", 256, 256),
         (torch.float32, "ieee", 256, 256),

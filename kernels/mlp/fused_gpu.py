@@ -15,16 +15,12 @@ from functools import cache
 import triton
 import triton.language as tl
 
-from ..compile import Case
 from ..jit import jit_kernel
 from ..launch import Launch
-from .geometry import Geometry
 
 __all__ = [
-    "COMPILE_CASES",
     "activate",
     "backward_kernel",
-    "case",
     "deactivate",
     "forward_kernel",
     "hidden_layers",
@@ -330,61 +326,3 @@ def launches(blocks: tuple[int, ...]) -> tuple[Launch, ...]:
     if max(blocks) > _NARROW:
         return (_DEFAULT,)
     return (_DEFAULT, _launch(16, 4), _launch(32, 8))
-
-
-def case(
-    kernel: str,
-    geometry: Geometry,
-    activation: str,
-    launch: Launch = _DEFAULT,
-    *,
-    masked: bool = True,
-) -> Case:
-    """A launch on rows that are not aligned, named after the network."""
-    floats, integers = ["x", "weight"], ["samples", "x_ticket", "x_row"]
-    integers += ["weight_ticket", "mask_ticket"]
-    if kernel == "forward":
-        floats.append("y")
-    else:
-        floats += ["dy", "target"]
-        integers += ["stretch", "dy_ticket", "dy_row", "target_row"]
-    signature = dict.fromkeys(floats, "*fp32:16") | dict.fromkeys(integers, "i32")
-    constexprs = {**geometry.constexprs, "BLOCKS": geometry.blocks, **launch.constexprs}
-    constexprs["ACTIVATION"] = activation
-    if masked:
-        signature["mask"] = "*u8:16"
-    else:
-        constexprs["mask"] = None
-    name = f"{kernel}_{'_'.join(map(str, geometry.sizes))}_{activation}{'' if masked else '_dense'}"
-    if launch != _DEFAULT:
-        name += f"_{launch.label}"
-    function = forward_kernel if kernel == "forward" else backward_kernel
-    return Case(name, function, signature, constexprs, launch.options)
-
-
-COMPILE_CASES = [
-    case(kernel, Geometry.of_sizes(sizes, masked=masked), activation, launch, masked=masked)
-    for kernel in ("forward", "backward")
-    for sizes, activation, masked in (
-        ((4, 64, 64, 2), "tanh", True),
-        ((4, 64, 64, 2), "relu", True),
-        ((4, 64, 64, 1), "tanh", False),
-        ((64, 64, 64, 64), "relu", True),
-        ((61, 61, 61, 61), "tanh", False),
-        ((17, 64, 64, 64, 6), "tanh", True),
-        ((17, 61, 61, 61, 6), "relu", True),
-        ((64, 64, 64, 64, 64), "tanh", True),
-        ((64, 64, 64, 64, 64), "relu", True),
-        ((64, 64, 64, 64, 64), "tanh", False),
-        ((64, 64, 64, 64, 64), "relu", False),
-        # Rows that begin anywhere, and not all of which do: what came closest to spilling.
-        ((61, 61, 64, 61, 61), "tanh", True),
-        ((61, 61, 64, 61, 61), "relu", True),
-        ((61, 61, 64, 61, 61), "tanh", False),
-        ((33, 64, 47, 64, 64), "tanh", False),
-        ((10, 32, 3), "relu", True),
-        ((32, 32, 32, 32, 32), "tanh", True),
-        ((32, 32, 32, 32, 32), "relu", True),
-    )
-    for launch in launches(Geometry.of_sizes(sizes, masked=masked).blocks)
-]

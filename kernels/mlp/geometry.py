@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..arena import Arena, Net
+from ..arena import Net
 
 __all__ = ["Geometry"]
 
@@ -31,12 +31,6 @@ class Geometry:
         """Of a network whose mask covers the first ``prunable`` entries of a row."""
         masked = tuple(begin < prunable for begin in net.weights)
         return Geometry(net.sizes, net.weights, net.biases, masked)
-
-    @staticmethod
-    def of_sizes(sizes: tuple[int, ...], *, masked: bool) -> Geometry:
-        """Of the only network of an arena, for `COMPILE_CASES`."""
-        arena = Arena.build(sizes)
-        return Geometry.of(arena.actor, arena.prunable if masked else 0)
 
     @property
     def blocks(self) -> tuple[int, ...]:

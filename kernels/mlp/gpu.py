@@ -7,19 +7,21 @@ CUDA graph finds them where it left them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
 
 from ..activations import check_on_gpu
-from ..arena import Net
+from ..arena import Arena, Net
+from ..examples import Example, meta
 from . import passes_gpu, split_gpu
 from .geometry import Geometry
 from .passes_gpu import Route, Weights
 
-__all__ = ["COMPILE_CASES", "backward", "choose", "describe", "forward"]
-
-COMPILE_CASES = passes_gpu.COMPILE_CASES
+__all__ = ["EXAMPLES", "backward", "choose", "describe", "forward"]
 
 FUSED_WIDTH = 64
 """Widest network whose activations, and the gradients of whose weights, stay in registers."""
@@ -171,3 +173,56 @@ def _add(rows: Tensor, dweight: Tensor, geometry: Geometry, splits: int) -> None
             BIASES=geometry.biases,
             BLOCK=split_gpu.ADD_BLOCK,
         )
+
+
+def _example(
+    sizes: tuple[int, ...], activation: str, precision: str, masked: bool, samples: int = 31
+) -> None:
+    """Forward and back; by routes through memory with the input's gradient, too."""
+    arena = Arena.build(sizes, activation=activation)
+    net, weight, x = arena.actor, meta(2, arena.size), meta(2, samples, sizes[0])
+    mask = meta(2, arena.prunable, dtype=torch.bool) if masked else None
+    to_input = choose(net, precision).backward != "fused"
+    _, hidden = forward(x, weight, net, mask, precision, keep=to_input)
+    dy = meta(2, samples, sizes[-1])
+    backward(dy, x, weight, net, mask, precision, hidden=hidden, to_input=to_input)
+
+
+def _examples() -> Iterator[Example]:
+    for sizes, activation, precision, masked in (
+        ((4, 64, 64, 2), "tanh", "ieee", True),
+        ((4, 64, 64, 2), "relu", "ieee", True),
+        ((4, 64, 64, 1), "tanh", "ieee", False),
+        ((64, 64, 64, 64), "relu", "ieee", True),
+        ((61, 61, 61, 61), "tanh", "ieee", False),
+        ((17, 64, 64, 64, 6), "tanh", "ieee", True),
+        ((17, 61, 61, 61, 6), "relu", "ieee", True),
+        ((64, 64, 64, 64, 64), "tanh", "ieee", True),
+        ((64, 64, 64, 64, 64), "relu", "ieee", True),
+        ((64, 64, 64, 64, 64), "tanh", "ieee", False),
+        ((64, 64, 64, 64, 64), "relu", "ieee", False),
+        # Rows that begin anywhere, and not all of which do: what came closest to spilling.
+        ((61, 61, 64, 61, 61), "tanh", "ieee", True),
+        ((61, 61, 64, 61, 61), "relu", "ieee", True),
+        ((61, 61, 64, 61, 61), "tanh", "ieee", False),
+        ((33, 64, 47, 64, 64), "tanh", "ieee", False),
+        ((10, 32, 3), "relu", "ieee", True),
+        ((32, 32, 32, 32, 32), "tanh", "ieee", True),
+        ((32, 32, 32, 32, 32), "relu", "ieee", True),
+        # Through memory.
+        ((17, 128, 128, 6), "tanh", "ieee", True),
+        ((17, 128, 128, 6), "tanh", "tf32", True),
+        ((17, 128, 128, 6), "tanh", "tf32x3", True),
+        ((17, 64, 64, 1), "tanh", "tf32x3", False),
+        ((100, 128, 64, 128, 20), "tanh", "ieee", True),
+        ((17, 256, 256, 6), "tanh", "ieee", True),
+    ):
+        name = f"{'_'.join(map(str, sizes))}_{activation}_{precision}{'' if masked else '_dense'}"
+        # Through memory, without a mask a kernel is smaller than others of the same launch.
+        tuned = max(sizes) <= WIDTH and (masked or precision == "ieee")
+        run = partial(_example, sizes, activation, precision, masked)
+        yield Example(name, run, tuned=tuned)
+    yield Example("stretches", partial(_example, (4, 64, 64, 2), "tanh", "ieee", True, samples=99))
+
+
+EXAMPLES = list(_examples())

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 from torch import Tensor
 
-from ..compile import Case
 from ..launch import Launch
 from ..tuning import prefer
 
-__all__ = ["cases", "launches", "padded", "prefer_launch"]
+__all__ = ["launches", "padded", "prefer_launch"]
 
 _MOST_BLOCK, _MOST_ENTRIES = 256, 1024
 """Samples, and samples times actions, of one step: more would not fit the registers."""
@@ -53,41 +51,6 @@ def prefer_launch(op: str, output: Tensor, *, continuous: bool) -> Launch:
         actions=padded(actions),
         continuous=continuous,
     )
-
-
-def cases(
-    name: str,
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[str, object],
-    *,
-    continuous: bool,
-    actions: int,
-    count: int,
-) -> list[Case]:
-    """A loss compiled with every launch it can have; the default's case has the plain name.
-
-    Args:
-        name: of the case.
-        kernel: takes CONTINUOUS, ACTIONS, PADDED and BLOCK, and `log_std` with its gradient.
-        signature: of its other arguments.
-        constants: its other constants.
-        continuous: whether actions are.
-        actions: outputs of a sample.
-        count: samples of a minibatch, a power of two.
-    """
-    constants = {**constants, "CONTINUOUS": continuous, "ACTIONS": actions}
-    constants["PADDED"] = padded(actions)
-    if continuous:
-        signature = {**signature, "log_std": "*fp32", "d_log_std": "*fp32"}
-    else:
-        constants |= {"log_std": None, "d_log_std": None}
-    default, *others = launches(count, padded(actions))
-    named = [(name, default), *((f"{name}_{x.label}", x) for x in others)]
-    return [
-        Case(full, kernel, signature, constants | launch.constexprs, launch.options)
-        for full, launch in named
-    ]
 
 
 def _power_of_two(number: int) -> int:

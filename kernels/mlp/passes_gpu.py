@@ -24,7 +24,6 @@ from . import fused_gpu, split_gpu
 from .geometry import Geometry
 
 __all__ = [
-    "COMPILE_CASES",
     "Route",
     "Weights",
     "backward",
@@ -33,8 +32,6 @@ __all__ = [
     "forward",
     "with_rows",
 ]
-
-COMPILE_CASES = [*fused_gpu.COMPILE_CASES, *split_gpu.COMPILE_CASES]
 
 FUSED_STRETCH = 64
 """Samples whose gradient a program sums up, unless that took more than `MOST_STRETCHES`.

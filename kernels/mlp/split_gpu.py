@@ -9,14 +9,12 @@ timing. ``hidden`` and ``deltas`` are ``[P, B, sum of hidden sizes]``, layer by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from ..compile import Case
 from ..jit import jit_kernel
 from ..launch import Launch
 from .fused_gpu import activate, deactivate
@@ -24,11 +22,9 @@ from .geometry import Geometry
 
 __all__ = [
     "ADD_BLOCK",
-    "COMPILE_CASES",
     "GRADIENTS",
     "WALKS",
     "add_kernel",
-    "case",
     "delta_kernel",
     "forward_kernel",
     "gradient_constants",
@@ -435,67 +431,3 @@ GRADIENTS = tuple(
     for tile, warps, stages in ((64, 4, 3), (32, 4, 3), (64, 8, 3), (64, 4, 4))
 )
 """The same of `gradient_kernel`."""
-
-
-def case(
-    kernel: Any, geometry: Geometry, precision: str, launch: Launch, *, masked: bool = True
-) -> Case:
-    """A launch on rows that are not aligned, named after the network."""
-    floats = ("x", "dy", "weight", "y", "dx", "hidden", "deltas", "target")
-    arguments = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "*fp32:16")
-    arguments |= {"mask": "*u8:16"}
-    constants = geometry.constexprs | {"HIDDEN": geometry.hidden, "PRECISION": precision}
-    cut = gradient_constants if kernel is gradient_kernel else walk_constants
-    constants |= {"ACTIVATION": "tanh", **cut(launch, geometry, precision)}
-    constants |= {} if masked else {"mask": None}
-    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-    signature = {name: arguments[name] for name in kernel.arg_names if name not in constants}
-    sizes = map(str, geometry.sizes)
-    parts = [kernel.__name__.removesuffix("_kernel"), "memory", *sizes, precision]
-    parts += [] if masked else ["dense"]
-    if launch not in (WALKS[0], GRADIENTS[0]):
-        parts.append(launch.label)
-    return Case("_".join(parts), kernel, signature, constants, launch.options)
-
-
-def _row_cases() -> Iterator[Case]:
-    """Every launch on rows of the arena."""
-    for kernel in (forward_kernel, delta_kernel, gradient_kernel):
-        for sizes, precision, masked in (
-            ((17, 128, 128, 6), "ieee", True),
-            ((17, 128, 128, 6), "tf32", True),
-            ((17, 128, 128, 6), "tf32x3", True),
-            ((17, 64, 64, 1), "tf32x3", False),
-            ((100, 128, 64, 128, 20), "ieee", True),
-        ):
-            geometry = Geometry.of_sizes(sizes, masked=masked)
-            launches = GRADIENTS if kernel is gradient_kernel else WALKS
-            # Without a mask it is smaller than others of the same launch.
-            for launch in launches if masked else launches[:1]:
-                yield case(kernel, geometry, precision, launch, masked=masked)
-
-
-_ADD = Case(
-    "add_memory_4_64_64_2_ieee",
-    add_kernel,
-    dict.fromkeys(("partial", "target"), "*fp32:16")
-    | dict.fromkeys(("splits", "size", "target_row"), "i32"),
-    {
-        name: value
-        for name, value in Geometry.of_sizes((4, 64, 64, 2), masked=True).constexprs.items()
-        if name in add_kernel.arg_names
-    }
-    | {"BLOCK": ADD_BLOCK},
-    {},
-)
-
-COMPILE_CASES = [
-    *_row_cases(),
-    case(
-        gradient_kernel,
-        Geometry.of_sizes((17, 256, 256, 6), masked=True),
-        "ieee",
-        GRADIENTS[0],
-    ),
-    _ADD,
-]

@@ -10,21 +10,21 @@ how many weights are left. No atomics, sums in one order: a ticket's result does
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 from .layout import MAX_TILE, Layer
 from .tiles import load_packed_tile, store_packed_tile
 
-__all__ = ["COMPILE_CASES", "choose_launch", "dw", "dx", "forward", "pack", "unpack"]
+__all__ = ["EXAMPLES", "choose_launch", "dw", "dx", "forward", "pack", "unpack"]
 
 
 @jit_kernel(fp_fusion=True)
@@ -471,68 +471,50 @@ def _check_programs(programs: int) -> int:
     return programs
 
 
-_KERNELS = {"forward": _forward_kernel, "dx": _dx_kernel, "dw": _dw_kernel}
-_TYPES = {torch.float32: "*fp32:16", torch.float16: "*fp16:16", torch.bfloat16: "*bf16:16"}
-_PATTERN = {"bits": "*u8:16", "start": "*i32", "bits_ticket": "i32:16", "start_ticket": "i32"}
+def _example(dtype: torch.dtype, precision: str, batch: int, out: int, inp: int) -> None:
+    """All of a layer that another precedes: its values and tiles begin anywhere."""
+    layer = Layer(256, out, inp, 1, 8)
+    bits = meta(2, 8 * (layer.words // 8 + 2), dtype=torch.int32)
+    start = meta(2, layer.tiles + 2, dtype=torch.int32)
+    values = meta(2, 1001, dtype=dtype)
+    x, dy = meta(2, batch, inp, dtype=dtype), meta(2, batch, out, dtype=dtype)
+    forward(x, values, bits, start, meta(2, out, dtype=dtype), layer, precision)
+    dx(dy, values, bits, start, layer, precision)
+    dw(values, dy, x, bits, start, layer, precision, meta(2, layer.tiles + 1))
 
 
-def _signature(kernel: Any, kind: str, size: str) -> dict[str, str]:
-    """Types of the operands, the pattern and the strides; unit strides are constexprs."""
-    operands = dict.fromkeys(("x", "dy", "values", "bias", "y", "dx", "dense"), kind)
-    sizes = dict.fromkeys(("batch", "out", "inp"), size)
-    names = ("x_ticket", "x_row", "dy_ticket", "dy_row", "dense_ticket", "bias_ticket")
-    strides = dict.fromkeys(names, size) | {"values_ticket": "i32", "squares_ticket": "i32"}
-    every = operands | sizes | strides | _PATTERN | {"squares": "*fp32"}
-    return {name: every[name] for name in kernel.arg_names if name in every}
+def _move_example(dtype: torch.dtype) -> None:
+    layer = Layer(256, 256, 256, 1, 8)
+    bits = meta(2, 8 * (layer.words // 8 + 2), dtype=torch.int32)
+    start = meta(2, layer.tiles + 2, dtype=torch.int32)
+    values, dense = meta(2, 1001, dtype=dtype), meta(2, 256 * 258, dtype=dtype)
+    for pack in (True, False):
+        _move(dense, values, bits, start, layer, pack)
 
 
-def _case(product: str, dtype: torch.dtype, precision: str, batch: int, out: int, inp: int) -> Case:
-    """A launch on row-major operands, of even sizes if wide; see `linear.gpu`."""
-    layer = Layer(0, out, inp, 0, 0)
-    launch = choose_launch(product, batch, layer, dtype, precision)
-    constexprs = _constexprs(product, layer, launch, dtype, precision)
-    constexprs |= {"forward": {"x_col": 1, "bias_col": 1}, "dx": {"dy_col": 1}}.get(
-        product, {"dy_col": 1, "x_col": 1}
-    )
-    size = "i32:16" if out % 16 == inp % 16 == batch % 16 == 0 else "i32"
-    kind = _TYPES[dtype]
-    tile = f"{layer.tile_out}x{layer.tile_in}"
-    name = f"{product}_{kind[1:5]}_{precision}_{launch.block_batch}_{tile}"
-    kernel = _KERNELS[product]
-    return Case(name, kernel, _signature(kernel, kind, size), constexprs, launch.options)
-
-
-COMPILE_CASES = [
+EXAMPLES = [
     *(
-        _case(product, dtype, precision, batch, 256, 256)
-        for product in ("forward", "dx", "dw")
-        for dtype, precision, batch in (
-            (torch.float32, "ieee", 256),
-            (torch.float32, "tf32", 64),
-            (torch.float32, "tf32", 256),
-            (torch.float32, "tf32x3", 64),
-            (torch.float32, "tf32x3", 256),
-            (torch.float16, "ieee", 256),
-            (torch.bfloat16, "ieee", 256),
+        Example(
+            f"{str(dtype).removeprefix('torch.')}_{precision}_{batch}x{out}x{inp}",
+            partial(_example, dtype, precision, batch, out, inp),
+            exact=True,
         )
-        # The others take the same launch for both.
-        if batch != 64 or product == "dx" or (product, precision) == ("forward", "tf32")
+        for dtype, precision, batch, out, inp in (
+            (torch.float32, "ieee", 256, 256, 256),
+            (torch.float32, "tf32", 64, 256, 256),
+            (torch.float32, "tf32", 256, 256, 256),
+            (torch.float32, "tf32x3", 64, 256, 256),
+            (torch.float32, "tf32x3", 256, 256, 256),
+            (torch.float32, "tf32x3", 64, 64, 4),
+            (torch.float32, "tf32x3", 16, 2, 64),
+            (torch.float16, "ieee", 256, 256, 256),
+            (torch.bfloat16, "ieee", 256, 256, 256),
+            (torch.bfloat16, "ieee", 64, 64, 4),
+            (torch.bfloat16, "ieee", 16, 2, 64),
+        )
     ),
     *(
-        _case(product, dtype, precision, batch, out, inp)
-        for product in ("forward", "dx", "dw")
-        for dtype, precision in ((torch.float32, "tf32x3"), (torch.bfloat16, "ieee"))
-        for batch, out, inp in ((64, 64, 4), (16, 2, 64))
-    ),
-    *(
-        Case(
-            f"{'pack' if packs else 'unpack'}_{kind[1:5]}",
-            _move_kernel,
-            _signature(_move_kernel, kind, "i32:16"),
-            {"PACK": packs, "TILE_OUT": MAX_TILE, "TILE_IN": MAX_TILE},
-            {},
-        )
-        for packs in (True, False)
-        for kind in _TYPES.values()
+        Example(str(dtype).removeprefix("torch."), partial(_move_example, dtype), exact=True)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
     ),
 ]

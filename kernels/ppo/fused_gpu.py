@@ -9,7 +9,7 @@ every weight in registers, and writes these once, as one row of the arena per st
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arena import Arena
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..mlp import fused_gpu as mlp
@@ -31,7 +31,7 @@ from .loss_gpu import load_spread, policy_loss, standardise, store_policy_sums, 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["COMPILE_CASES", "cut_minibatch", "fits", "gradient", "gradient_kernel"]
+__all__ = ["EXAMPLES", "cut_minibatch", "fits", "gradient", "gradient_kernel"]
 
 NARROW = 32
 """Width up to which any network fits that goes back in one launch."""
@@ -408,31 +408,23 @@ def _constants(arena: Arena) -> dict[str, object]:
     return constants
 
 
-def _cases(sizes: tuple[int, ...], activation: str, *, continuous: bool) -> list[Case]:
-    """One for every launch."""
+def _example(sizes: tuple[int, ...], activation: str, *, continuous: bool) -> None:
+    from . import Batch, PPOConfig
+
     arena = Arena.build(sizes, (*sizes[:-1], 1), activation=activation, continuous=continuous)
-    floats = ("weight", "obs", "logp", "old_value", "advantage", "target", "rows")
-    signature = dict.fromkeys(floats, "*fp32:16") | {"sums": "*fp32", "order": "*i64:16"}
-    signature["action"] = "*fp32:16" if continuous else "*i64:16"
-    signature |= dict.fromkeys(("size", "samples", "first", "count", "stretch"), "i32")
-    signature |= dict.fromkeys(("clip", "value_coef", "entropy_coef"), "fp32")
-    constants = {**_constants(arena), "NORMALISE": True, "CLIP_VALUE": True}
-    kind = "continuous" if continuous else "discrete"
-    name = f"gradient_{'_'.join(map(str, sizes))}_{activation}_{kind}"
-    return [
-        Case(
-            f"{name}_{launch.label}",
-            gradient_kernel,
-            signature,
-            {**constants, **launch.constexprs},
-            launch.options,
-        )
-        for launch in _launches(arena)
-    ]
+    action = meta(2, 37, sizes[-1]) if continuous else meta(2, 37, dtype=torch.int64)
+    batch = Batch(meta(2, 37, sizes[0]), action, *(meta(2, 37) for _ in range(4)))
+    order, weight = meta(2, 37, dtype=torch.int64), meta(2, arena.size)
+    config = PPOConfig(minibatches=3, normalise_advantage=True, clip_value=True)
+    rows, sums = meta(2, 1, arena.size), meta(3, 2, 1, 5)[1]
+    gradient(weight, arena, order, 12, batch, config, rows, sums, 32)
 
 
-COMPILE_CASES = [
-    case
+EXAMPLES = [
+    Example(
+        f"{'_'.join(map(str, sizes))}_{activation}_{'continuous' if continuous else 'discrete'}",
+        partial(_example, sizes, activation, continuous=continuous),
+    )
     for sizes, activation, continuous in (
         ((4, 64, 64, 2), "tanh", False),
         ((17, 64, 64, 6), "tanh", True),
@@ -448,5 +440,4 @@ COMPILE_CASES = [
         ((32, 32, 32, 32, 32), "relu", True),
         ((32, 32, 32, 32, 32), "relu", False),
     )
-    for case in _cases(sizes, activation, continuous=continuous)
 ]

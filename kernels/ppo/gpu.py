@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..mlp import gpu as mlp
 from ..random import Stream, permutation
@@ -27,7 +27,7 @@ from . import fused_gpu, loss_gpu
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["COMPILE_CASES", "describe", "is_fused", "ppo_update_"]
+__all__ = ["EXAMPLES", "describe", "is_fused", "ppo_update_"]
 
 
 @jit_kernel(fp_fusion=True)
@@ -50,18 +50,11 @@ def _statistics_kernel(sums, norms, statistics, minibatches, stretches, count):
     tl.store(statistics + entry * tickets + ticket, means, mask=entry < 6)
 
 
-COMPILE_CASES = [
-    *loss_gpu.COMPILE_CASES,
-    *fused_gpu.COMPILE_CASES,
-    Case(
-        "statistics",
-        _statistics_kernel,
-        dict.fromkeys(("sums", "norms", "statistics"), "*fp32:16")
-        | dict.fromkeys(("minibatches", "stretches", "count"), "i32"),
-        {},
-        {"num_warps": 1},
-    ),
-]
+def _example() -> None:
+    _statistics(meta(4, 2, 3, loss_gpu.SUMS), meta(4, 2), 9)
+
+
+EXAMPLES = [*loss_gpu.EXAMPLES, *fused_gpu.EXAMPLES, Example("any", _example)]
 
 
 def is_fused(arena: Arena) -> bool:

@@ -19,15 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
-from ..mlp.heads import cases, padded, prefer_launch
+from ..mlp.heads import padded, prefer_launch
 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
 __all__ = [
-    "COMPILE_CASES",
+    "EXAMPLES",
     "SUMS",
     "load_spread",
     "loss_and_gradient",
@@ -365,21 +365,23 @@ def loss_and_gradient(
         )
 
 
-def _cases(name: str, continuous: bool, actions: int, count: int) -> list[Case]:
-    """One for every launch."""
-    fields = ("logp", "old_value", "advantage", "target", "d_output", "d_value", "sums")
-    signature = dict.fromkeys(("output", "value", *fields), "*fp32:16")
-    signature |= {"order": "*i64:16", "action": "*fp32:16" if continuous else "*i64:16"}
-    signature |= dict.fromkeys(("row", "d_row", "samples", "first", "count"), "i32")
-    signature |= dict.fromkeys(("clip", "value_coef", "entropy_coef"), "fp32")
-    constants: dict[str, object] = {"NORMALISE": True, "CLIP_VALUE": True}
-    sizes = {"actions": actions, "count": count}
-    return cases(name, _loss_kernel, signature, constants, continuous=continuous, **sizes)
+def _example(actions: int, count: int, *, continuous: bool) -> None:
+    from . import Batch, PPOConfig
+
+    samples = 3 * count + 1
+    action = meta(2, samples, actions) if continuous else meta(2, samples, dtype=torch.int64)
+    batch = Batch(meta(2, samples, 4), action, *(meta(2, samples) for _ in range(4)))
+    log_std = meta(2, actions + 1)[:, 1:] if continuous else None
+    heads = meta(2, count, actions), meta(2, count, 1)
+    order = meta(2, samples, dtype=torch.int64)
+    config = PPOConfig(normalise_advantage=True, clip_value=True)
+    gradient = (*heads, log_std)
+    loss_and_gradient(*heads, log_std, order, count, batch, config, gradient, meta(2, SUMS))
 
 
-COMPILE_CASES = [
-    *_cases("loss_discrete", False, 2, 128),
-    *_cases("loss_discrete_long", False, 2, 1024),
-    *_cases("loss_discrete_wide", False, 18, 1024),
-    *_cases("loss_continuous", True, 6, 128),
+EXAMPLES = [
+    Example("discrete", lambda: _example(2, 128, continuous=False)),
+    Example("discrete_long", lambda: _example(2, 1024, continuous=False)),
+    Example("discrete_wide", lambda: _example(18, 1024, continuous=False)),
+    Example("continuous", lambda: _example(6, 128, continuous=True)),
 ]

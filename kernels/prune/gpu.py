@@ -22,21 +22,20 @@ ticket runs through in no time, keep theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
 from ..errors import check_dtype
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 
-__all__ = ["COMPILE_CASES", "prune"]
+__all__ = ["EXAMPLES", "prune"]
 
 SHORT = 8192
 CHUNK = 8192
@@ -367,45 +366,13 @@ def _launch(kernel: str, among: Sequence[Launch], mask: Tensor, magnitude: bool)
     return prefer(among[0], op, mask.device, among=among, length=length, magnitude=magnitude)
 
 
-_SCORES = {"scores": "*fp32:16", "mask": "*i1:16", "prunable": "i32", "stride": "i32"}
-_OUT = {"out": "*i1:16"}
-_CHUNKS = {"chunks": "i32", "stretch": "i32"}
-_STATE = {"prefix": "*i32:16", "begin": "*i32:16", "undecided": "*i32:16"}
+def _example(length: int, magnitude: bool) -> None:
+    mask = meta(2, length, dtype=torch.bool)
+    prune(meta(2, length), mask, meta(2, dtype=torch.int64), magnitude)
 
 
-def _cases() -> list[Case]:
-    cases = []
-
-    def add(name, kernel, signature, constexprs, launches):
-        """One for every launch; the first has the plain name."""
-        for launch in launches:
-            plain = launch == launches[0]
-            full = name if plain else f"{name}_{launch.label}"
-            constants = constexprs | launch.constexprs
-            cases.append(Case(full, kernel, signature, constants, launch.options))
-
-    for magnitude in (False, True):
-        for length in (256, SHORT):
-            signature = {**_SCORES, "out": "*i1:16", "k": "*i64:16"}
-            name = f"short_{length}_magnitude" if magnitude else f"short_{length}"
-            constants = {"MAGNITUDE": magnitude}
-            add(name, _short_kernel, signature, constants, _short_launches(length))
-    options: dict[str, Any] = {"MAGNITUDE": True}
-    signature = {**_SCORES, **_OUT, **_CHUNKS, **_STATE}
-    add("split", _split_kernel, signature, options, SPLITS)
-    signature = {**_SCORES, **_OUT, **_STATE, "wanted": "*i32:16", "chunks": "i32"}
-    del signature["mask"]
-    add("finish", _finish_kernel, signature, options, [Launch(block=FINISH_BLOCK, warps=8)])
-    for second in (False, True):
-        signature = {**_SCORES, **_CHUNKS, "prefix": "*i32:16", "counts": "*i32:16"}
-        options = {"SECOND": second, "MAGNITUDE": False}
-        add(f"count_{second + 1}", _count_kernel, signature, options, COUNTS)
-        integers = dict.fromkeys(("counts", "prefix", "wanted", "begin"), "*i32:16")
-        signature = {**integers, "k": "*i64:16", "chunks": "i32"}
-        options = {"SECOND": second, "ROWS": CHOOSE_ROWS}
-        name = f"choose_{second + 1}"
-        cases.append(Case(name, _choose_kernel, signature, options, {"num_warps": 8}))
-    return cases
-
-
-COMPILE_CASES = _cases()
+EXAMPLES = [
+    Example(f"{length}{'_magnitude' * magnitude}", partial(_example, length, magnitude))
+    for magnitude in (False, True)
+    for length in (256, SHORT, 2 * CHUNK)
+]

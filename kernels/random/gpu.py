@@ -6,16 +6,18 @@ products for every 16 bytes written, so the draw is bound by arithmetic, not by 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
+from ..examples import Example, meta
 from ..jit import jit_kernel
 
 __all__ = [
-    "COMPILE_CASES",
+    "EXAMPLES",
     "bits",
     "box_muller",
     "categorical",
@@ -185,33 +187,10 @@ def categorical(probs: Tensor, u: Tensor) -> tuple[Tensor, int]:
     return out, -1
 
 
-_DRAW = {"n": "i32", "step_low": "i32", "step_high": "i32", "stream": "i32", "step_stride": "i32"}
-_OUT = {"bits": "*i64:16", "uniform": "*fp32:16", "normal": "*fp32:16"}
+_KEY = meta(2, dtype=torch.int64)
 
-
-def _draw_case(name: str, kind: str, step: dict[str, str]) -> Case:
-    return Case(
-        name,
-        _draw_kernel,
-        {"key_pointer": "*i64:16", "out_pointer": _OUT[kind], **_DRAW, **step},
-        {"KIND": kind, "BLOCK": _BLOCK, **({} if step else {"step_pointer": None})},
-        {"num_warps": 4},
-    )
-
-
-COMPILE_CASES = [
-    *(_draw_case(f"draw_{kind}", kind, {}) for kind in _OUT),
-    _draw_case("draw_uniform_step_on_device", "uniform", {"step_pointer": "*i64:16"}),
-    Case(
-        "categorical",
-        _categorical_kernel,
-        {
-            "probs_pointer": "*fp32:16",
-            "u_pointer": "*fp32:16",
-            "out_pointer": "*i64:16",
-            "rows": "i32",
-        },
-        {"ACTIONS": 3, "ROWS": _ROWS},
-        {"num_warps": 4},
-    ),
+EXAMPLES = [
+    *(Example(draw.__name__, partial(draw, _KEY, 9, 7, 5)) for draw in (bits, uniform, normal)),
+    Example("uniform_step_on_device", lambda: uniform(_KEY, 9, 7, _KEY)),
+    Example("three", lambda: categorical(meta(9, 3), meta(9))),
 ]

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
 from ..errors import check_dtype
+from ..examples import Example, meta
 from ..jit import jit_kernel
 
-__all__ = ["COMPILE_CASES", "gae"]
+__all__ = ["EXAMPLES", "gae"]
 
 STEPS = 32
 LANES = 32
@@ -103,17 +103,9 @@ def gae(
     return advantage, target
 
 
-COMPILE_CASES = [
-    Case(
-        "gae",
-        _gae_kernel,
-        {
-            **dict.fromkeys(("reward", "value", "next_value", "advantage", "target"), "*fp32:16"),
-            **dict.fromkeys(("terminated", "truncated"), "*i1:16"),
-            **dict.fromkeys(("lanes", "steps", "envs"), "i32"),
-            **dict.fromkeys(("gamma", "decay"), "fp32"),
-        },
-        {"STEPS": STEPS, "LANES": LANES},
-        {},
-    ),
-]
+def _example() -> None:
+    number, end = meta(2, 9, 3), meta(2, 9, 3, dtype=torch.bool)
+    gae(number, number, number, end, end, 0.99, 0.95)
+
+
+EXAMPLES = [Example("any", _example)]

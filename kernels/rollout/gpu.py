@@ -13,6 +13,8 @@ into calls. Products and sums are rounded apart (``fp_fusion=False``), so the ph
 from __future__ import annotations
 
 import math
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arena import Arena
-from ..compile import Case
 from ..dynamics import TASKS, Task
 from ..dynamics.copies import Copies
 from ..dynamics.gpu import load_state, store_state, task_initial, task_observe, task_step
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..random import Stream
 from ..random.gpu import box_muller, philox
@@ -33,13 +35,12 @@ from .policy_gpu import (
     entry_of,
     forward,
     judge,
-    launches,
     load_network,
     prefer_launch,
 )
 from .reference import Rollout
 
-__all__ = ["COMPILE_CASES", "evaluate", "rollout"]
+__all__ = ["EXAMPLES", "evaluate", "rollout"]
 
 _HALF_LOG_TWO_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 _EVAL_RESET = tl.constexpr(int(Stream.EVAL_RESET))
@@ -448,47 +449,42 @@ def _clock(env: Copies, device: torch.device) -> tuple[int, Tensor | None]:
     return env.clock, None
 
 
-def _cases(name: str, task: Task, hidden: tuple[int, ...], activation: str) -> list[Case]:
+def _example(name: str, hidden: tuple[int, ...], activation: str) -> None:
+    task = TASKS[name]
     arena = Arena.build(
         (task.observation_dim, *hidden, task.action_dim),
+        (task.observation_dim, *hidden, 1),
         activation=activation,
         continuous=not task.discrete,
     )
-    constexprs = _describe_actor(arena, task)
-    floats, integers, flags = "*fp32:16", "*i64:16", "*i1:16"
-    names = ("weight", "obs", "offset", "scale", "seen", "logp", "reward", "final_obs", "last_obs")
-    act = dict.fromkeys(names, floats)
-    act |= dict.fromkeys(("key", "reset_key", "clock_pointer"), integers)
-    act |= dict.fromkeys(("terminated", "truncated"), flags)
-    act |= {"state": "*fp64:16", "elapsed": "*i32:16"}
-    act |= {"action": integers if task.discrete else floats}
-    counts = ("size", "steps", "copies", "clock", "stream", "reset_stream")
-    act |= dict.fromkeys(counts, "i32")
-    evaluate = dict.fromkeys(("weight", "offset", "scale", "total"), floats) | {"key": integers}
-    evaluate |= dict.fromkeys(("size", "copies", "index"), "i32")
-    cases = []
-    for launch in launches(arena.actor):
-        default = launch == launches(arena.actor)[0]
-        full, options = name if default else f"{name}_{launch.label}", launch.options
-        cases += [
-            Case(f"act_{full}", _act_kernel, act, {**constexprs, "heads": None}, options),
-            Case(f"act_heads_{full}", _act_kernel, {**act, "heads": floats}, constexprs, options),
-            Case(
-                f"evaluate_{full}",
-                _evaluate_kernel,
-                evaluate,
-                {**constexprs, "GREEDY": False},
-                options,
-            ),
-        ]
-    return cases
+    weight, key, scale = meta(2, arena.size), meta(2, dtype=torch.int64), meta(task.observation_dim)
+    env: Any = SimpleNamespace(
+        task=task,
+        state=meta(2, 3, task.state_dim, dtype=torch.float64),
+        elapsed=meta(2, 3, dtype=torch.int32),
+        clock=meta(dtype=torch.int64),
+        restart_key=key,
+        reset_stream=1,
+        offset=scale,
+        scale=scale,
+    )
+    obs = meta(2, 3, task.observation_dim)
+    for keep_heads in (False, True):
+        rollout(weight, arena, env, obs, key, 9, 2, keep_heads)
+    evaluate(weight, arena, task, 3, scale, scale, key, 7, False)
 
 
-COMPILE_CASES = [
-    *_cases("cartpole_64", TASKS["CartPole-v1"], (64, 64), "tanh"),
-    *_cases("pendulum_64", TASKS["Pendulum-v1"], (64, 64), "tanh"),
-    *_cases("mountain_car_32", TASKS["MountainCar-v0"], (32,), "relu"),
-    *_cases("cartpole_128", TASKS["CartPole-v1"], (128, 128), "tanh"),
-    *_cases("acrobot_128", TASKS["Acrobot-v1"], (128, 128), "relu"),
-    *_cases("acrobot_64_deep", TASKS["Acrobot-v1"], (64, 64, 64, 64, 64), "tanh"),
+EXAMPLES = [
+    Example(
+        f"{name.partition('-')[0].lower()}_{'_'.join(map(str, hidden))}_{activation}",
+        partial(_example, name, hidden, activation),
+    )
+    for name, hidden, activation in (
+        ("CartPole-v1", (64, 64), "tanh"),
+        ("Pendulum-v1", (64, 64), "tanh"),
+        ("MountainCar-v0", (32,), "relu"),
+        ("CartPole-v1", (128, 128), "tanh"),
+        ("Acrobot-v1", (128, 128), "relu"),
+        ("Acrobot-v1", (64, 64, 64, 64, 64), "tanh"),
+    )
 ]

@@ -22,15 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import check_on_gpu
-from ..arena import Arena, Net
-from ..compile import Case
+from ..arena import Net
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 from .reference import Rollout
 
 __all__ = [
-    "COMPILE_CASES",
     "describe",
     "entry_of",
     "forward",
@@ -295,31 +293,3 @@ def judge(
             **launch.constexprs,
             **launch.options,
         )
-
-
-def _cases(name: str, sizes: tuple[int, ...], activation: str) -> list[Case]:
-    """One for every launch; the first has the plain name."""
-    net = Arena.build(sizes, activation=activation).actor
-    floats = ("weight", "seen", "last_obs", "final_obs", "value", "next_value")
-    signature = dict.fromkeys(floats, "*fp32:16")
-    signature |= dict.fromkeys(("terminated", "truncated"), "*i1:16")
-    signature |= dict.fromkeys(("size", "steps", "copies", "stretches"), "i32")
-    default = _judge_launches(net)[0]
-    return [
-        Case(
-            f"judge_{name}" + ("" if launch == default else f"_{launch.label}"),
-            _judge_kernel,
-            signature,
-            describe(net) | launch.constexprs,
-            launch.options,
-        )
-        for launch in _judge_launches(net)
-    ]
-
-
-COMPILE_CASES = [
-    *_cases("tanh_64", (4, 64, 64, 1), "tanh"),
-    *_cases("relu_32", (2, 32, 1), "relu"),
-    *_cases("tanh_128", (4, 128, 128, 1), "tanh"),
-    *_cases("relu_64_deep", (6, 64, 64, 64, 64, 64, 1), "relu"),
-]

@@ -21,14 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compile import Case
 from ..errors import check_dtype
+from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 from .checks import PARTIALS_LIMIT
 
-__all__ = ["COMPILE_CASES", "adam_", "rewind_"]
+__all__ = ["EXAMPLES", "adam_", "rewind_"]
 
 BLOCK = 1024
 MAX_PARTIALS = 1024
@@ -379,83 +379,39 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-_SIZES = {"size": "i32", "prunable": "i32"}
-_ROWS = dict.fromkeys(("weight", "grad", "lr", "partial", "norm"), "*fp32:16")
-_NUMBERS = {**_SIZES, "blocks": "i32", "parts": "i32", "max_norm": "fp32"}
-_MOMENTS = {"m": "*fp32:16", "v": "*fp32:16"}
-_ADAM = {
-    **_ROWS,
-    **_MOMENTS,
-    **_NUMBERS,
-    "step": "*i64:16",
-    **dict.fromkeys(("log_beta1", "beta2", "log_beta2", "rate1", "rate2", "eps"), "fp32"),
-}
-_NORM = {
-    **dict.fromkeys(("grad", "partial"), "*fp32:16"),
-    "step": "*i64:16",
-    **_SIZES,
-    **dict.fromkeys(("parts", "stretch", "summands"), "i32"),
-}
-_ONE_ROW = {"summed": None}
-_REWIND = {"weight": "*fp32:16", "initial": "*fp32:16", **_MOMENTS, **_SIZES, "blocks": "i32"}
-_LATE = {"initial_m": "*fp32:16", "initial_v": "*fp32:16"}
+def _example(
+    size: int = 8902,
+    prunable: int | None = 4480,
+    *,
+    late: bool = False,
+    stretches: int = 1,
+    parts: int = 0,
+    frozen: tuple[int, ...] = (),
+) -> None:
+    """A row under a mask, or with a count."""
+    weight, m, v, initial = (meta(2, size) for _ in range(4))
+    mask = count = None
+    if prunable is None:
+        count = meta(2, dtype=torch.int64)
+    else:
+        mask = meta(2, prunable, dtype=torch.bool)
+    point = (meta(2, size), meta(2, size)) if late else (None, None)
+    rewind_(weight, initial, m, v, mask, count, *point)
+    grad = meta(2, stretches, size) if stretches > 1 else meta(2, size)
+    step, lr = meta(2, dtype=torch.int64), meta(2)
+    partials = meta(2, parts) if parts else None
+    numbers = (0.5, 0.9, 0.999, 1e-8)
+    adam_(weight, grad, m, v, step, lr, mask, count, partials, *numbers, frozen=frozen)
 
 
-def _cases() -> list[Case]:
-    cases = []
-    # A mask, or the count of a packed row.
-    for form, present, absent in (
-        ("masked", {"mask": "*i1:16"}, {"count": None}),
-        ("packed", {"count": "*i64:16"}, {"mask": None}),
-    ):
-        block = {"BLOCK": BLOCK, **absent}
-        clipped = {"CLIP": True, "PARTS": MAX_PARTIALS, **block}
-        whole = {"FROZEN": ()}
-        cases += [
-            Case(f"norm_{form}", _norm_kernel, _NORM | present, block | whole | _ONE_ROW, {}),
-            Case(f"adam_{form}", _adam_kernel, _ADAM | present, clipped | whole, {}),
-            Case(
-                f"rewind_{form}",
-                _rewind_kernel,
-                _REWIND | present,
-                block | dict.fromkeys(_LATE),
-                {},
-            ),
-        ]
-    stepless = {"BLOCK": BLOCK, "count": None, "step": None, "FROZEN": (), **_ONE_ROW}
-    # As PPO launches it on the rows of stretches of a minibatch.
-    stretches = _NORM | {"mask": "*i1:16", "summed": "*fp32:16"}
-    in_stretches = {"BLOCK": BLOCK, "count": None, "FROZEN": ()}
-    norm = {name: kind for name, kind in _NORM.items() if name != "step"}
-    late = {"mask": "*i1:16", **_LATE}
-    clipped = {"CLIP": True, "PARTS": PARTIALS_LIMIT, "BLOCK": BLOCK}
-    widest = {**clipped, "mask": None, "FROZEN": ()}
-    # As where a policy's critic stays as it is.
-    spans = {"count": None, "FROZEN": (4480, 8704, 8770, 8899)}
-    masked = {"mask": "*i1:16"}
-    cases += [
-        Case("norm_stretches", _norm_kernel, stretches, in_stretches, {}),
-        Case(
-            "norm_frozen", _norm_kernel, _NORM | masked, {"BLOCK": BLOCK, **spans, **_ONE_ROW}, {}
-        ),
-        Case("adam_frozen", _adam_kernel, _ADAM | masked, {**clipped, **spans}, {}),
-        Case("norm_stepless", _norm_kernel, norm | {"mask": "*i1:16"}, stepless, {}),
-        Case("rewind_late", _rewind_kernel, _REWIND | late, {"BLOCK": BLOCK, "count": None}, {}),
-        Case("adam_partials", _adam_kernel, _ADAM | {"count": "*i64:16"}, widest, {}),
-    ]
-    return cases + [
-        Case(
-            f"{case.name}_{launch.label}",
-            case.kernel,
-            case.signature,
-            case.constexprs | launch.constexprs,
-            launch.options,
-        )
-        for launch in LAUNCHES[1:]
-        for case in cases
-        if case.kernel is _adam_kernel
-        or case.name in ("norm_masked", "norm_packed", "norm_stretches")
-    ]
-
-
-COMPILE_CASES = _cases()
+EXAMPLES = [
+    Example("masked", _example),
+    Example("packed", lambda: _example(prunable=None)),
+    Example("late", lambda: _example(late=True)),
+    # As PPO launches it on the rows of stretches of a minibatch, and as cloning does, where a
+    # policy's critic stays as it is.
+    Example("stretches", lambda: _example(stretches=3)),
+    Example("frozen", lambda: _example(frozen=(4480, 8704, 8770, 8899))),
+    Example("longest", lambda: _example(MAX_PARTIALS * BLOCK)),
+    Example("partials", lambda: _example(prunable=None, parts=PARTIALS_LIMIT)),
+]
