@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Activation", "check_on_gpu"]
+__all__ = ["ACTIVATIONS", "TorchActivation", "check_on_gpu"]
 
 
-class Activation(NamedTuple):
+class TorchActivation(NamedTuple):
     """One activation in torch's terms.
 
     Attributes:
@@ -33,12 +33,12 @@ class Activation(NamedTuple):
 _aten = torch.ops.aten
 
 ACTIVATIONS = {
-    "tanh": Activation(
+    "tanh": TorchActivation(
         torch.tanh,
         lambda x, y: torch.tanh(x, out=y),
         lambda dy, y, dx: _aten.tanh_backward.grad_input(dy, y, grad_input=dx),
     ),
-    "relu": Activation(
+    "relu": TorchActivation(
         torch.relu,
         lambda x, y: torch.clamp_min(x, 0, out=y),
         lambda dy, y, dx: _aten.threshold_backward.grad_input(dy, y, 0, grad_input=dx),

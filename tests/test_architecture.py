@@ -297,6 +297,16 @@ def test_every_op_has_a_reference() -> None:
     )
 
 
+def test_no_two_files_of_the_kernels_share_the_name_of_a_class() -> None:
+    homes: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        if FOLDERS["sparse_tickets.kernels"] in path.parents:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    homes.setdefault(node.name, []).append(name)
+    report(f"{name}: {', '.join(found)}" for name, found in homes.items() if len(found) > 1)
+
+
 def test_folders_of_ops_stay_modules() -> None:
     for op in ("linear", "mlp", "prune", "rollout"):
         folder = importlib.import_module(f"sparse_tickets.kernels.{op}")

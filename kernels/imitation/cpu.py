@@ -54,7 +54,7 @@ _STREAM = int(Stream.MINIBATCH)
 _NEVER = np.float32(-87.0)
 
 
-class Constants(NamedTuple):
+class CloneConstants(NamedTuple):
     """`CloneConfig` with plain numbers, as Numba takes it; no clipping is an infinite norm."""
 
     updates: int
@@ -224,7 +224,7 @@ def clone_update_(
     """Mean loss ``[P]``; see the op. All tensors are contiguous."""
     rows = target.shape[-1] + 1
     layout = lay_out((arena.actor,), arena.prunable, density, arena.log_std, rows)
-    constants = Constants(
+    constants = CloneConstants(
         config.updates,
         config.batch,
         math.inf if config.max_norm is None else float(config.max_norm),

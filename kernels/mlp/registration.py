@@ -54,7 +54,7 @@ def run(
     """`call` without the dispatcher's cost where nobody watches; `backend` is the one in force."""
     if is_watched() or not is_plain(x, weight, mask):
         return call(x, weight, mask, net, density, precision)
-    return _Mlp.apply(x, weight, mask, _Call(backend, True, net, density, precision))
+    return _Mlp.apply(x, weight, mask, _MlpCall(backend, True, net, density, precision))
 
 
 def _forward(
@@ -122,7 +122,7 @@ def _differentiably(
     x: Tensor,
     weight: Tensor,
     mask: Tensor | None,
-    call: _Call,
+    call: _MlpCall,
     needed: tuple[bool, bool],
     dy: Tensor,
 ) -> tuple[Tensor | None, ...]:
@@ -136,7 +136,7 @@ def _differentiably(
     return tuple(next(found) if need else None for need in needed)
 
 
-class _Call(NamedTuple):
+class _MlpCall(NamedTuple):
     """What autograd must remember beside tensors.
 
     The backward pass runs as the forward pass did (`resume`): on a GPU it is another thread, which
@@ -154,7 +154,7 @@ class _Mlp(torch.autograd.Function):
     """``mlp``, by the dispatcher or directly."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor | None, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor | None, call: _MlpCall) -> Tensor:
         backend, direct, net, density, precision = call
         to_input, to_weight, *_ = ctx.needs_input_grad
         keep = (to_input or to_weight) and _keeps(backend, net, precision, to_input)
@@ -255,7 +255,7 @@ def _differentiable(
     # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         net = Net.decode(tuple(code))
-        call = _Call(resolve_backend(x.device), False, net, density, precision)
+        call = _MlpCall(resolve_backend(x.device), False, net, density, precision)
         return _Mlp.apply(x, weight, mask, call)
     return _dispatch(False, x, weight, mask, code, density, precision)[0]
 

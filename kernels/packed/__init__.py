@@ -31,12 +31,12 @@ from ..errors import check_device, check_integer, check_untransformed
 from ..linear import PRECISIONS
 from . import registration
 from .checks import check_precision, check_values
-from .layout import Layer, Pattern, build_pattern
+from .layout import PackedLayer, PackedPattern, build_pattern
 
 __all__ = [
     "PRECISIONS",
-    "Layer",
-    "Pattern",
+    "PackedLayer",
+    "PackedPattern",
     "build_pattern",
     "linear_packed",
     "pack",
@@ -49,7 +49,7 @@ __all__ = [
 def linear_packed(
     x: Tensor,
     values: Tensor,
-    pattern: Pattern,
+    pattern: PackedPattern,
     layer: int,
     bias: Tensor | None = None,
     *,
@@ -74,7 +74,7 @@ def linear_packed(
         ``[P, B, O]``, dtype of `x`.
 
     Raises:
-        TypeError: a dtype is not as above, or the pattern is no `Pattern`.
+        TypeError: a dtype is not as above, or the pattern is no `PackedPattern`.
         ValueError: a shape, a device, the layer or the precision is not as above.
         RuntimeError: from the backward pass, if an input was changed in place in between.
         NotImplementedError: from forward-mode differentiation.
@@ -95,7 +95,7 @@ def linear_packed(
     )
 
 
-def pack(dense: Tensor, pattern: Pattern) -> Tensor:
+def pack(dense: Tensor, pattern: PackedPattern) -> Tensor:
     """The entries on the mask, in tile order; differentiable, the transpose of `unpack`.
 
     Args:
@@ -107,14 +107,14 @@ def pack(dense: Tensor, pattern: Pattern) -> Tensor:
         ``[P, k]``; zero beyond each ticket's count.
 
     Raises:
-        TypeError: a dtype is not as above, or the pattern is no `Pattern`.
+        TypeError: a dtype is not as above, or the pattern is no `PackedPattern`.
         ValueError: a shape or a device is not as above.
     """
     _check_pattern(pattern)
     return registration.PACK(dense, pattern.bits, pattern.start, pattern.shapes, pattern.width)
 
 
-def unpack(values: Tensor, pattern: Pattern) -> Tensor:
+def unpack(values: Tensor, pattern: PackedPattern) -> Tensor:
     """Dense weights, exactly zero off the mask; differentiable, the transpose of `pack`.
 
     Args:
@@ -125,7 +125,7 @@ def unpack(values: Tensor, pattern: Pattern) -> Tensor:
         ``[P, N]``, dtype of `values`.
 
     Raises:
-        TypeError: a dtype is not as above, or the pattern is no `Pattern`.
+        TypeError: a dtype is not as above, or the pattern is no `PackedPattern`.
         ValueError: a shape or a device is not as above.
     """
     _check_pattern(pattern)
@@ -137,7 +137,7 @@ def write_gradient_(
     gradient: Tensor,
     dy: Tensor,
     x: Tensor,
-    pattern: Pattern,
+    pattern: PackedPattern,
     layer: int,
     *,
     precision: str = "ieee",
@@ -159,7 +159,7 @@ def write_gradient_(
             squared norm of the gradient, without a pass over it.
 
     Raises:
-        TypeError: a dtype is not as above, or the pattern is no `Pattern`.
+        TypeError: a dtype is not as above, or the pattern is no `PackedPattern`.
         ValueError: a shape, a stride, a device, the layer or the precision is not as above; or a
             tensor that is written shares memory with another.
         NotImplementedError: from forward-mode differentiation.
@@ -216,6 +216,6 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _check_pattern(pattern: Pattern) -> None:
-    if not isinstance(pattern, Pattern):
-        raise TypeError(f"pattern must be a Pattern, got {type(pattern).__name__}")
+def _check_pattern(pattern: PackedPattern) -> None:
+    if not isinstance(pattern, PackedPattern):
+        raise TypeError(f"pattern must be a PackedPattern, got {type(pattern).__name__}")

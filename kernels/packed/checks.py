@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import check_device, check_dtype, check_integer, check_shape
 from ..linear import PRECISIONS
-from .layout import Layer, lay_out
+from .layout import PackedLayer, lay_out
 
 __all__ = [
     "DTYPES",
@@ -28,7 +28,7 @@ __all__ = [
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_where(bits: Tensor, start: Tensor, shapes: list[int]) -> tuple[Layer, ...]:
+def check_where(bits: Tensor, start: Tensor, shapes: list[int]) -> tuple[PackedLayer, ...]:
     """A pattern's tensors fit its layers, which are returned."""
     if not shapes or len(shapes) % 2 or min(shapes) < 1:
         raise ValueError(f"shapes must be pairs of out >= 1 and inp >= 1, got {list(shapes)}")
@@ -45,7 +45,7 @@ def check_where(bits: Tensor, start: Tensor, shapes: list[int]) -> tuple[Layer, 
     return layers
 
 
-def find_layer(layers: tuple[Layer, ...], layer: int) -> Layer:
+def find_layer(layers: tuple[PackedLayer, ...], layer: int) -> PackedLayer:
     """The layer of an index that may be out of range."""
     return layers[check_integer("layer", layer, 0, len(layers))]
 
@@ -93,7 +93,7 @@ def check_squares(squares: Tensor, start: Tensor) -> None:
     check_device("squares", squares, start)
 
 
-def check_sound(kept: Tensor, start: Tensor, layer: Layer, width: int) -> None:
+def check_sound(kept: Tensor, start: Tensor, layer: PackedLayer, width: int) -> None:
     """Raise ``ValueError`` where a pattern's bits and counts do not belong together.
 
     Args:

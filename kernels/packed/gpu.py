@@ -21,7 +21,7 @@ from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
-from .layout import MAX_TILE, Layer
+from .layout import MAX_TILE, PackedLayer
 from .tiles import load_packed_tile, store_packed_tile
 
 __all__ = ["EXAMPLES", "choose_launch", "dw", "dx", "forward", "pack", "unpack"]
@@ -246,7 +246,7 @@ def _move_kernel(
 
 
 def choose_launch(
-    product: str, batch: int, layer: Layer, dtype: torch.dtype, precision: str
+    product: str, batch: int, layer: PackedLayer, dtype: torch.dtype, precision: str
 ) -> Launch:
     """A fixed function of product (``forward``, ``dx``, ``dw``), shape, dtype and precision.
 
@@ -274,7 +274,7 @@ def forward(
     bits: Tensor,
     start: Tensor,
     bias: Tensor | None,
-    layer: Layer,
+    layer: PackedLayer,
     precision: str,
 ) -> Tensor:
     """See `reference.forward`."""
@@ -305,7 +305,7 @@ def forward(
 
 
 def dx(
-    dy: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: Layer, precision: str
+    dy: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: PackedLayer, precision: str
 ) -> Tensor:
     """See `reference.dx`."""
     tickets, batch, _ = dy.shape
@@ -338,7 +338,7 @@ def dw(
     x: Tensor,
     bits: Tensor,
     start: Tensor,
-    layer: Layer,
+    layer: PackedLayer,
     precision: str,
     squares: Tensor | None = None,
 ) -> None:
@@ -368,7 +368,7 @@ def dw(
 
 
 def pack(
-    dense: Tensor, bits: Tensor, start: Tensor, layers: tuple[Layer, ...], width: int
+    dense: Tensor, bits: Tensor, start: Tensor, layers: tuple[PackedLayer, ...], width: int
 ) -> Tensor:
     """See `reference.pack`."""
     dense = dense if dense.stride(1) == 1 else dense.contiguous()
@@ -379,7 +379,7 @@ def pack(
 
 
 def unpack(
-    values: Tensor, bits: Tensor, start: Tensor, layers: tuple[Layer, ...], size: int
+    values: Tensor, bits: Tensor, start: Tensor, layers: tuple[PackedLayer, ...], size: int
 ) -> Tensor:
     """See `reference.unpack`."""
     dense = values.new_empty(values.shape[0], size)
@@ -389,7 +389,7 @@ def unpack(
 
 
 def _move(
-    dense: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: Layer, pack: bool
+    dense: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: PackedLayer, pack: bool
 ) -> None:
     tickets = dense.shape[0]
     if tickets == 0:
@@ -409,7 +409,7 @@ def _move(
         )
 
 
-def _launch(product: str, operand: Tensor, layer: Layer, precision: str) -> Launch:
+def _launch(product: str, operand: Tensor, layer: PackedLayer, precision: str) -> Launch:
     """What was measured on this device for such a product, or what was built in."""
     batch = operand.shape[1]
     return prefer(
@@ -425,7 +425,7 @@ def _launch(product: str, operand: Tensor, layer: Layer, precision: str) -> Laun
 
 
 def _packed(
-    values: Tensor, bits: Tensor, start: Tensor, layer: Layer
+    values: Tensor, bits: Tensor, start: Tensor, layer: PackedLayer
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values of all layers, and the bits (by byte) and starts of this one."""
     octets = bits.view(torch.uint8)
@@ -437,7 +437,7 @@ def _packed(
 
 
 def _constexprs(
-    product: str, layer: Layer, launch: Launch, dtype: torch.dtype, precision: str
+    product: str, layer: PackedLayer, launch: Launch, dtype: torch.dtype, precision: str
 ) -> dict[str, object]:
     exact = precision if dtype == torch.float32 else "ieee"
     constexprs: dict[str, object] = {
@@ -473,7 +473,7 @@ def _check_programs(programs: int) -> int:
 
 def _example(dtype: torch.dtype, precision: str, batch: int, out: int, inp: int) -> None:
     """All of a layer that another precedes: its values and tiles begin anywhere."""
-    layer = Layer(256, out, inp, 1, 8)
+    layer = PackedLayer(256, out, inp, 1, 8)
     bits = meta(2, 8 * (layer.words // 8 + 2), dtype=torch.int32)
     start = meta(2, layer.tiles + 2, dtype=torch.int32)
     values = meta(2, 1001, dtype=dtype)
@@ -484,7 +484,7 @@ def _example(dtype: torch.dtype, precision: str, batch: int, out: int, inp: int)
 
 
 def _move_example(dtype: torch.dtype) -> None:
-    layer = Layer(256, 256, 256, 1, 8)
+    layer = PackedLayer(256, 256, 256, 1, 8)
     bits = meta(2, 8 * (layer.words // 8 + 2), dtype=torch.int32)
     start = meta(2, layer.tiles + 2, dtype=torch.int32)
     values, dense = meta(2, 1001, dtype=dtype), meta(2, 256 * 258, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Where packed weights lie: `Layer` by `Layer` in tiles, and the `Pattern` of a population's masks.
+"""Where packed weights lie: layer by layer in tiles, and the pattern of a population's masks.
 
 Each layer's ``[out, inp]`` weight is cut into tiles of up to 64 x 64, row of tiles by row of tiles.
 A ticket's values are its nonzeros tile by tile, row-major inside a tile, without gaps. To find them
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from ..errors import check_data, check_dtype, check_integer
 
-__all__ = ["MAX_TILE", "Layer", "Pattern", "build_pattern", "lay_out"]
+__all__ = ["MAX_TILE", "PackedLayer", "PackedPattern", "build_pattern", "lay_out"]
 
 MAX_TILE = 64
 """Largest side of a tile; the smallest is 16, which tensor cores ask for."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class PackedLayer:
     """Where one weight matrix lies.
 
     Attributes:
         offset: first entry of ``[out, inp]``, row-major, in a dense row of the arena.
         out: O.
         inp: I.
-        first_tile: of the layer, in `Pattern.start`.
-        first_word: of the layer, in `Pattern.bits`.
+        first_tile: of the layer, in `PackedPattern.start`.
+        first_word: of the layer, in `PackedPattern.bits`.
     """
 
     offset: int
@@ -74,7 +74,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class PackedPattern:
     """Where the masks of P tickets are True: a snapshot that later writes to the mask do not reach.
 
     Attributes:
@@ -89,7 +89,7 @@ class Pattern:
     start: Tensor
     count: Tensor
     width: int
-    layers: tuple[Layer, ...]
+    layers: tuple[PackedLayer, ...]
 
     @property
     def tickets(self) -> int:
@@ -108,12 +108,12 @@ class Pattern:
 
 
 @cache
-def lay_out(*shapes: int) -> tuple[Layer, ...]:
+def lay_out(*shapes: int) -> tuple[PackedLayer, ...]:
     """The layers of consecutive ``out, inp`` pairs."""
-    layers: list[Layer] = []
+    layers: list[PackedLayer] = []
     offset = first_tile = first_word = 0
     for out, inp in zip(shapes[::2], shapes[1::2], strict=True):
-        layers.append(Layer(offset, out, inp, first_tile, first_word))
+        layers.append(PackedLayer(offset, out, inp, first_tile, first_word))
         offset += out * inp
         first_tile += layers[-1].tiles
         first_word += layers[-1].words
@@ -122,7 +122,7 @@ def lay_out(*shapes: int) -> tuple[Layer, ...]:
 
 def build_pattern(
     mask: Tensor, layers: Sequence[tuple[int, int, int]], *, width: int | None = None
-) -> Pattern:
+) -> PackedPattern:
     """Remember where a mask is True.
 
     Args:
@@ -163,7 +163,7 @@ def build_pattern(
         torch._assert_async(largest <= width, "a ticket has more nonzeros than the pattern's width")
     elif int(largest) > width:
         raise ValueError(f"width must be at least the largest count {int(largest)}, got {width}")
-    return Pattern(torch.cat(bits, 1).view(torch.int32), start, count, width, laid)
+    return PackedPattern(torch.cat(bits, 1).view(torch.int32), start, count, width, laid)
 
 
 def _tile_side(size: int) -> int:
@@ -172,7 +172,7 @@ def _tile_side(size: int) -> int:
 
 
 def _check_layers(
-    mask: Tensor, layers: Sequence[tuple[int, int, int]], laid: tuple[Layer, ...]
+    mask: Tensor, layers: Sequence[tuple[int, int, int]], laid: tuple[PackedLayer, ...]
 ) -> None:
     size = mask.shape[1]
     if any(min(out, inp) < 1 for _, out, inp in layers):
@@ -186,7 +186,7 @@ def _check_layers(
         raise ValueError(f"mask must have fewer than 2**31 entries a ticket, got {size}")
 
 
-def _tile(mask: Tensor, layer: Layer) -> Tensor:
+def _tile(mask: Tensor, layer: PackedLayer) -> Tensor:
     """``[P, out * inp] -> [P, tiles, tile_out * tile_in]``, padded with False."""
     padded = mask.new_zeros(
         len(mask), layer.tiles_out * layer.tile_out, layer.tiles_in * layer.tile_in

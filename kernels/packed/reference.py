@@ -1,6 +1,6 @@
 """Packed weights in plain torch: the formulas every backend is compared with.
 
-``bits [P, words]`` and ``start [P, tiles + 1]`` are a `Pattern`'s; ``layer`` tells where one weight
+``bits [P, words]`` and ``start [P, tiles + 1]`` are a `PackedPattern`'s; ``layer`` tells where one weight
 matrix lies in them. All but `place` go by way of the dense matrix.
 """
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .checks import check_sound
-from .layout import Layer
+from .layout import PackedLayer
 
 __all__ = ["dw", "dx", "forward", "pack", "place", "tile_squares", "unpack", "unpack_layer"]
 
 
-def place(bits: Tensor, start: Tensor, layer: Layer, width: int) -> tuple[Tensor, Tensor]:
+def place(bits: Tensor, start: Tensor, layer: PackedLayer, width: int) -> tuple[Tensor, Tensor]:
     """Where a layer is supported, ``[P, out, inp]`` bool, and which of width values lies there."""
     words = bits[:, layer.first_word : layer.first_word + layer.words]
     shift = torch.arange(32, dtype=torch.int32, device=bits.device)
@@ -33,7 +33,7 @@ def place(bits: Tensor, start: Tensor, layer: Layer, width: int) -> tuple[Tensor
     return untile(kept).bool(), untile(index)
 
 
-def unpack_layer(values: Tensor, bits: Tensor, start: Tensor, layer: Layer) -> Tensor:
+def unpack_layer(values: Tensor, bits: Tensor, start: Tensor, layer: PackedLayer) -> Tensor:
     """One weight matrix ``[P, out, inp]``, zero off the mask."""
     mask, index = place(bits, start, layer, values.shape[1])
     # A value more, for the entries that have none.
@@ -43,7 +43,7 @@ def unpack_layer(values: Tensor, bits: Tensor, start: Tensor, layer: Layer) -> T
 
 
 def unpack(
-    values: Tensor, bits: Tensor, start: Tensor, layers: tuple[Layer, ...], size: int
+    values: Tensor, bits: Tensor, start: Tensor, layers: tuple[PackedLayer, ...], size: int
 ) -> Tensor:
     """``[P, k] -> [P, size]``, zero off the mask."""
     dense = [unpack_layer(values, bits, start, layer).flatten(1) for layer in layers]
@@ -51,7 +51,7 @@ def unpack(
 
 
 def pack(
-    dense: Tensor, bits: Tensor, start: Tensor, layers: tuple[Layer, ...], width: int
+    dense: Tensor, bits: Tensor, start: Tensor, layers: tuple[PackedLayer, ...], width: int
 ) -> Tensor:
     """``[P, size or more] -> [P, k]``, zero beyond the nonzeros."""
     values = dense.new_zeros(len(dense), width)
@@ -67,7 +67,7 @@ def forward(
     bits: Tensor,
     start: Tensor,
     bias: Tensor | None,
-    layer: Layer,
+    layer: PackedLayer,
 ) -> Tensor:
     """``y = x wᵀ + b``: ``[P, B, inp], [P, k], [P, out] -> [P, B, out]``."""
     weight = unpack_layer(values, bits, start, layer)
@@ -76,7 +76,7 @@ def forward(
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
-def dx(dy: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: Layer) -> Tensor:
+def dx(dy: Tensor, values: Tensor, bits: Tensor, start: Tensor, layer: PackedLayer) -> Tensor:
     """``dx = dy w``: ``[P, B, out], [P, k] -> [P, B, inp]``."""
     return torch.bmm(dy, unpack_layer(values, bits, start, layer))
 
@@ -87,7 +87,7 @@ def dw(
     x: Tensor,
     bits: Tensor,
     start: Tensor,
-    layer: Layer,
+    layer: PackedLayer,
     squares: Tensor | None = None,
 ) -> None:
     """``target = dyᵀ x`` on the mask: the layer's entries of ``target [P, k]`` alone, in place.
@@ -103,7 +103,7 @@ def dw(
         squares[:, first : first + layer.tiles] = tile_squares(kept, layer)
 
 
-def tile_squares(dense: Tensor, layer: Layer) -> Tensor:
+def tile_squares(dense: Tensor, layer: PackedLayer) -> Tensor:
     """Sums of squares by tile: ``[P, out, inp] -> [P, tiles]``."""
     right = layer.tiles_in * layer.tile_in - layer.inp
     below = layer.tiles_out * layer.tile_out - layer.out
@@ -112,7 +112,9 @@ def tile_squares(dense: Tensor, layer: Layer) -> Tensor:
     return tiles.sum((2, 4)).flatten(1)
 
 
-def _pack_layer(values: Tensor, matrix: Tensor, bits: Tensor, start: Tensor, layer: Layer) -> None:
+def _pack_layer(
+    values: Tensor, matrix: Tensor, bits: Tensor, start: Tensor, layer: PackedLayer
+) -> None:
     """Store the supported entries of ``matrix [P, out, inp]`` among the values."""
     mask, index = place(bits, start, layer, values.shape[1])
     ticket = torch.arange(len(values), device=values.device)[:, None, None].expand_as(index)

@@ -28,7 +28,7 @@ from .checks import (
     check_where,
     find_layer,
 )
-from .layout import Layer, lay_out
+from .layout import PackedLayer, lay_out
 
 __all__ = ["DW", "DX", "LINEAR", "PACK", "UNPACK", "WRITE", "choose"]
 
@@ -211,7 +211,7 @@ def _write(
     x: Tensor,
     bits: Tensor,
     start: Tensor,
-    place: Layer,
+    place: PackedLayer,
     precision: str,
     squares: Tensor | None,
 ) -> None:
@@ -263,7 +263,7 @@ def _size(shapes: list[int]) -> int:
     return sum(layer.out * layer.inp for layer in lay_out(*shapes))
 
 
-class _Differentiable(torch.autograd.Function):
+class _PackedOp(torch.autograd.Function):
     """An op with its tensors saved, but for a bias; subclasses say what its derivative is.
 
     The backward pass runs as the forward pass did (`resume`): on a GPU it is another thread, which
@@ -290,7 +290,7 @@ class _Differentiable(torch.autograd.Function):
         )
 
 
-class _Linear(_Differentiable):
+class _PackedLinear(_PackedOp):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, bits, start = ctx.saved_tensors
@@ -305,7 +305,7 @@ class _Linear(_Differentiable):
         return None, dx, dvalues, None, None, dy.sum(1) if needs[5] else None, None, None, None
 
 
-class _LinearDX(_Differentiable):
+class _PackedDX(_PackedOp):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dy, values, bits, start = ctx.saved_tensors
@@ -319,7 +319,7 @@ class _LinearDX(_Differentiable):
         return None, ddy, dvalues, None, None, None, None, None
 
 
-class _LinearDW(_Differentiable):
+class _PackedDW(_PackedOp):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dy, x, bits, start = ctx.saved_tensors
@@ -333,7 +333,7 @@ class _LinearDW(_Differentiable):
         return None, ddy, dx, None, None, None, None, None, None
 
 
-class _Pack(_Differentiable):
+class _Pack(_PackedOp):
     saved = slice(1, 3)
 
     @staticmethod
@@ -348,7 +348,7 @@ class _Pack(_Differentiable):
         return None, dense, None, None, None, None
 
 
-class _Unpack(_Differentiable):
+class _Unpack(_PackedOp):
     saved = slice(1, 3)
 
     @staticmethod
@@ -364,7 +364,7 @@ register(
     LINEAR,
     _check_forward,
     _forward,
-    _Linear,
+    _PackedLinear,
     lambda x, values, bits, start, bias, shapes, layer, precision: (
         *x.shape[:2],
         shapes[2 * layer],
@@ -376,7 +376,7 @@ register(
     DX,
     _check_dx,
     _dx,
-    _LinearDX,
+    _PackedDX,
     lambda dy, values, bits, start, shapes, layer, precision: (
         *dy.shape[:2],
         shapes[2 * layer + 1],
@@ -388,7 +388,7 @@ register(
     DW,
     _check_dw,
     _dw,
-    _LinearDW,
+    _PackedDW,
     lambda dy, x, bits, start, shapes, layer, width, precision: (dy.shape[0], width),
 )
 register(

@@ -59,7 +59,7 @@ _STREAM = int(Stream.MINIBATCH)
 _LOG_SQRT_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
 
-class Constants(NamedTuple):
+class PPOConstants(NamedTuple):
     """`PPOConfig` with plain numbers, as Numba takes it; no clipping is an infinite norm."""
 
     epochs: int
@@ -323,7 +323,7 @@ def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -
     """Statistics ``[6, P]``; see the op."""
     width = 1 if arena.log_std is None else arena.actor.sizes[-1]
     layout = lay_out(arena.nets, arena.prunable, density, arena.log_std, head_rows(width))
-    constants = Constants(
+    constants = PPOConstants(
         config.epochs,
         config.minibatches,
         float(config.clip),

@@ -21,7 +21,7 @@ from ..dynamics.cpu import task_observe, task_reset, task_step
 from ..random import Stream
 from ..random.cpu import fill_normal, fill_uniform, pick
 from ..threads import count_threads, share
-from .policy import Network, forward, network, prepare
+from .policy import RolloutNet, forward, network, prepare
 from .reference import Rollout
 
 __all__ = ["evaluate", "rollout"]
@@ -385,11 +385,11 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def _critic(arena: Arena, density: float, copies: int) -> Network:
+def _critic(arena: Arena, density: float, copies: int) -> RolloutNet:
     if arena.critic is not None:
         return network(arena.critic, arena, density, copies)
     empty = np.empty(0, np.int64)
-    return Network(empty, empty, empty, 0, activation=0, sparse=False)
+    return RolloutNet(empty, empty, empty, 0, activation=0, sparse=False)
 
 
 def _head(arena: Arena) -> _Head:

@@ -26,7 +26,7 @@ from ..compiling import njit
 from ..mlp.cpu import build_rows
 from ..vector import LANES, load, make_sparse_tile, make_tile, store
 
-__all__ = ["Network", "forward", "network", "prefers_sparse", "prepare"]
+__all__ = ["RolloutNet", "forward", "network", "prefers_sparse", "prepare"]
 
 _ROWS = 4
 # Accumulators, the tile's inputs and a broadcast must fit 32 registers, or AVX2's 16.
@@ -43,7 +43,7 @@ _sparse_narrow = make_sparse_tile(1)
 _ROW_COST = 20
 
 
-class Network(NamedTuple):
+class RolloutNet(NamedTuple):
     """A `Net` as Numba sees it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Network(NamedTuple):
     sparse: bool
 
 
-class Prepared(NamedTuple):
+class PreparedNet(NamedTuple):
     """One ticket's network laid out for `forward`, with its activations.
 
     Attributes:
@@ -93,10 +93,10 @@ def prefers_sparse(sizes: tuple[int, ...], density: float, copies: int) -> bool:
     return sparse < dense
 
 
-def network(net: Net, arena: Arena, density: float, copies: int) -> Network:
+def network(net: Net, arena: Arena, density: float, copies: int) -> RolloutNet:
     """The record of ``net`` for a population of nominal ``density`` and ``copies`` environments."""
     prunable = net.weights[0] < arena.prunable
-    return Network(
+    return RolloutNet(
         np.array(net.sizes, np.int64),
         np.array(net.weights, np.int64),
         np.array(net.biases, np.int64),
@@ -118,11 +118,11 @@ def prepare(row, mask, net, copies):
     Args:
         row: ``[size]`` float32, the ticket's parameters.
         mask: ``[N]`` bool; read by the sparse plan only.
-        net: `Network`.
+        net: `RolloutNet`.
         copies: most observations of any later `forward`.
 
     Returns:
-        `Prepared`.
+        `PreparedNet`.
     """
     # Room for the last row's surplus lanes; zeros, because surplus lanes are computed with.
     room = net.stride * _round_up(copies, _ROWS) + 2 * LANES
@@ -152,7 +152,7 @@ def _prepare_dense(row, net, x, y):
                 values[v0 + i * width + o] = weight[o * inp + i]
         v0 += inp * width
         b0 += width
-    return Prepared(values, np.empty(0, np.int32), np.empty(0, np.int64), bias, x, y)
+    return PreparedNet(values, np.empty(0, np.int32), np.empty(0, np.int64), bias, x, y)
 
 
 @njit(cache=True)
@@ -175,7 +175,7 @@ def _prepare_sparse(row, mask, net, x, y):
     values = np.empty(count, np.float32)
     for j in range(count):
         values[j] = row[positions[j]]
-    return Prepared(values, column, begin, bias, x, y)
+    return PreparedNet(values, column, begin, bias, x, y)
 
 
 @njit(cache=True)

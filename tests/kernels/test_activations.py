@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_tickets.kernels import activations
-from sparse_tickets.kernels.activations import ACTIVATIONS, Activation
+from sparse_tickets.kernels.activations import ACTIVATIONS, TorchActivation
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.mlp import mlp
@@ -31,7 +31,7 @@ def test_an_entry_is_one_function_and_its_derivative(name):
 def softsign(monkeypatch):
     """A network of an activation that torch's terms alone know."""
     function = torch.nn.functional.softsign
-    monkeypatch.setitem(activations.ACTIVATIONS, "softsign", Activation(function, None, None))
+    monkeypatch.setitem(activations.ACTIVATIONS, "softsign", TorchActivation(function, None, None))
     return Arena.build((3, 5, 2), activation="softsign")
 
 

@@ -14,7 +14,7 @@ from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.kernels.dispatch import Plan, has_triton, use_backend
 from sparse_tickets.kernels.packed import (
-    Pattern,
+    PackedPattern,
     build_pattern,
     cost,
     linear_packed,
@@ -69,7 +69,7 @@ def population(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     width: int | None = None,
-) -> tuple[Tensor, Tensor, Pattern]:
+) -> tuple[Tensor, Tensor, PackedPattern]:
     """Dense weights, zero off the mask, the mask and its pattern; one ticket per density."""
     layers = layers_of(net)
     size = sum(out * inp for out, inp in net)
@@ -81,7 +81,7 @@ def population(
     return dense, mask, build_pattern(mask, layers, width=width)
 
 
-def weights_of(dense: Tensor, pattern: Pattern, layer: int) -> Tensor:
+def weights_of(dense: Tensor, pattern: PackedPattern, layer: int) -> Tensor:
     place = pattern.layers[layer]
     flat = dense[:, place.offset : place.offset + place.out * place.inp]
     return flat.unflatten(1, (place.out, place.inp))
@@ -406,7 +406,7 @@ def check_write_gradient(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_write_gradient(backend: str) -> None:
-    """Layer by layer into one buffer, with the squares that add up to the squared norm."""
+    """PackedLayer by layer into one buffer, with the squares that add up to the squared norm."""
     check_write_gradient(backend, ((70, 20), (3, 70)), (0.3, 1.0, 0.0), 4)
 
 
@@ -529,7 +529,7 @@ def test_a_change_before_the_backward_pass_raises() -> None:
         ({"values": torch.zeros(2, 3)}, ValueError, "values must have shape"),
         ({"values": torch.zeros(2, 63).long()}, TypeError, "values must be float32"),
         ({"values": torch.zeros(2, 63, device="meta")}, ValueError, "values must be on cpu"),
-        ({"pattern": None}, TypeError, "pattern must be a Pattern, got NoneType"),
+        ({"pattern": None}, TypeError, "pattern must be a PackedPattern, got NoneType"),
         ({"layer": 1}, ValueError, r"layer must be in \[0, 1\), got 1"),
         ({"layer": -1}, ValueError, r"layer must be in \[0, 1\), got -1"),
         ({"bias": torch.zeros(2, 8)}, ValueError, r"bias must have shape \(2, 7\)"),
@@ -560,7 +560,7 @@ def test_bad_packing() -> None:
         pack(torch.zeros(2, 63, dtype=torch.int32), pattern)
     with pytest.raises(ValueError, match=r"values must have shape \(2, 63\)"):
         unpack(torch.zeros(2, 62), pattern)
-    with pytest.raises(TypeError, match="pattern must be a Pattern"):
+    with pytest.raises(TypeError, match="pattern must be a PackedPattern"):
         unpack(torch.zeros(2, 63), "mask")
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.kernels.compile import compile_ops
-from sparse_tickets.kernels.packed import Layer, build_pattern, reference
+from sparse_tickets.kernels.packed import PackedLayer, build_pattern, reference
 
 pytest.importorskip("triton")
 
@@ -120,7 +120,7 @@ def test_only_its_own_rows_see_a_nan() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 17, 64, 4096])
 def test_launches_fit_tensor_cores(product: str, dtype: torch.dtype, batch: int) -> None:
-    layer = Layer(0, 256, 256, 0, 0)
+    layer = PackedLayer(0, 256, 256, 0, 0)
     for precision in ("ieee", "tf32", "tf32x3"):
         launch = gpu.choose_launch(product, batch, layer, dtype, precision)
         assert 16 <= launch.block_batch <= 128
