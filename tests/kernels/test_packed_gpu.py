@@ -124,7 +124,7 @@ def test_launches_fit_tensor_cores(product: str, dtype: torch.dtype, batch: int)
     for precision in ("ieee", "tf32", "tf32x3"):
         launch = gpu.choose_launch(product, batch, layer, dtype, precision)
         assert 16 <= launch.block_batch <= 128
-        assert launch.block_batch & (launch.batch - 1) == 0
+        assert launch.block_batch & (launch.block_batch - 1) == 0
         assert launch.block_batch < max(2 * batch, 17)
 
 
