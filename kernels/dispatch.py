@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -19,6 +22,7 @@ __all__ = [
     "Plan",
     "differentiating",
     "has_triton",
+    "implementation",
     "interpreting",
     "is_chosen",
     "resolve_backend",
@@ -146,3 +150,17 @@ def resolve_backend(device: torch.device) -> Backend:
                 "(on CPU tensors set TRITON_INTERPRET=1 before the first import)"
             )
     return name  # type: ignore[return-value]
+
+
+def implementation(package: str, device: torch.device) -> ModuleType:
+    """The module of an op's package that computes on ``device``: `reference`, `cpu` or `gpu`.
+
+    Raises:
+        ValueError: see `resolve_backend`.
+    """
+    return _module(package, resolve_backend(device))
+
+
+@cache
+def _module(package: str, backend: Backend) -> ModuleType:
+    return importlib.import_module(f"{package}.{'gpu' if backend == 'triton' else backend}")

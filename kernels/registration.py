@@ -1,4 +1,7 @@
-"""Register an op with torch that is differentiable by other ops, traceable and batchable."""
+"""Register ops with torch: `declare` one without a derivative, or `register` one that has.
+
+The latter is differentiable by other ops, traceable and batchable.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import Library, register_fake, register_vmap
+from torch.library import Library, infer_schema, register_fake, register_vmap
 
-__all__ = ["register"]
+__all__ = ["declare", "register"]
+
+_library = Library("sparse_tickets", "FRAGMENT")
+
+
+def declare(
+    name: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    written: tuple[str, ...] = (),
+) -> None:
+    """Register an op that torch does not differentiate.
+
+    Args:
+        name: of the op.
+        compute: what it is on a device; its annotations are the op's schema.
+        fake: the shapes of its results.
+        written: the arguments that ``compute`` writes.
+    """
+    schema = infer_schema(compute, mutates_args=written)
+    # Sizes are numbers here: a symbol would be looked up at every call.
+    _library.define(name + schema.replace("SymInt", "int"))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, compute, device)
+    register_fake(f"sparse_tickets::{name}", fake, lib=_library)
 
 
 def register(

@@ -10,15 +10,13 @@ Acrobot's initial state, and Pendulum's torque terms when the action is a float3
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
-from ..dispatch import resolve_backend
+from ..dispatch import implementation
 from ..errors import check_device, check_dtype, check_shape, check_untransformed
-from . import reference
+from ..registration import declare
 from .reference import TASKS, Task
 
 __all__ = ["TASKS", "Task", "check_task", "initial", "observe", "step"]
@@ -111,54 +109,29 @@ def check_task(task: Task) -> None:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got another {task.name}")
 
 
-def _backend(device: torch.device) -> ModuleType:
-    name = resolve_backend(device)
-    if name == "cpu":
-        from . import cpu
-
-        return cpu
-    if name == "triton":
-        from . import gpu
-
-        return gpu
-    return reference
+def _initial(u: Tensor, task: str) -> Tensor:
+    return implementation(__name__, u.device).initial(TASKS[task], u)
 
 
-def _initial_impl(u: Tensor, task: str) -> Tensor:
-    return _backend(u.device).initial(TASKS[task], u)
+def _step(state: Tensor, action: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(__name__, state.device).step(TASKS[task], state, action)
 
 
-def _step_impl(state: Tensor, action: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(state.device).step(TASKS[task], state, action)
+def _observe(state: Tensor, task: str) -> Tensor:
+    return implementation(__name__, state.device).observe(TASKS[task], state)
 
 
-def _observe_impl(state: Tensor, task: str) -> Tensor:
-    return _backend(state.device).observe(TASKS[task], state)
-
-
-_library = Library("sparse_tickets", "FRAGMENT")
-_library.define("dynamics_initial(Tensor u, str task) -> Tensor")
-_library.define("dynamics_step(Tensor state, Tensor action, str task) -> (Tensor, Tensor, Tensor)")
-_library.define("dynamics_observe(Tensor state, str task) -> Tensor")
-for _key in ("CPU", "CUDA"):
-    _library.impl("dynamics_initial", _initial_impl, _key)
-    _library.impl("dynamics_step", _step_impl, _key)
-    _library.impl("dynamics_observe", _observe_impl, _key)
-
-
-@register_fake("sparse_tickets::dynamics_initial", lib=_library)
-def _initial_fake(u, task):
-    return u.new_empty(u.shape, dtype=torch.float64)
-
-
-@register_fake("sparse_tickets::dynamics_step", lib=_library)
-def _step_fake(state, action, task):
+def _step_fake(state: Tensor, action: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
     copies = state.shape[:-1]
     reward = state.new_empty(copies, dtype=torch.float32)
     return state.new_empty(state.shape), reward, state.new_empty(copies, dtype=torch.bool)
 
 
-@register_fake("sparse_tickets::dynamics_observe", lib=_library)
-def _observe_fake(state, task):
+def _observe_fake(state: Tensor, task: str) -> Tensor:
     shape = (*state.shape[:-1], TASKS[task].observation_dim)
     return state.new_empty(shape, dtype=torch.float32)
+
+
+declare("dynamics_initial", _initial, lambda u, task: u.new_empty(u.shape, dtype=torch.float64))
+declare("dynamics_step", _step, _step_fake)
+declare("dynamics_observe", _observe, _observe_fake)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from ..arena import Arena, Parameters
-from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
+from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
 from ..errors import (
     check_device,
     check_dtype,
@@ -22,7 +21,6 @@ from ..errors import (
 from ..memory import mark_written
 from ..mlp import describe_layers
 from ..mlp.checks import check_density, check_optimiser, check_parameters
-from . import reference
 
 __all__ = ["CloneConfig", "clone_update_", "plan"]
 
@@ -157,19 +155,6 @@ def _check_dataset(dataset: Tensor, datasets: int) -> None:
         raise ValueError(f"dataset must be in [0, {datasets}), got {low}..{high}")
 
 
-def _backend(device: torch.device) -> ModuleType:
-    name = resolve_backend(device)
-    if name == "triton":
-        from . import gpu
-
-        return gpu
-    if name == "cpu":
-        from . import cpu
-
-        return cpu
-    return reference
-
-
 def _update_impl(
     weight: Tensor,
     mask: Tensor,
@@ -187,7 +172,7 @@ def _update_impl(
     *numbers: Any,
 ) -> Tensor:
     _check_dataset(dataset, obs.shape[0])
-    loss = _backend(weight.device).clone_update_(
+    loss = implementation(__name__, weight.device).clone_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
         Arena.decode(tuple(arena_code)),
         obs.contiguous(),

@@ -7,31 +7,22 @@ in its turn is computed `layered`. `run` spares eager calls the dispatcher.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import Library, register_fake
+from torch.library import Library
 
 from ..arena import Net
 from ..dispatch import Backend, differentiating, resolve_backend, resume
 from ..linear import is_plain, is_watched
+from ..registration import declare
 from . import layered, reference
 from .checks import check_floats
 
 __all__ = ["call", "run"]
 
-# Registration. `Library.impl` instead of `custom_op`, which costs ten times as much per call.
-
-_ARGUMENTS = "Tensor x, Tensor weight, Tensor? mask, {}int[] net_code, float density, str precision"
-_library = Library("sparse_tickets", "FRAGMENT")
-_library.define(f"mlp({_ARGUMENTS.format('')}) -> Tensor")
-_library.define(f"mlp_keep({_ARGUMENTS.format('')}) -> (Tensor, Tensor)")
-_library.define(
-    f"mlp_backward(Tensor dy, {_ARGUMENTS.format('Tensor? hidden, ')}, bool to_input) "
-    "-> (Tensor, Tensor)"
-)
 _OPS = torch.ops.sparse_tickets
 
 
@@ -207,19 +198,30 @@ def _detach(tensor: Tensor | None) -> Any:
 
 
 def _compute(
-    x: Tensor, weight: Tensor, mask: Tensor | None, code: list[int], density: float, precision: str
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    net_code: list[int],
+    density: float,
+    precision: str,
 ) -> Tensor:
-    backend, net = _choose_backend(x, weight), Net.decode(tuple(code))
+    backend, net = _choose_backend(x, weight), Net.decode(tuple(net_code))
     leaves = x.detach(), weight.detach(), _detach(mask)
     return _forward(backend, *leaves, net, density, precision, False)[0]
 
 
 def _compute_keeping(
-    x: Tensor, weight: Tensor, mask: Tensor | None, code: list[int], density: float, precision: str
-) -> tuple[Tensor, Tensor | None]:
-    backend, net = _choose_backend(x, weight), Net.decode(tuple(code))
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    net_code: list[int],
+    density: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    backend, net = _choose_backend(x, weight), Net.decode(tuple(net_code))
     leaves = x.detach(), weight.detach(), _detach(mask)
-    return _forward(backend, *leaves, net, density, precision, True)
+    kept = _forward(backend, *leaves, net, density, precision, True)
+    return cast("tuple[Tensor, Tensor]", kept)
 
 
 def _compute_backward(
@@ -228,12 +230,12 @@ def _compute_backward(
     weight: Tensor,
     mask: Tensor | None,
     hidden: Tensor | None,
-    code: list[int],
+    net_code: list[int],
     density: float,
     precision: str,
     to_input: bool,
 ) -> tuple[Tensor, Tensor]:
-    backend, net = _choose_backend(x, weight), Net.decode(tuple(code))
+    backend, net = _choose_backend(x, weight), Net.decode(tuple(net_code))
     dx, dweight = _backward(
         backend,
         dy.detach(),
@@ -250,24 +252,29 @@ def _compute_backward(
 
 
 def _differentiable(
-    x: Tensor, weight: Tensor, mask: Tensor | None, code: list[int], density: float, precision: str
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    net_code: list[int],
+    density: float,
+    precision: str,
 ) -> Tensor:
     # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        net = Net.decode(tuple(code))
+        net = Net.decode(tuple(net_code))
         call = _MlpCall(resolve_backend(x.device), False, net, density, precision)
         return _Mlp.apply(x, weight, mask, call)
-    return _dispatch(False, x, weight, mask, code, density, precision)[0]
+    return _dispatch(False, x, weight, mask, net_code, density, precision)[0]
 
 
-def _fake(x: Tensor, weight: Tensor, mask: Tensor | None, code: list[int], *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:2], Net.decode(tuple(code)).sizes[-1])
+def _fake(x: Tensor, weight: Tensor, mask: Tensor | None, net_code: list[int], *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:2], Net.decode(tuple(net_code)).sizes[-1])
 
 
 def _fake_keeping(
-    x: Tensor, weight: Tensor, mask: Tensor | None, code: list[int], *_: Any
+    x: Tensor, weight: Tensor, mask: Tensor | None, net_code: list[int], *_: Any
 ) -> tuple[Tensor, Tensor]:
-    sizes = Net.decode(tuple(code)).sizes
+    sizes = Net.decode(tuple(net_code)).sizes
     return x.new_empty(*x.shape[:2], sizes[-1]), x.new_empty(*x.shape[:2], sum(sizes[1:-1]))
 
 
@@ -276,12 +283,8 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple
     return x.new_empty(x.shape if to_input else 0), weight.new_empty(weight.shape)
 
 
-for _name, _function, _shapes in (
-    ("mlp", _compute, _fake),
-    ("mlp_keep", _compute_keeping, _fake_keeping),
-    ("mlp_backward", _compute_backward, _fake_backward),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
-    register_fake(f"sparse_tickets::{_name}", _shapes, lib=_library)
+declare("mlp", _compute, _fake)
+declare("mlp_keep", _compute_keeping, _fake_keeping)
+declare("mlp_backward", _compute_backward, _fake_backward)
+_library = Library("sparse_tickets", "IMPL")
 _library.impl("mlp", _differentiable, "Autograd")

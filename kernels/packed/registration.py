@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
+from torch.library import Library
 
 from ..dispatch import Backend, resolve_backend, resume
 from ..errors import check_device, check_dtype, check_integer, check_shape
 from ..memory import check_separate, mark_written
-from ..registration import register
+from ..registration import declare, register
 from . import reference
 from .checks import (
     DTYPES,
@@ -48,16 +48,11 @@ _library.define(
 )
 _library.define(f"pack(Tensor dense, {_PATTERN}, int[] shapes, int width) -> Tensor")
 _library.define(f"unpack(Tensor values, {_PATTERN}, int[] shapes) -> Tensor")
-_library.define(
-    f"write_gradient_(Tensor(a!) gradient, Tensor dy, Tensor x, {_PATTERN}, int[] shapes, "
-    "int layer, str precision, Tensor(b!)? squares) -> ()"
-)
 LINEAR = torch.ops.sparse_tickets.linear_packed.default
 DX = torch.ops.sparse_tickets.linear_packed_dx.default
 DW = torch.ops.sparse_tickets.linear_packed_dw.default
 PACK = torch.ops.sparse_tickets.pack.default
 UNPACK = torch.ops.sparse_tickets.unpack.default
-WRITE = torch.ops.sparse_tickets.write_gradient_.default
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -409,6 +404,5 @@ register(
     _Unpack,
     lambda values, bits, start, shapes: (values.shape[0], _size(shapes)),
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("write_gradient_", _write_gradient, _device)
-register_fake("sparse_tickets::write_gradient_", _check_write, lib=_library)
+declare("write_gradient_", _write_gradient, _check_write, written=("gradient", "squares"))
+WRITE = torch.ops.sparse_tickets.write_gradient_.default

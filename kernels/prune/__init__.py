@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import resolve_backend
+from ..dispatch import implementation
 from ..errors import check_data, check_device, check_dtype, check_shape
-from . import cpu, reference
+from ..registration import declare
 
 __all__ = ["prune"]
 
@@ -115,24 +115,15 @@ def _check_op(scores: Tensor, mask: Tensor, k: Tensor) -> None:
     _check_counts_shape(k, scores)
 
 
-def _prune_impl(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
+def _prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
     _check_op(scores, mask, k)
-    backend = resolve_backend(scores.device)
-    mask, k = mask.contiguous(), k.contiguous()
-    if backend == "triton":
-        from . import gpu
-
-        return gpu.prune(scores, mask, k, magnitude)
-    return (cpu if backend == "cpu" else reference).prune(scores, mask, k, magnitude)
+    kernels = implementation(__name__, scores.device)
+    return kernels.prune(scores, mask.contiguous(), k.contiguous(), magnitude)
 
 
-_library = torch.library.Library("sparse_tickets", "FRAGMENT")
-_library.define("prune(Tensor scores, Tensor mask, Tensor k, bool magnitude) -> Tensor")
-for _key in ("CPU", "CUDA"):
-    _library.impl("prune", _prune_impl, _key)
-
-
-@torch.library.register_fake("sparse_tickets::prune", lib=_library)
 def _prune_fake(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:
     _check_op(scores, mask, k)
     return torch.empty_like(mask, memory_format=torch.contiguous_format)
+
+
+declare("prune", _prune, _prune_fake)

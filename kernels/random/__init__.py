@@ -16,14 +16,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from enum import IntEnum
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..dispatch import resolve_backend
+from ..dispatch import implementation
 from ..errors import check_device, check_dtype, check_shape
-from . import reference
 
 __all__ = [
     "Stream",
@@ -228,25 +226,12 @@ def _check_int(name: str, value: int, limit: int) -> None:
         raise ValueError(f"{name} must be in [0, 2**{limit}), got {value}")
 
 
-def _backend(device: torch.device) -> ModuleType:
-    name = resolve_backend(device)
-    if name == "cpu":
-        from . import cpu
-
-        return cpu
-    if name == "triton":
-        from . import gpu
-
-        return gpu
-    return reference
-
-
 _library = torch.library.Library("sparse_tickets", "FRAGMENT")
 
 
 def _register_draw(op: str, dtype: torch.dtype) -> None:
     def run(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
-        return getattr(_backend(key.device), op)(key.contiguous(), n, stream, step)
+        return getattr(implementation(__name__, key.device), op)(key.contiguous(), n, stream, step)
 
     def fake(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
         return key.new_empty((key.shape[0], n), dtype=dtype)
@@ -266,7 +251,9 @@ def _register(
 
 def _categorical(probs: Tensor, u: Tensor) -> Tensor:
     rows = probs.reshape(-1, probs.shape[-1]).contiguous()
-    index, refused = _backend(probs.device).categorical(rows, u.reshape(-1).contiguous())
+    index, refused = implementation(__name__, probs.device).categorical(
+        rows, u.reshape(-1).contiguous()
+    )
     if refused >= 0:
         raise ValueError(
             "probs must be >= 0 with a finite sum above 0, and u in [0, 1), got "

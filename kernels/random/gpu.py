@@ -6,6 +6,7 @@ products for every 16 bytes written, so the draw is bound by arithmetic, not by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -187,10 +188,13 @@ def categorical(probs: Tensor, u: Tensor) -> tuple[Tensor, int]:
     return out, -1
 
 
-_KEY = meta(2, dtype=torch.int64)
+def _draw_example(draw: Callable[..., Tensor], *, on_device: bool = False) -> None:
+    key = meta(2, dtype=torch.int64)
+    draw(key, 9, 7, key if on_device else 5)
+
 
 EXAMPLES = [
-    *(Example(draw.__name__, partial(draw, _KEY, 9, 7, 5)) for draw in (bits, uniform, normal)),
-    Example("uniform_step_on_device", lambda: uniform(_KEY, 9, 7, _KEY)),
+    *(Example(draw.__name__, partial(_draw_example, draw)) for draw in (bits, uniform, normal)),
+    Example("uniform_step_on_device", partial(_draw_example, uniform, on_device=True)),
     Example("three", lambda: categorical(meta(9, 3), meta(9))),
 ]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import resolve_backend
+from ..dispatch import implementation
 from ..errors import check_device, check_dtype, check_shape
-from . import cpu, reference
+from ..registration import declare
 
 __all__ = ["gae"]
 
@@ -80,7 +80,7 @@ def gae(
     )
 
 
-def _gae_impl(
+def _gae(
     reward: Tensor,
     value: Tensor,
     next_value: Tensor,
@@ -89,32 +89,9 @@ def _gae_impl(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (
-        reward.contiguous(),
-        value.contiguous(),
-        next_value.contiguous(),
-        terminated.contiguous(),
-        truncated.contiguous(),
-        gamma,
-        lam,
-    )
-    backend = resolve_backend(reward.device)
-    if backend == "triton":
-        from . import gpu
-
-        return gpu.gae(*arguments)
-    return (cpu if backend == "cpu" else reference).gae(*arguments)
+    rows = (reward, value, next_value, terminated, truncated)
+    kernels = implementation(__name__, reward.device)
+    return kernels.gae(*(row.contiguous() for row in rows), gamma, lam)
 
 
-_library = torch.library.Library("sparse_tickets", "FRAGMENT")
-_library.define(
-    "gae(Tensor reward, Tensor value, Tensor next_value, Tensor terminated, Tensor truncated, "
-    "float gamma, float lam) -> (Tensor, Tensor)"
-)
-for _key in ("CPU", "CUDA"):
-    _library.impl("gae", _gae_impl, _key)
-
-
-@torch.library.register_fake("sparse_tickets::gae", lib=_library)
-def _gae_fake(reward, value, next_value, terminated, truncated, gamma, lam):
-    return reward.new_empty(reward.shape), reward.new_empty(reward.shape)
+declare("gae", _gae, lambda reward, *_: (reward.new_empty(reward.shape),) * 2)

@@ -10,16 +10,15 @@ every row by itself. None has a derivative, forward-mode tangents are refused.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import resolve_backend
+from ..dispatch import implementation
 from ..errors import check_untransformed
 from ..memory import check_separate, mark_written
-from . import cpu, reference
+from ..registration import declare
 from .checks import (
     check_count,
     check_like,
@@ -142,15 +141,6 @@ def adam_(
     )
 
 
-def _backend(device: torch.device) -> ModuleType:
-    name = resolve_backend(device)
-    if name == "triton":
-        from . import gpu
-
-        return gpu
-    return cpu if name == "cpu" else reference
-
-
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -212,7 +202,7 @@ def _check_adam(
     check_partials(norm_partials, weight)
 
 
-def _rewind_impl(
+def _rewind(
     weight: Tensor,
     initial: Tensor,
     m: Tensor,
@@ -228,11 +218,11 @@ def _rewind_impl(
     mask, count = _contiguous(mask), _contiguous(count)
     rows = (weight, initial, m, v)
     check_rewind_separate(*rows, initial_m, initial_v, mask=mask, count=count)
-    _backend(weight.device).rewind_(*rows, mask, count, initial_m, initial_v)
+    implementation(__name__, weight.device).rewind_(*rows, mask, count, initial_m, initial_v)
     mark_written(weight, m, v)
 
 
-def _adam_impl(
+def _adam(
     weight: Tensor,
     grad: Tensor,
     m: Tensor,
@@ -253,32 +243,19 @@ def _adam_impl(
     optional = _optional(mask, count, norm_partials)
     written = {"weight": weight, "m": m, "v": v, "step": step}
     check_separate(written, {"grad": grad, "lr": lr, **optional})
-    backend = _backend(weight.device)
+    backend = implementation(__name__, weight.device)
     norm = backend.adam_(weight, grad, m, v, step, lr, *optional.values(), *numbers)
     mark_written(weight, m, v, step)
     return norm
 
 
-_library = torch.library.Library("sparse_tickets", "FRAGMENT")
-_library.define(
-    "rewind_(Tensor(a!) weight, Tensor initial, Tensor(b!) m, Tensor(c!) v, Tensor? mask, "
-    "Tensor? count, Tensor? initial_m, Tensor? initial_v) -> ()"
-)
-_library.define(
-    "adam_(Tensor(a!) weight, Tensor grad, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, "
-    "Tensor lr, Tensor? mask, Tensor? count, Tensor? norm_partials, float max_norm, float beta1, "
-    "float beta2, float eps) -> Tensor"
-)
-for _key in ("CPU", "CUDA"):
-    _library.impl("rewind_", _rewind_impl, _key)
-    _library.impl("adam_", _adam_impl, _key)
-
-
 # Where shapes alone are known, the same is refused.
-torch.library.register_fake("sparse_tickets::rewind_", _check_rewind, lib=_library)
 
 
-@torch.library.register_fake("sparse_tickets::adam_", lib=_library)
 def _adam_fake(weight: Tensor, *rest: Any) -> Tensor:
     _check_adam(weight, *rest)
     return weight.new_empty(weight.shape[0])
+
+
+declare("rewind_", _rewind, _check_rewind, written=("weight", "m", "v"))
+declare("adam_", _adam, _adam_fake, written=("weight", "m", "v", "step"))
