@@ -66,22 +66,22 @@ def _product_kernel(
     program = tl.program_id(0)
     ticket = (program // tiles).to(tl.int64)
     tile = program % tiles
-    row = (tile // col_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = (tile % col_blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row = (tile // col_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]  # [rows, 1]
+    col = (tile % col_blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, block]
     kept = table + ticket * table_ticket + (first_list + tile % col_blocks) * table_list
     depth = tl.load(kept) * BLOCK
     step = tl.arange(0, BLOCK_DEPTH)
     CONTIGUOUS: tl.constexpr = min(BLOCK, BLOCK_DEPTH)
 
-    a_rows = a + ticket * a_ticket + row * a_row
-    b_cols = b + ticket * b_ticket + col * b_col
-    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=ACCUMULATOR)
+    a_rows = a + ticket * a_ticket + row * a_row  # [rows, 1]
+    b_cols = b + ticket * b_ticket + col * b_col  # [1, block]
+    total = tl.zeros((BLOCK_ROWS, BLOCK), dtype=ACCUMULATOR)  # [rows, block]
     # Entry n of the kept blocks' common depth is entry n % BLOCK of block n // BLOCK. The blocks of
     # a step are looked up one step ahead: the pipeline would spend half its stages on the look-up.
     block = tl.load(kept + 1 + step // BLOCK, mask=step < depth, other=0)
     for start in range(0, depth, BLOCK_DEPTH):
         inside = start + step < depth
-        inner = block * BLOCK + (start + step) % BLOCK
+        inner = block * BLOCK + (start + step) % BLOCK  # [depth]
         inner = tl.max_contiguous(tl.multiple_of(inner, CONTIGUOUS), CONTIGUOUS)
         a_values = tl.load(
             a_rows + inner[None, :] * a_depth, mask=(row < rows) & inside[None, :], other=0.0
@@ -138,13 +138,13 @@ def _gradient_kernel(
     place = first + lane // BLOCK
     block = tl.load(listed + 1 + place, mask=place < col_blocks, other=0)
     col = tl.max_contiguous(tl.multiple_of(block * BLOCK + lane % BLOCK, BLOCK), BLOCK)[None, :]
-    row = row_block * BLOCK + tl.arange(0, BLOCK)[:, None]
-    kept = (place < count)[None, :]
+    row = row_block * BLOCK + tl.arange(0, BLOCK)[:, None]  # [block, 1]
+    kept = (place < count)[None, :]  # [1, cols]
     inner = tl.arange(0, BLOCK_DEPTH)
 
-    dy_tile = dy + ticket * dy_ticket + row * dy_out + inner[None, :] * dy_batch
-    x_tile = x + ticket * x_ticket + inner[:, None] * x_batch + col * x_inp
-    total = tl.zeros((BLOCK, BLOCK_COLS), dtype=ACCUMULATOR)
+    dy_tile = dy + ticket * dy_ticket + row * dy_out + inner[None, :] * dy_batch  # [block, depth]
+    x_tile = x + ticket * x_ticket + inner[:, None] * x_batch + col * x_inp  # [depth, cols]
+    total = tl.zeros((BLOCK, BLOCK_COLS), dtype=ACCUMULATOR)  # [block, cols]
     depth = tl.where(first < count, batch, 0)
     for start in range(0, depth, BLOCK_DEPTH):
         left = depth - start

@@ -61,13 +61,13 @@ def _gemm_kernel(
     program = tl.program_id(0)
     ticket = (program // tiles).to(tl.int64)
     tile = program % tiles
-    row = (tile // col_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    col = (tile % col_tiles) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    inner = tl.arange(0, BLOCK_DEPTH)
+    row = (tile // col_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]  # [rows, 1]
+    col = (tile % col_tiles) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]  # [1, cols]
+    inner = tl.arange(0, BLOCK_DEPTH)  # [depth]
 
-    a_tile = a + ticket * a_ticket + row * a_row + inner[None, :] * a_depth
-    b_tile = b + ticket * b_ticket + inner[:, None] * b_depth + col * b_col
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=ACCUMULATOR)
+    a_tile = a + ticket * a_ticket + row * a_row + inner[None, :] * a_depth  # [rows, depth]
+    b_tile = b + ticket * b_ticket + inner[:, None] * b_depth + col * b_col  # [depth, cols]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=ACCUMULATOR)  # [rows, cols]
     for start in range(0, depth, BLOCK_DEPTH):
         left = depth - start
         a_values = tl.load(a_tile, mask=(row < rows) & (inner[None, :] < left), other=0.0)

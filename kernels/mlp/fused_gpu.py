@@ -90,7 +90,7 @@ def load_weight(
     MASKED: tl.constexpr,
 ):
     """A layer in whole blocks ``[out, inp]``, zero off the mask and beyond its size."""
-    row = tl.arange(0, BLOCKS[layer + 1])[:, None]
+    row = tl.arange(0, BLOCKS[layer + 1])[:, None]  # [out, 1]
     col = tl.arange(0, BLOCKS[layer])[None, :]
     inside = (row < SIZES[layer + 1]) & (col < SIZES[layer])
     entry = WEIGHTS[layer] + row * SIZES[layer] + col
@@ -131,7 +131,7 @@ def hidden_layers(
         matrix = load_weight(weight, mask, layer, SIZES, BLOCKS, WEIGHTS, MASKED)
         shift = load_bias(weight, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
         total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + shift
-        inputs += (activate(total, ACTIVATION),)
+        inputs += (activate(total, ACTIVATION),)  # [rows, units]
     return inputs
 
 
@@ -172,7 +172,7 @@ def forward_kernel(
     x += ticket * x_ticket + begin.to(tl.int64) * x_row
     y += (ticket * samples + begin) * SIZES[DEPTH]
 
-    tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
+    tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)  # [rows, inputs]
     inputs = hidden_layers(
         tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION, DEEP
     )
@@ -253,7 +253,7 @@ def backward_kernel(
     grads = ()
     bias_grads = ()
     for layer in tl.static_range(DEPTH - 1, -1, -1):
-        grads += (zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
+        grads += (zeros(BLOCKS[layer + 1], BLOCKS[layer]),)  # [out, inp]
         if DEEP and layer < DEPTH - 1 and BLOCKS[layer + 1] == 64:
             bias_grads += (zeros(ROWS // 2, BLOCKS[layer + 1]),)
         else:
@@ -261,11 +261,11 @@ def backward_kernel(
 
     for done in range(begin, tl.minimum(begin + stretch, samples), ROWS):
         left = samples - done
-        tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)
+        tile = _load_rows(x, x_row, left, SIZES[0], BLOCKS[0], ROWS)  # [rows, inputs]
         inputs = hidden_layers(
             tile, weight, mask, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
         )
-        deltas = (_load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS),)
+        deltas = (_load_rows(dy, dy_row, left, SIZES[DEPTH], BLOCKS[DEPTH], ROWS),)  # [rows, out]
         new_grads = ()
         new_bias_grads = ()
         for layer in tl.static_range(DEPTH - 1, -1, -1):
@@ -276,7 +276,7 @@ def backward_kernel(
                 new_grads += (grad,)
             if layer > 0:
                 matrix = load_weight(weight, mask, layer, SIZES, BLOCKS, WEIGHTS, MASKED)
-                delta = tl.dot(delta, matrix, input_precision="ieee")
+                delta = tl.dot(delta, matrix, input_precision="ieee")  # [rows, inp]
                 deltas += (deactivate(delta, inputs[layer], ACTIVATION),)
         if DEEP:
             for layer in tl.static_range(DEPTH - 1, -1, -1):

@@ -56,15 +56,15 @@ def _product(
     PRECISION: tl.constexpr,
 ):
     """``[ROWS, COLS]`` of ``a b``; rows of a are contiguous, b and its mask are strided alike."""
-    inner = tl.arange(0, STEP)
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    inner = tl.arange(0, STEP)  # [step]
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)  # [rows, cols]
     for begin in range(0, DEPTH, STEP):
         step = begin + inner
         a_values = tl.load(
             a + row * a_row + step[None, :], mask=(row < left) & (step[None, :] < DEPTH), other=0.0
         )
         inside = (step[:, None] < DEPTH) & (col < cols)
-        entry = step[:, None] * b_inner + col * b_col
+        entry = step[:, None] * b_inner + col * b_col  # [step, cols]
         b_values = tl.load(b + entry, mask=inside, other=0.0)
         if MASKED:
             keep = tl.load(mask + entry, mask=inside, other=0) != 0
@@ -107,7 +107,7 @@ def forward_kernel(
     ticket = (program // tiles).to(tl.int64)
     first = program % tiles * ROWS
     left = samples - first
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, ROWS)[:, None]  # [rows, 1]
     weight += ticket * weight_ticket
     mask_row = weight if mask is None else mask + ticket * mask_ticket
     source = x + ticket * x_ticket + first.to(tl.int64) * x_row
@@ -183,7 +183,7 @@ def delta_kernel(
     ticket = (program // tiles).to(tl.int64)
     first = program % tiles * ROWS
     left = samples - first
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, ROWS)[:, None]  # [rows, 1]
     weight += ticket * weight_ticket
     mask_row = weight if mask is None else mask + ticket * mask_ticket
     source = dy + ticket * dy_ticket + first.to(tl.int64) * dy_row
@@ -250,13 +250,13 @@ def _gradient_tile(
 ):
     """One tile of ``deltaᵀ source`` over samples ``[begin, end)``; the first ones sum the bias."""
     tiles_inp: tl.constexpr = (INP + TILE_INP - 1) // TILE_INP
-    row = tile // tiles_inp * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
-    col = tile % tiles_inp * TILE_INP + tl.arange(0, TILE_INP)[None, :]
+    row = tile // tiles_inp * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]  # [out, 1]
+    col = tile % tiles_inp * TILE_INP + tl.arange(0, TILE_INP)[None, :]  # [1, inp]
     step = tl.arange(0, STEP)
     delta += begin.to(tl.int64) * delta_row
     source += begin.to(tl.int64) * source_row
-    total = tl.zeros((TILE_OUT, TILE_INP), dtype=tl.float32)
-    sums = tl.zeros((TILE_OUT, STEP), dtype=tl.float32)
+    total = tl.zeros((TILE_OUT, TILE_INP), dtype=tl.float32)  # [out, inp]
+    sums = tl.zeros((TILE_OUT, STEP), dtype=tl.float32)  # [out, step]
     for done in range(begin, end, STEP):
         left = end - done
         d = tl.load(
@@ -269,7 +269,7 @@ def _gradient_tile(
             mask=(step[:, None] < left) & (col < INP),
             other=0.0,
         )
-        total = tl.dot(d, s, total, input_precision=PRECISION)
+        total = tl.dot(d, s, total, input_precision=PRECISION)  # [out, step] [step, inp]
         sums += d
         delta += STEP * delta_row
         source += STEP * source_row
