@@ -121,7 +121,9 @@ class _Cache(caching.FunctionCache):
             return super().load_overload(sig, target_context)
         except Exception as error:
             # Whatever unpickling a damaged file may raise. Without its index it is overwritten.
-            warn_once(f"compiling again what is damaged in {self.cache_path}", error)
+            # A class that is gone is none: other sources than today's wrote the file.
+            if not isinstance(error, (AttributeError, ImportError)):
+                warn_once(f"compiling again what is damaged in {self.cache_path}", error)
             try:
                 self.flush()
             except OSError:

@@ -5,6 +5,7 @@ A file stands where a folder should: unlike permissions, that stops the superuse
 
 import importlib.util
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -222,6 +223,23 @@ def test_a_damaged_file_is_compiled_again(
     file.write_bytes(damaged.get(damage, b""))
     module = load()
     with pytest.warns(RuntimeWarning, match="compiling again what is damaged in"), compilations(1):
+        assert module.double(3) == 6
+    with compilations(0):
+        assert load().double(3) == 6
+
+
+@pytest.mark.parametrize("home", ["sparse_tickets.kernels.compiling", "nowhere"])
+def test_what_other_sources_left_is_compiled_again_without_a_word(
+    tmp_path: Path, load: Callable[[], ModuleType], home: str
+) -> None:
+    """A class that a kernel is given was renamed since: what pickle kept of it cannot be read."""
+    load().double(3)
+    file = kept(tmp_path, ".nbi")
+    with file.open("rb") as index:
+        version = pickle.load(index)
+    file.write_bytes(pickle.dumps(version) + f"c{home}\nGone\n.".encode())
+    module = load()
+    with compilations(1):
         assert module.double(3) == 6
     with compilations(0):
         assert load().double(3) == 6
