@@ -94,4 +94,8 @@ def _gae(
     return kernels.gae(*(row.contiguous() for row in rows), gamma, lam)
 
 
-declare("gae", _gae, lambda reward, *_: (reward.new_empty(reward.shape),) * 2)
+declare(
+    "gae",
+    _gae,
+    lambda reward, *_: (reward.new_empty(reward.shape), reward.new_empty(reward.shape)),
+)
