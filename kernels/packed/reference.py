@@ -1,7 +1,7 @@
 """Packed weights in plain torch: the formulas every backend is compared with.
 
-``bits [P, words]`` and ``start [P, tiles + 1]`` are a `PackedPattern`'s; ``layer`` tells where one weight
-matrix lies in them. All but `place` go by way of the dense matrix.
+``bits [P, words]`` and ``start [P, tiles + 1]`` are a `PackedPattern`'s; ``layer`` tells where one
+weight matrix lies in them. All but `place` go by way of the dense matrix.
 """
 
 from __future__ import annotations
