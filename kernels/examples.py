@@ -9,6 +9,7 @@ Each ``gpu.py`` (and ``*_gpu.py``) lists calls of its launchers on `meta` tensor
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -76,20 +77,22 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def record(examples: Iterable[Example], op: str) -> Iterator[Case]:
     """The launches of an op's own kernels, each once."""
-    known: dict[tuple[object, ...], str] = {}
+    known: set[tuple[object, ...]] = set()
+    names: Counter[str] = Counter()
     for example in examples:
         for kernel, arguments, options, suffix in _launches(example):
             if f".kernels.{op}." not in kernel.fn.__module__:
                 continue
             types, constants, others = _describe(kernel, arguments, options, example.exact)
-            key = (kernel, *map(str, (types, constants, others)))
-            if key in known:
+            launch = (kernel, *map(str, (types, constants, others)))
+            if launch in known:
                 continue
+            known.add(launch)
             short = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
             name = f"{short}_{example.name}{suffix}"
-            same = sum(other.rpartition("#")[0] == name for other in known.values())
-            known[key] = f"{name}#{same}"
-            yield Case(f"{name}_{same + 1}" if same else name, kernel, types, constants, others)
+            names[name] += 1
+            full = name if names[name] == 1 else f"{name}_{names[name]}"
+            yield Case(full, kernel, types, constants, others)
 
 
 def _launches(example: Example) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any], str]]:

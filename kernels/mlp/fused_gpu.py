@@ -228,10 +228,9 @@ def backward_kernel(
     """Gradient of a ticket's parameters over ``stretch`` of its samples, as a row of `target`.
 
     Row ``ticket * stretches + split`` is laid out like one of `weight`; entries of other networks
-    are left alone. A ticket takes 6·samples·(weights) FLOPs
-    less 2 for the last layer, which is not recomputed, and the first, whose input needs no
-    gradient; it moves x and dy once, weights once and masks twice per stretch, and writes its
-    gradient once per stretch.
+    are left alone. A ticket takes 6·samples·(weights) FLOPs less 2 for the last layer, which is
+    not recomputed, and the first, whose input needs no gradient; it moves x and dy once, weights
+    once and masks twice per stretch, and writes its gradient once per stretch.
     """
     DEPTH: tl.constexpr = len(SIZES) - 1
     # All deltas come before all gradients then: between two deltas, the compiler fills registers
