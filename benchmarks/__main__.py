@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: run, steps, report, compare, instructions."""
+"""The command line of the benchmarks: run, steps, jobs, report, compare, instructions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .compare import compare
 from .console import show_comparison, warn_if_busy
 from .first_screen import rewrite
 from .instructions import count_instructions
+from .jobs import run_jobs
 from .report import write_report
 from .results import RESULTS, load, newest
 from .runner import run_suite
@@ -80,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--only", default="", help="problems whose label contains this")
     whole.add_argument("--out", type=Path, help="default: results/steps/<device>-<date>.json")
 
+    jobs = commands.add_parser("jobs", help="whole jobs of Stable-Baselines3, dense and pruned")
+    jobs.set_defaults(command=_jobs)
+    jobs.add_argument("--seeds", type=int, default=2)
+    jobs.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    jobs.add_argument("--scale", type=float, default=1.0, help="factor on every job's timesteps")
+    jobs.add_argument("--only", default="", help="jobs whose label contains this")
+    jobs.add_argument("--out", type=Path, help="default: results/jobs/<device>-<date>.json")
+
     count = commands.add_parser("instructions", help="instructions per call under valgrind")
     count.set_defaults(command=_instructions)
     count.add_argument(
@@ -104,6 +113,12 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _steps(options: argparse.Namespace, console: Console) -> int:
     compiled = not options.no_compile
     steps.run_steps(console, options.rounds, options.stretch, compiled, options.only, options.out)
+    return 0
+
+
+def _jobs(options: argparse.Namespace, console: Console) -> int:
+    threads = tuple(options.threads)
+    run_jobs(console, options.seeds, threads, options.only, options.scale, options.out)
     return 0
 
 
