@@ -161,9 +161,9 @@ def test_imports_are_read_in_every_form() -> None:
     in_linear = {(i.module, i.eager) for i in imports("sparse_tickets.kernels.linear")}
     assert ("sparse_tickets.kernels.dispatch", True) in in_linear
     assert ("sparse_tickets.kernels.linear.gpu", False) in in_linear
-    in_prune = {(i.module, i.eager) for i in imports("sparse_tickets.kernels.prune")}
-    assert ("sparse_tickets.kernels.dispatch", True) in in_prune
-    assert ("sparse_tickets.kernels.prune.gpu", False) in in_prune
+    in_mlp = {(i.module, i.eager) for i in imports("sparse_tickets.kernels.mlp")}
+    assert ("sparse_tickets.kernels.dispatch", True) in in_mlp
+    assert ("sparse_tickets.kernels.mlp.gpu", False) in in_mlp
     in_store = {(i.module, i.eager) for i in imports("sparse_tickets.sweep.store")}
     assert ("sparse_tickets.files", True) in in_store
     assert ("polars", False) in in_store
