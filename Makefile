@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow fuzz works-with bench bench-full gpu check format docs clean
+.PHONY: help demo test test-fast test-slow fuzz works-with bench bench-full gpu check format docs clean
 
 help:
 	@echo "make demo       a small lottery-ticket study of CartPole-v1: table and figures"
 	@echo "make test       the tests"
+	@echo "make test-fast  each test with the first of its parameters, but the longest tests"
 	@echo "make test-slow  the tests that take long"
 	@echo "make fuzz       drawn tests with new cases, CASES=1000 each; hours"
 	@echo "make works-with Stable-Baselines3's and sb3-contrib's own tests on sparse policies, TorchRL"
@@ -34,6 +35,9 @@ demo: $(INSTALLED)
 TESTS ?=
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest --fast -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -15,6 +15,25 @@ if not torch.cuda.is_available():
 os.environ.setdefault("SPARSE_TICKETS_CROSSOVER", "fixed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="each test with the first of its parameters, and none that is marked long",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("long") is None:
+            first.setdefault(item.nodeid.partition("[")[0], item)
+    config.hook.pytest_deselected(items=[each for each in items if each not in first.values()])
+    items[:] = first.values()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interpreted_kernels_are_watched() -> Iterator[None]:
     """Every launch in the interpreter may fail for what a GPU would not forgive."""

@@ -143,8 +143,8 @@ def refuse_guessing(spec: Sweep, store: Store) -> None:
 def assigned(spec: Sweep, tracks: Sequence[Track], dataset: Dataset) -> Demonstrations:
     """Demonstrations by seed: student s imitates expert s mod experts."""
     device = dataset.obs.device
-    experts = torch.tensor([track.seed % spec.bc.experts for track in tracks], device=device)
-    return Demonstrations(dataset, experts)
+    experts = [track.seed % spec.bc.experts for track in tracks]
+    return Demonstrations(dataset, torch.tensor(experts, dtype=torch.int64, device=device))
 
 
 def stored_demonstrations(store: Store, algo: str) -> Dataset:

@@ -91,6 +91,7 @@ with on_compile(lambda name: name and print(name)):
 """
 
 
+@pytest.mark.long
 def test_the_library_needs_no_folder_of_its_own(tmp_path: Path, barred: Path) -> None:
     site = tmp_path / "site"
     caches = shutil.ignore_patterns("__pycache__")
@@ -187,6 +188,7 @@ def double(x):
 }
 
 
+@pytest.mark.long
 def test_what_a_kernel_imports_is_part_of_its_stamp(tmp_path: Path) -> None:
     """A helper is compiled into its caller, whose own file did not change."""
     package = tmp_path / "package"

@@ -49,6 +49,7 @@ def _names(smoke: bool) -> list[tuple[str, str]]:
     return [(op, case.name) for op in ops_with_kernels() for case in cases(op, smoke=smoke)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("op", "case"), _names(smoke=True))
 def test_compiles_well_for_hopper(op: str, case: str) -> None:
     _check(_reports(smoke=True)[op, case, 90])
@@ -218,6 +219,7 @@ def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         cross_compile(None, {}, {}, 90)
 
 
+@pytest.mark.long
 def test_unknown_op_is_reported() -> None:
     with pytest.raises(CompileError, match="invalid choice"):
         compile_ops(["nothing"], [90])

@@ -70,6 +70,7 @@ def test_a_launch_carries_it(fuses: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert launches[0]["grid"] == (3,)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("default", ["0", "1"])
 def test_machine_code_follows_it_whatever_the_default(default: str) -> None:
     environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}

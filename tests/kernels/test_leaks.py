@@ -44,6 +44,7 @@ def assert_nothing_leaks(work, calls):
         tracemalloc.stop()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("calls", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("density", [1.0, 0.1])
 def test_networks_forward_and_backward(density, calls):
@@ -60,6 +61,7 @@ def test_networks_forward_and_backward(density, calls):
     assert_nothing_leaks(work, calls)
 
 
+@pytest.mark.long
 def test_rollouts_and_updates():
     arena = Arena.build((4, 64, 64, 2), (4, 64, 64, 1))
     mask = torch.rand(4, arena.prunable) < 0.2

@@ -104,6 +104,7 @@ def check(
 sizes = st.sampled_from([1, 2, 15, 16, 17, 33, 48, 100])
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     tickets=st.integers(1, 3),
@@ -140,6 +141,7 @@ def test_blocked(tickets, batch, block, rows, columns, density, bias, together, 
     check(x, weight, mask, offset if bias else None, dy, together)
 
 
+@pytest.mark.long
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     out=sizes,

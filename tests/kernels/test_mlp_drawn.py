@@ -66,6 +66,7 @@ def test_on_the_cpu(**shape) -> None:
     _assert_equals_float64("cpu", **shape)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 @drawn
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -73,6 +74,7 @@ def test_in_triton(**shape) -> None:
     _assert_equals_float64("triton", **shape)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 @given(sizes=in_registers, **others)
 @settings(max_examples=20, deadline=None, derandomize=True)
