@@ -340,7 +340,7 @@ def measured(path: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return (
         f"{table(records)}\nMeasured on {run['hardware']}; {versions}; commit {run['commit']}; "
-        f"{run['date'][:10]}. Peers: {', '.join(peers)}, each with one thread or two, whichever is "
+        f"{run['date'][:10]}. Peers: {'; '.join(peers)}; each with one thread or two, whichever is "
         f"faster. Times: [{path.stem}](benchmarks/results/steps/{path.stem}.md)."
     )
 

@@ -22,7 +22,7 @@ def test_a_run_writes_its_times_and_a_table(tmp_path, monkeypatch):
     text = out.with_suffix(".md").read_text()
     assert "4-64-64-2 tanh, batch 64 | our Adam |" in text
     assert "4-64-64-2 tanh, batch 64 | w * mask |" in text
-    assert "Peers: dense, w * mask" in steps.measured(out)
+    assert "Peers: dense; w * mask" in steps.measured(out)
 
 
 def test_a_run_in_parts_keeps_what_the_same_commit_measured(tmp_path):
