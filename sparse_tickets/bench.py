@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -301,22 +302,24 @@ class _Layer:
 
     def __init__(self, width: int, batch: int, sparsity: float, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
-        scores = torch.rand(1, width * width, generator=generator)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+        scores = draw(1, width * width)
         everything = torch.ones_like(scores, dtype=torch.bool)
         with use_backend("reference"):
             kept = round((100 - sparsity) / 100 * width * width)
             mask = prune(scores, everything, kept).unflatten(1, (width, width))
         self.sparsity, self.mask = sparsity, mask[0].to(device)
-        weight = torch.randn(width, width, generator=generator) * width**-0.5
+        weight = draw(width, width) * width**-0.5
         self.weight = weight.masked_fill_(~mask[0], 0).to(device)
-        self.bias = torch.randn(width, generator=generator).to(device)
-        self.x, self.dy = torch.randn(2, batch, width, generator=generator).to(device).unbind()
-        self.module = SparseLinear(width, width, device=self.x.device, mask=self.mask)
+        self.bias = draw(width).to(device)
+        self.x, self.dy = draw(2, batch, width).to(device).unbind()
+        dtype, on = self.x.dtype, self.x.device
+        self.module = SparseLinear(width, width, mask=self.mask, dtype=dtype, device=on)
         with torch.no_grad():
             self.module.weight.copy_(self.weight)
             self.module.bias.copy_(self.bias)
         self.module.apply_mask_()
-        self.dense = nn.Linear(width, width, device=self.x.device)
+        self.dense = nn.Linear(width, width, dtype=dtype, device=on)
         self.dense.load_state_dict({"weight": self.weight, "bias": self.bias})
         x, dy, exact = (t.double()[None] for t in (self.x, self.dy, self.weight))
         masks = self.mask[None]

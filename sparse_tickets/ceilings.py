@@ -101,12 +101,12 @@ def measure_ceilings(
         device: whose ceilings.
         size: of the matrices.
     """
-    left, right = torch.rand(2, size, size).to(device).unbind()
-    product = torch.empty(size, size, device=device)
+    left, right = torch.rand(2, size, size, dtype=torch.float32, device=device).unbind()
+    product = torch.empty(size, size, dtype=torch.float32, device=device)
     gemm = Contender("sgemm", lambda: torch.mm(left, right, out=product), None, 2.0 * size**3)
     copies = []
     for moved in _COPIES:
-        source = torch.zeros(moved // 8, device=device)
+        source = torch.zeros(moved // 8, dtype=torch.float32, device=device)
         copy = partial(torch.empty_like(source).copy_, source)
         copies.append(Contender(f"copy of {moved} bytes", copy, None, float(moved)))
     found = interleave([gemm, *copies], budget, device_clock(device))

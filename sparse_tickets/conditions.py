@@ -181,7 +181,7 @@ def _draw_mask(source: MaskSource, imp_mask: Tensor, key: Tensor, arena: Arena) 
         return random_mask(key, k, arena)
     layers = arena.prunable_layers()
     counts = {count: erk_counts(layers, count) for count in set(k.tolist())}
-    wanted = torch.tensor([counts[count] for count in k.tolist()], dtype=torch.int64)
+    wanted = torch.tensor([counts[count] for count in k.tolist()], dtype=torch.int64, device="cpu")
     return random_layer_mask(key, wanted.reshape(len(k), len(layers)), arena)
 
 

@@ -55,10 +55,10 @@ def connectivity(mask: Tensor, arena: Arena) -> Connectivity:
     # float32 products of zeros and ones: a positive sum means reachable, rounding cannot undo it.
     edges = [actor.weight(mask, layer).float() for layer in range(actor.depth)]
 
-    reached = [torch.ones(tickets, actor.sizes[0], 1, device=mask.device)]
+    reached = [torch.ones(tickets, actor.sizes[0], 1, dtype=torch.float32, device=mask.device)]
     for edge in edges:
         reached.append((edge @ reached[-1] > 0).float())
-    useful = [torch.ones(tickets, actor.sizes[-1], 1, device=mask.device)]
+    useful = [torch.ones(tickets, actor.sizes[-1], 1, dtype=torch.float32, device=mask.device)]
     for edge in reversed(edges):
         useful.insert(0, (edge.mT @ useful[0] > 0).float())
 
@@ -143,7 +143,7 @@ def _reach(layer: nn.Linear, source: Tensor | None) -> Tensor:
     """Which outputs depend on an input that may depend on the module's, on the CPU."""
     if not isinstance(layer, SparseLinear):
         alive = source is None or bool(source.any())
-        return torch.full((layer.out_features,), alive, device="cpu")
+        return torch.full((layer.out_features,), alive, dtype=torch.bool, device="cpu")
     edges = layer.mask if source is None else layer.mask & source.to(layer.mask.device)
     return edges.any(1).cpu()
 

@@ -655,7 +655,7 @@ def _drop_unused(stages: list[_Stage]) -> Tensor:
 
 def _dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     # nn.Linear warns about widths of zero when it initialises itself: give it its widths after.
-    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    layer = nn.Linear(1, 1, bias=bias is not None, dtype=weight.dtype, device="meta")
     layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight)
     if bias is not None:

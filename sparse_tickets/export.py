@@ -99,8 +99,8 @@ def ticket_tensors(ticket: Ticket, which: str = "final") -> dict[str, Tensor]:
         tensors[f"{2 * layer}.bias"] = bias[0].clone()
         tensors[f"{2 * layer}.mask"] = net.weight(ticket.mask[None], layer)[0].clone()
     width = ticket.sizes[0]
-    tensors["offset"] = torch.tensor(ticket.offset or [0.0] * width)
-    tensors["scale"] = torch.tensor(ticket.scale or [1.0] * width)
+    tensors["offset"] = row.new_tensor(ticket.offset or [0.0] * width)
+    tensors["scale"] = row.new_tensor(ticket.scale or [1.0] * width)
     if arena.log_std is not None:
         tensors["log_std"] = row[arena.log_std :][: net.sizes[-1]].clone()
     return tensors
@@ -113,7 +113,7 @@ def _onnx(ticket: Ticket, which: str, about: dict[str, str]) -> bytes:
     program: Any = torch.onnx.export(
         small.eval(),
         # More than one row, which torch.export would take for a constant.
-        (torch.zeros(2, ticket.sizes[0]),),
+        (torch.zeros(2, ticket.sizes[0], dtype=torch.float32, device="cpu"),),
         dynamo=True,
         verbose=False,
         input_names=["observation"],

@@ -97,8 +97,9 @@ def next_population(
     for name in dict.fromkeys(conditions):
         condition = find_condition(name)
         if not _is_ticket(condition):
-            own = torch.tensor([i for i, other in enumerate(conditions) if other == name])
-            _redraw_policy_(condition, own.to(key.device), population, rewind_point, key, scheme)
+            own = [i for i, other in enumerate(conditions) if other == name]
+            tickets = torch.tensor(own, dtype=torch.int64, device=key.device)
+            _redraw_policy_(condition, tickets, population, rewind_point, key, scheme)
     return population
 
 

@@ -68,7 +68,7 @@ def initialise(arena: Arena, key: Tensor, scheme: str = "lecun", log_std: float 
     """
     if scheme not in INITIALISATIONS:
         raise ValueError(f"scheme must be one of {INITIALISATIONS}, got {scheme!r}")
-    flat = torch.zeros(len(key), arena.size, device=key.device)
+    flat = torch.zeros(len(key), arena.size, dtype=torch.float32, device=key.device)
     for index, net in enumerate(arena.nets):
         common = math.prod(net.sizes[:-1]) ** (-0.5 / net.depth)
         for layer in range(net.depth):

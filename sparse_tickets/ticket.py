@@ -43,8 +43,8 @@ class Normalise(nn.Module):
 
     def __init__(self, offset: Sequence[float], scale: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float32))
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float32, device="cpu"))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x [..., features]``."""
@@ -188,7 +188,7 @@ class Ticket:
         for (inp, out), (weight, bias) in zip(
             pairwise(self.sizes), self.arena.actor.layers(row[None]), strict=True
         ):
-            linear = nn.utils.skip_init(nn.Linear, inp, out)
+            linear = nn.utils.skip_init(nn.Linear, inp, out, dtype=row.dtype, device=row.device)
             linear.weight.data.copy_(weight[0])
             linear.bias.data.copy_(bias[0])
             modules += [linear, _ACTIVATIONS[self.activation]()]
@@ -297,7 +297,7 @@ def _unpack(content: dict[str, Any], tensors: dict[str, Tensor]) -> list[Ticket]
     mask = torch.from_numpy(np.unpackbits(packed, axis=1, count=prunable).astype(bool))
     rows = {}
     for name in ROWS:
-        kept = torch.zeros(mask.shape)
+        kept = torch.zeros(mask.shape, dtype=torch.float32, device="cpu")
         kept[mask] = tensors[f"{name}.support"]
         rows[name] = torch.cat([kept, tensors[f"{name}.rest"]], dim=1)
     tickets = []

@@ -390,7 +390,7 @@ def evictor(device: torch.device | str) -> Callable[[], None]:
         size = torch.cuda.get_device_properties(device).L2_cache_size
     else:
         size = _last_level_cache()
-    buffer = torch.zeros(2 * max(size, _CACHE) // 4, device=device)
+    buffer = torch.zeros(2 * max(size, _CACHE) // 4, dtype=torch.float32, device=device)
 
     def evict() -> None:
         buffer.add_(1.0)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -246,6 +247,41 @@ def test_nothing_is_validated_by_assert() -> None:
         for path in sorted((ROOT / folder).rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Assert)
+    )
+
+
+# What makes a tensor of the dtype and on the device that torch's global defaults say.
+FACTORIES = re.compile(
+    r"torch\.(as_tensor|asarray|empty|empty_strided|eye|full|linspace|logspace|ones|rand|randn"
+    r"|scalar_tensor|tensor|zeros|Tensor|FloatTensor)|nn\.Linear|nn\.utils\.skip_init|SparseLinear"
+)
+INTEGER_FACTORIES = re.compile(r"torch\.(arange|randint|randperm|tril_indices|triu_indices)")
+
+
+def unnamed(call: ast.Call) -> set[str]:
+    """Which of dtype and device a call leaves to the defaults, which a program may change."""
+    name = ast.unparse(call.func)
+    required = {"dtype", "device"} if FACTORIES.fullmatch(name) else set()
+    required |= {"device"} if INTEGER_FACTORIES.fullmatch(name) else set()
+    named = {keyword.arg for keyword in call.keywords}
+    return set() if None in named else required - named
+
+
+def test_factories_are_read_in_every_form() -> None:
+    read = lambda code: unnamed(ast.parse(code, mode="eval").body)  # noqa: E731
+    assert read("torch.zeros(3)") == {"dtype", "device"}
+    assert read("torch.arange(3, dtype=torch.int32)") == {"device"}
+    assert read("torch.Tensor(3)")
+    assert not read("torch.zeros_like(x)")
+    assert not read("torch.zeros(3, dtype=torch.bool, device=x.device)")
+
+
+def test_no_tensor_depends_on_the_default_dtype_or_device() -> None:
+    report(
+        f"{name}:{node.lineno} leaves {sorted(unnamed(node))} to torch's defaults"
+        for name in modules()
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Call) and unnamed(node)
     )
 
 

@@ -213,7 +213,7 @@ def _observe(threads, chunks, task_id, state, out):
 
 def initial(task: Task, u: Tensor) -> Tensor:
     """See `sparse_tickets.kernels.dynamics.initial`."""
-    state = torch.empty(u.shape, dtype=torch.float64)
+    state = torch.empty(u.shape, dtype=torch.float64, device="cpu")
     _initial(*_launch(state), task.id, _rows(u), _rows(state))
     return state
 
@@ -221,8 +221,8 @@ def initial(task: Task, u: Tensor) -> Tensor:
 def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `sparse_tickets.kernels.dynamics.step`."""
     successor = state.clone(memory_format=torch.contiguous_format)
-    reward = torch.empty(state.shape[:-1], dtype=torch.float32)
-    terminated = torch.empty(state.shape[:-1], dtype=torch.bool)
+    reward = torch.empty(state.shape[:-1], dtype=torch.float32, device="cpu")
+    terminated = torch.empty(state.shape[:-1], dtype=torch.bool, device="cpu")
     _step(
         *_launch(state),
         task.id,
@@ -236,7 +236,7 @@ def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def observe(task: Task, state: Tensor) -> Tensor:
     """See `sparse_tickets.kernels.dynamics.observe`."""
-    out = torch.empty((*state.shape[:-1], task.observation_dim), dtype=torch.float32)
+    out = torch.empty((*state.shape[:-1], task.observation_dim), dtype=torch.float32, device="cpu")
     _observe(*_launch(state), task.id, _rows(state), _rows(out))
     return out
 

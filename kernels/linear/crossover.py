@@ -258,10 +258,9 @@ def _measure(format: Format, out: int, inp: int, batch: int, threads: int) -> di
     batch = min(batch, max(64, _MOST_WORK // (out * inp)))
     generator = torch.Generator().manual_seed(0)
     with use_backend("cpu"):
-        x = torch.randn(batch, inp, generator=generator)
-        dy = torch.randn(batch, out, generator=generator)
-        bias = torch.zeros(out)
-        weight = torch.randn(out, inp, generator=generator)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+        x, dy = draw(batch, inp), draw(batch, out)
+        weight, bias = draw(out, inp), torch.zeros(out, dtype=torch.float32, device="cpu")
         layers = [(F.linear, weight)]
         for density in (_LOW, _HIGH):
             layer, mask = _sparse_layer(format, out, inp, batch, density, generator)
@@ -279,7 +278,9 @@ def _sparse_layer(
     from .single import SingleRow
 
     size = 16 if format == "blocked" else 1
-    mask = torch.rand(out // size, inp // size, generator=generator) < density
+    shape = (out // size, inp // size)
+    draw = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+    mask = draw < density
     mask = mask.repeat_interleave(size, 0).repeat_interleave(size, 1)
     single = SingleRow(build_pattern(mask[None]))
 

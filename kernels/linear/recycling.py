@@ -40,7 +40,7 @@ def empty(*shape: int) -> Tensor:
     """An uninitialised float32 CPU tensor of this shape."""
     size = math.prod(shape)
     if not _LARGE <= size <= _MOST_ELEMENTS:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     buffer = _take(size)
     if buffer is None:
         buffer = aligned_empty(size)

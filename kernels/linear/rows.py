@@ -69,7 +69,7 @@ class Rows:
         pattern, batch = self._pattern, x.shape[0]
         dx = recycling.empty(batch, pattern.inp) if wants_dx else None
         dw = recycling.zeros(pattern.out, pattern.inp) if wants_dw else None
-        db = torch.empty(pattern.out) if wants_dw else None
+        db = torch.empty(pattern.out, dtype=torch.float32, device="cpu") if wants_dw else None
         dx_, dw_, db_ = (None if tensor is None else flat(tensor) for tensor in (dx, dw, db))
         compressed.backward(flat(dy), flat(x), flat(weight), pattern, dx_, dw_, db_, _FIRST, batch)
         return dx, dw, db

@@ -335,7 +335,7 @@ def _arguments(
 ) -> tuple:
     prunable = 0 if mask is None else mask.shape[1]
     layout = lay_out((net,), prunable, density)
-    mask = torch.empty((len(x), 0), dtype=torch.bool) if mask is None else mask.contiguous()
+    mask = x.new_empty((len(x), 0), dtype=torch.bool) if mask is None else mask.contiguous()
     threads, floats, integers = prepare(layout, len(x), passes * x.shape[1] * density)
     arrays = (tensor.contiguous().numpy() for tensor in (x, weight, mask))
     return threads, layout, floats, integers, *arrays

@@ -245,8 +245,8 @@ def _categorical(out, probs, u):
 def _draw(
     kernel: Callable, dtype: torch.dtype, key: Tensor, n: int, stream: int, step: int | Tensor
 ) -> Tensor:
-    out = torch.empty((key.shape[0], n), dtype=dtype)
-    step = torch.as_tensor(step).expand_as(key).contiguous()
+    out = torch.empty((key.shape[0], n), dtype=dtype, device="cpu")
+    step = torch.as_tensor(step, dtype=torch.int64, device="cpu").expand_as(key).contiguous()
     threads = count_threads(len(out), _WORK * out.numel())
     kernel(threads, out.numpy(), key.numpy(), stream, step.numpy())
     return out
@@ -274,5 +274,5 @@ def permutation(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
 
 def categorical(probs: Tensor, u: Tensor) -> tuple[Tensor, int]:
     """Indices ``[rows]`` int64 for ``probs [rows, A]``, and the first refused row or -1."""
-    out = torch.empty(u.shape, dtype=torch.int64)
+    out = torch.empty(u.shape, dtype=torch.int64, device="cpu")
     return out, _categorical(out.numpy(), probs.numpy(), u.numpy())

@@ -36,8 +36,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 def bits(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
     """Words ``[P, n]`` int64 of each ticket's draw."""
     block = torch.arange((n + 3) // 4, device=key.device).expand(key.shape[0], -1)
-    number = step if isinstance(step, Tensor) else torch.tensor(step, device=key.device)
-    number = number.reshape(-1, 1)
+    number = torch.as_tensor(step, dtype=torch.int64, device=key.device).reshape(-1, 1)
     low, high = (number & _MASK).expand_as(block), ((number >> 32) & _MASK).expand_as(block)
     tag = torch.full_like(block, stream)
     key_words = (key[:, None] & _MASK, (key[:, None] >> 32) & _MASK)

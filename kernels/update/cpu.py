@@ -206,9 +206,9 @@ def _support(weight: Tensor, mask: Tensor | None, count: Tensor | None) -> tuple
     """The mask, of no column if there is none, and the length of every row."""
     tickets, size = weight.shape
     if mask is None:
-        mask = torch.empty(tickets, 0, dtype=torch.bool)
+        mask = torch.empty(tickets, 0, dtype=torch.bool, device="cpu")
     if count is None:
-        count = torch.full((tickets,), size)
+        count = torch.full((tickets,), size, dtype=torch.int64, device="cpu")
     return mask, count
 
 

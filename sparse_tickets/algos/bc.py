@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,8 +114,8 @@ def train_experts(
     for round_ in range(settings.expert_tries):
         first = FIRST_EXPERT_SEED + round_ * settings.experts
         seeds = range(first, first + settings.experts)
-        initial_key = torch.tensor([derive_key("init", env_name, s) for s in seeds], device=device)
-        key = torch.tensor([derive_key("expert", env_name, s) for s in seeds], device=device)
+        initial_key = _keys("init", env_name, seeds, device)
+        key = _keys("expert", env_name, seeds, device)
         population = Population.create(arena, initialise(arena, initial_key, scheme, log_std))
         result = ppo.train(
             budget, env_name, population, key, evaluation=evaluation, on_iteration=on_iteration
@@ -128,17 +128,22 @@ def train_experts(
             if value >= gate
         ]
         if len(passed) >= settings.experts:
-            chosen = passed[: settings.experts]
+            chosen, reached, weights = zip(*passed[: settings.experts], strict=True)
             return Experts(
-                weight=torch.stack([weight for _, _, weight in chosen]),
-                returns=torch.tensor([value for _, value, _ in chosen], dtype=torch.float32),
-                seeds=torch.tensor([seed for seed, _, _ in chosen]),
+                weight=torch.stack(weights),
+                returns=torch.tensor(reached, dtype=torch.float32, device="cpu"),
+                seeds=torch.tensor(chosen, dtype=torch.int64, device="cpu"),
             )
-    reached = ", ".join(f"{value:.1f}" for value in sorted(seen, reverse=True))
+    all_returns = ", ".join(f"{value:.1f}" for value in sorted(seen, reverse=True))
     raise ExpertError(
         f"only {len(passed)} of {settings.experts} PPO experts on {env_name} reached a return of "
-        f"{gate:g} (returns: {reached}); raise --bc.expert-steps, or lower --bc.expert-gate"
+        f"{gate:g} (returns: {all_returns}); raise --bc.expert-steps, or lower --bc.expert-gate"
     )
+
+
+def _keys(what: str, env_name: str, seeds: Iterable[int], device: torch.device | str) -> Tensor:
+    keys = [derive_key(what, env_name, seed) for seed in seeds]
+    return torch.tensor(keys, dtype=torch.int64, device=device)
 
 
 def demonstrations(
@@ -154,10 +159,7 @@ def demonstrations(
         copies: environment copies acted in side by side.
     """
     population = Population.create(arena, experts.weight)
-    key = torch.tensor(
-        [derive_key("dataset", env_name, seed) for seed in experts.seeds.tolist()],
-        device=experts.weight.device,
-    )
+    key = _keys("dataset", env_name, experts.seeds.tolist(), experts.weight.device)
     with open_env(env_name, len(key), copies, device=key.device) as env:
         obs, target, _ = demonstrate(
             population.parameters,
@@ -263,7 +265,7 @@ class Iteration:
 
     def keep_count_on_device(self) -> None:
         """Count updates in a tensor, so that a captured CUDA graph counts on."""
-        self._update = torch.as_tensor(self._update, device=self._key.device)
+        self._update = torch.as_tensor(self._update, dtype=torch.int64, device=self._key.device)
 
     def __call__(self) -> None:
         clone_update_(

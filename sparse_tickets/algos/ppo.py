@@ -186,7 +186,7 @@ class Iteration:
 
     def keep_count_on_device(self) -> None:
         """Count iterations in a tensor, so that a captured CUDA graph counts on."""
-        self._number = torch.as_tensor(self._number, device=self._key.device)
+        self._number = torch.as_tensor(self._number, dtype=torch.int64, device=self._key.device)
 
     def __call__(self) -> None:
         settings, population = self._settings, self._population

@@ -73,7 +73,7 @@ class Pruner:
         self._layers = _sparse_layers(module, list(exclude))
         self._places = _places(layer for layer, *_ in self._layers.values())
         self._size = sum(layer.weight.numel() for layer, *_ in self._layers.values())
-        self._key = torch.tensor([derive_key("pruner", seed)], device="cpu")
+        self._key = torch.tensor([derive_key("pruner", seed)], dtype=torch.int64, device="cpu")
         self._course = Course(method, steps, self.density, density)
         self._initial = self._gather("weight")
         self._gradients: dict[str, Tensor] = {}

@@ -131,7 +131,7 @@ def _needs(spec: Sweep, algo: str) -> _Needs:
 
 def _probe(spec: Sweep, algo: str, tickets: int, density: float) -> tuple[float, float]:
     """Seconds of training and of acting alone, per agent-step of ``tickets`` side by side."""
-    key = torch.arange(tickets)
+    key = torch.arange(tickets, device="cpu")
     arena, actors = spec.arena(algo), spec.expert_arena
     mask = random_mask(key, round(density * arena.prunable), arena)
     weight = initialise(arena, key, spec.init, spec.log_std)
@@ -175,10 +175,10 @@ def _shorter(settings: PPO, most: int) -> PPO:
 def _any_dataset(spec: Sweep, steps: int) -> Dataset:
     """Of the right shapes: what it holds does not matter to time."""
     env = spec.env_spec
-    obs = torch.randn(1, steps, env.observation_dim)
+    obs = torch.randn(1, steps, env.observation_dim, dtype=torch.float32, device="cpu")
     if env.discrete:
-        return Dataset(obs, torch.zeros(1, steps, env.action_dim).log_softmax(-1))
-    return Dataset(obs, torch.zeros(1, steps, 2 * env.action_dim))
+        return Dataset(obs, obs.new_zeros(1, steps, env.action_dim).log_softmax(-1))
+    return Dataset(obs, obs.new_zeros(1, steps, 2 * env.action_dim))
 
 
 def _clock(seconds: float) -> str:

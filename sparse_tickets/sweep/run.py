@@ -107,7 +107,7 @@ def check(spec: Sweep) -> None:
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, dtype=torch.float32, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device must be one torch has here, got {name!r} ({reason})") from error
@@ -248,7 +248,7 @@ class Runner:
         spec, origin = self._spec, self._origin(unit, track)
         arena = spec.arena(unit.algo)
         environment = spec.env_spec
-        nothing = torch.zeros(arena.size)
+        nothing = torch.zeros(arena.size, dtype=torch.float32, device="cpu")
         final = nothing.clone()
         final[arena.prunable :] = torch.nan
         unknown = [float("nan")] * min(spec.evaluation.points, spec.ppo.iterations)
@@ -269,7 +269,7 @@ class Runner:
         ticket = Ticket.of(
             arena,
             **origin,
-            mask=torch.zeros(arena.prunable, dtype=torch.bool),
+            mask=torch.zeros(arena.prunable, dtype=torch.bool, device="cpu"),
             initial=nothing,
             rewind=nothing,
             final=final,
@@ -464,7 +464,8 @@ def cell_population(
     They are the same bit for bit on every device: initial values are drawn on the host.
     """
     arena = spec.arena(algo)
-    key = torch.tensor([spec.key(algo, track, level) for track in tracks]).to(device)
+    keys = [spec.key(algo, track, level) for track in tracks]
+    key = torch.tensor(keys, dtype=torch.int64, device=device)
     if level == 0:
         initial_key = _initial_keys(spec, tracks)
         dense = dense_population(arena, initial_key, spec.init, spec.log_std)
@@ -490,7 +491,8 @@ def cell_population(
 
 
 def _initial_keys(spec: Sweep, tracks: Sequence[Track]) -> Tensor:
-    return torch.tensor([spec.initial_key(track.seed) for track in tracks])
+    keys = [spec.initial_key(track.seed) for track in tracks]
+    return torch.tensor(keys, dtype=torch.int64, device="cpu")
 
 
 def _finished(
@@ -514,7 +516,7 @@ def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track])
         weight = torch.stack([ticket.initial for ticket in tickets])
         zeros = torch.zeros_like(weight)
         mask = torch.stack([ticket.mask for ticket in tickets])
-        step = torch.zeros(len(tracks), dtype=torch.int64)
+        step = torch.zeros(len(tracks), dtype=torch.int64, device="cpu")
         return Parameters(weight, mask, zeros, zeros.clone(), step)
     units: dict[Unit, dict[str, Tensor]] = {}
     rows = []

@@ -8,10 +8,12 @@ and shares, its autograd, the shapes, dtypes and strides of its results, alone a
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from sparse_tickets import kernels
 from sparse_tickets.kernels.arena import Arena, Net
@@ -324,7 +326,7 @@ def move(argument: Any, device: str) -> Any:
     return moved.requires_grad_(argument.requires_grad)
 
 
-@pytest.mark.parametrize(
+every_op = pytest.mark.parametrize(
     ("name", "backend"),
     [
         *((name, "reference") for name in EXAMPLES),
@@ -332,18 +334,19 @@ def move(argument: Any, device: str) -> Any:
         *(pytest.param(name, "triton", marks=needs_triton) for name in EXAMPLES),
     ],
 )
-def test_opcheck(name: str, backend: str) -> None:
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    with use_backend(backend):
-        for arguments in EXAMPLES[name]():
-            torch.library.opcheck(
-                find_op(name), tuple(move(argument, device) for argument in arguments)
-            )
 
 
 def find_op(name: str) -> Any:
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.sparse_tickets, packet), overload or "default")
+
+
+@every_op
+def test_opcheck(name: str, backend: str) -> None:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    with use_backend(backend):
+        for arguments in EXAMPLES[name]():
+            torch.library.opcheck(find_op(name), tuple(move(each, device) for each in arguments))
 
 
 CHECKED = (
@@ -367,3 +370,40 @@ def test_misfits_are_refused_by_the_op_itself(name: str) -> None:
                     spoiled = [*call[:at], misfit, *call[at + 1 :]]
                     with pytest.raises(ValueError, match="must have shape"):
                         op(*(move(argument, device) for argument in spoiled))
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def call(name: str, arguments: Arguments) -> list[torch.Tensor]:
+    """Results, gradients, and the arguments, some of which an op writes."""
+    leaves = [each for each in arguments if isinstance(each, torch.Tensor) and each.requires_grad]
+    results = [each for each in tree_leaves(find_op(name)(*arguments)) if each is not None]
+    differentiable = [each for each in results if each.requires_grad]
+    if differentiable:
+        seeds = [torch.ones_like(each) for each in differentiable]
+        results += torch.autograd.grad(differentiable, leaves, seeds, allow_unused=True)
+    return [each for each in (*results, *arguments) if isinstance(each, torch.Tensor)]
+
+
+@every_op
+def test_no_result_depends_on_a_default(name: str, backend: str) -> None:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    # Triton's interpreter makes tensors on the default device itself.
+    other = device if backend == "triton" else "meta"
+    with use_backend(backend):
+        for arguments in EXAMPLES[name]():
+            expected = call(name, tuple(move(each, device) for each in arguments))
+            for dtype in (torch.float64, torch.bfloat16):
+                copies = tuple(move(each, device) for each in arguments)
+                with defaults(dtype, other):
+                    found = call(name, copies)
+                for ours, theirs in zip(found, expected, strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

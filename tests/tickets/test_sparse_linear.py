@@ -6,6 +6,7 @@ import gc
 import inspect
 import io
 import pickle
+import shutil
 import threading
 import weakref
 from itertools import pairwise
@@ -876,6 +877,7 @@ def test_compile_fullgraph_and_no_recompile_over_levels():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_compile_inductor():
     torch._dynamo.reset()
     layer = pruned_layer()
