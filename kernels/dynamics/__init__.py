@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
-from ..errors import check_device, check_dtype, check_shape, check_untransformed
+from ..errors import check_device, check_dtype, check_shape, check_untransformed, has_data
 from ..registration import declare
 from .reference import TASKS, Task
 
@@ -37,8 +37,6 @@ def initial(task: Task, u: Tensor) -> Tensor:
         ValueError: its last size is not the task's `state_dim`, or another task.
     """
     check_task(task)
-    check_dtype("u", u, torch.float32)
-    check_shape("u", u, (*u.shape[:-1], task.state_dim))
     check_untransformed("initial")
     return torch.ops.sparse_tickets.dynamics_initial(u.detach(), task.name)
 
@@ -61,19 +59,6 @@ def step(task: Task, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Ten
             tensors only: on a GPU that would wait for it).
     """
     check_task(task)
-    check_dtype("state", state, torch.float64)
-    check_shape("state", state, (*state.shape[:-1], task.state_dim))
-    check_device("action", action, state)
-    check_dtype("action", action, torch.int64 if task.discrete else torch.float32)
-    copies = tuple(state.shape[:-1])
-    check_shape("action", action, copies if task.discrete else (*copies, task.action_dim))
-    if task.discrete and action.device.type == "cpu" and action.numel():
-        low, high = (int(bound) for bound in action.aminmax())
-        if low < 0 or high >= task.action_dim:
-            raise ValueError(
-                f"action must be in [0, {task.action_dim}) for {task.name}, "
-                f"got {low if low < 0 else high}"
-            )
     check_untransformed("step")
     return torch.ops.sparse_tickets.dynamics_step(state.detach(), action.detach(), task.name)
 
@@ -93,8 +78,6 @@ def observe(task: Task, state: Tensor) -> Tensor:
         ValueError: its last size is not the task's `state_dim`, or another task.
     """
     check_task(task)
-    check_dtype("state", state, torch.float64)
-    check_shape("state", state, (*state.shape[:-1], task.state_dim))
     check_untransformed("observe")
     return torch.ops.sparse_tickets.dynamics_observe(state.detach(), task.name)
 
@@ -109,29 +92,76 @@ def check_task(task: Task) -> None:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got another {task.name}")
 
 
+# Whoever calls an op by its name has passed no other check; kernels read memory by these shapes.
+
+
+def _find_task(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    return TASKS[name]
+
+
+def _check_initial(u: Tensor, task: Task) -> None:
+    check_dtype("u", u, torch.float32)
+    check_shape("u", u, (*u.shape[:-1], task.state_dim))
+
+
+def _check_state(state: Tensor, task: Task) -> None:
+    check_dtype("state", state, torch.float64)
+    check_shape("state", state, (*state.shape[:-1], task.state_dim))
+
+
+def _check_step(state: Tensor, action: Tensor, task: Task) -> None:
+    _check_state(state, task)
+    check_device("action", action, state)
+    check_dtype("action", action, torch.int64 if task.discrete else torch.float32)
+    copies = tuple(state.shape[:-1])
+    check_shape("action", action, copies if task.discrete else (*copies, task.action_dim))
+    if task.discrete and action.is_cpu and has_data(action) and action.numel():
+        low, high = (int(bound) for bound in action.aminmax())
+        if low < 0 or high >= task.action_dim:
+            raise ValueError(
+                f"action must be in [0, {task.action_dim}) for {task.name}, "
+                f"got {low if low < 0 else high}"
+            )
+
+
 def _initial(u: Tensor, task: str) -> Tensor:
-    return implementation(__name__, u.device).initial(TASKS[task], u)
+    found = _find_task(task)
+    _check_initial(u, found)
+    return implementation(__name__, u.device).initial(found, u)
 
 
 def _step(state: Tensor, action: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(__name__, state.device).step(TASKS[task], state, action)
+    found = _find_task(task)
+    _check_step(state, action, found)
+    return implementation(__name__, state.device).step(found, state, action)
 
 
 def _observe(state: Tensor, task: str) -> Tensor:
-    return implementation(__name__, state.device).observe(TASKS[task], state)
+    found = _find_task(task)
+    _check_state(state, found)
+    return implementation(__name__, state.device).observe(found, state)
+
+
+def _initial_fake(u: Tensor, task: str) -> Tensor:
+    _check_initial(u, _find_task(task))
+    return u.new_empty(u.shape, dtype=torch.float64)
 
 
 def _step_fake(state: Tensor, action: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    _check_step(state, action, _find_task(task))
     copies = state.shape[:-1]
     reward = state.new_empty(copies, dtype=torch.float32)
     return state.new_empty(state.shape), reward, state.new_empty(copies, dtype=torch.bool)
 
 
 def _observe_fake(state: Tensor, task: str) -> Tensor:
-    shape = (*state.shape[:-1], TASKS[task].observation_dim)
-    return state.new_empty(shape, dtype=torch.float32)
+    found = _find_task(task)
+    _check_state(state, found)
+    return state.new_empty((*state.shape[:-1], found.observation_dim), dtype=torch.float32)
 
 
-declare("dynamics_initial", _initial, lambda u, task: u.new_empty(u.shape, dtype=torch.float64))
+declare("dynamics_initial", _initial, _initial_fake)
 declare("dynamics_step", _step, _step_fake)
 declare("dynamics_observe", _observe, _observe_fake)

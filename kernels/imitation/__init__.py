@@ -97,20 +97,9 @@ def clone_update_(
     """
     weight = parameters.weight
     check_untransformed("clone_update_", weight, parameters.m, parameters.v, lr, obs, target)
-    backend = resolve_backend(weight.device)
-    floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
-    check_density(density)
-    data = {"obs": obs, "target": target, "dataset": dataset}
-    check_parameters(parameters, arena, key, lr, floats, data)
-    _check_data(weight, arena, obs, target, dataset)
-    if isinstance(first_update, Tensor):
-        check_shape("first_update", first_update, ())
-        check_dtype("first_update", first_update, torch.int64)
-        check_device("first_update", first_update, weight)
-        if backend == "cpu":
-            raise TypeError("first_update must be an int on the CPU, got a tensor")
-    else:
+    if not isinstance(first_update, Tensor):
         first_update = check_integer("first_update", first_update, 0, 1 << 62)
+    _check(parameters, arena, obs, target, dataset, key, first_update, lr, density)
     packet = torch.ops.sparse_tickets.clone_update_
     update = packet.on_device if isinstance(first_update, Tensor) else packet.default
     tensors = (tensor.detach() for tensor in (*parameters, obs, target, dataset, key, lr))
@@ -127,6 +116,33 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     if backend == "reference":
         return Plan("clone_update_", "reference", "dense+mask", PLAIN_TORCH)
     return Plan("clone_update_", "cpu", *describe_layers((arena.actor,), (density,)))
+
+
+def _check(
+    parameters: Parameters,
+    arena: Arena,
+    obs: Tensor,
+    target: Tensor,
+    dataset: Tensor,
+    key: Tensor,
+    first_update: int | Tensor,
+    lr: Tensor,
+    density: float,
+) -> None:
+    """By the op too: who calls it by its name has passed no other, and kernels read by shapes."""
+    weight = parameters.weight
+    backend = resolve_backend(weight.device)
+    floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
+    check_density(density)
+    data = {"obs": obs, "target": target, "dataset": dataset}
+    check_parameters(parameters, arena, key, lr, floats, data)
+    _check_data(weight, arena, obs, target, dataset)
+    if isinstance(first_update, Tensor):
+        check_shape("first_update", first_update, ())
+        check_dtype("first_update", first_update, torch.int64)
+        check_device("first_update", first_update, weight)
+        if backend == "cpu":
+            raise TypeError("first_update must be an int on the CPU, got a tensor")
 
 
 def _check_data(weight: Tensor, arena: Arena, obs: Tensor, target: Tensor, dataset: Tensor) -> None:
@@ -171,10 +187,12 @@ def _update_impl(
     density: float,
     *numbers: Any,
 ) -> Tensor:
+    arena, parameters = Arena.decode(tuple(arena_code)), Parameters(weight, mask, m, v, step)
+    _check(parameters, arena, obs, target, dataset, key, first_update, lr, density)
     _check_dataset(dataset, obs.shape[0])
     loss = implementation(__name__, weight.device).clone_update_(
-        Parameters(weight, mask.contiguous(), m, v, step),
-        Arena.decode(tuple(arena_code)),
+        parameters._replace(mask=mask.contiguous()),
+        arena,
         obs.contiguous(),
         target.contiguous(),
         dataset.contiguous(),

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..arena import Net
 from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
-from ..errors import check_device, check_shape, check_untransformed
+from ..errors import check_untransformed
 from . import reference, registration
-from .checks import check_density, check_floats, check_precision, check_rows
+from .checks import check_density, check_floats, check_network, check_precision
 
 __all__ = ["describe_layers", "mlp", "plan"]
 
@@ -53,14 +53,7 @@ def mlp(
         RuntimeError: inside ``torch.func`` transforms, but by the reference backend; from the
             backward pass, if an input was changed in place in between.
     """
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
-    tickets, samples, _ = x.shape
-    check_shape("x", x, (tickets, samples, net.sizes[0]))
-    check_density(density)
-    check_rows(weight, (net,), mask, tickets)
-    check_device("x", x, weight)
-    check_precision(precision)
+    check_network(x, weight, mask, net, density, precision)
     arguments = x, weight, mask, net, float(density), precision
     if torch.compiler.is_compiling():
         # A compiler sees no backend: the op asks for it whenever it runs.

@@ -17,6 +17,7 @@ from ..memory import check_separate
 __all__ = [
     "check_density",
     "check_floats",
+    "check_network",
     "check_optimiser",
     "check_parameters",
     "check_precision",
@@ -86,6 +87,20 @@ def check_rows(weight: Tensor, nets: tuple[Net, ...], mask: Tensor | None, ticke
                     f"mask must not cover biases, got {prunable} entries and a bias at "
                     f"{net.biases[layer]}"
                 )
+
+
+def check_network(
+    x: Tensor, weight: Tensor, mask: Tensor | None, net: Net, density: float, precision: str
+) -> None:
+    """Raise unless a network, its input and its mask fit; as `mlp` takes them."""
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
+    tickets, samples, _ = x.shape
+    check_shape("x", x, (tickets, samples, net.sizes[0]))
+    check_density(density)
+    check_rows(weight, (net,), mask, tickets)
+    check_device("x", x, weight)
+    check_precision(precision)
 
 
 def check_optimiser(max_norm: float | None, beta1: float, beta2: float, eps: float) -> None:

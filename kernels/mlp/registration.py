@@ -16,10 +16,11 @@ from torch.library import Library
 
 from ..arena import Net
 from ..dispatch import Backend, differentiating, resolve_backend, resume
+from ..errors import check_device, check_dtype, check_shape
 from ..linear import is_plain, is_watched
 from ..registration import declare
 from . import layered, reference
-from .checks import check_floats
+from .checks import check_floats, check_network
 
 __all__ = ["call", "run"]
 
@@ -186,6 +187,39 @@ def _dispatch(keep: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         return _OPS.mlp.default(*arguments), None
 
 
+# Whoever calls an op by its name has passed no other check; kernels read memory by these shapes.
+
+
+def _check(
+    x: Tensor, weight: Tensor, mask: Tensor | None, code: list[int], density: float, precision: str
+) -> Net:
+    """The network, of whose shapes the arguments are."""
+    net = Net.decode(tuple(code))
+    check_network(x, weight, mask, net, density, precision)
+    return net
+
+
+def _check_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    hidden: Tensor | None,
+    code: list[int],
+    density: float,
+    precision: str,
+) -> Net:
+    net = _check(x, weight, mask, code, density, precision)
+    given = {"dy": (dy, net.sizes[-1])}
+    if hidden is not None:
+        given["hidden"] = hidden, sum(net.sizes[1:-1])
+    for name, (tensor, features) in given.items():
+        check_shape(name, tensor, (*x.shape[:2], features))
+        check_dtype(name, tensor, x.dtype)
+        check_device(name, tensor, x)
+    return net
+
+
 def _choose_backend(x: Tensor, weight: Tensor) -> Backend:
     backend = resolve_backend(x.device)
     check_floats(backend, weight=weight, x=x)
@@ -205,7 +239,8 @@ def _compute(
     density: float,
     precision: str,
 ) -> Tensor:
-    backend, net = _choose_backend(x, weight), Net.decode(tuple(net_code))
+    net = _check(x, weight, mask, net_code, density, precision)
+    backend = _choose_backend(x, weight)
     leaves = x.detach(), weight.detach(), _detach(mask)
     return _forward(backend, *leaves, net, density, precision, False)[0]
 
@@ -218,7 +253,8 @@ def _compute_keeping(
     density: float,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    backend, net = _choose_backend(x, weight), Net.decode(tuple(net_code))
+    net = _check(x, weight, mask, net_code, density, precision)
+    backend = _choose_backend(x, weight)
     leaves = x.detach(), weight.detach(), _detach(mask)
     kept = _forward(backend, *leaves, net, density, precision, True)
     return cast("tuple[Tensor, Tensor]", kept)
@@ -235,7 +271,8 @@ def _compute_backward(
     precision: str,
     to_input: bool,
 ) -> tuple[Tensor, Tensor]:
-    backend, net = _choose_backend(x, weight), Net.decode(tuple(net_code))
+    net = _check_backward(dy, x, weight, mask, hidden, net_code, density, precision)
+    backend = _choose_backend(x, weight)
     dx, dweight = _backward(
         backend,
         dy.detach(),
@@ -267,19 +304,18 @@ def _differentiable(
     return _dispatch(False, x, weight, mask, net_code, density, precision)[0]
 
 
-def _fake(x: Tensor, weight: Tensor, mask: Tensor | None, net_code: list[int], *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:2], Net.decode(tuple(net_code)).sizes[-1])
+def _fake(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:2], _check(x, *others).sizes[-1])
 
 
-def _fake_keeping(
-    x: Tensor, weight: Tensor, mask: Tensor | None, net_code: list[int], *_: Any
-) -> tuple[Tensor, Tensor]:
-    sizes = Net.decode(tuple(net_code)).sizes
+def _fake_keeping(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    sizes = _check(x, *others).sizes
     return x.new_empty(*x.shape[:2], sizes[-1]), x.new_empty(*x.shape[:2], sum(sizes[1:-1]))
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    *_, to_input = others
+    *rest, to_input = others
+    _check_backward(dy, x, weight, *rest)
     return x.new_empty(x.shape if to_input else 0), weight.new_empty(weight.shape)
 
 

@@ -143,34 +143,10 @@ def ppo_update_(
             or a tensor that is written and not contiguous or shares memory with another.
         TypeError: a dtype, the CPU kernel takes float32 only; or `iteration` no integer.
     """
-    if arena.critic is None or arena.critic.sizes[-1] != 1:
-        raise ValueError(f"arena must have a critic with one output, got critic={arena.critic}")
-    if arena.critic.sizes[0] != arena.actor.sizes[0]:
-        raise ValueError(
-            f"actor and critic must read the same observation, got {arena.actor.sizes[0]} and "
-            f"{arena.critic.sizes[0]} features"
-        )
     check_untransformed("ppo_update_", parameters.weight, parameters.m, parameters.v, lr, *batch)
-    backend = resolve_backend(parameters.weight.device)
-    floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
-    check_density(density)
-    check_parameters(parameters, arena, key, lr, floats, batch._asdict())
-    _check_batch(parameters, arena, batch)
-    if isinstance(iteration, Tensor):
-        check_shape("iteration", iteration, ())
-        check_dtype("iteration", iteration, torch.int64)
-        check_device("iteration", iteration, parameters.weight)
-        if backend == "cpu":
-            raise TypeError("iteration must be an int on the CPU, got a tensor")
-    else:
+    if not isinstance(iteration, Tensor):
         iteration = check_integer("iteration", iteration, 0, 1 << 48)
-    samples = batch.logp.shape[1]
-    if samples == 0 or samples % config.minibatches:
-        raise ValueError(
-            f"minibatches must divide the samples, got {config.minibatches} and {samples} samples"
-        )
-    if config.normalise_advantage and samples == config.minibatches:
-        raise ValueError("normalise_advantage needs minibatches of two samples or more, got 1")
+    _check(parameters, arena, batch, key, lr, iteration, config, density)
     packet = torch.ops.sparse_tickets.ppo_update_
     update = packet.on_device if isinstance(iteration, Tensor) else packet.default
     tensors = (tensor.detach() for tensor in (*parameters, *batch, key, lr))
@@ -190,6 +166,44 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
         return Plan("ppo_update_", "reference", "dense+mask", PLAIN_TORCH)
     densities = tuple(density if net.weights[0] < arena.prunable else 1.0 for net in arena.nets)
     return Plan("ppo_update_", "cpu", *describe_layers(arena.nets, densities))
+
+
+def _check(
+    parameters: Parameters,
+    arena: Arena,
+    batch: Batch,
+    key: Tensor,
+    lr: Tensor,
+    iteration: int | Tensor,
+    config: PPOConfig,
+    density: float,
+) -> None:
+    """By the op too: who calls it by its name has passed no other, and kernels read by shapes."""
+    if arena.critic is None or arena.critic.sizes[-1] != 1:
+        raise ValueError(f"arena must have a critic with one output, got critic={arena.critic}")
+    if arena.critic.sizes[0] != arena.actor.sizes[0]:
+        raise ValueError(
+            f"actor and critic must read the same observation, got {arena.actor.sizes[0]} and "
+            f"{arena.critic.sizes[0]} features"
+        )
+    backend = resolve_backend(parameters.weight.device)
+    floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
+    check_density(density)
+    check_parameters(parameters, arena, key, lr, floats, batch._asdict())
+    _check_batch(parameters, arena, batch)
+    if isinstance(iteration, Tensor):
+        check_shape("iteration", iteration, ())
+        check_dtype("iteration", iteration, torch.int64)
+        check_device("iteration", iteration, parameters.weight)
+        if backend == "cpu":
+            raise TypeError("iteration must be an int on the CPU, got a tensor")
+    samples = batch.logp.shape[1]
+    if samples == 0 or samples % config.minibatches:
+        raise ValueError(
+            f"minibatches must divide the samples, got {config.minibatches} and {samples} samples"
+        )
+    if config.normalise_advantage and samples == config.minibatches:
+        raise ValueError("normalise_advantage needs minibatches of two samples or more, got 1")
 
 
 def _check_batch(parameters: Parameters, arena: Arena, batch: Batch) -> None:
@@ -241,6 +255,7 @@ def _update_impl(
     parameters = Parameters(weight, mask, m, v, step)
     batch = Batch(obs, action, logp, value, advantage, target)
     arena, config = Arena.decode(tuple(arena_code)), PPOConfig(*numbers)
+    _check(parameters, arena, batch, key, lr, iteration, config, density)
     arguments = (parameters, arena, batch, key, iteration, lr, config)
     backend = resolve_backend(weight.device)
     if backend == "cpu":

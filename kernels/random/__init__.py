@@ -190,28 +190,14 @@ def categorical(probs: Tensor, u: Tensor) -> Tensor:
             sum that is zero or infinite, or `u` lies outside ``[0, 1)``. On a GPU values are not
             looked at, since that would wait for them; indices stay in ``[0, A)``.
     """
-    check_dtype("probs", probs, torch.float32)
-    check_dtype("u", u, torch.float32)
-    if probs.dim() < 1 or probs.shape[-1] < 1:
-        raise ValueError(f"probs must have shape [..., A] with A >= 1, got {tuple(probs.shape)}")
-    check_shape("u", u, tuple(probs.shape[:-1]))
-    check_device("u", u, probs)
     return torch.ops.sparse_tickets.random_categorical(probs.detach(), u.detach())
 
 
 def _draw(op: str, key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
-    """Check the arguments, and call the registered op."""
-    check_dtype("key", key, torch.int64)
-    if key.dim() != 1:
-        raise ValueError(f"key must have shape [P], got {tuple(key.shape)}")
+    """Check the numbers, of which torch takes others, and call the registered op."""
     _check_int("n", n, 31)
     _check_int("stream", stream, 32)
-    if isinstance(step, Tensor):
-        check_dtype("step", step, torch.int64)
-        check_device("step", step, key)
-        if step.dim():
-            check_shape("step", step, tuple(key.shape))
-    else:
+    if not isinstance(step, Tensor):
         _check_int("step", step, 63)
     packet = getattr(torch.ops.sparse_tickets, f"random_{op}")
     # By name: for an overload that takes an integer torch would fetch the tensor from the device.
@@ -229,11 +215,36 @@ def _check_int(name: str, value: int, limit: int) -> None:
 _library = torch.library.Library("sparse_tickets", "FRAGMENT")
 
 
+# Whoever calls an op by its name has passed no other check; kernels read memory by these shapes.
+
+
+def _check_key(key: Tensor, step: int | Tensor) -> None:
+    check_dtype("key", key, torch.int64)
+    if key.dim() != 1:
+        raise ValueError(f"key must have shape [P], got {tuple(key.shape)}")
+    if isinstance(step, Tensor):
+        check_dtype("step", step, torch.int64)
+        check_device("step", step, key)
+        if step.dim():
+            check_shape("step", step, tuple(key.shape))
+
+
+def _check_categorical(probs: Tensor, u: Tensor) -> None:
+    check_dtype("probs", probs, torch.float32)
+    check_dtype("u", u, torch.float32)
+    if probs.dim() < 1 or probs.shape[-1] < 1:
+        raise ValueError(f"probs must have shape [..., A] with A >= 1, got {tuple(probs.shape)}")
+    check_shape("u", u, tuple(probs.shape[:-1]))
+    check_device("u", u, probs)
+
+
 def _register_draw(op: str, dtype: torch.dtype) -> None:
     def run(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
+        _check_key(key, step)
         return getattr(implementation(__name__, key.device), op)(key.contiguous(), n, stream, step)
 
     def fake(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
+        _check_key(key, step)
         return key.new_empty((key.shape[0], n), dtype=dtype)
 
     for overload, kind in ((op, "SymInt"), (f"{op}.on_device", "Tensor")):
@@ -250,6 +261,7 @@ def _register(
 
 
 def _categorical(probs: Tensor, u: Tensor) -> Tensor:
+    _check_categorical(probs, u)
     rows = probs.reshape(-1, probs.shape[-1]).contiguous()
     index, refused = implementation(__name__, probs.device).categorical(
         rows, u.reshape(-1).contiguous()
@@ -260,6 +272,11 @@ def _categorical(probs: Tensor, u: Tensor) -> Tensor:
             f"probs={rows[refused].tolist()}, u={u.reshape(-1)[refused].item()} in row {refused}"
         )
     return index.view(u.shape)
+
+
+def _categorical_fake(probs: Tensor, u: Tensor) -> Tensor:
+    _check_categorical(probs, u)
+    return u.new_empty(u.shape, dtype=torch.int64)
 
 
 for _op, _dtype in (
@@ -273,5 +290,5 @@ _register(
     "categorical",
     "(Tensor probs, Tensor u) -> Tensor",
     _categorical,
-    lambda probs, u: u.new_empty(u.shape, dtype=torch.int64),
+    _categorical_fake,
 )

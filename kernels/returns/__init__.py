@@ -7,6 +7,8 @@ reinforcement learning"): therefore `next_value` is an argument and not `value` 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,27 @@ def gae(
         ValueError: a shape, a device, or a number out of its range.
         TypeError: a dtype; the Triton backend takes float32 only.
     """
+    return torch.ops.sparse_tickets.gae(
+        reward.detach(),
+        value.detach(),
+        next_value.detach(),
+        terminated,
+        truncated,
+        float(gamma),
+        float(lam),
+    )
+
+
+def _check(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+) -> None:
+    """Whoever calls the op by its name has passed no other check; kernels read memory by shapes."""
     if reward.ndim != 3:
         raise ValueError(f"reward must have shape [P, T, E], got {tuple(reward.shape)}")
     check_dtype("reward", reward, torch.float32, torch.float64)
@@ -69,15 +92,6 @@ def gae(
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0 <= number <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {number}")
-    return torch.ops.sparse_tickets.gae(
-        reward.detach(),
-        value.detach(),
-        next_value.detach(),
-        terminated,
-        truncated,
-        float(gamma),
-        float(lam),
-    )
 
 
 def _gae(
@@ -90,12 +104,14 @@ def _gae(
     lam: float,
 ) -> tuple[Tensor, Tensor]:
     rows = (reward, value, next_value, terminated, truncated)
+    _check(*rows, gamma, lam)
     kernels = implementation(__name__, reward.device)
     return kernels.gae(*(row.contiguous() for row in rows), gamma, lam)
 
 
-declare(
-    "gae",
-    _gae,
-    lambda reward, *_: (reward.new_empty(reward.shape), reward.new_empty(reward.shape)),
-)
+def _gae_fake(reward: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check(reward, *rest)
+    return reward.new_empty(reward.shape), reward.new_empty(reward.shape)
+
+
+declare("gae", _gae, _gae_fake)

@@ -17,6 +17,7 @@ from ..arena import Arena, Net
 from ..dispatch import PLAIN_TORCH, Backend, resolve_backend
 from ..dynamics import TASKS, Task
 from ..dynamics.copies import Copies
+from ..errors import check_device, check_dtype, check_shape
 from ..memory import mark_written
 from ..random import Stream
 from . import reference
@@ -44,6 +45,74 @@ def _task(name: str, time_limit: int) -> Task:
     return replace(TASKS[name], time_limit=time_limit)
 
 
+# Whoever calls an op by its name has passed no other check; kernels read memory by these shapes.
+
+
+def _check_policy(
+    weight: Tensor,
+    mask: Tensor,
+    key: Tensor,
+    offset: Tensor,
+    scale: Tensor,
+    code: list[int],
+    task: str,
+    time_limit: int,
+) -> tuple[Arena, Task]:
+    """The arena and the task, which everything fits."""
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    arena, found = Arena.decode(tuple(code)), _task(task, time_limit)
+    tickets = len(key) if key.dim() else 0
+    _check_tensors(
+        key,
+        ("key", key, torch.int64, (tickets,)),
+        ("weight", weight, torch.float32, (tickets, arena.size)),
+        ("mask", mask, torch.bool, (tickets, arena.prunable)),
+        ("offset", offset, torch.float32, (found.observation_dim,)),
+        ("scale", scale, torch.float32, (found.observation_dim,)),
+    )
+    ends = (arena.actor.sizes[0], arena.actor.sizes[-1])
+    if ends != (found.observation_dim, found.action_dim):
+        raise ValueError(
+            f"actor must map {found.observation_dim} features to {found.action_dim} outputs, "
+            f"got {arena.actor.sizes}"
+        )
+    return arena, found
+
+
+def _check_copies(
+    obs: Tensor,
+    restart_key: Tensor,
+    state: Tensor,
+    elapsed: Tensor,
+    clock: int | Tensor,
+    key: Tensor,
+    task: Task,
+) -> None:
+    copies = (len(key), obs.shape[1] if obs.dim() == 3 else 0)
+    _check_tensors(
+        key,
+        ("obs", obs, torch.float32, (*copies, task.observation_dim)),
+        ("restart_key", restart_key, torch.int64, copies[:1]),
+        ("state", state, torch.float64, (*copies, task.state_dim)),
+        ("elapsed", elapsed, torch.int32, copies),
+    )
+    for name, tensor in (("state", state), ("elapsed", elapsed)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if isinstance(clock, Tensor):
+        _check_tensors(key, ("clock", clock, torch.int64, ()))
+
+
+def _check_tensors(
+    like: Tensor, *expected: tuple[str, Tensor, torch.dtype, tuple[int, ...]]
+) -> None:
+    for name, tensor, dtype, shape in expected:
+        check_dtype(name, tensor, dtype)
+        check_shape(name, tensor, shape)
+        check_device(name, tensor, like)
+
+
 def _rollout_impl(
     weight: Tensor,
     mask: Tensor,
@@ -64,9 +133,11 @@ def _rollout_impl(
     density: float,
     keep_heads: bool,
 ) -> tuple[Tensor, ...]:
-    arena = Arena.decode(tuple(arena_code))
+    policy = weight, mask, key, offset, scale
+    arena, found = _check_policy(*policy, arena_code, task, time_limit)
+    _check_copies(obs, restart_key, state, elapsed, clock, key, found)
     env = Copies(
-        _task(task, time_limit),
+        found,
         obs.shape[1],
         offset,
         scale,
@@ -113,7 +184,9 @@ def _evaluate_impl(
     greedy: bool,
     density: float,
 ) -> Tensor:
-    arena, world = Arena.decode(tuple(arena_code)), (_task(task, time_limit), copies, offset, scale)
+    policy = weight, mask, key, offset, scale
+    arena, found = _check_policy(*policy, arena_code, task, time_limit)
+    world = found, copies, offset, scale
     backend, _ = choose((arena.actor,), weight.device)
     if backend == "cpu":
         from . import cpu
@@ -131,10 +204,13 @@ def _rollout_fake(
     weight, mask, obs, key, restart_key, state, elapsed, offset, scale, clock, arena_code, task,
     time_limit, steps, stream, restart_stream, density, keep_heads,
 ):  # fmt: skip
+    policy = weight, mask, key, offset, scale
+    arena, found = _check_policy(*policy, arena_code, task, time_limit)
+    _check_copies(obs, restart_key, state, elapsed, clock, key, found)
     tickets, copies, features = obs.shape
     shape = (tickets, steps, copies)
-    actions = Arena.decode(tuple(arena_code)).actor.sizes[-1]
-    if TASKS[task].discrete:
+    actions = arena.actor.sizes[-1]
+    if found.discrete:
         action = obs.new_empty(shape, dtype=torch.int64)
     else:
         action = obs.new_empty((*shape, actions))
@@ -150,6 +226,7 @@ def _rollout_fake(
 
 
 def _evaluate_fake(weight, mask, key, offset, scale, arena_code, task, time_limit, copies, *_):
+    _check_policy(weight, mask, key, offset, scale, arena_code, task, time_limit)
     return weight.new_empty((key.shape[0], copies))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from collections import OrderedDict
 
 import pytest
@@ -163,6 +164,24 @@ def test_a_mask_that_nobody_announced(write, density):
         torch.testing.assert_close(policy(x), expected, atol=1e-5, rtol=1e-4)
         with torch.no_grad():
             torch.testing.assert_close(policy(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mask_written_by_another_thread():
+    policy, stop = make(), threading.Event()
+
+    def write():
+        while not stop.is_set():
+            policy[2].mask.bernoulli_(0.3)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        with torch.no_grad():
+            for batch in (1, 16, 300) * 20:
+                assert policy(torch.randn(batch, 4)).isfinite().all()
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_mask_of_bytes_goes_layer_by_layer():
