@@ -7,6 +7,7 @@ correlated, so every bootstrap resamples whole rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "Comparison",
+    "binomial_tail",
     "bootstrap_interval",
     "degradation_level",
     "holm",
@@ -274,6 +276,22 @@ def sign_flip(difference: ArrayLike, resamples: int = 2000, seed: int = 0) -> fl
     least = abs(values.sum()) * (1 - 1e-12) - 1e-12 * np.abs(values).sum()
     extreme = int((np.abs(flips @ values) >= least).sum())
     return (extreme + extra) / (len(flips) + extra)
+
+
+def binomial_tail(successes: int, trials: int, probability: float) -> float:
+    """Chance of at least so many successes in independent trials (binomial, one-sided).
+
+    Raises:
+        ValueError: more successes than trials, or a probability outside [0, 1].
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes must be in [0, {trials}], got {successes}")
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability must be in [0, 1], got {probability}")
+    return math.fsum(
+        math.comb(trials, k) * probability**k * (1 - probability) ** (trials - k)
+        for k in range(successes, trials + 1)
+    )
 
 
 def restricted_levels(

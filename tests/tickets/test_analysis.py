@@ -32,7 +32,7 @@ from sparse_tickets.analysis import (
     summary_table,
 )
 from sparse_tickets.analysis.frame import tracks
-from sparse_tickets.analysis.statistics import mean
+from sparse_tickets.analysis.statistics import binomial_tail, mean
 
 FOUR = CONDITIONS[:4]
 COLLAPSE = dict(zip(CONDITIONS, (0.02, 0.035, 0.11, 0.2, 0.03, 0.13, 0.08), strict=True))
@@ -236,6 +236,18 @@ class TestHolm:
     def test_rejects_what_is_no_probability(self, bad):
         with pytest.raises(ValueError, match=r"pvalues must be in \[0, 1\]"):
             holm(bad)
+
+
+class TestBinomialTail:
+    def test_is_the_sum_of_the_chances(self):
+        assert binomial_tail(0, 5, 0.3) == pytest.approx(1.0)
+        assert binomial_tail(5, 5, 0.3) == pytest.approx(0.3**5)
+        assert binomial_tail(2, 3, 0.5) == pytest.approx(0.5)
+
+    @pytest.mark.parametrize("arguments", [(4, 3, 0.5), (-1, 3, 0.5), (1, 3, 1.5)])
+    def test_rejects_what_is_no_count_or_probability(self, arguments):
+        with pytest.raises(ValueError, match="must be in"):
+            binomial_tail(*arguments)
 
 
 class TestTracks:

@@ -10,6 +10,7 @@ from rich.console import Console
 from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.analysis import verify as verify_module
 from sparse_tickets.analysis.verify import verify
 from sparse_tickets.cli import main
 from sparse_tickets.envs.registry import _registry
@@ -90,6 +91,45 @@ def test_replaced_final_weights_disagree(algo, copy, capsys):
     tamper(copy, Unit(algo, 1, 0), lambda t: replace(t, final=torch.zeros_like(t.final)))
     assert main(["verify", str(copy), "--cells", "99"]) == 1
     assert "disagrees" in capsys.readouterr().out
+
+
+def retrained(monkeypatch, shifts):
+    """Let the next cells end so far from where they did; everything else agrees."""
+    rest = iter(shifts)
+
+    def again(spec, store, cells, on_iteration):
+        stored = [cell.row["return_final"] for cell in cells]
+        return [verify_module._Again(True, value, 0.0, value + next(rest)) for value in stored]
+
+    monkeypatch.setattr(verify_module, "_again", again)
+
+
+@pytest.mark.parametrize(
+    ("shifts", "agree", "elsewhere"),
+    [
+        ([0] * 6, True, 0),
+        ([-300, 0, 0, 0, 0, 0], True, 1),  # chaos moves one now and then
+        ([-300, 300, 0, 0, 0, 0], True, 2),
+        ([-300, 300, -300, 300, -300, 0], False, 5),  # but not nearly all
+    ],
+)
+def test_where_cells_end_is_judged_over_all_of_them(
+    shifts, agree, elsewhere, finished, monkeypatch
+):
+    retrained(monkeypatch, shifts)
+    table, found = verify(finished, CELLS, Console(quiet=True))
+    assert found == agree
+    assert f"{elsewhere} of 6 end elsewhere" in table.caption.plain
+    assert f"{'within' if agree else 'beyond'} chance" in table.caption.plain
+    assert list(table.columns[-1].cells).count("agrees, ends elsewhere") == elsewhere
+
+
+def test_a_small_difference_in_one_direction_disagrees(finished, monkeypatch):
+    monkeypatch.setattr(verify_module, "SIGNIFICANCE", 0.05)  # six cells give no less than 2 / 2^6
+    retrained(monkeypatch, [-3.0, -4.0, -1.0, -2.0, -2.5, -0.5])
+    assert not verify(finished, CELLS, Console(quiet=True))[1]
+    retrained(monkeypatch, [-3.0, 4.0, -1.0, 2.0, -2.5, 0.5])
+    assert verify(finished, CELLS, Console(quiet=True))[1]
 
 
 def test_a_replaced_start_disagrees(copy, capsys):
