@@ -129,7 +129,8 @@ def _source(
     """Which of a layer's inputs may depend on the module's; None where all may."""
     if layer in before:
         known = before[layer]
-        return None if known is None else reached[known]
+        # Not reached yet is one that is registered later, or the layer itself, used twice.
+        return None if known is None else reached.get(known)
     inner = set(before.values())
     ends = [
         reached[other]

@@ -77,6 +77,7 @@ class Pruner:
         self._course = Course(method, steps, self.density, density)
         self._initial = self._gather("weight")
         self._gradients: dict[str, Tensor] = {}
+        self._passes: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self.count = 0
         if method.schedule == "constant":
@@ -185,10 +186,20 @@ class Pruner:
 
     @torch.no_grad()
     def _add_gradient(self, name: str, input: Tensor, gradient: Tensor) -> None:
-        """Add a backward pass's dense gradient by a layer's weight, ``[out, in]``."""
-        rows, columns = gradient.flatten(0, -2), input.flatten(0, -2)
+        """Add a backward pass's dense gradient by a layer's weight, ``[out, in]``.
+
+        What ``zero_grad`` dropped from the weight is dropped here too: an actor's loss passes
+        through a critic, whose own loss alone is to tell where it grows.
+        """
+        rows, columns = (x.reshape(-1, x.shape[-1]) for x in (gradient, input))
         found = (rows.mT.float() @ columns.float()).cpu()
-        self._gradients[name] = self._gradients[name] + found if name in self._gradients else found
+        # A pass leaves its gradient at the weight when it is through all calls of the layer.
+        this = torch._C._current_graph_task_id()
+        dropped = self._passes.get(name) != this and _is_zero(self._layers[name][0].weight.grad)
+        self._passes[name] = this
+        if name in self._gradients and not dropped:
+            found += self._gradients[name]
+        self._gradients[name] = found
 
     def _take_gradient(self) -> Tensor:
         missing = [name for name in self._layers if name not in self._gradients]
@@ -211,6 +222,10 @@ def _sparse_layers(module: nn.Module, exclude: list[str]) -> dict[str, list[Spar
         if isinstance(layer, SparseLinear) and layer not in left:
             layers.setdefault(names.setdefault(id(layer.weight), name), []).append(layer)
     return layers
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    return gradient is None or not gradient.any()
 
 
 def _places(layers: Iterable[SparseLinear]) -> list[Layer]:

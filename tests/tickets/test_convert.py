@@ -849,3 +849,21 @@ def test_semi_structured_takes_a_layer_and_packs_a_shared_weight_once(packing):
 def test_semi_structured_errors(module, arguments, message):
     with pytest.raises(ValueError, match=message):
         to_semi_structured(module(), **arguments)
+
+
+def test_a_layer_in_several_places_is_converted():
+    """Used twice by a sequence, or registered before the layer that it reads."""
+    shared = nn.Linear(8, 8)
+    twice = sparsify_(nn.Sequential(shared, nn.Tanh(), shared), 0.5)
+    assert twice[0] is twice[2]
+    assert twice[0].density == 0.5
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 2)
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), self.head)
+
+    policy = sparsify_(Policy(), 0.5)
+    assert policy.head is policy.net[2]
+    assert isinstance(policy.head, SparseLinear)

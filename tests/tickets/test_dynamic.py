@@ -206,6 +206,35 @@ def test_the_gradient_is_that_of_a_dense_network():
     assert not torch.equal(want[0], mask)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_gradient_that_zero_grad_drops_is_dropped(to_none):
+    """The actor's loss passes through the critic between the critic's update and its next."""
+    torch.manual_seed(0)
+    actor, masks = nn.Linear(7, 7), []
+    x = torch.randn(8, 7)
+    for passes in (False, True):
+        critic = network()
+        method = Method("constant", grow="gradient", start=0.0, every=1)
+        pruner = Pruner(critic, method, density=0.3, steps=10)
+        optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+        if passes:
+            critic(actor(x)).mean().neg().backward()
+        optimizer.zero_grad(to_none)
+        for part in x.split(4):  # accumulated
+            critic(part).square().mean().backward()
+        assert pruner.step()
+        masks.append(flat(critic, "mask"))
+    assert torch.equal(*masks)
+
+
+def test_an_input_without_a_batch_has_a_gradient():
+    module = network()
+    method = Method("constant", grow="gradient", start=0.0, every=1)
+    pruner = Pruner(module, method, density=0.3, steps=10)
+    module(torch.randn(7)).sum().backward()
+    assert pruner.step()
+
+
 def test_snip_ranks_by_the_initial_weight_times_its_gradient():
     module, dense = network(), network()
     pruner = Pruner(module, "snip", density=0.1, steps=50)
