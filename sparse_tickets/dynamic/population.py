@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from sparse_tickets.linear import count_kept
 from sparse_tickets.population import Population
 
 from .course import Course, find_method
-from .distributions import layer_counts
+from .distributions import Layer, layer_counts
 from .method import Method
 from .scores import DROP_SCORES, GROW_SCORES, Moment
 from .update import update_mask
@@ -103,24 +103,37 @@ class PopulationPruner:
         k = count_kept(density, size)
         if growing is None and len(population):
             k = min(k, int(parameters.mask[0].count_nonzero()))
-        available = None
-        if growing is None:
-            rows = [parameters.mask[:, at : at + out * inp] for at, out, inp in layers]
-            available = [int(row.count_nonzero(1).min()) if len(row) else 0 for row in rows]
-        counts = layer_counts(method.distribution, layers, k, available)
         weight = parameters.weight[:, :size]
         gradient = self._gradient() if method.needs_gradient and self._gradient else None
         moment = Moment(weight, self._initial, gradient, self._key, self.count)
-        mask = update_mask(
-            parameters.mask,
-            DROP_SCORES[method.drop](moment),
-            None if growing is None else growing(moment),
-            k,
-            replaced=self._course.replaced(self.count),
-            layers=layers,
-            counts=counts,
-        )
+        drop = DROP_SCORES[method.drop](moment)
+        grow = None if growing is None else growing(moment)
+        mask = torch.empty_like(parameters.mask)
+        for available, rows in self._alike(layers, growing is None):
+            mask[rows] = update_mask(
+                parameters.mask[rows],
+                drop[rows],
+                None if grow is None else grow[rows],
+                k,
+                replaced=self._course.replaced(self.count),
+                layers=layers,
+                counts=layer_counts(method.distribution, layers, k, available),
+            )
         for row in (weight, parameters.m[:, :size], parameters.v[:, :size]):
             row.masked_fill_(~mask, 0.0)
         parameters.mask.copy_(mask)
         population.density = density
+
+    def _alike(
+        self, layers: Sequence[Layer], shrinks: bool
+    ) -> list[tuple[tuple[int, ...] | None, list[int]]]:
+        """Tickets that keep as many weights in every layer, which is the most they can keep."""
+        every = list(range(len(self._population)))
+        if not shrinks:
+            return [(None, every)]
+        mask = self._population.parameters.mask
+        kept = [mask[:, at : at + out * inp].count_nonzero(1).tolist() for at, out, inp in layers]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for ticket in every:
+            groups.setdefault(tuple(row[ticket] for row in kept), []).append(ticket)
+        return list(groups.items())

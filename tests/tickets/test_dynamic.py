@@ -389,6 +389,24 @@ def test_tickets_of_a_population_are_pruned_each_by_itself(name):
     assert not torch.equal(together.parameters.mask[0], together.parameters.mask[1])
 
 
+def test_tickets_that_differ_by_layer_are_pruned_each_by_itself():
+    """As magnitude pruning over all layers leaves them."""
+    masks = []
+    for index in ([0, 1], [0], [1]):
+        population, key = tickets(index)
+        size, parameters = population.arena.prunable, population.parameters
+        order = parameters.weight[:, :size].abs().argsort(1, descending=True)
+        parameters.mask.scatter_(1, order[:, size // 2 :], False)
+        pruner = PopulationPruner(population, Method(start=0.0, every=1), 0.4, 20, key)
+        for count in range(1, 21):
+            pruner.step()
+            assert population.density == Method(start=0.0).density(count / 20, 0.5, 0.4)
+            kept = math.floor(population.density * size + 0.5)
+            assert (parameters.mask.sum(1) == kept).all()
+        masks.append(parameters.mask)
+    assert torch.equal(masks[0], torch.cat(masks[1:]))
+
+
 def test_a_population_that_cannot_be_pruned_alike_is_refused():
     population, key = tickets([0, 1])
     with pytest.raises(ValueError, match="gradient must be given for this method"):
