@@ -43,7 +43,7 @@ class Course:
     final: float
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if not self.steps >= 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         for density in (self.initial, self.final):
             if not 0 <= density <= 1:

@@ -207,7 +207,8 @@ class Pruner:
             raise RuntimeError(
                 "every layer must take part in the backward pass before an update, got "
                 f"none through {', '.join(map(repr, missing))} before step {self.count}: exclude "
-                "them, or call step only after the optimiser steps that train them"
+                "them, call step only after the optimiser steps that train them, and train the "
+                "module itself where torch.compile would leave out its hooks"
             )
         return torch.cat([self._gradients[name].flatten() for name in self._layers])[None]
 

@@ -445,3 +445,19 @@ def test_a_layer_without_a_part_in_the_loss_is_named():
     module["used"](torch.randn(2, 4)).sum().backward()
     with pytest.raises(RuntimeError, match=r"none through 'idle' before step 1"):
         pruner.step()
+
+
+def test_compiled_hooks_are_missed_in_words():
+    module = network()
+    pruner = Pruner(module, Method("constant", grow="gradient", start=0.0, every=2), 0.5, 10)
+    compiled = torch.compile(module, backend="eager")
+    compiled(torch.randn(2, 7)).sum().backward()
+    pruner.step()
+    compiled(torch.randn(2, 7)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"torch\.compile would leave out its hooks"):
+        pruner.step()
+
+
+def test_steps_are_a_number():
+    with pytest.raises(ValueError, match="steps must be at least 1, got nan"):
+        Pruner(network(), "set", 0.1, float("nan"))
