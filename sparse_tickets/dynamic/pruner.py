@@ -70,7 +70,7 @@ class Pruner:
         method = find_method(method)
         # Before anything is changed.
         Course(method, steps, 1.0, density)
-        self._layers = _sparse_layers(module, list(exclude))
+        self._layers = _sparse_layers(module, [exclude] if isinstance(exclude, str) else [*exclude])
         self._places = _places(layer for layer, *_ in self._layers.values())
         self._size = sum(layer.weight.numel() for layer, *_ in self._layers.values())
         self._key = torch.tensor([derive_key("pruner", seed)], dtype=torch.int64, device="cpu")
@@ -79,6 +79,8 @@ class Pruner:
         self._gradients: dict[str, Tensor] = {}
         self._passes: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
+        # Whether an update waits for a gradient that is finite.
+        self._late = False
         self.count = 0
         if method.schedule == "constant":
             self._update_(replace(method, drop="random", grow="none"))
@@ -93,6 +95,9 @@ class Pruner:
     def step(self) -> bool:
         """Count a gradient step, to be called after the optimiser's; update the masks if due.
 
+        Where a score reads a gradient that is not finite, as that of a scaled loss may be, the update
+        waits for the next step.
+
         Returns:
             Whether the masks were updated.
 
@@ -100,16 +105,17 @@ class Pruner:
             RuntimeError: a layer had no part in the backward pass whose gradient is asked for.
         """
         self.count += 1
-        due = self._course.is_due(self.count)
-        if due:
-            self._update_(self._course.method)
+        due = self._late or self._course.is_due(self.count)
+        updated = due and self._update_(self._course.method)
+        self._late = due and not updated
         self._arm()
-        return due
+        return updated
 
     def state_dict(self) -> dict[str, Any]:
         """What goes on from a checkpoint; the masks are in the module's own."""
         return {
             "count": self.count,
+            "late": self._late,
             "initial_density": self._course.initial,
             "initial": self._initial,
             "key": self._key,
@@ -119,21 +125,29 @@ class Pruner:
         """Go on from a checkpoint, whose module must be loaded too.
 
         Raises:
-            ValueError: the state is of a module with another number of weights.
+            ValueError: the state is no pruner's, or of a module with another number of weights.
         """
+        if missing := self.state_dict().keys() - state.keys():
+            raise ValueError(
+                f"state must be a pruner's, got one without {', '.join(sorted(missing))}"
+            )
         if state["initial"].shape != self._initial.shape:
             raise ValueError(
                 f"state must be of a module with {self._size} weights in its sparse layers, got "
                 f"one with {state['initial'].shape[1]}"
             )
-        self.count = state["count"]
+        self.count, self._late = state["count"], state["late"]
         self._course = replace(self._course, initial=state["initial_density"])
         self._initial = state["initial"].to(self._initial)
         self._key = state["key"].clone()
         self._arm()
 
     @torch.no_grad()
-    def _update_(self, method: Method) -> None:
+    def _update_(self, method: Method) -> bool:
+        """Update the masks; False, and nothing done, where the gradient is not finite."""
+        gradient = self._take_gradient() if method.needs_gradient else None
+        if gradient is not None and not gradient.isfinite().all():
+            return False
         mask, growing = self._gather("mask"), GROW_SCORES[method.grow]
         k = count_kept(self._course.density(self.count), self._size)
         if growing is None:
@@ -142,7 +156,6 @@ class Pruner:
         counts = layer_counts(
             method.distribution, self._places, k, kept if growing is None else None
         )
-        gradient = self._take_gradient() if method.needs_gradient else None
         moment = Moment(self._gather("weight"), self._initial, gradient, self._key, self.count)
         updated = update_mask(
             mask,
@@ -156,13 +169,14 @@ class Pruner:
         for place, layers in zip(self._places, self._layers.values(), strict=True):
             for layer in layers:
                 layer.set_mask_(updated[0, _slice(place)].view(layer.mask.shape))
+        return True
 
     def _gather(self, name: str) -> Tensor:
         """A tensor of every layer in one row on the CPU, ``[1, N]``."""
         layers = [layer for layer, *_ in self._layers.values()]
         rows = [getattr(layer, name).detach().flatten().cpu() for layer in layers]
         row = torch.cat(rows)[None]
-        return row if row.dtype is torch.bool else row.float()
+        return row if row.dtype in (torch.bool, torch.float64) else row.float()
 
     def _arm(self) -> None:
         """Have the next backward passes leave dense gradients, if an update follows them."""
@@ -170,7 +184,8 @@ class Pruner:
             handle.remove()
         self._handles.clear()
         self._gradients.clear()
-        if self._course.method.needs_gradient and self._course.is_due(self.count + 1):
+        next_is_due = self._late or self._course.is_due(self.count + 1)
+        if self._course.method.needs_gradient and next_is_due:
             self._handles += [
                 layer.register_forward_hook(partial(self._listen, name), with_kwargs=True)
                 for name, layers in self._layers.items()
@@ -192,7 +207,8 @@ class Pruner:
         through a critic, whose own loss alone is to tell where it grows.
         """
         rows, columns = (x.reshape(-1, x.shape[-1]) for x in (gradient, input))
-        found = (rows.mT.float() @ columns.float()).cpu()
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        found = (rows.mT.to(wide) @ columns.to(wide)).cpu()
         # A pass leaves its gradient at the weight when it is through all calls of the layer.
         this = torch._C._current_graph_task_id()
         dropped = self._passes.get(name) != this and _is_zero(self._layers[name][0].weight.grad)

@@ -69,10 +69,15 @@ def update_mask(
 
 
 def _update(mask: Tensor, drop: Tensor, grow: Tensor | None, k: int, replaced: float) -> Tensor:
-    mask, drop = mask.contiguous(), drop.float().contiguous()
+    mask, drop = mask.contiguous(), _comparable(drop)
     if grow is None:
         return prune(drop, mask, k)
     stay = mask.count_nonzero(1).clamp(max=k)
     stay -= (stay * replaced + 0.5).floor().long()
     kept = prune(drop, mask, stay)
-    return kept | prune(grow.float().contiguous(), ~kept, k - stay)
+    return kept | prune(_comparable(grow), ~kept, k - stay)
+
+
+def _comparable(scores: Tensor) -> Tensor:
+    """In a dtype that `prune` ranks, and in which nothing becomes equal."""
+    return (scores if scores.dtype is torch.float64 else scores.float()).contiguous()

@@ -461,3 +461,37 @@ def test_compiled_hooks_are_missed_in_words():
 def test_steps_are_a_number():
     with pytest.raises(ValueError, match="steps must be at least 1, got nan"):
         Pruner(network(), "set", 0.1, float("nan"))
+
+
+def test_an_update_waits_for_a_gradient_that_is_finite():
+    module = network()
+    pruner = Pruner(module, Method("constant", grow="gradient", start=0.0, every=4), 0.5, 100)
+    x = torch.randn(3, 7)
+    for scale, updated in (
+        (1.0, False),
+        (1.0, False),
+        (1.0, False),
+        (math.inf, False),
+        (1.0, True),
+    ):
+        module.zero_grad()
+        (module(x).sum() * scale).backward()
+        before = flat(module, "mask")
+        assert pruner.step() is updated
+        assert torch.equal(before, flat(module, "mask")) is not updated
+
+
+def test_weights_of_float64_are_compared_as_such():
+    layer = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    layer.weight.data[:] = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    pruner = Pruner(layer, Method("one-shot", "global", start=0.0, stop=0.0), 0.5, 10)
+    assert pruner.step()
+    assert layer.mask.tolist() == [[False, True]]
+
+
+def test_a_name_is_excluded_whole_and_a_foreign_state_refused():
+    module = nn.ModuleDict({"actor": network(), "critic": network()})
+    pruner = Pruner(module, "static", 0.1, 10, exclude="actor")
+    assert type(module["actor"][0]) is nn.Linear
+    with pytest.raises(ValueError, match="state must be a pruner's, got one without count, init"):
+        pruner.load_state_dict({})
