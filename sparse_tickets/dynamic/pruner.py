@@ -95,8 +95,8 @@ class Pruner:
     def step(self) -> bool:
         """Count a gradient step, to be called after the optimiser's; update the masks if due.
 
-        Where a score reads a gradient that is not finite, as that of a scaled loss may be, the update
-        waits for the next step.
+        Where a score reads a gradient that is not finite, as that of a scaled loss may be, the
+        update waits for the next step.
 
         Returns:
             Whether the masks were updated.
