@@ -269,7 +269,8 @@ def load_tickets(path: str | Path) -> list[Ticket]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no tickets file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        # Old versions of safetensors read onto torch's default device.
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             header = (file.metadata() or {})[_HEADER]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         digest, _, body = header.partition(" ")

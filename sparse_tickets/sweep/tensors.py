@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
@@ -51,7 +52,9 @@ def parse_tensors(path: Path, data: bytes, name: str, spec_hash: str) -> dict[st
         )
         recorded = header["sha256"]
         owner = header["name"], header["spec_hash"]
-        tensors = from_safetensors(data)
+        # Old versions of safetensors read onto torch's default device.
+        with torch.device("cpu"):
+            tensors = from_safetensors(data)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise Damaged({path: f"cannot be read ({error})"}) from None
     if recorded != checksum(tensors):
