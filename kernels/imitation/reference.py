@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import differentiating
 from ..mlp.reference import mlp
 from ..random import Stream, integers
-from ..update import adam_
+from ..training.reference import step_
 
 if TYPE_CHECKING:
     from . import CloneConfig
@@ -32,6 +31,11 @@ def loss(weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, target: Tensor
     return (student - log_std + 0.5 * square * (-2 * student).exp() - 0.5).sum(-1).mean(1)
 
 
+def _measured_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
+    total = loss(*arguments)
+    return total, total.detach()[None]
+
+
 def clone_update_(
     parameters: Parameters,
     arena: Arena,
@@ -50,30 +54,14 @@ def clone_update_(
     for update in range(config.updates):
         step = first_update + update
         index = integers(key, config.batch, samples, stream=Stream.MINIBATCH, step=step)
-        with differentiating():
-            weight = parameters.weight.detach().requires_grad_()
-            total = loss(weight, parameters.mask, arena, obs[rows, index], target[rows, index])
-            (grad,) = torch.autograd.grad(total.sum(), weight)
+        minibatch = obs[rows, index], target[rows, index]
         state = (parameters.weight, parameters.m, parameters.v)
         before = [tensor.clone() for tensor in state]
-        adam_(
-            parameters.weight,
-            grad,
-            parameters.m,
-            parameters.v,
-            parameters.step,
-            lr,
-            parameters.mask,
-            max_norm=config.max_norm,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-        )
+        losses.append(step_(parameters, _measured_loss, (arena, *minibatch), lr, config)[0])
         # Adam would still move the critic by what its moments remember.
         for tensor, old in zip(state, before, strict=True):
             for begin, end in critic_spans(arena):
                 tensor[:, begin:end] = old[:, begin:end]
-        losses.append(total.detach())
     return torch.stack(losses).mean(0)
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import differentiating
 from ..mlp.reference import mlp
 from ..random import Stream, permutation
-from ..update import adam_
+from ..training.reference import step_
 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
@@ -87,22 +86,5 @@ def ppo_update_(
         order = permutation(key, samples, stream=Stream.MINIBATCH, step=step)
         for index in order.split(samples // config.minibatches, dim=1):
             minibatch = type(batch)(*(field[row, index] for field in batch))
-            with differentiating():
-                weight = parameters.weight.detach().requires_grad_()
-                total, measured = loss(weight, parameters.mask, arena, minibatch, config)
-                (grad,) = torch.autograd.grad(total.sum(), weight)
-            norm = adam_(
-                parameters.weight,
-                grad,
-                parameters.m,
-                parameters.v,
-                parameters.step,
-                lr,
-                parameters.mask,
-                max_norm=config.max_norm,
-                beta1=config.beta1,
-                beta2=config.beta2,
-                eps=config.eps,
-            )
-            statistics.append(torch.cat([measured, norm[None]]))
+            statistics.append(step_(parameters, loss, (arena, minibatch, config), lr, config))
     return torch.stack(statistics).mean(0)
