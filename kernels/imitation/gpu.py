@@ -8,15 +8,14 @@ read: Adam knows the mask, and that the critic stays as it is.
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..mlp import gpu as mlp
-from ..update import gpu as update_gpu
+from ..training.gpu import Outputs, adam_, gradient
 from . import loss_gpu, minibatch_gpu
 from .reference import critic_spans
 
@@ -56,60 +55,14 @@ def clone_update_(
             obs, dataset, key, first_update, begin, updates, config.batch
         )
         for update in range(updates):
-            grad = _gradient(
-                parameters.weight,
-                arena,
-                minibatches[:, update],
-                rows[:, update],
-                target,
-                1.0 / config.updates,
-                losses,
-            )
-            update_gpu.adam_(
-                parameters.weight,
-                grad,
-                parameters.m,
-                parameters.v,
-                parameters.step,
-                lr,
-                parameters.mask,
-                None,
-                None,
-                math.inf if config.max_norm is None else config.max_norm,
-                config.beta1,
-                config.beta2,
-                config.eps,
-                frozen=frozen,
-            )
+            head = partial(_loss, rows[:, update], target, 1.0 / config.updates, losses)
+            grad = gradient(parameters.weight, arena, (arena.actor,), minibatches[:, update], head)
+            adam_(parameters, grad, lr, config, frozen=frozen)
     return losses
 
 
-def _gradient(
-    weight: Tensor,
-    arena: Arena,
-    obs: Tensor,
-    rows: Tensor,
-    target: Tensor,
-    share: float,
-    losses: Tensor,
-) -> Tensor:
-    """Of one minibatch's loss, for every parameter ``[P, size of a row]``."""
-    net = arena.actor
-    # Weights are zero off the mask already.
-    keep = mlp.choose(net, "ieee").backward != "fused"
-    output, kept = mlp.forward(obs, weight, net, keep=keep)
-    d_output = torch.empty_like(output)
-    log_std = d_log_std = None
-    if arena.log_std is not None:
-        log_std = _log_std(weight, arena)
-        d_log_std = log_std.new_empty(log_std.shape)
-    loss_gpu.loss_and_gradient(output, log_std, rows, target, share, (d_output, d_log_std), losses)
-    _, grad = mlp.backward(d_output, obs, weight, net, hidden=kept)
-    if d_log_std is not None:
-        _log_std(grad, arena).copy_(d_log_std)
-    return grad
-
-
-def _log_std(rows: Tensor, arena: Arena) -> Tensor:
-    begin = arena.log_std or 0
-    return rows[:, begin : begin + arena.actor.sizes[-1]]
+def _loss(rows: Tensor, target: Tensor, share: float, losses: Tensor, outputs: Outputs) -> None:
+    (output,), (d_output,) = outputs.values, outputs.d_values
+    loss_gpu.loss_and_gradient(
+        output, outputs.log_std, rows, target, share, (d_output, outputs.d_log_std), losses
+    )

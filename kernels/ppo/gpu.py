@@ -9,19 +9,19 @@ Gradients off the mask are computed and never read: Adam knows the mask.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..arena import Arena, Net, Parameters
+from ..arena import Arena, Parameters
 from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..mlp import gpu as mlp
 from ..random import Stream, permutation
-from ..update import gpu as update
+from ..training import gpu as training
+from ..training.gpu import Outputs, adam_
 from . import fused_gpu, loss_gpu
 
 if TYPE_CHECKING:
@@ -110,22 +110,7 @@ def ppo_update_(
             grad = gradient(
                 parameters.weight, arena, order, first, fields, config, sums[minibatch], stretch
             )
-            update.adam_(
-                parameters.weight,
-                grad,
-                parameters.m,
-                parameters.v,
-                parameters.step,
-                lr,
-                parameters.mask,
-                None,
-                None,
-                math.inf if config.max_norm is None else config.max_norm,
-                config.beta1,
-                config.beta2,
-                config.eps,
-                norm=norms[minibatch],
-            )
+            adam_(parameters, grad, lr, config, norm=norms[minibatch])
     return _statistics(sums, norms, size)
 
 
@@ -156,45 +141,25 @@ def _gradient(
     stretch: int,
 ) -> Tensor:
     """Of one minibatch's loss, all one stretch, for every parameter ``[P, size of a row]``."""
-    actor, critic = arena.nets
     index = order[:, first : first + stretch, None].expand(-1, -1, batch.obs.shape[2])
     obs = batch.obs.gather(1, index)
-    # Weights are zero off the mask already.
-    output, kept = _forward(obs, weight, actor)
-    value, kept_by_critic = _forward(obs, weight, critic)
-    d_output, d_value = torch.empty_like(output), torch.empty_like(value)
-    log_std = d_log_std = None
-    if arena.log_std is not None:
-        log_std = _log_std(weight, arena)
-        d_log_std = log_std.new_empty(log_std.shape)
-    loss_gpu.loss_and_gradient(
-        output,
-        value,
-        log_std,
-        order,
-        first,
-        batch,
-        config,
-        (d_output, d_value, d_log_std),
-        sums,
-    )
-    _, grad = mlp.backward(d_output, obs, weight, actor, hidden=kept)
-    _, of_critic = mlp.backward(d_value, obs, weight, critic, hidden=kept_by_critic)
-    grad += of_critic
-    if d_log_std is not None:
-        _log_std(grad, arena).copy_(d_log_std)
-    return grad
 
+    def head(outputs: Outputs) -> None:
+        output, value = outputs.values
+        d_output, d_value = outputs.d_values
+        loss_gpu.loss_and_gradient(
+            output,
+            value,
+            outputs.log_std,
+            order,
+            first,
+            batch,
+            config,
+            (d_output, d_value, outputs.d_log_std),
+            sums,
+        )
 
-def _forward(obs: Tensor, weight: Tensor, net: Net) -> tuple[Tensor, Tensor | None]:
-    """The output, and the activations if the backward pass does not recompute them."""
-    keep = mlp.choose(net, "ieee").backward != "fused"
-    return mlp.forward(obs, weight, net, keep=keep)
-
-
-def _log_std(rows: Tensor, arena: Arena) -> Tensor:
-    begin = arena.log_std or 0
-    return rows[:, begin : begin + arena.actor.sizes[-1]]
+    return training.gradient(weight, arena, arena.nets, obs, head)
 
 
 def _statistics(sums: Tensor, norms: Tensor, count: int) -> Tensor:
