@@ -224,7 +224,8 @@ def _update(threads, tickets, arguments):
 def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -> torch.Tensor:
     """Statistics ``[6, P]``; see the op."""
     # An action's number is exact in float32, and one action layout means one compilation.
-    action = batch.action.to(torch.float32).reshape(*batch.logp.shape, -1)
+    width = 1 if arena.log_std is None else arena.actor.sizes[-1]
+    action = batch.action.to(torch.float32).reshape(*batch.logp.shape, width)
     numbers = (batch.advantage, batch.logp, batch.value, batch.target)
     sample = torch.cat([torch.stack(numbers, -1), action], -1)
     tickets, samples, columns = sample.shape
