@@ -233,7 +233,7 @@ def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -
         _update,
         lay_out(arena.nets, arena.prunable, density, arena.log_std, _SCRATCH + columns),
         parameters,
-        torch.arange(tickets),
+        torch.arange(tickets, device="cpu"),
         batch.obs,
         sample,
         key,
