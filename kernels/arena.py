@@ -160,28 +160,6 @@ class Arena:
         return Arena(actor_net, critic_net, log_std, prunable, cursor)
 
     @property
-    def code(self) -> tuple[int, ...]:
-        """The layout as integers, the form in which a registered op takes an arena."""
-        log_std = -1 if self.log_std is None else self.log_std
-        critic = () if self.critic is None else self.critic.code
-        actor = self.actor.code
-        return self.prunable, self.size, log_std, len(actor), *actor, *critic
-
-    @staticmethod
-    @cache
-    def decode(code: tuple[int, ...]) -> Arena:
-        """The arena of a `code`."""
-        prunable, size, log_std, length, *nets = code
-        critic = tuple(nets[length:])
-        return Arena(
-            Net.decode(tuple(nets[:length])),
-            Net.decode(critic) if critic else None,
-            None if log_std < 0 else log_std,
-            prunable,
-            size,
-        )
-
-    @property
     def nets(self) -> tuple[Net, ...]:
         """The actor, and the critic if there is one."""
         return (self.actor,) if self.critic is None else (self.actor, self.critic)

@@ -1,21 +1,38 @@
 """Register ops with torch: `declare` one without a derivative, or `register` one that has.
 
-The latter is differentiable by other ops, traceable and batchable.
+The latter is differentiable by other ops, traceable and batchable. What trains or acts is no op of
+torch's: nobody traces it, and it is `eager`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library, infer_schema, register_fake, register_vmap
 
-__all__ = ["declare", "register"]
+__all__ = ["declare", "eager", "register"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 _library = Library("sparse_tickets", "FRAGMENT")
+
+
+def eager(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function that a compiler calls between its graphs instead of tracing it."""
+
+    @wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def declare(

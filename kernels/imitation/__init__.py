@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
 from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
-from ..errors import (
-    check_device,
-    check_dtype,
-    check_integer,
-    check_shape,
-    check_untransformed,
-)
+from ..errors import check_device, check_dtype, check_shape, check_untransformed
 from ..memory import mark_written
 from ..mlp import describe_layers
-from ..mlp.checks import check_density, check_optimiser, check_parameters
+from ..mlp.checks import check_counter, check_density, check_optimiser, check_parameters
+from ..registration import eager
 
 __all__ = ["CloneConfig", "clone_update_", "plan"]
 
@@ -52,6 +45,8 @@ class CloneConfig:
         check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)
 
 
+@eager
+@torch.no_grad()
 def clone_update_(
     parameters: Parameters,
     arena: Arena,
@@ -95,15 +90,24 @@ def clone_update_(
             written and not contiguous or shares memory with another.
         TypeError: a dtype, the kernels take float32 only; or `first_update` no integer.
     """
-    weight = parameters.weight
-    check_untransformed("clone_update_", weight, parameters.m, parameters.v, lr, obs, target)
-    if not isinstance(first_update, Tensor):
-        first_update = check_integer("first_update", first_update, 0, 1 << 62)
-    _check(parameters, arena, obs, target, dataset, key, first_update, lr, density)
-    packet = torch.ops.sparse_tickets.clone_update_
-    update = packet.on_device if isinstance(first_update, Tensor) else packet.default
-    tensors = (tensor.detach() for tensor in (*parameters, obs, target, dataset, key, lr))
-    return update(*tensors, first_update, arena.code, float(density), *astuple(config))
+    weight, mask, m, v, step = (tensor.detach() for tensor in parameters)
+    check_untransformed("clone_update_", *parameters, lr, obs, target)
+    first_update = check_counter("first_update", first_update, 1 << 62, weight)
+    _check(parameters, arena, obs, target, dataset, key, lr, density)
+    loss = implementation(__name__, weight.device).clone_update_(
+        Parameters(weight, mask.contiguous(), m, v, step),
+        arena,
+        obs.detach().contiguous(),
+        target.detach().contiguous(),
+        dataset.contiguous(),
+        key.contiguous(),
+        first_update,
+        lr.detach().contiguous(),
+        config,
+        float(density),
+    )
+    mark_written(weight, m, v, step)
+    return loss
 
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
@@ -125,11 +129,9 @@ def _check(
     target: Tensor,
     dataset: Tensor,
     key: Tensor,
-    first_update: int | Tensor,
     lr: Tensor,
     density: float,
 ) -> None:
-    """By the op too: who calls it by its name has passed no other, and kernels read by shapes."""
     weight = parameters.weight
     backend = resolve_backend(weight.device)
     floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
@@ -137,12 +139,7 @@ def _check(
     data = {"obs": obs, "target": target, "dataset": dataset}
     check_parameters(parameters, arena, key, lr, floats, data)
     _check_data(weight, arena, obs, target, dataset)
-    if isinstance(first_update, Tensor):
-        check_shape("first_update", first_update, ())
-        check_dtype("first_update", first_update, torch.int64)
-        check_device("first_update", first_update, weight)
-        if backend == "cpu":
-            raise TypeError("first_update must be an int on the CPU, got a tensor")
+    _check_dataset(dataset, obs.shape[0])
 
 
 def _check_data(weight: Tensor, arena: Arena, obs: Tensor, target: Tensor, dataset: Tensor) -> None:
@@ -169,58 +166,3 @@ def _check_dataset(dataset: Tensor, datasets: int) -> None:
     low, high = (int(bound) for bound in dataset.aminmax())
     if not 0 <= low <= high < datasets:
         raise ValueError(f"dataset must be in [0, {datasets}), got {low}..{high}")
-
-
-def _update_impl(
-    weight: Tensor,
-    mask: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: Tensor,
-    obs: Tensor,
-    target: Tensor,
-    dataset: Tensor,
-    key: Tensor,
-    lr: Tensor,
-    first_update: int | Tensor,
-    arena_code: list[int],
-    density: float,
-    *numbers: Any,
-) -> Tensor:
-    arena, parameters = Arena.decode(tuple(arena_code)), Parameters(weight, mask, m, v, step)
-    _check(parameters, arena, obs, target, dataset, key, first_update, lr, density)
-    _check_dataset(dataset, obs.shape[0])
-    loss = implementation(__name__, weight.device).clone_update_(
-        parameters._replace(mask=mask.contiguous()),
-        arena,
-        obs.contiguous(),
-        target.contiguous(),
-        dataset.contiguous(),
-        key.contiguous(),
-        first_update,
-        lr.contiguous(),
-        CloneConfig(*numbers),
-        density,
-    )
-    mark_written(weight, m, v, step)
-    return loss
-
-
-_SCHEMA = (
-    "(Tensor(a!) weight, Tensor mask, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, Tensor obs, "
-    "Tensor target, Tensor dataset, Tensor key, Tensor lr, {} first_update, int[] arena_code, "
-    "float density, int updates, int batch, float? max_norm, float beta1, float beta2, float eps) "
-    "-> Tensor"
-)
-
-
-def _update_fake(weight, *_):
-    return weight.new_empty(weight.shape[0])
-
-
-_library = Library("sparse_tickets", "FRAGMENT")
-for _op, _kind in (("clone_update_", "int"), ("clone_update_.on_device", "Tensor")):
-    _library.define(f"{_op}{_SCHEMA.format(_kind)}")
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_op, _update_impl, _key)
-    register_fake(f"sparse_tickets::{_op}", _update_fake, lib=_library)

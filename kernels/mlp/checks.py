@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
-from ..dispatch import Backend
-from ..errors import check_device, check_dtype, check_shape
+from ..dispatch import Backend, resolve_backend
+from ..errors import check_data, check_device, check_dtype, check_integer, check_shape
 from ..linear import PRECISIONS
 from ..memory import check_separate
 
 __all__ = [
+    "check_counter",
     "check_density",
     "check_floats",
     "check_network",
@@ -29,6 +30,23 @@ def check_density(density: float) -> None:
     """Raise ``ValueError`` unless ``density`` is in [0, 1]."""
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"density must be in [0, 1], got {density}")
+
+
+def check_counter(name: str, value: int | Tensor, limit: int, like: Tensor) -> int | Tensor:
+    """A number of updates below ``limit``; on a GPU also a 0-dim int64 tensor.
+
+    Raises:
+        TypeError: no integer, or a tensor where the CPU kernels count.
+        ValueError: out of range, or a tensor of another shape or device.
+    """
+    if not isinstance(value, Tensor):
+        return check_integer(name, value, 0, limit)
+    check_shape(name, value, ())
+    check_dtype(name, value, torch.int64)
+    check_device(name, value, like)
+    if resolve_backend(like.device) == "cpu":
+        raise TypeError(f"{name} must be an int on the CPU, got a tensor")
+    return value
 
 
 def check_precision(precision: str) -> None:
@@ -128,6 +146,7 @@ def check_parameters(
     Of ``data``, what an update learns from, only whose memory it is counts here.
     """
     weight, mask, m, v, step = parameters
+    check_data("weight", weight)
     tickets = weight.shape[0]
     check_shape("weight", weight, (tickets, arena.size))
     check_rows(weight, arena.nets, mask, tickets)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
 
 from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
-from ..errors import (
-    check_device,
-    check_dtype,
-    check_integer,
-    check_shape,
-    check_untransformed,
-)
+from ..errors import check_device, check_dtype, check_shape, check_untransformed
 from ..memory import mark_written
 from ..mlp import describe_layers
-from ..mlp.checks import check_density, check_optimiser, check_parameters
+from ..mlp.checks import check_counter, check_density, check_optimiser, check_parameters
+from ..registration import eager
 from . import reference
 
 __all__ = ["Batch", "PPOConfig", "Stats", "plan", "ppo_update_"]
@@ -105,6 +99,8 @@ class PPOConfig:
         check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)
 
 
+@eager
+@torch.no_grad()
 def ppo_update_(
     parameters: Parameters,
     arena: Arena,
@@ -144,13 +140,24 @@ def ppo_update_(
         TypeError: a dtype, the CPU kernel takes float32 only; or `iteration` no integer.
     """
     check_untransformed("ppo_update_", parameters.weight, parameters.m, parameters.v, lr, *batch)
-    if not isinstance(iteration, Tensor):
-        iteration = check_integer("iteration", iteration, 0, 1 << 48)
-    _check(parameters, arena, batch, key, lr, iteration, config, density)
-    packet = torch.ops.sparse_tickets.ppo_update_
-    update = packet.on_device if isinstance(iteration, Tensor) else packet.default
-    tensors = (tensor.detach() for tensor in (*parameters, *batch, key, lr))
-    statistics = update(*tensors, iteration, arena.code, float(density), *astuple(config))
+    parameters = Parameters(*(tensor.detach() for tensor in parameters))
+    batch = Batch(*(tensor.detach() for tensor in batch))
+    iteration = check_counter("iteration", iteration, 1 << 48, parameters.weight)
+    _check(parameters, arena, batch, key, lr, config, density)
+    arguments = (parameters, arena, batch, key, iteration, lr.detach(), config)
+    weight = parameters.weight
+    backend = resolve_backend(weight.device)
+    if backend == "cpu":
+        from . import cpu
+
+        statistics = cpu.ppo_update_(*arguments, float(density))
+    elif backend == "triton" and weight.dtype == torch.float32:
+        from . import gpu
+
+        statistics = gpu.ppo_update_(*arguments)
+    else:
+        return Stats(*reference.ppo_update_(*arguments).unbind())
+    mark_written(weight, parameters.m, parameters.v, parameters.step)
     return Stats(*statistics.unbind())
 
 
@@ -174,11 +181,9 @@ def _check(
     batch: Batch,
     key: Tensor,
     lr: Tensor,
-    iteration: int | Tensor,
     config: PPOConfig,
     density: float,
 ) -> None:
-    """By the op too: who calls it by its name has passed no other, and kernels read by shapes."""
     if arena.critic is None or arena.critic.sizes[-1] != 1:
         raise ValueError(f"arena must have a critic with one output, got critic={arena.critic}")
     if arena.critic.sizes[0] != arena.actor.sizes[0]:
@@ -191,12 +196,6 @@ def _check(
     check_density(density)
     check_parameters(parameters, arena, key, lr, floats, batch._asdict())
     _check_batch(parameters, arena, batch)
-    if isinstance(iteration, Tensor):
-        check_shape("iteration", iteration, ())
-        check_dtype("iteration", iteration, torch.int64)
-        check_device("iteration", iteration, parameters.weight)
-        if backend == "cpu":
-            raise TypeError("iteration must be an int on the CPU, got a tensor")
     samples = batch.logp.shape[1]
     if samples == 0 or samples % config.minibatches:
         raise ValueError(
@@ -231,63 +230,3 @@ def _check_batch(parameters: Parameters, arena: Arena, batch: Batch) -> None:
         if name != "action":
             check_dtype(name, tensor, weight.dtype)
         check_device(name, tensor, weight)
-
-
-def _update_impl(
-    weight: Tensor,
-    mask: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: Tensor,
-    obs: Tensor,
-    action: Tensor,
-    logp: Tensor,
-    value: Tensor,
-    advantage: Tensor,
-    target: Tensor,
-    key: Tensor,
-    lr: Tensor,
-    iteration: int | Tensor,
-    arena_code: list[int],
-    density: float,
-    *numbers: Any,
-) -> Tensor:
-    parameters = Parameters(weight, mask, m, v, step)
-    batch = Batch(obs, action, logp, value, advantage, target)
-    arena, config = Arena.decode(tuple(arena_code)), PPOConfig(*numbers)
-    _check(parameters, arena, batch, key, lr, iteration, config, density)
-    arguments = (parameters, arena, batch, key, iteration, lr, config)
-    backend = resolve_backend(weight.device)
-    if backend == "cpu":
-        from . import cpu
-
-        statistics = cpu.ppo_update_(*arguments, density)
-    elif backend == "triton" and weight.dtype == torch.float32:
-        from . import gpu
-
-        statistics = gpu.ppo_update_(*arguments)
-    else:
-        return reference.ppo_update_(*arguments)
-    mark_written(weight, m, v, step)
-    return statistics
-
-
-_SCHEMA = (
-    "(Tensor(a!) weight, Tensor mask, Tensor(b!) m, Tensor(c!) v, Tensor(d!) step, "
-    "Tensor obs, Tensor action, Tensor logp, Tensor value, Tensor advantage, Tensor target, "
-    "Tensor key, Tensor lr, {} iteration, int[] arena_code, float density, int epochs, "
-    "int minibatches, float clip, bool clip_value, float value_coef, float entropy_coef, "
-    "float? max_norm, bool normalise_advantage, float beta1, float beta2, float eps) -> Tensor"
-)
-
-
-def _update_fake(weight, *_):
-    return weight.new_empty((len(Stats._fields), weight.shape[0]))
-
-
-_library = Library("sparse_tickets", "FRAGMENT")
-for _op, _kind in (("ppo_update_", "int"), ("ppo_update_.on_device", "Tensor")):
-    _library.define(f"{_op}{_SCHEMA.format(_kind)}")
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_op, _update_impl, _key)
-    register_fake(f"sparse_tickets::{_op}", _update_fake, lib=_library)

@@ -27,22 +27,26 @@ from torch import Tensor
 from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Backend, Plan, resolve_backend
 from ..dynamics import check_task
+from ..dynamics.copies import Copies
 from ..errors import (
+    check_data,
     check_device,
     check_dtype,
     check_integer,
     check_shape,
     check_untransformed,
 )
-from ..memory import check_separate
+from ..memory import check_separate, mark_written
 from ..mlp.checks import check_density
 from ..random import Stream, bits
-from . import reference, registration
+from ..registration import eager
+from . import reference
 from .reference import Rollout
 
 __all__ = ["Rollout", "demonstrate", "evaluate", "plan", "rollout"]
 
 
+@eager
 @torch.no_grad()
 def rollout(
     parameters: Parameters,
@@ -82,6 +86,7 @@ def rollout(
     return outcome, obs
 
 
+@eager
 @torch.no_grad()
 def demonstrate(
     parameters: Parameters,
@@ -119,6 +124,7 @@ def demonstrate(
     return outcome.obs, reference.targets(parameters.weight.detach(), arena, heads), obs
 
 
+@eager
 @torch.no_grad()
 def evaluate(
     parameters: Parameters,
@@ -163,20 +169,21 @@ def evaluate(
         low, high = bits(key, 2, stream=Stream.EVAL_RESET, step=index).unbind(1)
         obs = env.reset(low | (high << 32))
         return reference.evaluate(weight, arena, env, obs, key, index, greedy)
-    return torch.ops.sparse_tickets.evaluate(
-        weight,
-        parameters.mask,
-        key,
-        env.offset,
-        env.scale,
-        arena.code,
-        env.task.name,
-        env.task.time_limit,
-        env.copies,
-        index,
-        bool(greedy),
-        float(density),
-    )
+    backend, _ = _choose(replace(arena, critic=None), env, weight.device)
+    world = env.task, env.copies, env.offset, env.scale
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu.evaluate(
+            weight, parameters.mask, arena, *world, key, index, bool(greedy), float(density)
+        )
+    if backend == "triton":
+        from . import gpu
+
+        return gpu.evaluate(weight, arena, *world, key, index, bool(greedy))
+    copies = Copies.start(*world, key, Stream.EVAL_RESET, index)
+    obs = copies.observe(copies.state)
+    return reference.evaluate(weight, arena, copies, obs, key, index, greedy)
 
 
 def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) -> Plan:
@@ -203,12 +210,19 @@ def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) 
 
 def _choose(arena: Arena, env: Any, device: torch.device) -> tuple[Backend, str]:
     """Backend of a rollout, and why: what is not fused runs as the reference's loop."""
-    if env.task is not None:
-        return registration.choose(arena.nets, device)
     backend = resolve_backend(device)
     if backend == "reference":
         return backend, PLAIN_TORCH
-    return "reference", f"a loop of torch ops: the physics of {env.spec.name} is not built in"
+    if env.task is None:
+        return "reference", f"a loop of torch ops: the physics of {env.spec.name} is not built in"
+    if backend == "cpu":
+        return backend, "policy and physics fused; compressed rows where they beat tiles"
+    from .policy_gpu import misfit
+
+    obstacle = misfit(arena.nets)
+    if obstacle is not None:
+        return "reference", f"a loop of torch ops: {obstacle}"
+    return backend, "policy and physics fused, a program per copy, weights in registers"
 
 
 def _run(
@@ -232,44 +246,67 @@ def _run(
     if env.task is None:
         return reference.rollout(weight, arena, env, obs, key, steps, stream)
     _check_copies(env, obs)
-    packet = torch.ops.sparse_tickets.rollout
-    if not isinstance(env.clock, Tensor):
-        advance, contiguous = packet.default, torch.contiguous_format
-        state, elapsed = (t.clone(memory_format=contiguous) for t in (env.state, env.elapsed))
-    else:
-        advance = packet.on_device
+    if isinstance(env.clock, Tensor):
         # Of a captured call every replay goes on from where the last one ended.
         state, elapsed = env.state.contiguous(), env.elapsed.contiguous()
         read = {"weight": weight, "mask": parameters.mask, "obs": obs, "key": key}
         read |= {f"env.{name}": getattr(env, name) for name in ("key", "offset", "scale", "clock")}
         check_separate({"env.state": state, "env.elapsed": elapsed}, read)
-    *fields, heads, obs = advance(
-        weight,
-        parameters.mask,
-        obs,
-        key,
-        env.key,
-        state,
-        elapsed,
-        env.offset,
-        env.scale,
-        env.clock,
-        arena.code,
-        env.task.name,
-        env.task.time_limit,
-        steps,
-        stream,
-        int(env.reset_stream),
-        float(density),
-        keep_heads,
+    else:
+        contiguous = torch.contiguous_format
+        state, elapsed = (t.clone(memory_format=contiguous) for t in (env.state, env.elapsed))
+    copies = Copies(
+        task=env.task,
+        copies=env.copies,
+        offset=env.offset,
+        scale=env.scale,
+        reset_stream=int(env.reset_stream),
+        key=env.key,
+        state=state,
+        elapsed=elapsed,
+        clock=env.clock,
     )
-    env.state, env.elapsed = state, elapsed
+    outcome, heads, obs = _advance(
+        weight, parameters.mask, arena, copies, obs, key, steps, float(density), stream, keep_heads
+    )
+    env.state, env.elapsed = copies.state, copies.elapsed
     env.clock += steps
-    return Rollout(*fields), heads, obs
+    return outcome, heads, obs
+
+
+def _advance(
+    weight: Tensor,
+    mask: Tensor,
+    arena: Arena,
+    env: Copies,
+    obs: Tensor,
+    key: Tensor,
+    steps: int,
+    density: float,
+    stream: int,
+    keep_heads: bool,
+) -> tuple[Rollout, Tensor, Tensor]:
+    """A rollout, which moves ``env.state`` and ``env.elapsed`` on, but not the clock."""
+    backend, _ = _choose(arena, env, weight.device)
+    if backend == "reference":
+        # It counts its clock on; the caller's is the caller's.
+        env.clock = env.clock.clone() if isinstance(env.clock, Tensor) else env.clock
+        return reference.rollout(weight, arena, env, obs, key, steps, stream)
+    if backend == "cpu":
+        from . import cpu
+
+        result = cpu.rollout(weight, mask, arena, env, obs, key, steps, density, stream, keep_heads)
+    else:
+        from . import gpu
+
+        result = gpu.rollout(weight, arena, env, obs, key, steps, stream, keep_heads)
+    mark_written(env.state, env.elapsed)
+    return result
 
 
 def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density: float) -> None:
     check_untransformed("rollout")
+    check_data("weight", parameters.weight)
     check_density(density)
     check_dtype("key", key, torch.int64)
     if key.dim() != 1:

@@ -251,7 +251,8 @@ def environment(tickets: int, copies: int, device: torch.device) -> ClassicEnv:
 
 
 def parameters_of(weight: Tensor, mask: Tensor) -> Parameters:
-    return Parameters(weight, mask, weight, weight, torch.zeros(weight.shape[0]).long())
+    step = weight.new_zeros(weight.shape[0], dtype=torch.int64)
+    return Parameters(weight, mask, weight, weight, step)
 
 
 def call_acting(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -590,6 +591,42 @@ def test_nothing_to_do(name: str, sizes: tuple[int, int, float], backend: str) -
     """No tickets, no rows, masks with no ones; and one of each."""
     tensors = on_device(backend, CASES[name].make(*sizes))
     assert_right_or_refused(name, backend, tensors)
+
+
+# What trains or acts is no op of torch's; tests/kernels/test_opcheck.py asks the same of those.
+EAGER = ("rollout", "demonstrate", "evaluate", "ppo_update_", "clone_update_")
+
+
+@on_each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", EAGER)
+def test_no_result_depends_on_a_default(name: str, dtype: torch.dtype, backend: str) -> None:
+    case = CASES[name]
+    tensors = on_device(backend, case.make(2, 3, 0.6))
+    copies = {n: t.clone() for n, t in tensors.items()}
+    expected = run(case, backend, tensors)
+    torch.set_default_dtype(dtype)
+    try:
+        # Triton's interpreter makes tensors on the default device itself.
+        with torch.device(copies["key"].device if backend == "triton" else "meta"):
+            found = run(case, backend, copies)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_compiler_leaves_training_alone() -> None:
+    case = CASES["clone_update_"]
+    tensors = case.make(2, 3, 0.6)
+    copies = {n: t.clone() for n, t in tensors.items()}
+
+    def train(**tensors: Tensor) -> Tensor:
+        return 2 * case.call(**tensors)
+
+    found = torch.compile(train, backend="eager")(**copies)
+    assert torch.equal(found, train(**tensors))
+    assert all(torch.equal(copies[n], tensors[n]) for n in case.written)
 
 
 @on_each_backend

@@ -33,8 +33,6 @@ for folder in pkgutil.iter_modules(kernels.__path__):
 TICKETS, BATCH = 2, 3
 # Prunable weights of 3 x 4 and 2 x 3, and a tail of biases.
 STUDENT = Arena.build((4, 3, 2))
-DISCRETE, CONTINUOUS = Arena.build((4, 3, 2), (4, 3, 1)), Arena.build((3, 4, 1), continuous=True)
-CONTINUOUS_CRITIC = Arena.build((3, 4, 1), (3, 2, 1), continuous=True)
 NET, DENSITY, PRECISION = STUDENT.actor, 0.6, "ieee"
 
 
@@ -220,53 +218,6 @@ def dynamics_observe() -> Iterator[Arguments]:
 WHOLE = torch.zeros(TICKETS, BATCH, dtype=torch.int64)
 
 
-def acting(arena: Arena, task: str, states: int, clock: Any, keep_heads: bool) -> Arguments:
-    """Two steps under a time limit of four; one copy is just before it."""
-    features, elapsed = arena.actor.sizes[0], torch.tensor([[0], [3]], dtype=torch.int32)
-    state = 0.05 * draw(TICKETS, 1, states).double()
-    scaling = torch.zeros(features), torch.full((features,), 2.0)
-    obs = draw(TICKETS, 1, features)
-    copies = KEY, KEY.flip(0), state, elapsed, *scaling, clock
-    return *weights_of(arena), obs, *copies, arena.code, task, 4, 2, 1, 2, DENSITY, keep_heads
-
-
-def rollout() -> Iterator[Arguments]:
-    yield acting(DISCRETE, "CartPole-v1", 4, 2**33, keep_heads=False)
-    yield acting(CONTINUOUS, "Pendulum-v1", 2, 0, keep_heads=True)
-
-
-def rollout_on_device() -> Iterator[Arguments]:
-    yield acting(CONTINUOUS_CRITIC, "Pendulum-v1", 2, torch.tensor(7), keep_heads=False)
-
-
-def evaluate() -> Iterator[Arguments]:
-    for arena, task in ((DISCRETE, "CartPole-v1"), (CONTINUOUS, "Pendulum-v1")):
-        features = arena.actor.sizes[0]
-        scaling = torch.zeros(features), torch.ones(features)
-        form = arena.code, task, 2, 1, 3, arena is CONTINUOUS, DENSITY
-        yield *weights_of(arena), KEY, *scaling, *form
-
-
-def training(arena: Arena) -> Arguments:
-    weight, mask = weights_of(arena)
-    return weight, mask, 0.01 * weight, 0.01 * weight.abs(), STEP
-
-
-def ppo_update(iteration: Any, *arenas: Arena) -> Iterator[Arguments]:
-    samples = (TICKETS, 2)
-    for arena in arenas:
-        obs = draw(*samples, arena.actor.sizes[0])
-        action = torch.arange(4).view(samples) % 2 if arena is DISCRETE else draw(*samples, 1)
-        batch = obs, action, *(draw(*samples, seed=seed) for seed in range(4))
-        config = 1, 1, 0.2, True, 0.5, 0.01, None, True, *ADAM[1:]
-        yield *training(arena), *batch, KEY, LR, iteration, arena.code, DENSITY, *config
-
-
-def clone_update(first_update: Any) -> Iterator[Arguments]:
-    data = draw(2, 6, 4), draw(2, 6, 2).log_softmax(-1), torch.tensor([1, 0]), KEY
-    yield *training(STUDENT), *data, LR, first_update, STUDENT.code, DENSITY, 2, 3, *ADAM
-
-
 EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "linear": linear,
     "linear_dx": linear_dx,
@@ -293,16 +244,7 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "dynamics_initial": dynamics_initial,
     "dynamics_step": dynamics_step,
     "dynamics_observe": dynamics_observe,
-    "rollout": rollout,
-    "rollout.on_device": rollout_on_device,
-    "evaluate": evaluate,
-    "ppo_update_": lambda: ppo_update(2**33, DISCRETE, CONTINUOUS_CRITIC),
-    "ppo_update_.on_device": lambda: ppo_update(torch.tensor(3), DISCRETE),
-    "clone_update_": lambda: clone_update(2**33),
-    "clone_update_.on_device": lambda: clone_update(torch.tensor(3)),
 }
-# The CPU backend counts in integers.
-NOT_ON_CPU = ("ppo_update_.on_device", "clone_update_.on_device")
 
 
 def test_every_op_has_an_example() -> None:
@@ -311,12 +253,10 @@ def test_every_op_has_an_example() -> None:
     assert {name.removeprefix(prefix) for name in names if name.startswith(prefix)} == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("arena", [STUDENT, DISCRETE, CONTINUOUS, CONTINUOUS_CRITIC])
-def test_layouts_come_back_from_their_codes(arena: Arena) -> None:
-    assert Arena.decode(arena.code) == arena
+@pytest.mark.parametrize("critic", [None, (4, 5, 1)])
+def test_networks_come_back_from_their_codes(critic: tuple[int, ...] | None) -> None:
+    arena = Arena.build((4, 3, 2), critic, activation="relu", prune_critic=critic is not None)
     assert all(Net.decode(net.code) == net for net in arena.nets)
-    shared = Arena.build((4, 3, 2), (4, 5, 1), activation="relu", prune_critic=True)
-    assert Arena.decode(shared.code) == shared
 
 
 def move(argument: Any, device: str) -> Any:
@@ -330,7 +270,7 @@ every_op = pytest.mark.parametrize(
     ("name", "backend"),
     [
         *((name, "reference") for name in EXAMPLES),
-        *((name, "cpu") for name in EXAMPLES if name not in NOT_ON_CPU),
+        *((name, "cpu") for name in EXAMPLES),
         *(pytest.param(name, "triton", marks=needs_triton) for name in EXAMPLES),
     ],
 )
@@ -349,7 +289,6 @@ def test_opcheck(name: str, backend: str) -> None:
             torch.library.opcheck(find_op(name), tuple(move(each, device) for each in arguments))
 
 
-ON_CPU = [name for name in EXAMPLES if name not in NOT_ON_CPU]
 # Of one ticket or copy, or one axis of copies more.
 FITTING = {(name, "key", (1,)) for name in EXAMPLES if name.startswith("random")} | {
     ("dynamics_initial", "u", (1, TICKETS, BATCH, 4)),
@@ -357,12 +296,10 @@ FITTING = {(name, "key", (1,)) for name in EXAMPLES if name.startswith("random")
 }
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_misfits_are_refused_by_the_op_itself(name: str) -> None:
     """Whoever calls an op by its name, on data or on shapes alone, gets an error and no crash."""
     op = find_op(name)
-    # Updates look at memory as well.
-    devices = ("cpu",) if name.endswith("update_") else ("cpu", "meta")
     for arguments in EXAMPLES[name]():
         call = [move(argument, "cpu") for argument in arguments]
         call = [a.detach() if isinstance(a, torch.Tensor) else a for a in call]
@@ -373,7 +310,7 @@ def test_misfits_are_refused_by_the_op_itself(name: str) -> None:
                 place = name, op._schema.arguments[at].name, tuple(misfit.shape)
                 if misfit.shape == tensor.shape or place in FITTING:
                     continue
-                for device in devices:
+                for device in ("cpu", "meta"):
                     spoiled = [*call[:at], misfit, *call[at + 1 :]]
                     with pytest.raises(ValueError, match="must have shape"):
                         op(*(move(argument, device) for argument in spoiled))
