@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-fast test-slow fuzz works-with bench bench-full gpu check format docs clean
+.PHONY: help demo test test-fast test-slow fuzz works-with bench bench-full gpu \
+	experiments experiments-quick check format docs clean
 
 help:
 	@echo "make demo       a small lottery-ticket study of CartPole-v1: table and figures"
@@ -16,6 +17,8 @@ help:
 	@echo "make bench      what sparsity gains on this machine, a few minutes; writes benchmarks/"
 	@echo "make bench-full the same with scaling curves and more shapes, about 20 minutes"
 	@echo "make gpu        on an NVIDIA GPU, under 9 minutes, offline: tests, tuning, targets, a sweep"
+	@echo "make experiments        every claim: data, figures, experiments/README.md; hours, resumes"
+	@echo "make experiments-quick  the same, tiny, in build/experiments; minutes"
 	@echo "make check      ruff and mypy"
 	@echo "make format     format the code"
 	@echo "make docs       the documentation site, in build/site"
@@ -80,6 +83,12 @@ gpu:
 	@$(GPU_PYTHON) -c 'import setuptools; setuptools.setup()' -q egg_info --egg-base build/gpu
 	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR) \
 		$(GPU_PYTHON) -m benchmarks.gpu $(GPU_OPTIONS)
+
+experiments: $(INSTALLED)
+	$(BIN)/python -m experiments
+
+experiments-quick: $(INSTALLED)
+	$(BIN)/python -m experiments --quick
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

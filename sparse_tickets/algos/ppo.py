@@ -15,7 +15,7 @@ from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels import ppo
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
-from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
+from sparse_tickets.kernels.ppo import Batch, PPOConfig, Stats, ppo_update_
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population
@@ -145,7 +145,7 @@ def train(
         ) as evaluator,
     ):
         iterate = Iteration(settings, env, population, key, first_iteration)
-        advance: Callable[[], None] = iterate
+        advance: Callable[[], object] = iterate
         if can_replay(env, population):
             env.keep_clock_on_device()
             iterate.keep_count_on_device()
@@ -188,7 +188,8 @@ class Iteration:
         """Count iterations in a tensor, so that a captured CUDA graph counts on."""
         self._number = torch.as_tensor(self._number, dtype=torch.int64, device=self._key.device)
 
-    def __call__(self) -> None:
+    def __call__(self) -> Stats:
+        """What the update says of itself."""
         settings, population = self._settings, self._population
         arena, parameters, density = population.arena, population.parameters, population.density
         experience, obs = rollout(
@@ -212,7 +213,7 @@ class Iteration:
             advantage.flatten(1),
             target.flatten(1),
         )
-        ppo_update_(
+        stats = ppo_update_(
             parameters,
             arena,
             batch,
@@ -225,6 +226,7 @@ class Iteration:
         # In place: a replay looks where the capture did.
         self._obs.copy_(obs)
         self._number += 1
+        return stats
 
 
 class _ProximalPolicyOptimisation:

@@ -53,7 +53,7 @@ def _is_wanted(device: torch.device) -> bool:
     return switch == "1" and device.type == "cuda"
 
 
-def replayed(step: Callable[[], None]) -> Callable[[], None]:
+def replayed(step: Callable[[], object]) -> Callable[[], None]:
     """``step`` on a GPU, launched at its first call, captured at its second, replayed from then on.
 
     Args:

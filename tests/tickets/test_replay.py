@@ -32,7 +32,8 @@ def _train(backend: str, on_device: bool, iterations: int = 3) -> Population:
             iterate.keep_count_on_device()
         for iteration in range(iterations):
             iterate.learning_rate.fill_(SETTINGS.learning_rate_at(iteration))
-            iterate()
+            stats = iterate()
+            assert stats.entropy.shape == stats.approx_kl.shape == (2,)
     return population
 
 

@@ -1,0 +1,12 @@
+"""Run every experiment, one after the other: ``python -m experiments [--quick]``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from experiments.frame import NAMES
+
+for name in NAMES:
+    # A process each: an experiment that cannot go on does not stop the others.
+    subprocess.run([sys.executable, "-m", f"experiments.{name}", *sys.argv[1:]], check=False)

@@ -1,0 +1,132 @@
+"""What makes a ticket: its mask, its initial values, or how many weights each layer keeps?
+
+Contributions at every level under both kinds of controls, by three returns, since a final return
+alone hides where training began and how fast it went::
+
+    python -m experiments.conditions [--quick]
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import polars as pl
+
+from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
+from experiments.sweeps import cartpole, setting
+from sparse_tickets import load_results
+from sparse_tickets.analysis import frame as results
+from sparse_tickets.analysis.contributions import CONTRIBUTIONS
+from sparse_tickets.analysis.figures import contribution_figure, return_figure
+
+METRICS = ("return_initial", "return_auc", "return_final")
+ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
+PAIRED = "ticket"
+"""The controls that change one thing at a time."""
+
+
+def collect(place: Place) -> pl.DataFrame:
+    return load_results(cartpole(place)[1].path)
+
+
+def by_seed(
+    cells: pl.DataFrame, algo: str, kind: str, contribution: str, metric: str
+) -> np.ndarray:
+    """Each seed's contribution, averaged over the pruned levels, as a share of random to dense."""
+    env = cells["env"][0]
+    having, lacking = (
+        results.tracks(cells, env, algo, condition, kind, metric)
+        for condition in CONTRIBUTIONS[contribution]
+    )
+    final = results.tracks(cells, env, algo, results.DENSE, "shared", "return_final")
+    scale = final.dense_median - final.random
+    return np.nanmean((having.values - lacking.values)[:, 1:], axis=1) / scale
+
+
+def paired(cells: pl.DataFrame) -> pl.DataFrame:
+    """Without the shuffled policies that prune by their own training."""
+    shuffled = pl.col("condition").is_in(["mask/permuted", "permuted/permuted"])
+    return cells.filter(~(shuffled & (pl.col("controls") == "own")))
+
+
+def conclude(cells: pl.DataFrame) -> Finding:
+    gaps = {
+        (algo, metric): effect(
+            by_seed(cells, algo, PAIRED, "mask", metric)
+            - by_seed(cells, algo, PAIRED, "initialisation", metric)
+        )
+        for algo in ALGORITHMS
+        for metric in ("return_auc", "return_final")
+    }
+    shown = "; ".join(
+        f"{ALGORITHMS[algo]}, {'curve' if metric == 'return_auc' else 'final'}: "
+        f"{signed(*gap, digits=2)}"
+        for (algo, metric), gap in gaps.items()
+    )
+    return Finding(
+        ran=setting(cells),
+        effect=f"mask minus values, of the dense return: {shown}",
+        verdict=verdict(list(gaps.values())),
+        text=text(cells),
+        figures={
+            "conditions_returns": return_figure(
+                cells, controls=PAIRED, metric=("return_final", "return_auc", "return_initial")
+            ),
+            "conditions": contribution_figure(paired(cells), metric=METRICS),
+        },
+    )
+
+
+def verdict(gaps: list[tuple[float, float, float]]) -> str:
+    """Whether the mask gives more than the values under it, in every algorithm and return."""
+    above = [low > 0 for _, low, _ in gaps]
+    below = [high < 0 for _, _, high in gaps]
+    if all(above):
+        return "agrees"
+    if all(below):
+        return "disagrees"
+    if any(above) and any(below):
+        return "depends on algorithm or return"
+    for word, clear in (("agrees", sum(above)), ("disagrees", sum(below))):
+        if clear:
+            return f"{word} in {clear} of {len(gaps)}, the rest undecided"
+    return "undecided"
+
+
+def text(cells: pl.DataFrame) -> str:
+    rows = [
+        [
+            f"{contribution}, {ALGORITHMS[algo]}, {kind}",
+            *(
+                signed(*effect(by_seed(cells, algo, kind, contribution, metric)), digits=2)
+                for metric in METRICS
+            ),
+        ]
+        for contribution, algo, kind in product(
+            CONTRIBUTIONS, ALGORITHMS, results.controls_kinds(cells)
+        )
+    ]
+    return f"""{setting(cells)}.
+
+Neighbouring conditions differ in one thing: their difference, within a
+seed and averaged over the pruned levels, is what that thing contributes, here as a share of the
+range from the random policy to the dense one. `ticket` controls take masks and values from the same
+seed's ticket; under `own` a shuffled policy prunes by its own training, so its mask differs too.
+
+""" + markdown(
+        ["contribution, algorithm, controls", "before training", "learning curve", "final return"],
+        rows,
+    )
+
+
+EXPERIMENT = Experiment(
+    name="conditions",
+    question="Is it the mask, the initial values or the share of each layer?",
+    claim="Most of a ticket's effect is its mask, not its initial values (Vischer et al. 2022)",
+    collect=collect,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

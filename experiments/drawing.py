@@ -1,0 +1,130 @@
+"""Lines with intervals, seeds as dots and names at their ends: most figures here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import NDArray
+
+from sparse_tickets.analysis.statistics import bootstrap_interval, mean
+from sparse_tickets.analysis.style import CONDITION_COLOURS, DPI, PALE, head, line_of, styled
+
+__all__ = ["Line", "line_figure"]
+
+_LOOKS = tuple(CONDITION_COLOURS)
+_WIDTH, _HEIGHT, _LABEL = 2.7, 2.1, 0.13  # inches
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel.
+
+    Attributes:
+        name: written at its end.
+        x: ``[points]``.
+        values: ``[seeds, points]``; NaN where there is none.
+    """
+
+    name: str
+    x: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+
+@styled
+def line_figure(
+    panels: Mapping[str, Sequence[Line]],
+    title: str,
+    detail: str,
+    xlabel: str,
+    ylabel: str,
+    *,
+    scale: Literal["density", "log", "linear"] = "density",
+    share_y: bool = True,
+) -> Figure:
+    """A panel for each title: means over seeds, 95% bootstrap bands, a dot per seed.
+
+    Args:
+        panels: titles with their lines; a name looks the same in every panel.
+        title: bold.
+        detail: beneath it, grey.
+        xlabel: of every panel.
+        ylabel: of the first one.
+        scale: of x; a density, in percent, is logarithmic and falls to the right.
+        share_y: whether panels have one scale.
+    """
+    names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
+    longest = max(map(len, names), default=0)
+    width = 0.5 + len(panels) * (_WIDTH + 0.055 * longest)
+    figure = Figure(figsize=(width, 0.8 + _HEIGHT), dpi=DPI, layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
+    for panel, (name, lines) in zip(grid, panels.items(), strict=True):
+        panel.set_title(name)
+        panel.set_xlabel(xlabel)
+        if scale != "linear":
+            panel.set_xscale("log")
+            panel.xaxis.set_minor_locator(NullLocator())
+            unit = "%" if scale == "density" else ""
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _, unit=unit: f"{x:.2g}{unit}"))
+        if scale == "density":
+            panel.invert_xaxis()
+        panel.grid(axis="y", color=PALE, linewidth=0.4)
+        panel.set_axisbelow(True)
+        for line in lines:
+            _draw(panel, line, line_of(_LOOKS[names.index(line.name) % len(_LOOKS)]))
+    grid[0].set_ylabel(ylabel)
+    for panel, lines in zip(grid, panels.values(), strict=True):
+        _name_ends(panel, [line for line in lines if np.isfinite(line.values).any()], names)
+    head(figure, title, detail, None)
+    return figure
+
+
+def _draw(panel: Axes, line: Line, look: dict) -> None:
+    middle = mean(line.values, 0)
+    low, high = bootstrap_interval(line.values, mean)
+    there = np.isfinite(middle)
+    panel.fill_between(
+        line.x[there], low[there], high[there], color=look["color"], alpha=0.14, linewidth=0
+    )
+    panel.plot(line.x[there], middle[there], linewidth=1.3, **look)
+    if len(line.values) > 1:
+        x = np.broadcast_to(line.x, line.values.shape)
+        panel.scatter(x, line.values, s=2.5, color=look["color"], alpha=0.4, linewidths=0)
+
+
+def _name_ends(panel: Axes, lines: Sequence[Line], names: list[str]) -> None:
+    """Names to the right of the panel, one above the other, in the order of the lines' ends."""
+    to_axes = panel.transData + panel.transAxes.inverted()
+    ends = []
+    for line in lines:
+        middle = mean(line.values, 0)
+        last = np.flatnonzero(np.isfinite(middle))[-1]
+        x, y = to_axes.transform((line.x[last], middle[last]))
+        ends.append((float(y), float(x), line.name))
+    ends.sort()
+    height = -np.inf
+    gap = _LABEL / _HEIGHT
+    for position, (y, x, name) in enumerate(ends):
+        height = max(min(y, 1 - gap * (len(ends) - 1 - position)), height + gap)
+        panel.annotate(
+            name,
+            (x, y),
+            (1.04, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line_of(_LOOKS[names.index(name) % len(_LOOKS)])["color"],
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
+        )

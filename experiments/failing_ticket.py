@@ -1,0 +1,261 @@
+"""Why do tickets of PPO sometimes end worse than the same masks with shuffled values?
+
+Every ticket that still has weights enough, trained again with fresh keys: as it is, and with one
+suspected cause removed at a time. The suspicion: a rewound ticket already balances, confidently,
+and a critic that knows nothing yet makes PPO unlearn it::
+
+    python -m experiments.failing_ticket [--quick]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from experiments.drawing import Line, line_figure
+from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
+from experiments.sweeps import cartpole, tickets
+from sparse_tickets import Population, Sweep, Ticket
+from sparse_tickets.algos.evaluation import Evaluator
+from sparse_tickets.algos.ppo import PPO, Iteration
+from sparse_tickets.envs import open_env
+from sparse_tickets.kernels.random import derive_key
+from sparse_tickets.sweep.store import Store
+
+LEVELS = (1, 2, 3)
+KEYS = 2
+FAILED = 475.0
+AS_IS = "as it is"
+STATISTICS = ("entropy", "approx_kl", "clip_fraction", "value_loss")
+
+
+def _same(row: Tensor, ticket: Ticket, dense: Ticket) -> Tensor:
+    return row
+
+
+def _shuffled(row: Tensor, ticket: Ticket, dense: Ticket) -> Tensor:
+    """The surviving values of each layer in another order."""
+    generator = torch.Generator().manual_seed(
+        derive_key("shuffled", ticket.seed, ticket.level) >> 1
+    )
+    for begin, out, inp in ticket.arena.prunable_layers():
+        kept = begin + ticket.mask[begin : begin + out * inp].nonzero().flatten()
+        row[kept] = row[kept[torch.randperm(len(kept), generator=generator)]]
+    return row
+
+
+def _trained_critic(row: Tensor, ticket: Ticket, dense: Ticket) -> Tensor:
+    """The critic that its dense network ended with."""
+    critic = ticket.arena.critic
+    for old, new in zip(critic.layers(row[None]), critic.layers(dense.final[None]), strict=True):
+        for mine, trained in zip(old, new, strict=True):
+            mine.copy_(trained)
+    return row
+
+
+def _timid_head(row: Tensor, ticket: Ticket, dense: Ticket) -> Tensor:
+    """The same greedy policy, but near to indifferent."""
+    actor = ticket.arena.actor
+    actor.weight(row[None], actor.depth - 1).mul_(0.1)
+    return row
+
+
+Change = Callable[[Tensor, Ticket, Ticket], Tensor]
+VARIANTS: dict[str, tuple[Change, dict]] = {
+    AS_IS: (_same, {}),
+    "values shuffled": (_shuffled, {}),
+    "trained critic": (_trained_critic, {}),
+    "head x 0.1": (_timid_head, {}),
+    "no value clipping": (_same, {"clip_value": False}),
+}
+
+
+def collect(place: Place) -> pl.DataFrame:
+    spec, store = cartpole(place)
+    levels = [level for level in LEVELS if level < spec.levels]
+    return pl.concat(
+        place.once(
+            f"failing-{name.replace(' ', '-')}",
+            (spec, levels, KEYS),
+            lambda name=name: train(spec, store, levels, name),
+        )
+        for name in VARIANTS
+    )
+
+
+def train(spec: Sweep, store: Store, levels: list[int], name: str) -> pl.DataFrame:
+    change, settings = VARIANTS[name]
+    dense = {ticket.seed: ticket for ticket in tickets(store, "ppo", 0)}
+    found = []
+    for level in levels:
+        level_tickets = tickets(store, "ppo", level)
+        rows = [change(t.initial.clone(), t, dense[t.seed]) for t in level_tickets] * KEYS
+        population = Population.create(
+            spec.arena("ppo"),
+            torch.stack(rows),
+            torch.stack([ticket.mask for ticket in level_tickets] * KEYS),
+            spec.density(level),
+        )
+        # Alike in all variants, so that they differ in nothing else.
+        keys = [
+            derive_key("failing", ticket.seed, level, again)
+            for again in range(KEYS)
+            for ticket in level_tickets
+        ]
+        result, statistics = _trained(
+            replace(spec.ppo, **settings), spec, population, torch.tensor(keys)
+        )
+        found.append(
+            pl.DataFrame(
+                {
+                    "env": spec.env,
+                    "variant": name,
+                    "seed": [ticket.seed for ticket in level_tickets] * KEYS,
+                    "key": [again for again in range(KEYS) for _ in level_tickets],
+                    "level": [level] * len(keys),
+                    "density": population.parameters.mask.double().mean(1).tolist(),
+                    "return_initial": result.return_initial.tolist(),
+                    "return_final": result.return_final.tolist(),
+                    "return_best": result.return_best.tolist(),
+                    "curve": result.curve.tolist(),
+                    **{each: statistics[:, :, i].tolist() for i, each in enumerate(STATISTICS)},
+                    "train_steps": [result.train_steps] * len(keys),
+                    "wall_s": [result.wall_s / len(keys)] * len(keys),
+                }
+            )
+        )
+    return pl.concat(found)
+
+
+def _trained(settings: PPO, spec: Sweep, population: Population, key: Tensor):
+    """The result, and `STATISTICS` of the updates ``[P, points, statistics]`` along the way."""
+    iterations, points = settings.iterations, spec.evaluation.points
+    seen: list[list[Tensor]] = [[] for _ in range(points)]
+    with (
+        open_env(spec.env, len(population), settings.copies) as env,
+        Evaluator(spec.evaluation, spec.env, population, key, 0, iterations) as evaluator,
+    ):
+        iterate = Iteration(settings, env, population, key, 0)
+        for number in range(iterations):
+            iterate.learning_rate.fill_(settings.learning_rate_at(number))
+            stats = iterate()
+            evaluator.after(number)
+            seen[number * points // iterations].append(
+                torch.stack([getattr(stats, name) for name in STATISTICS], 1)
+            )
+        result = evaluator.result(iterations * settings.batch)
+    return result, torch.stack([torch.stack(each).mean(0) for each in seen], 1)
+
+
+def failures(cells: pl.DataFrame, variant: str) -> np.ndarray:
+    """Share of each seed's trainings that fail, ``[seeds]``."""
+    share = (pl.col("return_final") < FAILED).mean()
+    rows = cells.filter(pl.col("variant") == variant).group_by("seed").agg(share).sort("seed")
+    return rows["return_final"].to_numpy()
+
+
+def conclude(cells: pl.DataFrame) -> Finding:
+    own = failures(cells, AS_IS)
+    change = {name: effect(failures(cells, name) - own) for name in VARIANTS if name != AS_IS}
+    suspect = change["trained critic"]
+    runs = len(cells) // len(VARIANTS)
+    return Finding(
+        ran=f"{cells['env'][0]}, PPO tickets of {cells['seed'].n_unique()} seeds at "
+        f"{cells['level'].n_unique()} densities from {cells['density'].max():.0%} to "
+        f"{cells['density'].min():.0%}, {KEYS} fresh keys each, {cells['train_steps'].max():,} "
+        f"steps: {runs} trainings for each of {len(VARIANTS)} variants",
+        effect=f"{_percent(own.mean())} fail as they are; change with a trained critic "
+        f"{signed(*(100 * value for value in suspect), digits=0)} points",
+        verdict=verdict(own.mean(), suspect),
+        text=text(cells, change),
+        figures={"failing_ticket": draw(cells)},
+    )
+
+
+def verdict(own: float, suspect: tuple[float, float, float]) -> str:
+    _, low, high = suspect
+    if own == 0:
+        return "not seen again"
+    if high < 0:
+        return "agrees: the fresh critic has a part in it"
+    return "disagrees" if low > 0 else "undecided"
+
+
+def text(cells: pl.DataFrame, change: dict[str, tuple[float, float, float]]) -> str:
+    rows = []
+    for name in VARIANTS:
+        here = cells.filter(pl.col("variant") == name)
+        failed = int((here["return_final"] < FAILED).sum())
+        early = {each: np.array(here[each].to_list())[:, 0].mean() for each in STATISTICS}
+        rows.append(
+            [
+                name,
+                f"{failed}/{len(here)}",
+                "-" if name == AS_IS else signed(*(100 * v for v in change[name]), digits=0),
+                f"{here['return_initial'].mean():.0f}",
+                f"{np.array(here['curve'].to_list())[:, 0].mean():.0f}",
+                f"{early['entropy']:.2f}",
+                f"{early['approx_kl']:.4f}",
+                f"{early['clip_fraction']:.3f}",
+                f"{early['value_loss']:.1f}",
+            ]
+        )
+    return f"""A training fails where its final greedy return is below {FAILED:g}. Keys, starts and
+draws are the same in all variants; the change against "{AS_IS}" is in points of percent, paired by
+seed. What PPO reports of its updates is averaged over the first tenth of training, where a ticket
+is unlearned or not. "Values shuffled" is mask/permuted by the ticket's own mask.
+
+""" + markdown(
+        [
+            "variant", "failed", "change", "before training", "after a tenth",
+            "entropy", "KL", "clipped", "value loss",
+        ],
+        rows,
+    )  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def draw(cells: pl.DataFrame) -> Figure:
+    def over(name: str, column: str) -> np.ndarray:
+        here = cells.filter(pl.col("variant") == name)
+        values = np.array(here[column].to_list())
+        seeds = here["seed"].to_numpy()
+        return np.array([values[seeds == seed].mean(0) for seed in np.unique(seeds)])
+
+    points = len(cells["curve"][0])
+    x = cells["train_steps"].max() * (1 + np.arange(points)) / points / 1000
+    panels = {
+        title: [Line(name, x, over(name, column)) for name in VARIANTS]
+        for title, column in (("greedy return", "curve"), ("entropy of the policy", "entropy"))
+    }
+    return line_figure(
+        panels,
+        f"{cells['env'][0]}: tickets of PPO trained again",
+        f"mean of {cells['seed'].n_unique()} seeds over levels and keys, 95% interval",
+        "thousand steps",
+        "",
+        scale="linear",
+        share_y=False,
+    )
+
+
+EXPERIMENT = Experiment(
+    name="failing_ticket",
+    question="Why do some tickets of PPO fail?",
+    claim="A rewound ticket already balances; a fresh critic makes PPO unlearn it (our suspicion, "
+    "from 12 of 135 failing cells)",
+    collect=collect,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

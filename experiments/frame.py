@@ -1,0 +1,212 @@
+"""What every experiment shares: where it trains, its data, its figures, its part of the README.
+
+An experiment is a module with an `EXPERIMENT`: a claim, a function that trains what is not trained
+yet and returns a table with one row per cell, and one that draws a `Finding` from that table alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from rich.console import Console
+
+from sparse_tickets import Sweep, run_sweep
+from sparse_tickets.analysis.figures import save
+from sparse_tickets.analysis.statistics import bootstrap_interval, mean
+from sparse_tickets.files import write_atomic
+from sparse_tickets.provenance import commit, processor
+from sparse_tickets.sweep.progress import SweepProgress
+from sparse_tickets.sweep.store import Store
+
+__all__ = [
+    "NAMES",
+    "Experiment",
+    "Finding",
+    "Place",
+    "effect",
+    "main",
+    "markdown",
+    "run",
+    "signed",
+    "write_parquet",
+]
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+NAMES = ("bc_vs_rl", "conditions", "rescaling", "transfer", "input_masks", "failing_ticket")
+"""All experiments, in the order of the README."""
+_COLUMNS = ("claim", "what we ran", "effect [95% interval]", "verdict", "command", "time", "figure")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an experiment keeps what it trains, so that the same command goes on after a stop.
+
+    Attributes:
+        runs: a folder; experiments that need the same sweep share it there.
+        quick: whether everything is to be cut down to about a minute.
+    """
+
+    runs: Path
+    quick: bool
+
+    def sweep(self, name: str, spec: Sweep) -> Store:
+        """The finished sweep called ``name``."""
+        with SweepProgress(spec, Console()) as progress:
+            return run_sweep(spec, self.runs / name, on_progress=progress.advance)
+
+    def once(
+        self, name: str, settings: object, compute: Callable[[], pl.DataFrame]
+    ) -> pl.DataFrame:
+        """What ``compute`` gives, from a file where it was computed with these settings before."""
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+        file = self.runs / f"{name}-{digest}.parquet"
+        if not file.exists():
+            print(name, flush=True)
+            origin = {"commit": commit(), "processor": processor()}
+            table = compute().with_columns(**{k: pl.lit(v, pl.String) for k, v in origin.items()})
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_parquet(table, file)
+        return pl.read_parquet(file)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment's data say of its claim; every number comes from them.
+
+    Attributes:
+        ran: what was run, and how it was cut.
+        effect: the main effect with its interval.
+        verdict: whether that agrees with the claim.
+        text: the section in the README, Markdown; figures come after it.
+        figures: by name; the first stands in the table.
+    """
+
+    ran: str
+    effect: str
+    verdict: str
+    text: str
+    figures: dict[str, Figure]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question.
+
+    Attributes:
+        name: its module's.
+        question: the heading of its section.
+        claim: what was claimed, and by whom.
+        collect: trains what is missing; one row per cell, with ``wall_s``.
+        conclude: draws the finding from those rows.
+    """
+
+    name: str
+    question: str
+    claim: str
+    collect: Callable[[Place], pl.DataFrame]
+    conclude: Callable[[pl.DataFrame], Finding]
+
+
+def main(experiment: Experiment) -> None:
+    """The command line of ``python -m experiments.NAME``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{experiment.name}", description=experiment.question
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny; writes to build/experiments")
+    parser.add_argument("--report", action="store_true", help="from the stored table, no training")
+    options = parser.parse_args()
+    home = ROOT / "build" / "experiments" if options.quick else HERE
+    runs = home / "runs" if options.quick else ROOT / "runs" / "experiments"
+    run(experiment, home, Place(runs, options.quick), train=not options.report)
+
+
+def run(experiment: Experiment, home: Path, place: Place, *, train: bool = True) -> Finding:
+    """Write an experiment's table, figures and part of the README under ``home``."""
+    table = home / "results" / f"{experiment.name}.parquet"
+    if train:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(experiment.collect(place), table)
+    cells = pl.read_parquet(table)
+    finding = experiment.conclude(cells)
+    for name, figure in finding.figures.items():
+        save(figure, home / "figures" / f"{name}.png")
+    readme = home / "README.md"
+    text = readme.read_text() if readme.exists() else "# Experiments\n"
+    text = _with_claim(text, experiment, finding, cells)
+    text = _with_section(text, experiment, finding)
+    write_atomic(readme, text.encode())
+    print(f"{experiment.name}: {finding.effect}: {finding.verdict}", flush=True)
+    return finding
+
+
+def effect(values: ArrayLike) -> tuple[float, float, float]:
+    """Mean over seeds and its 95% bootstrap interval."""
+    column = np.asarray(values, dtype=np.float64)
+    low, high = bootstrap_interval(column[:, None], mean)
+    return float(mean(column)), float(low[0]), float(high[0])
+
+
+def signed(middle: float, low: float, high: float, digits: int = 1) -> str:
+    """``+1.2 [0.3, 2.0]``."""
+    return f"{middle:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column of words and the others of numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def write_parquet(table: pl.DataFrame, file: Path) -> None:
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    write_atomic(file, buffer.getvalue())
+
+
+def _with_claim(text: str, experiment: Experiment, finding: Finding, cells: pl.DataFrame) -> str:
+    """The table of claims with this experiment's row as it is now."""
+    begin, end = "<!-- claims:begin -->", "<!-- claims:end -->"
+    old = re.search(f"{begin}.*?{end}", text, re.DOTALL)
+    lines = old[0].splitlines() if old else []
+    rows = {name: line for line in lines for name in NAMES if f"experiments.{name}`" in line}
+    picture = next(iter(finding.figures))
+    rows[experiment.name] = (
+        f"| {experiment.claim} | {finding.ran} | {finding.effect} | **{finding.verdict}** "
+        f"| `python -m experiments.{experiment.name}` | {_clock(cells['wall_s'].sum())} "
+        f"| [{picture}](figures/{picture}.png) |"
+    )
+    ordered = [rows[name] for name in NAMES if name in rows]
+    head = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
+    block = "\n".join([begin, *head, *ordered, end])
+    return text.replace(old[0], block) if old else f"{text}\n{block}\n"
+
+
+def _with_section(text: str, experiment: Experiment, finding: Finding) -> str:
+    begin, end = (f"<!-- {experiment.name}:{side} -->" for side in ("begin", "end"))
+    pictures = [f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in finding.figures]
+    heading = f"## {experiment.question} `{experiment.name}.py`"
+    paragraphs = map(_wrapped, finding.text.strip().split("\n\n"))
+    block = "\n\n".join([begin, heading, *paragraphs, *pictures, end])
+    old = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)
+    return text.replace(old[0], block) if old else f"{text}\n{block}\n"
+
+
+def _wrapped(paragraph: str) -> str:
+    return paragraph if paragraph.startswith("|") else textwrap.fill(paragraph, 104)
+
+
+def _clock(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes >= 1 else f"{seconds:.0f} s"

@@ -1,0 +1,209 @@
+"""Which inputs does pruning keep, and which does the task need?
+
+The inputs that tickets keep at every level, beside dense policies trained on every subset of the
+inputs: what the task needs, by exhaustion::
+
+    python -m experiments.input_masks [--quick]
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.figure import Figure
+
+from experiments.frame import Experiment, Finding, Place, effect, main, markdown
+from experiments.sweeps import INPUTS, TICKET, cartpole, kept_inputs, tickets, train
+from sparse_tickets import load_results
+from sparse_tickets.analysis.style import DPI, GREY, INK, head, styled
+
+ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
+SEEDS = 4
+SUBSETS = "subsets"
+
+
+def collect(place: Place) -> pl.DataFrame:
+    """Rows of tickets, with the inputs they keep, and of dense policies on a subset of inputs."""
+    spec, store = cartpole(place)
+    stored = load_results(store.path).filter(pl.col("condition").is_in([TICKET, "dense"]))
+    kept = [
+        {"algo": algo, "seed": ticket.seed, "level": level, "inputs": kept_inputs(ticket)}
+        for algo in ALGORITHMS
+        for level in range(spec.levels)
+        for ticket in tickets(store, algo, level)
+    ]
+    stored = stored.join(pl.DataFrame(kept), on=["algo", "seed", "level"])
+    arena, names = spec.arena("ppo"), INPUTS[spec.env]
+    choices = [bits for bits in product([False, True], repeat=len(names)) if any(bits)]
+    seeds = min(SEEDS, spec.seeds)
+    dense = torch.stack([ticket.initial for ticket in tickets(store, "ppo", 0)])[:seeds]
+
+    def compute() -> pl.DataFrame:
+        mask = torch.ones(len(choices), arena.prunable, dtype=torch.bool)
+        arena.actor.weight(mask, 0).mul_(torch.tensor(choices)[:, None, :])
+        masks = mask.repeat_interleave(seeds, 0)
+        rows = dense.repeat(len(choices), 1)
+        cells = train(
+            spec, store, "ppo", 0, masks, rows, list(range(seeds)) * len(choices), SUBSETS
+        )
+        return cells.with_columns(
+            inputs=pl.Series([list(bits) for bits in choices for _ in range(seeds)])
+        )
+
+    trained = place.once("input-subsets", spec, compute).with_columns(
+        condition=pl.lit(SUBSETS), algo=pl.lit("ppo")
+    )
+    columns = [
+        "env", "algo", "condition", "seed", "level", "density", "inputs", "return_final",
+        "return_auc", "random_return", "train_steps", "wall_s", "commit", "processor",
+    ]  # fmt: skip
+    return pl.concat([stored.select(columns), trained.select(columns)])
+
+
+def survival(cells: pl.DataFrame, algo: str) -> tuple[np.ndarray, np.ndarray]:
+    """Densities, and the share of seeds ``[inputs, levels]`` that keep each input."""
+    rows = cells.filter((pl.col("algo") == algo) & (pl.col("condition") != SUBSETS))
+    density = rows.group_by("level").agg(pl.col("density").max()).sort("level")["density"]
+    kept = [
+        np.array(rows.filter(pl.col("level") == level)["inputs"].to_list()).mean(0)
+        for level in range(len(density))
+    ]
+    return density.to_numpy(), np.array(kept).T
+
+
+def needed(cells: pl.DataFrame) -> pl.DataFrame:
+    """Final return of dense policies by the inputs they see."""
+    subsets = cells.filter(pl.col("condition") == SUBSETS)
+    names = INPUTS[cells["env"][0]]
+    rows = []
+    best = cells["return_final"].max()
+    for (inputs,), group in subsets.group_by("inputs", maintain_order=True):
+        values = group["return_final"]
+        rows.append(
+            {
+                "sees": ", ".join(n for n, there in zip(names, inputs, strict=True) if there),
+                "count": sum(inputs),
+                "mean": values.mean(),
+                "worst": values.min(),
+                "solved": int((values >= 0.95 * best).sum()),
+                "seeds": len(values),
+            }
+        )
+    return pl.DataFrame(rows).sort("count", "mean", descending=[False, True])
+
+
+def order(cells: pl.DataFrame, algo: str) -> dict[str, tuple[float, float, float]]:
+    """Levels until each input is gone, mean over seeds; the last level where it never is."""
+    rows = cells.filter((pl.col("algo") == algo) & (pl.col("condition") != SUBSETS))
+    names = INPUTS[cells["env"][0]]
+    seeds = sorted(rows["seed"].unique())
+    gone = np.array(
+        [
+            np.array(rows.filter(pl.col("seed") == seed).sort("level")["inputs"].to_list()).sum(0)
+            for seed in seeds
+        ]
+    )
+    return {name: effect(gone[:, place]) for place, name in enumerate(names)}
+
+
+def conclude(cells: pl.DataFrame) -> Finding:
+    table = needed(cells)
+    solving = table.filter(pl.col("solved") == pl.col("seeds"))
+    fewest = solving.sort("count").head(1)
+    sparsest = {
+        algo: cells.filter(
+            (pl.col("algo") == algo)
+            & (pl.col("condition") == TICKET)
+            & (pl.col("level") == cells["level"].max())
+        )
+        for algo in ALGORITHMS
+    }
+    kept = {
+        algo: float(np.mean([sum(x) for x in rows["inputs"].to_list()]))
+        for algo, rows in sparsest.items()
+    }
+    inputs = len(INPUTS[cells["env"][0]])
+    need = fewest["sees"][0] if len(fewest) else "all and more"
+    left = " and ".join(f"{value:.1f} ({ALGORITHMS[algo]})" for algo, value in kept.items())
+    removed = any(value < inputs - 0.5 for value in kept.values())
+    return Finding(
+        ran=f"{cells['env'][0]}, the tickets of bc_vs_rl; dense PPO on all {len(table)} subsets of "
+        f"the inputs, {table['seeds'].max()} seeds each",
+        effect=f"{left} of {inputs} inputs left at {cells['density'].min():.2%} of the weights; "
+        f"the smallest set that every dense seed solves the task with: {need}",
+        verdict="agrees: whole inputs go" if removed else "disagrees: inputs stay",
+        text=text(cells, table),
+        figures={"input_masks": draw(cells, table)},
+    )
+
+
+def text(cells: pl.DataFrame, table: pl.DataFrame) -> str:
+    rows = [
+        [sees, f"{middle:.0f}", f"{worst:.0f}", f"{solved}/{seeds}"]
+        for sees, _, middle, worst, solved, seeds in table.iter_rows()
+    ]
+    gone = [
+        [name, *(f"{m:.1f} [{low:.1f}, {high:.1f}]" for m, low, high in values)]
+        for name, values in (
+            (name, [order(cells, algo)[name] for algo in ALGORITHMS])
+            for name in INPUTS[cells["env"][0]]
+        )
+    ]
+    return f"""Raw observations, as the environment gives them. An input is kept while a path leads
+from it to an action. Levels it is kept for, of {cells["level"].max() + 1}, over seeds:
+
+{markdown(["input", *ALGORITHMS.values()], gone)}
+
+Dense policies that see only some of the inputs, everything else as in the sweep. Solved is
+within 5% of the best return.
+
+{markdown(["inputs seen", "mean return", "worst seed", "solved"], rows)}"""
+
+
+@styled
+def draw(cells: pl.DataFrame, table: pl.DataFrame) -> Figure:
+    """Shares of seeds by input and density, a row of pictures; single inputs' worth beside them."""
+    names = INPUTS[cells["env"][0]]
+    figure = Figure(figsize=(6.0, 0.9 + 0.3 * len(names)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, (algo, title) in zip(panels, ALGORITHMS.items(), strict=True):
+        density, share = survival(cells, algo)
+        panel.imshow(share, cmap="Greys", vmin=0, vmax=1.4, aspect="auto")
+        for row, column in np.ndindex(*share.shape):
+            value = share[row, column]
+            if 0 < value < 1:
+                panel.text(
+                    column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=5.5,
+                    color="white" if value > 0.6 else INK,
+                )  # fmt: skip
+        panel.set_title(title)
+        shown = range(0, len(density), 3)
+        panel.set_xticks(list(shown), [f"{100 * density[k]:.2g}%" for k in shown])
+        panel.set_xlabel("density")
+        panel.tick_params(length=0)
+        panel.spines[["left", "bottom"]].set_color(GREY)
+    panels[0].set_yticks(range(len(names)), names)
+    seeds = cells.filter(pl.col("condition") == TICKET)["seed"].n_unique()
+    head(
+        figure,
+        f"{cells['env'][0]}: inputs that tickets keep",
+        f"{seeds} seeds, mask/weights; dark: kept by all, white: by none, else percent of seeds",
+        None,
+    )
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="input_masks",
+    question="Which inputs survive, and which are needed?",
+    claim="The mask of the input layer removes whole inputs that the task does not need "
+    "(Vischer et al. 2022)",
+    collect=collect,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,170 @@
+"""Sweeps that several experiments draw on: trained once, whichever needs them first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from experiments.frame import Place
+from sparse_tickets import Population, Sweep, Ticket
+from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.kernels.random import derive_key
+from sparse_tickets.sweep.experts import stored_demonstrations
+from sparse_tickets.sweep.protocols import protocol
+from sparse_tickets.sweep.run import train_population
+from sparse_tickets.sweep.spec import Track
+from sparse_tickets.sweep.store import Store
+
+__all__ = [
+    "INPUTS",
+    "LEVEL",
+    "cartpole",
+    "cartpole_spec",
+    "kept_inputs",
+    "per_level",
+    "quickly",
+    "setting",
+    "tickets",
+    "train",
+]
+
+TICKET = "mask/weights"
+LEVEL = 0.2
+"""Share of the remaining weights that the protocol prunes per level: the unit of levels here."""
+INPUTS = {"CartPole-v1": ("cart position", "cart velocity", "pole angle", "pole velocity")}
+
+
+def cartpole_spec(quick: bool = False) -> Sweep:
+    """CartPole by the protocol's budget, with controls that change one thing at a time.
+
+    Three of the protocol's levels at a time (0.512 is 0.8 cubed), down to its last one.
+    """
+    spec = replace(
+        protocol("CartPole-v1"),
+        controls=("ticket",),
+        seeds=6,
+        levels=9,
+        rate=0.488,
+        evaluation=Evaluation(points=10, episodes=16, final_episodes=50),
+    )
+    return quickly(spec) if quick else spec
+
+
+def quickly(spec: Sweep) -> Sweep:
+    """The same sweep, tiny."""
+    return replace(
+        spec,
+        seeds=2,
+        levels=3,
+        ppo=replace(spec.ppo, steps=8 * spec.ppo.batch),
+        bc=replace(spec.bc, experts=1, expert_gate=0.0),
+        evaluation=Evaluation(points=2, episodes=4, final_episodes=4),
+    )
+
+
+def cartpole(place: Place) -> tuple[Sweep, Store]:
+    spec = cartpole_spec(place.quick)
+    return spec, place.sweep("cartpole", spec)
+
+
+def per_level(cells: pl.DataFrame) -> float:
+    """How many of the protocol's levels one level of these cells is."""
+    first = cells.filter(pl.col("level") == 1)["density"][0]
+    return math.log(first) / math.log(1 - LEVEL)
+
+
+def setting(cells: pl.DataFrame) -> str:
+    """What was run, by the cells themselves, and where that is less than the protocol's."""
+    env, seeds = cells["env"][0], cells["seed"].n_unique()
+    steps, full = cells["train_steps"].max(), protocol(env).ppo.steps
+    pruned = 1 - cells.filter(pl.col("level") == 1)["density"][0]
+    words = (
+        f"{env}, {seeds} seeds, {cells['level'].max() + 1} levels of {pruned:.0%} "
+        f"down to {cells['density'].min():.2%}, {steps:,} steps, {len(cells):,} trainings"
+    )
+    cuts = [
+        f"{steps / full:.0%} of the protocol's steps" if steps < 0.95 * full else "",
+        f"{seeds} of 15 seeds" if seeds < 15 else "",
+        f"{per_level(cells):.0f} of its levels at a time" if per_level(cells) > 1.1 else "",
+    ]
+    cut = ", ".join(filter(None, cuts))
+    return f"{words} (cut: {cut})" if cut else words
+
+
+def tickets(store: Store, algo: str, level: int, condition: str = TICKET) -> list[Ticket]:
+    """A sweep's tickets of one level by seed; level 0 has the dense ones."""
+    found = [
+        ticket
+        for unit in store.units()
+        if (unit.algo, unit.level) == (algo, level)
+        for ticket in store.read_tickets(unit)
+        if level == 0 or (ticket.condition == condition and ticket.controls == "own")
+    ]
+    return sorted(found, key=lambda ticket: ticket.seed)
+
+
+def kept_inputs(ticket: Ticket) -> list[bool]:
+    """Which inputs have a path to an action."""
+    actor, mask = ticket.arena.actor, ticket.mask[None]
+    useful = torch.ones(1, actor.sizes[-1], dtype=torch.bool)
+    for layer in reversed(range(actor.depth)):
+        useful = (actor.weight(mask, layer) & useful[:, :, None]).any(1)
+    return useful[0].tolist()
+
+
+def train(
+    spec: Sweep,
+    store: Store,
+    algo: str,
+    level: int,
+    mask: Tensor,
+    initial: Tensor,
+    seeds: Sequence[int],
+    what: str,
+) -> pl.DataFrame:
+    """Train policies that no condition of a sweep describes, by the sweep's settings.
+
+    Args:
+        spec: the sweep.
+        store: where it has its experts' demonstrations.
+        algo: what trains them.
+        level: whose nominal density they have.
+        mask: ``[P, N]``.
+        initial: ``[P, size]``.
+        seeds: ``[P]``, whose experts they imitate.
+        what: makes their random keys.
+
+    Returns:
+        A row per policy with the returns of a sweep's rows.
+    """
+    population = Population.create(spec.arena(algo), initial, mask, spec.density(level))
+    names = [
+        derive_key("experiment", what, spec.env, algo, seed, level, i)
+        for i, seed in enumerate(seeds)
+    ]
+    dataset = stored_demonstrations(store, algo) if algo in spec.imitating else None
+    tracks = [Track(seed, TICKET, "own") for seed in seeds]
+    key = torch.tensor(names, dtype=torch.int64, device="cpu")
+    result = train_population(spec, algo, population, key, level, tracks, dataset)
+    return pl.DataFrame(
+        {
+            "env": spec.env,
+            "algo": algo,
+            "seed": list(seeds),
+            "level": [level] * len(seeds),
+            "density": mask.double().mean(1).tolist(),
+            "return_initial": result.return_initial.tolist(),
+            "return_auc": result.curve.mean(1).tolist(),
+            "return_final": result.return_final.tolist(),
+            "return_final_sampled": result.return_final_sampled.tolist(),
+            "curve": result.curve.tolist(),
+            "train_steps": [result.train_steps] * len(seeds),
+            "random_return": spec.env_spec.random_return,
+            "wall_s": result.wall_s / len(seeds),
+        }
+    )

@@ -1,0 +1,174 @@
+"""Is a mask found by cloning any good for reinforcement learning, and the reverse?
+
+Each seed's own initial weights under its own mask, under the mask that the other algorithm found
+from the same weights, and under the mask the same algorithm found from another seed's::
+
+    python -m experiments.transfer [--quick]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import torch
+
+from experiments.drawing import Line, line_figure
+from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
+from experiments.sweeps import TICKET, cartpole, tickets, train
+from sparse_tickets import load_results
+
+ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
+OTHER = {"ppo": "bc", "bc": "ppo"}
+LEVELS = (4, 5, 6, 7)
+METRICS = {
+    "return_initial": "before training",
+    "return_auc": "learning curve",
+    "return_final": "final return",
+}
+OWN, ALGORITHM, SEED, SHUFFLED = "own mask", "other algorithm's", "other seed's", "shuffled"
+
+
+def collect(place: Place) -> pl.DataFrame:
+    spec, store = cartpole(place)
+    levels = [level for level in LEVELS if level < spec.levels] or [spec.levels - 1]
+    stored = (
+        load_results(store.path)
+        .filter(pl.col("level").is_in([0, *levels]))
+        .with_columns(
+            mask=pl.when(pl.col("level") == 0)
+            .then(pl.lit("dense"))
+            .when(pl.col("condition") == TICKET)
+            .then(pl.lit(OWN))
+            .when((pl.col("condition") == "permuted/permuted") & (pl.col("controls") == "ticket"))
+            .then(pl.lit(SHUFFLED))
+        )
+        .drop_nulls("mask")
+    )
+    new = []
+    for algo in ALGORITHMS:
+        dense = torch.stack([ticket.initial for ticket in tickets(store, algo, 0)])
+        for level in levels:
+            own, other = (
+                torch.stack([ticket.mask for ticket in tickets(store, name, level)])
+                for name in (algo, OTHER[algo])
+            )
+            masks = torch.cat([other, own.roll(1, 0)])
+            seeds = list(range(spec.seeds)) * 2
+
+            def compute(algo=algo, level=level, masks=masks, dense=dense, seeds=seeds):
+                rows = torch.cat([dense, dense])
+                return train(spec, store, algo, level, masks, rows, seeds, "transfer").with_columns(
+                    mask=pl.Series([ALGORITHM] * spec.seeds + [SEED] * spec.seeds)
+                )
+
+            new.append(place.once(f"transfer-{algo}-{level:02d}", spec, compute))
+    fresh = pl.concat(new)
+    return pl.concat([fresh, stored.select(fresh.columns)])
+
+
+def matrix(cells: pl.DataFrame, algo: str, mask: str, metric: str) -> np.ndarray:
+    """``[seeds, levels]``, as a share of random to dense."""
+    here = cells.filter(pl.col("algo") == algo)
+    random = here["random_return"].mean()
+    dense = here.filter(pl.col("mask") == "dense")["return_final"].median()
+    rows = here.filter(pl.col("mask") == mask).sort("seed", "level")
+    values = rows[metric].to_numpy().reshape(rows["seed"].n_unique(), -1)
+    return (values - random) / (dense - random)
+
+
+def gap(cells: pl.DataFrame, algo: str, metric: str, one: str, two: str):
+    return effect((matrix(cells, algo, one, metric) - matrix(cells, algo, two, metric)).mean(1))
+
+
+def conclude(cells: pl.DataFrame) -> Finding:
+    kept = {
+        (algo, mask): gap(cells, algo, "return_auc", mask, SHUFFLED)
+        for algo in ALGORITHMS
+        for mask in (ALGORITHM, SEED)
+    }
+    shown = "; ".join(
+        f"{mask} mask under {ALGORITHMS[algo]}: {signed(*value, digits=2)}"
+        for (algo, mask), value in kept.items()
+    )
+    carried = [
+        f"the {mask} mask {'helps' if low > 0 else 'hurts' if high < 0 else 'undecided'} under "
+        f"{ALGORITHMS[algo]}"
+        for (algo, mask), (_, low, high) in kept.items()
+    ]
+    levels = cells.filter(pl.col("level") > 0)
+    return Finding(
+        ran=f"{setting_of(levels)}",
+        effect=f"learning curve above a shuffled mask's, of the dense return: {shown}",
+        verdict="; ".join(carried),
+        text=text(cells),
+        figures={"transfer": draw(cells)},
+    )
+
+
+def setting_of(cells: pl.DataFrame) -> str:
+    density = densities(cells)
+    return (
+        f"{cells['env'][0]}, {cells['seed'].n_unique()} seeds at "
+        f"{', '.join(f'{each:.2%}' for each in density)} of the weights, "
+        f"{cells['train_steps'].max():,} steps, {len(cells)} trainings"
+    )
+
+
+def densities(cells: pl.DataFrame) -> np.ndarray:
+    return cells.group_by("level").agg(pl.col("density").max()).sort("level")["density"].to_numpy()
+
+
+def text(cells: pl.DataFrame) -> str:
+    rows = []
+    for algo, name in ALGORITHMS.items():
+        for mask in (ALGORITHM, SEED, SHUFFLED):
+            rows.append(
+                [
+                    f"{mask} mask minus own, {name}",
+                    *(signed(*gap(cells, algo, m, mask, OWN), digits=2) for m in METRICS),
+                ]
+            )
+    return f"""{setting_of(cells.filter(pl.col("level") > 0))}.
+
+PPO and cloning start a seed from the same actor, so that a mask found by one fits the other's
+initial values. Differences within a seed, averaged over the densities, as a share of the range
+from the random policy to the dense one. "Shuffled" is permuted/permuted with `ticket` controls:
+the same number of weights in each layer, elsewhere.
+
+""" + markdown(["mask, trained by", *METRICS.values()], rows)
+
+
+def draw(cells: pl.DataFrame):
+    panels = {}
+    for algo, name in ALGORITHMS.items():
+        here = cells.filter((pl.col("algo") == algo) & (pl.col("level") > 0))
+        x = (
+            100
+            * here.group_by("level")
+            .agg(pl.col("density").max())
+            .sort("level")["density"]
+            .to_numpy()
+        )
+        panels[f"trained by {name}"] = [
+            Line(mask, x, matrix(cells, algo, mask, "return_auc"))
+            for mask in (OWN, ALGORITHM, SEED, SHUFFLED)
+        ]
+    return line_figure(
+        panels,
+        cells["env"][0],
+        f"own initial values under different masks, {cells['seed'].n_unique()} seeds, 95% interval",
+        "density",
+        "learning curve,\nshare of the dense return",
+    )
+
+
+EXPERIMENT = Experiment(
+    name="transfer",
+    question="Does a mask serve another algorithm, or another seed?",
+    claim="Open: nobody has put cloning's masks under reinforcement learning",
+    collect=collect,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,51 @@
+"""Every experiment runs end to end, tiny, and fills its part of the README from its data."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from experiments import sweeps  # noqa: E402
+from experiments.frame import NAMES, Place, run  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One folder for all, so that a sweep that several need is trained once."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_fills_its_part_of_the_readme(name, home, monkeypatch):
+    experiment = import_module(f"experiments.{name}").EXPERIMENT
+    place = Place(home / "runs", quick=True)
+    finding = run(experiment, home, place)
+    cells = pl.read_parquet(home / "results" / f"{name}.parquet")
+    assert experiment.name == name
+    assert len(cells)
+    assert cells["wall_s"].is_not_null().all()
+    for figure in finding.figures:
+        for kind in ("png", "svg"):
+            assert (home / "figures" / f"{figure}.{kind}").stat().st_size > 1000
+    readme = (home / "README.md").read_text()
+    assert readme.count(f"`python -m experiments.{name}`") == 1
+    assert readme.count(f"<!-- {name}:begin -->") == 1
+    assert finding.effect in readme
+    assert "nan" not in readme
+
+    # What is trained stays trained, and the same cells give the same words.
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(sweeps, "train_population", refuse)
+    monkeypatch.setattr("sparse_tickets.sweep.run.train_population", refuse)
+    run(experiment, home, place)
+    assert (home / "README.md").read_text() == readme
