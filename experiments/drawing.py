@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from sparse_tickets.analysis.statistics import bootstrap_interval, mean
@@ -18,6 +18,7 @@ from sparse_tickets.analysis.style import CONDITION_COLOURS, DPI, PALE, head, li
 __all__ = ["Line", "line_figure"]
 
 _LOOKS = tuple(CONDITION_COLOURS)
+_PERCENT = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2)
 _WIDTH, _HEIGHT, _LABEL = 2.7, 2.1, 0.13  # inches
 
 
@@ -59,6 +60,8 @@ def line_figure(
         share_y: whether panels have one scale.
     """
     names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
+    xs = np.concatenate([line.x for lines in panels.values() for line in lines])
+    lowest, highest = xs.min(), xs.max()
     longest = max(map(len, names), default=0)
     width = 0.5 + len(panels) * (_WIDTH + 0.055 * longest)
     figure = Figure(figsize=(width, 0.8 + _HEIGHT), dpi=DPI, layout="constrained")
@@ -66,13 +69,14 @@ def line_figure(
     for panel, (name, lines) in zip(grid, panels.items(), strict=True):
         panel.set_title(name)
         panel.set_xlabel(xlabel)
+        panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         if scale != "linear":
             panel.set_xscale("log")
             panel.xaxis.set_minor_locator(NullLocator())
-            unit = "%" if scale == "density" else ""
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _, unit=unit: f"{x:.2g}{unit}"))
         if scale == "density":
-            panel.invert_xaxis()
+            panel.set_xlim(1.2 * highest, lowest / 1.2)
+            ticks = [tick for tick in _PERCENT if lowest / 1.2 <= tick <= 1.2 * highest]
+            panel.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
         panel.grid(axis="y", color=PALE, linewidth=0.4)
         panel.set_axisbelow(True)
         for line in lines:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
-from experiments.sweeps import cartpole, tickets
+from experiments.sweeps import cartpole, levels, tickets
 from sparse_tickets import Population, Sweep, Ticket
 from sparse_tickets.algos.evaluation import Evaluator
 from sparse_tickets.algos.ppo import PPO, Iteration
@@ -78,22 +78,22 @@ VARIANTS: dict[str, tuple[Change, dict]] = {
 
 def collect(place: Place) -> pl.DataFrame:
     spec, store = cartpole(place)
-    levels = [level for level in LEVELS if level < spec.levels]
+    chosen = sorted(set(levels(store, "ppo")) & set(LEVELS))
     return pl.concat(
         place.once(
             f"failing-{name.replace(' ', '-')}",
-            (spec, levels, KEYS),
-            lambda name=name: train(spec, store, levels, name),
+            (spec, chosen, KEYS),
+            lambda name=name: train(spec, store, chosen, name),
         )
         for name in VARIANTS
     )
 
 
-def train(spec: Sweep, store: Store, levels: list[int], name: str) -> pl.DataFrame:
+def train(spec: Sweep, store: Store, chosen: list[int], name: str) -> pl.DataFrame:
     change, settings = VARIANTS[name]
     dense = {ticket.seed: ticket for ticket in tickets(store, "ppo", 0)}
     found = []
-    for level in levels:
+    for level in chosen:
         level_tickets = tickets(store, "ppo", level)
         rows = [change(t.initial.clone(), t, dense[t.seed]) for t in level_tickets] * KEYS
         population = Population.create(

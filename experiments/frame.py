@@ -44,7 +44,7 @@ __all__ = [
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-NAMES = ("bc_vs_rl", "conditions", "rescaling", "transfer", "input_masks", "failing_ticket")
+NAMES = ("bc_vs_rl", "conditions", "rescaling", "transfer", "input_masks", "failing_ticket", "cost")
 """All experiments, in the order of the README."""
 _COLUMNS = ("claim", "what we ran", "effect [95% interval]", "verdict", "command", "time", "figure")
 
@@ -56,13 +56,17 @@ class Place:
     Attributes:
         runs: a folder; experiments that need the same sweep share it there.
         quick: whether everything is to be cut down to about a minute.
+        partial: whether sweeps are taken as far as they are.
     """
 
     runs: Path
-    quick: bool
+    quick: bool = False
+    partial: bool = False
 
     def sweep(self, name: str, spec: Sweep) -> Store:
-        """The finished sweep called ``name``."""
+        """The sweep called ``name``, finished unless ``partial``."""
+        if self.partial and (self.runs / name).exists():
+            return Store(self.runs / name)
         with SweepProgress(spec, Console()) as progress:
             return run_sweep(spec, self.runs / name, on_progress=progress.advance)
 
@@ -125,11 +129,13 @@ def main(experiment: Experiment) -> None:
         prog=f"python -m experiments.{experiment.name}", description=experiment.question
     )
     parser.add_argument("--quick", action="store_true", help="tiny; writes to build/experiments")
+    parser.add_argument("--partial", action="store_true", help="finish no sweep that has begun")
     parser.add_argument("--report", action="store_true", help="from the stored table, no training")
     options = parser.parse_args()
     home = ROOT / "build" / "experiments" if options.quick else HERE
     runs = home / "runs" if options.quick else ROOT / "runs" / "experiments"
-    run(experiment, home, Place(runs, options.quick), train=not options.report)
+    place = Place(runs, options.quick, options.partial)
+    run(experiment, home, place, train=not options.report)
 
 
 def run(experiment: Experiment, home: Path, place: Place, *, train: bool = True) -> Finding:

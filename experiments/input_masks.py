@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.frame import Experiment, Finding, Place, effect, main, markdown
-from experiments.sweeps import INPUTS, TICKET, cartpole, kept_inputs, tickets, train
+from experiments.sweeps import INPUTS, TICKET, cartpole, kept_inputs, levels, tickets, train
 from sparse_tickets import load_results
 from sparse_tickets.analysis.style import DPI, GREY, INK, head, styled
 
@@ -32,7 +32,7 @@ def collect(place: Place) -> pl.DataFrame:
     kept = [
         {"algo": algo, "seed": ticket.seed, "level": level, "inputs": kept_inputs(ticket)}
         for algo in ALGORITHMS
-        for level in range(spec.levels)
+        for level in levels(store, algo)
         for ticket in tickets(store, algo, level)
     ]
     stored = stored.join(pl.DataFrame(kept), on=["algo", "seed", "level"])

@@ -22,6 +22,7 @@ from experiments.sweeps import (
     cartpole,
     cartpole_spec,
     kept_inputs,
+    levels,
     per_level,
     setting,
     tickets,
@@ -53,7 +54,7 @@ def collect(place: Place) -> pl.DataFrame:
 
 def _with_layers(init: str, spec: Sweep, store: Store) -> pl.DataFrame:
     rows = []
-    for level in range(spec.levels):
+    for level in levels(store, "ppo"):
         for ticket in tickets(store, "ppo", level):
             actor, mask = ticket.arena.actor, ticket.mask[None]
             shares = [

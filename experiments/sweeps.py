@@ -26,6 +26,7 @@ __all__ = [
     "cartpole",
     "cartpole_spec",
     "kept_inputs",
+    "levels",
     "per_level",
     "quickly",
     "setting",
@@ -40,16 +41,18 @@ INPUTS = {"CartPole-v1": ("cart position", "cart velocity", "pole angle", "pole 
 
 
 def cartpole_spec(quick: bool = False) -> Sweep:
-    """CartPole by the protocol's budget, with controls that change one thing at a time.
+    """CartPole with both kinds of controls, down to where tickets themselves degrade.
 
-    Three of the protocol's levels at a time (0.512 is 0.8 cubed), down to its last one.
+    Two of the protocol's levels at a time (0.64 is 0.8 squared), at two fifths of its budget.
     """
+    spec = protocol("CartPole-v1")
     spec = replace(
-        protocol("CartPole-v1"),
-        controls=("ticket",),
+        spec,
+        controls=("own", "ticket"),
         seeds=6,
-        levels=9,
-        rate=0.488,
+        levels=14,
+        rate=0.36,
+        ppo=replace(spec.ppo, steps=204_800),
         evaluation=Evaluation(points=10, episodes=16, final_episodes=50),
     )
     return quickly(spec) if quick else spec
@@ -96,12 +99,17 @@ def setting(cells: pl.DataFrame) -> str:
     return f"{words} (cut: {cut})" if cut else words
 
 
+def levels(store: Store, algo: str) -> list[int]:
+    """The levels an algorithm has finished."""
+    return sorted({unit.level for unit in store.units() if unit.algo == algo and store.has(unit)})
+
+
 def tickets(store: Store, algo: str, level: int, condition: str = TICKET) -> list[Ticket]:
     """A sweep's tickets of one level by seed; level 0 has the dense ones."""
     found = [
         ticket
         for unit in store.units()
-        if (unit.algo, unit.level) == (algo, level)
+        if (unit.algo, unit.level) == (algo, level) and store.has(unit)
         for ticket in store.read_tickets(unit)
         if level == 0 or (ticket.condition == condition and ticket.controls == "own")
     ]

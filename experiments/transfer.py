@@ -14,12 +14,12 @@ import torch
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, tickets, train
+from experiments.sweeps import TICKET, cartpole, levels, tickets, train
 from sparse_tickets import load_results
 
 ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
 OTHER = {"ppo": "bc", "bc": "ppo"}
-LEVELS = (4, 5, 6, 7)
+LEVELS = (5, 7, 9)
 METRICS = {
     "return_initial": "before training",
     "return_auc": "learning curve",
@@ -30,10 +30,11 @@ OWN, ALGORITHM, SEED, SHUFFLED = "own mask", "other algorithm's", "other seed's"
 
 def collect(place: Place) -> pl.DataFrame:
     spec, store = cartpole(place)
-    levels = [level for level in LEVELS if level < spec.levels] or [spec.levels - 1]
+    there = set(levels(store, "ppo")) & set(levels(store, "bc"))
+    chosen = sorted(there & set(LEVELS)) or [max(there)]
     stored = (
         load_results(store.path)
-        .filter(pl.col("level").is_in([0, *levels]))
+        .filter(pl.col("level").is_in([0, *chosen]))
         .with_columns(
             mask=pl.when(pl.col("level") == 0)
             .then(pl.lit("dense"))
@@ -47,7 +48,7 @@ def collect(place: Place) -> pl.DataFrame:
     new = []
     for algo in ALGORITHMS:
         dense = torch.stack([ticket.initial for ticket in tickets(store, algo, 0)])
-        for level in levels:
+        for level in chosen:
             own, other = (
                 torch.stack([ticket.mask for ticket in tickets(store, name, level)])
                 for name in (algo, OTHER[algo])
