@@ -16,9 +16,9 @@ from itertools import chain
 from statistics import NormalDist, fmean, median
 from typing import Literal
 
+from .cases import is_ours
 from .measure import Record
 from .results import Run
-from .suites import is_ours
 
 __all__ = ["COUNT_THRESHOLD", "THRESHOLD", "Change", "Comparison", "Count", "compare"]
 

@@ -14,6 +14,7 @@ from sparse_tickets.files import write_atomic
 from sparse_tickets.timing import Spread
 
 from . import steps
+from .cases import FUSED_DENSE
 from .measure import Record
 from .peers import (
     jax_ppo,
@@ -26,7 +27,6 @@ from .peers import (
     torch_dense,
 )
 from .results import BUSY, Run
-from .suites import FUSED_DENSE
 from .tables import NOISY, grid, groups, shape_of
 
 __all__ = ["losses", "measured", "rewrite", "widest"]

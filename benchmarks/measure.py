@@ -6,9 +6,11 @@ whose result is not the float64 reference's becomes a `Refusal` with the reason,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
 
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.timing import (
@@ -17,15 +19,24 @@ from sparse_tickets.timing import (
     Contender,
     Spread,
     Unverified,
-    device_clock,
     evictor,
     pinned_threads,
     verified_ratio,
 )
 
+from .clock import GpuTimer, OnGpu, compare
 from .peers import Unavailable
 
-__all__ = ["Budget", "Case", "Contest", "Measured", "Record", "Refusal", "measure"]
+__all__ = [
+    "Budget",
+    "Case",
+    "Contest",
+    "Measured",
+    "Record",
+    "Refusal",
+    "measure",
+    "precision_of_torch",
+]
 
 
 @dataclass
@@ -64,6 +75,8 @@ class Case:
         unit: what times are per: ``call``, ``layer`` or ``agent-step``.
         cold: time single calls with cold caches too.
         threads: of everyone; None leaves them as the run has them.
+        precision: of torch's float32 products: ``tf32``, else exact.
+        asked: the ratio to the strongest peer that is the target; None if there is none.
     """
 
     op: str
@@ -73,12 +86,18 @@ class Case:
     unit: str = "call"
     cold: bool = False
     threads: int | None = None
+    precision: str = ""
+    asked: float | None = None
 
     @property
     def label(self) -> str:
         """Op, sizes and sparsity in one line."""
-        sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
-        return f"{self.op} {sizes} {self.sparsity:g}%"
+        return _label(self.op, self.shape, self.sparsity)
+
+    @property
+    def table(self) -> tuple[object, ...]:
+        """As `Record.table`."""
+        return (self.op, *sorted(self.shape.items()))
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,8 @@ class Record:
         cold_speedup: as `speedup`, of the cold calls.
         replay_speedup: as `speedup`, of the replayed calls.
         cost: operations and bytes that the subject's work takes at least, per unit.
+        precision: see `Case`.
+        asked: see `Case`.
     """
 
     op: str
@@ -135,6 +156,8 @@ class Record:
     cold_speedup: dict[str, Spread] = field(default_factory=dict)
     replay_speedup: dict[str, Spread] = field(default_factory=dict)
     cost: Cost | None = None
+    precision: str = ""
+    asked: float | None = None
 
     @property
     def table(self) -> tuple[object, ...]:
@@ -149,21 +172,16 @@ class Record:
     @property
     def label(self) -> str:
         """As `Case.label`."""
-        sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
-        return f"{self.op} {sizes} {self.sparsity:g}%"
+        return _label(self.op, self.shape, self.sparsity)
 
     @property
     def per_second(self) -> float:
         """Units per second of the subject."""
         return 1.0 / self.contenders[self.subject].wall.median
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain data."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: dict) -> Record:
-        """Of `to_dict`'s data.
+        """Of `dataclasses.asdict`'s data.
 
         Raises:
             KeyError, TypeError: the data is of another layout.
@@ -193,30 +211,62 @@ class Refusal:
     reason: str
 
 
-def measure(case: Case, budget: Budget, device: str = "cpu") -> Record | Refusal:
-    """Verify, then time, one configuration."""
-    with nullcontext() if case.threads is None else pinned_threads(case.threads):
+def _label(op: str, shape: Mapping[str, int], sparsity: float) -> str:
+    sizes = " ".join(f"{name}={size}" for name, size in shape.items())
+    return f"{op} {sizes} {sparsity:g}%"
+
+
+@contextmanager
+def precision_of_torch(name: str) -> Iterator[None]:
+    """Let torch multiply float32 in ``tf32``, or exactly."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def measure(
+    case: Case, budget: Budget, device: str = "cpu", timer: GpuTimer | None = None
+) -> Record | Refusal:
+    """Verify, then time, one configuration.
+
+    Args:
+        case: the configuration.
+        budget: how long to time.
+        device: whose caches are emptied for cold calls.
+        timer: on a GPU, which captures calls in graphs; see `clock.compare`.
+    """
+    threads = nullcontext() if case.threads is None else pinned_threads(case.threads)
+    with threads, precision_of_torch(case.precision):
         contest = case.build()
-        evict = evictor(device) if case.cold else None
-        clock = device_clock(device)
+        subject, peers = contest.subject, contest.peers
         try:
-            found = verified_ratio(contest.subject, contest.peers, budget, clock, evict)
+            if timer is not None:
+                found = compare(subject, peers, budget, timer, cold=case.cold)
+            else:
+                evict = evictor(device) if case.cold else None
+                found = verified_ratio(subject, peers, budget, evict=evict)
         except Unverified as error:
             return Refusal(case.label, str(error))
     return _record(case, contest, found)
 
 
 def _record(case: Case, contest: Contest, found: Comparison) -> Record:
+    gpu = found if isinstance(found, OnGpu) else OnGpu({}, {}, {})
     contenders = {
-        contender.name: Measured(
-            wall=Spread.of(found.timings[contender.name].wall),
-            cpu=Spread.of(found.timings[contender.name].cpu),
-            error=found.errors.get(contender.name),
-            plan=contender.plan,
-            calls=found.timings[contender.name].calls,
-            cold=Spread.of(found.cold[contender.name]) if found.cold else None,
+        each.name: Measured(
+            wall=Spread.of(found.timings[each.name].wall),
+            cpu=Spread.of(found.timings[each.name].cpu),
+            error=found.errors.get(each.name),
+            plan="; ".join(filter(None, (each.plan, gpu.notes.get(each.name)))),
+            calls=found.timings[each.name].calls,
+            cold=Spread.of(found.cold[each.name]) if found.cold else None,
+            replay=Spread.of(gpu.replay[each.name]) if each.name in gpu.replay else None,
         )
-        for contender in (contest.subject, *contest.peers)
+        for each in (contest.subject, *contest.peers)
+        if each.name in found.timings
     }
     return Record(
         op=case.op,
@@ -226,7 +276,10 @@ def _record(case: Case, contest: Contest, found: Comparison) -> Record:
         subject=contest.subject.name,
         contenders=contenders,
         speedup=found.speedup,
-        skipped=contest.skipped,
+        skipped=contest.skipped | gpu.left_out,
         cold_speedup=found.cold_speedup,
+        replay_speedup=gpu.replay_speedup,
         cost=contest.cost,
+        precision=case.precision,
+        asked=case.asked,
     )

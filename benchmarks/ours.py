@@ -11,27 +11,30 @@ from torch import Tensor
 
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.dispatch import resolve_backend
-from sparse_tickets.kernels.linear import linear, plan_for
+from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked, plan_for
 from sparse_tickets.kernels.linear import plan as linear_plan
 from sparse_tickets.kernels.linear.crossover import forced_format
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.mlp import plan as mlp_plan
 from sparse_tickets.kernels.packed import build_pattern, pack, unpack
 from sparse_tickets.kernels.packed import linear_packed as packed_product
+from sparse_tickets.kernels.prune import prune
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import Contender, mismatch
 
-from .problems import LinearProblem, PolicyProblem
+from .problems import LinearProblem, PolicyProblem, PruneProblem
 
 __all__ = [
     "OURS",
     "Format",
+    "backward_blocked",
     "layer_inside",
     "linear_backward",
     "linear_forward",
     "linear_packed",
     "on_backend",
     "policy",
+    "prune_to",
 ]
 
 OURS = "sparse_tickets"
@@ -60,20 +63,16 @@ def linear_forward(
     ``format`` forces the CPU kernels, and calls the op itself.
     """
     layer = None if format else _module(problem, trained=False)
-    row = problem.x[0]
+    row, precision = problem.x[0], problem.precision
 
     def run() -> Tensor:
         if layer is not None:
             return layer(row)
-        return linear(problem.x, problem.weight, problem.mask, problem.bias)
+        return linear(problem.x, problem.weight, problem.mask, problem.bias, precision=precision)
 
     timed = _in_format(format, on_backend(backend, run))
-    return Contender(
-        name,
-        timed,
-        lambda: mismatch([timed().view_as(problem.forward[0])], problem.forward, problem.terms[:1]),
-        plan=_linear_plan(problem, backend, layer, format, training=False),
-    )
+    plan = _linear_plan(problem, backend, layer, format, training=False)
+    return problem.contender(name, timed, plan=plan)
 
 
 def linear_backward(
@@ -88,16 +87,12 @@ def linear_backward(
         if layer is not None:
             y = layer(row)
             return y, *torch.autograd.grad(y, (row, layer.weight, layer.bias), row_dy)
-        y = linear(x, weight, problem.mask, bias)
+        y = linear(x, weight, problem.mask, bias, precision=problem.precision)
         return y, *torch.autograd.grad(y, (x, weight, bias), problem.dy)
 
     timed = _in_format(format, on_backend(backend, run))
-    return Contender(
-        name,
-        timed,
-        lambda: mismatch(problem.alike(timed()), problem.forward_backward, problem.terms),
-        plan=_linear_plan(problem, backend, layer, format, training=True),
-    )
+    plan = _linear_plan(problem, backend, layer, format, training=True)
+    return problem.contender(name, timed, plan=plan)
 
 
 def linear_packed(
@@ -110,22 +105,37 @@ def linear_packed(
     values = pack(problem.weight.flatten(1), pattern).requires_grad_(backward)
     x, _, bias = (leaf.requires_grad_(backward) for leaf in problem.leaves())
 
+    def run() -> Tensor | tuple[Tensor, ...]:
+        y = packed_product(x, values, pattern, 0, bias, precision=problem.precision)
+        return (y, *torch.autograd.grad(y, (x, values, bias), problem.dy)) if backward else y
+
+    return problem.contender(
+        name,
+        on_backend(backend, run),
+        plan="linear_packed",
+        dw=lambda dw: unpack(dw, pattern).unflatten(1, (out, inp)),
+    )
+
+
+def backward_blocked(problem: LinearProblem, block: int) -> Contender:
+    """``(y, dx, dW, db)`` of `kernels.linear.linear_blocked`: of kept blocks alone."""
+    x, weight, bias = problem.leaves()
+    pattern = block_pattern(problem.mask, block)
+
     def run() -> tuple[Tensor, ...]:
-        y = packed_product(x, values, pattern, 0, bias)
-        if not backward:
-            return (y,)
-        return (y.detach(), *torch.autograd.grad(y, (x, values, bias), problem.dy))
+        y = linear_blocked(x, weight, pattern, bias, precision=problem.precision)
+        return (y, *torch.autograd.grad(y, (x, weight, bias), problem.dy))
 
-    timed = on_backend(backend, run)
+    return problem.contender(OURS, run, plan=f"linear: blocked {block}")
 
-    def error() -> float:
-        found = list(timed())
-        if not backward:
-            return mismatch(found, problem.forward, problem.terms[:1])
-        found[2] = unpack(found[2], pattern).unflatten(1, (out, inp))
-        return mismatch(found, problem.forward_backward, problem.terms)
 
-    return Contender(name, timed, error, plan="linear_packed")
+def prune_to(problem: PruneProblem, backend: str = "auto", name: str = OURS) -> Contender:
+    """`kernels.prune.prune`, told to look at nothing that would wait for a GPU."""
+
+    def run() -> Tensor:
+        return prune(problem.scores, problem.mask, problem.k, check=False)
+
+    return problem.contender(name, on_backend(backend, run), plan="prune")
 
 
 def _in_format(format: Format | None, run: Callable[[], Result]) -> Callable[[], Result]:
@@ -142,7 +152,7 @@ def _in_format(format: Format | None, run: Callable[[], Result]) -> Callable[[],
 def _module(problem: LinearProblem, trained: bool) -> SparseLinear | None:
     """What a user of one policy calls; a population has no module."""
     tickets, out, inp = problem.weight.shape
-    if tickets != 1 or problem.dtype != torch.float32 or problem.mask is None:
+    if tickets != 1 or problem.dtype != torch.float32:
         return None
     layer = SparseLinear(inp, out, device=problem.x.device, mask=problem.mask[0])
     with torch.no_grad():
@@ -167,13 +177,7 @@ def policy(
     with use_backend(backend):
         resolve_backend(problem.x.device)
         chosen = str(mlp_plan(net, problem.x.device, density=nominal))
-    timed = on_backend(backend, run)
-    return Contender(
-        name,
-        timed,
-        lambda: mismatch(timed(), problem.forward_backward, problem.terms),
-        plan=chosen,
-    )
+    return problem.contender(name, on_backend(backend, run), lambda found: found, chosen)
 
 
 def layer_inside(deep: PolicyProblem, shallow: PolicyProblem, name: str = OURS) -> Contender:

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparse_tickets.files import write_atomic
 
 from .figures import draw
-from .gpu_report import gpu_tables
+from .gpu.report import gpu_tables
 from .results import BUSY, Run, share_out
 from .tables import Table, grid, instructions, tables
 

@@ -79,7 +79,8 @@ class Run:
         rounds: samples per contender that were asked for; 0 in the first layout.
         complete: whether every configuration of the suite was measured.
         counts: instructions per call, by configuration.
-        parts: what else `benchmarks.gpu` did, by part: see `gpu_report`.
+        parts: what else `benchmarks.gpu` did, by part: see `gpu.report`.
+        products: on a GPU, as `sgemm`, of a large product by precision.
     """
 
     device: str
@@ -99,11 +100,18 @@ class Run:
     complete: bool = True
     counts: dict[str, float] = field(default_factory=dict)
     parts: dict[str, dict] = field(default_factory=dict)
+    products: dict[str, Spread] = field(default_factory=dict)
 
-    @property
-    def ceilings(self) -> Ceilings | None:
-        """What the machine could do at best in this run; None if no copy was measured."""
-        return Ceilings(self.sgemm, self.copies) if self.sgemm and self.copies else None
+    def bound(self, record: Record) -> float | None:
+        """Seconds that a record's work takes at least on this machine; None where nobody counted.
+
+        Its operations at the rate of a large product in its precision, or its bytes at the rate of
+        a copy of as many.
+        """
+        product = self.products.get(record.precision, self.sgemm)
+        if record.cost is None or product is None or not self.copies:
+            return None
+        return Ceilings(product, self.copies).bound(record.cost)
 
 
 def device_slug(device: str, cores: int | None = None) -> str:
@@ -174,7 +182,9 @@ def load(path: Path) -> Run:
         stored = data.pop("sgemm")
         sgemm = None if stored is None else Spread(**stored)
         copies = {int(size): Spread(**item) for size, item in data.pop("copies", {}).items()}
-        return Run(**data, records=records, refused=refused, sgemm=sgemm, copies=copies)
+        products = {name: Spread(**item) for name, item in data.pop("products", {}).items()}
+        rates = {"sgemm": sgemm, "copies": copies, "products": products}
+        return Run(**data, records=records, refused=refused, **rates)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a benchmark result: {error!r}") from error
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sparse_tickets.ceilings import measure_ceilings
 from sparse_tickets.timing import Budget, pinned_threads
 
+from .clock import is_lost, make_timer
 from .console import show_line, show_run, warn_if_busy
 from .measure import Refusal, measure
 from .results import PART, Neighbours, Run, default_path, load, provenance, save
@@ -61,6 +62,7 @@ def run_suite(
         labels = "\n  ".join(case.label for case in everything)
         raise ValueError(f"only must be part of a label, got {only!r}; there are:\n  {labels}")
     budget, began, neighbours = Budget(rounds=rounds), time.perf_counter(), Neighbours()
+    timer = make_timer(torch.device(device)) if torch.device(device).type == "cuda" else None
     time.sleep(1.0)
     with pinned_threads(threads):
         title = name if len(cases) == len(everything) else name + PART
@@ -78,7 +80,7 @@ def run_suite(
         with _progress(console) as progress:
             task = progress.add_task(title, total=len(cases), left=remaining)
             for index, case in enumerate(cases, 1):
-                outcome = measure(case, budget, device)
+                outcome = measure(case, budget, device, timer)
                 if isinstance(outcome, Refusal):
                     run.refused.append(outcome)
                 else:
@@ -92,6 +94,11 @@ def run_suite(
                 progress.advance(task)
                 left = "" if console.is_terminal else f" [dim]{remaining}[/dim]"
                 show_line(console, index, len(cases), outcome, left)
+                if timer is not None and (timer.spoiled or is_lost(torch.device(device))):
+                    # Nothing more can be timed here, see `clock`; the file has all there is.
+                    again = "the GPU needs a new process: go on with the same command"
+                    console.print(again, highlight=False)
+                    return 1
     console.print()
     show_run(console, run)
     console.print(f"{run.seconds:.0f} s; written to {path}", highlight=False)

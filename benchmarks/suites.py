@@ -1,248 +1,37 @@
-"""Which configurations are measured, by suite: see `SUITES`."""
+"""At which sizes cases are measured, by suite: see `SUITES`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-from sparse_tickets.algos.ppo import PPO
+import torch
 
-from . import ours
-from .costs import linear_cost, policy_cost
-from .level_job import LevelJob, level_contender, sparsity_of
-from .measure import Case, Contest
-from .peers import (
-    jax_ppo,
-    loop_dense,
-    masked_bmm,
-    sb3,
-    scipy_csr,
-    sparseprop,
-    torch_bsr,
-    torch_compile,
-    torch_csr,
-    torch_dense,
-    torch_func,
-    torch_semi_structured,
+from .cases import (
+    adam_alone,
+    blocked,
+    layer_inside,
+    level,
+    linear_backward,
+    linear_forward,
+    policy,
+    ppo_iteration,
+    prune,
+    told_apart,
+    training_step,
 )
-from .ppo_job import PPOJob, ppo_contender
-from .problems import SPARSITIES, LinearProblem, PolicyProblem
+from .measure import Case
+from .problems import SPARSITIES
 from .results import available_cores
 
-__all__ = ["FUSED_DENSE", "SUITES", "TORCH_LEVEL", "is_ours", "suite"]
-
-FUSED_DENSE = "sparse_tickets, run dense"
-"""Our own fused kernels told that nothing is pruned: what sparsity alone gains is over this."""
-TORCH_LEVEL = "torch, all tickets at once"
-"""The reference backend: the same population as plain batched torch, dense weights times masks."""
-
-_ALL_FUSED = "population, fused, dense"
-_ALL_SPARSE = "population, fused, sparse"
+__all__ = ["REAL", "SUITES", "TINY", "Sizes", "suite", "targets"]
 
 _TARGETS = (0.0, 50.0, 80.0, 90.0, 95.0, 99.0)
 _ACTOR_SPARSITIES = (0.0, 50.0, 75.0, 90.0, 95.0, 99.0)
 _SYSTEMS = (0.0, 90.0)
 _LEVELS = (1, 10, 20)
 _DENSITIES = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
-
-
-def is_ours(name: str) -> bool:
-    """Whether a contender runs our kernels; the reference backend is plain torch, and does not."""
-    return name.startswith(ours.OURS) or name in (_ALL_FUSED, _ALL_SPARSE)
-
-
-def linear_forward(
-    sparsity: float,
-    *,
-    inp: int,
-    out: int,
-    batch: int,
-    tickets: int = 1,
-    device: str = "cpu",
-    block: int = 1,
-    two_four: bool = False,
-    threads: int | None = None,
-) -> Case:
-    """`kernels.linear.linear` against every dense and sparse product torch and SciPy have."""
-
-    def build() -> Contest:
-        problem = LinearProblem(
-            tickets, batch, inp, out, sparsity, device=device, block=block, two_four=two_four
-        )
-        contest = Contest(ours.linear_forward(problem))
-        for peer in (torch_dense, masked_bmm, torch_csr, torch_bsr, scipy_csr, sparseprop):
-            contest.invite(peer.NAME, partial(peer.linear_forward, problem))
-        if two_four:
-            semi = torch_semi_structured
-            contest.invite(semi.NAME, partial(semi.linear_forward, problem))
-        contest.cost = linear_cost(problem, contest.subject.plan, training=False)
-        return contest
-
-    op = "linear forward, 2:4 mask" if two_four else "linear forward"
-    shape = _layer_shape(tickets, batch, inp, out, block, threads)
-    return Case(op, shape, sparsity, build, cold=True, threads=threads)
-
-
-def linear_backward(
-    sparsity: float,
-    *,
-    inp: int,
-    out: int,
-    batch: int,
-    tickets: int = 1,
-    device: str = "cpu",
-    block: int = 1,
-    threads: int | None = None,
-) -> Case:
-    """The same with gradients for x, weight and bias."""
-
-    def build() -> Contest:
-        problem = LinearProblem(tickets, batch, inp, out, sparsity, device=device, block=block)
-        contest = Contest(ours.linear_backward(problem))
-        for peer in (torch_dense, masked_bmm, torch_csr, torch_bsr, sparseprop):
-            contest.invite(peer.NAME, partial(peer.linear_backward, problem))
-        contest.skipped[scipy_csr.NAME] = "SciPy has no product sampled at a mask, which dW is"
-        contest.cost = linear_cost(problem, contest.subject.plan, training=True)
-        return contest
-
-    shape = _layer_shape(tickets, batch, inp, out, block, threads)
-    return Case("linear forward+backward", shape, sparsity, build, cold=True, threads=threads)
-
-
-def _layer_shape(
-    tickets: int, batch: int, inp: int, out: int, block: int, threads: int | None
-) -> dict[str, int]:
-    shape = {"P": tickets, "B": batch, "I": inp, "O": out}
-    return shape | ({"block": block} if block > 1 else {}) | _with(threads)
-
-
-def _with(threads: int | None) -> dict[str, int]:
-    return {} if threads is None else {"threads": threads}
-
-
-def layer_inside(
-    sparsity: float, *, width: int = 256, batch: int = 2048, tickets: int = 2, device: str = "cpu"
-) -> Case:
-    """What one more layer costs within `kernels.mlp.mlp`, relu included, forward.
-
-    Two tickets, since `mlp` gives a ticket to a thread. Seven layers less three, per layer.
-    """
-
-    def build() -> Contest:
-        deep, shallow = (
-            PolicyProblem(tickets, batch, (width,) * (depth + 1), sparsity, "relu", device)
-            for depth in (7, 3)
-        )
-        contest = Contest(ours.layer_inside(deep, shallow))
-        contest.peers.append(torch_dense.layer_inside(deep, shallow))
-        return contest
-
-    shape = {"P": tickets, "B": batch, "width": width}
-    return Case("layer inside a policy, forward", shape, sparsity, build, unit="layer")
-
-
-def policy(
-    sparsity: float,
-    *,
-    tickets: int = 60,
-    batch: int = 128,
-    width: int = 64,
-    device: str = "cpu",
-    loop: bool = True,
-    compiled: bool = False,
-    threads: int | None = None,
-) -> Case:
-    """`kernels.mlp.mlp` forward and backward against batched torch, and against itself dense."""
-    sizes = (4, width, width, 2)
-
-    def build() -> Contest:
-        problem = PolicyProblem(tickets, batch, sizes, sparsity, device=device)
-        contest = Contest(ours.policy(problem))
-        contest.peers.append(ours.policy(problem, density=1.0, name=FUSED_DENSE))
-        for peer in (masked_bmm, torch_dense, torch_func):
-            contest.invite(peer.NAME, partial(peer.policy, problem))
-        if loop:
-            contest.invite(loop_dense.NAME, lambda: loop_dense.policy(problem))
-        if compiled:
-            contest.invite(torch_compile.NAME, lambda: torch_compile.policy(problem))
-        else:
-            contest.skipped[torch_compile.NAME] = "tens of seconds of compilation: suite full only"
-        contest.cost = policy_cost(problem, contest.subject.plan)
-        return contest
-
-    shape = {"P": tickets, "B": batch, "width": width} | _with(threads)
-    # A compiled case has peers of its own: its label must differ.
-    op = "policy forward+backward" + (", compiled too" if compiled else "")
-    return Case(op, shape, sparsity, build, threads=threads)
-
-
-def ppo_iteration(
-    sparsity: float,
-    *,
-    tickets: int = 60,
-    device: str = "cpu",
-    systems: bool = False,
-    threads: int | None = None,
-    level: int | None = None,
-) -> Case:
-    """A whole PPO iteration on CartPole, the actor pruned, against the same code run dense.
-
-    ``systems`` adds other people's: JAX and Stable-Baselines3; ``level`` names the sparsity.
-    """
-
-    def build() -> Contest:
-        job = PPOJob(tickets, sparsity, device=device)
-        contest = Contest(ppo_contender(job, ours.OURS))
-        if sparsity:
-            dense = PPOJob(tickets, sparsity, device=device, nominal=1.0)
-            contest.peers.append(ppo_contender(dense, FUSED_DENSE))
-        if systems:
-            contest.invite(jax_ppo.NAME, lambda: jax_ppo.ppo(job))
-            contest.invite(sb3.NAME, lambda: sb3.ppo(job.settings, job.env_name))
-        return contest
-
-    shape = {"P": tickets, "envs": PPO.copies, "steps": PPO.horizon} | _with(threads)
-    op = "PPO iteration"
-    if level is not None:
-        op, shape = "PPO iteration, level by level", shape | {"level": level}
-    return Case(op, shape, sparsity, build, unit="agent-step", threads=threads)
-
-
-def level(level: int, *, tickets: int = 60, iterations: int = 4, device: str = "cpu") -> Case:
-    """A whole level: prune, rewind, train some iterations, evaluate; all tickets at once."""
-
-    def build() -> Contest:
-        def job(**options: Any) -> LevelJob:
-            return LevelJob(tickets, level, iterations=iterations, device=device, **options)
-
-        contest = Contest(level_contender(job()))
-        contest.peers.append(level_contender(job(nominal=1.0), FUSED_DENSE))
-        contest.peers.append(level_contender(job(backend="reference"), TORCH_LEVEL))
-        return contest
-
-    shape = {"P": tickets, "iterations": iterations}
-    name = "whole level: prune + rewind + train"
-    return Case(name, shape, sparsity_of(level), build)
-
-
-def told_apart(*, tickets: int = 60, sparsity: float = 90.0, device: str = "cpu") -> Case:
-    """Batching, fusion and sparsity, one after the other, on the same job."""
-    stages = (
-        ("loop of dense policies", PPOJob, {"tickets": 1, "backend": "reference"}),
-        ("population, dense", PPOJob, {"tickets": tickets, "backend": "reference"}),
-        (_ALL_FUSED, PPOJob, {"tickets": tickets}),
-    )
-
-    def build() -> Contest:
-        job = PPOJob(tickets, sparsity, device=device)
-        contest = Contest(ppo_contender(job, _ALL_SPARSE))
-        for name, make, options in stages:
-            contest.peers.append(ppo_contender(make(device=device, **options), name))
-        return contest
-
-    shape = {"P": tickets, "envs": PPO.copies, "steps": PPO.horizon}
-    return Case("whole job, gains told apart", shape, sparsity, build, unit="agent-step")
 
 
 def quick(device: str = "cpu") -> list[Case]:
@@ -321,13 +110,106 @@ def smoke(device: str = "cpu") -> list[Case]:
     ]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How large the cases of a GPU's targets are; launches are tuned for them too.
+
+    Attributes:
+        tickets: of a population of layers.
+        batch: rows per ticket.
+        width: of a layer.
+        sparsities: of the whole step.
+        curve: sparsities of dense+mask.
+        wide: width of the one blocked layer.
+        wide_batch: its rows.
+        policies: tickets of a population of policies.
+        policy_batch: rows per policy.
+        policy_widths: hidden sizes.
+        pruned: tickets and weights of each for pruning.
+        agents: tickets of the PPO iteration; 0 leaves it out.
+        matrix: side of the product that shows what is possible.
+        rounds: samples.
+    """
+
+    tickets: int = 1024
+    batch: int = 64
+    width: int = 256
+    sparsities: tuple[float, ...] = (50.0, 80.0, 90.0)
+    curve: tuple[float, ...] = (0.0, 50.0, 80.0, 90.0, 95.0, 99.0)
+    wide: int = 1024
+    wide_batch: int = 8192
+    policies: int = 60
+    policy_batch: int = 128
+    policy_widths: tuple[int, ...] = (64, 128)
+    pruned: tuple[int, int] = (1024, 130_000)
+    agents: int = 60
+    matrix: int = 8192
+    rounds: int = 9
+
+
+REAL = Sizes()
+TINY = Sizes(
+    tickets=2,
+    batch=16,
+    width=32,
+    sparsities=(90.0,),
+    curve=(0.0, 90.0),
+    wide=64,
+    wide_batch=32,
+    policies=2,
+    policy_batch=8,
+    policy_widths=(16,),
+    pruned=(2, 100),
+    agents=0,
+    matrix=64,
+    rounds=2,
+)
+"""For a rehearsal without a GPU."""
+
+
+# What is asked for: the subject's speed over its strongest peer's, by sparsity, or by width.
+_STEP = {50.0: 1.4, 80.0: 2.5, 90.0: 3.3}
+_POLICY = {64: 3.0, 128: 2.0}
+
+
+def targets(device: str = "cuda", sizes: Sizes | None = None) -> list[Case]:
+    """What is asked of a GPU, those cases first; small ones elsewhere, for a rehearsal."""
+    on_gpu = torch.device(device).type == "cuda"
+    sizes = sizes or (REAL if on_gpu else TINY)
+    here: dict[str, Any] = {"device": device}
+    layer: dict[str, Any] = {"tickets": sizes.tickets, "width": sizes.width, **here}
+    cases = [
+        training_step(s, batch=sizes.batch, asked=_STEP.get(s), **layer) for s in sizes.sparsities
+    ]
+    cases.append(adam_alone(90.0, asked=6.0, **layer))
+    wide: dict[str, Any] = {"width": sizes.wide, "batch": sizes.wide_batch, **here}
+    cases.append(blocked(90.0, asked=1.8, **wide))
+    # Triton's interpreter corrupts bfloat16.
+    if on_gpu:
+        cases.append(blocked(90.0, dtype=torch.bfloat16, precision="bf16", asked=1.8, **wide))
+    crowd: dict[str, Any] = {"tickets": sizes.policies, "batch": sizes.policy_batch, **here}
+    for width in sizes.policy_widths:
+        for s in (0.0, 90.0):
+            asked = _POLICY.get(width)
+            cases.append(
+                policy(s, width=width, loop=False, compiled=on_gpu, cold=True, asked=asked, **crowd)
+            )
+    tickets, prunable = sizes.pruned
+    cases.append(prune(tickets=tickets, prunable=prunable, asked=5.0, **here))
+    square: dict[str, Any] = {"inp": sizes.width, "out": sizes.width, "precision": "tf32"}
+    cases += [linear_backward(s, asked=0.97, **square, **crowd) for s in sizes.curve]
+    return cases + ([told_apart(tickets=sizes.agents, device=device)] if sizes.agents else [])
+
+
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "quick": quick,
     "curves": curves,
     "full": full,
     "smoke": smoke,
+    "gpu": targets,
 }
-"""By name: the table of targets; scaling curves; both and more shapes; the harness itself."""
+"""By name: the table of targets; scaling curves; both and more shapes; the harness itself; and what
+is asked of a GPU."""
 
 
 def suite(name: str, device: str = "cpu") -> list[Case]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from sparse_tickets.bench import crossover as interpolated
 from sparse_tickets.timing import Spread
 
+from .cases import FUSED_DENSE
 from .measure import Record
 from .ppo_job import KFLOP_PER_STEP
 from .results import Run
-from .suites import FUSED_DENSE
 
 __all__ = [
     "NOISY",
@@ -26,7 +26,9 @@ __all__ = [
     "instructions",
     "shape_of",
     "significant",
+    "speedup_of",
     "tables",
+    "time_of",
 ]
 
 NOISY = 0.1
@@ -101,7 +103,7 @@ def tables(run: Run, *, brief: bool = False) -> list[Table]:
         elif records[0].unit == "agent-step":
             result.append(_throughput(records, run, brief))
         else:
-            kinds = (kind for kind in _KINDS if any(_of(record, kind) for record in records))
+            kinds = (kind for kind in _KINDS if any(time_of(record, kind) for record in records))
             result += [_latency(records, run, brief, kind) for kind in kinds]
     if run.refused:
         refused = Table("Refused: wrong results are not timed", ["configuration", "reason"])
@@ -203,23 +205,24 @@ def _heads(records: Sequence[Record], kind: str = "") -> tuple[str, str, list[st
     return f"{op}, by size", f"sizes, {pruned}", cells
 
 
-def _of(record: Record, kind: str) -> Spread | None:
-    """Our time of a kind."""
+def time_of(record: Record, kind: str) -> Spread | None:
+    """Our time of a kind: ``wall``, ``cold`` or ``replay``."""
     return getattr(record.contenders[record.subject], kind)
 
 
-def _speedup(record: Record, kind: str) -> dict[str, Spread]:
+def speedup_of(record: Record, kind: str) -> dict[str, Spread]:
+    """Our speed-ups of a kind."""
     return getattr(record, "speedup" if kind == "wall" else f"{kind}_speedup")
 
 
 def _peers(records: Sequence[Record], kind: str = "wall") -> list[str]:
-    return list(dict.fromkeys(peer for record in records for peer in _speedup(record, kind)))
+    return list(dict.fromkeys(peer for record in records for peer in speedup_of(record, kind)))
 
 
 def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Table:
     """One kind of time; plans, bounds, crossovers and reasons stand with the warm ones."""
     peers, warm, said = _peers(records, kind), kind == "wall", _KINDS[kind]
-    bounds = [_bound(record, run) for record in records] if warm else []
+    bounds = [run.bound(record) for record in records] if warm else []
     title, head, cells = _heads(records, said[0])
     columns = [head, "time"]
     columns += ["bound", "reached"] if any(bounds) else []
@@ -227,7 +230,7 @@ def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Tab
     table = Table(title, columns)
     baseline = _BASELINE.get(records[0].op, peers[0] if peers else "")
     for index, record in enumerate(records):
-        time, speedup = _of(record, kind), _speedup(record, kind)
+        time, speedup = time_of(record, kind), speedup_of(record, kind)
         row = [cells[index], "-" if time is None else duration(time.median)]
         if any(bounds):
             bound = bounds[index]
@@ -250,13 +253,6 @@ def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Tab
         table.notes += [f"Crossover with {peer}: {crossover(records, peer)}." for peer in peers]
     table.notes += _skipped(records)
     return table
-
-
-def _bound(record: Record, run: Run) -> float | None:
-    """Seconds that a record's work takes at least on the machine of its run."""
-    if record.cost is None or run.ceilings is None:
-        return None
-    return run.ceilings.bound(record.cost)
 
 
 def _throughput(records: Sequence[Record], run: Run, brief: bool) -> Table:

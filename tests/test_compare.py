@@ -17,10 +17,10 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import results  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.cases import FUSED_DENSE, is_ours  # noqa: E402
 from benchmarks.compare import compare  # noqa: E402
 from benchmarks.measure import Measured, Record  # noqa: E402
 from benchmarks.ours import OURS  # noqa: E402
-from benchmarks.suites import FUSED_DENSE, is_ours  # noqa: E402
 
 OPS = ("linear forward", "linear backward", "policy", "prune", "rollout")
 LEVELS = (0.0, 50.0, 80.0, 90.0, 95.0, 99.0)

@@ -16,44 +16,41 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import (
-    gpu,
-    gpu_clock,
-    gpu_plugin,
-    gpu_process,
-    gpu_sweep,
-    gpu_table,
-    gpu_tests,
-    gpu_tune,
-    gpu_warm,
-    report,
-    results,
-)
+from benchmarks import clock, report, results
+from benchmarks.clock import CudaTimer, HostTimer, compare
 from benchmarks.clone_job import CloneJob, clone_contender
-from benchmarks.gpu_clock import HostTimer, compare, ratio
-from benchmarks.gpu_problems import LayerProblem, distance, random_masks_on
-from benchmarks.gpu_report import gpu_tables, summary
-from benchmarks.gpu_table import TINY, Rates, Row
-from benchmarks.gpu_tune import Subject, candidates, tune, write_configurations
-from benchmarks.measure import Contest
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import plugin, process, sweep, table, tests, tune, warm
+from benchmarks.gpu.report import gpu_tables, summary
+from benchmarks.gpu.tune import Subject, candidates, write_configurations
+from benchmarks.layer_step import StepProblem
+from benchmarks.measure import Case, Contest, measure
 from benchmarks.peers import Unavailable
+from benchmarks.problems import distance, random_masks
+from benchmarks.suites import REAL, TINY, targets
 from benchmarks.tables import STAGES
+from sparse_tickets.ceilings import Ceilings
 from sparse_tickets.kernels import tuning
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.kernels.dispatch import has_triton
 from sparse_tickets.kernels.launch import Launch
-from sparse_tickets.timing import Contender, Unverified
+from sparse_tickets.timing import Budget, Contender, Spread, Unverified
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LATER = math.inf
 
 
+def budget(rounds, limit=LATER):
+    """A sample is one call: `FakeTimer` knows what it takes."""
+    return Budget(rounds, 0.0, 0.0, limit, settle_seconds=0.0)
+
+
 class FakeTimer:
     """A clock that runs on by what contenders say they take; graphs are twice as fast."""
 
     def __init__(self, refuses=(), spoiled_by=()):
-        self.now, self.cold_calls = 0.0, 0
+        self.now = 0.0
         self.refuses, self.spoiled_by, self.spoiled = refuses, spoiled_by, False
 
     def contender(self, name, seconds, error=0.0, **options):
@@ -63,15 +60,13 @@ class FakeTimer:
         run.contender = name
         return Contender(name, run, None if error is None else lambda: error, **options)
 
-    def seconds(self, run, count):
-        began = self.now
-        for _ in range(count):
-            run()
-        return (self.now - began) / count
+    def clock(self):
+        return self.now, self.now
 
-    def cold_seconds(self, run):
-        self.cold_calls += 1
-        return 3 * self.seconds(run, 1)
+    def cold(self, run):
+        began = self.now
+        run()
+        return 3 * (self.now - began)
 
     def capture(self, run):
         self.spoiled |= run.contender in self.spoiled_by
@@ -88,22 +83,33 @@ class FakeTimer:
 
 def test_contenders_are_timed_with_launches_replayed_and_cold():
     timer = FakeTimer(refuses=("peer",))
-    ours = timer.contender("ours", 1e-3, error=0.5, units=2)
-    peer = timer.contender("peer", 4e-3)
-    found, left_out = compare(ours, [peer], timer, rounds=3, deadline=LATER)
-    assert left_out == {}
-    assert found["ours"].wall == pytest.approx([0.5e-3] * 3)
-    assert found["ours"].replay == pytest.approx([0.25e-3] * 3)
-    assert found["ours"].cold == pytest.approx([0.75e-3] * 3)
-    assert (found["ours"].error, found["ours"].calls) == (0.5, 5)
-    assert found["peer"].replay == []
-    assert found["peer"].cold == pytest.approx([12e-3] * 3)
-    assert found["peer"].note == (
-        "not captured in a graph: operation not permitted when stream is capturing"
+    ours = timer.contender("ours", 1e-3, error=0.5, units=2, plan="a plan")
+    peer = timer.contender("peer", 4e-3, plan="another")
+    case = Case("op", {}, 90.0, lambda: Contest(ours, [peer]), cold=True)
+    record = measure(case, budget(3), "cpu", timer)
+    found = record.contenders
+    assert found["ours"].wall.median == pytest.approx(0.5e-3)
+    assert found["ours"].replay.median == pytest.approx(0.25e-3)
+    assert found["ours"].cold.median == pytest.approx(0.75e-3)
+    assert found["ours"].wall.count == found["ours"].replay.count == 3
+    assert (found["ours"].error, found["ours"].plan) == (0.5, "a plan")
+    assert found["peer"].replay is None
+    assert found["peer"].cold.median == pytest.approx(12e-3)
+    assert found["peer"].plan == (
+        "another; not captured in a graph: operation not permitted when stream is capturing"
     )
-    measured = found["peer"].measured("a plan")
-    assert measured.replay is None
-    assert measured.plan.startswith("a plan; not captured")
+    # Each kind against the same kind; what cannot be captured by its direct calls.
+    assert record.speedup["peer"].median == pytest.approx(8.0)
+    assert record.replay_speedup["peer"].median == pytest.approx(16.0)
+    assert record.cold_speedup["peer"].median == pytest.approx(16.0)
+
+
+def test_what_costs_a_difference_is_not_captured():
+    timer = FakeTimer()
+    ours = timer.contender("ours", 5e-3, without=timer.contender("", 3e-3).run)
+    found = compare(ours, [], budget(3), timer, cold=False)
+    assert found.timings["ours"].wall == pytest.approx((2e-3,) * 3)
+    assert (found.replay, found.cold) == ({}, {})
 
 
 @pytest.mark.parametrize("error", [1.5, math.nan, math.inf])
@@ -111,7 +117,7 @@ def test_a_wrong_result_is_refused_before_anything_is_timed(error):
     timer = FakeTimer()
     ours, peer = timer.contender("ours", 1.0, error=error), timer.contender("peer", 1.0)
     with pytest.raises(Unverified, match="ours must match"):
-        compare(ours, [peer], timer, rounds=3, deadline=LATER)
+        compare(ours, [peer], budget(3), timer)
     assert timer.now == 0
 
 
@@ -126,35 +132,43 @@ def test_a_peer_that_is_wrong_or_fails_is_left_out_by_name():
         Contender("failing", fails, None),
         timer.contender("good", 1.0),
     ]
-    found, left_out = compare(timer.contender("ours", 1.0), peers, timer, rounds=1, deadline=LATER)
-    assert list(found) == ["ours", "good"]
-    assert left_out["failing"] == "RuntimeError: no compiler"
-    assert "its error is 9 times what is allowed" in left_out["wrong"]
+    found = compare(timer.contender("ours", 1.0), peers, budget(1), timer)
+    assert list(found.timings) == ["ours", "good"]
+    assert found.left_out["failing"] == "RuntimeError: no compiler"
+    assert "its error is 9 times what is allowed" in found.left_out["wrong"]
 
 
 def test_names_must_differ():
     timer = FakeTimer()
     one, other = timer.contender("one", 1.0), timer.contender("one", 1.0)
     with pytest.raises(ValueError, match="different names"):
-        compare(one, [other], timer, rounds=1, deadline=LATER)
+        compare(one, [other], budget(1), timer)
 
 
-def test_after_the_deadline_three_rounds_are_enough():
+def test_after_the_limit_three_rounds_are_enough():
     timer = FakeTimer()
-    found, _ = compare(timer.contender("ours", 1e-3), [], timer, rounds=9, deadline=0.0)
-    assert len(found["ours"].wall) == 3
-
-
-def test_ratios_are_paired_within_rounds():
-    assert ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]).median == 2.0
-    assert ratio([], [1.0]) is None
+    found = compare(timer.contender("ours", 1e-3), [], budget(9, limit=0.0), timer)
+    assert [len(each["ours"]) for each in (found.replay, found.cold)] == [3, 3]
+    assert len(found.timings["ours"].wall) == 3
 
 
 def test_the_host_timer_takes_time():
     timer = HostTimer()
-    assert timer.seconds(lambda: time.sleep(0.002), 2) >= 0.002
-    assert timer.cold_seconds(lambda: time.sleep(0.002)) >= 0.002
-    assert isinstance(gpu_clock.make_timer(CPU), HostTimer)
+    assert timer.cold(lambda: time.sleep(0.002)) >= 0.002
+    assert isinstance(clock.make_timer(CPU), HostTimer)
+
+
+def test_cold_calls_are_tritons(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    asked = []
+
+    def do_bench(run, **options):
+        asked.append((run(), options["return_mode"]))
+        return 3.0
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    assert CudaTimer.__new__(CudaTimer).cold(lambda: "ran") == 3e-3
+    assert asked == [("ran", "median")]
 
 
 class FakeCuda:
@@ -186,8 +200,8 @@ class FakeCuda:
 
 def test_a_call_that_waits_is_refused_before_it_is_captured(monkeypatch):
     cuda = FakeCuda()
-    monkeypatch.setattr(gpu_clock.torch, "cuda", cuda)
-    timer = gpu_clock.CudaTimer.__new__(gpu_clock.CudaTimer)
+    monkeypatch.setattr(clock.torch, "cuda", cuda)
+    timer = CudaTimer.__new__(CudaTimer)
     timer._stream, timer.spoiled = None, False
 
     def waits():
@@ -215,7 +229,7 @@ def test_a_call_that_waits_is_refused_before_it_is_captured(monkeypatch):
 
 
 def test_masks_drawn_on_the_device_keep_equally_many_and_differ():
-    mask = random_masks_on(CPU, 3, 100, 80.0)
+    mask = random_masks(3, 100, 80.0, torch.Generator(CPU).manual_seed(0))
     assert mask.sum(1).tolist() == [20, 20, 20]
     assert not torch.equal(mask[0], mask[1])
 
@@ -231,7 +245,7 @@ def test_tf32_may_lose_what_its_factors_lose_and_no_more():
 
 
 def test_a_step_is_told_from_a_wrong_one():
-    problem = LayerProblem(2, 16, 32, 32, 50.0, device=CPU)
+    problem = StepProblem(2, 16, 32, 32, 50.0, precision="tf32")
     right = problem.step
     assert problem.step_error(right) == 0
     off_mask = right.weight.clone()
@@ -256,39 +270,47 @@ def contest(timer, *, error=0.0, peer=2e-3, subject="sparse_tickets"):
     return found
 
 
-def row(name, build):
-    return Row("step", name, {"P": 2}, 90.0, "tf32", build, asked=1.5)
+def one_case(name, build, **options):
+    options = {"cold": True, "precision": "tf32", "asked": 1.5} | options
+    return Case(f"{name}, tf32", {"P": 2}, 90.0, build, **options)
+
+
+def fill(monkeypatch, run, made, timer, deadline=None):
+    """The table of these cases, and what it was at whenever it was saved."""
+    monkeypatch.setattr(table, "make_timer", lambda device: timer)
+    ceilings = Ceilings(None, {1 << 20: Spread(1e9, 1e9, 1e9, 1)})
+    monkeypatch.setattr(table, "measure_ceilings", lambda *_: ceilings)
+    products = {"tf32": Spread(1e10, 1e10, 1e10, 1), "ieee": Spread(1e9, 1e9, 1e9, 1)}
+    monkeypatch.setattr(table, "measure_products", lambda *_: products)
+    at = []
+    again = table.fill(
+        run, made, CPU, deadline or time.monotonic() + 1000,
+        lambda: at.append(run.parts["table"]["at"]), lambda line: None, rounds=3,
+    )  # fmt: skip
+    return again, at
 
 
 @pytest.fixture
 def filled(monkeypatch):
-    """A run whose table has a row, one that fails, one that is wrong, and no time for the last."""
+    """A run whose table has a case, one that fails, one that is wrong, and no time for the last."""
     timer, deadline = FakeTimer(), time.monotonic() + 1000
 
     def breaks():
         raise Unavailable("kernels.packed is not there")
 
     def takes_all_the_time():
-        monkeypatch.setattr(gpu_table.time, "monotonic", lambda: deadline + 1)
+        monkeypatch.setattr(table.time, "monotonic", lambda: deadline + 1)
         return contest(timer, peer=0.5e-3)
 
     made = [
-        row("good", lambda: contest(timer)),
-        row("broken", breaks),
-        row("wrong", lambda: contest(timer, error=7.0)),
-        row("last", takes_all_the_time),
-        row("late", lambda: contest(timer)),
+        one_case("good", lambda: contest(timer)),
+        one_case("broken", breaks),
+        one_case("wrong", lambda: contest(timer, error=7.0)),
+        one_case("last", takes_all_the_time),
+        one_case("late", lambda: contest(timer)),
     ]
-    monkeypatch.setattr(gpu_table, "rows", lambda sizes, device: iter(made))
-    monkeypatch.setattr(gpu_table, "make_timer", lambda device: timer)
-    monkeypatch.setattr(
-        gpu_table, "measure_rates", lambda *_: Rates({"tf32": 1e10, "ieee": 1e9}, 1e9)
-    )
     run = results.provenance("gpu", "cpu", None)
-    saves = []
-    gpu_table.fill(
-        run, TINY, CPU, deadline, lambda: saves.append(len(run.records)), lambda line: None
-    )
+    _, saves = fill(monkeypatch, run, made, timer, deadline)
     monkeypatch.undo()
     assert len(saves) >= 5
     return run
@@ -296,41 +318,35 @@ def filled(monkeypatch):
 
 def test_the_table_keeps_what_it_has(filled):
     assert [record.op for record in filled.records] == ["good, tf32", "last, tf32"]
-    assert [refusal.label for refusal in filled.refused] == ["wrong P=2 tf32 90%"]
+    assert [refusal.label for refusal in filled.refused] == ["wrong, tf32 P=2 90%"]
     part = filled.parts["table"]
-    assert part["failed"] == {"broken P=2 tf32 90%": "Unavailable: kernels.packed is not there"}
-    assert part["left_out"] == ["late P=2 tf32 90%"]
+    assert part["failed"] == {"broken, tf32 P=2 90%": "Unavailable: kernels.packed is not there"}
+    assert part["left_out"] == ["late, tf32 P=2 90%"]
+
+
+def cells(run):
+    """The table of targets by configuration and column."""
+    found = gpu_tables(run)[0]
+    return {row[0]: dict(zip(found.columns, row, strict=True)) for row in found.rows}
 
 
 def test_a_row_names_its_strongest_rival_and_its_bound(filled):
-    good, last = filled.parts["table"]["rows"]
-    assert good["replay"]["best_peer"] == "torch dense"
-    assert good["replay"]["ratio"] == pytest.approx(2.0)
-    assert good["replay"]["over_our_dense"] == pytest.approx(1.5)
-    assert last["launches"]["ratio"] == pytest.approx(0.5)
-    assert good["bound_s"] == pytest.approx(1e-4)
-
-
-def fill(monkeypatch, run, made, timer):
-    """The table of these rows, and what was saved meanwhile."""
-    monkeypatch.setattr(gpu_table, "rows", lambda sizes, device: iter(made))
-    monkeypatch.setattr(gpu_table, "make_timer", lambda device: timer)
-    monkeypatch.setattr(gpu_table, "measure_rates", lambda *_: Rates({"tf32": 1e10}, 1e9))
-    at = []
-    again = gpu_table.fill(
-        run, TINY, CPU, time.monotonic() + 1000,
-        lambda: at.append(run.parts["table"]["at"]), lambda line: None,
-    )  # fmt: skip
-    return again, at
+    good, last = cells(filled).values()
+    assert good["time"] == "500 us"
+    assert good["vs best peer"] == "2.00x (torch dense)"
+    assert good["vs our dense"] == "1.50x"
+    assert (good["asked"], last["with launches"]) == ("1.5x", "0.50x")
+    # 1e6 operations at 1e10 a second.
+    assert good["of bound"] == "20%"
 
 
 def test_the_table_goes_on_in_another_process_behind_what_spoiled_one(monkeypatch):
     timer = FakeTimer(spoiled_by=("spoils",))
     made = [
-        row("first", lambda: contest(timer)),
-        row("second", lambda: contest(timer, subject="spoils")),
-        row("third", lambda: contest(timer)),
-        row("fourth", lambda: contest(timer)),
+        one_case("first", lambda: contest(timer)),
+        one_case("second", lambda: contest(timer, subject="spoils")),
+        one_case("third", lambda: contest(timer)),
+        one_case("fourth", lambda: contest(timer)),
     ]
     run = results.provenance("gpu", "cpu", None)
     again, at = fill(monkeypatch, run, made, timer)
@@ -338,26 +354,24 @@ def test_the_table_goes_on_in_another_process_behind_what_spoiled_one(monkeypatc
     first, second, *_ = (each.label for each in made)
     assert at == [first, "", second, ""]
     part = run.parts["table"]
-    assert [entry["label"] for entry in part["rows"]] == [first, second]
-    # The next process dies at the third row; the one behind it is measured all the same.
+    assert [record.label for record in run.records] == [first, second]
+    # The next process dies at the third case; the one behind it is measured all the same.
     part["at"], timer.spoiled = made[2].label, False
     again, _ = fill(monkeypatch, run, made, timer)
     assert not again
-    assert part["failed"] == {made[2].label: gpu_process.DIED}
+    assert part["failed"] == {made[2].label: process.DIED}
     assert [record.op for record in run.records] == ["first, tf32", "second, tf32", "fourth, tf32"]
 
 
 def test_a_peer_that_cannot_be_captured_is_compared_by_its_direct_calls(monkeypatch):
     timer = FakeTimer(refuses=("torch dense",))
     run = results.provenance("gpu", "cpu", None)
-    fill(monkeypatch, run, [row("good", lambda: contest(timer))], timer)
-    (entry,) = run.parts["table"]["rows"]
-    assert entry["replay"]["best_peer"] == "torch dense"
-    assert entry["replay"]["ratio"] == pytest.approx(4.0)
-    assert "not captured" in entry["notes"]["torch dense"]
+    fill(monkeypatch, run, [one_case("good", lambda: contest(timer))], timer)
+    assert run.records[0].replay_speedup["torch dense"].median == pytest.approx(4.0)
+    assert "not captured" in run.records[0].contenders["torch dense"].plan
 
 
-def test_our_own_stages_are_no_peers():
+def test_our_own_stages_are_no_peers(monkeypatch):
     """Of a whole job, whose stages have names of their own."""
     timer = FakeTimer()
     found = Contest(timer.contender("population, fused, sparse", 1e-3))
@@ -365,27 +379,31 @@ def test_our_own_stages_are_no_peers():
         timer.contender("population, dense", 4e-3),
         timer.contender("population, fused, dense", 1.5e-3),
     ]
-    stages = Row("told apart", STAGES, {"P": 2}, 90.0, "ieee", lambda: found)
-    record, entry = gpu_table._measure(stages, timer, Rates({"ieee": 1.0}, 1.0), 3, LATER)
-    assert record.op == STAGES
-    assert entry["replay"]["best_peer"] == "population, dense"
-    assert entry["replay"]["over_our_dense"] == pytest.approx(1.5)
+    run = results.provenance("gpu", "cpu", None)
+    fill(monkeypatch, run, [Case(STAGES, {"P": 2}, 90.0, lambda: found)], timer)
+    (row,) = cells(run).values()
+    assert row["vs best peer"] == "4.00x (population, dense)"
+    assert row["vs our dense"] == "1.50x"
 
 
 def test_every_target_that_was_asked_for_has_a_row():
-    asked = {
-        (row.target, row.sparsity if row.target == "step" else row.shape.get("width")): row.asked
-        for row in gpu_table.rows(gpu_table.REAL, CPU)
-    }
-    assert asked == {
-        ("step", 50.0): 1.4, ("step", 80.0): 2.5, ("step", 90.0): 3.3, ("Adam", None): 6.0,
-        ("dense+mask", None): 0.97, ("blocked", None): 1.8, ("policy", 64): 3.0,
-        ("policy", 128): 2.0, ("prune", None): 5.0, ("told apart", None): None,
-    }  # fmt: skip
-    real = gpu_sweep.REAL
+    cases = targets("cpu", REAL)
+    assert len({case.label for case in cases}) == len(cases)
+    asked = {}
+    for case in cases:
+        asked.setdefault(case.asked, []).append(case.label)
+    step, policy = "layer forward+backward+Adam, tf32 P=1024 B=64", "policy forward+backward P=60"
+    for target, parts in {
+        1.4: (step, "50%"), 2.5: (step, "80%"), 3.3: (step, "90%"), 6.0: ("Adam, packed", "90%"),
+        0.97: ("linear forward+backward, tf32", "99%"), 1.8: ("blocked", "block=32 90%"),
+        3.0: (policy, "width=64 90%"), 2.0: (policy, "width=128 90%"), 5.0: ("prune", "60%"),
+        None: (STAGES, "90%"),
+    }.items():  # fmt: skip
+        assert any(all(part in label for part in parts) for label in asked[target]), parts
+    real = sweep.REAL
     assert (real.seeds, len(real.conditions), real.levels) == (15, 4, 20)
     assert (real.env, real.algos, real.ppo.steps) == ("CartPole-v1", ("ppo",), 500_000)
-    trained = {name: getattr(gpu_sweep.COMPILING, name) for name in ("seeds", "levels", "chunk")}
+    trained = {name: getattr(sweep.COMPILING, name) for name in ("seeds", "levels", "chunk")}
     assert trained == {name: getattr(real, name) for name in trained}
 
 
@@ -401,12 +419,12 @@ def test_the_run_survives_the_disk_and_is_reported(filled, tmp_path):
     page = report.markdown({"nvidia-test": [loaded]}, {})
     for words in (
         "Targets on a GPU", "2.00x (torch dense)", "0.50x (torch dense)", "1.50x",
-        "Failed - broken P=2 tf32 90%", "the time was up - late P=2 tf32 90%", "absent",
+        "Failed - broken, tf32 P=2 90%", "the time was up - late, tf32 P=2 90%", "absent",
         "mask/weights", "1 of 20 levels", "a::b", "warps 8", "good, tf32",
     ):  # fmt: skip
         assert words in page, words
     lines = "\n".join(summary(loaded))
-    assert "table: 2 rows, 1 failed, 1 left out, 1 of 2 targets met" in lines
+    assert "table: 2 cases, 1 failed, 1 left out, 1 of 2 targets met" in lines
     assert "tests: 3 passed, 1 failed, 1 skipped" in lines
     assert "tune: 1 launches, 2 candidates, 1 better" in lines
     assert "refused, results being wrong: wrong" in lines
@@ -490,10 +508,10 @@ def tuned(monkeypatch):
         raise ImportError("no such kernel")
 
     made = [Subject("fake", build), Subject("again", build), Subject("broken", broken)]
-    monkeypatch.setattr(gpu_tune, "subjects", lambda sizes, device: iter(made))
-    monkeypatch.setattr(gpu_tune, "make_timer", lambda device: timer)
+    monkeypatch.setattr(tune, "subjects", lambda sizes, device: iter(made))
+    monkeypatch.setattr(tune, "make_timer", lambda device: timer)
     found, saves = {}, []
-    tune(TINY, CPU, LATER, found, lambda: saves.append(1), lambda line: None)
+    tune.tune(TINY, CPU, LATER, found, lambda: saves.append(1), lambda line: None)
     assert saves
     return found
 
@@ -527,13 +545,13 @@ def test_tuning_goes_on_behind_a_candidate_that_spoiled_its_process(monkeypatch)
         run.contender = "fake"
         return Contender("fake", run, error)
 
-    monkeypatch.setattr(gpu_tune, "subjects", lambda *_: iter([Subject("fake", build)]))
-    monkeypatch.setattr(gpu_tune, "make_timer", lambda device: timer)
+    monkeypatch.setattr(tune, "subjects", lambda *_: iter([Subject("fake", build)]))
+    monkeypatch.setattr(tune, "make_timer", lambda device: timer)
     found = {}
 
     def go_on():
         timer.spoiled = False
-        return tune(TINY, CPU, LATER, found, lambda: json.dumps(found), lambda line: None)
+        return tune.tune(TINY, CPU, LATER, found, lambda: json.dumps(found), lambda line: None)
 
     assert go_on()
     assert found["done"] == []
@@ -545,18 +563,18 @@ def test_tuning_goes_on_behind_a_candidate_that_spoiled_its_process(monkeypatch)
     assert found["done"] == ["fake"]
     assert checked.count(launch(32, 4, 1)) == 1
     assert launch(16, 2, 1) not in checked
-    assert fatal | {"failed": gpu_process.DIED} in found["tried"]
+    assert fatal | {"failed": process.DIED} in found["tried"]
     assert found["configurations"]["fake"]["n=128"]["1.0"]["warps"] == 8
 
 
 def test_a_subject_that_ends_its_process_is_left_out(monkeypatch):
     timer = FakeTimer()
     made = [Subject("fatal", None), Subject("good", lambda: timer.contender("good", 1e-3))]
-    monkeypatch.setattr(gpu_tune, "subjects", lambda *_: iter(made))
-    monkeypatch.setattr(gpu_tune, "make_timer", lambda device: timer)
+    monkeypatch.setattr(tune, "subjects", lambda *_: iter(made))
+    monkeypatch.setattr(tune, "make_timer", lambda device: timer)
     found = {"at": {"subject": "fatal", "candidate": None}}
-    assert not tune(TINY, CPU, LATER, found, lambda: None, lambda line: None)
-    assert found["failed"] == {"fatal": gpu_process.DIED}
+    assert not tune.tune(TINY, CPU, LATER, found, lambda: None, lambda line: None)
+    assert found["failed"] == {"fatal": process.DIED}
     assert found["done"] == ["fatal", "good"]
 
 
@@ -584,14 +602,14 @@ def test_what_will_be_measured_is_launched_ahead_once_and_shared_out(monkeypatch
 
     # The second differs from the first in sparsity alone.
     made = [
-        Row("step", name, {"P": 2}, sparsity, "tf32", build(name))
+        Case(name, {"P": 2}, sparsity, build(name))
         for name, sparsity in (("a", 50.0), ("a", 90.0), ("b", 90.0))
     ]
-    monkeypatch.setattr(gpu_warm, "rows", lambda *_: iter(made))
-    monkeypatch.setattr(gpu_warm, "subjects", lambda *_: iter([Subject("s", asks)]))
-    monkeypatch.setattr(gpu_warm, "sweep", lambda *_: launched.append("sweep"))
+    monkeypatch.setattr(warm, "targets", lambda *_: made)
+    monkeypatch.setattr(warm, "subjects", lambda *_: iter([Subject("s", asks)]))
+    monkeypatch.setattr(warm, "sweep", lambda *_: launched.append("sweep"))
     for share in (0, 1):
-        gpu_warm.warm(TINY, gpu_sweep.COMPILING, CPU, tmp_path, LATER, share, 2)
+        warm.warm(TINY, sweep.COMPILING, CPU, tmp_path, LATER, share, 2)
         launched.append("-")
     assert launched == [
         "sweep", "b", "peer of b", "-",
@@ -636,7 +654,7 @@ def keep(**more): found.update(more); state.write_text(json.dumps(found))
 
     monkeypatch.setattr(gpu, "_command", command)
     monkeypatch.setattr(gpu, "_GRACE_S", 0.5)
-    monkeypatch.setattr(gpu_process, "_LEAST_S", 0.5)
+    monkeypatch.setattr(process, "_LEAST_S", 0.5)
     options = Namespace(
         rehearse=True, minutes=0.3, only=gpu.PARTS, out=tmp_path, commit="abc", part=None
     )
@@ -715,13 +733,13 @@ def test_what_there_was_no_time_for_is_not_wrong_but_not_complete(tmp_path, monk
 def test_a_process_that_hangs_is_ended_with_a_traceback(tmp_path):
     code = """
 import time
-from benchmarks.gpu_process import watched
+from benchmarks.gpu.process import watched
 def the_kernel_that_never_ends(): time.sleep(60)
 with watched(0.3): the_kernel_that_never_ends()
 """
     log, told = tmp_path / "log", []
     began = time.monotonic()
-    stopped = gpu_process.attempt([sys.executable, "-c", code], {}, log, 50.0, told.append)
+    stopped = process.attempt([sys.executable, "-c", code], {}, log, 50.0, told.append)
     assert time.monotonic() - began < 40
     assert stopped.startswith("ended with status 1")
     assert "the_kernel_that_never_ends" in log.read_text()
@@ -768,10 +786,10 @@ def test_tests_are_shared_out_and_go_on_behind_one_that_ends_its_process(tmp_pat
     folder = tmp_path / "outcomes"
     folder.mkdir()
     selection = [str(tmp_path), f"--rootdir={tmp_path}", "-c", os.devnull]
-    found = gpu_tests.run_tests(selection, 2, folder, time.monotonic() + 300)
+    found = tests.run_tests(selection, 2, folder, time.monotonic() + 300)
     assert {name.partition("::")[2]: why for name, why in found["failures"].items()} == {
         "": "ModuleNotFoundError: No module named 'nothing_of_this_name'",
-        "test_dies": gpu_process.DIED,
+        "test_dies": process.DIED,
         "test_fails": "assert 1 == 2",
         "test_breaks_down": "RuntimeError: at the end",
     }
@@ -789,11 +807,11 @@ def test_tests_that_had_no_time_are_counted(tmp_path):
 {"test": "c", "outc"""
     )
     counts = {"passed": 1, "skipped": 0, "unfinished": 3, "failures": {}}
-    assert gpu_tests.summed_up([share, tmp_path / "none.jsonl"]) == counts
+    assert tests.summed_up([share, tmp_path / "none.jsonl"]) == counts
 
 
 def test_without_hypothesis_drawn_tests_are_skipped():
-    stand_in = gpu_plugin._without_hypothesis()
+    stand_in = plugin._without_hypothesis()
     st = stand_in.strategies
 
     @stand_in.given(st.lists(st.integers(0, 3)), st.data())
@@ -817,8 +835,8 @@ def test_the_sweep_stops_at_its_deadline_and_goes_on_later(tmp_path):
     found, saves = {}, []
 
     def run(deadline):
-        gpu_sweep.sweep(
-            gpu_sweep.TINY, tmp_path / "sweep", "cpu", deadline, found,
+        sweep.sweep(
+            sweep.TINY, tmp_path / "sweep", "cpu", deadline, found,
             lambda: saves.append(dict(found)), "reference",
         )  # fmt: skip
 
@@ -855,8 +873,8 @@ sys.meta_path.insert(0, Refuse())
     )
     out = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
-    code = "import benchmarks.gpu, benchmarks.gpu_table, benchmarks.gpu_tune, sys; "
-    code += "from benchmarks.gpu import main; sys.exit(main(sys.argv[1:]))"
+    code = "import benchmarks.gpu.table, benchmarks.gpu.tune, benchmarks.suites, sys; "
+    code += "from benchmarks.gpu.__main__ import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--rehearse", "--only", "sweep", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -877,7 +895,7 @@ def test_a_whole_rehearsal(tmp_path):
     assert not run.refused
     assert run.parts["tests"]["passed"] > 0
     assert run.parts["tune"]["asked"]
-    assert len(run.records) == len(list(gpu_table.rows(TINY, CPU)))
+    assert len(run.records) == len(targets("cpu"))
     assert run.parts["sweep"]["complete"]
     assert list((tmp_path / "configs").glob("rehearsal-*.json"))
     assert not list(results.RESULTS.glob("*rehearsal*"))

@@ -25,6 +25,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import first_screen, results  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.cases import FUSED_DENSE  # noqa: E402
 from benchmarks.measure import Measured, Record  # noqa: E402
 from benchmarks.peers import (  # noqa: E402
     Unavailable,
@@ -36,7 +37,6 @@ from benchmarks.peers import (  # noqa: E402
 )
 from benchmarks.ppo_job import PPOJob  # noqa: E402
 from benchmarks.problems import LinearProblem, random_masks  # noqa: E402
-from benchmarks.suites import FUSED_DENSE  # noqa: E402
 
 SETTINGS = PPO(copies=3, horizon=16, minibatches=2, epochs=2)
 

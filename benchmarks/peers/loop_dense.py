@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from ..problems import PolicyProblem
 
@@ -17,8 +17,7 @@ NAME = "loop of torch dense"
 
 def policy(problem: PolicyProblem) -> Contender:
     """Each ticket forward and backward by itself."""
-    activation = torch.tanh if problem.activation == "tanh" else torch.relu
-    stacked = problem.layers()
+    stacked, activate = problem.layers(), problem.activate
     policies = [
         [leaf[ticket].detach().clone().requires_grad_() for w, b, _ in stacked for leaf in (w, b)]
         for ticket in range(problem.tickets)
@@ -31,13 +30,12 @@ def policy(problem: PolicyProblem) -> Contender:
             for layer in range(0, len(leaves), 2):
                 y = F.linear(y, leaves[layer], leaves[layer + 1])
                 if layer < len(leaves) - 2:
-                    y = activation(y)
+                    y = activate(y)
             results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
         return results
 
-    def error() -> float:
-        y, *gradients = (torch.stack(field) for field in zip(*run(), strict=True))
-        results = (y, problem.gather(gradients))
-        return mismatch(results, problem.forward_backward, problem.terms)
+    def stack(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+        y, *gradients = (torch.stack(field) for field in zip(*results, strict=True))
+        return y, problem.gather(gradients)
 
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run, stack)

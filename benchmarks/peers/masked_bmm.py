@@ -8,17 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from ..problems import LinearProblem, PolicyProblem
+from .torch_dense import batched
 
 __all__ = ["NAME", "linear_backward", "linear_forward", "masked_policy", "policy"]
 
 NAME = "torch w*mask"
-
-
-def _batched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.baddbmm(bias[:, None], x, weight.mT)
 
 
 def _one_or_all(problem: LinearProblem, trained: bool) -> list[Tensor]:
@@ -33,20 +30,13 @@ def _one_or_all(problem: LinearProblem, trained: bool) -> list[Tensor]:
 
 
 def _apply(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
-    return (F.linear if x.dim() == 2 else _batched)(x, weight * mask, bias)
+    return (F.linear if x.dim() == 2 else batched)(x, weight * mask, bias)
 
 
 def linear_forward(problem: LinearProblem) -> Contender:
     """Masked, then `F.linear` for one ticket, `torch.baddbmm` for several."""
     *parts, _ = _one_or_all(problem, trained=False)
-
-    def run() -> Tensor:
-        return _apply(*parts)
-
-    def error() -> float:
-        return mismatch([run().view_as(problem.forward[0])], problem.forward, problem.terms[:1])
-
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, lambda: _apply(*parts))
 
 
 def linear_backward(problem: LinearProblem) -> Contender:
@@ -57,23 +47,19 @@ def linear_backward(problem: LinearProblem) -> Contender:
         y = _apply(x, weight, mask, bias)
         return y, *torch.autograd.grad(y, (x, weight, bias), dy)
 
-    def error() -> float:
-        return mismatch(problem.alike(run()), problem.forward_backward, problem.terms)
-
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run)
 
 
 def masked_policy(problem: PolicyProblem) -> tuple[list[Tensor], Callable[[], Tensor]]:
     """The parameters, and the network as a function of them."""
-    layers = problem.layers()
-    activation = torch.tanh if problem.activation == "tanh" else torch.relu
+    layers, activate = problem.layers(), problem.activate
 
     def network() -> Tensor:
         y = problem.x
         for index, (weight, bias, mask) in enumerate(layers):
-            y = _batched(y, weight * mask, bias)
+            y = batched(y, weight * mask, bias)
             if index < len(layers) - 1:
-                y = activation(y)
+                y = activate(y)
         return y
 
     return [leaf for weight, bias, _ in layers for leaf in (weight, bias)], network
@@ -87,9 +73,4 @@ def policy(problem: PolicyProblem) -> Contender:
         y = network()
         return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
 
-    def error() -> float:
-        y, *gradients = run()
-        results = (y, problem.gather(gradients))
-        return mismatch(results, problem.forward_backward, problem.terms)
-
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from ..problems import LinearProblem
 from . import Unavailable
@@ -34,7 +34,7 @@ def linear_forward(problem: LinearProblem) -> Contender:
         with torch.no_grad():
             return layer(x)
 
-    return Contender(NAME, run, lambda: mismatch([run()[None]], problem.forward, problem.terms[:1]))
+    return problem.contender(NAME, run)
 
 
 def linear_backward(problem: LinearProblem) -> Contender:
@@ -49,14 +49,12 @@ def linear_backward(problem: LinearProblem) -> Contender:
         y = layer(x)
         return (y.detach(), *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy))
 
-    def error() -> float:
-        y, dx, kept, db = run()
+    def dense(kept: Tensor) -> Tensor:
         dw = torch.zeros_like(problem.weight)
         dw[problem.weight != 0] = kept
-        results = (y[None], dx[None], dw, db[None])
-        return mismatch(results, problem.forward_backward, problem.terms)
+        return dw
 
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run, dw=dense)
 
 
 def _layer(problem: LinearProblem) -> nn.Module:

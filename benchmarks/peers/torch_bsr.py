@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from ..problems import LinearProblem
 from . import Unavailable
+from .torch_csr import compressed_backward, compressed_forward
 
 __all__ = ["NAME", "linear_backward", "linear_forward"]
 
@@ -47,12 +46,7 @@ def linear_forward(problem: LinearProblem) -> Contender:
     Raises:
         Unavailable: more than one ticket, or an odd size.
     """
-    weight, x, bias = _compress(problem), problem.x[0], problem.bias[0]
-
-    def run() -> Tensor:
-        return F.linear(x, weight, bias)
-
-    return Contender(NAME, run, lambda: mismatch([run()[None]], problem.forward, problem.terms[:1]))
+    return compressed_forward(NAME, problem, _compress(problem))
 
 
 def linear_backward(problem: LinearProblem) -> Contender:
@@ -61,22 +55,9 @@ def linear_backward(problem: LinearProblem) -> Contender:
     Raises:
         Unavailable: as above, or torch has no derivative here.
     """
-    weight = _compress(problem).requires_grad_()
-    x, bias = (t[0].clone().requires_grad_() for t in (problem.x, problem.bias))
-    dy = problem.dy[0]
-
-    def run() -> tuple[Tensor, ...]:
-        y = F.linear(x, weight, bias)
-        return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy))
-
-    def error() -> float:
-        y, dx, dw, db = run()
-        dw = (dw.to_dense() if dw.layout != torch.strided else dw)[None]
-        results = (y[None], dx[None], dw.masked_fill(~problem.mask, 0), db[None])
-        return mismatch(results, problem.forward_backward, problem.terms)
-
+    contender = compressed_backward(NAME, problem, _compress(problem))
     try:
-        run()
+        contender.run()
     except (RuntimeError, NotImplementedError) as missing:
         raise Unavailable(f"torch has no gradient here: {missing}") from missing
-    return Contender(NAME, run, error)
+    return contender

@@ -7,7 +7,7 @@ import shutil
 import torch
 from torch import Tensor
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from ..problems import PolicyProblem
 from . import Unavailable
@@ -35,9 +35,4 @@ def policy(problem: PolicyProblem) -> Contender:
         y = compiled()
         return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
 
-    def error() -> float:
-        y, *gradients = run()
-        results = (y, problem.gather(gradients))
-        return mismatch(results, problem.forward_backward, problem.terms)
-
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run)

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from ..problems import LinearProblem
 from . import Unavailable
 
-__all__ = ["NAME", "linear_backward", "linear_forward"]
+__all__ = ["NAME", "compressed_backward", "compressed_forward", "linear_backward", "linear_forward"]
 
 NAME = "torch CSR"
 
@@ -32,12 +32,7 @@ def linear_forward(problem: LinearProblem) -> Contender:
     Raises:
         Unavailable: more than one ticket.
     """
-    weight, x, bias = _compress(problem), problem.x[0], problem.bias[0]
-
-    def run() -> Tensor:
-        return F.linear(x, weight, bias)
-
-    return Contender(NAME, run, lambda: mismatch([run()[None]], problem.forward, problem.terms[:1]))
+    return compressed_forward(NAME, problem, _compress(problem))
 
 
 def linear_backward(problem: LinearProblem) -> Contender:
@@ -46,7 +41,18 @@ def linear_backward(problem: LinearProblem) -> Contender:
     Raises:
         Unavailable: more than one ticket.
     """
-    weight = _compress(problem).requires_grad_()
+    return compressed_backward(NAME, problem, _compress(problem))
+
+
+def compressed_forward(name: str, problem: LinearProblem, weight: Tensor) -> Contender:
+    """`F.linear` of one ticket with a weight in whatever layout."""
+    x, bias = problem.x[0], problem.bias[0]
+    return problem.contender(name, lambda: F.linear(x, weight, bias))
+
+
+def compressed_backward(name: str, problem: LinearProblem, weight: Tensor) -> Contender:
+    """The same with gradients."""
+    weight.requires_grad_()
     x, bias = (t[0].clone().requires_grad_() for t in (problem.x, problem.bias))
     dy = problem.dy[0]
 
@@ -54,10 +60,7 @@ def linear_backward(problem: LinearProblem) -> Contender:
         y = F.linear(x, weight, bias)
         return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy))
 
-    def error() -> float:
-        y, dx, dw, db = run()
-        dw = (dw.to_dense() if dw.layout != torch.strided else dw)[None]
-        results = (y[None], dx[None], dw.masked_fill(~problem.mask, 0), db[None])
-        return mismatch(results, problem.forward_backward, problem.terms)
+    def dense(dw: Tensor) -> Tensor:
+        return problem.on_mask(dw if dw.layout == torch.strided else dw.to_dense())
 
-    return Contender(NAME, run, error)
+    return problem.contender(name, run, dw=dense)

@@ -11,9 +11,14 @@ from sparse_tickets.timing import Contender, mismatch
 
 from ..problems import LinearProblem, PolicyProblem
 
-__all__ = ["NAME", "layer_inside", "linear_backward", "linear_forward", "policy"]
+__all__ = ["NAME", "batched", "layer_inside", "linear_backward", "linear_forward", "policy"]
 
 NAME = "torch dense"
+
+
+def batched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A layer of all tickets at once, ``[P, B, I] -> [P, B, O]``."""
+    return torch.baddbmm(bias[:, None], x, weight.mT)
 
 
 def _layer(problem: LinearProblem, trained: bool) -> nn.Linear:
@@ -24,10 +29,6 @@ def _layer(problem: LinearProblem, trained: bool) -> nn.Linear:
     return layer
 
 
-def _batched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.baddbmm(bias[:, None], x, weight.mT)
-
-
 def linear_forward(problem: LinearProblem) -> Contender:
     """`nn.Linear` for one ticket, `torch.baddbmm` for several."""
     layer = _layer(problem, trained=False) if len(problem.x) == 1 else None
@@ -36,12 +37,9 @@ def linear_forward(problem: LinearProblem) -> Contender:
     def run() -> Tensor:
         if layer is not None:
             return layer(row)
-        return _batched(problem.x, problem.weight, problem.bias)
+        return batched(problem.x, problem.weight, problem.bias)
 
-    def error() -> float:
-        return mismatch([run().view_as(problem.forward[0])], problem.forward, problem.terms[:1])
-
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run)
 
 
 def linear_backward(problem: LinearProblem) -> Contender:
@@ -54,15 +52,10 @@ def linear_backward(problem: LinearProblem) -> Contender:
         if layer is not None:
             y = layer(row)
             return y, *torch.autograd.grad(y, (row, layer.weight, layer.bias), row_dy)
-        y = _batched(x, weight, bias)
+        y = batched(x, weight, bias)
         return y, *torch.autograd.grad(y, (x, weight, bias), problem.dy)
 
-    def error() -> float:
-        y, dx, dw, db = problem.alike(run())
-        results = (y, dx, dw.masked_fill(~problem.mask, 0), db)
-        return mismatch(results, problem.forward_backward, problem.terms)
-
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run, dw=problem.on_mask)
 
 
 def layer_inside(deep: PolicyProblem, shallow: PolicyProblem) -> Contender:
@@ -84,7 +77,7 @@ def layer_inside(deep: PolicyProblem, shallow: PolicyProblem) -> Contender:
 def _chain(problem: PolicyProblem, layers: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     y = problem.x
     for index, (weight, bias, _) in enumerate(layers):
-        y = _batched(y, weight, bias)
+        y = batched(y, weight, bias)
         if index < len(layers) - 1:
             y = torch.relu_(y) if problem.activation == "relu" else torch.tanh_(y)
     return y
@@ -92,21 +85,15 @@ def _chain(problem: PolicyProblem, layers: list[tuple[Tensor, Tensor, Tensor]]) 
 
 def policy(problem: PolicyProblem) -> Contender:
     """Layer by layer as `torch.baddbmm`, every ticket at once."""
-    layers = problem.layers()
+    layers, activate = problem.layers(), problem.activate
     leaves = [leaf for weight, bias, _ in layers for leaf in (weight, bias)]
-    activation = torch.tanh if problem.activation == "tanh" else torch.relu
 
     def run() -> tuple[Tensor, ...]:
         y = problem.x
         for index, (weight, bias, _) in enumerate(layers):
-            y = torch.baddbmm(bias[:, None], y, weight.mT)
+            y = batched(y, weight, bias)
             if index < len(layers) - 1:
-                y = activation(y)
+                y = activate(y)
         return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
 
-    def error() -> float:
-        y, *gradients = run()
-        results = (y, problem.gather(gradients))
-        return mismatch(results, problem.forward_backward, problem.terms)
-
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from ..problems import PolicyProblem
 
@@ -43,9 +43,4 @@ def policy(problem: PolicyProblem) -> Contender:
     def run() -> tuple[Tensor, list[Tensor]]:
         return population(leaves, masks, problem.x, problem.dy)
 
-    def error() -> float:
-        y, gradients = run()
-        results = (y, problem.gather(gradients))
-        return mismatch(results, problem.forward_backward, problem.terms)
-
-    return Contender(NAME, run, error)
+    return problem.contender(NAME, run, lambda found: (found[0], problem.gather(found[1])))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
 from ..problems import LinearProblem
 from . import Unavailable
+from .torch_csr import compressed_forward
 
 __all__ = ["NAME", "NO_GRADIENT", "linear_forward"]
 
@@ -33,15 +32,10 @@ def linear_forward(problem: LinearProblem) -> Contender:
     mask = problem.mask[0]
     if mask.shape[1] % 4 or bool((mask.unflatten(1, (-1, 4)).sum(2) > 2).any()):
         raise Unavailable("the mask keeps more than two of some four neighbouring weights")
-    x, bias = problem.x[0], problem.bias[0]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "in prototype stage"
             weight = torch.sparse.to_sparse_semi_structured(problem.weight[0])
     except RuntimeError as refused:
         raise Unavailable(f"torch refuses this weight: {refused}") from refused
-
-    def run() -> Tensor:
-        return F.linear(x, weight, bias)
-
-    return Contender(NAME, run, lambda: mismatch([run()[None]], problem.forward, problem.terms[:1]))
+    return compressed_forward(NAME, problem, weight)

@@ -1,6 +1,6 @@
 """A plugin of pytest for tests on a GPU: one share of them, an outcome written as each test ends.
 
-    python -m pytest -p benchmarks.gpu_plugin --share 2/8 --outcomes share-2.jsonl tests/gpu ...
+    python -m pytest -p benchmarks.gpu.plugin --share 2/8 --outcomes share-2.jsonl tests/gpu ...
 
 Tests of one function stay together, for they compile the same kernels. A test that never ends ends
 its process, and so does one that leaves the device unusable: started again with the same file of

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,25 @@ import torch
 
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.files import write_atomic
-from sparse_tickets.kernels import tuning, use_backend
-from sparse_tickets.kernels.prune import prune
+from sparse_tickets.kernels import tuning
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.kernels.tuning import Question
-from sparse_tickets.timing import Contender
+from sparse_tickets.timing import Budget, Contender, Spread, interleave
 
-from . import gpu_ours, gpu_packed, ours
-from .clone_job import CloneJob, clone_contender
-from .gpu_clock import Timer, is_lost, make_timer
-from .gpu_problems import LayerProblem, random_masks_on
-from .gpu_process import DIED, watched
-from .gpu_table import Sizes
-from .ppo_job import PPOJob
-from .problems import PolicyProblem
+from .. import layer_step, ours
+from ..clock import GpuTimer, is_lost, make_timer
+from ..clone_job import CloneJob, clone_contender
+from ..measure import precision_of_torch
+from ..ppo_job import PPOJob
+from ..problems import LinearProblem, PolicyProblem, PruneProblem
+from ..suites import Sizes
+from .process import DIED, watched
 
 __all__ = ["Subject", "candidates", "questions", "subjects", "tune", "write_configurations"]
 
 _MARGIN = 1.03
 """A candidate must gain this much: less is within the noise of two runs of the same kernel."""
-_ROUNDS = 5
+_BUDGET = Budget(rounds=5, sample_seconds=0.005, warmup_seconds=0.0, settle_seconds=0.0)
 _HANG_S = 60.0
 """A candidate that takes longer never ends; a subject with all its kernels, twice as long."""
 _LIMITS = {"warps": (1, 16), "stages": (1, 6)}
@@ -65,23 +65,19 @@ class Subject:
 
 def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
     """What the table of targets measures, those asked for first."""
-    tickets, batch, width = sizes.tickets, sizes.batch, sizes.width
+    width = sizes.width
+    on_device: dict[str, Any] = {"device": device, "precision": "tf32"}
 
-    def packed() -> Contender:
-        problem = LayerProblem(tickets, batch, width, width, 90.0, device=device)
-        return gpu_packed.step(problem)
+    def trained() -> layer_step.StepProblem:
+        return layer_step.StepProblem(sizes.tickets, sizes.batch, width, width, 90.0, **on_device)
 
     def blocked() -> Contender:
-        problem = LayerProblem(
-            1, sizes.wide_batch, sizes.wide, sizes.wide, 90.0, device=device, block=32
-        )
-        return gpu_ours.backward_blocked(problem, 32)
+        shape = 1, sizes.wide_batch, sizes.wide, sizes.wide
+        return ours.backward_blocked(LinearProblem(*shape, 90.0, block=32, **on_device), 32)
 
     def masked() -> Contender:
-        problem = LayerProblem(
-            sizes.policies, sizes.policy_batch, width, width, 90.0, device=device
-        )
-        return gpu_ours.backward_masked(problem)
+        shape = sizes.policies, sizes.policy_batch, width, width
+        return ours.linear_backward(LinearProblem(*shape, 90.0, **on_device))
 
     def policy(hidden: int) -> PolicyProblem:
         network = (4, hidden, hidden, 2)
@@ -94,6 +90,9 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
     def cloning() -> CloneJob:
         return CloneJob(sizes.policies, 90.0, sizes.policy_batch, 4, device)
 
+    def packed() -> Contender:
+        return layer_step.step(layer_step.Packed(trained()))
+
     yield Subject("packed layer, step", packed, 3.0)
     yield Subject("blocked layer, forward+backward", blocked, 3.0)
     yield Subject("dense+mask layer, forward+backward", masked, 2.0)
@@ -103,13 +102,10 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
     yield Subject("rollout", lambda: _act(job()))
     yield Subject("PPO update", lambda: _update(job()))
     yield Subject("cloning", lambda: clone_contender(cloning()))
-    yield Subject("prune", lambda: _prune(*sizes.pruned, device))
-    yield Subject(
-        "Adam, dense+mask",
-        lambda: gpu_ours.adam_masked(
-            LayerProblem(tickets, batch, width, width, 90.0, device=device)
-        ),
-    )
+    tickets, prunable = sizes.pruned
+    problem = partial(PruneProblem, tickets, prunable, 50.0, round(0.4 * prunable), device)
+    yield Subject("prune", lambda: ours.prune_to(problem()))
+    yield Subject("Adam, dense+mask", lambda: layer_step.adam(layer_step.Masked(trained())))
     yield Subject(f"policy of width {width}, forward+backward", lambda: ours.policy(policy(width)))
 
 
@@ -127,16 +123,6 @@ def _update(job: PPOJob) -> Contender:
     """An update on one batch, over and over."""
     batch = job.prepare(job.act())
     return Contender("PPO update", lambda: job.update(batch), job.error)
-
-
-def _prune(tickets: int, prunable: int, device: torch.device) -> Contender:
-    mask = random_masks_on(device, tickets, prunable, 50.0)
-    # All different, so that there is one right answer.
-    scores = torch.rand(tickets, prunable, device=device).argsort(1).float()
-    kept = round(0.4 * prunable)
-    with use_backend("reference"):
-        expected = prune(scores, mask, kept)
-    return gpu_ours.prune_to(scores, mask, kept, expected)
 
 
 def candidates(question: Question) -> Iterator[dict[str, int]]:
@@ -174,7 +160,7 @@ def tune(
     """Tune every subject until the deadline.
 
     Args:
-        sizes: see `gpu_table.Sizes`.
+        sizes: see `suites.Sizes`.
         device: a GPU, or for a rehearsal the CPU.
         deadline: by `time.monotonic`.
         found: takes ``configurations`` as `kernels.tuning` reads them, and a log of what was tried;
@@ -183,13 +169,11 @@ def tune(
         report: takes a line per question.
 
     Returns:
-        Whether there are subjects left that only another process can tune: see `gpu_clock`.
+        Whether there are subjects left that only another process can tune: see `clock`.
     """
     tuner = _Tuner(device, make_timer(device), found, save, report)
     tuner.take_up()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with precision_of_torch("tf32"):
         chosen = [each for each in subjects(sizes, device) if each.name not in found["done"]]
         for place, subject in enumerate(chosen):
             left = deadline - time.monotonic()
@@ -200,10 +184,9 @@ def tune(
             try:
                 tuner.tune(subject, time.monotonic() + share * left)
             except _Spoiled:
+                save()
                 return True
-    finally:
-        torch.set_float32_matmul_precision(before)
-        save()
+    save()
     return False
 
 
@@ -216,7 +199,7 @@ class _Tuner:
     """Tunes one subject after the other; keeps in ``found["at"]`` what it tries."""
 
     device: torch.device
-    timer: Timer
+    timer: GpuTimer
     found: dict[str, Any]
     save: Callable[[], None]
     report: Callable[[str], None]
@@ -338,15 +321,14 @@ def _check(contender: Contender) -> None:
         raise ValueError(f"the result must match the reference, its error is {error:.3g}")
 
 
-def _seconds(contender: Contender, timer: Timer) -> float:
+def _seconds(contender: Contender, timer: GpuTimer) -> float:
     """Median seconds of a replayed call, or of a direct one if it cannot be captured."""
     try:
         run = timer.capture(contender.run)
     except RuntimeError:
         run = contender.run
-    once = timer.seconds(run, 2)
-    count = max(1, min(200, round(0.005 / max(once, 1e-7))))
-    return sorted(timer.seconds(run, count) for _ in range(_ROUNDS))[_ROUNDS // 2]
+    timing = interleave([Contender(contender.name, run, None)], _BUDGET, timer.clock)
+    return Spread.of(timing[contender.name].wall).median
 
 
 def write_configurations(path: Path, found: dict[str, Any], about: dict[str, Any]) -> None:

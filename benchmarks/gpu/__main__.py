@@ -30,8 +30,8 @@ from rich.console import Console
 
 from sparse_tickets.files import write_atomic
 
-from .gpu_process import attempt, read_state, say, until_done
-from .results import RESULTS, Run, available_cores, load, provenance, save
+from ..results import RESULTS, Run, available_cores, load, provenance, save
+from .process import attempt, read_state, say, until_done
 
 __all__ = ["PARTS", "main"]
 
@@ -203,7 +203,7 @@ def _merge(run: Run, part: str, found: dict[str, Any]) -> None:
             file.flush()
             inner = load(Path(file.name))
         run.records, run.refused = inner.records, inner.refused
-        run.sgemm, run.copies = inner.sgemm, inner.copies
+        run.sgemm, run.copies, run.products = inner.sgemm, inner.copies, inner.products
         found |= inner.parts.get(part, {})
     run.parts[part] = found
 
@@ -218,7 +218,7 @@ def _write_configurations(
     """Where the kernels of the table and the sweep read them, and to the folder of results."""
     from sparse_tickets.kernels.tuning import CONFIGS
 
-    from .gpu_tune import write_configurations
+    from .tune import write_configurations
 
     folders = [] if options.rehearse else [CONFIGS]
     folders += [] if out is None else [out / "configs"]
@@ -230,9 +230,9 @@ def _write_configurations(
 
 
 def _show(console: Console, run: Run) -> None:
-    from .console import show_table
-    from .gpu_report import gpu_tables, summary
-    from .tables import STAGES, tables
+    from ..console import show_table
+    from ..tables import STAGES, tables
+    from .report import gpu_tables, summary
 
     for table in gpu_tables(run):
         show_table(console, table)
@@ -271,7 +271,7 @@ def _run_part(options: argparse.Namespace) -> int:
 
 def _tests(options: argparse.Namespace, deadline: float, found: dict[str, Any]) -> bool:
     """The tests marked gpu, and every test of a Triton kernel, which on a GPU run there."""
-    from .gpu_tests import run_tests
+    from .tests import run_tests
 
     selection = [
         "tests/gpu",
@@ -297,10 +297,10 @@ def _tune(
     found: dict[str, Any],
     keep: Callable[[], None],
 ) -> bool:
-    from . import gpu_table
-    from .gpu_tune import tune
+    from .. import suites
+    from .tune import tune
 
-    sizes = gpu_table.TINY if options.rehearse else gpu_table.REAL
+    sizes = suites.TINY if options.rehearse else suites.REAL
     return tune(sizes, device, deadline, found, keep, say)
 
 
@@ -311,9 +311,10 @@ def _table(
     found: dict[str, Any],
     keep: Callable[[], None],
 ) -> bool:
-    from . import gpu_table
+    from .. import suites
+    from .table import fill
 
-    sizes = gpu_table.TINY if options.rehearse else gpu_table.REAL
+    sizes = suites.TINY if options.rehearse else suites.REAL
     inner = options.out / "table-run.json"
     run = load(inner) if inner.exists() and found else provenance("gpu", str(device), None)
 
@@ -323,7 +324,10 @@ def _table(
         found["at"] = run.parts["table"]["at"]
         keep()
 
-    return gpu_table.fill(run, sizes, device, deadline, save_run, say)
+    cases = suites.targets(str(device), sizes)
+    return fill(
+        *(run, cases, device, deadline, save_run, say), rounds=sizes.rounds, matrix=sizes.matrix
+    )
 
 
 def _sweep(
@@ -333,22 +337,22 @@ def _sweep(
     found: dict[str, Any],
     keep: Callable[[], None],
 ) -> bool:
-    from . import gpu_sweep
+    from . import sweep
 
-    spec = gpu_sweep.TINY if options.rehearse else gpu_sweep.REAL
+    spec = sweep.TINY if options.rehearse else sweep.REAL
     backend = "reference" if options.rehearse else "auto"
-    folder = options.out / "sweep"
-    gpu_sweep.sweep(spec, folder, str(device), deadline, found, keep, backend)
+    sweep.sweep(spec, options.out / "sweep", str(device), deadline, found, keep, backend)
     return False
 
 
 def _warm(options: argparse.Namespace, device: torch.device, deadline: float) -> bool:
-    from . import gpu_sweep, gpu_table
-    from .gpu_warm import warm
+    from .. import suites
+    from .sweep import COMPILING
+    from .warm import warm
 
     share, shares = map(int, options.share.split("/"))
     folder = options.out / "compiling"
-    warm(gpu_table.REAL, gpu_sweep.COMPILING, device, folder, deadline, share, shares)
+    warm(suites.REAL, COMPILING, device, folder, deadline, share, shares)
     return False
 
 

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .gpu_plugin import read_outcomes
-from .gpu_process import DIED, ROOT
+from .plugin import read_outcomes
+from .process import DIED, ROOT
 
 __all__ = ["run_tests", "summed_up"]
 
-_QUIET = ("-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_plugin", "-W", "default")
+_QUIET = ("-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.plugin", "-W", "default")
 _LEAST_S = 10.0
 """Pytest is not started for less."""
 

@@ -21,7 +21,7 @@ from typing import Any
 
 __all__ = ["DIED", "ROOT", "attempt", "read_state", "say", "until_done", "watched"]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIED = "the process ended there, or was ended as it took too long; the log has its last words"
 
 _TOLD = ">> "

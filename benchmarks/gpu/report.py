@@ -7,15 +7,16 @@ anew, and ``unfinished`` if the time was up.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from .gpu_sweep import ASKED_S
-from .results import Run
-from .tables import Table, duration
+from ..cases import is_ours
+from ..measure import Record
+from ..results import Run
+from ..tables import Table, duration, speedup_of, time_of
+from .sweep import ASKED_S
 
 __all__ = ["gpu_tables", "summary"]
-
-_KINDS = ("launches", "replay", "cold")
 
 
 def gpu_tables(run: Run) -> list[Table]:
@@ -27,8 +28,13 @@ def gpu_tables(run: Run) -> list[Table]:
 def summary(run: Run) -> list[str]:
     """A few lines: what ran, what did not, and how far the rows came."""
     lines = []
+    said: dict[str, Callable[[dict[str, Any]], str]] = {
+        "tests": _say_tests,
+        "tune": _say_tune,
+        "table": lambda part: _say_table(part, run.records),
+        "sweep": _say_sweep,
+    }
     for name, part in run.parts.items():
-        said = {"tests": _say_tests, "tune": _say_tune, "table": _say_table, "sweep": _say_sweep}
         line = f"{name}: {said[name](part)} in {part.get('seconds', 0.0):.0f} s"
         lines.append("; ".join([line, *part.get("accidents", []), *_of(part, "stopped")]))
     if run.refused:
@@ -41,64 +47,64 @@ def _of(part: dict[str, Any], name: str) -> list[str]:
 
 
 def _targets(run: Run) -> Table | None:
-    part = run.parts.get("table", {})
-    if not part.get("rows"):
+    part = run.parts.get("table")
+    if part is None or not (run.records or part.get("failed")):
         return None
     columns = ["configuration", "time", "vs best peer", "asked"]
     columns += ["with launches", "cold", "vs our dense", "of bound"]
     table = Table("Targets on a GPU: replayed from CUDA graphs unless said otherwise", columns)
-    for row in part["rows"]:
-        replay = _best_timing(row)
-        seconds = replay["seconds"]
-        share = f"{row['bound_s'] / seconds:.0%}" if row.get("bound_s") and seconds else "-"
+    for record in run.records:
+        kind, bound = _kind(record), run.bound(record)
+        seconds = time_of(record, kind).median
+        own = next((x for name, x in speedup_of(record, kind).items() if is_ours(name)), None)
         table.rows.append(
             [
-                row["label"],
+                record.label,
                 duration(seconds),
-                _over(replay, name=True),
-                "-" if row.get("asked") is None else f"{row['asked']:g}x",
-                _over(row["launches"]),
-                _over(row["cold"]),
-                "-" if replay["over_our_dense"] is None else f"{replay['over_our_dense']:.2f}x",
-                share,
+                _over(record, kind, name=True),
+                "-" if record.asked is None else f"{record.asked:g}x",
+                _over(record, "wall"),
+                _over(record, "cold"),
+                "-" if own is None else f"{own.median:.2f}x",
+                "-" if bound is None else f"{bound / seconds:.0%}",
             ]
         )
-    rates = part["rates"]
-    products = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in rates["products"].items())
+    rates = ", ".join(f"{name} {x.median / 1e12:.0f}" for name, x in run.products.items())
     table.notes += [
         "Best peer: the fastest of plain torch, with or without torch.compile, in the same kind of "
         "timing and the same precision; one that cannot be captured by its direct calls. Over our "
         "dense: what sparsity alone gains.",
-        "With launches: calls one after another from Python. Cold: one replay after 256 MB were "
-        "written.",
-        f"Bound: this run's large products ({products} TFLOP/s) and large copy "
-        f"({rates['copy'] / 1e12:.2f} TB/s).",
+        "With launches: calls one after another from Python. Cold: a replay after L2 was emptied.",
+        f"Bound: this run's large products ({rates} TFLOP/s), or its copy of as many bytes.",
     ]
-    table.notes += [f"Failed - {name}: {why}." for name, why in part["failed"].items()]
-    table.notes += [f"Not measured, the time was up - {name}." for name in part["left_out"]]
-    skipped = {(peer, why) for row in part["rows"] for peer, why in row["skipped"].items()}
-    table.notes += [f"Not run - {peer}: {why}." for peer, why in sorted(skipped)]
-    table.notes += [
-        f"{row['label']}, {name}: {note}."
-        for row in part["rows"]
-        for name, note in row["notes"].items()
-    ]
+    table.notes += [f"Failed - {name}: {why}." for name, why in part.get("failed", {}).items()]
+    left_out = part.get("left_out", ())
+    table.notes += [f"Not measured, the time was up - {name}." for name in left_out]
     return table
 
 
-def _best_timing(row: dict[str, Any]) -> dict[str, Any]:
+def _kind(record: Record) -> str:
     """Replayed if the subject could be captured."""
-    return row["replay"] if row["replay"]["seconds"] is not None else row["launches"]
+    return "wall" if time_of(record, "replay") is None else "replay"
 
 
-def _is_met(row: dict[str, Any]) -> bool:
-    return (_best_timing(row)["ratio"] or 0.0) >= row["asked"]
+def _best(record: Record, kind: str) -> tuple[float, str] | None:
+    """Our speed-up over the strongest peer that is not our own."""
+    speedup = speedup_of(record, kind)
+    others = [(x.median, name) for name, x in speedup.items() if not is_ours(name)]
+    return min(others, default=None)
 
 
-def _over(found: dict[str, Any], *, name: bool = False) -> str:
-    if found["ratio"] is None:
+def _is_met(record: Record) -> bool:
+    best = _best(record, _kind(record))
+    return best is not None and best[0] >= record.asked
+
+
+def _over(record: Record, kind: str, *, name: bool = False) -> str:
+    best = _best(record, kind)
+    if best is None:
         return "-"
-    return f"{found['ratio']:.2f}x" + (f" ({found['best_peer']})" if name else "")
+    return f"{best[0]:.2f}x" + (f" ({best[1]})" if name else "")
 
 
 def _sweep(run: Run) -> Table | None:
@@ -165,10 +171,10 @@ def _say_tune(part: dict[str, Any]) -> str:
     return f"{asked} launches, {tried} candidates, {better} better than built in"
 
 
-def _say_table(part: dict[str, Any]) -> str:
-    counts = (len(part.get(name, ())) for name in ("rows", "failed", "left_out"))
-    said = "{} rows, {} failed, {} left out".format(*counts)
-    asked = [row for row in part.get("rows", ()) if row.get("asked") is not None]
+def _say_table(part: dict[str, Any], records: Sequence[Record]) -> str:
+    failed, left_out = (len(part.get(name, ())) for name in ("failed", "left_out"))
+    said = f"{len(records)} cases, {failed} failed, {left_out} left out"
+    asked = [record for record in records if record.asked is not None]
     return f"{said}, {sum(map(_is_met, asked))} of {len(asked)} targets met"
 
 

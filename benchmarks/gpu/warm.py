@@ -1,4 +1,4 @@
-"""Compile ahead what will be measured: contenders of every row, every candidate, the sweep.
+"""Compile ahead what will be measured: contenders of every case, every candidate, the sweep.
 
 On a machine that has never run them, compiling would take most of the time there is for measuring,
 and on one core. Here some processes do it side by side, while the tests run; Triton's and torch's
@@ -18,11 +18,13 @@ import torch
 from sparse_tickets.kernels import tuning
 from sparse_tickets.sweep.spec import Sweep
 
-from .gpu_clock import is_lost
-from .gpu_process import say
-from .gpu_sweep import sweep
-from .gpu_table import Row, Sizes, forget_compiled, precision_of_torch, rows
-from .gpu_tune import Subject, candidates, questions, subjects
+from ..clock import is_lost
+from ..measure import Case, precision_of_torch
+from ..suites import Sizes, targets
+from .process import say
+from .sweep import sweep
+from .table import forget_compiled
+from .tune import Subject, candidates, questions, subjects
 
 __all__ = ["warm"]
 
@@ -63,17 +65,17 @@ def _jobs(
     sizes: Sizes, spec: Sweep, device: torch.device, folder: Path, deadline: float
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "sweep", lambda: sweep(spec, folder, str(device), deadline, {}, lambda: None)
-    # Of rows that differ in sparsity alone, one: they launch the same kernels.
-    different = {(row.op, row.precision, *row.shape.items()): row for row in rows(sizes, device)}
-    for row in different.values():
-        yield row.label, partial(_row, row)
+    # Of cases that differ in sparsity alone, one: they launch the same kernels.
+    different = {case.table: case for case in targets(str(device), sizes)}
+    for case in different.values():
+        yield case.label, partial(_case, case)
     for subject in subjects(sizes, device):
         yield subject.name, partial(_subject, subject, deadline)
 
 
-def _row(row: Row) -> None:
-    with precision_of_torch(row.precision):
-        contest = row.build()
+def _case(case: Case) -> None:
+    with precision_of_torch(case.precision):
+        contest = case.build()
         for contender in (contest.subject, *contest.peers):
             _launch(contender.name, contender.run)
 
