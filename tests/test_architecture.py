@@ -41,7 +41,7 @@ LAYERS = (
     ),
     ("connectivity", "coverage"),
     ("convert", "envs", "population", "targets"),
-    ("dynamic", "export", "integrations"),
+    ("diagnostics", "dynamic", "export", "integrations"),
     ("algos",),
     ("imp",),
     ("sweep",),

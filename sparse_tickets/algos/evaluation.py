@@ -9,6 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_tickets.diagnostics import (
+    dormant_share,
+    effective_rank,
+    hidden_features,
+    parameter_norm,
+    random_observations,
+)
 from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.kernels.rollout import evaluate
@@ -67,6 +74,9 @@ class Result:
         return_final: ``[P]`` mean greedy return of `final` over fresh episodes.
         return_final_sampled: ``[P]`` the same with sampled actions.
         return_best: ``[P]`` mean greedy return of `best` over other fresh episodes.
+        dormant_curve: ``[P, points]`` share of the actor's hidden units that are dormant.
+        norm_curve: ``[P, points]`` norm of the actor's weights and biases.
+        effective_rank: ``[P]`` of the actor's last hidden layer, in `final`.
         train_steps: environment steps (or imitated transitions) each ticket was trained for.
         wall_s: seconds of wall time, evaluation included.
         train_s: seconds of wall time spent in training alone.
@@ -84,6 +94,9 @@ class Result:
     return_final: Tensor
     return_final_sampled: Tensor
     return_best: Tensor
+    dormant_curve: Tensor
+    norm_curve: Tensor
+    effective_rank: Tensor
     train_steps: int
     wall_s: float
     train_s: float
@@ -131,6 +144,8 @@ class Evaluator:
         self._curve = torch.zeros(len(key), points, dtype=torch.float64, device=device)
         self._curve_sampled = torch.zeros_like(self._curve)
         self._best_return = torch.full_like(self._curve[:, 0], -torch.inf)
+        self._dormant_curve = torch.full_like(self._curve, torch.nan, device="cpu")
+        self._norm_curve = self._dormant_curve.clone()
         self._begin = time.perf_counter()
         self._final_episodes = settings.final_episodes
         # Untrained, a mask that training has chosen is not.
@@ -138,6 +153,7 @@ class Evaluator:
         self._return_initial_sampled = self._fresh(
             population.parameters, INITIAL_INDEX, greedy=False
         )
+        self._obs = random_observations(env_name)
         self._evaluating_s = time.perf_counter() - self._begin
         self._env, self._rows = self._environment(settings.episodes, self._open)
 
@@ -171,7 +187,18 @@ class Evaluator:
         better = greedy > self._best_return
         self._best_return = torch.where(better, greedy, self._best_return)
         self._best[better] = parameters.weight[better]
+        features = self._features()
+        if features:
+            self._dormant_curve[:, point] = dormant_share(features)
+        actor = self._population.arena.actor
+        self._norm_curve[:, point] = parameter_norm(parameters.weight.cpu(), actor)
         self._evaluating_s += time.perf_counter() - begin
+
+    def _features(self) -> list[Tensor]:
+        """What the actors' hidden layers make of `random_observations`; empty if there is none."""
+        population = self._population
+        weight = population.parameters.weight.cpu()
+        return hidden_features(weight, population.arena.actor, self._obs.to(weight.dtype))
 
     def _environment(self, episodes: int, stack: ExitStack) -> tuple[Env, list[slice]]:
         """An environment for some tickets' episodes, and the rows of tickets that take turns."""
@@ -217,6 +244,9 @@ class Evaluator:
         population = self._population
         parameters = population.parameters
         best = population.with_weight(self._best)
+        rank, features = torch.full_like(self._norm_curve[:, 0], torch.nan), self._features()
+        if features:
+            rank = effective_rank(features[-1])
         final, sampled = (
             self._fresh(parameters, FINAL_INDEX, greedy=greedy) for greedy in (True, False)
         )
@@ -241,6 +271,9 @@ class Evaluator:
             return_final=final,
             return_final_sampled=sampled,
             return_best=self._fresh(best, BEST_INDEX, greedy=True),
+            dormant_curve=self._dormant_curve,
+            norm_curve=self._norm_curve,
+            effective_rank=rank,
             train_steps=train_steps,
             wall_s=time.perf_counter() - self._begin,
             train_s=train_s,

@@ -17,7 +17,7 @@ from .classic import CLASSIC_SPECS, ClassicEnv
 from .gym_adapter import GymEnv, gym_spec
 from .spec import Env, EnvSpec
 
-__all__ = ["EnvFactory", "env_spec", "make_env", "open_env", "register_env"]
+__all__ = ["EnvFactory", "env_spec", "find_env", "make_env", "open_env", "register_env"]
 
 
 class EnvFactory(Protocol):
@@ -73,7 +73,7 @@ def env_spec(name: str) -> EnvSpec:
     Raises:
         ValueError: nobody knows the name; the message lists the known ones.
     """
-    return _find(name)[1]
+    return find_env(name)[1]
 
 
 def make_env(
@@ -98,7 +98,7 @@ def make_env(
     Raises:
         ValueError: nobody knows the name; the message lists the known ones.
     """
-    factory, frozen = _find(name)
+    factory, frozen = find_env(name)
     return factory(
         tickets, copies, device, spec=frozen if spec is None else spec, reset_stream=reset_stream
     )
@@ -116,7 +116,12 @@ def open_env(name: str, tickets: int, copies: int, **settings: Any) -> Iterator[
             close()
 
 
-def _find(name: str) -> tuple[EnvFactory, EnvSpec]:
+def find_env(name: str) -> tuple[EnvFactory, EnvSpec]:
+    """What makes an environment, and its spec.
+
+    Raises:
+        ValueError: nobody knows the name; the message lists the known ones.
+    """
     if name in _registry:
         return _registry[name]
     try:
@@ -127,11 +132,16 @@ def _find(name: str) -> tuple[EnvFactory, EnvSpec]:
             f"register_env, or any gymnasium id, got {name!r} (gymnasium: {error})"
         ) from error
     try:
-        return partial(GymEnv, name), _read_spec_once(name)
+        return _make_gym(name), _read_spec_once(name)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(
             f"env must be one that can be made here, got {name!r} (gymnasium: {error})"
         ) from error
+
+
+@cache
+def _make_gym(name: str) -> EnvFactory:
+    return partial(GymEnv, name)
 
 
 @cache

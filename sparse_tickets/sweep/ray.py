@@ -203,7 +203,7 @@ class _Driver:
     def _forget(self, algo: str, level: int) -> None:
         """Let the cluster forget files that no unit from this level on is trained from."""
         for known in list(self._files):
-            if isinstance(known, Unit) and known.algo == algo and 0 < known.level < level - 1:
+            if isinstance(known, Unit) and known.algo == algo and 0 < known.level < level - 2:
                 del self._files[known]
 
     def _data(self, name: str) -> Any:

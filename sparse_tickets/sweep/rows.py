@@ -40,6 +40,12 @@ COLUMNS = {
 # Also written, but lacking in runs of earlier versions, which are gone on with all the same.
 OPTIONAL = {
     "curve_sampled": "list<double>",
+    "mask_iou": "double",
+    "dormant_share": "double",
+    "effective_rank": "int64",
+    "parameter_norm": "double",
+    "dormant_curve": "list<double>",
+    "norm_curve": "list<double>",
     "train_s": "double",
     "commit": "string",
     "processor": "string",
@@ -65,7 +71,7 @@ def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
     columns = {}
     for name in names:
         values = [row.get(name) for row in rows]
-        if COLUMNS.get(name) == "int64":
+        if (COLUMNS | OPTIONAL).get(name) == "int64":
             # Arrow would drop the fraction of a Python float.
             wrong = [v for v in values if not isinstance(v, numbers.Integral | None)]
             if wrong:

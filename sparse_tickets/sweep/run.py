@@ -17,6 +17,7 @@ from sparse_tickets.algos.algorithm import Dataset, Schedule
 from sparse_tickets.algos.evaluation import Result
 from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.connectivity import connectivity
+from sparse_tickets.diagnostics import mask_overlap
 from sparse_tickets.imp import Trained, dense_population, next_population
 from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.population import Population, initialise
@@ -290,6 +291,11 @@ class Runner:
         spec, algo, level = self._spec, unit.algo, unit.level
         mask = population.parameters.mask
         links = connectivity(mask.cpu(), population.arena)
+        overlap = torch.full((len(tracks),), torch.nan, dtype=torch.float64, device="cpu")
+        if level > 0:
+            overlap = mask_overlap(
+                mask.cpu(), _masks_before(spec, self._store, algo, level, tracks)
+            )
         kept = spec.kept(algo, level)
         initial = initialise(population.arena, _initial_keys(spec, tracks), spec.init, spec.log_std)
         how: dict[str, Any] = {
@@ -320,6 +326,12 @@ class Runner:
                 "dead_inputs": int(links.dead_inputs[index]),
                 "dead_units": int(links.dead_units[index]),
                 "reachable_actions": int(links.reachable_actions[index]),
+                "mask_iou": _known(overlap[index]),
+                "dormant_share": _known(result.dormant_curve[index, -1]),
+                "effective_rank": _known(result.effective_rank[index], int),
+                "parameter_norm": _known(result.norm_curve[index, -1]),
+                "dormant_curve": result.dormant_curve[index].tolist(),
+                "norm_curve": result.norm_curve[index].tolist(),
                 "return_initial": float(result.return_initial[index]),
                 "return_initial_sampled": float(result.return_initial_sampled[index]),
                 "return_final": float(result.return_final[index]),
@@ -350,6 +362,11 @@ class Runner:
             )
             cells[track] = row, ticket
         return cells
+
+
+def _known(value: Tensor, kind: Callable[[float], float] = float) -> float | None:
+    """A number, or None for one that is NaN."""
+    return None if value.isnan() else kind(value.item())
 
 
 def _zero_off(row: Tensor, mask: Tensor) -> Tensor:
@@ -414,7 +431,17 @@ def units_before(spec: Sweep, unit: Unit, tracks: Sequence[Track]) -> list[Unit]
     if unit.level == 0:
         return []
     cells = _parent_cells(spec, unit.level, tracks) + [(track, 0) for track in tracks]
+    if unit.level > 1:
+        # The masks of the level before are drawn again, to be compared.
+        cells += _parent_cells(spec, unit.level - 1, tracks)
     return sorted({_place(spec, unit.algo, track, level)[0] for track, level in cells})
+
+
+def _masks_before(
+    spec: Sweep, store: Store, algo: str, level: int, tracks: Sequence[Track]
+) -> Tensor:
+    """The masks ``[P, N]`` that some tracks trained with at the level before."""
+    return cell_population(spec, store, algo, level - 1, tracks)[0].parameters.mask
 
 
 def _place(spec: Sweep, algo: str, track: Track, level: int) -> tuple[Unit, int]:

@@ -129,6 +129,31 @@ def test_the_table_has_a_row_per_cell_and_the_promised_columns(finished):
     assert (results["return_auc"] - areas).abs().max() < 1e-4
     assert set(results["processor"]) == {processor()}
     assert set(results["commit"]) == {commit()}
+    for name, curve in (("dormant_share", "dormant_curve"), ("parameter_norm", "norm_curve")):
+        assert (results[curve].list.len() == 2).all()
+        assert (results[curve].list.last() == results[name]).all()
+    assert results["dormant_share"].is_between(0, 1).all()
+    assert results["effective_rank"].is_between(1, SPEC.hidden[-1]).all()
+    assert results.filter(level=0)["mask_iou"].is_null().all()
+    # Magnitudes of a chain give masks within masks; shuffled and drawn ones overlap less.
+    chain = results.filter(pl.col("level") > 0, condition="mask/weights")
+    assert (chain["mask_iou"] - (1 - SPEC.rate)).abs().max() < 0.01
+    drawn = results.filter(pl.col("level") > 1, pl.col("condition") == "random/re-init")
+    assert drawn["mask_iou"].is_between(0.3, 0.75).all()
+
+
+def test_overlap_is_with_the_mask_that_the_track_had_before(finished):
+    store = Store(finished)
+    cells = {
+        (t.algo, t.condition, t.controls, t.seed, t.level): (t, row["mask_iou"])
+        for unit in store.units()
+        for t, row in zip(store.read_tickets(unit), store.read_rows(unit), strict=True)
+    }
+    for (*track, level), (ticket, overlap) in cells.items():
+        if level > 1:
+            before = cells[(*track, level - 1)][0].mask
+            both, either = (ticket.mask & before).sum(), (ticket.mask | before).sum()
+            assert overlap == float(both) / float(either)
 
 
 def test_the_docs_tell_every_column_and_its_type(finished):
