@@ -48,6 +48,8 @@ class Stream(IntEnum):
     PERMUTE = 7
     DATASET_RESET = 8
     DATASET_ACTION = 9
+    NOISE = 10
+    EVAL_NOISE = 11
 
 
 def derive_key(*parts: str | int) -> int:

@@ -175,13 +175,29 @@ def evaluate(
         from . import cpu
 
         return cpu.evaluate(
-            weight, parameters.mask, arena, *world, key, index, bool(greedy), float(density)
+            weight,
+            parameters.mask,
+            arena,
+            *world,
+            key,
+            index,
+            bool(greedy),
+            float(density),
+            env.source,
         )
     if backend == "triton":
         from . import gpu
 
-        return gpu.evaluate(weight, arena, *world, key, index, bool(greedy))
-    copies = Copies.start(*world, key, Stream.EVAL_RESET, index)
+        return gpu.evaluate(weight, arena, *world, key, index, bool(greedy), env.source)
+    copies = Copies.start(
+        *world,
+        key,
+        Stream.EVAL_RESET,
+        index,
+        source=env.source,
+        noise_stream=Stream.EVAL_NOISE,
+        noise_start=index << 20,
+    )
     obs = copies.observe(copies.state)
     return reference.evaluate(weight, arena, copies, obs, key, index, greedy)
 
@@ -265,6 +281,7 @@ def _run(
         state=state,
         elapsed=elapsed,
         clock=env.clock,
+        source=env.source,
     )
     outcome, heads, obs = _advance(
         weight, parameters.mask, arena, copies, obs, key, steps, float(density), stream, keep_heads
@@ -322,10 +339,11 @@ def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density:
     spec = env.spec
     if env.task is not None:
         check_task(env.task)
+        inputs = (_check_source(env, key),)
         for name in ("offset", "scale"):
             tensor = getattr(env, name)
             check_dtype(f"env.{name}", tensor, torch.float32)
-            check_shape(f"env.{name}", tensor, (env.task.observation_dim,))
+            check_shape(f"env.{name}", tensor, inputs)
             check_device(f"env.{name}", tensor, key)
     if spec.discrete != (arena.log_std is None):
         kind = "discrete" if spec.discrete else "continuous"
@@ -338,6 +356,25 @@ def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density:
         critic = arena.critic.sizes
         if (critic[0], critic[-1]) != (sizes[0], 1):
             raise ValueError(f"critic must map {sizes[0]} features to 1 output, got {critic}")
+
+
+def _check_source(env: Any, key: Tensor) -> int:
+    """How many inputs a policy has; kernels read memory by what each of them shows."""
+    known, source = env.task.observation_dim, env.source
+    if source is None:
+        return known
+    inputs = len(source) if source.dim() else 0
+    check_dtype("env.source", source, torch.int64)
+    check_shape("env.source", source, (inputs,))
+    check_device("env.source", source, key)
+    if inputs < known:
+        raise ValueError(f"env.source must name {known} inputs or more, got {inputs}")
+    # On a GPU looking would wait for the device.
+    if source.device.type == "cpu":
+        low, high = (int(bound) for bound in source.aminmax())
+        if low < 0 or high >= inputs:
+            raise ValueError(f"env.source must be in [0, {inputs}), got {low if low < 0 else high}")
+    return inputs
 
 
 def _check_copies(env: Any, obs: Tensor) -> None:

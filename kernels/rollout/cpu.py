@@ -27,6 +27,7 @@ from .reference import Rollout
 __all__ = ["evaluate", "rollout"]
 
 _EVAL_RESET, _EVAL_ACTION = int(Stream.EVAL_RESET), int(Stream.EVAL_ACTION)
+_NOISE, _EVAL_NOISE = int(Stream.NOISE), int(Stream.EVAL_NOISE)
 # Work per step of a copy, in the units of `count_threads`: physics, draw and a small policy.
 _WORK = 4096
 # Slices of tickets per thread: enough to even out tickets that take longer.
@@ -35,7 +36,11 @@ _HALF_LOG_TWO_PI = np.float32(0.5 * math.log(2 * math.pi))
 
 
 class _World(NamedTuple):
-    """An environment as Numba sees it; ``offset`` and ``scale`` normalise observations."""
+    """An environment as Numba sees it; ``offset`` and ``scale`` normalise observations.
+
+    ``features`` are the task's own. ``source`` says which of them an input shows, or which entry of
+    the noise from there on; it is empty where there is no noise.
+    """
 
     task: int
     state_dim: int
@@ -44,6 +49,8 @@ class _World(NamedTuple):
     reset_stream: int
     offset: np.ndarray
     scale: np.ndarray
+    features: int
+    source: np.ndarray
 
 
 class _Head(NamedTuple):
@@ -54,8 +61,17 @@ class _Head(NamedTuple):
 
 
 @njit(cache=True, error_model="numpy")
-def _observe(world, state, obs):
-    task_observe(world.task, state, obs)
+def _observe(world, state, noise, copy, scratch, obs):
+    """Write what a copy sees to ``obs [D]``; of ``noise`` each copy has its own part."""
+    features = world.features
+    if world.source.shape[0] == 0:
+        task_observe(world.task, state, obs)
+    else:
+        task_observe(world.task, state, scratch)
+        first = copy * (obs.shape[0] - features) - features
+        for i in range(obs.shape[0]):
+            source = world.source[i]
+            obs[i] = scratch[source] if source < features else noise[first + source]
     for i in range(obs.shape[0]):
         obs[i] = (obs[i] - world.offset[i]) / world.scale[i]
 
@@ -132,6 +148,8 @@ def _rollout_ticket(
     u = np.empty(copies, np.float32)
     noise = np.empty(copies * head.actions, np.float32)
     draw = np.empty(copies * world.state_dim, np.float32)
+    shown = np.empty(copies * (obs.shape[1] - world.features), np.float32)
+    scratch = np.empty(world.features, np.float32)
 
     for t in range(steps):
         for e in range(copies):
@@ -143,6 +161,7 @@ def _rollout_ticket(
             fill_uniform(u, key, stream, clock + t)
         else:
             fill_normal(noise, key, stream, clock + t)
+        fill_normal(shown, reset_key, _NOISE, clock + t + 1)
 
         any_done, any_truncated = False, False
         for e in range(copies):
@@ -162,7 +181,7 @@ def _rollout_ticket(
             reward[t, e], terminated[t, e] = task_step(world.task, state[e], chosen)
             elapsed[e] += 1
             truncated[t, e] = elapsed[e] >= world.time_limit and not terminated[t, e]
-            _observe(world, state[e], obs[e])
+            _observe(world, state[e], shown, e, scratch, obs[e])
             any_done |= terminated[t, e] or truncated[t, e]
             any_truncated |= truncated[t, e]
 
@@ -175,7 +194,7 @@ def _rollout_ticket(
                     next_value[t, e] = np.float32(0.0) if terminated[t, e] else judged[e, 0]
                     task_reset(world.task, draw[e * world.state_dim :], state[e])
                     elapsed[e] = 0
-                    _observe(world, state[e], obs[e])
+                    _observe(world, state[e], shown, e, scratch, obs[e])
 
     if has_critic:
         forward(critic, judge, obs, copies, judged)
@@ -228,6 +247,8 @@ def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
     noise = np.empty(copies * head.actions, np.float32)
     draw = np.empty(copies * world.state_dim, np.float32)
     state = np.empty((copies, world.state_dim), np.float64)
+    shown = np.empty(copies * (features - world.features), np.float32)
+    scratch = np.empty(world.features, np.float32)
     copy = np.arange(copies)
 
     fill_uniform(draw, key, _EVAL_RESET, index)
@@ -236,8 +257,9 @@ def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
         total[e] = 0.0
     running = copies
     for t in range(world.time_limit):
+        fill_normal(shown, key, _EVAL_NOISE, (index << 20) | t)
         for e in range(running):
-            _observe(world, state[e], obs[e])
+            _observe(world, state[e], shown, copy[e], scratch, obs[e])
         forward(actor, policy, obs, running, output)
         if not greedy:
             if world.discrete:
@@ -324,7 +346,7 @@ def rollout(
         network(arena.actor, arena, density, copies),
         _critic(arena, density, copies),
         _head(arena),
-        _world(env.task, env.offset, env.scale, env.reset_stream),
+        _world(env.task, env.offset, env.scale, env.reset_stream, env.source),
         _array(weight),
         _array(mask),
         _array(key),
@@ -362,13 +384,14 @@ def evaluate(
     index: int,
     greedy: bool,
     density: float,
+    source: Tensor | None,
 ) -> Tensor:
     """See `sparse_tickets.kernels.rollout.evaluate`."""
     total = key.new_empty((key.shape[0], copies), dtype=torch.float64)
     arguments = (
         network(arena.actor, arena, density, copies),
         _head(arena),
-        _world(task, offset, scale, _EVAL_RESET),
+        _world(task, offset, scale, _EVAL_RESET, source),
         _array(weight),
         _array(mask),
         _array(key),
@@ -397,7 +420,9 @@ def _head(arena: Arena) -> _Head:
     return _Head(arena.actor.sizes[-1], log_std)
 
 
-def _world(task: Task, offset: Tensor, scale: Tensor, reset_stream: int) -> _World:
+def _world(
+    task: Task, offset: Tensor, scale: Tensor, reset_stream: int, source: Tensor | None
+) -> _World:
     return _World(
         task.id,
         task.state_dim,
@@ -406,4 +431,6 @@ def _world(task: Task, offset: Tensor, scale: Tensor, reset_stream: int) -> _Wor
         int(reset_stream),
         _array(offset),
         _array(scale),
+        task.observation_dim,
+        np.empty(0, np.int64) if source is None else _array(source),
     )

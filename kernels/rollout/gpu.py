@@ -45,6 +45,8 @@ __all__ = ["EXAMPLES", "evaluate", "rollout"]
 _HALF_LOG_TWO_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 _EVAL_RESET = tl.constexpr(int(Stream.EVAL_RESET))
 _EVAL_ACTION = tl.constexpr(int(Stream.EVAL_ACTION))
+_NOISE = tl.constexpr(int(Stream.NOISE))
+_EVAL_NOISE = tl.constexpr(int(Stream.EVAL_NOISE))
 
 
 @triton.jit
@@ -99,12 +101,37 @@ def _restart(TASK: tl.constexpr, STATES: tl.constexpr, key, copy, stream, step):
 
 @triton.jit
 def _observe(
-    TASK: tl.constexpr, s0, s1, s2, s3, offset, scale, SIZE: tl.constexpr, FEATURES: tl.constexpr
+    TASK: tl.constexpr,
+    s0,
+    s1,
+    s2,
+    s3,
+    offset,
+    scale,
+    source,
+    key,
+    copy,
+    step,
+    STREAM: tl.constexpr,
+    KNOWN: tl.constexpr,
+    SIZE: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
-    """Scaled observation ``[FEATURES]``; offset and scale are read anew to save registers."""
+    """Scaled observation ``[FEATURES]``; offset and scale are read anew to save registers.
+
+    Where there is a ``source``, inputs that show none of the ``KNOWN`` features of the task show
+    noise.
+    """
     feature = tl.arange(0, FEATURES)
     real = feature < SIZE
-    seen = task_observe(TASK, s0, s1, s2, s3, feature)
+    if source is None:
+        seen = task_observe(TASK, s0, s1, s2, s3, feature)
+    else:
+        shown = tl.load(source + feature, mask=real, other=0)
+        seen = task_observe(TASK, s0, s1, s2, s3, shown)
+        element = copy * (SIZE - KNOWN) + tl.maximum(shown - KNOWN, 0)
+        noise = _normal(key, element, tl.full([], STREAM, tl.int32), step)
+        seen = tl.where(shown < KNOWN, seen, noise)
     shifted = seen - tl.load(offset + feature, mask=real, other=0.0)
     return tl.div_rn(shifted, tl.load(scale + feature, mask=real, other=1.0))
 
@@ -168,6 +195,7 @@ def _act_kernel(
     obs,
     offset,
     scale,
+    source,
     seen,
     action,
     logp,
@@ -185,6 +213,7 @@ def _act_kernel(
     reset_stream,
     TASK: tl.constexpr,
     TIME_LIMIT: tl.constexpr,
+    KNOWN: tl.constexpr,
     STATES: tl.constexpr,
     LOG_STD: tl.constexpr,
     NET: tl.constexpr,
@@ -239,13 +268,19 @@ def _act_kernel(
         tl.store(reward + entry, gain)
         tl.store(terminated + entry, ended)
         tl.store(truncated + entry, cut)
-        x = _observe(TASK, s0, s1, s2, s3, offset, scale, features, FEATURES)
+        x = _observe(
+            TASK, s0, s1, s2, s3, offset, scale, source, reset_key + ticket, copy, now, _NOISE,
+            KNOWN, features, FEATURES,
+        )  # fmt: skip
         if ended | cut:
             if final_obs is not None:
                 tl.store(final_obs + entry.to(tl.int64) * features + feature, x, mask=real)
             s0, s1, s2, s3 = _restart(TASK, STATES, reset_key + ticket, copy, reset_stream, now)
             age *= 0
-            x = _observe(TASK, s0, s1, s2, s3, offset, scale, features, FEATURES)
+            x = _observe(
+                TASK, s0, s1, s2, s3, offset, scale, source, reset_key + ticket, copy, now, _NOISE,
+                KNOWN, features, FEATURES,
+            )  # fmt: skip
     store_state(state + lane * STATES, s0, s1, s2, s3, None, STATES)
     tl.store(elapsed + lane, age)
     tl.store(last_obs + lane * features + feature, x, mask=real)
@@ -257,6 +292,7 @@ def _evaluate_kernel(
     key,
     offset,
     scale,
+    source,
     total,
     size,
     copies,
@@ -264,6 +300,7 @@ def _evaluate_kernel(
     GREEDY: tl.constexpr,
     TASK: tl.constexpr,
     TIME_LIMIT: tl.constexpr,
+    KNOWN: tl.constexpr,
     STATES: tl.constexpr,
     LOG_STD: tl.constexpr,
     NET: tl.constexpr,
@@ -290,7 +327,10 @@ def _evaluate_kernel(
     end = step + TIME_LIMIT
     score = tl.zeros([], tl.float32)
     while step < end:
-        x = _observe(TASK, s0, s1, s2, s3, offset, scale, features, FEATURES)
+        x = _observe(
+            TASK, s0, s1, s2, s3, offset, scale, source, key + ticket, copy, step, _EVAL_NOISE,
+            KNOWN, features, FEATURES,
+        )  # fmt: skip
         head = forward(layers, x, NET)
         if LOG_STD is None:
             if GREEDY:
@@ -320,6 +360,7 @@ def _describe_actor(arena: Arena, task: Task) -> dict[str, Any]:
         "LOG_STD": arena.log_std,
         "TASK": task.id,
         "TIME_LIMIT": task.time_limit,
+        "KNOWN": task.observation_dim,
         "STATES": task.state_dim,
     }
 
@@ -382,6 +423,7 @@ def rollout(
                 obs.contiguous(),
                 env.offset.contiguous(),
                 env.scale.contiguous(),
+                None if env.source is None else env.source.contiguous(),
                 outcome.obs,
                 outcome.action,
                 outcome.logp,
@@ -415,6 +457,7 @@ def evaluate(
     key: Tensor,
     index: int,
     greedy: bool,
+    source: Tensor | None,
 ) -> Tensor:
     """See `sparse_tickets.kernels.rollout.evaluate`."""
     tickets = key.shape[0]
@@ -426,6 +469,7 @@ def evaluate(
                 key.contiguous(),
                 offset.contiguous(),
                 scale.contiguous(),
+                None if source is None else source.contiguous(),
                 total,
                 arena.size,
                 copies,
@@ -449,15 +493,17 @@ def _clock(env: Copies, device: torch.device) -> tuple[int, Tensor | None]:
     return env.clock, None
 
 
-def _example(name: str, hidden: tuple[int, ...], activation: str) -> None:
+def _example(name: str, hidden: tuple[int, ...], activation: str, noise: int) -> None:
     task = TASKS[name]
+    inputs = task.observation_dim + noise
     arena = Arena.build(
-        (task.observation_dim, *hidden, task.action_dim),
-        (task.observation_dim, *hidden, 1),
+        (inputs, *hidden, task.action_dim),
+        (inputs, *hidden, 1),
         activation=activation,
         continuous=not task.discrete,
     )
-    weight, key, scale = meta(2, arena.size), meta(2, dtype=torch.int64), meta(task.observation_dim)
+    weight, key, scale = meta(2, arena.size), meta(2, dtype=torch.int64), meta(inputs)
+    source = meta(inputs, dtype=torch.int64) if noise else None
     env: Any = SimpleNamespace(
         task=task,
         state=meta(2, 3, task.state_dim, dtype=torch.float64),
@@ -467,24 +513,27 @@ def _example(name: str, hidden: tuple[int, ...], activation: str) -> None:
         reset_stream=1,
         offset=scale,
         scale=scale,
+        source=source,
     )
-    obs = meta(2, 3, task.observation_dim)
+    obs = meta(2, 3, inputs)
     for keep_heads in (False, True):
         rollout(weight, arena, env, obs, key, 9, 2, keep_heads)
-    evaluate(weight, arena, task, 3, scale, scale, key, 7, False)
+    evaluate(weight, arena, task, 3, scale, scale, key, 7, False, source)
 
 
 EXAMPLES = [
     Example(
-        f"{name.partition('-')[0].lower()}_{'_'.join(map(str, hidden))}_{activation}",
-        partial(_example, name, hidden, activation),
+        f"{name.partition('-')[0].lower()}_{'_'.join(map(str, hidden))}_{activation}"
+        + (f"_noise_{noise}" if noise else ""),
+        partial(_example, name, hidden, activation, noise),
     )
-    for name, hidden, activation in (
-        ("CartPole-v1", (64, 64), "tanh"),
-        ("Pendulum-v1", (64, 64), "tanh"),
-        ("MountainCar-v0", (32,), "relu"),
-        ("CartPole-v1", (128, 128), "tanh"),
-        ("Acrobot-v1", (128, 128), "relu"),
-        ("Acrobot-v1", (64, 64, 64, 64, 64), "tanh"),
+    for name, hidden, activation, noise in (
+        ("CartPole-v1", (64, 64), "tanh", 0),
+        ("Pendulum-v1", (64, 64), "tanh", 0),
+        ("MountainCar-v0", (32,), "relu", 0),
+        ("CartPole-v1", (128, 128), "tanh", 0),
+        ("Acrobot-v1", (128, 128), "relu", 0),
+        ("Acrobot-v1", (64, 64, 64, 64, 64), "tanh", 0),
+        ("CartPole-v1", (64, 64), "tanh", 12),
     )
 ]

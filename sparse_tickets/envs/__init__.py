@@ -2,6 +2,7 @@
 
 from .classic import ClassicEnv
 from .gym_adapter import GymEnv, gym_spec
+from .noise import Noise, NoiseFeatures, split_noise
 from .registry import EnvFactory, env_spec, make_env, open_env, register_env
 from .spec import Env, EnvSpec, Step
 
@@ -11,10 +12,13 @@ __all__ = [
     "EnvFactory",
     "EnvSpec",
     "GymEnv",
+    "Noise",
+    "NoiseFeatures",
     "Step",
     "env_spec",
     "gym_spec",
     "make_env",
     "open_env",
     "register_env",
+    "split_noise",
 ]

@@ -10,6 +10,7 @@ from sparse_tickets.kernels.dynamics.copies import Copies
 from sparse_tickets.kernels.errors import check_dtype, check_shape
 from sparse_tickets.kernels.random import Stream
 
+from .noise import Noise
 from .spec import EnvSpec, Step
 
 __all__ = ["CLASSIC_SPECS", "ClassicEnv"]
@@ -73,6 +74,7 @@ class ClassicEnv(Copies):
         device: where tensors live.
         spec: observation scale, by default the frozen one of the task.
         reset_stream: stream of the initial states; evaluation uses another than training.
+        noise: inputs that are noise; drawn as `Copies` says.
 
     Attributes:
         state: ``[P, E, S]`` float64.
@@ -95,6 +97,7 @@ class ClassicEnv(Copies):
         *,
         spec: EnvSpec | None = None,
         reset_stream: Stream = Stream.RESET,
+        noise: Noise | None = None,
     ) -> None:
         if task_name not in TASKS:
             raise ValueError(f"task_name must be one of {', '.join(TASKS)}, got {task_name!r}")
@@ -102,15 +105,22 @@ class ClassicEnv(Copies):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
         task = TASKS[task_name]
-        self.spec = CLASSIC_SPECS[task_name] if spec is None else spec
-        if self.spec.observation_dim != task.observation_dim:
+        expected = CLASSIC_SPECS[task_name]
+        if noise is not None:
+            expected = noise.spec(expected, task_name)
+        self.spec = expected if spec is None else spec
+        if self.spec.observation_dim != expected.observation_dim:
             raise ValueError(
-                f"spec must have observation_dim {task.observation_dim} for {task_name}, "
+                f"spec must have observation_dim {expected.observation_dim} for {task_name}, "
                 f"got {self.spec.observation_dim}"
             )
         self.tickets = tickets
         self.device = device = torch.device(device)
         shape = (tickets, copies)
+        source = None
+        if noise is not None:
+            places = noise.source(task.observation_dim)
+            source = torch.tensor(places, dtype=torch.int64, device=device)
         super().__init__(
             task,
             copies,
@@ -121,6 +131,7 @@ class ClassicEnv(Copies):
             state=torch.zeros((*shape, task.state_dim), dtype=torch.float64, device=device),
             elapsed=torch.zeros(shape, dtype=torch.int32, device=device),
             clock=0,
+            source=source,
         )
 
     def reset(self, key: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from sparse_tickets.kernels.random import Stream, bits
 
 from .spec import EnvSpec, Step
 
-__all__ = ["GymEnv", "gym_spec"]
+__all__ = ["GymEnv", "gym_spec", "maker"]
 
 Maker = Callable[[], gymnasium.Env]
 
@@ -46,7 +46,7 @@ def gym_spec(make: Maker | str, name: str | None = None, *, pilot_steps: int = 1
         ValueError: a space is neither ``Box`` nor ``Discrete``, or the environment returns
             observations of another shape than it promises.
     """
-    env = _maker(make)()
+    env = maker(make)()
     try:
         spec = _read_spec(env, name)
         return spec if pilot_steps == 0 else _pilot(env, spec, pilot_steps)
@@ -109,9 +109,9 @@ class GymEnv:
         self._ready = False
         self._envs: list[gymnasium.Env] = []
         try:
-            maker = _maker(make)
+            make_one = maker(make)
             for _ in range(tickets * copies):
-                self._envs.append(maker())
+                self._envs.append(make_one())
             self._action_space = self._envs[0].action_space
             self._observation_space = self._envs[0].observation_space
             read = _read_spec(self._envs[0], None)
@@ -261,7 +261,8 @@ class GymEnv:
         return torch.from_numpy(values.reshape(shape)).to(self.device, copy=True)
 
 
-def _maker(make: Maker | str) -> Maker:
+def maker(make: Maker | str) -> Maker:
+    """A function that makes an environment, also of its gymnasium id."""
     if isinstance(make, str):
         return lambda: gymnasium.make(make, disable_env_checker=True)
     return make

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Protocol
@@ -14,7 +14,8 @@ import torch
 from sparse_tickets.kernels.random import Stream
 
 from .classic import CLASSIC_SPECS, ClassicEnv
-from .gym_adapter import GymEnv, gym_spec
+from .gym_adapter import GymEnv, gym_spec, maker
+from .noise import Noise, NoiseFeatures, split_noise
 from .spec import Env, EnvSpec
 
 __all__ = ["EnvFactory", "env_spec", "find_env", "make_env", "open_env", "register_env"]
@@ -124,12 +125,17 @@ def find_env(name: str) -> tuple[EnvFactory, EnvSpec]:
     """
     if name in _registry:
         return _registry[name]
+    base, noise = split_noise(name)
+    if noise is not None:
+        factory, spec = find_env(base)
+        return _noisy(factory, base, noise), noise.spec(spec, name)
     try:
         gymnasium.spec(name)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise ValueError(
             f"env must be one of {', '.join(sorted(_registry))}, one registered with "
-            f"register_env, or any gymnasium id, got {name!r} (gymnasium: {error})"
+            f"register_env, or any gymnasium id, each with +noise=N or without, got "
+            f"{name!r} (gymnasium: {error})"
         ) from error
     try:
         return _make_gym(name), _read_spec_once(name)
@@ -137,6 +143,25 @@ def find_env(name: str) -> tuple[EnvFactory, EnvSpec]:
         raise ValueError(
             f"env must be one that can be made here, got {name!r} (gymnasium: {error})"
         ) from error
+
+
+def _noisy(factory: EnvFactory, base: str, noise: Noise) -> EnvFactory:
+    """What makes an environment with inputs that are noise."""
+    if isinstance(factory, partial):
+        made: partial[Any] = factory
+        if made.func is ClassicEnv:
+            return partial(made, noise=noise)
+        if made.func is GymEnv:
+            return partial(GymEnv, partial(_with_noise, maker(made.args[0]), noise))
+    raise ValueError(
+        f"env must be a built-in or a gymnasium one to have noise, got {base!r}, which was "
+        "registered as something else"
+    )
+
+
+def _with_noise(make: Callable[[], gymnasium.Env], noise: Noise) -> gymnasium.Env:
+    flat = gymnasium.wrappers.FlattenObservation(make())
+    return NoiseFeatures(flat, noise.count, noise.seed)
 
 
 @cache

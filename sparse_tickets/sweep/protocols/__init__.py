@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from sparse_tickets.envs import split_noise
 from sparse_tickets.sweep.protocols import (
     acrobot,
     half_cheetah,
@@ -26,6 +27,8 @@ def protocol(env: str) -> Sweep:
     """The protocol's sweep for an environment: its budget and tuned hyper-parameters.
 
     Levels run to 24, so that a condition that never degrades within the paper's 20 trainings can
-    still do so. Environments without a tuned entry, CartPole too, get CleanRL's PPO.
+    still do so. Environments without a tuned entry, CartPole too, get CleanRL's PPO; with noise
+    among its inputs one keeps its own.
     """
-    return replace(Sweep(), env=env, **{"levels": 25, **PROTOCOLS.get(env, {})})
+    base, _ = split_noise(env)
+    return replace(Sweep(), env=env, **{"levels": 25, **PROTOCOLS.get(base, {})})
