@@ -89,6 +89,8 @@ class SparsePolicy(BaseModel):
         options: dict[str, Any] = {} if scope is None else {"scope": scope}
         convert.sparsify_(self, density, exclude=(*self._exclude, *targets), **options)
         for name, part in self.named_modules():
+            if _is_batch_renorm(part) and _detach_constants not in part._forward_pre_hooks.values():
+                part.register_forward_pre_hook(_detach_constants)
             # An actor or a critic is a policy too, to be saved and loaded alone.
             if isinstance(part, BaseModel) and part is not self and _has(part, SparseLinear):
                 part.__class__ = sparse_policy(type(part))
@@ -366,6 +368,21 @@ class GradualPruning(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+def _is_batch_renorm(module: nn.Module) -> bool:
+    """CrossQ's normalisation, by name: sb3-contrib need not be installed."""
+    return any(kind.__name__ == "BatchRenorm" for kind in type(module).__mro__)
+
+
+def _detach_constants(norm: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+    """Keep gradients from what is constant over a batch, as a unit whose inputs are all pruned.
+
+    In training a shift of it changes no output, but the root of its variance has no derivative:
+    the gradient that is zero came out as NaN, and went into the unit's bias.
+    """
+    (x,) = inputs
+    return torch.where((x == x[:1]).all(0), x.detach(), x) if norm.training else None
 
 
 def _is_sparse(module: nn.Module) -> bool:

@@ -277,6 +277,22 @@ def test_an_actor_is_saved_and_loaded_alone(algorithm, part, tmp_path):
     assert torch.equal(again.state_dict()[name], value)
 
 
+def test_crossq_learns_beside_units_without_inputs(tmp_path):
+    """Its batch renormalisation differentiates the root of a variance: of theirs, zero."""
+    contrib = pytest.importorskip("sb3_contrib")
+    options = {"learning_starts": 20, "batch_size": 16, "buffer_size": 500}
+    policy_kwargs = {"net_arch": [24], "renorm_warmup_steps": 1}
+    model = contrib.CrossQ(
+        "MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, seed=0, device="cpu", **options
+    )
+    sparsify_(model, 0.3, scope="layer").save(tmp_path / "model")
+    for learner in (model, contrib.CrossQ.load(tmp_path / "model", env=model.env)):
+        for first in (learner.actor.latent_pi[1], learner.critic.q_networks[0][1]):
+            assert not first.mask.any(1).all()
+        learner.learn(60)
+        assert all(p.isfinite().all() for p in learner.policy.parameters())
+
+
 def test_dict_observations():
     class Env(gym.Env):
         observation_space = gym.spaces.Dict(
