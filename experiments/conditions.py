@@ -20,7 +20,11 @@ from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
 from sparse_tickets.analysis.figures import contribution_figure, return_figure
 
-METRICS = ("return_initial", "return_auc", "return_final")
+METRICS = {
+    "return_initial": "before training",
+    "return_auc": "learning curve",
+    "return_final": "final return",
+}
 ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
 PAIRED = "ticket"
 """The controls that change one thing at a time."""
@@ -56,24 +60,25 @@ def conclude(cells: pl.DataFrame) -> Finding:
             by_seed(cells, algo, PAIRED, "mask", metric)
             - by_seed(cells, algo, PAIRED, "initialisation", metric)
         )
+        for metric in METRICS
         for algo in ALGORITHMS
-        for metric in ("return_auc", "return_final")
     }
     shown = "; ".join(
-        f"{ALGORITHMS[algo]}, {'curve' if metric == 'return_auc' else 'final'}: "
-        f"{signed(*gap, digits=2)}"
+        f"{METRICS[metric]}, {ALGORITHMS[algo]}: {signed(*gap, digits=2)}"
         for (algo, metric), gap in gaps.items()
     )
+    trained = [gap for (_, metric), gap in gaps.items() if metric != "return_initial"]
+    before = [gap for (_, metric), gap in gaps.items() if metric == "return_initial"]
     return Finding(
         ran=setting(cells),
         effect=f"mask minus values, of the dense return: {shown}",
-        verdict=verdict(list(gaps.values())),
+        verdict=f"once trained: {verdict(trained)}; before: {verdict(before)}",
         text=text(cells),
         figures={
             "conditions_returns": return_figure(
                 cells, controls=PAIRED, metric=("return_final", "return_auc", "return_initial")
             ),
-            "conditions": contribution_figure(paired(cells), metric=METRICS),
+            "conditions": contribution_figure(paired(cells), metric=tuple(METRICS)),
         },
     )
 
@@ -115,7 +120,7 @@ range from the random policy to the dense one. `ticket` controls take masks and 
 seed's ticket; under `own` a shuffled policy prunes by its own training, so its mask differs too.
 
 """ + markdown(
-        ["contribution, algorithm, controls", "before training", "learning curve", "final return"],
+        ["contribution, algorithm, controls", *METRICS.values()],
         rows,
     )
 

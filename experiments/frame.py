@@ -31,6 +31,7 @@ from sparse_tickets.sweep.store import Store
 
 __all__ = [
     "NAMES",
+    "RESULTS",
     "Experiment",
     "Finding",
     "Place",
@@ -44,6 +45,7 @@ __all__ = [
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+RESULTS = HERE / "results"
 NAMES = ("bc_vs_rl", "conditions", "rescaling", "transfer", "input_masks", "failing_ticket", "cost")
 """All experiments, in the order of the README."""
 _COLUMNS = ("claim", "what we ran", "effect [95% interval]", "verdict", "command", "time", "figure")
@@ -65,10 +67,14 @@ class Place:
 
     def sweep(self, name: str, spec: Sweep) -> Store:
         """The sweep called ``name``, finished unless ``partial``."""
-        if self.partial and (self.runs / name).exists():
+        if self.partial and self.begun(name):
             return Store(self.runs / name)
         with SweepProgress(spec, Console()) as progress:
             return run_sweep(spec, self.runs / name, on_progress=progress.advance)
+
+    def begun(self, name: str) -> bool:
+        """Whether anything of a sweep is there."""
+        return (self.runs / name / "spec.json").exists()
 
     def once(
         self, name: str, settings: object, compute: Callable[[], pl.DataFrame]
@@ -134,6 +140,9 @@ def main(experiment: Experiment) -> None:
     options = parser.parse_args()
     home = ROOT / "build" / "experiments" if options.quick else HERE
     runs = home / "runs" if options.quick else ROOT / "runs" / "experiments"
+    table = home / "results" / f"{experiment.name}.parquet"
+    if options.report and not table.exists():
+        parser.error(f"there is no {table} to report on: run without --report first")
     place = Place(runs, options.quick, options.partial)
     run(experiment, home, place, train=not options.report)
 

@@ -21,7 +21,7 @@ from sparse_tickets import load_results
 from sparse_tickets.analysis.style import DPI, GREY, INK, head, styled
 
 ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
-SEEDS = 4
+SEEDS = 3
 SUBSETS = "subsets"
 
 

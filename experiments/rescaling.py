@@ -40,7 +40,7 @@ def collect(place: Place) -> pl.DataFrame:
     spec, store = cartpole(place)
     found = {PLAIN: (spec, store)}
     for init in INITIALISATIONS:
-        if init != PLAIN:
+        if init != PLAIN and (place.begun(f"cartpole-{init}") or not place.partial):
             other = replace(
                 cartpole_spec(place.quick),
                 init=init,
@@ -49,7 +49,7 @@ def collect(place: Place) -> pl.DataFrame:
                 controls=("own",),
             )
             found[init] = other, place.sweep(f"cartpole-{init}", other)
-    return pl.concat([_with_layers(init, *found[init]) for init in INITIALISATIONS])
+    return pl.concat([_with_layers(init, *found[init]) for init in found])
 
 
 def _with_layers(init: str, spec: Sweep, store: Store) -> pl.DataFrame:
@@ -84,19 +84,34 @@ def matrix(cells: pl.DataFrame, init: str, value: str | pl.Expr) -> np.ndarray:
 INPUTS_KEPT = pl.col("inputs").list.eval(pl.element().cast(pl.Int64)).list.sum()
 
 
+def initialisations(cells: pl.DataFrame) -> list[str]:
+    """Those that were run, in the library's order."""
+    there = set(cells["init"])
+    return [init for init in INITIALISATIONS if init in there]
+
+
 def conclude(cells: pl.DataFrame) -> Finding:
-    kept = effect(
-        matrix(cells, OURS, INPUTS_KEPT)[:, -1] - matrix(cells, PLAIN, INPUTS_KEPT)[:, -1]
-    )
-    later = effect(_degradation(cells, OURS) - _degradation(cells, PLAIN))
+    ours, plain = matrix(cells, OURS, INPUTS_KEPT), matrix(cells, PLAIN, INPUTS_KEPT)
+    last = min(ours.shape[1], plain.shape[1]) - 1
+    kept = effect(ours[:, last] - plain[:, last])
+    share = effect(_input_layer(cells, OURS)[:, last] - _input_layer(cells, PLAIN)[:, last])
+    levels = _degradation(cells)
+    later = effect(levels[OURS] - levels[PLAIN])
+    density = matrix(cells, OURS, "density")[0, last]
     return Finding(
-        ran=f"PPO tickets of {len(INITIALISATIONS)} initialisations; each: {setting(cells)}",
-        effect=f"{OURS} minus {PLAIN}: {signed(*kept)} inputs at {cells['density'].min():.2%}; "
-        f"degrades {signed(*later)} levels later",
+        ran=f"PPO tickets of {', '.join(initialisations(cells))}; {setting(cells)}",
+        effect=f"{OURS} minus {PLAIN} at {density:.1%}: {signed(*kept)} inputs, "
+        f"{signed(*share, digits=0)} points of the input layer; degrades {signed(*later)} levels "
+        "later",
         verdict=verdict(kept),
-        text=text(cells),
+        text=text(cells, levels, last),
         figures={"rescaling": draw(cells)},
     )
+
+
+def _input_layer(cells: pl.DataFrame, init: str) -> np.ndarray:
+    """Percent of the input layer that is kept, ``[seeds, levels]``."""
+    return matrix(cells, init, 100 * pl.col("layers").list.first())
 
 
 def verdict(kept: tuple[float, float, float]) -> str:
@@ -106,60 +121,64 @@ def verdict(kept: tuple[float, float, float]) -> str:
     return "disagrees: fewer inputs go" if low > 0 else "undecided"
 
 
-def _degradation(cells: pl.DataFrame, init: str) -> np.ndarray:
-    """Degradation level of each seed, in the protocol's levels, cut at the horizon of all."""
+def _degradation(cells: pl.DataFrame) -> dict[str, np.ndarray]:
+    """Degradation level of each seed in the protocol's levels, cut at the horizon of all."""
+    names = [init for init in initialisations(cells) if matrix(cells, init, "level").shape[1] > 2]
     judged = []
-    for name in INITIALISATIONS:
+    for name in names:
         values = matrix(cells, name, "return_final")
         random = cells["random_return"].mean()
         judged.append((values - random) / (np.median(values[:, 0]) - random))
     levels, _, _ = restricted_levels(*judged)
-    return per_level(cells) * levels[INITIALISATIONS.index(init)]
+    return {name: per_level(cells) * each for name, each in zip(names, levels, strict=True)}
 
 
-def text(cells: pl.DataFrame) -> str:
-    names = INPUTS[cells["env"][0]]
+def text(cells: pl.DataFrame, levels: dict[str, np.ndarray], last: int) -> str:
     rows = []
-    for init in INITIALISATIONS:
-        middle = matrix(cells, init, "density").shape[1] // 2
-        last = cells.filter((pl.col("init") == init) & (pl.col("level") == cells["level"].max()))
-        layers = cells.filter((pl.col("init") == init) & (pl.col("level") == middle))["layers"]
-        share = np.array(layers.to_list()).mean(0)
-        survive = np.array(last["inputs"].to_list()).mean(0)
+    for init in initialisations(cells):
+        here = cells.filter(pl.col("init") == init)
+        end = min(last, here["level"].max())
         dense, low, high = effect(matrix(cells, init, "return_final")[:, 0])
-        level, first, final = effect(_degradation(cells, init))
+        degraded = "-"
+        if init in levels:
+            level, first, final = effect(levels[init])
+            degraded = f"{level:.1f} [{first:.1f}, {final:.1f}]"
         rows.append(
             [
-                init,
+                f"{init}, at {matrix(cells, init, 'density')[0, end]:.1%}",
                 f"{dense:.0f} [{low:.0f}, {high:.0f}]",
-                f"{level:.1f} [{first:.1f}, {final:.1f}]",
-                *(f"{value:.1%}" for value in share),
-                *(f"{value:.0%}" for value in survive),
+                degraded,
+                *(f"{value:.1%}" for value in _mean_of(here, "layers", end)),
+                *(f"{value:.0%}" for value in _mean_of(here, "inputs", end)),
             ]
         )
-    middle = cells["level"].max() // 2 + cells["level"].max() % 2
-    at = cells.filter(pl.col("level") == middle)["density"].max()
-    return f"""Each: {setting(cells)}.
+    return f"""{setting(cells)}.
 
-The dense return, the level at which the tickets degrade (the protocol's levels; a track that does
-not counts as the last), the share of each layer that is kept at {at:.1%} of all weights, and at
-{cells["density"].min():.2%} how many seeds keep a path from each input.
+The dense return; the level at which the tickets degrade (the protocol's levels; a track that does
+not counts as the last; left out where too few levels were run); and at the density in the first
+column the share of each layer that is kept, and how many seeds keep a path from each input.
 
 """ + markdown(
-        ["init", "dense", "degrades at", *LAYERS, *names],
+        ["initialisation", "dense", "degrades at", *LAYERS, *INPUTS[cells["env"][0]]],
         rows,
     )
 
 
+def _mean_of(cells: pl.DataFrame, column: str, level: int) -> np.ndarray:
+    return np.array(cells.filter(pl.col("level") == level)[column].to_list()).mean(0)
+
+
 def draw(cells: pl.DataFrame) -> Figure:
-    x = 100 * matrix(cells, PLAIN, "density")[0]
     seen = {
-        "share of the input layer kept": 100 * pl.col("layers").list.first(),
+        "percent of the input layer kept": 100 * pl.col("layers").list.first(),
         f"inputs kept, of {len(INPUTS[cells['env'][0]])}": INPUTS_KEPT,
         "final return": pl.col("return_final"),
     }
     panels = {
-        title: [Line(init, x, matrix(cells, init, value)) for init in INITIALISATIONS]
+        title: [
+            Line(init, 100 * matrix(cells, init, "density")[0], matrix(cells, init, value))
+            for init in initialisations(cells)
+        ]
         for title, value in seen.items()
     }
     seeds = cells["seed"].n_unique()

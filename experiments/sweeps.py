@@ -25,6 +25,7 @@ __all__ = [
     "LEVEL",
     "cartpole",
     "cartpole_spec",
+    "deep_spec",
     "kept_inputs",
     "levels",
     "per_level",
@@ -53,6 +54,19 @@ def cartpole_spec(quick: bool = False) -> Sweep:
         levels=14,
         rate=0.36,
         ppo=replace(spec.ppo, steps=204_800),
+        evaluation=Evaluation(points=10, episodes=16, final_episodes=50),
+    )
+    return quickly(spec) if quick else spec
+
+
+def deep_spec(quick: bool = False) -> Sweep:
+    """CartPole's tickets alone, by the protocol's budget, to its last level and fewer weights."""
+    spec = replace(
+        protocol("CartPole-v1"),
+        conditions=(TICKET,),
+        seeds=8,
+        levels=13,
+        rate=0.36,
         evaluation=Evaluation(points=10, episodes=16, final_episodes=50),
     )
     return quickly(spec) if quick else spec
