@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: run, steps, jobs, report, compare, instructions."""
+"""The command line of the benchmarks: run, steps, jobs, returns, report, compare, instructions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .compare import compare
 from .console import show_comparison, warn_if_busy
 from .first_screen import rewrite
 from .instructions import count_instructions
+from .job_returns import run_returns
 from .jobs import run_jobs
 from .report import write_report
 from .results import RESULTS, load, newest
@@ -83,11 +84,16 @@ def _parser() -> argparse.ArgumentParser:
 
     jobs = commands.add_parser("jobs", help="whole jobs of Stable-Baselines3, dense and pruned")
     jobs.set_defaults(command=_jobs)
-    jobs.add_argument("--seeds", type=int, default=2)
+    jobs.add_argument("--rounds", type=int, default=5)
     jobs.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    jobs.add_argument("--scale", type=float, default=1.0, help="factor on every job's timesteps")
     jobs.add_argument("--only", default="", help="jobs whose label contains this")
     jobs.add_argument("--out", type=Path, help="default: results/jobs/<device>-<date>.json")
+
+    returns = commands.add_parser("returns", help="what the same jobs learn, seed by seed")
+    returns.set_defaults(command=_returns)
+    returns.add_argument("--seeds", type=int, default=5)
+    returns.add_argument("--only", default="", help="jobs whose label contains this")
+    returns.add_argument("--out", type=Path, help="default: results/jobs/<device>-returns.json")
 
     count = commands.add_parser("instructions", help="instructions per call under valgrind")
     count.set_defaults(command=_instructions)
@@ -117,8 +123,12 @@ def _steps(options: argparse.Namespace, console: Console) -> int:
 
 
 def _jobs(options: argparse.Namespace, console: Console) -> int:
-    threads = tuple(options.threads)
-    run_jobs(console, options.seeds, threads, options.only, options.scale, options.out)
+    run_jobs(console, options.rounds, tuple(options.threads), options.only, options.out)
+    return 0
+
+
+def _returns(options: argparse.Namespace, console: Console) -> int:
+    run_returns(console, options.seeds, options.only, options.out)
     return 0
 
 

@@ -1,61 +1,90 @@
-"""Whole jobs: what is written, what a row says, and what is refused."""
+"""Whole jobs: what is written, what a row says, what is run again, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import jobs
+from benchmarks import job_returns, jobs
 from sparse_tickets import sparsify_
 
 
-def runs(name, seconds, returns, threads):
-    return [
-        {"name": name, "seed": seed, "threads": threads, "seconds": s, "return": r, "busy": 0.0}
-        for seed, (s, r) in enumerate(zip(seconds, returns, strict=True))
-    ]
+def timed(threads, dense, sparse, busy=0.0):
+    return {"threads": threads, "seconds": {"dense": dense, "sparse": sparse}, "busy": busy}
 
 
 def test_a_row_takes_each_side_at_its_better_number_of_threads():
-    measured = [
-        *runs("dense", [6.0, 6.0], [100.0, 200.0], threads=1),
-        *runs("dense", [4.0, 5.0], [100.0, 300.0], threads=2),
-        *runs("sparse", [3.0, 3.0], [90.0, 110.0], threads=1),
-        *runs("sparse", [9.0, 9.0], [90.0, 110.0], threads=2),
-    ]
-    record = {"label": "a job", "job": {"steps": 2000}, "runs": measured}
+    runs = [timed(1, [6.0, 6.0], [3.0, 3.0]), timed(2, [4.0, 5.0], [9.0, 9.0])]
+    record = {"label": "a job", "job": {"slice": 2000}, "runs": runs}
     assert jobs.table([record]).splitlines()[-1] == (
-        "| a job | 2,000 | 2 | 4.5 | 3.0 | 1.50x | 175 (100 to 300) | 100 (90 to 110) |"
+        "| a job | 2,250 | 1,500 | 1.50x | 2.00x | 0.50x |"
     )
-    measured[0]["busy"] = 0.2
+    runs[0]["busy"] = 0.2
     assert "| ~1.50x |" in jobs.table([record])
 
 
 def test_a_run_keeps_what_the_file_has_of_other_jobs(tmp_path, monkeypatch):
     pytest.importorskip("stable_baselines3")
     out = tmp_path / "jobs.json"
-    monkeypatch.setattr(jobs, "_run", lambda *_: (2.0, 500.0))
-    jobs.run_jobs(Console(quiet=True), 2, (1,), "PPO", out=out)
-    jobs.run_jobs(Console(quiet=True), 1, (1, 2), "SAC", out=out)
+    model = SimpleNamespace(learn=lambda *_, **__: None, policy=nn.Sequential())
+    monkeypatch.setattr(jobs, "build", lambda *_: model)
+    jobs.run_jobs(Console(quiet=True), 2, (1,), "PPO", out)
+    jobs.run_jobs(Console(quiet=True), 1, (1, 2), "SAC", out)
     ppo, sac = json.loads(out.read_text())
     assert ppo["label"].startswith("PPO")
-    assert [len(record["runs"]) for record in (ppo, sac)] == [4, 4]
+    assert len(ppo["runs"][0]["seconds"]["sparse"]) == 2
+    assert [run["threads"] for run in sac["runs"]] == [1, 2]
     assert ppo["run"]["versions"]["torch"] == torch.__version__
     assert len(out.with_suffix(".md").read_text().splitlines()) == 4
 
 
 def test_a_policy_whose_pruned_weights_moved_is_refused():
-    policy = sparsify_(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), jobs.DENSITY)
-    jobs._check("a job", policy)
+    policy = sparsify_(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), 0.1)
+    jobs.check("a job", policy, 0.1)
     policy[0].weight.data[~policy[0].mask] = 1.0
     with pytest.raises(RuntimeError, match=r"a job: .* pruned ones moved"):
-        jobs._check("a job", policy)
+        jobs.check("a job", policy, 0.1)
     with pytest.raises(RuntimeError, match="weights are left"):
-        jobs._check("a job", sparsify_(nn.Sequential(nn.Linear(64, 64)), 0.5))
+        jobs.check("a job", sparsify_(nn.Sequential(nn.Linear(64, 64)), 0.5), 0.1)
 
 
 def test_an_unknown_job_is_refused():
     with pytest.raises(ValueError, match="only must be part of one of"):
         jobs.run_jobs(Console(quiet=True), only="nothing")
+
+
+def learnt(density, curve, final):
+    job = {"steps": 2000}
+    return {"label": "a job", "job": job, "seed": 0, "density": density} | {
+        "curve": curve, "final": final,
+    }  # fmt: skip
+
+
+def test_returns_are_told_as_shares_of_what_the_dense_job_gains():
+    records = [learnt(1.0, [-100.0, 50.0, 90.0], [100.0]), learnt(0.1, [-90.0, 80.0, 0.0], [80.0])]
+    assert job_returns.table(records).splitlines()[-1] == (
+        "| a job | 2,000 | 1 | 100 (100 to 100) | 90 (90 to 90) | - | - "
+        "| 80 (80 to 80) [90%] | 80 (80 to 80) [95%] |"
+    )
+
+
+def test_runs_that_are_known_are_not_run_again(tmp_path, monkeypatch):
+    pytest.importorskip("stable_baselines3")
+    out, ran = tmp_path / "returns.json", []
+
+    def run(job, seed, density):
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        ran.append((seed, density))
+        return {"curve": [0.0, 1.0], "final": [1.0]}
+
+    monkeypatch.setattr(job_returns, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        job_returns.run_returns(Console(quiet=True), 2, "SAC", out)
+    monkeypatch.setattr(job_returns, "_run", lambda *_: ran.append(_) or learnt(1, [0, 1], [1]))
+    job_returns.run_returns(Console(quiet=True), 2, "SAC", out)
+    assert ran[:4] == [(0, 1.0), (0, 0.2), (0, 0.1), (1, 1.0)]
+    assert len(ran) == 6

@@ -1,0 +1,149 @@
+"""What whole jobs of Stable-Baselines3 learn, dense and pruned from the start, seed by seed.
+
+Each run is a file, written when it is complete, so that a stopped set goes on where it was. Greedy
+episodes are the same for all: their starts come from one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparse_tickets.files import write_atomic
+from sparse_tickets.timing import pinned_threads
+
+from .jobs import Job, build, check, choose
+from .results import RESULTS, provenance
+
+__all__ = ["DENSITIES", "run_returns", "table"]
+
+DENSITIES = (1.0, 0.2, 0.1)
+CHECKPOINTS = 5
+EPISODES = 10
+LAST_EPISODES = 30
+_STARTS = 10_000
+
+
+def _run(job: Job, seed: int, density: float) -> dict[str, Any]:
+    """Mean greedy returns before, along the way and of every episode at the end."""
+    model = build(job, seed, density)
+    every = job.steps // CHECKPOINTS
+    curve = [statistics.mean(_evaluate(job, model, EPISODES))]
+
+    def watch(local: Any, _: Any) -> bool:
+        if model.num_timesteps % every == 0:
+            curve.append(statistics.mean(_evaluate(job, model, EPISODES)))
+        return True
+
+    model.learn(job.steps, callback=watch)
+    if density < 1:
+        check(job.label, model.policy, density)
+    return {"curve": curve, "final": _evaluate(job, model, LAST_EPISODES)}
+
+
+def _evaluate(job: Job, model: Any, episodes: int) -> list[float]:
+    """Returns of greedy episodes, whose starts are the same for every model."""
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    env = make_vec_env(job.env, seed=_STARTS)
+    returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
+    env.close()
+    return [float(value) for value in returns]  # type: ignore[union-attr]
+
+
+def run_returns(console: Console, seeds: int = 5, only: str = "", out: Path | None = None) -> Path:
+    """Run every job at every density with every seed, one thread; write JSON and a table.
+
+    Args:
+        console: where progress and the table go.
+        seeds: 0 to this.
+        only: jobs whose label contains this. What the file has of other jobs stays.
+        out: default: results/jobs/<device>-returns.json, with the table beside it. Runs that it has
+            of the same job are not run again.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: no job has such a label, or stable-baselines3 is not installed.
+    """
+    chosen = choose(only)
+    run = provenance("jobs", "cpu", None, seeds)
+    path = out or RESULTS / "jobs" / f"{run.device}-returns.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = json.loads(path.read_text()) if path.exists() else []
+    known = {_key(record) for record in records}
+    # Seeds outermost: whatever is there when it is stopped has all jobs and densities.
+    for seed in range(seeds):
+        for job in chosen:
+            for density in DENSITIES:
+                record: dict[str, Any] = {
+                    "label": job.label, "job": asdict(job), "seed": seed, "density": density,
+                }  # fmt: skip
+                if _key(record) in known:
+                    continue
+                with pinned_threads(1):
+                    record |= _run(job, seed, density)
+                records.append(record | {"versions": run.versions, "commit": run.commit})
+                write_atomic(path, (json.dumps(records) + "\n").encode())
+                write_atomic(path.with_suffix(".md"), table(records).encode())
+                mean = statistics.mean(record["final"])
+                console.print(f"{job.label}, {density:.0%}, seed {seed}: {mean:.0f}")
+    console.print(table(records), highlight=False, soft_wrap=True)
+    return path
+
+
+def _key(record: dict[str, Any]) -> str:
+    """What makes two runs the same."""
+    return json.dumps([record["job"], record["seed"], record["density"]], sort_keys=True)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Greedy returns as Markdown: mean and range over seeds, at the end and at the best checkpoint.
+
+    In brackets the share that is reached of what the dense job gains over its untrained policy.
+    """
+    lines = [
+        "| a whole job | timesteps | seeds | "
+        + " | ".join(f"{_name(d)}: end | best checkpoint" for d in DENSITIES)
+        + " |",
+        "| --- |" + " ---: |" * (2 + 2 * len(DENSITIES)),
+    ]
+    for label in dict.fromkeys(record["label"] for record in records):
+        here = [record for record in records if record["label"] == label]
+        job, cells = here[0]["job"], []
+        seeds = len({record["seed"] for record in here})
+        dense = _means(here, DENSITIES[0])
+        floor = statistics.mean(r["curve"][0] for r in here if r["density"] == DENSITIES[0])
+        for density in DENSITIES:
+            for found, reference in zip(_means(here, density), dense, strict=True):
+                cells.append(_cell(found, reference if density < 1 else [], floor))
+        lines.append(f"| {label} | {job['steps']:,} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _name(density: float) -> str:
+    return "dense" if density == 1 else f"{1 - density:.0%} pruned"
+
+
+def _means(records: list[dict[str, Any]], density: float) -> tuple[list[float], list[float]]:
+    """Of each seed the mean return at the end, and at its best checkpoint."""
+    here = [record for record in records if record["density"] == density]
+    final = [statistics.mean(record["final"]) for record in here]
+    return final, [max(record["curve"][1:]) for record in here]
+
+
+def _cell(found: list[float], dense: list[float], floor: float) -> str:
+    if not found:
+        return "-"
+    mean = statistics.mean(found)
+    text = f"{mean:.0f} ({min(found):.0f} to {max(found):.0f})"
+    if not dense:
+        return text
+    return f"{text} [{(mean - floor) / (statistics.mean(dense) - floor):.0%}]"
