@@ -27,6 +27,7 @@ from sparse_tickets.kernels.prune import prune
 
 if TYPE_CHECKING:
     from sparse_tickets.kernels.linear.layer import Prepared
+    from sparse_tickets.kernels.linear.unpruned import Unpruned
 
 __all__ = ["SparseLinear", "count_kept", "make_dense_", "make_sparse_"]
 
@@ -93,7 +94,7 @@ class SparseLinear(nn.Linear):
     """
 
     mask: Tensor
-    _prepared: Prepared | None = None
+    _prepared: Prepared | Unpruned | None = None
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class SparseLinear(nn.Linear):
                 if output is not None:
                     return output
             if self._prepare():
-                output = cast("Prepared", self._prepared)(input, *tensors)
+                output = cast("Prepared | Unpruned", self._prepared)(input, *tensors)
                 if output is not None:
                     return output
         return self._forward_anywhere(input)
@@ -182,7 +183,7 @@ class SparseLinear(nn.Linear):
         mask, prepared = self._buffers.get("mask"), self._prepared
         if type(mask) is not Tensor or not mask.is_cpu:
             return False
-        if prepared is None or not torch.equal(prepared.mask, mask):
+        if prepared is None or not prepared.fits(mask):
             self.__dict__["_prepared"] = prepare(mask)
         return self._prepared is not None
 

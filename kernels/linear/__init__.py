@@ -31,6 +31,7 @@ from .blocks import (
 
 if TYPE_CHECKING:
     from .layer import Prepared
+    from .unpruned import Unpruned
 
 __all__ = [
     "BLOCK_SIZES",
@@ -236,11 +237,11 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
     return plan(out, inp, batch, density, dtype, mask.device, block)
 
 
-def prepare(mask: Tensor) -> Prepared | None:
-    """All that is known about one layer's mask on the CPU, for `Prepared` to multiply with.
+def prepare(mask: Tensor) -> Prepared | Unpruned | None:
+    """All that is known about one layer's mask on the CPU, to multiply with.
 
     Args:
-        mask: ``[O, I]`` bool. It is copied, so it may be written meanwhile.
+        mask: ``[O, I]`` bool. It may be written meanwhile.
 
     Returns:
         None where `use_backend` or ``SPARSE_TICKETS_BACKEND`` runs no CPU kernels.
@@ -248,8 +249,10 @@ def prepare(mask: Tensor) -> Prepared | None:
     if resolve_backend(mask.device) != "cpu":
         return None
     from .layer import Prepared
+    from .unpruned import Unpruned
 
-    return Prepared(mask)
+    plain = mask.is_contiguous() and mask.dtype is torch.bool
+    return Unpruned(mask) if plain and bool(mask.all()) else Prepared(mask)
 
 
 def _under_autocast(

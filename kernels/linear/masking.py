@@ -27,6 +27,7 @@ __all__ = [
     "keep",
     "keep_all",
     "keep_in_place",
+    "keeps_all",
     "pointer",
 ]
 
@@ -193,4 +194,5 @@ are_equal = by_address(_all_equal, 2)
 is_zero_off = by_address(_zero_off, 3)
 keep = by_address(_keep, 4)
 keep_in_place = by_address(_keep_in_place, 3)
+keeps_all = by_address(_is_full, 2)
 keep_all = by_address(_keep_all, 2)

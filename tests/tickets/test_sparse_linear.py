@@ -25,6 +25,7 @@ import sparse_tickets.kernels.linear.layer as implementation
 from sparse_tickets import hooks
 from sparse_tickets.kernels.dispatch import Plan, use_backend
 from sparse_tickets.kernels.linear.single import SingleRow
+from sparse_tickets.kernels.linear.unpruned import Unpruned
 from sparse_tickets.linear import SparseLinear, count_kept
 
 OPTIMIZERS = {
@@ -631,6 +632,31 @@ def test_mask_changed_between_forward_and_backward_raises(layer, inputs_need_gra
         y.sum().backward()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.prune_(0.5),
+        lambda layer: layer.mask.data[1, 2:4].fill_(False),
+        lambda layer: layer.mask.zero_(),
+        lambda layer: setattr(layer.mask, "data", torch.ones(2, 3, dtype=torch.bool)),
+    ],
+    ids=["pruned", "written unseen", "written", "given other memory"],
+)
+def test_a_full_mask_runs_by_torchs_own_node_and_may_not_change_either(change):
+    layer, x = SparseLinear(6, 5), torch.randn(3, 6)
+    twin = dense_twin(layer)
+    y = layer(x)
+    assert y.grad_fn.name() == twin(x).grad_fn.name()
+    seen = []
+    y.register_hook(seen.append)
+    y.sum().backward(retain_graph=True)
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(5, 6))
+    assert len(seen) == 1
+    change(layer)
+    with pytest.raises(RuntimeError, match="must not change between forward and backward"):
+        y.sum().backward()
+
+
 def test_two_forwards_one_backward_and_reads_between(layer):
     x = torch.randn(32, layer.in_features, requires_grad=True)
     loss = layer(x).sum() + layer(x.tanh()).sum()
@@ -1138,7 +1164,7 @@ def test_acting_sees_every_change(acting, change):
 def test_acting_unpruned_sees_every_change(change):
     layer, x = SparseLinear(48, 40).requires_grad_(False), torch.randn(1, 48)
     assert_looks(layer, x)
-    assert way(layer) == "dense"
+    assert isinstance(layer._prepared, Unpruned)
     CHANGES[change](layer)
     layer.requires_grad_(False)
     for _ in range(2):
