@@ -229,6 +229,7 @@ def draw(cells: pl.DataFrame) -> Figure:
         f"{cells['round'].max()} rounds in turn, mean and 95% interval",
         "density",
         "dense over pruned,\ntime of an iteration",
+        ratios=True,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from sparse_tickets.analysis.statistics import bootstrap_interval, mean
@@ -47,6 +47,7 @@ def line_figure(
     *,
     scale: Literal["density", "log", "linear"] = "density",
     share_y: bool = True,
+    ratios: bool = False,
 ) -> Figure:
     """A panel for each title: means over seeds, 95% bootstrap bands, a dot per seed.
 
@@ -58,6 +59,7 @@ def line_figure(
         ylabel: of the first one.
         scale: of x; a density, in percent, is logarithmic and falls to the right.
         share_y: whether panels have one scale.
+        ratios: whether y is a ratio, on a logarithmic axis.
     """
     names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
     xs = np.concatenate([line.x for lines in panels.values() for line in lines])
@@ -69,7 +71,11 @@ def line_figure(
     for panel, (name, lines) in zip(grid, panels.items(), strict=True):
         panel.set_title(name)
         panel.set_xlabel(xlabel)
-        panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        if ratios:
+            panel.set_yscale("log", base=2)
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
+        else:
+            panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         if scale != "linear":
             panel.set_xscale("log")
             panel.xaxis.set_minor_locator(NullLocator())
@@ -103,6 +109,7 @@ def _draw(panel: Axes, line: Line, look: dict) -> None:
 
 def _name_ends(panel: Axes, lines: Sequence[Line], names: list[str]) -> None:
     """Names to the right of the panel, one above the other, in the order of the lines' ends."""
+    panel.get_xlim(), panel.get_ylim()  # settles the limits that the transform goes by
     to_axes = panel.transData + panel.transAxes.inverted()
     ends = []
     for line in lines:

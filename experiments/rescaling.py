@@ -49,7 +49,7 @@ def collect(place: Place) -> pl.DataFrame:
                 controls=("own",),
             )
             found[init] = other, place.sweep(f"cartpole-{init}", other)
-    return pl.concat([_with_layers(init, *found[init]) for init in found])
+    return pl.concat([_with_layers(init, *found[init]) for init in found], how="diagonal")
 
 
 def _with_layers(init: str, spec: Sweep, store: Store) -> pl.DataFrame:
