@@ -46,7 +46,16 @@ __all__ = [
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-NAMES = ("bc_vs_rl", "conditions", "rescaling", "transfer", "input_masks", "failing_ticket", "cost")
+NAMES = (
+    "bc_vs_rl",
+    "conditions",
+    "rescaling",
+    "transfer",
+    "input_masks",
+    "noise",
+    "failing_ticket",
+    "cost",
+)
 """All experiments, in the order of the README."""
 _COLUMNS = ("claim", "what we ran", "effect [95% interval]", "verdict", "command", "time", "figure")
 
