@@ -111,10 +111,30 @@ class _Implementation(caching.CompileResultCacheImpl):
     )
 
 
+class _File(caching.IndexDataCacheFile):
+    """Files that say which kernel they hold.
+
+    Numba numbers the files of a function, and its index alone tells whose each is: two processes
+    that begin with an empty cache give two kernels one number, and one could end as the other.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        super().save(key, (self._source_stamp, key, data))
+
+    def load(self, key: Any) -> Any:
+        stamp, held, data = super().load(key) or (None, None, None)
+        return data if (stamp, held) == (self._source_stamp, key) else None
+
+
 class _Cache(caching.FunctionCache):
     """What cannot be read is compiled again, and what cannot be written is not kept."""
 
     _impl_class = _Implementation
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = _File(self._cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

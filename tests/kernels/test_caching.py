@@ -29,6 +29,16 @@ from sparse_tickets.kernels.compiling import njit
 def double(x):
     return 2 * x
 """
+# The same function with other constants, as kernels are made for each network.
+ADDITIONS = """
+from sparse_tickets.kernels.compiling import njit
+
+def addition(n):
+    @njit(cache=True)
+    def add(x):
+        return x + n
+    return add
+"""
 
 
 @pytest.fixture
@@ -228,6 +238,23 @@ def test_a_damaged_file_is_compiled_again(
         assert module.double(3) == 6
     with compilations(0):
         assert load().double(3) == 6
+
+
+def test_kernels_that_two_processes_filed_under_one_name_are_told_apart(
+    tmp_path: Path, load: Callable[[], ModuleType]
+) -> None:
+    """Each begins with an empty index, and the one's file may end under the other's entry."""
+    (tmp_path / "module" / "kernel.py").write_text(ADDITIONS)
+    load().addition(1)(1)
+    index = kept(tmp_path, ".nbi")
+    first = index.read_bytes()
+    index.unlink()
+    load().addition(2)(1)
+    index.write_bytes(first)
+    with compilations(1):
+        assert load().addition(1)(1) == 2
+    with compilations(0):
+        assert load().addition(1)(1) == 2
 
 
 @pytest.mark.parametrize("home", ["sparse_tickets.kernels.compiling", "nowhere"])
