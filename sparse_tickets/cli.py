@@ -7,6 +7,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import signal
 import sys
 import traceback
@@ -170,25 +171,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all went well, 2 if what was asked for cannot be, 130 or 143 if told
-        to stop, 1 otherwise.
+        to stop, 141 if nobody reads the output any more, 1 otherwise.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _survive_narrow_encodings()
     console = Console()
-    if arguments[:1] == ["--version"]:
-        print(_version())
-        return 0
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in _COMMANDS:
-        return _usage(arguments, console)
-    name, rest = arguments[0], arguments[1:]
+    known = bool(arguments) and arguments[0] in _COMMANDS
     try:
+        if arguments[:1] == ["--version"]:
+            print(_version())
+            return 0
+        if not known:
+            return _usage(arguments, console)
         with _plain_warnings():
-            return _COMMANDS[name][1](rest, console)
+            return _COMMANDS[arguments[0]][1](arguments[1:], console)
+    except BrokenPipeError:
+        # Its reader has seen enough. What is still to be flushed goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         Console(stderr=True).print("\n[yellow]stopped.[/yellow]")
         return 128 + signal.SIGINT
     except Exception as error:
-        where = _place(error, _option(rest, "--plugin"))
+        where = _place(error, _option(arguments[1:], "--plugin"))
         reported = isinstance(error, _REPORTED)
         if not reported and where is None:
             raise

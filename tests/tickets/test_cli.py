@@ -391,6 +391,15 @@ def test_ctrl_c_in_other_commands_is_no_traceback(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err.strip() == "stopped."
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in ``sparse-tickets sweep --help | head``."""
+    command = [installed(), "--version"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 128 + signal.SIGPIPE
+
+
 def test_version_names_what_numbers_depend_on(capsys):
     assert main(["--version"]) == 0
     lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
