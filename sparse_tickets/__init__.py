@@ -81,6 +81,8 @@ else:
     def __getattr__(name):
         if name == "__version__":
             value = import_module("importlib.metadata").version("sparse-tickets")
+        elif name in ("optim", "targets"):
+            return import_module(f"{__name__}.{name}")
         elif name in _HOME:
             module, attribute = _HOME[name]
             value = getattr(import_module(f"{__name__}.{module}"), attribute)

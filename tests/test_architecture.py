@@ -376,6 +376,8 @@ sparse_tickets.Sweep, sparse_tickets.load_results
 early = loaded("matplotlib", "polars", "pyarrow", "tyro")
 if early:
     sys.exit(f"Sweep loads {early}")
+# As torch.optim is there after import torch.
+sparse_tickets.optim.Adam, sparse_tickets.targets.tie_masks_
 """
     )
 
