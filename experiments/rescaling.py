@@ -93,20 +93,29 @@ def initialisations(cells: pl.DataFrame) -> list[str]:
 def conclude(cells: pl.DataFrame) -> Finding:
     ours, plain = matrix(cells, OURS, INPUTS_KEPT), matrix(cells, PLAIN, INPUTS_KEPT)
     last = min(ours.shape[1], plain.shape[1]) - 1
-    kept = effect(ours[:, last] - plain[:, last])
+    kept = effect((ours[:, : last + 1] - plain[:, : last + 1]).mean(1))
+    agree = [f"{agreeing(cells, init, last)} ({init})" for init in (OURS, PLAIN)]
     share = effect(_input_layer(cells, OURS)[:, last] - _input_layer(cells, PLAIN)[:, last])
     levels = _degradation(cells)
     later = effect(levels[OURS] - levels[PLAIN])
     density = matrix(cells, OURS, "density")[0, last]
     return Finding(
         ran=f"PPO tickets of {', '.join(initialisations(cells))}; {setting(cells)}",
-        effect=f"{OURS} minus {PLAIN} at {density:.1%}: {signed(*kept)} inputs, "
-        f"{signed(*share, digits=0)} points of the input layer; degrades {signed(*later)} levels "
+        effect=f"{OURS} minus {PLAIN}: {signed(*kept, digits=2)} inputs kept, mean over levels; "
+        f"{signed(*share, digits=0)} points of the input layer at {density:.1%}, where seeds of "
+        f"the commonest set of inputs are {' and '.join(agree)}; degrades {signed(*later)} levels "
         "later",
         verdict=verdict(kept),
         text=text(cells, levels, last),
         figures={"rescaling": draw(cells)},
     )
+
+
+def agreeing(cells: pl.DataFrame, init: str, level: int) -> str:
+    """How many seeds keep the set of inputs that most keep."""
+    kept = cells.filter((pl.col("init") == init) & (pl.col("level") == level))["inputs"].to_list()
+    sets = [tuple(each) for each in kept]
+    return f"{max(map(sets.count, sets))} of {len(sets)}"
 
 
 def _input_layer(cells: pl.DataFrame, init: str) -> np.ndarray:
