@@ -18,17 +18,20 @@ __all__ = [
     "Arena",
     "Batch",
     "CloneConfig",
+    "DQNConfig",
     "Net",
     "PPOConfig",
     "Parameters",
     "Plan",
     "Stream",
+    "Transitions",
     "adam_",
     "bits",
     "categorical",
     "clone_update_",
     "demonstrate",
     "derive_key",
+    "dqn_update_",
     "evaluate",
     "gae",
     "integers",
@@ -44,6 +47,7 @@ __all__ = [
 _EXPORTS = {
     "arena": ("Arena", "Net", "Parameters"),
     "dispatch": ("Plan", "resolve_backend", "use_backend"),
+    "dqn": ("DQNConfig", "Transitions", "dqn_update_"),
     "imitation": ("CloneConfig", "clone_update_"),
     "ppo": ("Batch", "PPOConfig", "ppo_update_"),
     "random": (
@@ -65,6 +69,7 @@ _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 if TYPE_CHECKING:
     from .arena import Arena, Net, Parameters
     from .dispatch import Plan, resolve_backend, use_backend
+    from .dqn import DQNConfig, Transitions, dqn_update_
     from .imitation import CloneConfig, clone_update_
     from .ppo import Batch, PPOConfig, ppo_update_
     from .random import (

@@ -48,7 +48,7 @@ def _draw(order, words, key, number, samples, measured):
 
 
 @njit(cache=True)
-def _prepare(sample, index, config):
+def _prepare(layout, packed, obs, sample, index, config):
     return None
 
 

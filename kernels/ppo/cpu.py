@@ -57,7 +57,7 @@ def _permute(order, words, key, number, samples, measured):
 
 
 @njit(cache=True)
-def _mean_and_scale(sample, index, config):
+def _mean_and_scale(layout, packed, obs, sample, index, config):
     """Mean and ``1 / (unbiased std + 1e-8)`` of a minibatch's advantages, or 0 and 1."""
     if not config.normalise:
         return 0.0, 1.0

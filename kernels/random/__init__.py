@@ -50,6 +50,7 @@ class Stream(IntEnum):
     DATASET_ACTION = 9
     NOISE = 10
     EVAL_NOISE = 11
+    EXPLORE = 12
 
 
 def derive_key(*parts: str | int) -> int:

@@ -36,8 +36,8 @@ class Head(NamedTuple):
         scratch: rows of `Layout.head` that are the losses' own; those of the sample follow.
         draw: ``draw(order, words, key, number, samples, measured)`` writes the indices of a draw to
             ``order[0]``, all int32 ``[2, drawn]``; ``words`` is uint32 scratch of that shape.
-        prepare: ``prepare(sample, index, config)`` returns what the losses need to know of a whole
-            minibatch.
+        prepare: ``prepare(layout, packed, obs, sample, index, config)`` returns what the losses
+            need to know of a whole minibatch; it may run the networks, and write into ``sample``.
         policy_loss: ``policy_loss(layout, packed, columns, width, size, prepared, config,
             measured)`` of a panel of a minibatch of ``size`` samples.
         value_loss: likewise, of the critic's output; never called without a critic.
@@ -74,7 +74,7 @@ def bind(head: Head) -> Any:
         """Add up the gradient of one minibatch, panel by panel."""
         actor, depth = layout.actor_layers, layout.layers.shape[0]
         size = index.size
-        prepared = prepare_minibatch(sample, index, config)
+        prepared = prepare_minibatch(layout, packed, obs, sample, index, config)
         for first in range(0, size, PANEL):
             rows = index[first : first + PANEL]
             columns = rows.size

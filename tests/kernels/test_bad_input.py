@@ -24,6 +24,7 @@ from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.kernels import dynamics, random
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
+from sparse_tickets.kernels.dqn import DQNConfig, Transitions, dqn_update_
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
 from sparse_tickets.kernels.mlp import mlp
@@ -79,6 +80,7 @@ def whole(high: int, *shape: int) -> Tensor:
 
 ARENA = Arena.build((3, 2, 4))
 POLICY = Arena.build((4, 3, 2), (4, 3, 1))
+Q_NETWORK = Arena.build((4, 3, 2))
 LAYERS = ARENA.prunable_layers()
 PRUNABLE, TAIL = ARENA.prunable, ARENA.size - ARENA.prunable
 
@@ -224,6 +226,20 @@ def make_clone(tickets: int, batch: int, density: float) -> Tensors:
     }
 
 
+def make_dqn(tickets: int, batch: int, density: float) -> Tensors:
+    tensors = make_training(tickets, batch, density)
+    for name in ("weight", "m", "v"):
+        tensors[name] = tensors[name][:, : Q_NETWORK.size].contiguous()
+    return tensors | {
+        "target": 0.5 * tensors["weight"],
+        "obs": draw(tickets, batch, 4),
+        "action": whole(2, tickets, batch),
+        "reward": draw(tickets, batch),
+        "discount": draw(tickets, batch, seed=1).sigmoid(),
+        "next_obs": draw(tickets, batch, 4, seed=2),
+    }
+
+
 def call_write_gradient_(mask: Tensor, **tensors: Tensor) -> None:
     write_gradient_(pattern=build_pattern(mask, LAYERS, width=PRUNABLE), layer=0, **tensors)
 
@@ -282,6 +298,14 @@ def call_clone_update_(**tensors: Tensor) -> Tensor:
     return clone_update_(parameters, POLICY, first_update=2, config=config, **tensors)
 
 
+def call_dqn_update_(
+    target: Tensor, action: Tensor, key: Tensor, lr: Tensor, **tensors: Tensor
+) -> Any:
+    parameters = Parameters(*(tensors.pop(name) for name in Parameters._fields))
+    replay, config = Transitions(action=action, **tensors), DQNConfig(1, 3, double=True)
+    return dqn_update_(parameters, Q_NETWORK, target, replay, action.shape[-1], key, 2, lr, config)
+
+
 TASK = dynamics.TASKS["CartPole-v1"]
 
 CASES = {
@@ -335,6 +359,7 @@ CASES = {
     "evaluate": Case(call_evaluate, make_policy),
     "ppo_update_": Case(call_ppo_update_, make_ppo, ("weight", "m", "v", "step")),
     "clone_update_": Case(call_clone_update_, make_clone, ("weight", "m", "v", "step")),
+    "dqn_update_": Case(call_dqn_update_, make_dqn, ("weight", "m", "v", "step")),
 }
 
 
@@ -689,6 +714,17 @@ def cloning(first_update: Any) -> Tensor:
     return clone_update_(parameters, POLICY, first_update=first_update, config=config, **tensors)
 
 
+def valuing(**numbers: Any) -> Any:
+    tensors = make_dqn(1, 2, 1.0)
+    parameters = Parameters(*(tensors.pop(name) for name in Parameters._fields))
+    target, key, lr = (tensors.pop(name) for name in ("target", "key", "lr"))
+    counts = {"stored": 2, "first_update": 0} | numbers
+    replay, config = Transitions(**tensors), DQNConfig(1, 1)
+    return dqn_update_(
+        parameters, Q_NETWORK, target, replay, key=key, lr=lr, config=config, **counts
+    )
+
+
 def multiplying(**numbers: Any) -> Tensor:
     pattern = build_pattern(torch.ones(1, PRUNABLE, dtype=torch.bool), LAYERS)
     arguments = {"x": draw(1, 2, 3), "values": draw(1, PRUNABLE), "pattern": pattern, "layer": 0}
@@ -725,6 +761,8 @@ NAN = float("nan")
         (judging, "index", (-1, 2**43, 0.5)),
         (training, "iteration", (-1, 2**48, 0.5)),
         (cloning, "first_update", (-1, 2**62, 0.5)),
+        (valuing, "first_update", (-1, 2**62, 0.5)),
+        (valuing, "stored", (-1, 0, 3, 2**31 + 1, 1.5)),
         (multiplying, "layer", (-1, 2, 0.5)),
         (multiplying, "precision", ("fp8", None)),
         (layering, "width", (-1, PRUNABLE - 1, 2**31, 9.5)),
@@ -742,6 +780,7 @@ NAN = float("nan")
         (PPOConfig, "clip", (0.0, NAN)),
         (lambda **numbers: CloneConfig(1, 1, **numbers), "max_norm", (0.0, -1.0, NAN)),
         (lambda **numbers: CloneConfig(1, 1, **numbers), "eps", (0.0, NAN)),
+        (lambda **numbers: DQNConfig(1, 1, **numbers), "eps", (0.0, NAN)),
         (Arena.build, "actor", ((), (3,), (3, 0), (3, -1, 2), (3, 2.5))),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

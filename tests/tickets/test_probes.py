@@ -1,10 +1,12 @@
 """Trainers reach values known on paper, dense and sparse, in seconds: `tests/probes.py`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from probes import GAMMA, PROBES, register_probes
 
-from sparse_tickets.algos import bc, ppo
+from sparse_tickets.algos import bc, dqn, ppo
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.envs import env_spec
 from sparse_tickets.kernels.mlp import mlp
@@ -15,6 +17,20 @@ TICKETS = 3
 SETTINGS = ppo.PPO(
     steps=8_000, copies=8, horizon=20, gamma=GAMMA, learning_rate=1e-2, entropy_coef=0.0
 )
+DEEP_Q = dqn.DQN(
+    steps=4_000,
+    copies=8,
+    horizon=10,
+    updates=20,
+    minibatch=64,
+    warmup=160,
+    gamma=GAMMA,
+    learning_rate=3e-3,
+    target_interval=160,
+    exploration=0.5,
+    epsilon=0.1,
+)
+DISCRETE = [name for name, probe in PROBES.items() if probe.discrete]
 ONCE = Evaluation(points=1, episodes=16)
 
 
@@ -67,6 +83,28 @@ def test_ppo_reaches_the_known_values(name, density):
     population, key = fresh(name, density)
     result = ppo.train(SETTINGS, name, population, key, evaluation=ONCE)
     check(name, population, result.return_final)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("name", DISCRETE)
+def test_dqn_reaches_the_known_values(name, density):
+    population, key = fresh(name, density, critic=False)
+    result = dqn.train(DEEP_Q, name, population, key, evaluation=ONCE)
+    check(name, population, result.return_final)
+    for obs, known in PROBES[name].values.items():
+        best = population.actor(torch.full((TICKETS, 1, 1), float(obs))).amax(-1).flatten()
+        assert best.sub(known).abs().max() < 0.05, obs
+
+
+@pytest.mark.parametrize("options", [{"double": True}, {"n_step": 3}])
+@pytest.mark.parametrize("name", ["discount", "time limit"])
+def test_double_and_n_step_dqn_reach_them_too(name, options):
+    population, key = fresh(name, 1.0, critic=False)
+    settings = replace(DEEP_Q, **options)
+    dqn.train(settings, name, population, key, evaluation=ONCE)
+    for obs, known in PROBES[name].values.items():
+        best = population.actor(torch.full((TICKETS, 1, 1), float(obs))).amax(-1).flatten()
+        assert best.sub(known).abs().max() < 0.05, obs
 
 
 @pytest.mark.parametrize("name", ["choice by the observation", "number by the observation"])

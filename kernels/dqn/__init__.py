@@ -1,0 +1,196 @@
+"""Deep Q-learning of a population: consecutive updates from each ticket's replay, in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arena import Arena, Parameters
+from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
+from ..errors import check_device, check_dtype, check_integer, check_shape, check_untransformed
+from ..memory import mark_written
+from ..mlp import describe_layers
+from ..mlp.checks import check_density, check_optimiser, check_parameters
+from ..registration import eager
+
+__all__ = ["DQNConfig", "DQNStats", "Transitions", "dqn_update_", "plan"]
+
+
+class Transitions(NamedTuple):
+    """Transitions of P tickets, C of each; with n-step returns they span n steps.
+
+    Attributes:
+        obs: ``[P, C, D]`` float32, scaled: what was acted on.
+        action: ``[P, C]`` int64.
+        reward: ``[P, C]`` float32, discounted sum of the rewards up to `next_obs`.
+        discount: ``[P, C]`` float32, of the value of `next_obs`: gamma to the power of the steps,
+            zero where the episode terminated, after which nobody looks at `next_obs`.
+        next_obs: ``[P, C, D]`` float32, what the actions led to.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+    next_obs: Tensor
+
+
+class DQNStats(NamedTuple):
+    """Means over the updates of a call, each ``[P]``.
+
+    Attributes:
+        loss: Huber's.
+        value: of the actions taken.
+        grad_norm: norm of the ticket's gradient before clipping.
+    """
+
+    loss: Tensor
+    value: Tensor
+    grad_norm: Tensor
+
+
+@dataclass(frozen=True)
+class DQNConfig:
+    """Hyper-parameters of a run of DQN updates.
+
+    Attributes:
+        updates: Adam steps per call.
+        batch: transitions per step, drawn with replacement.
+        double: the network chooses the next action and the target network values it (van Hasselt
+            et al., 2016); otherwise the target network does both.
+        max_norm: largest gradient norm of a ticket, or None.
+        beta1: Adam's decay of the first moment.
+        beta2: Adam's decay of the second moment.
+        eps: Adam's, added to the denominator.
+    """
+
+    updates: int
+    batch: int
+    double: bool = False
+    max_norm: float | None = 10.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)
+
+
+@eager
+@torch.no_grad()
+def dqn_update_(
+    parameters: Parameters,
+    arena: Arena,
+    target: Tensor,
+    replay: Transitions,
+    stored: int,
+    key: Tensor,
+    first_update: int,
+    lr: Tensor,
+    config: DQNConfig,
+    *,
+    density: float = 1.0,
+) -> DQNStats:
+    """Consecutive DQN updates of every ticket on its own transitions, in place (Mnih et al., 2015).
+
+    Update u, counted over the whole training, takes the transitions
+    ``integers(key, batch, stored, stream=MINIBATCH, step=u)`` of the ticket. The loss is the mean
+    Huber loss, of threshold 1, of the value of the action taken against
+    ``reward + discount * max_a target(next_obs)_a``. A ticket's result depends on its own rows
+    alone.
+
+    Args:
+        parameters: of P tickets; weight, m, v and step are updated, the mask is not.
+        arena: whose actor is the Q-network, an output per action; no critic, no `log_std`.
+        target: ``[P, size]`` float32, weights of the target networks, zero off the mask.
+        replay: see `Transitions`.
+        stored: how many of each ticket's C transitions, the first ones, are there.
+        key: ``[P]`` int64.
+        first_update: number of the first update of this call.
+        lr: ``[P]`` float32 learning rates.
+        config: see `DQNConfig`.
+        density: nominal density of the level: chooses each layer's format, never its meaning.
+
+    Returns:
+        Statistics, means over the updates of this call.
+
+    Raises:
+        ValueError: an arena of anything but a Q-network, a shape, a device, a number out of range,
+            or a tensor that is written and not contiguous or shares memory with another. On a GPU
+            actions are not looked at, since that would wait for them.
+        TypeError: a dtype, the kernels take float32 only; or `stored` or `first_update` no integer.
+    """
+    weight, mask, m, v, step = (tensor.detach() for tensor in parameters)
+    check_untransformed("dqn_update_", *parameters, target, lr, *replay)
+    stored = check_integer("stored", stored, 0, (1 << 31) + 1)
+    first_update = check_integer("first_update", first_update, 0, 1 << 62)
+    _check(parameters, arena, target, replay, stored, key, lr, density)
+    statistics = implementation(__name__, weight.device).dqn_update_(
+        Parameters(weight, mask.contiguous(), m, v, step),
+        arena,
+        target.detach().contiguous(),
+        Transitions(*(field.detach() for field in replay)),
+        stored,
+        key.contiguous(),
+        first_update,
+        lr.detach().contiguous(),
+        config,
+        float(density),
+    )
+    mark_written(weight, m, v, step)
+    return DQNStats(*statistics.unbind())
+
+
+def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
+    """What `dqn_update_` does on ``device``, and why."""
+    check_density(density)
+    backend = resolve_backend(device)
+    if backend == "triton":
+        reason = "the network's passes and Adam in Triton, the loss in torch; see `mlp.plan`"
+        return Plan("dqn_update_", "triton", "dense+mask", reason)
+    if backend == "reference":
+        return Plan("dqn_update_", "reference", "dense+mask", PLAIN_TORCH)
+    return Plan("dqn_update_", "cpu", *describe_layers((arena.actor,), (density,)))
+
+
+def _check(
+    parameters: Parameters,
+    arena: Arena,
+    target: Tensor,
+    replay: Transitions,
+    stored: int,
+    key: Tensor,
+    lr: Tensor,
+    density: float,
+) -> None:
+    if arena.critic is not None or arena.log_std is not None:
+        raise ValueError(
+            "arena must be a Q-network alone, got one with "
+            + ("a critic" if arena.log_std is None else "continuous actions")
+        )
+    weight = parameters.weight
+    reference = resolve_backend(weight.device) == "reference"
+    floats = (torch.float32, torch.float64) if reference else (torch.float32,)
+    check_density(density)
+    data = {"target": target, **replay._asdict()}
+    check_parameters(parameters, arena, key, lr, floats, data)
+    check_shape("target", target, tuple(weight.shape))
+    if replay.action.dim() != 2:
+        raise ValueError(f"action must have shape [P, C], got {tuple(replay.action.shape)}")
+    shape = (weight.shape[0], replay.action.shape[1])
+    features = arena.actor.sizes[0]
+    for name, tensor in data.items():
+        if name in ("obs", "next_obs"):
+            check_shape(name, tensor, (*shape, features))
+        elif name != "target":
+            check_shape(name, tensor, shape)
+        check_dtype(name, tensor, torch.int64 if name == "action" else weight.dtype)
+        check_device(name, tensor, weight)
+    if not 1 <= stored <= shape[1]:
+        raise ValueError(f"stored must be in [1, {shape[1]}], the length of action, got {stored}")

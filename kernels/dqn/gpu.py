@@ -1,0 +1,73 @@
+"""DQN's updates on a GPU: the networks' passes and Adam in Triton, between them torch.
+
+Nothing waits for the device. Gradients off the mask are computed and never read: Adam knows the
+mask.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+
+from ..arena import Arena, Parameters
+from ..mlp import mlp
+from ..training.gpu import Outputs, adam_, gradient
+from .reference import bootstrap, draw
+
+if TYPE_CHECKING:
+    from . import DQNConfig, Transitions
+
+__all__ = ["dqn_update_"]
+
+MOST_TRANSITIONS = 8192
+"""Of a ticket, gathered at once: those of many updates, but not of any number of them."""
+
+
+def dqn_update_(
+    parameters: Parameters,
+    arena: Arena,
+    target: Tensor,
+    replay: Transitions,
+    stored: int,
+    key: Tensor,
+    first_update: int,
+    lr: Tensor,
+    config: DQNConfig,
+    density: float,
+) -> Tensor:
+    """Statistics ``[3, P]``; see the op."""
+    statistics = target.new_zeros((3, len(key)))
+    norm = target.new_empty(len(key))
+    most = max(1, MOST_TRANSITIONS // config.batch)
+    for begin in range(0, config.updates, most):
+        updates = min(most, config.updates - begin)
+        drawn = draw(replay, stored, key, first_update + begin, updates, config.batch, arena)
+        values = mlp(drawn.next_obs, target, arena.actor, parameters.mask, density=density)
+        for update in range(updates):
+            span = slice(update * config.batch, (update + 1) * config.batch)
+            batch = type(drawn)(*(field[:, span].contiguous() for field in drawn))
+            judges = values[:, span]
+            if config.double:
+                weight, mask = parameters.weight, parameters.mask
+                judges = mlp(batch.next_obs, weight, arena.actor, mask, density=density)
+            choice = judges.argmax(-1, keepdim=True)
+            next_value = values[:, span].gather(-1, choice).squeeze(-1)
+            wanted = bootstrap(batch.reward, batch.discount, next_value)
+            head = partial(_loss, batch.action, wanted, statistics)
+            grad = gradient(parameters.weight, arena, (arena.actor,), batch.obs, head)
+            adam_(parameters, grad, lr, config, norm=norm)
+            statistics[2] += norm
+    return statistics / config.updates
+
+
+def _loss(action: Tensor, wanted: Tensor, statistics: Tensor, outputs: Outputs) -> None:
+    (values,), (d_values,) = outputs.values, outputs.d_values
+    value = values.gather(-1, action[..., None]).squeeze(-1)
+    error = value - wanted
+    statistics[0] += smooth_l1_loss(value, wanted, reduction="none").mean(1)
+    statistics[1] += value.mean(1)
+    slope = error.clamp(-1.0, 1.0) / action.shape[1]
+    d_values.zero_().scatter_(-1, action[..., None], slope[..., None])

@@ -1,0 +1,89 @@
+"""DQN's update in plain torch: the temporal-difference error of every ticket at once, Adam."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+
+from ..arena import Arena, Parameters
+from ..mlp.reference import mlp
+from ..random import Stream, integers
+from ..training.reference import step_
+
+if TYPE_CHECKING:
+    from . import DQNConfig, Transitions
+
+__all__ = ["bootstrap", "dqn_update_", "draw", "loss"]
+
+
+def draw(
+    replay: Transitions,
+    stored: int,
+    key: Tensor,
+    first: int,
+    updates: int,
+    batch: int,
+    arena: Arena,
+) -> Transitions:
+    """The transitions ``[P, updates * batch]`` of updates ``first, first + 1, ...``, contiguous.
+
+    Raises:
+        ValueError: an action drawn that is none of the arena's; on a GPU nobody looks.
+    """
+    tickets, capacity = replay.action.shape
+    number = torch.arange(first, first + updates, device=key.device).repeat(tickets)
+    index = integers(
+        key.repeat_interleave(updates), batch, stored, stream=Stream.MINIBATCH, step=number
+    ).view(tickets, updates * batch)
+    row = torch.arange(tickets, device=key.device)[:, None] * capacity + index
+    drawn = type(replay)(*(field.flatten(0, 1)[row] for field in replay))
+    if key.device.type == "cpu" and len(key):
+        low, high = (int(bound) for bound in drawn.action.aminmax())
+        if not 0 <= low <= high < arena.actor.sizes[-1]:
+            raise ValueError(f"action must be in [0, {arena.actor.sizes[-1]}), got {low}..{high}")
+    return drawn
+
+
+def bootstrap(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
+    """``reward + discount * next_value``; where the discount is zero, whatever is not finite."""
+    return reward + torch.where(discount == 0, 0.0, discount * next_value)
+
+
+def loss(
+    weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, action: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Huber loss ``[P]``; and that with the mean value of the actions taken, ``[2, P]``."""
+    values = mlp(obs, weight, arena.actor, mask)
+    value = values.gather(-1, action[..., None]).squeeze(-1)
+    total = smooth_l1_loss(value, target, reduction="none").mean(1)
+    return total, torch.stack([total, value.mean(1)]).detach()
+
+
+def dqn_update_(
+    parameters: Parameters,
+    arena: Arena,
+    target: Tensor,
+    replay: Transitions,
+    stored: int,
+    key: Tensor,
+    first_update: int,
+    lr: Tensor,
+    config: DQNConfig,
+    density: float,
+) -> Tensor:
+    """Statistics ``[3, P]``; see the op."""
+    statistics = []
+    for update in range(first_update, first_update + config.updates):
+        batch = draw(replay, stored, key, update, 1, config.batch, arena)
+        values = mlp(batch.next_obs, target, arena.actor, parameters.mask)
+        judges = values
+        if config.double:
+            judges = mlp(batch.next_obs, parameters.weight, arena.actor, parameters.mask)
+        choice = judges.argmax(-1, keepdim=True)
+        wanted = bootstrap(batch.reward, batch.discount, values.gather(-1, choice).squeeze(-1))
+        arguments = (arena, batch.obs, batch.action, wanted)
+        statistics.append(step_(parameters, loss, arguments, lr, config))
+    return torch.stack(statistics).mean(0)

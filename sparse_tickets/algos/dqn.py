@@ -1,0 +1,290 @@
+"""Deep Q-learning (Mnih et al., 2015) of a population of tickets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
+from sparse_tickets.algos.buffer import ReplayBuffer
+from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.envs import Env, EnvSpec, env_spec, open_env
+from sparse_tickets.kernels import dqn
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_
+from sparse_tickets.kernels.random import Stream, integers, uniform
+from sparse_tickets.population import Population
+from sparse_tickets.settings import above, at_least, check_fields, within
+
+__all__ = ["ALGORITHM", "DQN", "Iteration", "explore", "train"]
+
+
+@dataclass(frozen=True)
+class DQN:
+    """Hyper-parameters of DQN; the defaults are rl-zoo3's for CartPole."""
+
+    steps: int = 50_000
+    """Environment steps per ticket."""
+    copies: int = 8
+    """Environment copies a ticket acts in side by side."""
+    horizon: int = 32
+    """Steps per copy between runs of updates."""
+    updates: int = 128
+    """Updates after each copies x horizon steps."""
+    minibatch: int = 64
+    """Transitions per update, drawn with replacement."""
+    capacity: int = 100_000
+    """Transitions in each ticket's replay buffer."""
+    warmup: int = 1_000
+    """Steps of random actions before the first update."""
+    learning_rate: float = 2.3e-3
+    """Adam's, constant."""
+    gamma: float = 0.99
+    """Discount."""
+    target_interval: int = 10
+    """Steps after which the target network becomes the network, before the next updates."""
+    exploration: float = 0.16
+    """Share of the steps over which the probability of a random action falls linearly from 1."""
+    epsilon: float = 0.04
+    """Probability of a random action from then on."""
+    double: bool = False
+    """Let the network choose the next action that the target network values."""
+    n_step: int = 1
+    """Steps whose rewards a transition adds up."""
+    max_norm: float = 10.0
+    """Each ticket's gradient is clipped to this norm."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "copies", "horizon", "updates", "minibatch", "target_interval", "n_step")
+        check_fields(
+            self,
+            dict.fromkeys(counts, at_least(1))
+            | dict.fromkeys(("warmup", "learning_rate"), at_least(0))
+            | dict.fromkeys(("gamma", "exploration", "epsilon"), within(0, 1))
+            | {"max_norm": above(0)},
+            prefix="dqn.",
+        )
+        if self.capacity < self.copies:
+            raise ValueError(
+                f"dqn.capacity must be at least copies = {self.copies}, got {self.capacity}"
+            )
+        if self.steps < self.batch:
+            raise ValueError(
+                f"dqn.steps must be at least copies * horizon = {self.batch}, got {self.steps}"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Steps per iteration."""
+        return self.copies * self.horizon
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of acting and updates."""
+        return self.steps // self.batch
+
+    def epsilon_at(self, iteration: int) -> float:
+        """Probability of a random action: 1 while warming up, else linear from 1 to `epsilon`."""
+        step = iteration * self.batch
+        if step < self.warmup:
+            return 1.0
+        share = min(step / max(self.exploration * self.steps, 1.0), 1.0)
+        return 1.0 + share * (self.epsilon - 1.0)
+
+    def config(self) -> DQNConfig:
+        """What one run of updates needs to know."""
+        return DQNConfig(self.updates, self.minibatch, self.double, self.max_norm)
+
+
+def train(
+    settings: DQN,
+    env_name: str,
+    population: Population,
+    key: Tensor,
+    *,
+    evaluation: Evaluation | None = None,
+    first_iteration: int = 0,
+    rewind_iteration: int | None = None,
+    on_iteration: Callable[[int], None] | None = None,
+) -> Result:
+    """Train every ticket of a population by DQN; nothing is computed across tickets.
+
+    Greedy evaluation takes the action of the highest value, sampled evaluation draws from the
+    softmax of the values.
+
+    Args:
+        settings: the hyper-parameters.
+        env_name: a registered environment or any gymnasium id, of discrete actions.
+        population: changed in place; its actor is the Q-network, without a critic.
+        key: ``[P]`` int64; all randomness of a ticket's training comes from its key.
+        evaluation: how returns are measured; the protocol's by default.
+        first_iteration: where the schedule starts, for tickets rewound to a later step; the replay
+            buffer starts empty all the same, and fills before the first update.
+        rewind_iteration: snapshot the parameters before this iteration.
+        on_iteration: called after each iteration with the agent-steps taken in it.
+
+    Returns:
+        Curves, returns, final and best weights.
+
+    Raises:
+        ValueError: an unknown environment, one of continuous actions, a population with a critic,
+            or a key that does not fit the population.
+    """
+    if tuple(key.shape) != (len(population),):
+        raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
+    _check(env_spec(env_name), population.arena)
+    with (
+        open_env(env_name, len(population), settings.copies, device=key.device) as env,
+        Evaluator(
+            evaluation or Evaluation(),
+            env_name,
+            population,
+            key,
+            first_iteration,
+            settings.iterations,
+            rewind_iteration,
+        ) as evaluator,
+    ):
+        iterate = Iteration(settings, env, population, key, first_iteration)
+        for iteration in range(first_iteration, settings.iterations):
+            evaluator.before(iteration)
+            iterate.epsilon.fill_(settings.epsilon_at(iteration))
+            iterate()
+            evaluator.after(iteration)
+            if on_iteration is not None:
+                on_iteration(len(population) * settings.batch)
+        evaluator.note(env)
+        return evaluator.result((settings.iterations - first_iteration) * settings.batch)
+
+
+def explore(
+    population: Population, obs: Tensor, epsilon: Tensor, key: Tensor, clock: int | Tensor
+) -> Tensor:
+    """Actions ``[P, E]``: a random one with probability epsilon, else that of the highest value.
+
+    Args:
+        population: of Q-networks.
+        obs: ``[P, E, D]``.
+        epsilon: ``[P]``, of each ticket.
+        key: ``[P]`` int64.
+        clock: number of this step.
+    """
+    greedy = population.actor(obs).argmax(-1)
+    copies, actions = obs.shape[1], population.arena.actor.sizes[-1]
+    chance = uniform(key, copies, stream=Stream.EXPLORE, step=clock)
+    random = integers(key, copies, actions, stream=Stream.ACTION, step=clock)
+    return torch.where(chance < epsilon[:, None], random, greedy)
+
+
+class Iteration:
+    """Act, store, update; each call goes on from the last.
+
+    Args:
+        settings: the hyper-parameters.
+        env: the environment; reset here.
+        population: changed in place.
+        key: ``[P]`` int64.
+        first: number of the first iteration.
+
+    Attributes:
+        epsilon: ``[P]``, the probability of a random action in the next call.
+        buffer: what each ticket remembers.
+    """
+
+    def __init__(
+        self, settings: DQN, env: Env, population: Population, key: Tensor, first: int
+    ) -> None:
+        self._settings, self._config = settings, settings.config()
+        self._env, self._population, self._key = env, population, key
+        self._obs = env.reset(key)
+        self._number = first
+        weight = population.parameters.weight
+        self._target = weight.clone()
+        self._learning_rate = torch.full_like(weight[:, 0], settings.learning_rate)
+        self.epsilon = torch.ones_like(self._learning_rate)
+        self.buffer = ReplayBuffer(
+            len(population),
+            env.copies,
+            env.spec.observation_dim,
+            max(min(settings.capacity, settings.steps), env.copies),
+            n_step=settings.n_step,
+            gamma=settings.gamma,
+            device=key.device,
+        )
+
+    def __call__(self) -> None:
+        settings, population, buffer = self._settings, self._population, self.buffer
+        for _ in range(settings.horizon):
+            action = explore(population, self._obs, self.epsilon, self._key, self._env.clock)
+            step = self._env.step(action)
+            buffer.add(self._obs, action, step)
+            self._obs = step.obs
+        taken = self._number * settings.batch
+        if (taken + settings.batch) // settings.target_interval > taken // settings.target_interval:
+            self._target.copy_(population.parameters.weight)
+        if buffer.added >= max(settings.warmup, 1):
+            dqn_update_(
+                population.parameters,
+                population.arena,
+                self._target,
+                buffer.transitions,
+                buffer.stored,
+                self._key,
+                self._number * settings.updates,
+                self._learning_rate,
+                self._config,
+                density=population.density,
+            )
+        self._number += 1
+
+
+def _check(spec: EnvSpec, arena: Arena) -> None:
+    if not spec.discrete:
+        raise ValueError(
+            f"dqn needs discrete actions, got those of {spec.name}, which are continuous: "
+            "train it by ppo"
+        )
+    if arena.critic is not None:
+        raise ValueError("dqn trains a Q-network alone: build its arena with critic=False")
+
+
+class _DeepQLearning:
+    """DQN as a sweep knows it, with a budget of its own."""
+
+    name, title = "dqn", "DQN"
+    settings = DQN
+    has_critic, imitates = False, False
+
+    def train(
+        self,
+        settings: DQN,
+        budget: PPO,
+        env_name: str,
+        population: Population,
+        key: Tensor,
+        demonstrations: Demonstrations | None,
+        schedule: Schedule,
+    ) -> Result:
+        return train(settings, env_name, population, key, **schedule)
+
+    def iteration(
+        self,
+        settings: DQN,
+        budget: PPO,
+        env: Env,
+        population: Population,
+        key: Tensor,
+        demonstrations: Demonstrations | None,
+    ) -> Iteration:
+        return Iteration(settings, env, population, key, 0)
+
+    def plan(self, arena: Arena, device: torch.device, density: float) -> Plan:
+        return dqn.plan(arena, device, density=density)
+
+
+ALGORITHM: Algorithm = _DeepQLearning()
