@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -15,15 +16,17 @@ __all__ = [
     "check_dtype",
     "check_integer",
     "check_shape",
+    "check_tensor",
     "check_untransformed",
     "has_data",
+    "refuse_shape",
 ]
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless ``tensor`` has exactly the shape ``expected``."""
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+    if tensor.shape != expected:
+        refuse_shape(name, tensor, expected)
 
 
 def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
@@ -31,6 +34,42 @@ def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
     if tensor.dtype not in allowed:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | str, ...], *dtypes: torch.dtype, like: Tensor
+) -> None:
+    """Raise unless ``tensor`` is as an op takes it.
+
+    Args:
+        name: of the argument.
+        tensor: what was given.
+        shape: of it: sizes, and words for those that may be any.
+        dtypes: of which it has one.
+        like: a tensor on its device.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device.
+    """
+    if tensor.shape != shape and not _fits(tensor.shape, shape):
+        refuse_shape(name, tensor, shape)
+    if tensor.dtype not in dtypes:
+        check_dtype(name, tensor, *dtypes)
+    if tensor.device != like.device:
+        check_device(name, tensor, like)
+
+
+def refuse_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> NoReturn:
+    """Raise `check_tensor`'s ``ValueError`` where ``shape`` says more than it can check."""
+    expected = ", ".join(map(str, shape)) + "," * (len(shape) == 1)
+    raise ValueError(f"{name} must have shape ({expected}), got {tuple(tensor.shape)}")
+
+
+def _fits(given: torch.Size, shape: tuple[int | str, ...]) -> bool:
+    return len(given) == len(shape) and all(
+        isinstance(wanted, str) or size == wanted for size, wanted in zip(given, shape, strict=True)
+    )
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
-from ..errors import check_device, check_dtype, check_shape, check_untransformed, has_data
+from ..errors import check_tensor, check_untransformed, has_data
 from ..registration import declare
 from .reference import TASKS, Task
 
@@ -102,21 +102,21 @@ def _find_task(name: str) -> Task:
 
 
 def _check_initial(u: Tensor, task: Task) -> None:
-    check_dtype("u", u, torch.float32)
-    check_shape("u", u, (*u.shape[:-1], task.state_dim))
+    check_tensor("u", u, (*u.shape[:-1], task.state_dim), torch.float32, like=u)
 
 
 def _check_state(state: Tensor, task: Task) -> None:
-    check_dtype("state", state, torch.float64)
-    check_shape("state", state, (*state.shape[:-1], task.state_dim))
+    shape = (*state.shape[:-1], task.state_dim)
+    check_tensor("state", state, shape, torch.float64, like=state)
 
 
 def _check_step(state: Tensor, action: Tensor, task: Task) -> None:
     _check_state(state, task)
-    check_device("action", action, state)
-    check_dtype("action", action, torch.int64 if task.discrete else torch.float32)
-    copies = tuple(state.shape[:-1])
-    check_shape("action", action, copies if task.discrete else (*copies, task.action_dim))
+    copies = state.shape[:-1]
+    if task.discrete:
+        check_tensor("action", action, copies, torch.int64, like=state)
+    else:
+        check_tensor("action", action, (*copies, task.action_dim), torch.float32, like=state)
     if task.discrete and action.is_cpu and has_data(action) and action.numel():
         low, high = (int(bound) for bound in action.aminmax())
         if low < 0 or high >= task.action_dim:

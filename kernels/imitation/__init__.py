@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
-from ..errors import check_device, check_dtype, check_shape, check_untransformed
+from ..errors import check_tensor, check_untransformed
 from ..memory import mark_written
 from ..mlp import describe_layers
 from ..mlp.checks import check_counter, check_density, check_optimiser, check_parameters
@@ -143,20 +143,13 @@ def _check(
 
 
 def _check_data(weight: Tensor, arena: Arena, obs: Tensor, target: Tensor, dataset: Tensor) -> None:
-    if obs.dim() != 3:
-        raise ValueError(f"obs must have shape [D, n, I], got {tuple(obs.shape)}")
+    check_tensor("obs", obs, ("D", "n", arena.actor.sizes[0]), weight.dtype, like=weight)
     datasets, samples, _ = obs.shape
-    check_shape("obs", obs, (datasets, samples, arena.actor.sizes[0]))
     if not 1 <= samples <= 2**31:
         raise ValueError(f"obs must have between 1 and 2**31 samples, got {samples}")
     numbers = arena.actor.sizes[-1] * (1 if arena.log_std is None else 2)
-    check_shape("target", target, (datasets, samples, numbers))
-    check_shape("dataset", dataset, (weight.shape[0],))
-    check_dtype("obs", obs, weight.dtype)
-    check_dtype("target", target, weight.dtype)
-    check_dtype("dataset", dataset, torch.int64)
-    for name, tensor in (("obs", obs), ("target", target), ("dataset", dataset)):
-        check_device(name, tensor, weight)
+    check_tensor("target", target, (datasets, samples, numbers), weight.dtype, like=weight)
+    check_tensor("dataset", dataset, (len(weight),), torch.int64, like=weight)
 
 
 def _check_dataset(dataset: Tensor, datasets: int) -> None:

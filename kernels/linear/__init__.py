@@ -18,7 +18,7 @@ from torch.library import Library
 from torch.nn import Parameter
 
 from ..dispatch import Backend, Plan, resolve_backend, resume
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_tensor
 from ..registration import register
 from . import reference
 from .blocks import (
@@ -279,23 +279,12 @@ def _validate(
 ) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape (P, B, I), got {tuple(x.shape)}")
-    if weight.dim() != 3:
-        raise ValueError(f"weight must have shape (P, O, I), got {tuple(weight.shape)}")
-    tickets, out = weight.shape[0], weight.shape[1]
-    check_shape("weight", weight, (x.shape[0], out, x.shape[2]))
-    check_dtype("x", x, *_DTYPES)
-    check_dtype("weight", weight, x.dtype)
-    check_device("weight", weight, x)
+    check_tensor("x", x, ("P", "B", "I"), *_DTYPES, like=x)
+    check_tensor("weight", weight, (x.shape[0], "O", x.shape[2]), x.dtype, like=x)
     if mask is not None:
-        check_shape("mask", mask, tuple(weight.shape))
-        check_dtype("mask", mask, torch.bool)
-        check_device("mask", mask, x)
+        check_tensor("mask", mask, weight.shape, torch.bool, like=x)
     if bias is not None:
-        check_shape("bias", bias, (tickets, out))
-        check_dtype("bias", bias, x.dtype)
-        check_device("bias", bias, x)
+        check_tensor("bias", bias, weight.shape[:2], x.dtype, like=x)
 
 
 def _backend(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -501,9 +490,8 @@ def _check_forward(
 def _check_dx(
     dy: Tensor, weight: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
 ) -> None:
-    if weight.dim() != 3:
-        raise ValueError(f"weight must have shape (P, O, I), got {tuple(weight.shape)}")
-    check_shape("mask", mask, tuple(weight.shape))
+    check_tensor("weight", weight, ("P", "O", "I"), dy.dtype, like=dy)
+    check_tensor("mask", mask, weight.shape, torch.bool, like=dy)
     # The transposed product: dy takes the place of x.
     _validate(dy, weight.mT, mask.mT, None, precision)
     _check_blocks(blocks, block, mask)
@@ -512,11 +500,10 @@ def _check_dx(
 def _check_dw(
     dy: Tensor, x: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
 ) -> None:
-    if dy.dim() != 3:
-        raise ValueError(f"dy must have shape (P, B, O), got {tuple(dy.shape)}")
+    check_tensor("mask", mask, ("P", "O", "I"), torch.bool, like=x)
     weight = dy.new_empty(1).expand(mask.shape)
     _validate(x, weight, mask, None, precision)
-    check_shape("dy", dy, (*x.shape[:2], mask.shape[1]))
+    check_tensor("dy", dy, (*x.shape[:2], mask.shape[1]), x.dtype, like=x)
     _check_blocks(blocks, block, mask)
 
 
@@ -529,9 +516,8 @@ def _check_blocks(blocks: Tensor | None, block: int, mask: Tensor) -> None:
     if block not in BLOCK_SIZES:
         raise ValueError(f"block must be one of {BLOCK_SIZES}, got {block}")
     tickets, out, inp = mask.shape
-    check_shape("blocks", blocks, table_shape(tickets, out, inp, block))
-    check_dtype("blocks", blocks, torch.int32)
-    check_device("blocks", blocks, mask)
+    shape = table_shape(tickets, out, inp, block)
+    check_tensor("blocks", blocks, shape, torch.int32, like=mask)
 
 
 register(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
 from ..dispatch import Backend, resolve_backend
-from ..errors import check_data, check_device, check_dtype, check_integer, check_shape
+from ..errors import check_data, check_dtype, check_integer, check_tensor, refuse_shape
 from ..linear import PRECISIONS
 from ..memory import check_separate
 
@@ -41,9 +41,7 @@ def check_counter(name: str, value: int | Tensor, limit: int, like: Tensor) -> i
     """
     if not isinstance(value, Tensor):
         return check_integer(name, value, 0, limit)
-    check_shape(name, value, ())
-    check_dtype(name, value, torch.int64)
-    check_device(name, value, like)
+    check_tensor(name, value, (), torch.int64, like=like)
     if resolve_backend(like.device) == "cpu":
         raise TypeError(f"{name} must be an int on the CPU, got a tensor")
     return value
@@ -80,17 +78,13 @@ def check_rows(weight: Tensor, nets: tuple[Net, ...], mask: Tensor | None, ticke
         )
     )
     if weight.dim() != 2 or weight.shape[0] != tickets or weight.shape[1] < size:
-        raise ValueError(
-            f"weight must have shape [{tickets}, at least {size}], got {tuple(weight.shape)}"
-        )
+        refuse_shape("weight", weight, (tickets, f"{size} or more"))
     if mask is None:
         return
-    check_dtype("mask", mask, torch.bool)
-    check_device("mask", mask, weight)
-    if mask.dim() != 2 or mask.shape[0] != tickets or mask.shape[1] > weight.shape[1]:
-        raise ValueError(
-            f"mask must have shape [{tickets}, at most {weight.shape[1]}], got {tuple(mask.shape)}"
-        )
+    shape = (tickets, f"N <= {weight.shape[1]}")
+    check_tensor("mask", mask, shape, torch.bool, like=weight)
+    if mask.shape[1] > weight.shape[1]:
+        refuse_shape("mask", mask, shape)
     prunable = mask.shape[1]
     for net in nets:
         for layer, begin in enumerate(net.weights):
@@ -111,13 +105,9 @@ def check_network(
     x: Tensor, weight: Tensor, mask: Tensor | None, net: Net, density: float, precision: str
 ) -> None:
     """Raise unless a network, its input and its mask fit; as `mlp` takes them."""
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape [P, B, {net.sizes[0]}], got {tuple(x.shape)}")
-    tickets, samples, _ = x.shape
-    check_shape("x", x, (tickets, samples, net.sizes[0]))
+    check_tensor("x", x, ("P", "B", net.sizes[0]), x.dtype, like=weight)
     check_density(density)
-    check_rows(weight, (net,), mask, tickets)
-    check_device("x", x, weight)
+    check_rows(weight, (net,), mask, len(x))
     check_precision(precision)
 
 
@@ -148,20 +138,13 @@ def check_parameters(
     weight, mask, m, v, step = parameters
     check_data("weight", weight)
     tickets = weight.shape[0]
-    check_shape("weight", weight, (tickets, arena.size))
-    check_rows(weight, arena.nets, mask, tickets)
-    check_shape("mask", mask, (tickets, arena.prunable))
-    check_dtype("weight", weight, *floats)
-    for name, moment in (("m", m), ("v", v)):
-        check_shape(name, moment, (tickets, arena.size))
-        check_dtype(name, moment, weight.dtype)
-    for name, vector in (("step", step), ("key", key), ("lr", lr)):
-        check_shape(name, vector, (tickets,))
-    check_dtype("step", step, torch.int64)
-    check_dtype("key", key, torch.int64)
-    check_dtype("lr", lr, torch.float32, torch.float64)
-    for name, tensor in (("m", m), ("v", v), ("step", step), ("key", key), ("lr", lr)):
-        check_device(name, tensor, weight)
+    check_tensor("weight", weight, (tickets, arena.size), *floats, like=weight)
+    check_tensor("mask", mask, (tickets, arena.prunable), torch.bool, like=weight)
+    check_tensor("m", m, weight.shape, weight.dtype, like=weight)
+    check_tensor("v", v, weight.shape, weight.dtype, like=weight)
+    check_tensor("step", step, (tickets,), torch.int64, like=weight)
+    check_tensor("key", key, (tickets,), torch.int64, like=weight)
+    check_tensor("lr", lr, (tickets,), torch.float32, torch.float64, like=weight)
     # The kernels and `adam_` update these in place, row by row.
     written = {"weight": weight, "m": m, "v": v, "step": step}
     for name, tensor in written.items():

@@ -16,7 +16,7 @@ from torch.library import Library
 
 from ..arena import Net
 from ..dispatch import Backend, differentiating, resolve_backend, resume
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_tensor
 from ..linear import is_plain, is_watched
 from ..registration import declare
 from . import layered, reference
@@ -214,9 +214,7 @@ def _check_backward(
     if hidden is not None:
         given["hidden"] = hidden, sum(net.sizes[1:-1])
     for name, (tensor, features) in given.items():
-        check_shape(name, tensor, (*x.shape[:2], features))
-        check_dtype(name, tensor, x.dtype)
-        check_device(name, tensor, x)
+        check_tensor(name, tensor, (*x.shape[:2], features), x.dtype, like=x)
     return net
 
 

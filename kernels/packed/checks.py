@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import check_device, check_dtype, check_integer, check_shape
+from ..errors import check_integer, check_tensor, refuse_shape
 from ..linear import PRECISIONS
 from .layout import PackedLayer, lay_out
 
@@ -39,9 +39,7 @@ def check_where(bits: Tensor, start: Tensor, shapes: list[int]) -> tuple[PackedL
         ("bits", bits, words + layers[-1].words),
         ("start", start, tiles + 1),
     ):
-        check_dtype(name, tensor, torch.int32)
-        check_shape(name, tensor, (tickets, length))
-    check_device("start", start, bits)
+        check_tensor(name, tensor, (tickets, length), torch.int32, like=bits)
     return layers
 
 
@@ -58,39 +56,27 @@ def check_precision(precision: str) -> None:
 
 def check_values(name: str, values: Tensor, bits: Tensor, width: int | None = None) -> None:
     """``[P, width]``, or of any width."""
-    if values.dim() != 2 or (width is not None and values.shape[1] != width):
-        length = "k" if width is None else width
-        raise ValueError(f"{name} must have shape ({len(bits)}, {length}), got {_shape(values)}")
-    check_shape(name, values, (len(bits), values.shape[1]))
-    check_dtype(name, values, *DTYPES)
-    check_device(name, values, bits)
+    shape = (len(bits), "k" if width is None else width)
+    check_tensor(name, values, shape, *DTYPES, like=bits)
 
 
 def check_dense(dense: Tensor, bits: Tensor, size: int) -> None:
     """``[P, size or more]``."""
-    if dense.dim() != 2 or len(dense) != len(bits) or dense.shape[1] < size:
-        raise ValueError(
-            f"dense must have shape ({len(bits)}, {size} or more), got {_shape(dense)}"
-        )
-    check_dtype("dense", dense, *DTYPES)
-    check_device("dense", dense, bits)
+    shape = (len(bits), f"{size} or more")
+    check_tensor("dense", dense, shape, *DTYPES, like=bits)
+    if dense.shape[1] < size:
+        refuse_shape("dense", dense, shape)
 
 
 def check_batch(name: str, tensor: Tensor, values: Tensor, features: int) -> None:
     """``[P, B, features]`` of the values' dtype, where they live."""
-    if tensor.dim() != 3 or (len(tensor), tensor.shape[2]) != (len(values), features):
-        raise ValueError(
-            f"{name} must have shape ({len(values)}, B, {features}), got {_shape(tensor)}"
-        )
-    check_dtype(name, tensor, values.dtype)
-    check_device(name, tensor, values)
+    check_tensor(name, tensor, (len(values), "B", features), values.dtype, like=values)
 
 
 def check_squares(squares: Tensor, start: Tensor) -> None:
     """A sum of squares for every tile."""
-    check_shape("squares", squares, (len(start), start.shape[1] - 1))
-    check_dtype("squares", squares, torch.float32, torch.float64)
-    check_device("squares", squares, start)
+    shape = (len(start), start.shape[1] - 1)
+    check_tensor("squares", squares, shape, torch.float32, torch.float64, like=start)
 
 
 def check_sound(kept: Tensor, start: Tensor, layer: PackedLayer, width: int) -> None:
@@ -109,7 +95,3 @@ def check_sound(kept: Tensor, start: Tensor, layer: PackedLayer, width: int) -> 
             "pattern must be as build_pattern made it and values as wide as its width, got bits or "
             "counts that were written since: build it anew"
         )
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)

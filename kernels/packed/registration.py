@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ..dispatch import Backend, resolve_backend, resume
-from ..errors import check_device, check_dtype, check_integer, check_shape
+from ..errors import check_dtype, check_integer, check_tensor
 from ..memory import check_separate, mark_written
 from ..registration import declare, register
 from . import reference
@@ -76,9 +76,7 @@ def _check_forward(
     check_values("values", values, bits)
     check_batch("x", x, values, place.inp)
     if bias is not None:
-        check_shape("bias", bias, (len(bits), place.out))
-        check_dtype("bias", bias, x.dtype)
-        check_device("bias", bias, x)
+        check_tensor("bias", bias, (len(bits), place.out), x.dtype, like=x)
 
 
 def _check_dx(
@@ -109,11 +107,8 @@ def _check_dw(
     check_precision(precision)
     place = find_layer(check_where(bits, start, shapes), layer)
     check_integer("width", width, 0, 1 << 31)
-    check_dtype("x", x, *DTYPES)
-    check_device("x", x, bits)
-    check_batch("x", x, x.new_empty(len(bits), 0), place.inp)
-    check_batch("dy", dy, x, place.out)
-    check_shape("dy", dy, (*x.shape[:2], place.out))
+    check_tensor("x", x, (len(bits), "B", place.inp), *DTYPES, like=bits)
+    check_tensor("dy", dy, (*x.shape[:2], place.out), x.dtype, like=x)
 
 
 def _check_write(

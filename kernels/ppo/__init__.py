@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
-from ..errors import check_device, check_dtype, check_shape, check_untransformed
+from ..errors import check_tensor, check_untransformed
 from ..memory import mark_written
 from ..mlp import describe_layers
 from ..mlp.checks import check_counter, check_density, check_optimiser, check_parameters
@@ -207,26 +207,19 @@ def _check(
 
 def _check_batch(parameters: Parameters, arena: Arena, batch: Batch) -> None:
     tickets, weight = parameters.weight.shape[0], parameters.weight
-    if batch.logp.dim() != 2:
-        raise ValueError(f"logp must have shape [{tickets}, S], got {tuple(batch.logp.shape)}")
-    samples = batch.logp.shape[1]
-    check_shape("obs", batch.obs, (tickets, samples, arena.actor.sizes[0]))
+    check_tensor("logp", batch.logp, (tickets, "S"), weight.dtype, like=weight)
+    samples, actions = batch.logp.shape[1], arena.actor.sizes[-1]
+    shape = (tickets, samples, arena.actor.sizes[0])
+    check_tensor("obs", batch.obs, shape, weight.dtype, like=weight)
+    for name in ("value", "advantage", "target"):
+        check_tensor(name, getattr(batch, name), (tickets, samples), weight.dtype, like=weight)
     if arena.log_std is None:
-        check_shape("action", batch.action, (tickets, samples))
-        check_dtype("action", batch.action, torch.int64)
+        check_tensor("action", batch.action, (tickets, samples), torch.int64, like=weight)
         # On a GPU the check would wait for it, and torch's own gather is guarded.
         if batch.action.device.type == "cpu" and batch.action.numel():
             low, high = (int(bound) for bound in batch.action.aminmax())
-            if not 0 <= low <= high < arena.actor.sizes[-1]:
-                raise ValueError(
-                    f"action must be in [0, {arena.actor.sizes[-1]}), got {low}..{high}"
-                )
+            if not 0 <= low <= high < actions:
+                raise ValueError(f"action must be in [0, {actions}), got {low}..{high}")
     else:
-        check_shape("action", batch.action, (tickets, samples, arena.actor.sizes[-1]))
-        check_dtype("action", batch.action, weight.dtype)
-    for name in ("logp", "value", "advantage", "target"):
-        check_shape(name, getattr(batch, name), (tickets, samples))
-    for name, tensor in zip(Batch._fields, batch, strict=True):
-        if name != "action":
-            check_dtype(name, tensor, weight.dtype)
-        check_device(name, tensor, weight)
+        shape = (tickets, samples, actions)
+        check_tensor("action", batch.action, shape, weight.dtype, like=weight)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
-from ..errors import check_data, check_device, check_dtype, check_shape
+from ..errors import check_data, check_tensor
 from ..registration import declare
 
 __all__ = ["prune"]
@@ -63,7 +63,7 @@ def _checked(
         raise ValueError(f"criterion must be 'score' or 'magnitude', got {criterion!r}")
     tickets, prunable = scores.shape
     if isinstance(k, Tensor):
-        _check_counts_shape(k, scores)
+        check_tensor("k", k, (tickets,), torch.int64, like=scores)
         if check:
             _check_counts(k, prunable)
     else:
@@ -95,24 +95,14 @@ def _check_no_nan(scores: Tensor, mask: Tensor) -> None:
 
 
 def _check_scores(scores: Tensor, mask: Tensor) -> None:
-    if scores.ndim != 2:
-        raise ValueError(f"scores must have shape [P, N], got {tuple(scores.shape)}")
-    check_dtype("scores", scores, torch.float32, torch.float64)
-    check_shape("mask", mask, tuple(scores.shape))
-    check_dtype("mask", mask, torch.bool)
-    check_device("mask", mask, scores)
-
-
-def _check_counts_shape(k: Tensor, scores: Tensor) -> None:
-    check_shape("k", k, (len(scores),))
-    check_dtype("k", k, torch.int64)
-    check_device("k", k, scores)
+    check_tensor("scores", scores, ("P", "N"), torch.float32, torch.float64, like=scores)
+    check_tensor("mask", mask, scores.shape, torch.bool, like=scores)
 
 
 def _check_op(scores: Tensor, mask: Tensor, k: Tensor) -> None:
     """Whoever calls the op by its name has passed no other check; kernels read memory by shapes."""
     _check_scores(scores, mask)
-    _check_counts_shape(k, scores)
+    check_tensor("k", k, (len(scores),), torch.int64, like=scores)
 
 
 def _prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool) -> Tensor:

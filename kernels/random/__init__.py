@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_tensor, refuse_shape
 
 __all__ = [
     "Stream",
@@ -222,23 +222,16 @@ _library = torch.library.Library("sparse_tickets", "FRAGMENT")
 
 
 def _check_key(key: Tensor, step: int | Tensor) -> None:
-    check_dtype("key", key, torch.int64)
-    if key.dim() != 1:
-        raise ValueError(f"key must have shape [P], got {tuple(key.shape)}")
+    check_tensor("key", key, ("P",), torch.int64, like=key)
     if isinstance(step, Tensor):
-        check_dtype("step", step, torch.int64)
-        check_device("step", step, key)
-        if step.dim():
-            check_shape("step", step, tuple(key.shape))
+        check_tensor("step", step, key.shape if step.dim() else (), torch.int64, like=key)
 
 
 def _check_categorical(probs: Tensor, u: Tensor) -> None:
-    check_dtype("probs", probs, torch.float32)
-    check_dtype("u", u, torch.float32)
     if probs.dim() < 1 or probs.shape[-1] < 1:
-        raise ValueError(f"probs must have shape [..., A] with A >= 1, got {tuple(probs.shape)}")
-    check_shape("u", u, tuple(probs.shape[:-1]))
-    check_device("u", u, probs)
+        refuse_shape("probs", probs, ("...", "A >= 1"))
+    check_tensor("probs", probs, probs.shape, torch.float32, like=probs)
+    check_tensor("u", u, probs.shape[:-1], torch.float32, like=probs)
 
 
 def _register_draw(op: str, dtype: torch.dtype) -> None:

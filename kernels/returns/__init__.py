@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_tensor
 from ..registration import declare
 
 __all__ = ["gae"]
@@ -77,18 +77,14 @@ def _check(
     lam: float,
 ) -> None:
     """Whoever calls the op by its name has passed no other check; kernels read memory by shapes."""
-    if reward.ndim != 3:
-        raise ValueError(f"reward must have shape [P, T, E], got {tuple(reward.shape)}")
-    check_dtype("reward", reward, torch.float32, torch.float64)
+    check_tensor("reward", reward, ("P", "T", "E"), torch.float32, torch.float64, like=reward)
     for name, tensor, dtype in (
         ("value", value, reward.dtype),
         ("next_value", next_value, reward.dtype),
         ("terminated", terminated, torch.bool),
         ("truncated", truncated, torch.bool),
     ):
-        check_shape(name, tensor, tuple(reward.shape))
-        check_dtype(name, tensor, dtype)
-        check_device(name, tensor, reward)
+        check_tensor(name, tensor, reward.shape, dtype, like=reward)
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0 <= number <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {number}")

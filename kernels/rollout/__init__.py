@@ -30,10 +30,8 @@ from ..dynamics import check_task
 from ..dynamics.copies import Copies
 from ..errors import (
     check_data,
-    check_device,
-    check_dtype,
     check_integer,
-    check_shape,
+    check_tensor,
     check_untransformed,
 )
 from ..memory import check_separate, mark_written
@@ -253,9 +251,8 @@ def _run(
     keep_heads: bool,
 ) -> tuple[Rollout, Tensor, Tensor]:
     _check(parameters, arena, env, key, density)
-    check_dtype("obs", obs, torch.float32)
-    check_shape("obs", obs, (key.shape[0], env.copies, arena.actor.sizes[0]))
-    check_device("obs", obs, parameters.weight)
+    shape = (len(key), env.copies, arena.actor.sizes[0])
+    check_tensor("obs", obs, shape, torch.float32, like=key)
     steps = check_integer("steps", steps, 1, 1 << 31)
     stream = check_integer("stream", stream, 0, 1 << 32)
     weight, obs = parameters.weight.detach(), obs.detach()
@@ -325,26 +322,15 @@ def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density:
     check_untransformed("rollout")
     check_data("weight", parameters.weight)
     check_density(density)
-    check_dtype("key", key, torch.int64)
-    if key.dim() != 1:
-        raise ValueError(f"key must have shape [P], got {tuple(key.shape)}")
-    tickets = key.shape[0]
-    for name, tensor, dtype, shape in (
-        ("weight", parameters.weight, torch.float32, (tickets, arena.size)),
-        ("mask", parameters.mask, torch.bool, (tickets, arena.prunable)),
-    ):
-        check_dtype(name, tensor, dtype)
-        check_shape(name, tensor, shape)
-        check_device(name, tensor, key)
+    check_tensor("key", key, ("P",), torch.int64, like=key)
+    check_tensor("weight", parameters.weight, (len(key), arena.size), torch.float32, like=key)
+    check_tensor("mask", parameters.mask, (len(key), arena.prunable), torch.bool, like=key)
     spec = env.spec
     if env.task is not None:
         check_task(env.task)
         inputs = (_check_source(env, key),)
         for name in ("offset", "scale"):
-            tensor = getattr(env, name)
-            check_dtype(f"env.{name}", tensor, torch.float32)
-            check_shape(f"env.{name}", tensor, inputs)
-            check_device(f"env.{name}", tensor, key)
+            check_tensor(f"env.{name}", getattr(env, name), inputs, torch.float32, like=key)
     if spec.discrete != (arena.log_std is None):
         kind = "discrete" if spec.discrete else "continuous"
         raise ValueError(f"arena must be built for {kind} actions to act in {spec.name}")
@@ -382,16 +368,9 @@ def _check_copies(env: Any, obs: Tensor) -> None:
     if env.key is None:
         raise RuntimeError("env.reset must be called before rollout")
     check_untransformed("rollout", env.state)
-    shape = tuple(obs.shape[:2])
-    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
-        ("key", torch.int64, shape[:1]),
-        ("state", torch.float64, (*shape, env.task.state_dim)),
-        ("elapsed", torch.int32, shape),
-    ]
+    shape = obs.shape[:2]
+    check_tensor("env.key", env.key, shape[:1], torch.int64, like=obs)
+    check_tensor("env.state", env.state, (*shape, env.task.state_dim), torch.float64, like=obs)
+    check_tensor("env.elapsed", env.elapsed, shape, torch.int32, like=obs)
     if isinstance(env.clock, Tensor):
-        tensors.append(("clock", torch.int64, ()))
-    for name, dtype, expected in tensors:
-        tensor = getattr(env, name)
-        check_dtype(f"env.{name}", tensor, dtype)
-        check_shape(f"env.{name}", tensor, expected)
-        check_device(f"env.{name}", tensor, obs)
+        check_tensor("env.clock", env.clock, (), torch.int64, like=obs)

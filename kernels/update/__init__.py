@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import implementation
-from ..errors import check_untransformed
+from ..errors import check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
 from ..registration import declare
 from .checks import (
@@ -27,7 +27,6 @@ from .checks import (
     check_range,
     check_rewind_separate,
     check_rows,
-    check_vector,
 )
 
 __all__ = ["adam_", "rewind_"]
@@ -190,8 +189,8 @@ def _check_adam(
 ) -> None:
     check_rows(mask, weight=weight, m=m, v=v)
     check_like("grad", grad, weight)
-    check_vector("step", step, weight, torch.int64)
-    check_vector("lr", lr, weight, torch.float32, torch.float64)
+    check_tensor("step", step, (len(weight),), torch.int64, like=weight)
+    check_tensor("lr", lr, (len(weight),), torch.float32, torch.float64, like=weight)
     if not step.is_contiguous():
         raise ValueError(f"step must be contiguous, got strides {step.stride()}")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import check_device, check_dtype, check_shape
+from ..errors import check_tensor, refuse_shape
 from ..memory import check_separate
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "check_range",
     "check_rewind_separate",
     "check_rows",
-    "check_vector",
 ]
 
 PARTIALS_LIMIT = 8192
@@ -29,36 +28,22 @@ PARTIALS_LIMIT = 8192
 def check_rows(mask: Tensor | None, **rows: Tensor) -> None:
     """Rows that an op writes: alike, contiguous, and at least as long as the mask."""
     weight = rows["weight"]
-    if weight.ndim != 2:
-        raise ValueError(f"weight must have shape [P, T], got {tuple(weight.shape)}")
-    check_dtype("weight", weight, torch.float32, torch.float64)
+    check_tensor("weight", weight, ("P", "T"), torch.float32, torch.float64, like=weight)
     for name, tensor in rows.items():
         check_like(name, tensor, weight)
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if mask is None:
         return
-    check_dtype("mask", mask, torch.bool)
-    check_device("mask", mask, weight)
-    if mask.ndim != 2 or mask.shape[0] != weight.shape[0] or mask.shape[1] > weight.shape[1]:
-        raise ValueError(
-            f"mask must have shape [{weight.shape[0]}, N] with N <= {weight.shape[1]}, "
-            f"got {tuple(mask.shape)}"
-        )
+    shape = (len(weight), f"N <= {weight.shape[1]}")
+    check_tensor("mask", mask, shape, torch.bool, like=weight)
+    if mask.shape[1] > weight.shape[1]:
+        refuse_shape("mask", mask, shape)
 
 
 def check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
     """A tensor of one number per weight."""
-    check_shape(name, tensor, tuple(weight.shape))
-    check_dtype(name, tensor, weight.dtype)
-    check_device(name, tensor, weight)
-
-
-def check_vector(name: str, tensor: Tensor, weight: Tensor, *dtypes: torch.dtype) -> None:
-    """A tensor of one number per ticket."""
-    check_shape(name, tensor, (weight.shape[0],))
-    check_dtype(name, tensor, *dtypes)
-    check_device(name, tensor, weight)
+    check_tensor(name, tensor, weight.shape, weight.dtype, like=weight)
 
 
 def check_count(count: Tensor | None, mask: Tensor | None, weight: Tensor) -> None:
@@ -67,22 +52,17 @@ def check_count(count: Tensor | None, mask: Tensor | None, weight: Tensor) -> No
         return
     if mask is not None:
         raise ValueError("count must be None where a mask is given: a row is packed or masked")
-    check_vector("count", count, weight, torch.int64)
+    check_tensor("count", count, (len(weight),), torch.int64, like=weight)
 
 
 def check_partials(partials: Tensor | None, weight: Tensor) -> None:
     """Sums of squares that together make each row's squared norm."""
     if partials is None:
         return
-    check_dtype("norm_partials", partials, weight.dtype)
-    check_device("norm_partials", partials, weight)
-    tickets = weight.shape[0]
-    fits = partials.ndim == 2 and 1 <= partials.shape[1] <= PARTIALS_LIMIT
-    if not fits or partials.shape[0] != tickets:
-        raise ValueError(
-            f"norm_partials must have shape [{tickets}, parts], parts in [1, {PARTIALS_LIMIT}], "
-            f"got {tuple(partials.shape)}"
-        )
+    shape = (len(weight), f"1 to {PARTIALS_LIMIT}")
+    check_tensor("norm_partials", partials, shape, weight.dtype, like=weight)
+    if not 1 <= partials.shape[1] <= PARTIALS_LIMIT:
+        refuse_shape("norm_partials", partials, shape)
 
 
 def check_range(name: str, value: float, holds: bool, allowed: str) -> None:

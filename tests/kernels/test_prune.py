@@ -228,7 +228,7 @@ def test_nan_inside_the_mask_is_refused_by_name(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"scores": torch.zeros(6)}, ValueError, r"scores must have shape \[P, N\], got \(6,\)"),
+        ({"scores": torch.zeros(6)}, ValueError, r"scores must have shape \(P, N\), got \(6,\)"),
         ({"scores": torch.zeros(2, 3).int()}, TypeError, "scores must be float32 or float64"),
         ({"mask": torch.ones(2, 4).bool()}, ValueError, r"mask must have shape \(2, 3\)"),
         ({"mask": torch.ones(2, 3)}, TypeError, "mask must be bool, got float32"),

@@ -402,7 +402,7 @@ def test_arguments_are_checked():
                 draw(KEY, 3, stream=0, step=step)
     with pytest.raises(ValueError, match="u must be on cpu, got meta"):
         random.categorical(torch.ones(2, 3), torch.ones(2, device="meta"))
-    with pytest.raises(ValueError, match=r"probs must have shape \[..., A\]"):
+    with pytest.raises(ValueError, match=r"probs must have shape \(..., A"):
         random.categorical(torch.ones(2, 0), torch.ones(2))
     with pytest.raises(TypeError, match="stream must be an int"):
         random.bits(KEY, 3, stream=1.0, step=0)

@@ -184,7 +184,7 @@ def test_results_are_constants_and_inputs_may_be_strided():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"reward": torch.zeros(2, 3)}, ValueError, r"reward must have shape \[P, T, E\]"),
+        ({"reward": torch.zeros(2, 3)}, ValueError, r"reward must have shape \(P, T, E\)"),
         ({"value": torch.zeros(2, 3, 5)}, ValueError, r"value must have shape \(2, 3, 4\)"),
         ({"next_value": torch.zeros(2, 3, 4).half()}, TypeError, "next_value must be float32"),
         ({"terminated": torch.zeros(2, 3, 4)}, TypeError, "terminated must be bool"),
