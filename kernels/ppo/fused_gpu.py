@@ -55,25 +55,64 @@ def _load_rows(field, at, inside, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _learn(
+def _add_gradients(
+    grads,
+    bias_grads,
+    delta,
+    inputs,
     weight,
-    obs,
-    action,
-    logp,
-    old_value,
-    advantage,
-    target,
-    order,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Both sums with a tile's gradients, from the output's ``delta [rows, out]`` down."""
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    new_grads = ()
+    new_bias_grads = ()
+    for layer in tl.static_range(DEPTH - 1, -1, -1):
+        grad = tl.dot(
+            tl.trans(delta), inputs[layer], grads[DEPTH - 1 - layer], input_precision="ieee"
+        )
+        new_grads += (grad,)  # [out, inp]
+        new_bias_grads += (bias_grads[DEPTH - 1 - layer] + delta,)  # [rows, out]
+        if layer > 0:
+            matrix = load_weight(weight, None, layer, SIZES, BLOCKS, WEIGHTS, MASKED)
+            delta = tl.dot(delta, matrix, input_precision="ieee")  # [rows, inp]
+            delta = deactivate(delta, inputs[layer], ACTIVATION)
+    return new_grads, new_bias_grads
+
+
+@triton.jit
+def _store_gradients(
     rows,
-    sums,
-    size,
-    samples,
-    first,
+    grads,
+    bias_grads,
     count,
-    stretch,
-    clip,
-    value_coef,
-    entropy_coef,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+):
+    """Into a row of the arena."""
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    for layer in tl.static_range(DEPTH):
+        # Plus 0, as the compiler cannot know: else registers keep through the loop what loads of
+        # weights found of their entries.
+        row = tl.arange(0, BLOCKS[layer + 1]) + (count < 0).to(tl.int32)
+        col = tl.arange(0, BLOCKS[layer])[None, :]
+        there = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
+        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
+        tl.store(rows + entry, grads[DEPTH - 1 - layer], mask=there)
+        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
+        tl.store(rows + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
+
+
+@triton.jit
+def _learn(
+    tensors,
+    numbers,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -88,6 +127,8 @@ def _learn(
     WALK: tl.constexpr,
 ):
     """`gradient_kernel` for one of the networks."""
+    weight, obs, action, logp, old_value, advantage, target, order, rows, sums = tensors
+    size, samples, first, count, stretch, clip, value_coef, entropy_coef = numbers
     DEPTH: tl.constexpr = len(SIZES) - 1
     OUT: tl.constexpr = SIZES[DEPTH]
     WIDE: tl.constexpr = BLOCKS[DEPTH]
@@ -102,9 +143,9 @@ def _learn(
     lane = tl.arange(0, ROWS)
     zero = tl.zeros([ROWS], tl.float32)
     if ACTOR:
-        mean, deviation = 0.0, 1.0
+        scale = (0.0, 1.0)
         if NORMALISE:
-            mean, deviation = standardise(advantage, order, ticket, samples, first, count, WALK)
+            scale = standardise(advantage, order, ticket, samples, first, count, WALK)
         spread = load_spread(None if LOG_STD is None else weight + LOG_STD, OUT, WIDE)
         spread_gradient = tl.zeros([WIDE], tl.float32)
         policy_sum, entropy_sum, kl_sum, clipped_sum = zero, zero, zero, zero
@@ -114,13 +155,14 @@ def _learn(
     grads = ()
     bias_grads = ()
     for layer in tl.static_range(DEPTH - 1, -1, -1):
-        grads += (zeros(BLOCKS[layer + 1], BLOCKS[layer]),)
-        bias_grads += (zeros(ROWS, BLOCKS[layer + 1]),)
+        grads += (zeros(BLOCKS[layer + 1], BLOCKS[layer]),)  # [out, inp]
+        bias_grads += (zeros(ROWS, BLOCKS[layer + 1]),)  # [rows, out]
 
     begin = split * stretch
     for done in range(begin, tl.minimum(begin + stretch, count), ROWS):
         inside = done + lane < count
         index = tl.load(order + ticket * samples + first + done + lane, mask=inside, other=0)
+        at = (ticket, samples, index, inside)
         tile = _load_rows(obs, ticket * samples + index, inside, SIZES[0], BLOCKS[0])
         inputs = hidden_layers(
             tile, weight, None, DEPTH, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED, ACTIVATION
@@ -129,24 +171,10 @@ def _learn(
         shift = load_bias(weight, BIASES[DEPTH - 1], OUT, WIDE)
         output = tl.dot(inputs[DEPTH - 1], tl.trans(matrix), input_precision="ieee") + shift
         if ACTOR:
+            batch = (action, logp, advantage)
+            goal = (count, clip, entropy_coef)
             delta, by_spread, policy, entropy, kl, clipped = policy_loss(
-                output,
-                spread,
-                action,
-                logp,
-                advantage,
-                ticket,
-                samples,
-                index,
-                inside,
-                mean,
-                deviation,
-                count,
-                clip,
-                entropy_coef,
-                LOG_STD is not None,
-                OUT,
-                WIDE,
+                output, spread, batch, at, scale, *goal, LOG_STD is not None, OUT, WIDE
             )
             spread_gradient += by_spread
             policy_sum += policy
@@ -155,47 +183,17 @@ def _learn(
             clipped_sum += clipped
         else:
             only = head[None, :] == 0
+            value = tl.sum(tl.where(only, output, 0.0), 1)
             slope, error = value_loss(
-                tl.sum(tl.where(only, output, 0.0), 1),
-                old_value,
-                target,
-                ticket,
-                samples,
-                index,
-                inside,
-                count,
-                clip,
-                value_coef,
-                CLIP_VALUE,
+                value, old_value, target, at, count, clip, value_coef, CLIP_VALUE
             )
             delta = tl.where(only, slope[:, None], 0.0)
             value_sum += error
+        grads, bias_grads = _add_gradients(
+            grads, bias_grads, delta, inputs, weight, SIZES, BLOCKS, WEIGHTS, MASKED, ACTIVATION
+        )
 
-        new_grads = ()
-        new_bias_grads = ()
-        for layer in tl.static_range(DEPTH - 1, -1, -1):
-            grad = tl.dot(
-                tl.trans(delta), inputs[layer], grads[DEPTH - 1 - layer], input_precision="ieee"
-            )
-            new_grads += (grad,)
-            new_bias_grads += (bias_grads[DEPTH - 1 - layer] + delta,)
-            if layer > 0:
-                matrix = load_weight(weight, None, layer, SIZES, BLOCKS, WEIGHTS, MASKED)
-                delta = tl.dot(delta, matrix, input_precision="ieee")
-                delta = deactivate(delta, inputs[layer], ACTIVATION)
-        grads = new_grads
-        bias_grads = new_bias_grads
-
-    for layer in tl.static_range(DEPTH):
-        # Plus 0, as the compiler cannot know: else registers keep through the loop what loads of
-        # weights found of their entries.
-        row = tl.arange(0, BLOCKS[layer + 1]) + (count < 0).to(tl.int32)
-        col = tl.arange(0, BLOCKS[layer])[None, :]
-        there = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
-        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
-        tl.store(rows + entry, grads[DEPTH - 1 - layer], mask=there)
-        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
-        tl.store(rows + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
+    _store_gradients(rows, grads, bias_grads, count, SIZES, BLOCKS, WEIGHTS, BIASES)
     if ACTOR:
         if LOG_STD is not None:
             # The entropy's part is no sample's: the first stretch has it.
@@ -226,14 +224,8 @@ def gradient_kernel(
     clip,
     value_coef,
     entropy_coef,
-    ACTOR_SIZES: tl.constexpr,
-    ACTOR_BLOCKS: tl.constexpr,
-    ACTOR_WEIGHTS: tl.constexpr,
-    ACTOR_BIASES: tl.constexpr,
-    CRITIC_SIZES: tl.constexpr,
-    CRITIC_BLOCKS: tl.constexpr,
-    CRITIC_WEIGHTS: tl.constexpr,
-    CRITIC_BIASES: tl.constexpr,
+    ACTOR: tl.constexpr,
+    CRITIC: tl.constexpr,
     MASKED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LOG_STD: tl.constexpr,
@@ -248,43 +240,16 @@ def gradient_kernel(
     or critic. A ticket takes 6·count·(weights) FLOPs, less 2 for the first layers, whose input
     needs no gradient. Each stretch reads the weights once, and writes its row of gradients; the
     samples are read once, and every actor's stretch walks all of the minibatch's advantages twice.
+    ``ACTOR`` and ``CRITIC`` are sizes, blocks, and offsets of weights and biases.
     """
     tensors = (weight, obs, action, logp, old_value, advantage, target, order, rows, sums)
     numbers = (size, samples, first, count, stretch, clip, value_coef, entropy_coef)
     if tl.program_id(2) == 0:
-        _learn(
-            *tensors,
-            *numbers,
-            ACTOR_SIZES,
-            ACTOR_BLOCKS,
-            ACTOR_WEIGHTS,
-            ACTOR_BIASES,
-            MASKED,
-            ACTIVATION,
-            True,
-            LOG_STD,
-            NORMALISE,
-            CLIP_VALUE,
-            ROWS,
-            WALK,
-        )
+        of_actor = (MASKED, ACTIVATION, True, LOG_STD, NORMALISE, CLIP_VALUE, ROWS, WALK)
+        _learn(tensors, numbers, *ACTOR, *of_actor)
     else:
-        _learn(
-            *tensors,
-            *numbers,
-            CRITIC_SIZES,
-            CRITIC_BLOCKS,
-            CRITIC_WEIGHTS,
-            CRITIC_BIASES,
-            MASKED,
-            ACTIVATION,
-            False,
-            None,
-            NORMALISE,
-            CLIP_VALUE,
-            ROWS,
-            WALK,
-        )
+        of_critic = (MASKED, ACTIVATION, False, None, NORMALISE, CLIP_VALUE, ROWS, WALK)
+        _learn(tensors, numbers, *CRITIC, *of_critic)
 
 
 def fits(arena: Arena) -> bool:
@@ -390,22 +355,17 @@ def _label(arena: Arena) -> str:
 
 @cache
 def _constants(arena: Arena) -> dict[str, object]:
-    constants: dict[str, object] = {
+    geometries = [Geometry.of(net, 0) for net in arena.nets]
+    actor, critic = ((g.sizes, g.blocks, g.weights, g.biases) for g in geometries)
+    return {
+        "ACTOR": actor,
+        "CRITIC": critic,
         "ACTIVATION": arena.actor.activation,
         "LOG_STD": arena.log_std,
         "WALK": _WALK,
         # Weights are zero off the mask already.
         "MASKED": (False,) * max(net.depth for net in arena.nets),
     }
-    for name, net in zip(("ACTOR", "CRITIC"), arena.nets, strict=True):
-        geometry = Geometry.of(net, 0)
-        constants |= {
-            f"{name}_SIZES": geometry.sizes,
-            f"{name}_BLOCKS": geometry.blocks,
-            f"{name}_WEIGHTS": geometry.weights,
-            f"{name}_BIASES": geometry.biases,
-        }
-    return constants
 
 
 def _example(sizes: tuple[int, ...], activation: str, *, continuous: bool) -> None:

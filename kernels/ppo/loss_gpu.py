@@ -43,8 +43,12 @@ _LOG_SQRT_TWO_PI = tl.constexpr(0.5 * math.log(2.0 * math.pi))
 
 
 @triton.jit
-def _gather(field, ticket, samples, index, inside):
-    """One number of each of these samples."""
+def _gather(field, place):
+    """One number of each of these samples ``[ROWS]``.
+
+    ``place`` is the ticket, how many samples each has, their index, and whether they are there.
+    """
+    ticket, samples, index, inside = place
     return tl.load(field + ticket * samples + index, mask=inside, other=0.0)
 
 
@@ -58,13 +62,13 @@ def standardise(advantage, order, ticket, samples, first, count, BLOCK: tl.const
     for begin in range(0, count, BLOCK):
         inside = begin + lane < count
         index = tl.load(order + ticket * samples + first + begin + lane, mask=inside, other=0)
-        total += _gather(advantage, ticket, samples, index, inside)
+        total += _gather(advantage, (ticket, samples, index, inside))
     mean = tl.sum(total, 0) / count
     square = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, count, BLOCK):
         inside = begin + lane < count
         index = tl.load(order + ticket * samples + first + begin + lane, mask=inside, other=0)
-        distance = _gather(advantage, ticket, samples, index, inside) - mean
+        distance = _gather(advantage, (ticket, samples, index, inside)) - mean
         square += tl.where(inside, distance * distance, 0.0)
     return mean, tl.sqrt_rn(tl.sum(square, 0) / (count - 1)) + 1e-8
 
@@ -83,15 +87,9 @@ def load_spread(log_std, ACTIONS: tl.constexpr, PADDED: tl.constexpr):
 def policy_loss(
     output,
     spread,
-    action,
-    logp,
-    advantage,
-    ticket,
-    samples,
-    index,
-    inside,
-    mean,
-    deviation,
+    batch,
+    place,
+    scale,
     count,
     clip,
     entropy_coef,
@@ -101,12 +99,16 @@ def policy_loss(
 ):
     """Gradient of these samples' policy loss and entropy, and what statistics add up.
 
-    Of ``output [ROWS, PADDED]`` for samples ``index``, where they are ``inside``.
+    Of ``output [ROWS, PADDED]``; ``batch`` is action, logp and advantage of all samples, ``place``
+    what `_gather` takes, ``scale`` mean and deviation of the advantages.
 
     Returns:
         The gradients of the output and of the spread (but for the entropy's), zero where nothing
         is; policy loss, entropy, KL and whether it was clipped of each sample, zero outside.
     """
+    action, logp, advantage = batch
+    ticket, samples, index, inside = place
+    mean, deviation = scale
     a = tl.arange(0, PADDED)
     real = a < ACTIONS
     both = inside[:, None] & real[None, :]
@@ -133,9 +135,9 @@ def policy_loss(
         safe = tl.where(real[None, :], log_probability, 0.0)
         entropy = -tl.sum(probability * safe, 1)
 
-    log_ratio = new_logp - _gather(logp, ticket, samples, index, inside)
+    log_ratio = new_logp - _gather(logp, place)
     ratio = tl.exp(log_ratio)
-    gain = (_gather(advantage, ticket, samples, index, inside) - mean) / deviation
+    gain = (_gather(advantage, place) - mean) / deviation
     plain = -gain * ratio
     limited = tl.where(ratio < 1.0 - clip, 1.0 - clip, ratio)
     limited = tl.where(limited > 1.0 + clip, 1.0 + clip, limited)
@@ -171,24 +173,16 @@ def store_policy_sums(sums, policy, entropy, kl, clipped):
 
 
 @triton.jit
-def value_loss(
-    value,
-    old_value,
-    target,
-    ticket,
-    samples,
-    index,
-    inside,
-    count,
-    clip,
-    value_coef,
-    CLIP_VALUE: tl.constexpr,
-):
-    """Gradient of these samples' value loss, and the loss of each; both zero outside."""
-    wanted = _gather(target, ticket, samples, index, inside)
+def value_loss(value, old_value, target, place, count, clip, value_coef, CLIP_VALUE: tl.constexpr):
+    """Gradient of these samples' value loss, and the loss of each; both zero outside.
+
+    ``place`` is what `_gather` takes.
+    """
+    _, _, _, inside = place
+    wanted = _gather(target, place)
     error = value - wanted
     if CLIP_VALUE:
-        old = _gather(old_value, ticket, samples, index, inside)
+        old = _gather(old_value, place)
         move = value - old
         bounded = tl.where(move < -clip, -clip, move)
         bounded = tl.where(bounded > clip, clip, bounded)
@@ -261,15 +255,9 @@ def _loss_kernel(
         gradient, by_spread, policy, entropy, kl, clipped = policy_loss(
             tl.load(output + place, mask=both, other=0.0),
             spread,
-            action,
-            logp,
-            advantage,
-            ticket,
-            samples,
-            index,
-            inside,
-            mean,
-            deviation,
+            (action, logp, advantage),
+            (ticket, samples, index, inside),
+            (mean, deviation),
             count,
             clip,
             entropy_coef,
@@ -288,10 +276,7 @@ def _loss_kernel(
             tl.load(value + at, mask=inside, other=0.0),
             old_value,
             target,
-            ticket,
-            samples,
-            index,
-            inside,
+            (ticket, samples, index, inside),
             count,
             clip,
             value_coef,
