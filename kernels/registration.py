@@ -41,44 +41,49 @@ def declare(
     fake: Callable[..., Any],
     *,
     written: tuple[str, ...] = (),
-) -> None:
-    """Register an op that torch does not differentiate.
+    symbolic: bool = False,
+) -> Any:
+    """Register an op that torch does not differentiate, and return it.
 
     Args:
-        name: of the op.
-        compute: what it is on a device; its annotations are the op's schema.
+        name: of the op, and after a dot of its overload.
+        compute: what it is on any device; its annotations are the op's schema.
         fake: the shapes of its results.
         written: the arguments that ``compute`` writes.
+        symbolic: whether a compiler may leave integers open; costs a look-up at every call.
     """
     schema = infer_schema(compute, mutates_args=written)
-    # Sizes are numbers here: a symbol would be looked up at every call.
-    _library.define(name + schema.replace("SymInt", "int"))
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, compute, device)
+    _library.define(name + (schema if symbolic else schema.replace("SymInt", "int")))
+    _library.impl(name, compute, "CompositeExplicitAutograd")
     register_fake(f"sparse_tickets::{name}", fake, lib=_library)
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.sparse_tickets, packet), overload or "default")
 
 
 def register(
-    library: Library,
     name: str,
-    op: Any,
-    check: Callable[..., object],
     compute: Callable[..., Tensor],
-    function: type[torch.autograd.Function],
     shape: Callable[..., tuple[int, ...]],
-) -> None:
-    """Register an op's kernels: of the devices, autograd, shape inference and vmap.
+    function: type[torch.autograd.Function],
+) -> Any:
+    """Register an op with its autograd and vmap, and return it.
 
     Args:
-        library: where the op is defined.
-        name: of the op.
-        op: the op itself, of tensors ``[P, ...]`` and what they share.
-        check: raises where arguments do not fit; whoever calls the op by its name has passed no
-            other check, and kernels read memory by shapes.
-        compute: what it is on a device.
+        name: of the op, of tensors ``[P, ...]`` and what they share.
+        compute: what it is on any device; its annotations are the op's schema.
+        shape: of the result, which has the first argument's dtype; raises where arguments do not
+            fit: whoever calls the op by its name has passed no other check, and kernels read
+            memory by shapes.
         function: how autograd differentiates it, given the op first.
-        shape: of its result, which has the first argument's dtype.
     """
+
+    @wraps(compute)
+    def checked(*args: Any) -> Tensor:
+        shape(*args)
+        return compute(*args)
+
+    def fake(*args: Any) -> Tensor:
+        return args[0].new_empty(shape(*args))
 
     def differentiable(*args: Any) -> Tensor:
         # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
@@ -86,14 +91,6 @@ def register(
             return function.apply(op, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-
-    def checked(*args: Any) -> Tensor:
-        check(*args)
-        return compute(*args)
-
-    def fake(*args: Any) -> Tensor:
-        check(*args)
-        return args[0].new_empty(shape(*args))
 
     def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         """Another batch of tickets is just more tickets."""
@@ -109,8 +106,7 @@ def register(
         tickets = result.shape[0] // max(info.batch_size, 1)
         return result.unflatten(0, (info.batch_size, tickets)), 0
 
-    for device in ("CPU", "CUDA"):
-        library.impl(name, checked, device)
-    library.impl(name, differentiable, "Autograd")
-    register_fake(f"sparse_tickets::{name}", fake, lib=library)
-    register_vmap(f"sparse_tickets::{name}", batched, lib=library)
+    op = declare(name, checked, fake)
+    _library.impl(name, differentiable, "Autograd")
+    register_vmap(f"sparse_tickets::{name}", batched, lib=_library)
+    return op

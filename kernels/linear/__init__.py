@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import Library
 from torch.nn import Parameter
 
 from ..dispatch import Backend, Plan, resolve_backend, resume
@@ -316,20 +315,6 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-# Registration. `Library.impl` instead of `custom_op`, which costs ten times as much per call.
-
-# `blocks` and `block` are a `BlockPattern`'s table and size, or None and 0.
-
-_library = Library("sparse_tickets", "FRAGMENT")
-_TAIL = "Tensor mask, {}Tensor? blocks, int block, str precision) -> Tensor"
-_library.define(f"linear(Tensor x, Tensor weight, {_TAIL.format('Tensor? bias, ')}")
-_library.define(f"linear_dx(Tensor dy, Tensor weight, {_TAIL.format('')}")
-_library.define(f"linear_dw(Tensor dy, Tensor x, {_TAIL.format('')}")
-_LINEAR = torch.ops.sparse_tickets.linear.default
-_DX = torch.ops.sparse_tickets.linear_dx.default
-_DW = torch.ops.sparse_tickets.linear_dw.default
-
-
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -482,29 +467,32 @@ def _check_forward(
     blocks: Tensor | None,
     block: int,
     precision: str,
-) -> None:
+) -> tuple[int, ...]:
     _validate(x, weight, mask, bias, precision)
     _check_blocks(blocks, block, mask)
+    return *x.shape[:2], weight.shape[1]
 
 
 def _check_dx(
     dy: Tensor, weight: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
-) -> None:
+) -> tuple[int, ...]:
     check_tensor("weight", weight, ("P", "O", "I"), dy.dtype, like=dy)
     check_tensor("mask", mask, weight.shape, torch.bool, like=dy)
     # The transposed product: dy takes the place of x.
     _validate(dy, weight.mT, mask.mT, None, precision)
     _check_blocks(blocks, block, mask)
+    return *dy.shape[:2], weight.shape[2]
 
 
 def _check_dw(
     dy: Tensor, x: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
-) -> None:
+) -> tuple[int, ...]:
     check_tensor("mask", mask, ("P", "O", "I"), torch.bool, like=x)
     weight = dy.new_empty(1).expand(mask.shape)
     _validate(x, weight, mask, None, precision)
     check_tensor("dy", dy, (*x.shape[:2], mask.shape[1]), x.dtype, like=x)
     _check_blocks(blocks, block, mask)
+    return mask.shape
 
 
 def _check_blocks(blocks: Tensor | None, block: int, mask: Tensor) -> None:
@@ -520,30 +508,7 @@ def _check_blocks(blocks: Tensor | None, block: int, mask: Tensor) -> None:
     check_tensor("blocks", blocks, shape, torch.int32, like=mask)
 
 
-register(
-    _library,
-    "linear",
-    _LINEAR,
-    _check_forward,
-    _forward,
-    _Linear,
-    lambda x, weight, *_: (x.shape[0], x.shape[1], weight.shape[1]),
-)
-register(
-    _library,
-    "linear_dx",
-    _DX,
-    _check_dx,
-    _dx,
-    _LinearDX,
-    lambda dy, weight, *_: (dy.shape[0], dy.shape[1], weight.shape[2]),
-)
-register(
-    _library,
-    "linear_dw",
-    _DW,
-    _check_dw,
-    _dw,
-    _LinearDW,
-    lambda dy, x, mask, *_: tuple(mask.shape),
-)
+# `blocks` and `block` are a `BlockPattern`'s table and size, or None and 0.
+_LINEAR = register("linear", _forward, _check_forward, _Linear)
+_DX = register("linear_dx", _dx, _check_dx, _LinearDX)
+_DW = register("linear_dw", _dw, _check_dw, _LinearDW)

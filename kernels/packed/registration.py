@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from ..dispatch import Backend, resolve_backend, resume
 from ..errors import check_dtype, check_integer, check_tensor
@@ -32,28 +31,6 @@ from .layout import PackedLayer, lay_out
 
 __all__ = ["DW", "DX", "LINEAR", "PACK", "UNPACK", "WRITE", "choose"]
 
-_library = Library("sparse_tickets", "FRAGMENT")
-_PATTERN = "Tensor bits, Tensor start"
-_library.define(
-    f"linear_packed(Tensor x, Tensor values, {_PATTERN}, Tensor? bias, int[] shapes, int layer, "
-    "str precision) -> Tensor"
-)
-_library.define(
-    f"linear_packed_dx(Tensor dy, Tensor values, {_PATTERN}, int[] shapes, int layer, "
-    "str precision) -> Tensor"
-)
-_library.define(
-    f"linear_packed_dw(Tensor dy, Tensor x, {_PATTERN}, int[] shapes, int layer, int width, "
-    "str precision) -> Tensor"
-)
-_library.define(f"pack(Tensor dense, {_PATTERN}, int[] shapes, int width) -> Tensor")
-_library.define(f"unpack(Tensor values, {_PATTERN}, int[] shapes) -> Tensor")
-LINEAR = torch.ops.sparse_tickets.linear_packed.default
-DX = torch.ops.sparse_tickets.linear_packed_dx.default
-DW = torch.ops.sparse_tickets.linear_packed_dw.default
-PACK = torch.ops.sparse_tickets.pack.default
-UNPACK = torch.ops.sparse_tickets.unpack.default
-
 
 def choose(device: torch.device, dtype: torch.dtype) -> Backend:
     """Triton, which knows no float64, or plain torch: packed weights spare a GPU's memory alone."""
@@ -70,13 +47,14 @@ def _check_forward(
     shapes: list[int],
     layer: int,
     precision: str,
-) -> None:
+) -> tuple[int, ...]:
     check_precision(precision)
     place = find_layer(check_where(bits, start, shapes), layer)
     check_values("values", values, bits)
     check_batch("x", x, values, place.inp)
     if bias is not None:
         check_tensor("bias", bias, (len(bits), place.out), x.dtype, like=x)
+    return *x.shape[:2], place.out
 
 
 def _check_dx(
@@ -87,11 +65,12 @@ def _check_dx(
     shapes: list[int],
     layer: int,
     precision: str,
-) -> None:
+) -> tuple[int, ...]:
     check_precision(precision)
     place = find_layer(check_where(bits, start, shapes), layer)
     check_values("values", values, bits)
     check_batch("dy", dy, values, place.out)
+    return *dy.shape[:2], place.inp
 
 
 def _check_dw(
@@ -103,12 +82,13 @@ def _check_dw(
     layer: int,
     width: int,
     precision: str,
-) -> None:
+) -> tuple[int, ...]:
     check_precision(precision)
     place = find_layer(check_where(bits, start, shapes), layer)
     check_integer("width", width, 0, 1 << 31)
     check_tensor("x", x, (len(bits), "B", place.inp), *DTYPES, like=bits)
     check_tensor("dy", dy, (*x.shape[:2], place.out), x.dtype, like=x)
+    return len(dy), width
 
 
 def _check_write(
@@ -134,15 +114,21 @@ def _check_write(
             raise ValueError(f"{name} must be contiguous, got strides {target.stride()}")
 
 
-def _check_pack(dense: Tensor, bits: Tensor, start: Tensor, shapes: list[int], width: int) -> None:
+def _check_pack(
+    dense: Tensor, bits: Tensor, start: Tensor, shapes: list[int], width: int
+) -> tuple[int, ...]:
     check_where(bits, start, shapes)
     check_dense(dense, bits, _size(shapes))
     check_integer("width", width, 0, 1 << 31)
+    return len(dense), width
 
 
-def _check_unpack(values: Tensor, bits: Tensor, start: Tensor, shapes: list[int]) -> None:
+def _check_unpack(
+    values: Tensor, bits: Tensor, start: Tensor, shapes: list[int]
+) -> tuple[int, ...]:
     check_where(bits, start, shapes)
     check_values("values", values, bits)
+    return len(values), _size(shapes)
 
 
 def _forward(
@@ -348,56 +334,9 @@ class _Unpack(_PackedOp):
             return None, PACK(grad, bits, start, ctx.args[0], ctx.shape[1]), None, None, None
 
 
-register(
-    _library,
-    "linear_packed",
-    LINEAR,
-    _check_forward,
-    _forward,
-    _PackedLinear,
-    lambda x, values, bits, start, bias, shapes, layer, precision: (
-        *x.shape[:2],
-        shapes[2 * layer],
-    ),
-)
-register(
-    _library,
-    "linear_packed_dx",
-    DX,
-    _check_dx,
-    _dx,
-    _PackedDX,
-    lambda dy, values, bits, start, shapes, layer, precision: (
-        *dy.shape[:2],
-        shapes[2 * layer + 1],
-    ),
-)
-register(
-    _library,
-    "linear_packed_dw",
-    DW,
-    _check_dw,
-    _dw,
-    _PackedDW,
-    lambda dy, x, bits, start, shapes, layer, width, precision: (dy.shape[0], width),
-)
-register(
-    _library,
-    "pack",
-    PACK,
-    _check_pack,
-    _pack,
-    _Pack,
-    lambda dense, bits, start, shapes, width: (dense.shape[0], width),
-)
-register(
-    _library,
-    "unpack",
-    UNPACK,
-    _check_unpack,
-    _unpack,
-    _Unpack,
-    lambda values, bits, start, shapes: (values.shape[0], _size(shapes)),
-)
-declare("write_gradient_", _write_gradient, _check_write, written=("gradient", "squares"))
-WRITE = torch.ops.sparse_tickets.write_gradient_.default
+LINEAR = register("linear_packed", _forward, _check_forward, _PackedLinear)
+DX = register("linear_packed_dx", _dx, _check_dx, _PackedDX)
+DW = register("linear_packed_dw", _dw, _check_dw, _PackedDW)
+PACK = register("pack", _pack, _check_pack, _Pack)
+UNPACK = register("unpack", _unpack, _check_unpack, _Unpack)
+WRITE = declare("write_gradient_", _write_gradient, _check_write, written=("gradient", "squares"))

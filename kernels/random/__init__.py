@@ -14,14 +14,15 @@ cosine, a difference of at most one unit in the last place plus 1e-15 near zeros
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import implementation
 from ..errors import check_tensor, refuse_shape
+from ..registration import declare
 
 __all__ = [
     "Stream",
@@ -215,9 +216,6 @@ def _check_int(name: str, value: int, limit: int) -> None:
         raise ValueError(f"{name} must be in [0, 2**{limit}), got {value}")
 
 
-_library = torch.library.Library("sparse_tickets", "FRAGMENT")
-
-
 # Whoever calls an op by its name has passed no other check; kernels read memory by these shapes.
 
 
@@ -234,26 +232,21 @@ def _check_categorical(probs: Tensor, u: Tensor) -> None:
     check_tensor("u", u, probs.shape[:-1], torch.float32, like=probs)
 
 
-def _register_draw(op: str, dtype: torch.dtype) -> None:
-    def run(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
-        _check_key(key, step)
-        return getattr(implementation(__name__, key.device), op)(key.contiguous(), n, stream, step)
+def _declare_draw(op: str, dtype: torch.dtype) -> None:
+    """As one op for steps that are integers and one for those on a device."""
+    for overload, kind in (("", "int"), (".on_device", "Tensor")):
 
-    def fake(key: Tensor, n: int, stream: int, step: int | Tensor) -> Tensor:
-        _check_key(key, step)
-        return key.new_empty((key.shape[0], n), dtype=dtype)
+        def draw(key: Tensor, n: int, stream: int, step: Any) -> Tensor:
+            _check_key(key, step)
+            kernels = implementation(__name__, key.device)
+            return getattr(kernels, op)(key.contiguous(), n, stream, step)
 
-    for overload, kind in ((op, "SymInt"), (f"{op}.on_device", "Tensor")):
-        schema = f"(Tensor key, SymInt n, SymInt stream, {kind} step) -> Tensor"
-        _register(overload, schema, run, fake)
+        def fake(key: Tensor, n: int, stream: int, step: Any) -> Tensor:
+            _check_key(key, step)
+            return key.new_empty((key.shape[0], n), dtype=dtype)
 
-
-def _register(
-    op: str, schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]
-) -> None:
-    _library.define(f"random_{op}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(f"random_{op}", run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparse_tickets::random_{op}", fake, lib=_library)
+        draw.__annotations__["step"] = kind
+        declare(f"random_{op}{overload}", draw, fake, symbolic=True)
 
 
 def _categorical(probs: Tensor, u: Tensor) -> Tensor:
@@ -275,16 +268,8 @@ def _categorical_fake(probs: Tensor, u: Tensor) -> Tensor:
     return u.new_empty(u.shape, dtype=torch.int64)
 
 
-for _op, _dtype in (
-    ("bits", torch.int64),
-    ("uniform", torch.float32),
-    ("normal", torch.float32),
-    ("permutation", torch.int64),
-):
-    _register_draw(_op, _dtype)
-_register(
-    "categorical",
-    "(Tensor probs, Tensor u) -> Tensor",
-    _categorical,
-    _categorical_fake,
-)
+_declare_draw("bits", torch.int64)
+_declare_draw("uniform", torch.float32)
+_declare_draw("normal", torch.float32)
+_declare_draw("permutation", torch.int64)
+declare("random_categorical", _categorical, _categorical_fake)
