@@ -245,11 +245,33 @@ def gradient_kernel(
     tensors = (weight, obs, action, logp, old_value, advantage, target, order, rows, sums)
     numbers = (size, samples, first, count, stretch, clip, value_coef, entropy_coef)
     if tl.program_id(2) == 0:
-        of_actor = (MASKED, ACTIVATION, True, LOG_STD, NORMALISE, CLIP_VALUE, ROWS, WALK)
-        _learn(tensors, numbers, *ACTOR, *of_actor)
+        _learn(
+            tensors,
+            numbers,
+            *ACTOR,
+            MASKED,
+            ACTIVATION,
+            True,
+            LOG_STD,
+            NORMALISE,
+            False,
+            ROWS,
+            WALK,
+        )
     else:
-        of_critic = (MASKED, ACTIVATION, False, None, NORMALISE, CLIP_VALUE, ROWS, WALK)
-        _learn(tensors, numbers, *CRITIC, *of_critic)
+        _learn(
+            tensors,
+            numbers,
+            *CRITIC,
+            MASKED,
+            ACTIVATION,
+            False,
+            None,
+            False,
+            CLIP_VALUE,
+            ROWS,
+            WALK,
+        )
 
 
 def fits(arena: Arena) -> bool:

@@ -449,22 +449,10 @@ def test_inputs_may_be_strided_and_parameters_may_require_grad():
         ({"count": torch.tensor([1, 2])}, ValueError, "count must be None where a mask is given"),
         ({"mask": None, "count": torch.ones(2)}, TypeError, "count must be int64"),
         ({"mask": None, "count": torch.tensor([1])}, ValueError, r"count must have shape \(2,\)"),
-        (
-            {"norm_partials": torch.ones(2)},
-            ValueError,
-            r"norm_partials must have shape \(2, 1 to",
-        ),
-        (
-            {"norm_partials": torch.ones(2, 0)},
-            ValueError,
-            r"norm_partials must have shape \(2, 1 to",
-        ),
-        (
-            {"norm_partials": torch.ones(3, 1)},
-            ValueError,
-            r"norm_partials must have shape \(2, 1 to",
-        ),
-        ({"norm_partials": torch.ones(2, 8193)}, ValueError, r"parts in \[1, 8192\]"),
+        ({"norm_partials": torch.ones(2)}, ValueError, r"partials must have shape \(2, 1 to"),
+        ({"norm_partials": torch.ones(2, 0)}, ValueError, r"partials must have shape \(2, 1 to"),
+        ({"norm_partials": torch.ones(3, 1)}, ValueError, r"partials must have shape \(2, 1 to"),
+        ({"norm_partials": torch.ones(2, 8193)}, ValueError, r"1 to 8192\), got"),
         ({"norm_partials": torch.ones(2, 1).double()}, TypeError, "norm_partials must be float32"),
     ],
 )
