@@ -1,10 +1,11 @@
-"""SIMD registers as Numba values: loads, stores, fused multiply-add, tanh, exp and GEMM tiles.
+"""SIMD registers as Numba values: loads, stores, fused multiply-add, tanh, exp and logarithm.
 
 Numba alone cannot hold a block of accumulators in registers. Here a small custom type maps to
 LLVM's ``<LANES x float>``: kernels state what lives in a register, and LLVM lowers it to AVX-512,
 AVX2 or NEON: one source, no compiler on the user's machine. `LANES` is the width of the host.
 
 All arrays are one-dimensional, contiguous float32 and indexed in elements, without bounds checks.
+What has a ``builder`` among its arguments emits code, for other intrinsics.
 """
 
 from __future__ import annotations
@@ -22,24 +23,27 @@ from numba.core.extending import intrinsic, overload, register_model
 from .compiling import njit
 
 __all__ = [
+    "INDEX",
     "LANES",
     "MASK_BYTES",
+    "VECTOR",
     "aligned_empty",
+    "broadcast",
+    "data_of",
     "exp",
     "fma",
     "load",
+    "load_at",
     "load_bits",
     "load_bits_tail",
     "load_kept",
     "log",
-    "make_block_tile",
-    "make_row_tile",
-    "make_sparse_tile",
-    "make_tile",
     "maximum",
     "minimum",
+    "multiply_add",
     "splat",
     "store",
+    "store_at",
     "sum_each",
     "sum_lanes",
     "tanh",
@@ -68,8 +72,8 @@ MASK_BYTES = max(1, LANES // 8)
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
-_INDEX = ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
+INDEX = ir.IntType(64)
+VECTOR = ir.VectorType(_FLOAT, LANES)
 _INT_VECTOR = ir.VectorType(_INT, LANES)
 
 
@@ -102,20 +106,21 @@ vector = _Vector()
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, _VECTOR)
+        super().__init__(dmm, fe_type, VECTOR)
 
 
 def _constant(value: float) -> ir.Constant:
-    return ir.Constant(_VECTOR, [ir.Constant(_FLOAT, float(value))] * LANES)
+    return ir.Constant(VECTOR, [ir.Constant(_FLOAT, float(value))] * LANES)
 
 
 def _integers(value: int) -> ir.Constant:
     return ir.Constant(_INT_VECTOR, [ir.Constant(_INT, value)] * LANES)
 
 
-def _broadcast(builder, scalar):
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _integers(0))
+def broadcast(builder, scalar):
+    """A register of one scalar."""
+    one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), _integers(0))
 
 
 def _call(builder, name: str, result, arguments):
@@ -124,21 +129,25 @@ def _call(builder, name: str, result, arguments):
     return builder.call(function, arguments)
 
 
-def _llvm_fma(builder, a, b, c):
-    return _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [a, b, c])
+def multiply_add(builder, a, b, c):
+    """Of registers, rounded once."""
+    return _call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [a, b, c])
 
 
-def _data(context, builder, array_type, array):
+def data_of(context, builder, array_type, array):
+    """Where an array's elements begin."""
     return context.make_array(array_type)(context, builder, array).data
 
 
-def _load(builder, data, index):
-    pointer = builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
+def load_at(builder, data, index):
+    """The register of elements from ``index``."""
+    pointer = builder.bitcast(builder.gep(data, [index]), VECTOR.as_pointer())
     return builder.load(pointer, align=4)
 
 
-def _store(builder, value, data, index):
-    pointer = builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
+def store_at(builder, value, data, index):
+    """Write a register to the elements from ``index``."""
+    pointer = builder.bitcast(builder.gep(data, [index]), VECTOR.as_pointer())
     builder.store(value, pointer, align=4)
 
 
@@ -147,8 +156,8 @@ def load(typingctx, array, index):
     """`LANES` consecutive elements of ``array`` from ``index``."""
 
     def generate(context, builder, signature, arguments):
-        data = _data(context, builder, signature.args[0], arguments[0])
-        return _load(builder, data, arguments[1])
+        data = data_of(context, builder, signature.args[0], arguments[0])
+        return load_at(builder, data, arguments[1])
 
     return vector(array, types.int64), generate
 
@@ -159,12 +168,12 @@ def load_kept(typingctx, array, mask, index):
 
     def generate(context, builder, signature, arguments):
         array, mask, index = arguments
-        data = _data(context, builder, signature.args[0], array)
-        bytes_at = builder.gep(_data(context, builder, signature.args[1], mask), [index])
+        data = data_of(context, builder, signature.args[0], array)
+        bytes_at = builder.gep(data_of(context, builder, signature.args[1], mask), [index])
         byte = ir.VectorType(ir.IntType(8), LANES)
         kept = builder.load(builder.bitcast(bytes_at, byte.as_pointer()), align=1)
         is_kept = builder.icmp_unsigned("!=", kept, ir.Constant(byte, None))
-        return builder.select(is_kept, _load(builder, data, index), ir.Constant(_VECTOR, None))
+        return builder.select(is_kept, load_at(builder, data, index), ir.Constant(VECTOR, None))
 
     return vector(array, mask, types.int64), generate
 
@@ -174,8 +183,8 @@ def store(typingctx, array, index, value):
     """Write a register to `LANES` consecutive elements of ``array`` from ``index``."""
 
     def generate(context, builder, signature, arguments):
-        data = _data(context, builder, signature.args[0], arguments[0])
-        _store(builder, arguments[2], data, arguments[1])
+        data = data_of(context, builder, signature.args[0], arguments[0])
+        store_at(builder, arguments[2], data, arguments[1])
         return context.get_dummy_value()
 
     return types.void(array, types.int64, vector), generate
@@ -186,7 +195,7 @@ def splat(typingctx, scalar):
     """A register with ``scalar`` in every lane."""
 
     def generate(context, builder, signature, arguments):
-        return _broadcast(builder, arguments[0])
+        return broadcast(builder, arguments[0])
 
     return vector(types.float32), generate
 
@@ -196,7 +205,7 @@ def fma(typingctx, a, b, c):
     """``a * b + c``, rounded once."""
 
     def generate(context, builder, signature, arguments):
-        return _llvm_fma(builder, *arguments)
+        return multiply_add(builder, *arguments)
 
     return vector(vector, vector, vector), generate
 
@@ -242,9 +251,10 @@ def sum_each(typingctx, array, index):
     """
 
     def generate(context, builder, signature, arguments):
-        data = _data(context, builder, signature.args[0], arguments[0])
+        data = data_of(context, builder, signature.args[0], arguments[0])
         registers = [
-            _load(builder, data, builder.add(arguments[1], _INDEX(r * LANES))) for r in range(LANES)
+            load_at(builder, data, builder.add(arguments[1], INDEX(r * LANES)))
+            for r in range(LANES)
         ]
         block = LANES
         while len(registers) > 1:
@@ -266,12 +276,12 @@ def transpose(typingctx, x, x0, xs, y, y0, ys):
     """``y[y0 + c*ys + r] = x[x0 + r*xs + c]`` for r, c < `LANES`, by butterflies of shuffles."""
 
     def generate(context, builder, signature, arguments):
-        x_data = _data(context, builder, signature.args[0], arguments[0])
-        y_data = _data(context, builder, signature.args[3], arguments[3])
+        x_data = data_of(context, builder, signature.args[0], arguments[0])
+        y_data = data_of(context, builder, signature.args[3], arguments[3])
         x0, xs = arguments[1:3]
         y0, ys = arguments[4:6]
         rows = [
-            _load(builder, x_data, builder.add(x0, builder.mul(xs, _INDEX(r))))
+            load_at(builder, x_data, builder.add(x0, builder.mul(xs, INDEX(r))))
             for r in range(LANES)
         ]
         width = LANES // 2
@@ -285,7 +295,7 @@ def transpose(typingctx, x, x0, xs, y, y0, ys):
                     rows[r + width] = _shuffle(builder, a, b, odd)
             width //= 2
         for r, row in enumerate(rows):
-            _store(builder, row, y_data, builder.add(y0, builder.mul(ys, _INDEX(r))))
+            store_at(builder, row, y_data, builder.add(y0, builder.mul(ys, INDEX(r))))
         return context.get_dummy_value()
 
     i = types.int64
@@ -368,20 +378,20 @@ def _make_load_bits(careful: bool):
     @intrinsic
     def load_bits(typingctx, array, index, bits, word):
         def generate(context, builder, signature, arguments):
-            data = _data(context, builder, signature.args[0], arguments[0])
-            words = _data(context, builder, signature.args[2], arguments[2])
-            at = builder.gep(words, [builder.mul(arguments[3], _INDEX(MASK_BYTES))])
+            data = data_of(context, builder, signature.args[0], arguments[0])
+            words = data_of(context, builder, signature.args[2], arguments[2])
+            at = builder.gep(words, [builder.mul(arguments[3], INDEX(MASK_BYTES))])
             stored = ir.IntType(8 * MASK_BYTES)
             lanes = builder.load(builder.bitcast(at, stored.as_pointer()), align=1)
             if stored.width != LANES:
                 lanes = builder.trunc(lanes, ir.IntType(LANES))
             kept = builder.bitcast(lanes, ir.VectorType(ir.IntType(1), LANES))
             if not careful:
-                value = _load(builder, data, arguments[1])
+                value = load_at(builder, data, arguments[1])
                 return builder.select(kept, value, _constant(0.0))
-            pointer = builder.bitcast(builder.gep(data, [arguments[1]]), _VECTOR.as_pointer())
+            pointer = builder.bitcast(builder.gep(data, [arguments[1]]), VECTOR.as_pointer())
             name = f"llvm.masked.load.v{LANES}f32.p0"
-            return _call(builder, name, _VECTOR, [pointer, _INT(4), kept, _constant(0.0)])
+            return _call(builder, name, VECTOR, [pointer, _INT(4), kept, _constant(0.0)])
 
         return vector(array, types.int64, bits, types.int64), generate
 
@@ -400,7 +410,7 @@ load_bits_tail = _make_load_bits(True)
 def _horner(builder, coefficients, x):
     value = _constant(coefficients[-1])
     for coefficient in coefficients[-2::-1]:
-        value = _llvm_fma(builder, value, x, _constant(coefficient))
+        value = multiply_add(builder, value, x, _constant(coefficient))
     return value
 
 
@@ -437,13 +447,13 @@ def exp(typingctx, a):
         x = _clamp(builder, arguments[0], _constant(88.02), ">")
         x = _clamp(builder, x, _constant(-87.33), "<")
         scaled = builder.fmul(x, _constant(1.4426950408889634))
-        whole = _call(builder, f"llvm.rint.v{LANES}f32", _VECTOR, [scaled])
+        whole = _call(builder, f"llvm.rint.v{LANES}f32", VECTOR, [scaled])
         # log(2) in two parts, so that the reduced argument keeps its low bits.
-        rest = _llvm_fma(builder, whole, _constant(-0.693359375), x)
-        rest = _llvm_fma(builder, whole, _constant(2.12194440e-4), rest)
+        rest = multiply_add(builder, whole, _constant(-0.693359375), x)
+        rest = multiply_add(builder, whole, _constant(2.12194440e-4), rest)
         value = _horner(builder, _EXP, rest)
         exponent = builder.add(builder.fptosi(whole, _INT_VECTOR), _integers(127))
-        power = builder.bitcast(builder.shl(exponent, _integers(23)), _VECTOR)
+        power = builder.bitcast(builder.shl(exponent, _integers(23)), VECTOR)
         return builder.fmul(value, power)
 
     return vector(vector), generate
@@ -473,239 +483,14 @@ def log(typingctx, a):
         bits = builder.add(bits, _integers(0x3F800000 - 0x3F3504F3))
         whole = builder.sub(builder.lshr(bits, _integers(23)), _integers(127))
         bits = builder.and_(bits, _integers(0x007FFFFF))
-        mantissa = builder.bitcast(builder.add(bits, _integers(0x3F3504F3)), _VECTOR)
-        whole = builder.sitofp(whole, _VECTOR)
+        mantissa = builder.bitcast(builder.add(bits, _integers(0x3F3504F3)), VECTOR)
+        whole = builder.sitofp(whole, VECTOR)
         rest = builder.fsub(mantissa, _constant(1.0))
         square = builder.fmul(rest, rest)
         value = builder.fmul(builder.fmul(rest, square), _horner(builder, _LOG, rest))
-        value = _llvm_fma(builder, whole, _constant(-2.12194440e-4), value)
-        value = _llvm_fma(builder, square, _constant(-0.5), value)
+        value = multiply_add(builder, whole, _constant(-2.12194440e-4), value)
+        value = multiply_add(builder, square, _constant(-0.5), value)
         value = builder.fadd(rest, value)
-        return _llvm_fma(builder, whole, _constant(0.693359375), value)
+        return multiply_add(builder, whole, _constant(0.693359375), value)
 
     return vector(vector), generate
-
-
-def make_tile(rows: int, columns: int, accumulate: bool = False):
-    """A GEMM tile of ``rows x (columns * LANES)`` accumulators held in registers.
-
-    The returned function, callable in Numba code, computes for every row r and lane position j
-
-        y[y0 + r*ys + j] = start + sum_d a[a0 + r*ar + d*ad] * x[x0 + d*xd + j],   d < depth
-
-    where ``start`` is ``bias[b0 + r]``, or with ``accumulate`` the old value of y. With activations
-    stored as ``[features][batch]`` this one loop is the forward pass (a = W), the input gradient
-    (a = W transposed, by strides) and, with x stored as ``[batch][features]``, the weight gradient.
-    Per step of d: rows broadcasts and columns loads for rows * columns fused multiply-adds.
-    """
-
-    @intrinsic
-    def tile(typingctx, a, a0, ar, ad, x, x0, xd, y, y0, ys, depth, bias, b0):
-        def generate(context, builder, signature, arguments):
-            types_ = signature.args
-            a_data = _data(context, builder, types_[0], arguments[0])
-            x_data = _data(context, builder, types_[4], arguments[4])
-            y_data = _data(context, builder, types_[7], arguments[7])
-            bias_data = _data(context, builder, types_[11], arguments[11])
-            a0, ar, ad = arguments[1:4]
-            x0, xd = arguments[5:7]
-            y0, ys, depth = arguments[8:11]
-            b0 = arguments[12]
-            row_a = [builder.add(a0, builder.mul(ar, _INDEX(r))) for r in range(rows)]
-            row_y = [builder.add(y0, builder.mul(ys, _INDEX(r))) for r in range(rows)]
-            accumulators = {}
-            for r in range(rows):
-                if not accumulate:
-                    index = builder.add(b0, _INDEX(r))
-                    start = _broadcast(builder, builder.load(builder.gep(bias_data, [index])))
-                for c in range(columns):
-                    if accumulate:
-                        start = _load(builder, y_data, builder.add(row_y[r], _INDEX(c * LANES)))
-                    slot = cgutils.alloca_once(builder, _VECTOR)
-                    builder.store(start, slot)
-                    accumulators[r, c] = slot
-            with cgutils.for_range(builder, depth) as loop:
-                x_row = builder.add(x0, builder.mul(loop.index, xd))
-                xs = [
-                    _load(builder, x_data, builder.add(x_row, _INDEX(c * LANES)))
-                    for c in range(columns)
-                ]
-                offset = builder.mul(loop.index, ad)
-                for r in range(rows):
-                    index = builder.add(row_a[r], offset)
-                    value = _broadcast(builder, builder.load(builder.gep(a_data, [index])))
-                    for c in range(columns):
-                        slot = accumulators[r, c]
-                        builder.store(_llvm_fma(builder, value, xs[c], builder.load(slot)), slot)
-            for (r, c), slot in accumulators.items():
-                index = builder.add(row_y[r], _INDEX(c * LANES))
-                _store(builder, builder.load(slot), y_data, index)
-            return context.get_dummy_value()
-
-        i = types.int64
-        return types.void(a, i, i, i, x, i, i, y, i, i, i, bias, i), generate
-
-    return tile
-
-
-def make_sparse_tile(columns: int, accumulate: bool = False):
-    """One sparse row times ``columns * LANES`` packed columns, accumulators held in registers.
-
-    The returned function computes, over the nonzeros j of one row in ``[begin, end)``,
-
-        y[y0 + l] = start + sum_j values[j] * x[x0 + index[j]*xd + l]
-
-    with ``start`` the scalar given, or with ``accumulate`` the old value of y. Per nonzero: one
-    broadcast and ``columns`` loads for ``columns`` fused multiply-adds.
-    """
-
-    @intrinsic
-    def sparse_tile(typingctx, values, index, begin, end, x, x0, xd, y, y0, start):
-        def generate(context, builder, signature, arguments):
-            types_ = signature.args
-            value_data = _data(context, builder, types_[0], arguments[0])
-            index_data = _data(context, builder, types_[1], arguments[1])
-            x_data = _data(context, builder, types_[4], arguments[4])
-            y_data = _data(context, builder, types_[7], arguments[7])
-            begin, end = arguments[2:4]
-            x0, xd = arguments[5:7]
-            y0, start = arguments[8:10]
-            slots = []
-            for c in range(columns):
-                slot = cgutils.alloca_once(builder, _VECTOR)
-                if accumulate:
-                    first = _load(builder, y_data, builder.add(y0, _INDEX(c * LANES)))
-                else:
-                    first = _broadcast(builder, start)
-                builder.store(first, slot)
-                slots.append(slot)
-            with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
-                j = builder.add(begin, loop.index)
-                value = _broadcast(builder, builder.load(builder.gep(value_data, [j])))
-                column = builder.load(builder.gep(index_data, [j]))
-                if column.type != _INDEX:
-                    column = builder.zext(column, _INDEX)
-                x_row = builder.add(x0, builder.mul(column, xd))
-                for c, slot in enumerate(slots):
-                    x_value = _load(builder, x_data, builder.add(x_row, _INDEX(c * LANES)))
-                    builder.store(_llvm_fma(builder, value, x_value, builder.load(slot)), slot)
-            for c, slot in enumerate(slots):
-                _store(builder, builder.load(slot), y_data, builder.add(y0, _INDEX(c * LANES)))
-            return context.get_dummy_value()
-
-        i = types.int64
-        return types.void(values, index, i, i, x, i, i, y, i, types.float32), generate
-
-    return sparse_tile
-
-
-def make_block_tile(rows: int, columns: int):
-    """``rows`` dense rows times the kept rows of ``columns * LANES`` columns, held in registers.
-
-    The returned function computes, over the depths d = index[j], j in ``[begin, end)``,
-
-        y[y0 + r*ys + l] = bias[b0 + l] + sum_j a[a0 + r*ar + index[j]] * x[x0 + index[j]*xd + l]
-
-    for every row r and l < columns * LANES. With activations row-major and weights that are zero
-    but for full blocks, a block column shares one index: no activation is transposed. Per j: rows
-    broadcasts and columns loads for rows * columns fused multiply-adds.
-    """
-
-    @intrinsic
-    def block_tile(typingctx, a, a0, ar, index, begin, end, x, x0, xd, y, y0, ys, bias, b0):
-        def generate(context, builder, signature, arguments):
-            types_ = signature.args
-            a_data = _data(context, builder, types_[0], arguments[0])
-            a0, ar = arguments[1:3]
-            index_data = _data(context, builder, types_[3], arguments[3])
-            begin, end = arguments[4:6]
-            x_data = _data(context, builder, types_[6], arguments[6])
-            x0, xd = arguments[7:9]
-            y_data = _data(context, builder, types_[9], arguments[9])
-            y0, ys = arguments[10:12]
-            bias_data = _data(context, builder, types_[12], arguments[12])
-            b0 = arguments[13]
-            row_a = [builder.add(a0, builder.mul(ar, _INDEX(r))) for r in range(rows)]
-            row_y = [builder.add(y0, builder.mul(ys, _INDEX(r))) for r in range(rows)]
-            slots = {}
-            for c in range(columns):
-                start = _load(builder, bias_data, builder.add(b0, _INDEX(c * LANES)))
-                for r in range(rows):
-                    slots[r, c] = cgutils.alloca_once(builder, _VECTOR)
-                    builder.store(start, slots[r, c])
-            with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
-                j = builder.add(begin, loop.index)
-                depth = builder.zext(builder.load(builder.gep(index_data, [j])), _INDEX)
-                x_row = builder.add(x0, builder.mul(depth, xd))
-                xs = [
-                    _load(builder, x_data, builder.add(x_row, _INDEX(c * LANES)))
-                    for c in range(columns)
-                ]
-                for r in range(rows):
-                    at = builder.gep(a_data, [builder.add(row_a[r], depth)])
-                    value = _broadcast(builder, builder.load(at))
-                    for c in range(columns):
-                        slot = slots[r, c]
-                        builder.store(_llvm_fma(builder, value, xs[c], builder.load(slot)), slot)
-            for (r, c), slot in slots.items():
-                at = builder.add(row_y[r], _INDEX(c * LANES))
-                _store(builder, builder.load(slot), y_data, at)
-            return context.get_dummy_value()
-
-        i = types.int64
-        return types.void(a, i, i, index, i, i, x, i, i, y, i, i, bias, i), generate
-
-    return block_tile
-
-
-def make_row_tile(columns: int, chains: int):
-    """One row of nonzeros times ``columns * LANES`` columns of a panel, held in registers.
-
-    The returned function computes ``y[c] = start + sum_j value[j] * x[index[j] * ld + c]``. So that
-    the latency of multiply-adds is hidden, nonzeros take turns on ``chains`` sums.
-    """
-
-    @intrinsic
-    def row_tile(typingctx, m, value0, index, index0, count, x0, ld, y0, start):
-        def generate(context, builder, signature, arguments):
-            data = _data(context, builder, signature.args[0], arguments[0])
-            index_data = _data(context, builder, signature.args[2], arguments[2])
-            value0, index0, count, x0, ld, y0, start = (arguments[i] for i in (1, *range(3, 9)))
-            sums = {}
-            for chain in range(chains):
-                for c in range(columns):
-                    sums[chain, c] = cgutils.alloca_once(builder, _VECTOR)
-                    first = _broadcast(builder, start) if chain == 0 else ir.Constant(_VECTOR, None)
-                    builder.store(first, sums[chain, c])
-
-            def step(j, chain):
-                at = builder.gep(data, [builder.add(value0, j)])
-                value = _broadcast(builder, builder.load(at))
-                at = builder.gep(index_data, [builder.add(index0, j)])
-                column = builder.zext(builder.load(at), _INDEX)
-                row = builder.add(x0, builder.mul(column, ld))
-                for c in range(columns):
-                    x = _load(builder, data, builder.add(row, _INDEX(c * LANES)))
-                    slot = sums[chain, c]
-                    builder.store(_llvm_fma(builder, value, x, builder.load(slot)), slot)
-
-            rounds = builder.sdiv(count, _INDEX(chains))
-            with cgutils.for_range(builder, rounds) as loop:
-                first = builder.mul(loop.index, _INDEX(chains))
-                for chain in range(chains):
-                    step(builder.add(first, _INDEX(chain)), chain)
-            if chains > 1:
-                done = builder.mul(rounds, _INDEX(chains))
-                with cgutils.for_range(builder, builder.sub(count, done)) as loop:
-                    step(builder.add(done, loop.index), 0)
-            for c in range(columns):
-                total = builder.load(sums[0, c])
-                for chain in range(1, chains):
-                    total = builder.fadd(total, builder.load(sums[chain, c]))
-                _store(builder, total, data, builder.add(y0, _INDEX(c * LANES)))
-            return context.get_dummy_value()
-
-        i = types.int64
-        return types.void(m, i, index, i, i, i, i, i, types.float32), generate
-
-    return row_tile

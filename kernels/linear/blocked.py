@@ -12,15 +12,8 @@ import numpy as np
 
 from ..compiling import njit
 from ..threads import count_threads, share
-from ..vector import (
-    LANES,
-    load,
-    make_block_tile,
-    make_tile,
-    splat,
-    store,
-    transpose,
-)
+from ..tiles_cpu import make_block_tile, make_tile
+from ..vector import LANES, load, splat, store, transpose
 from .patterns import Pattern
 
 __all__ = ["backward", "multiply"]

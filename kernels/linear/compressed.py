@@ -18,16 +18,8 @@ import torch
 
 from ..compiling import njit
 from ..threads import count_threads, share
-from ..vector import (
-    LANES,
-    aligned_empty,
-    fma,
-    load,
-    make_sparse_tile,
-    store,
-    sum_each,
-    sum_lanes,
-)
+from ..tiles_cpu import make_sparse_tile
+from ..vector import LANES, aligned_empty, fma, load, store, sum_each, sum_lanes
 from .panels import PANEL, from_panel, to_panel
 from .patterns import Pattern
 

@@ -7,16 +7,8 @@ any size in tiles of registers; tails run on narrower tiles.
 from __future__ import annotations
 
 from ..compiling import njit
-from ..vector import (
-    LANES,
-    fma,
-    load,
-    make_sparse_tile,
-    make_tile,
-    store,
-    sum_each,
-    sum_lanes,
-)
+from ..tiles_cpu import make_sparse_tile, make_tile
+from ..vector import LANES, fma, load, store, sum_each, sum_lanes
 from .layout import PANEL
 
 __all__ = ["add_product", "product", "sparse_gradient", "sparse_product"]

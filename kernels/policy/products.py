@@ -10,17 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..compiling import njit
-from ..vector import (
-    LANES,
-    fma,
-    load,
-    make_row_tile,
-    splat,
-    store,
-    sum_each,
-    sum_lanes,
-    transpose,
-)
+from ..tiles_cpu import make_row_tile
+from ..vector import LANES, fma, load, splat, store, sum_each, sum_lanes, transpose
 from .addresses import get, put
 
 __all__ = [

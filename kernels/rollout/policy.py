@@ -24,7 +24,8 @@ from ..activations_cpu import activate, code_of
 from ..arena import Arena, Net
 from ..compiling import njit
 from ..mlp.cpu import build_rows
-from ..vector import LANES, load, make_sparse_tile, make_tile, store
+from ..tiles_cpu import make_sparse_tile, make_tile
+from ..vector import LANES, load, store
 
 __all__ = ["RolloutNet", "forward", "network", "prefers_sparse", "prepare"]
 

@@ -1,0 +1,238 @@
+"""Products on a CPU whose sums are held in registers, made for so many rows and columns.
+
+The functions made are callable in Numba code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+from .vector import INDEX, LANES, VECTOR, broadcast, data_of, load_at, multiply_add, store_at
+
+__all__ = ["make_block_tile", "make_row_tile", "make_sparse_tile", "make_tile"]
+
+
+class _Sums:
+    """``[rows][columns]`` registers to add up in; LLVM lifts them from the stack."""
+
+    def __init__(
+        self, builder: Any, rows: int, columns: int, start: Callable[[int, int], Any]
+    ) -> None:
+        self.builder, self.columns = builder, columns
+        self.slots = {}
+        for r in range(rows):
+            for c in range(columns):
+                first = start(r, c)
+                self.slots[r, c] = cgutils.alloca_once(builder, VECTOR)
+                builder.store(first, self.slots[r, c])
+
+    def add(self, row: int, value: Any, xs: Iterable[Any]) -> None:
+        """``value * x`` to every column's sum."""
+        for c, x in enumerate(xs):
+            slot = self.slots[row, c]
+            self.builder.store(multiply_add(self.builder, value, x, self.builder.load(slot)), slot)
+
+    def store(self, data: Any, rows: list[Any]) -> None:
+        """Write the sums where each row begins."""
+        for (r, c), slot in self.slots.items():
+            store_at(self.builder, self.builder.load(slot), data, _shift(self.builder, rows[r], c))
+
+
+def _shift(builder: Any, index: Any, column: int) -> Any:
+    """So many registers further."""
+    return builder.add(index, INDEX(column * LANES))
+
+
+def _registers(builder: Any, data: Any, index: Any, columns: int) -> Iterator[Any]:
+    """Those that begin at ``index``, loaded as they are asked for."""
+    for c in range(columns):
+        yield load_at(builder, data, _shift(builder, index, c))
+
+
+def _element(builder: Any, data: Any, index: Any) -> Any:
+    return builder.load(builder.gep(data, [index]))
+
+
+def _rows(builder: Any, first: Any, stride: Any, rows: int) -> list[Any]:
+    return [builder.add(first, builder.mul(stride, INDEX(r))) for r in range(rows)]
+
+
+def make_tile(rows: int, columns: int, accumulate: bool = False):
+    """A GEMM tile of ``rows x (columns * LANES)`` accumulators held in registers.
+
+    The returned function computes for every row r and lane position j
+
+        y[y0 + r*ys + j] = start + sum_d a[a0 + r*ar + d*ad] * x[x0 + d*xd + j],   d < depth
+
+    where ``start`` is ``bias[b0 + r]``, or with ``accumulate`` the old value of y. With activations
+    stored as ``[features][batch]`` this one loop is the forward pass (a = W), the input gradient
+    (a = W transposed, by strides) and, with x stored as ``[batch][features]``, the weight gradient.
+    Per step of d: rows broadcasts and columns loads for rows * columns fused multiply-adds.
+    """
+
+    @intrinsic
+    def tile(typingctx, a, a0, ar, ad, x, x0, xd, y, y0, ys, depth, bias, b0):
+        def generate(context, builder, signature, arguments):
+            a, a0, ar, ad, x, x0, xd, y, y0, ys, depth, bias, b0 = arguments
+            a, x, y, bias = (
+                data_of(context, builder, signature.args[i], array)
+                for i, array in ((0, a), (4, x), (7, y), (11, bias))
+            )
+            row_a, row_y = _rows(builder, a0, ar, rows), _rows(builder, y0, ys, rows)
+
+            def start(r, c):
+                if accumulate:
+                    return load_at(builder, y, _shift(builder, row_y[r], c))
+                return broadcast(builder, _element(builder, bias, builder.add(b0, INDEX(r))))
+
+            sums = _Sums(builder, rows, columns, start)
+            with cgutils.for_range(builder, depth) as loop:
+                x_row = builder.add(x0, builder.mul(loop.index, xd))
+                xs = list(_registers(builder, x, x_row, columns))
+                offset = builder.mul(loop.index, ad)
+                for r in range(rows):
+                    value = _element(builder, a, builder.add(row_a[r], offset))
+                    sums.add(r, broadcast(builder, value), xs)
+            sums.store(y, row_y)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(a, i, i, i, x, i, i, y, i, i, i, bias, i), generate
+
+    return tile
+
+
+def make_sparse_tile(columns: int, accumulate: bool = False):
+    """One sparse row times ``columns * LANES`` packed columns, accumulators held in registers.
+
+    The returned function computes, over the nonzeros j of one row in ``[begin, end)``,
+
+        y[y0 + l] = start + sum_j values[j] * x[x0 + index[j]*xd + l]
+
+    with ``start`` the scalar given, or with ``accumulate`` the old value of y. Per nonzero: one
+    broadcast and ``columns`` loads for ``columns`` fused multiply-adds.
+    """
+
+    @intrinsic
+    def sparse_tile(typingctx, values, index, begin, end, x, x0, xd, y, y0, start):
+        def generate(context, builder, signature, arguments):
+            values, index, begin, end, x, x0, xd, y, y0, start = arguments
+            values, index, x, y = (
+                data_of(context, builder, signature.args[i], array)
+                for i, array in ((0, values), (1, index), (4, x), (7, y))
+            )
+
+            def first(_, c):
+                if accumulate:
+                    return load_at(builder, y, _shift(builder, y0, c))
+                return broadcast(builder, start)
+
+            sums = _Sums(builder, 1, columns, first)
+            with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
+                j = builder.add(begin, loop.index)
+                value = broadcast(builder, _element(builder, values, j))
+                column = _element(builder, index, j)
+                if column.type != INDEX:
+                    column = builder.zext(column, INDEX)
+                x_row = builder.add(x0, builder.mul(column, xd))
+                sums.add(0, value, _registers(builder, x, x_row, columns))
+            sums.store(y, [y0])
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(values, index, i, i, x, i, i, y, i, types.float32), generate
+
+    return sparse_tile
+
+
+def make_block_tile(rows: int, columns: int):
+    """``rows`` dense rows times the kept rows of ``columns * LANES`` columns, held in registers.
+
+    The returned function computes, over the depths d = index[j], j in ``[begin, end)``,
+
+        y[y0 + r*ys + l] = bias[b0 + l] + sum_j a[a0 + r*ar + index[j]] * x[x0 + index[j]*xd + l]
+
+    for every row r and l < columns * LANES. With activations row-major and weights that are zero
+    but for full blocks, a block column shares one index: no activation is transposed. Per j: rows
+    broadcasts and columns loads for rows * columns fused multiply-adds.
+    """
+
+    @intrinsic
+    def block_tile(typingctx, a, a0, ar, index, begin, end, x, x0, xd, y, y0, ys, bias, b0):
+        def generate(context, builder, signature, arguments):
+            a, a0, ar, index, begin, end, x, x0, xd, y, y0, ys, bias, b0 = arguments
+            a, index, x, y, bias = (
+                data_of(context, builder, signature.args[i], array)
+                for i, array in ((0, a), (3, index), (6, x), (9, y), (12, bias))
+            )
+            row_a, row_y = _rows(builder, a0, ar, rows), _rows(builder, y0, ys, rows)
+            starts = list(_registers(builder, bias, b0, columns))
+            sums = _Sums(builder, rows, columns, lambda _, c: starts[c])
+            with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
+                j = builder.add(begin, loop.index)
+                depth = builder.zext(_element(builder, index, j), INDEX)
+                x_row = builder.add(x0, builder.mul(depth, xd))
+                xs = list(_registers(builder, x, x_row, columns))
+                for r in range(rows):
+                    value = _element(builder, a, builder.add(row_a[r], depth))
+                    sums.add(r, broadcast(builder, value), xs)
+            sums.store(y, row_y)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(a, i, i, index, i, i, x, i, i, y, i, i, bias, i), generate
+
+    return block_tile
+
+
+def make_row_tile(columns: int, chains: int):
+    """One row of nonzeros times ``columns * LANES`` columns of a panel, held in registers.
+
+    The returned function computes ``y[c] = start + sum_j value[j] * x[index[j] * ld + c]``. So that
+    the latency of multiply-adds is hidden, nonzeros take turns on ``chains`` sums.
+    """
+
+    @intrinsic
+    def row_tile(typingctx, m, value0, index, index0, count, x0, ld, y0, start):
+        def generate(context, builder, signature, arguments):
+            m, value0, index, index0, count, x0, ld, y0, start = arguments
+            m = data_of(context, builder, signature.args[0], m)
+            index = data_of(context, builder, signature.args[2], index)
+
+            def first(chain, _):
+                return broadcast(builder, start) if chain == 0 else ir.Constant(VECTOR, None)
+
+            sums = _Sums(builder, chains, columns, first)
+
+            def step(j, chain):
+                value = broadcast(builder, _element(builder, m, builder.add(value0, j)))
+                column = builder.zext(_element(builder, index, builder.add(index0, j)), INDEX)
+                row = builder.add(x0, builder.mul(column, ld))
+                sums.add(chain, value, _registers(builder, m, row, columns))
+
+            rounds = builder.sdiv(count, INDEX(chains))
+            with cgutils.for_range(builder, rounds) as loop:
+                begin = builder.mul(loop.index, INDEX(chains))
+                for chain in range(chains):
+                    step(builder.add(begin, INDEX(chain)), chain)
+            if chains > 1:
+                done = builder.mul(rounds, INDEX(chains))
+                with cgutils.for_range(builder, builder.sub(count, done)) as loop:
+                    step(builder.add(done, loop.index), 0)
+            for c in range(columns):
+                total = builder.load(sums.slots[0, c])
+                for chain in range(1, chains):
+                    total = builder.fadd(total, builder.load(sums.slots[chain, c]))
+                store_at(builder, total, m, _shift(builder, y0, c))
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(m, i, index, i, i, i, i, i, types.float32), generate
+
+    return row_tile
