@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from operator import itemgetter
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library, infer_schema, register_fake, register_vmap
 
-__all__ = ["declare", "eager", "register"]
+from .dispatch import resolve_backend
+
+__all__ = ["Differentiable", "declare", "eager", "register"]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -60,11 +63,44 @@ def declare(
     return getattr(getattr(torch.ops.sparse_tickets, packet), overload or "default")
 
 
+class Differentiable(torch.autograd.Function):
+    """An op with its inputs saved; subclasses say what its derivative is.
+
+    The backward pass runs as the forward pass did (`resume`): on a GPU it is another thread, which
+    does not see `use_backend`. It finds in ``ctx`` the ``backend``, the ``shape`` of the first
+    argument, and the ``rest``.
+
+    Attributes:
+        saved: the arguments saved. Masks and patterns too: autograd then raises if one is changed
+            before the backward pass.
+        rest: those that are no tensors.
+    """
+
+    saved: Any = itemgetter(0, 1, 2, 3)
+    rest = slice(4, None)
+
+    @classmethod
+    def forward(cls, ctx: Any, op: Any, *args: Any) -> Tensor:
+        ctx.backend = resolve_backend(args[0].device)
+        ctx.shape = args[0].shape
+        ctx.rest = args[cls.rest]
+        ctx.save_for_backward(*cls.saved(args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise NotImplementedError(
+            "sparse_tickets' layers have no forward-mode derivative; use reverse mode "
+            "(backward, torch.autograd.grad)"
+        )
+
+
 def register(
     name: str,
     compute: Callable[..., Tensor],
     shape: Callable[..., tuple[int, ...]],
-    function: type[torch.autograd.Function],
+    function: type[Differentiable],
 ) -> Any:
     """Register an op with its autograd and vmap, and return it.
 

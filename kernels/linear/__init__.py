@@ -1,31 +1,29 @@
 """The linear layer of a population, ``y = x wᵀ + b``, differentiable twice: `linear` and `plan`.
 
-Three ops, each the derivative of the other two, are registered with torch: ``linear``,
-``linear_dx`` and ``linear_dw``. The weight is zero off the mask already, so the first two never
-look at the mask on a backend that stores zeros; ``linear_dw`` computes the gradient on the mask
-alone. Without a mask nothing of this runs: it is one ``torch.baddbmm``. On a GPU a mask made of
-full blocks runs blocked once `block_pattern` was asked for it; on a CPU it is seen unasked.
+Three ops, each the derivative of the other two, are registered with torch (`registration`):
+``linear``, ``linear_dx`` and ``linear_dw``. The weight is zero off the mask already, so the first
+two never look at the mask on a backend that stores zeros; ``linear_dw`` computes the gradient on
+the mask alone. Without a mask nothing of this runs: it is one ``torch.baddbmm``. On a GPU a mask
+made of full blocks runs blocked once `block_pattern` was asked for it; on a CPU it is seen unasked.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
-from ..dispatch import Backend, Plan, resolve_backend, resume
-from ..errors import check_tensor
-from ..registration import register
-from . import reference
-from .blocks import (
-    BLOCK_SIZES,
-    BlockPattern,
-    block_pattern,
-    find_blocks,
-    table_shape,
+from ..dispatch import Plan, resolve_backend
+from .blocks import BLOCK_SIZES, BlockPattern, block_pattern, find_blocks
+from .registration import (
+    PRECISIONS,
+    check_operands,
+    check_precision,
+    choose_backend,
+    is_plain,
+    is_watched,
+    run,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +35,7 @@ __all__ = [
     "PRECISIONS",
     "BlockPattern",
     "block_pattern",
+    "check_precision",
     "is_plain",
     "is_watched",
     "linear",
@@ -45,18 +44,6 @@ __all__ = [
     "plan_for",
     "prepare",
 ]
-
-PRECISIONS = ("ieee", "tf32", "tf32x3")
-"""How a GPU multiplies float32: exactly, rounded to 10 bits of mantissa, or as three of these."""
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_CPU_DTYPES = (torch.float32, torch.float64)
-_PLAIN = (Tensor, Parameter)
-
-_functorch_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_tracing_state = torch._C._get_tracing_state
 
 
 def linear(
@@ -95,11 +82,11 @@ def linear(
         NotImplementedError: from forward-mode differentiation.
     """
     x, weight, bias = _under_autocast(x, weight, bias)
-    _validate(x, weight, mask, bias, precision)
+    check_operands(x, weight, mask, bias, precision)
     if mask is not None:
         asked = not torch.compiler.is_compiling() and is_plain(mask)
         blocks = find_blocks(mask) if asked else None
-        return _masked(x, weight, mask, bias, blocks, precision)
+        return run(x, weight, mask, bias, blocks, precision)
     if bias is None:
         return torch.bmm(x, weight.mT)
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
@@ -138,7 +125,7 @@ def linear_blocked(
         raise TypeError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
     x, weight, bias = _under_autocast(x, weight, bias)
     mask = pattern.mask
-    _validate(x, weight, mask, bias, precision)
+    check_operands(x, weight, mask, bias, precision)
     # A compiler would guard on the version, and compile again after every write.
     versioned = not torch.compiler.is_compiling() and pattern.version is not None
     if versioned and pattern.version != mask._version:
@@ -146,23 +133,7 @@ def linear_blocked(
             f"pattern must be of the present mask, got version {pattern.version} of a mask "
             f"now at {mask._version}: ask block_pattern again"
         )
-    return _masked(x, weight, mask, bias, pattern, precision)
-
-
-def _masked(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    blocks: BlockPattern | None,
-    precision: str,
-) -> Tensor:
-    table, block = (None, 0) if blocks is None else (blocks.table, blocks.block)
-    if is_watched() or not is_plain(x, weight, mask, bias):
-        return _LINEAR(x, weight, mask, bias, table, block, precision)
-    if _needs_grad(x, weight, bias):
-        return _Linear.apply(_forward, x, weight, mask, bias, table, block, precision)
-    return _forward(x, weight, mask, bias, table, block, precision)
+    return run(x, weight, mask, bias, pattern, precision)
 
 
 def plan(
@@ -195,7 +166,7 @@ def plan(
     if block not in (0, *BLOCK_SIZES):
         raise ValueError(f"block must be 0 or one of {BLOCK_SIZES}, got {block}")
     device = torch.device(device)
-    backend = _backend(device, dtype)
+    backend = choose_backend(device, dtype)
     if backend == "cpu":
         from . import cpu
 
@@ -224,7 +195,7 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
     Raises:
         ValueError: the chosen backend cannot run on the device.
     """
-    if _backend(mask.device, dtype) == "cpu":
+    if choose_backend(mask.device, dtype) == "cpu":
         from . import cpu
         from .patterns import find_pattern
 
@@ -271,244 +242,3 @@ def _under_autocast(
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast as torch's autocast does, which leaves float64 alone."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
-def _validate(
-    x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, precision: str
-) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    check_tensor("x", x, ("P", "B", "I"), *_DTYPES, like=x)
-    check_tensor("weight", weight, (x.shape[0], "O", x.shape[2]), x.dtype, like=x)
-    if mask is not None:
-        check_tensor("mask", mask, weight.shape, torch.bool, like=x)
-    if bias is not None:
-        check_tensor("bias", bias, weight.shape[:2], x.dtype, like=x)
-
-
-def _backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    backend = resolve_backend(device)
-    return "reference" if backend == "cpu" and dtype not in _CPU_DTYPES else backend
-
-
-def is_watched() -> bool:
-    """Whether someone watches ops: a compiler, a transform, a mode or a tracer.
-
-    If not, a kernel may be called directly, which saves the dispatcher's 10 us.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or _functorch_active()
-        or _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors, with data and without a subclass."""
-    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    blocks: Tensor | None,
-    block: int,
-    precision: str,
-) -> Tensor:
-    backend = _backend(x.device, x.dtype)
-    if backend == "triton":
-        from . import blocked_gpu, gpu
-
-        if blocks is not None:
-            return blocked_gpu.forward(x, weight, bias, blocks, block, precision)
-        return gpu.forward(x, weight, bias, precision)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.forward(x, weight, mask, bias)
-    return reference.linear(x, weight, mask, bias)
-
-
-def _dx(
-    dy: Tensor, weight: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
-) -> Tensor:
-    backend = _backend(dy.device, dy.dtype)
-    if backend == "triton":
-        from . import blocked_gpu, gpu
-
-        if blocks is not None:
-            return blocked_gpu.dx(dy, weight, blocks, block, precision)
-        return gpu.dx(dy, weight, precision)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.dx(dy, weight, mask)
-    return reference.linear_dx(dy, weight, mask)
-
-
-def _dw(
-    dy: Tensor, x: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
-) -> Tensor:
-    backend = _backend(dy.device, dy.dtype)
-    if backend == "triton":
-        from . import blocked_gpu, gpu
-
-        if blocks is not None:
-            return blocked_gpu.dw(dy, x, blocks, block, precision)
-        return gpu.dw(dy, x, mask, precision)
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.dw(dy, x, mask)
-    return reference.linear_dw(dy, x, mask)
-
-
-class _Differentiable(torch.autograd.Function):
-    """An op with its inputs saved; the three subclasses differentiate it by the other two.
-
-    The backward pass runs as the forward pass did (`resume`): on a GPU it is another thread, which
-    does not see `use_backend`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, *args: Any) -> Tensor:
-        ctx.backend = resolve_backend(args[0].device)
-        *_, blocks, ctx.block, ctx.precision = args
-        # The mask too: autograd then raises if it is changed before the backward pass.
-        ctx.save_for_backward(*args[:3], blocks)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        raise NotImplementedError(
-            "sparse_tickets linear has no forward-mode derivative; use reverse mode "
-            "(backward, torch.autograd.grad)"
-        )
-
-
-class _Linear(_Differentiable):
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask, blocks = ctx.saved_tensors
-        _, *needs = ctx.needs_input_grad
-        form = (blocks, ctx.block, ctx.precision)
-        with resume(ctx.backend, dy.device):
-            together = needs[0] and needs[1] and _backend(dy.device, dy.dtype) == "cpu"
-            eager = not (torch.is_grad_enabled() or is_watched())
-            if together and eager and is_plain(dy, x, weight, mask):
-                from . import cpu
-
-                dx, dw, db = cpu.backward(dy, x, weight, mask)
-                return None, dx, dw, None, db if needs[3] else None, None, None, None
-            return (
-                None,
-                _DX(dy, weight, mask, *form) if needs[0] else None,
-                _DW(dy, x, mask, *form) if needs[1] else None,
-                None,
-                dy.sum(1) if needs[3] else None,
-                None,
-                None,
-                None,
-            )
-
-
-class _LinearDX(_Differentiable):
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dy, weight, mask, blocks = ctx.saved_tensors
-        _, *needs = ctx.needs_input_grad
-        form = (blocks, ctx.block, ctx.precision)
-        with resume(ctx.backend, grad.device):
-            return (
-                None,
-                _LINEAR(grad, weight, mask, None, *form) if needs[0] else None,
-                _DW(dy, grad, mask, *form) if needs[1] else None,
-                None,
-                None,
-                None,
-                None,
-            )
-
-
-class _LinearDW(_Differentiable):
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dy, x, mask, blocks = ctx.saved_tensors
-        _, *needs = ctx.needs_input_grad
-        form = (blocks, ctx.block, ctx.precision)
-        on_mask = grad.masked_fill(~mask, 0)
-        with resume(ctx.backend, grad.device):
-            return (
-                None,
-                _LINEAR(x, on_mask, mask, None, *form) if needs[0] else None,
-                _DX(dy, on_mask, mask, *form) if needs[1] else None,
-                None,
-                None,
-                None,
-                None,
-            )
-
-
-def _check_forward(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    blocks: Tensor | None,
-    block: int,
-    precision: str,
-) -> tuple[int, ...]:
-    _validate(x, weight, mask, bias, precision)
-    _check_blocks(blocks, block, mask)
-    return *x.shape[:2], weight.shape[1]
-
-
-def _check_dx(
-    dy: Tensor, weight: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
-) -> tuple[int, ...]:
-    check_tensor("weight", weight, ("P", "O", "I"), dy.dtype, like=dy)
-    check_tensor("mask", mask, weight.shape, torch.bool, like=dy)
-    # The transposed product: dy takes the place of x.
-    _validate(dy, weight.mT, mask.mT, None, precision)
-    _check_blocks(blocks, block, mask)
-    return *dy.shape[:2], weight.shape[2]
-
-
-def _check_dw(
-    dy: Tensor, x: Tensor, mask: Tensor, blocks: Tensor | None, block: int, precision: str
-) -> tuple[int, ...]:
-    check_tensor("mask", mask, ("P", "O", "I"), torch.bool, like=x)
-    weight = dy.new_empty(1).expand(mask.shape)
-    _validate(x, weight, mask, None, precision)
-    check_tensor("dy", dy, (*x.shape[:2], mask.shape[1]), x.dtype, like=x)
-    _check_blocks(blocks, block, mask)
-    return mask.shape
-
-
-def _check_blocks(blocks: Tensor | None, block: int, mask: Tensor) -> None:
-    """A `BlockPattern`'s table and size fit the mask, or there are none."""
-    if blocks is None:
-        if block:
-            raise ValueError(f"block must be 0 without a table of blocks, got {block}")
-        return
-    if block not in BLOCK_SIZES:
-        raise ValueError(f"block must be one of {BLOCK_SIZES}, got {block}")
-    tickets, out, inp = mask.shape
-    shape = table_shape(tickets, out, inp, block)
-    check_tensor("blocks", blocks, shape, torch.int32, like=mask)
-
-
-# `blocks` and `block` are a `BlockPattern`'s table and size, or None and 0.
-_LINEAR = register("linear", _forward, _check_forward, _Linear)
-_DX = register("linear_dx", _dx, _check_dx, _LinearDX)
-_DW = register("linear_dw", _dw, _check_dw, _LinearDW)

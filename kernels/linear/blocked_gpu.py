@@ -25,7 +25,7 @@ from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
-from .operands import check_span
+from .operands import accumulator, check_spans, grid
 
 __all__ = ["EXAMPLES", "choose_gradient_tiles", "choose_product_tiles", "dw", "dx", "forward"]
 
@@ -219,8 +219,7 @@ def dw(dy: Tensor, x: Tensor, table: Tensor, block: int, precision: str) -> Tens
     tickets, batch, out = dy.shape
     inp = x.shape[2]
     result = dy.new_empty(tickets, out, inp)
-    for name, operand in (("dy", dy), ("x", x), ("output", result)):
-        check_span(name, operand)
+    check_spans(dy=dy, x=x, output=result)
     if result.numel() == 0:
         return result
     exact = precision if dy.dtype == torch.float32 else "ieee"
@@ -235,9 +234,9 @@ def dw(dy: Tensor, x: Tensor, table: Tensor, block: int, precision: str) -> Tens
         dtype=dy.dtype,
         precision=exact,
     )
-    grid = _grid(tickets * (out // block) * triton.cdiv(inp, tiles.block_cols))
+    programs = tickets * (out // block) * triton.cdiv(inp, tiles.block_cols)
     with torch.cuda.device_of(dy):
-        _gradient_kernel[grid](
+        _gradient_kernel[grid(programs)](
             dy,
             x,
             table,
@@ -249,7 +248,7 @@ def dw(dy: Tensor, x: Tensor, table: Tensor, block: int, precision: str) -> Tens
             *x.stride(),
             *table.stride()[:2],
             BLOCK=block,
-            ACCUMULATOR=_accumulator(dy.dtype),
+            ACCUMULATOR=accumulator(dy.dtype),
             PRECISION=exact,
             **tiles.constexprs,
             **tiles.options,
@@ -269,8 +268,7 @@ def _product(
     tickets, rows, _ = a.shape
     cols = b.shape[2]
     c = a.new_empty(tickets, rows, cols)
-    for name, operand in (("first", a), ("second", b), ("output", c)):
-        check_span(name, operand)
+    check_spans(first=a, second=b, output=c)
     if c.numel() == 0:
         return c
     exact = precision if a.dtype == torch.float32 else "ieee"
@@ -285,9 +283,9 @@ def _product(
         dtype=a.dtype,
         precision=exact,
     )
-    grid = _grid(tickets * triton.cdiv(rows, tiles.block_rows) * (cols // block))
+    programs = tickets * triton.cdiv(rows, tiles.block_rows) * (cols // block)
     with torch.cuda.device_of(a):
-        _product_kernel[grid](
+        _product_kernel[grid(programs)](
             a,
             b,
             bias,
@@ -301,22 +299,12 @@ def _product(
             *(bias.stride() if bias is not None else (0, 0)),
             *table.stride()[:2],
             BLOCK=block,
-            ACCUMULATOR=_accumulator(a.dtype),
+            ACCUMULATOR=accumulator(a.dtype),
             PRECISION=exact,
             **tiles.constexprs,
             **tiles.options,
         )
     return c
-
-
-def _grid(programs: int) -> tuple[int]:
-    if programs >= 2**31:
-        raise ValueError(f"the product must take fewer than 2**31 tiles, got {programs}")
-    return (programs,)
-
-
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _example(dtype: torch.dtype, precision: str, block: int) -> None:

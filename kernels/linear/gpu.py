@@ -18,7 +18,7 @@ from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
-from .operands import check_span
+from .operands import accumulator, check_spans, grid
 
 __all__ = ["EXAMPLES", "choose_tiles", "dw", "dx", "forward"]
 
@@ -129,8 +129,7 @@ def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, mask: Tensor | None, precis
     tickets, rows, depth = a.shape
     cols = b.shape[2]
     c = a.new_empty(tickets, rows, cols)
-    for name, operand in (("first", a), ("second", b), ("output", c), ("mask", mask)):
-        check_span(name, operand)
+    check_spans(first=a, second=b, output=c, mask=mask)
     if c.numel() == 0:
         return c
     exact = precision if a.dtype == torch.float32 else "ieee"
@@ -146,10 +145,8 @@ def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, mask: Tensor | None, precis
         precision=exact,
     )
     programs = tickets * triton.cdiv(rows, tiles.block_rows) * triton.cdiv(cols, tiles.block_cols)
-    if programs >= 2**31:
-        raise ValueError(f"the product must take fewer than 2**31 tiles, got {programs}")
     with torch.cuda.device_of(a):
-        _gemm_kernel[(programs,)](
+        _gemm_kernel[grid(programs)](
             a,
             b,
             bias,
@@ -162,16 +159,12 @@ def _gemm(a: Tensor, b: Tensor, bias: Tensor | None, mask: Tensor | None, precis
             *b.stride(),
             *(bias.stride() if bias is not None else (0, 0)),
             *(mask.stride() if mask is not None else (0, 0, 0)),
-            ACCUMULATOR=_accumulator(a.dtype),
+            ACCUMULATOR=accumulator(a.dtype),
             PRECISION=exact,
             **tiles.constexprs,
             **tiles.options,
         )
     return c
-
-
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _example(dtype: torch.dtype, precision: str, rows: int, cols: int) -> None:

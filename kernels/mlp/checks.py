@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arena import Arena, Net, Parameters
 from ..dispatch import Backend, resolve_backend
 from ..errors import check_data, check_dtype, check_integer, check_tensor, refuse_shape
-from ..linear import PRECISIONS
+from ..linear import check_precision
 from ..memory import check_separate
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "check_network",
     "check_optimiser",
     "check_parameters",
-    "check_precision",
     "check_rows",
 ]
 
@@ -45,12 +44,6 @@ def check_counter(name: str, value: int | Tensor, limit: int, like: Tensor) -> i
     if resolve_backend(like.device) == "cpu":
         raise TypeError(f"{name} must be an int on the CPU, got a tensor")
     return value
-
-
-def check_precision(precision: str) -> None:
-    """Raise ``ValueError`` unless ``precision`` is one that the Triton kernels know."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def check_floats(backend: Backend, **tensors: Tensor) -> None:

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from ..dispatch import Plan, resolve_backend
 from ..errors import check_device, check_integer, check_untransformed
-from ..linear import PRECISIONS
+from ..linear import PRECISIONS, check_precision
 from . import registration
-from .checks import check_precision, check_values
+from .checks import check_values
 from .layout import PackedLayer, PackedPattern, build_pattern
 
 __all__ = [

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import check_integer, check_tensor, refuse_shape
-from ..linear import PRECISIONS
 from .layout import PackedLayer, lay_out
 
 __all__ = [
     "DTYPES",
     "check_batch",
     "check_dense",
-    "check_precision",
     "check_sound",
     "check_squares",
     "check_values",
@@ -46,12 +44,6 @@ def check_where(bits: Tensor, start: Tensor, shapes: list[int]) -> tuple[PackedL
 def find_layer(layers: tuple[PackedLayer, ...], layer: int) -> PackedLayer:
     """The layer of an index that may be out of range."""
     return layers[check_integer("layer", layer, 0, len(layers))]
-
-
-def check_precision(precision: str) -> None:
-    """One of `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def check_values(name: str, values: Tensor, bits: Tensor, width: int | None = None) -> None:

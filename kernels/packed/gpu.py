@@ -20,6 +20,7 @@ from torch import Tensor
 from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
+from ..linear.operands import check_spans, grid
 from ..tuning import prefer
 from .layout import MAX_TILE, PackedLayer
 from .tiles import load_packed_tile, store_packed_tile
@@ -282,12 +283,12 @@ def forward(
     y = x.new_empty(tickets, batch, layer.out)
     if y.numel() == 0:
         return y
-    _check_spans(x=x, y=y)
+    check_spans(x=x, y=y)
     launch = _launch("forward", x, layer, precision)
     programs = tickets * triton.cdiv(batch, launch.block_batch) * layer.tiles_out
     packed = _packed(values, bits, start, layer)
     with torch.cuda.device_of(x):
-        _forward_kernel[(_check_programs(programs),)](
+        _forward_kernel[grid(programs)](
             x,
             *packed,
             bias,
@@ -312,12 +313,12 @@ def dx(
     result = dy.new_empty(tickets, batch, layer.inp)
     if result.numel() == 0:
         return result
-    _check_spans(dy=dy, dx=result)
+    check_spans(dy=dy, dx=result)
     launch = _launch("dx", dy, layer, precision)
     programs = tickets * triton.cdiv(batch, launch.block_batch) * layer.tiles_in
     packed = _packed(values, bits, start, layer)
     with torch.cuda.device_of(dy):
-        _dx_kernel[(_check_programs(programs),)](
+        _dx_kernel[grid(programs)](
             dy,
             *packed,
             result,
@@ -346,11 +347,11 @@ def dw(
     tickets, batch, _ = dy.shape
     if tickets == 0:
         return
-    _check_spans(dy=dy, x=x)
+    check_spans(dy=dy, x=x)
     launch = _launch("dw", x, layer, precision)
     packed = _packed(target, bits, start, layer)
     with torch.cuda.device_of(x):
-        _dw_kernel[(_check_programs(tickets * layer.tiles),)](
+        _dw_kernel[grid(tickets * layer.tiles)](
             dy,
             x,
             *packed,
@@ -396,7 +397,7 @@ def _move(
         return
     packed = _packed(values, bits, start, layer)
     with torch.cuda.device_of(dense):
-        _move_kernel[(_check_programs(tickets * layer.tiles),)](
+        _move_kernel[grid(tickets * layer.tiles)](
             dense[:, layer.offset :],
             *packed,
             layer.out,
@@ -440,35 +441,13 @@ def _constexprs(
     product: str, layer: PackedLayer, launch: Launch, dtype: torch.dtype, precision: str
 ) -> dict[str, object]:
     exact = precision if dtype == torch.float32 else "ieee"
-    constexprs: dict[str, object] = {
-        "TILE_OUT": layer.tile_out,
-        "TILE_IN": layer.tile_in,
-        **launch.constexprs,
-        "PRECISION": exact,
-    }
+    constexprs: dict[str, object] = {**launch.constexprs, "PRECISION": exact}
+    constexprs |= {"TILE_OUT": layer.tile_out, "TILE_IN": layer.tile_in}
     if product == "forward":
         # Hopper's tensor cores take 64 rows of the first operand, of whichever has them.
         fits = layer.tile_out == MAX_TILE or launch.block_batch < MAX_TILE
         constexprs["WEIGHT_FIRST"] = fits and (dtype != torch.float32 or exact != "ieee")
     return constexprs
-
-
-def _check_spans(**operands: Tensor) -> None:
-    """Within a ticket, 32 bits address the entries."""
-    for name, operand in operands.items():
-        _, rows, cols = operand.shape
-        _, row_stride, col_stride = operand.stride()
-        if rows * row_stride + cols * col_stride >= 2**31:
-            raise ValueError(
-                f"one ticket's {name} must span fewer than 2**31 elements, "
-                f"got shape {tuple(operand.shape[1:])} with strides {operand.stride()[1:]}"
-            )
-
-
-def _check_programs(programs: int) -> int:
-    if programs >= 2**31:
-        raise ValueError(f"the product must take fewer than 2**31 tiles, got {programs}")
-    return programs
 
 
 def _example(dtype: torch.dtype, precision: str, batch: int, out: int, inp: int) -> None:

@@ -7,6 +7,7 @@ the other. A pattern travels as its tensors and, in integers, the shapes of its 
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from ..dispatch import Backend, resolve_backend, resume
 from ..errors import check_dtype, check_integer, check_tensor
+from ..linear import check_precision
 from ..memory import check_separate, mark_written
-from ..registration import declare, register
+from ..registration import Differentiable, declare, register
 from . import reference
 from .checks import (
     DTYPES,
     check_batch,
     check_dense,
-    check_precision,
     check_squares,
     check_values,
     check_where,
@@ -239,38 +240,13 @@ def _size(shapes: list[int]) -> int:
     return sum(layer.out * layer.inp for layer in lay_out(*shapes))
 
 
-class _PackedOp(torch.autograd.Function):
-    """An op with its tensors saved, but for a bias; subclasses say what its derivative is.
+class _PackedLinear(Differentiable):
+    rest = slice(5, None)
 
-    The backward pass runs as the forward pass did (`resume`): on a GPU it is another thread, which
-    does not see `use_backend`.
-    """
-
-    saved = slice(4)
-
-    @classmethod
-    def forward(cls, ctx: Any, op: Any, *args: Any) -> Tensor:
-        ctx.backend = resolve_backend(args[0].device)
-        ctx.args = [arg for arg in args if not isinstance(arg, Tensor)]
-        ctx.shape = args[0].shape
-        # The pattern too: autograd then raises if it is changed before the backward pass.
-        ctx.save_for_backward(*args[cls.saved])
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        raise NotImplementedError(
-            "sparse_tickets' packed ops have no forward-mode derivative; use reverse mode "
-            "(backward, torch.autograd.grad)"
-        )
-
-
-class _PackedLinear(_PackedOp):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, values, bits, start = ctx.saved_tensors
-        shapes, layer, precision = ctx.args[-3:]
+        shapes, layer, precision = ctx.rest
         needs = ctx.needs_input_grad
         dx = dvalues = None
         with resume(ctx.backend, dy.device):
@@ -281,11 +257,11 @@ class _PackedLinear(_PackedOp):
         return None, dx, dvalues, None, None, dy.sum(1) if needs[5] else None, None, None, None
 
 
-class _PackedDX(_PackedOp):
+class _PackedDX(Differentiable):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dy, values, bits, start = ctx.saved_tensors
-        shapes, layer, precision = ctx.args
+        shapes, layer, precision = ctx.rest
         ddy = dvalues = None
         with resume(ctx.backend, grad.device):
             if ctx.needs_input_grad[1]:
@@ -295,11 +271,11 @@ class _PackedDX(_PackedOp):
         return None, ddy, dvalues, None, None, None, None, None
 
 
-class _PackedDW(_PackedOp):
+class _PackedDW(Differentiable):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dy, x, bits, start = ctx.saved_tensors
-        shapes, layer, _, precision = ctx.args
+        shapes, layer, _, precision = ctx.rest
         ddy = dx = None
         with resume(ctx.backend, grad.device):
             if ctx.needs_input_grad[1]:
@@ -309,13 +285,14 @@ class _PackedDW(_PackedOp):
         return None, ddy, dx, None, None, None, None, None, None
 
 
-class _Pack(_PackedOp):
-    saved = slice(1, 3)
+class _Pack(Differentiable):
+    saved = itemgetter(1, 2)
+    rest = slice(3, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bits, start = ctx.saved_tensors
-        shapes, _ = ctx.args
+        shapes, _ = ctx.rest
         with resume(ctx.backend, grad.device):
             dense = UNPACK(grad, bits, start, shapes)
         beyond = ctx.shape[1] - dense.shape[1]
@@ -324,14 +301,15 @@ class _Pack(_PackedOp):
         return None, dense, None, None, None, None
 
 
-class _Unpack(_PackedOp):
-    saved = slice(1, 3)
+class _Unpack(Differentiable):
+    saved = itemgetter(1, 2)
+    rest = slice(3, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         bits, start = ctx.saved_tensors
         with resume(ctx.backend, grad.device):
-            return None, PACK(grad, bits, start, ctx.args[0], ctx.shape[1]), None, None, None
+            return None, PACK(grad, bits, start, ctx.rest[0], ctx.shape[1]), None, None, None
 
 
 LINEAR = register("linear_packed", _forward, _check_forward, _PackedLinear)

@@ -133,7 +133,7 @@ def test_too_large_an_operand_is_refused() -> None:
     pattern = build_pattern(mask, [(0, 1, 2**15)])
     huge = torch.empty(1, 2**16, 2**15, device="meta")
     where = (pattern.bits, pattern.start)
-    with pytest.raises(ValueError, match="x must span fewer than 2"):
+    with pytest.raises(ValueError, match="x operand must span fewer than 2"):
         gpu.forward(huge, random(1, 2**15), *where, None, pattern.layers[0], "ieee")
 
 
