@@ -399,9 +399,9 @@ def test_unmasked_is_torch_itself() -> None:
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(2, 3)}, ValueError, r"x must have shape \(P, B, I\), got \(2, 3\)"),
-        ({"weight": torch.zeros(4, 5)}, ValueError, r"weight must have shape \(P, O, I\)"),
-        ({"weight": torch.zeros(2, 4, 6)}, ValueError, r"weight must have shape \(2, 4, 5\)"),
-        ({"weight": torch.zeros(1, 4, 5)}, ValueError, r"weight must have shape \(2, 4, 5\)"),
+        ({"weight": torch.zeros(4, 5)}, ValueError, r"weight must have shape \(2, O, 5\)"),
+        ({"weight": torch.zeros(2, 4, 6)}, ValueError, r"weight must have shape \(2, O, 5\)"),
+        ({"weight": torch.zeros(1, 4, 5)}, ValueError, r"weight must have shape \(2, O, 5\)"),
         ({"weight": torch.zeros(2, 4, 5).half()}, TypeError, "weight must be float32, got float16"),
         ({"x": torch.zeros(2, 3, 5, dtype=torch.int32)}, TypeError, "x must be float32 or"),
         ({"mask": torch.ones(2, 4, 5)}, TypeError, "mask must be bool, got float32"),
