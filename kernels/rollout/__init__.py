@@ -349,10 +349,8 @@ def _check_source(env: Any, key: Tensor) -> int:
     known, source = env.task.observation_dim, env.source
     if source is None:
         return known
-    inputs = len(source) if source.dim() else 0
-    check_dtype("env.source", source, torch.int64)
-    check_shape("env.source", source, (inputs,))
-    check_device("env.source", source, key)
+    check_tensor("env.source", source, ("inputs",), torch.int64, like=key)
+    inputs = len(source)
     if inputs < known:
         raise ValueError(f"env.source must name {known} inputs or more, got {inputs}")
     # On a GPU looking would wait for the device.
