@@ -44,7 +44,7 @@ _HOME = {
     "SparseLinear": ("linear", "SparseLinear"),
     "Sweep": ("sweep.spec", "Sweep"),
     "Ticket": ("ticket", "Ticket"),
-    "compact": ("convert", "compact"),
+    "compact": ("compaction", "compact"),
     "densify_": ("convert", "densify_"),
     "load_results": ("sweep.store", "load_results"),
     "make_env": ("envs", "make_env"),
@@ -61,8 +61,9 @@ _HOME = {
 
 if TYPE_CHECKING:
     from sparse_tickets.algos.registry import register_algorithm
+    from sparse_tickets.compaction import compact
     from sparse_tickets.conditions import register_condition
-    from sparse_tickets.convert import compact, densify_, sparsify_, to_semi_structured
+    from sparse_tickets.convert import densify_, sparsify_, to_semi_structured
     from sparse_tickets.coverage import summary
     from sparse_tickets.dynamic.pruner import Pruner
     from sparse_tickets.envs import make_env, register_env

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from sparse_tickets.convert import compact
+from sparse_tickets.compaction import compact
 from sparse_tickets.files import write_atomic
 from sparse_tickets.ticket import Normalise, Ticket
 

@@ -27,6 +27,7 @@ LAYERS = (
     (
         "conditions",
         "files",
+        "fused",
         "hooks",
         "linear",
         "optim",
@@ -40,7 +41,7 @@ LAYERS = (
         "timing",
     ),
     ("connectivity", "coverage"),
-    ("convert", "envs", "population", "targets"),
+    ("compaction", "convert", "envs", "population", "targets"),
     ("diagnostics", "dynamic", "export", "integrations"),
     ("algos",),
     ("imp",),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_tickets.convert import compact, sparsify_, to_semi_structured
+from sparse_tickets.compaction import compact
+from sparse_tickets.convert import sparsify_, to_semi_structured
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.structure import n_m_mask
 

@@ -20,10 +20,9 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import sparse_tickets.convert as convert
 import sparse_tickets.linear as linear
 import sparse_tickets.selection as selection
+from sparse_tickets.compaction import Compact, compact
 from sparse_tickets.convert import (
-    Compact,
     SparsifyWarning,
-    compact,
     densify_,
     from_torch_prune,
     sparsify_,
