@@ -33,6 +33,7 @@ LAYERS = (
         "optim",
         "provenance",
         "prune",
+        "runs",
         "selection",
         "sequential",
         "settings",

@@ -57,7 +57,7 @@ def run(
     if is_watched() or not is_plain(x, weight, mask, bias):
         return _LINEAR(x, weight, mask, bias, table, block, precision)
     if _needs_grad(x, weight, bias):
-        return _Linear.apply(_forward, x, weight, mask, bias, table, block, precision)
+        return _LinearForward.apply(_forward, x, weight, mask, bias, table, block, precision)
     return _forward(x, weight, mask, bias, table, block, precision)
 
 
@@ -167,7 +167,7 @@ def _dw(
     return reference.linear_dw(dy, x, mask)
 
 
-class _Linear(Differentiable):
+class _LinearForward(Differentiable):
     saved = itemgetter(0, 1, 2, 4)
     rest = slice(5, None)
 
@@ -282,6 +282,6 @@ def _check_blocks(blocks: Tensor | None, block: int, mask: Tensor) -> None:
     check_tensor("blocks", blocks, shape, torch.int32, like=mask)
 
 
-_LINEAR = register("linear", _forward, _check_forward, _Linear)
+_LINEAR = register("linear", _forward, _check_forward, _LinearForward)
 _DX = register("linear_dx", _dx, _check_dx, _LinearDX)
 _DW = register("linear_dw", _dw, _check_dw, _LinearDW)

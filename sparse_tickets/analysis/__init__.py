@@ -6,7 +6,7 @@
 from .contributions import CONTRIBUTIONS, contributions
 from .frame import CONDITIONS, METRICS
 from .statistics import (
-    Comparison,
+    Contrast,
     bootstrap_interval,
     degradation_level,
     holm,
@@ -20,7 +20,7 @@ __all__ = [
     "CONDITIONS",
     "CONTRIBUTIONS",
     "METRICS",
-    "Comparison",
+    "Contrast",
     "bootstrap_interval",
     "compare",
     "contributions",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
-    "Comparison",
+    "Contrast",
     "binomial_tail",
     "bootstrap_interval",
     "degradation_level",
@@ -168,7 +168,7 @@ def degradation_level(track: ArrayLike, threshold: float = 0.95) -> tuple[int, b
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """Paired difference of two restricted mean degradation levels.
 
     Attributes:
@@ -201,7 +201,7 @@ def restricted_mean(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> Comparison:
+) -> Contrast:
     """Compare two groups of tracks by their restricted mean degradation level, paired by seed.
 
     Each track's :func:`degradation_level` is cut at a horizon, the largest level to which every
@@ -234,7 +234,7 @@ def restricted_mean(
         samples = difference[_resample(difference.size, resamples, seed)].mean(axis=1)
         low, high = _interval(samples, confidence)
         p_value = sign_flip(difference, resamples, seed)
-    return Comparison(
+    return Contrast(
         first=float(level_a.mean()),
         second=float(level_b.mean()),
         difference=float(difference.mean()),

@@ -209,7 +209,7 @@ def compare(
     Returns:
         One row per env, controls and condition that both algorithms have (once where both kinds
         of controls share the cells), with the fields of
-        ``statistics.Comparison`` and p_holm, adjusted over the rows. No rows if nothing pairs.
+        ``statistics.Contrast`` and p_holm, adjusted over the rows. No rows if nothing pairs.
 
     Raises:
         ValueError: The frame is empty or is no results frame.
