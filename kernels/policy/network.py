@@ -158,7 +158,7 @@ class Network:
             parameters: of each layer the weight, then the bias or None.
             addresses: of the same, as for `infer`.
         """
-        return _Differentiable.apply(self, masks, addresses, x, *parameters)
+        return _NetworkPass.apply(self, masks, addresses, x, *parameters)
 
     def forward(self, x: Tensor, addresses: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The output, and what the backward pass needs."""
@@ -229,7 +229,7 @@ class Network:
         return formats, f"{form.tile} rows at a time through all layers"
 
 
-class _Differentiable(torch.autograd.Function):
+class _NetworkPass(torch.autograd.Function):
     """A network as one node of autograd."""
 
     @staticmethod
