@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sparse_tickets import densify_, sparsify_
-from sparse_tickets.sequential import Chain, SparseSequential, _Run
+from sparse_tickets.runs import Run
+from sparse_tickets.sequential import Chain, SparseSequential
 
 
 def make(density=0.4, activation=nn.Tanh, seed=0) -> nn.Sequential:
@@ -35,7 +36,7 @@ def truth(policy: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def fused(monkeypatch):
     """Counts the calls that kernels took whole."""
     calls = []
-    original = _Run._fused
+    original = Run._fused
 
     def count(self, input):
         output = original(self, input)
@@ -43,7 +44,7 @@ def fused(monkeypatch):
             calls.append(tuple(input.shape))
         return output
 
-    monkeypatch.setattr(_Run, "_fused", count)
+    monkeypatch.setattr(Run, "_fused", count)
     return calls
 
 
