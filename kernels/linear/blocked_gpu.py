@@ -25,7 +25,7 @@ from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
-from .operands import accumulator, check_spans, grid
+from .operands_gpu import accumulator, check_spans, grid
 
 __all__ = ["EXAMPLES", "choose_gradient_tiles", "choose_product_tiles", "dw", "dx", "forward"]
 

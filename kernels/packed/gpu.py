@@ -20,7 +20,7 @@ from torch import Tensor
 from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
-from ..linear.operands import check_spans, grid
+from ..linear.operands_gpu import check_spans, grid
 from ..tuning import prefer
 from .layout import MAX_TILE, PackedLayer
 from .tiles import load_packed_tile, store_packed_tile
