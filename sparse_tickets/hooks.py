@@ -112,17 +112,16 @@ def follow(optimizer: Optimizer) -> dict[int, list[SparseLinear]]:
 
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """The global hook; an optimiser that ``keeps_masks`` has done its work."""
-    if getattr(optimizer, "keeps_masks", False):
-        return
-    if _is_compiled():
-        # The graph of a compiled step ends here: what follows works on memory.
-        torch.compiler.disable(keep_owned_)(optimizer)
-    else:
+    if not getattr(optimizer, "keeps_masks", False):
         keep_owned_(optimizer)
 
 
 def keep_owned_(optimizer: Optimizer) -> None:
     """Zero what a step did to the pruned weights of its own layers, and to their state."""
+    if _is_compiled():
+        # The graph of a compiled step ends here: what follows works on memory.
+        torch.compiler.disable(keep_owned_)(optimizer)
+        return
     known = _passes.get(optimizer)
     if known is not None and known.is_valid(optimizer):
         known.run()
