@@ -283,8 +283,8 @@ def test_a_compiled_step_ends_its_graph_at_the_hook(adam):
         list(policy.parameters()), list(plain.parameters()), rtol=1e-3, atol=1e-4
     )
     breaks = torch._dynamo.utils.counters["graph_break"]
-    # One of torch's own, two for the hook, which is not traced.
-    assert sum(breaks.values()) <= 3
+    # Beside torch's own, two for the hook, which is not traced.
+    assert sum(count for reason, count in breaks.items() if "disable" in reason) == 2
 
 
 @pytest.mark.slow
