@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 import polars as pl
 
-from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import cartpole, setting
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
@@ -56,15 +56,13 @@ def paired(cells: pl.DataFrame) -> pl.DataFrame:
 
 def conclude(cells: pl.DataFrame) -> Finding:
     gaps = {
-        (algo, metric): effect(
-            by_seed(cells, algo, PAIRED, "mask", metric)
-            - by_seed(cells, algo, PAIRED, "initialisation", metric)
-        )
+        (algo, metric): by_seed(cells, algo, PAIRED, "mask", metric)
+        - by_seed(cells, algo, PAIRED, "initialisation", metric)
         for metric in METRICS
         for algo in ALGORITHMS
     }
     shown = "; ".join(
-        f"{METRICS[metric]}, {ALGORITHMS[algo]}: {signed(*gap, digits=2)}"
+        f"{METRICS[metric]}, {ALGORITHMS[algo]}: {signed(*effect(gap), digits=2)}"
         for (algo, metric), gap in gaps.items()
     )
     trained = [gap for (_, metric), gap in gaps.items() if metric != "return_initial"]
@@ -83,19 +81,16 @@ def conclude(cells: pl.DataFrame) -> Finding:
     )
 
 
-def verdict(gaps: list[tuple[float, float, float]]) -> str:
+def verdict(gaps: list[np.ndarray]) -> str:
     """Whether the mask gives more than the values under it, in every algorithm and return."""
-    above = [low > 0 for _, low, _ in gaps]
-    below = [high < 0 for _, _, high in gaps]
-    if all(above):
-        return "agrees"
-    if all(below):
-        return "disagrees"
-    if any(above) and any(below):
+    found = [direction(gap) for gap in gaps]
+    agree, disagree = found.count(1), found.count(-1)
+    if agree and disagree:
         return "depends on algorithm or return"
-    for word, clear in (("agrees", sum(above)), ("disagrees", sum(below))):
+    for word, clear in (("agrees", agree), ("disagrees", disagree)):
         if clear:
-            return f"{word} in {clear} of {len(gaps)}, the rest undecided"
+            rest = "" if clear == len(gaps) else f" in {clear} of {len(gaps)}, the rest undecided"
+            return f"{word}{rest}"
     return "undecided"
 
 

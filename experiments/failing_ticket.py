@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.drawing import Line, line_figure
-from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import cartpole, levels, tickets
 from sparse_tickets import Population, Sweep, Ticket
 from sparse_tickets.algos.evaluation import Evaluator
@@ -171,7 +171,7 @@ def curves(cells: pl.DataFrame, variant: str) -> np.ndarray:
 
 def conclude(cells: pl.DataFrame) -> Finding:
     own = curves(cells, AS_IS)
-    change = {name: effect(curves(cells, name) - own) for name in VARIANTS if name != AS_IS}
+    change = {name: curves(cells, name) - own for name in VARIANTS if name != AS_IS}
     suspect = change["trained critic"]
     here = cells.filter(pl.col("variant") == AS_IS)
     lost, balancing = unlearned(here)
@@ -182,7 +182,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         f"{cells['train_steps'].max():,} steps: {len(here)} trainings for each of "
         f"{len(VARIANTS)} variants",
         effect=f"{lost} of {balancing} tickets that balance at once unlearn it; with a trained "
-        f"critic the return on the way changes by {signed(*suspect, digits=0)}",
+        f"critic the return on the way changes by {signed(*effect(suspect), digits=0)}",
         verdict=verdict(lost, suspect),
         text=text(cells, change),
         figures={"failing_ticket": draw(cells)},
@@ -196,16 +196,14 @@ def unlearned(cells: pl.DataFrame) -> tuple[int, int]:
     return len(lost), len(balancing)
 
 
-def verdict(lost: int, suspect: tuple[float, float, float]) -> str:
-    _, low, high = suspect
+def verdict(lost: int, suspect: np.ndarray) -> str:
     if not lost:
         return "not seen again"
-    if low > 0:
-        return "agrees: a trained critic helps"
-    return "disagrees: a trained critic hurts" if high < 0 else "undecided"
+    words = {1: "agrees: a trained critic helps", -1: "disagrees: a trained critic hurts"}
+    return words.get(direction(suspect), "undecided")
 
 
-def text(cells: pl.DataFrame, change: dict[str, tuple[float, float, float]]) -> str:
+def text(cells: pl.DataFrame, change: dict[str, np.ndarray]) -> str:
     rows = []
     for name in VARIANTS:
         here = cells.filter(pl.col("variant") == name)
@@ -217,7 +215,7 @@ def text(cells: pl.DataFrame, change: dict[str, tuple[float, float, float]]) -> 
                 f"{lost}/{balancing}",
                 f"{here['return_initial'].mean():.0f}",
                 f"{here['curve'].list.mean().mean():.0f}",
-                "-" if name == AS_IS else signed(*change[name], digits=0),
+                "-" if name == AS_IS else signed(*effect(change[name]), digits=0),
                 f"{here['curve'].list.last().mean():.0f}",
                 f"{early['entropy']:.2f}",
                 f"{early['approx_kl']:.4f}",

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from sparse_tickets import Sweep, run_sweep
 from sparse_tickets.analysis.figures import save
-from sparse_tickets.analysis.statistics import bootstrap_interval, mean
+from sparse_tickets.analysis.statistics import bootstrap_interval, mean, sign_flip
 from sparse_tickets.files import write_atomic
 from sparse_tickets.provenance import commit, processor
 from sparse_tickets.sweep.progress import SweepProgress
@@ -35,6 +35,7 @@ __all__ = [
     "Experiment",
     "Finding",
     "Place",
+    "direction",
     "effect",
     "main",
     "markdown",
@@ -180,6 +181,12 @@ def effect(values: ArrayLike) -> tuple[float, float, float]:
     column = np.asarray(values, dtype=np.float64)
     low, high = bootstrap_interval(column[:, None], mean)
     return float(mean(column)), float(low[0]), float(high[0])
+
+
+def direction(differences: ArrayLike) -> int:
+    """1 or -1 where the exact sign-flip test over seeds finds a direction at 5%, else 0."""
+    values = np.asarray(differences, dtype=np.float64)
+    return int(np.sign(values.mean())) if sign_flip(values) < 0.05 else 0
 
 
 def signed(middle: float, low: float, high: float, digits: int = 1) -> str:

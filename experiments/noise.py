@@ -15,7 +15,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
-from experiments.frame import Experiment, Finding, Place, effect, main, markdown
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown
 from experiments.sweeps import TICKET, cartpole_spec, levels, tickets
 from sparse_tickets import Sweep, Ticket, load_results
 from sparse_tickets.envs import env_spec
@@ -37,7 +37,7 @@ def collect(place: Place) -> pl.DataFrame:
             controls=("own",),
         )
         if not place.quick:
-            spec = replace(spec, rate=0.488, levels=7, seeds=5)
+            spec = replace(spec, rate=0.488, levels=7, seeds=6)
         if place.partial and not place.begun(f"noise-{count}"):
             continue
         found.append(_with_ranks(count, spec, place.sweep(f"noise-{count}", spec)))
@@ -86,11 +86,12 @@ def _share(part: pl.DataFrame) -> str:
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
-    found, lows = [], []
+    found, directions = [], []
     for part in by_noise(cells).values():
         last = part["level"].max()
-        middle, low, high = effect(matrix(part, TICKET, "rank")[:, last])
-        lows.append((low, high))
+        ranks = matrix(part, TICKET, "rank")[:, last]
+        directions.append(direction(ranks - 0.5))
+        middle, low, high = effect(ranks)
         found.append(f"{_share(part)}: {middle:.2f} [{low:.2f}, {high:.2f}]")
     density = cells["density"].min()
     steps = cells["train_steps"].max()
@@ -101,21 +102,19 @@ def conclude(cells: pl.DataFrame) -> Finding:
         "regrows on the way)",
         effect=f"chance that a real input keeps more weights than noise, at {density:.1%}: "
         + "; ".join(found),
-        verdict=verdict(lows),
+        verdict=verdict(directions),
         text=text(cells),
         figures={"noise": draw(cells)},
     )
 
 
-def verdict(intervals: list[tuple[float, float]]) -> str:
-    above = sum(low > 0.5 for low, _ in intervals)
-    if above == len(intervals):
-        return "agrees"
-    if any(high < 0.5 for _, high in intervals):
+def verdict(directions: list[int]) -> str:
+    if -1 in directions:
         return "disagrees"
-    if not above:
-        return "undecided"
-    return f"agrees in {above} of {len(intervals)}, the rest undecided"
+    above = directions.count(1)
+    if above == len(directions):
+        return "agrees"
+    return f"agrees in {above} of {len(directions)}, the rest undecided" if above else "undecided"
 
 
 def text(cells: pl.DataFrame) -> str:

@@ -15,7 +15,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
-from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import (
     INPUTS,
     TICKET,
@@ -28,11 +28,16 @@ from experiments.sweeps import (
     tickets,
 )
 from sparse_tickets import Sweep, load_results
-from sparse_tickets.analysis.statistics import restricted_levels
+from sparse_tickets.analysis.statistics import restricted_levels, sign_flip
 from sparse_tickets.population import INITIALISATIONS
 from sparse_tickets.sweep.store import Store
 
 PLAIN, OURS = "lecun", "rescaled"
+VERDICTS = {
+    -1: "agrees: whole inputs go earlier",
+    0: "undecided",
+    1: "disagrees: whole inputs go later",
+}
 LAYERS = ("input", "hidden", "head")
 
 
@@ -93,7 +98,7 @@ def initialisations(cells: pl.DataFrame) -> list[str]:
 def conclude(cells: pl.DataFrame) -> Finding:
     ours, plain = matrix(cells, OURS, INPUTS_KEPT), matrix(cells, PLAIN, INPUTS_KEPT)
     last = min(ours.shape[1], plain.shape[1]) - 1
-    kept = effect((ours[:, : last + 1] - plain[:, : last + 1]).mean(1))
+    kept = (ours[:, : last + 1] - plain[:, : last + 1]).mean(1)
     agree = [f"{agreeing(cells, init, last)} ({init})" for init in (OURS, PLAIN)]
     share = effect(_input_layer(cells, OURS)[:, last] - _input_layer(cells, PLAIN)[:, last])
     levels = _degradation(cells)
@@ -101,11 +106,12 @@ def conclude(cells: pl.DataFrame) -> Finding:
     density = matrix(cells, OURS, "density")[0, last]
     return Finding(
         ran=f"PPO tickets of {', '.join(initialisations(cells))}; {setting(cells)}",
-        effect=f"{OURS} minus {PLAIN}: {signed(*kept, digits=2)} inputs kept, mean over levels; "
+        effect=f"{OURS} minus {PLAIN}: {signed(*effect(kept), digits=2)} inputs kept, mean over "
+        f"levels (p = {sign_flip(kept):.2f}); "
         f"{signed(*share, digits=0)} points of the input layer at {density:.1%}, where seeds of "
         f"the commonest set of inputs are {' and '.join(agree)}; degrades {signed(*later)} levels "
         "later",
-        verdict=verdict(kept),
+        verdict=VERDICTS[direction(kept)],
         text=text(cells, levels, last),
         figures={"rescaling": draw(cells)},
     )
@@ -121,13 +127,6 @@ def agreeing(cells: pl.DataFrame, init: str, level: int) -> str:
 def _input_layer(cells: pl.DataFrame, init: str) -> np.ndarray:
     """Percent of the input layer that is kept, ``[seeds, levels]``."""
     return matrix(cells, init, 100 * pl.col("layers").list.first())
-
-
-def verdict(kept: tuple[float, float, float]) -> str:
-    _, low, high = kept
-    if high < 0:
-        return "agrees: more inputs go"
-    return "disagrees: fewer inputs go" if low > 0 else "undecided"
 
 
 def _degradation(cells: pl.DataFrame) -> dict[str, np.ndarray]:

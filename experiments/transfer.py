@@ -13,7 +13,7 @@ import polars as pl
 import torch
 
 from experiments.drawing import Line, line_figure
-from experiments.frame import Experiment, Finding, Place, effect, main, markdown, signed
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import TICKET, cartpole, levels, tickets, train
 from sparse_tickets import load_results
 
@@ -25,6 +25,7 @@ METRICS = {
     "return_auc": "learning curve",
     "return_final": "final return",
 }
+WORDS = {1: "better than", 0: "not told from", -1: "worse than"}
 OWN, ALGORITHM, SEED, SHUFFLED = "own mask", "other algorithm's", "other seed's", "shuffled"
 
 
@@ -77,30 +78,26 @@ def matrix(cells: pl.DataFrame, algo: str, mask: str, metric: str) -> np.ndarray
     return (values - random) / (dense - random)
 
 
-def gap(cells: pl.DataFrame, algo: str, metric: str, one: str, two: str):
-    return effect((matrix(cells, algo, one, metric) - matrix(cells, algo, two, metric)).mean(1))
+def gap(cells: pl.DataFrame, algo: str, metric: str, one: str, two: str) -> np.ndarray:
+    """Difference of two masks of each seed, averaged over the densities."""
+    return (matrix(cells, algo, one, metric) - matrix(cells, algo, two, metric)).mean(1)
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
-    kept = {
-        (algo, mask): gap(cells, algo, "return_auc", mask, SHUFFLED)
-        for algo in ALGORITHMS
-        for mask in (ALGORITHM, SEED)
-    }
-    shown = "; ".join(
-        f"{mask} mask under {ALGORITHMS[algo]}: {signed(*value, digits=2)}"
-        for (algo, mask), value in kept.items()
-    )
-    carried = [
-        f"the {mask} mask {'helps' if low > 0 else 'hurts' if high < 0 else 'undecided'} under "
-        f"{ALGORITHMS[algo]}"
-        for (algo, mask), (_, low, high) in kept.items()
-    ]
-    levels = cells.filter(pl.col("level") > 0)
+    shown, verdicts = [], []
+    for algo, name in ALGORITHMS.items():
+        whose = f"{ALGORITHMS[OTHER[algo]]}'s mask under {name}"
+        above = {mask: gap(cells, algo, "return_auc", ALGORITHM, mask) for mask in (SHUFFLED, OWN)}
+        shown.append(
+            f"{whose}: {signed(*effect(above[SHUFFLED]), digits=2)} above a shuffled one, "
+            f"{signed(*effect(above[OWN]), digits=2)} above its own"
+        )
+        words = (WORDS[direction(above[mask])] for mask in (SHUFFLED, OWN))
+        verdicts.append("{}: {} a shuffled one, {} its own".format(whose, *words))
     return Finding(
-        ran=f"{setting_of(levels)}",
-        effect=f"learning curve above a shuffled mask's, of the dense return: {shown}",
-        verdict="; ".join(carried),
+        ran=setting_of(cells.filter(pl.col("level") > 0)),
+        effect="learning curve, of the dense return, mean over densities: " + "; ".join(shown),
+        verdict="; ".join(verdicts),
         text=text(cells),
         figures={"transfer": draw(cells)},
     )
@@ -126,7 +123,7 @@ def text(cells: pl.DataFrame) -> str:
             rows.append(
                 [
                     f"{mask} mask minus own, {name}",
-                    *(signed(*gap(cells, algo, m, mask, OWN), digits=2) for m in METRICS),
+                    *(signed(*effect(gap(cells, algo, m, mask, OWN)), digits=2) for m in METRICS),
                 ]
             )
     return f"""{setting_of(cells.filter(pl.col("level") > 0))}.
