@@ -42,6 +42,8 @@ __all__ = [
 _WIDEST = 128
 # Between hidden layers: a quarter of the register file of a multiprocessor.
 _MOST_WEIGHTS = 128 * 128
+# Of the first layer, whose inputs are rounded up to a power of two.
+_MOST_FIRST_WEIGHTS = 64 * 64
 _WEIGHTS_PER_THREAD = 64
 _MOST_WARPS = 8
 
@@ -196,6 +198,9 @@ def misfit(nets: tuple[Net, ...]) -> str | None:
         widest = max(net.sizes[1:-1])
         if widest > _WIDEST:
             return f"layers up to width {_WIDEST} fit the registers, not {widest}"
+        first = triton.next_power_of_2(net.sizes[0]) * triton.next_power_of_2(net.sizes[1])
+        if first > _MOST_FIRST_WEIGHTS:
+            return f"{_MOST_FIRST_WEIGHTS} weights of a first layer fit the registers, not {first}"
         weights = _hidden_weights(net)
         if weights > _MOST_WEIGHTS:
             return f"{_MOST_WEIGHTS} weights between hidden layers fit the registers, not {weights}"

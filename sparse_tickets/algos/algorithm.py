@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos.evaluation import Evaluation, Result
+from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
@@ -17,7 +18,7 @@ from sparse_tickets.population import Population
 if TYPE_CHECKING:
     from sparse_tickets.algos.ppo import PPO
 
-__all__ = ["Algorithm", "Dataset", "Demonstrations", "Schedule"]
+__all__ = ["Algorithm", "Dataset", "Demonstrations", "PruningSchedule", "Schedule"]
 
 
 class Dataset(NamedTuple):
@@ -51,6 +52,12 @@ class Schedule(TypedDict, total=False):
     first_iteration: int
     rewind_iteration: int | None
     on_iteration: Callable[[int], None] | None
+
+
+class PruningSchedule(Schedule, total=False):
+    """That of a sweep which prunes during training: for trainers that take `pruning`."""
+
+    pruning: Pruning
 
 
 class Algorithm(Protocol):

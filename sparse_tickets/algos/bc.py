@@ -13,12 +13,14 @@ from sparse_tickets.algos import ppo
 from sparse_tickets.algos.algorithm import Algorithm, Dataset, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay_cloning, replayed
+from sparse_tickets.dynamic import PopulationPruner, Pruning
 from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels import imitation
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
-from sparse_tickets.kernels.random import Stream, derive_key
+from sparse_tickets.kernels.imitation.reference import loss
+from sparse_tickets.kernels.random import Stream, derive_key, integers
 from sparse_tickets.kernels.rollout import demonstrate
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.settings import at_least, check_fields
@@ -185,6 +187,7 @@ def train(
     first_iteration: int = 0,
     rewind_iteration: int | None = None,
     on_iteration: Callable[[int], None] | None = None,
+    pruning: Pruning | None = None,
 ) -> Result:
     """Train every ticket to imitate its expert by minimising KL(expert || student).
 
@@ -203,9 +206,22 @@ def train(
         first_iteration: where the schedule starts, for tickets rewound to a later step.
         rewind_iteration: snapshot the parameters before this iteration.
         on_iteration: called after each iteration with the transitions imitated in it.
+        pruning: prune and regrow while training; masks change between iterations.
     """
     if tuple(key.shape) != (len(population),):
         raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
+    iterate = Iteration(budget, population, key, dataset, assignment, first_iteration)
+    updates, pruner = budget.epochs * budget.minibatches, None
+    if pruning is not None:
+        steps = updates * (budget.iterations - first_iteration)
+        pruner = PopulationPruner(
+            population,
+            pruning.method,
+            pruning.density,
+            steps,
+            key,
+            gradient=iterate.dense_gradient,
+        )
     with Evaluator(
         evaluation or Evaluation(),
         env_name,
@@ -215,15 +231,17 @@ def train(
         budget.iterations,
         rewind_iteration,
     ) as evaluator:
-        iterate = Iteration(budget, population, key, dataset, assignment, first_iteration)
         advance: Callable[[], None] = iterate
-        if can_replay_cloning(population):
+        # A graph replays the kernels of the density it was captured at.
+        if pruner is None and can_replay_cloning(population):
             iterate.keep_count_on_device()
             advance = replayed(iterate)
         for iteration in range(first_iteration, budget.iterations):
             evaluator.before(iteration)
             iterate.learning_rate.fill_(budget.learning_rate_at(iteration))
             advance()
+            if pruner is not None:
+                pruner.step(updates)
             evaluator.after(iteration)
             if on_iteration is not None:
                 on_iteration(len(population) * budget.batch)
@@ -260,6 +278,7 @@ class Iteration:
         )
         self._population, self._key = population, key
         self._dataset, self._assignment = dataset, assignment
+        self._samples = budget.batch
         self._update: int | Tensor = first * updates
         self.learning_rate = population.parameters.weight.new_zeros(len(population))
 
@@ -282,6 +301,25 @@ class Iteration:
         )
         # In place: a replay looks where the capture did.
         self._update += self._config.updates
+
+    def dense_gradient(self) -> Tensor:
+        """Gradient ``[P, prunable]`` of the loss by pruned weights too, at as many transitions as
+        a call takes for one pass; the first are those of its last minibatch."""
+        arena, mask = self._population.arena, self._population.parameters.mask
+        index = integers(
+            self._key,
+            self._samples,
+            self._dataset.obs.shape[1],
+            stream=Stream.MINIBATCH,
+            step=self._update - 1,
+        )
+        rows = self._assignment[:, None]
+        seen, target = self._dataset.obs[rows, index], self._dataset.target[rows, index]
+        weight = self._population.parameters.weight.detach().requires_grad_()
+        with torch.enable_grad():
+            total = loss(weight, torch.ones_like(mask), arena, seen, target)
+            (gradient,) = torch.autograd.grad(total.sum(), weight)
+        return gradient[:, : arena.prunable]
 
 
 class _Cloning:

@@ -66,7 +66,8 @@ class Result:
         diverged: of each ticket, why it has no result: a weight or a return that is not finite;
             None where it has one. The others are what they are without it.
         final: ``[P, size]`` weights after the last update; pruning uses these.
-        best: ``[P, size]`` weights at the best evaluation of the curve.
+        best: ``[P, size]`` weights at the best evaluation of the curve; where masks change in
+            training, of those since the last change.
         return_initial: ``[P]`` mean greedy return before the first update, over fresh episodes.
         return_initial_sampled: ``[P]`` the same with sampled actions.
         curve: ``[P, points]`` mean greedy return at each evaluation.
@@ -141,6 +142,7 @@ class Evaluator:
         self._initial = weight.clone()
         self._rewind: Parameters | None = None
         self._best = weight.clone()
+        self._mask = population.parameters.mask.clone()
         self._curve = torch.zeros(len(key), points, dtype=torch.float64, device=device)
         self._curve_sampled = torch.zeros_like(self._curve)
         self._best_return = torch.full_like(self._curve[:, 0], -torch.inf)
@@ -184,6 +186,9 @@ class Evaluator:
         greedy = self._returns(parameters, *where, greedy=True)
         self._curve[:, point] = greedy
         self._curve_sampled[:, point] = self._returns(parameters, *where, greedy=False)
+        moved = (parameters.mask != self._mask).any(1)
+        self._mask.copy_(parameters.mask)
+        self._best_return.masked_fill_(moved, -torch.inf)
         better = greedy > self._best_return
         self._best_return = torch.where(better, greedy, self._best_return)
         self._best[better] = parameters.weight[better]

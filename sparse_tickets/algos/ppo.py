@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay, replayed
+from sparse_tickets.dynamic import PopulationPruner, Pruning
 from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels import ppo
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, Stats, ppo_update_
+from sparse_tickets.kernels.ppo.reference import loss
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population
@@ -111,6 +114,7 @@ def train(
     first_iteration: int = 0,
     rewind_iteration: int | None = None,
     on_iteration: Callable[[int], None] | None = None,
+    pruning: Pruning | None = None,
 ) -> Result:
     """Train every ticket of a population by PPO; nothing is computed across tickets.
 
@@ -123,6 +127,7 @@ def train(
         first_iteration: where the schedule starts, for tickets rewound to a later step.
         rewind_iteration: snapshot the parameters before this iteration.
         on_iteration: called after each iteration with the agent-steps taken in it.
+        pruning: prune and regrow while training; masks change between iterations.
 
     Returns:
         Curves, returns, final and best weights.
@@ -132,21 +137,36 @@ def train(
     """
     if tuple(key.shape) != (len(population),):
         raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
-    with (
-        open_env(env_name, len(population), settings.copies, device=key.device) as env,
-        Evaluator(
-            evaluation or Evaluation(),
-            env_name,
-            population,
-            key,
-            first_iteration,
-            settings.iterations,
-            rewind_iteration,
-        ) as evaluator,
-    ):
+    with ExitStack() as stack:
+        env = stack.enter_context(
+            open_env(env_name, len(population), settings.copies, device=key.device)
+        )
         iterate = Iteration(settings, env, population, key, first_iteration)
+        updates, pruner = settings.epochs * settings.minibatches, None
+        if pruning is not None:
+            steps = updates * (settings.iterations - first_iteration)
+            pruner = PopulationPruner(
+                population,
+                pruning.method,
+                pruning.density,
+                steps,
+                key,
+                gradient=iterate.dense_gradient,
+            )
+        evaluator = stack.enter_context(
+            Evaluator(
+                evaluation or Evaluation(),
+                env_name,
+                population,
+                key,
+                first_iteration,
+                settings.iterations,
+                rewind_iteration,
+            )
+        )
         advance: Callable[[], object] = iterate
-        if can_replay(env, population):
+        # A graph replays the kernels of the density it was captured at.
+        if pruner is None and can_replay(env, population):
             env.keep_clock_on_device()
             iterate.keep_count_on_device()
             advance = replayed(iterate)
@@ -154,6 +174,8 @@ def train(
             evaluator.before(iteration)
             iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
             advance()
+            if pruner is not None:
+                pruner.step(updates)
             evaluator.after(iteration)
             if on_iteration is not None:
                 on_iteration(len(population) * settings.batch)
@@ -182,6 +204,7 @@ class Iteration:
         self._env, self._population, self._key = env, population, key
         self._obs = env.reset(key)
         self._number: int | Tensor = first
+        self._batch: Batch | None = None
         self.learning_rate = population.parameters.weight.new_zeros(len(population))
 
     def keep_count_on_device(self) -> None:
@@ -213,6 +236,7 @@ class Iteration:
             advantage.flatten(1),
             target.flatten(1),
         )
+        self._batch = batch
         stats = ppo_update_(
             parameters,
             arena,
@@ -227,6 +251,21 @@ class Iteration:
         self._obs.copy_(obs)
         self._number += 1
         return stats
+
+    def dense_gradient(self) -> Tensor:
+        """Gradient ``[P, prunable]`` of the loss of the last call's samples, by pruned weights too.
+
+        Raises:
+            RuntimeError: there was no call yet.
+        """
+        if self._batch is None:
+            raise RuntimeError("an iteration must be run before dense_gradient")
+        arena, mask = self._population.arena, self._population.parameters.mask
+        weight = self._population.parameters.weight.detach().requires_grad_()
+        with torch.enable_grad():
+            total, _ = loss(weight, torch.ones_like(mask), arena, self._batch, self._config)
+            (gradient,) = torch.autograd.grad(total.sum(), weight)
+        return gradient[:, : arena.prunable]
 
 
 class _ProximalPolicyOptimisation:

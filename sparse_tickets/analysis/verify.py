@@ -137,9 +137,10 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
         taken[place] += 1
     chosen = [cell for _, cell in sorted(spread, key=itemgetter(0))[:cells]]
     # Plain torch takes as long for one ticket as for several: what trains alike trains together.
-    groups: dict[tuple[str, bool], list[_Cell]] = {}
+    groups: dict[tuple[str, int], list[_Cell]] = {}
     for cell in chosen:
-        groups.setdefault((cell.unit.algo, cell.unit.level == 0), []).append(cell)
+        level = cell.unit.level if spec.during != "none" else min(cell.unit.level, 1)
+        groups.setdefault((cell.unit.algo, level), []).append(cell)
 
     table = Table(title=Text(f"{spec.env}: {len(chosen)} cells again, in plain torch"))
     for column in ("cell", "start", "stored weights", "stored return", "retrained", "verdict"):
@@ -151,9 +152,9 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
         TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
         console=console, transient=True,
     ) as progress:  # fmt: skip
-        for (algo, dense_level), group in groups.items():
+        for (algo, level), group in groups.items():
             steps = len(group) * spec.train_steps(group[0].unit.level)
-            kind = "dense" if dense_level else "pruned"
+            kind = "pruned" if level else "dense"
             what = f"{len(group)} {kind} {algo} cells in plain torch"
             if not console.is_terminal:  # where a bar is not drawn
                 console.print(what, highlight=False)
@@ -214,12 +215,7 @@ def _again(
     rows = zip(*(population.parameters for population, _ in drawn), strict=True)
     # The reference ops do not look at the nominal density.
     population = Population(arena, Parameters(*(torch.cat(values) for values in rows)))
-    start = population.parameters
-    same = [
-        torch.equal(start.mask[index], cell.ticket.mask)
-        and torch.equal(start.weight[index], cell.start)
-        for index, cell in enumerate(cells)
-    ]
+    masks = population.parameters.mask.clone()
     with use_backend("reference"):
         stored = population.with_weight(torch.stack([cell.ticket.final for cell in cells]))
         returns = _returns(spec, arena, stored, key)
@@ -230,6 +226,14 @@ def _again(
         result = train_population(
             brief, algo, population, key, level, tracks, dataset, on_iteration
         )
+    if spec.during != "none":  # Of masks found in training there is no telling before.
+        masks = torch.stack([cell.ticket.mask for cell in cells])
+        result.initial[:, : arena.prunable].masked_fill_(~masks, 0.0)
+    same = [
+        torch.equal(masks[index], cell.ticket.mask)
+        and torch.equal(result.initial[index], cell.start)
+        for index, cell in enumerate(cells)
+    ]
     error = returns.std(1, correction=0) / returns.shape[1] ** 0.5
     columns = (returns.mean(1), error, result.return_final)
     values = zip(same, *(column.tolist() for column in columns), strict=True)

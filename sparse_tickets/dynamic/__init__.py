@@ -8,7 +8,7 @@ one's own (`Pruner`) or a whole population (`PopulationPruner`).
 
 from .distributions import DISTRIBUTIONS, layer_counts
 from .method import METHODS, Method
-from .population import PopulationPruner
+from .population import PopulationPruner, Pruning
 from .pruner import Pruner
 from .schedules import SCHEDULES
 from .scores import DROP_SCORES, GROW_SCORES
@@ -23,6 +23,7 @@ __all__ = [
     "Method",
     "PopulationPruner",
     "Pruner",
+    "Pruning",
     "layer_counts",
     "update_mask",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,19 +17,27 @@ from .method import Method
 from .scores import DROP_SCORES, GROW_SCORES, Moment
 from .update import update_mask
 
-__all__ = ["PopulationPruner"]
+__all__ = ["PopulationPruner", "Pruning"]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What trainers are told of sparsity during training.
+
+    Attributes:
+        method: a `Method`, or one of `METHODS`.
+        density: of the finished tickets, in [0, 1].
+    """
+
+    method: Method | str
+    density: float
 
 
 class PopulationPruner:
     """Prunes and regrows every ticket of a population while it trains, each by itself.
 
-    ::
-
-        pruner = PopulationPruner(population, "set", density=0.1, steps=updates, key=key)
-        ppo.train(
-            settings, "CartPole-v1", population, key,
-            on_iteration=lambda _: pruner.step(settings.epochs * settings.minibatches),
-        )
+    Trainers make one where they are given a `Pruning`. In a loop of one's own `step` is called
+    after the updates it is told of.
 
     All tickets keep exactly ``floor(density * N + 0.5)`` of their N prunable weights after an
     update. Grown weights and their moments start at zero. ``population.density``, by which kernels
@@ -106,8 +114,8 @@ class PopulationPruner:
         weight = parameters.weight[:, :size]
         gradient = self._gradient() if method.needs_gradient and self._gradient else None
         moment = Moment(weight, self._initial, gradient, self._key, self.count)
-        drop = DROP_SCORES[method.drop](moment)
-        grow = None if growing is None else growing(moment)
+        drop = _numbers(DROP_SCORES[method.drop](moment))
+        grow = None if growing is None else _numbers(growing(moment))
         mask = torch.empty_like(parameters.mask)
         for available, rows in self._alike(layers, growing is None):
             mask[rows] = update_mask(
@@ -137,3 +145,8 @@ class PopulationPruner:
         for ticket in every:
             groups.setdefault(tuple(row[ticket] for row in kept), []).append(ticket)
         return list(groups.items())
+
+
+def _numbers(scores: Tensor) -> Tensor:
+    """Scores without NaN: a ticket that diverged is pruned too, and the others go on."""
+    return scores.masked_fill(scores.isnan(), 0.0)

@@ -33,8 +33,8 @@ def gym_spec(make: Maker | str, name: str | None = None, *, pilot_steps: int = 1
     The pilot plays episodes of random actions, the same ones every time. An input's scale is its
     standard deviation, its offset its mean, or zero where that lies within one standard deviation
     of zero, both to two digits of the scale; an input that never moves keeps offset 0 and scale 1,
-    as one-hot observations do, and images are divided by 255. A random policy may not see all that
-    a good one sees: give numbers of your own with ``dataclasses.replace``.
+    as one-hot and boolean observations do, and images are divided by 255. A random policy may not
+    see all that a good one sees: give numbers of your own with ``dataclasses.replace``.
 
     Args:
         make: a gymnasium id, or a function without arguments that makes the environment.
@@ -330,7 +330,7 @@ def _flat(space: Space[Any], observation: Any, who: Callable[[], str]) -> np.nda
 def _pilot(env: gymnasium.Env, spec: EnvSpec, most: int) -> EnvSpec:
     """A spec with the scale and the random return that random actions find."""
     space = env.observation_space
-    scaled = isinstance(space, Box) and not _is_image(space)
+    scaled = isinstance(space, Box) and space.dtype != bool and not _is_image(space)
     env.action_space.seed(_PILOT_SEED)
     # Moments about the first observation: squares of what is far from zero would cancel.
     origin, (first, second) = None, np.zeros((2, spec.observation_dim))

@@ -37,6 +37,9 @@ class EnvFactory(Protocol):
         ...
 
 
+# Steps: some of MinAtar's games go on for ever under some policies, and name no limit.
+_MINATAR_LIMIT = 5_000
+
 _registry: dict[str, tuple[EnvFactory, EnvSpec]] = {
     name: (partial(ClassicEnv, name), spec) for name, spec in CLASSIC_SPECS.items()
 }
@@ -129,6 +132,8 @@ def find_env(name: str) -> tuple[EnvFactory, EnvSpec]:
     if noise is not None:
         factory, spec = find_env(base)
         return _noisy(factory, base, noise), noise.spec(spec, name)
+    if name.startswith("MinAtar/"):
+        _register_minatar()
     try:
         gymnasium.spec(name)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
@@ -162,6 +167,21 @@ def _noisy(factory: EnvFactory, base: str, noise: Noise) -> EnvFactory:
 def _with_noise(make: Callable[[], gymnasium.Env], noise: Noise) -> gymnasium.Env:
     flat = gymnasium.wrappers.FlattenObservation(make())
     return NoiseFeatures(flat, noise.count, noise.seed)
+
+
+@cache
+def _register_minatar() -> None:
+    """Tell gymnasium of MinAtar's games, which no longer asks packages itself; limit episodes."""
+    try:
+        from minatar.gym import register_envs
+    except ImportError as error:
+        raise ValueError(
+            "env MinAtar/... needs MinAtar: pip install 'sparse-tickets[minatar]'"
+        ) from error
+    register_envs()
+    for each in gymnasium.registry.values():
+        if each.namespace == "MinAtar":
+            each.max_episode_steps = _MINATAR_LIMIT
 
 
 @cache

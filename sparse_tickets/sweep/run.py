@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_tickets.algos.algorithm import Dataset, Schedule
+from sparse_tickets.algos.algorithm import Dataset, PruningSchedule
 from sparse_tickets.algos.evaluation import Result
 from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.connectivity import connectivity
@@ -292,7 +292,7 @@ class Runner:
         mask = population.parameters.mask
         links = connectivity(mask.cpu(), population.arena)
         overlap = torch.full((len(tracks),), torch.nan, dtype=torch.float64, device="cpu")
-        if level > 0:
+        if level > 0 and spec.during == "none":
             overlap = mask_overlap(
                 mask.cpu(), _masks_before(spec, self._store, algo, level, tracks)
             )
@@ -384,7 +384,7 @@ def lost_cells(
     A network that diverged ranks no weights, nor do scores that are not numbers; every track
     begins with its seed's dense network, random masks too.
     """
-    if level == 0:
+    if level == 0 or spec.during != "none":
         return {}
     lost: dict[Track, str] = {}
     parents = dict(zip(tracks, _parents(spec, store, algo, level, tracks), strict=True))
@@ -428,7 +428,7 @@ def _parent_cells(spec: Sweep, level: int, tracks: Sequence[Track]) -> list[tupl
 
 def units_before(spec: Sweep, unit: Unit, tracks: Sequence[Track]) -> list[Unit]:
     """The units that a unit of these tracks is trained from."""
-    if unit.level == 0:
+    if unit.level == 0 or spec.during != "none":
         return []
     cells = _parent_cells(spec, unit.level, tracks) + [(track, 0) for track in tracks]
     if unit.level > 1:
@@ -465,12 +465,15 @@ def train_population(
     """Train one level of some tracks by the sweep's settings; levels above 0 start rewound."""
     first = 0 if level == 0 else spec.rewind_iteration
     rewind = spec.rewind_iteration if level == 0 and spec.rewind_step else None
-    schedule: Schedule = {
+    schedule: PruningSchedule = {
         "evaluation": spec.evaluation,
         "first_iteration": first,
         "rewind_iteration": rewind,
         "on_iteration": on_iteration,
     }
+    pruning = spec.pruning(algo, level)
+    if pruning is not None:
+        schedule["pruning"] = pruning
     demonstrations = None if dataset is None else assigned(spec, tracks, dataset)
     settings = spec.settings_of(algo)
     return find_algorithm(algo).train(
@@ -493,7 +496,7 @@ def cell_population(
     arena = spec.arena(algo)
     keys = [spec.key(algo, track, level) for track in tracks]
     key = torch.tensor(keys, dtype=torch.int64, device=device)
-    if level == 0:
+    if level == 0 or spec.during != "none":
         initial_key = _initial_keys(spec, tracks)
         dense = dense_population(arena, initial_key, spec.init, spec.log_std)
         return dense.to(device), key

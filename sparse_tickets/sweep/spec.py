@@ -12,6 +12,7 @@ from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.algos.registry import ALGORITHMS, find_algorithm
 from sparse_tickets.conditions import find_condition
+from sparse_tickets.dynamic import METHODS, Pruning
 from sparse_tickets.envs import EnvSpec, env_spec
 from sparse_tickets.kernels.activations import ACTIVATIONS
 from sparse_tickets.kernels.arena import Arena
@@ -27,6 +28,8 @@ TICKET = "mask/weights"
 # How conditions treat a critic under the mask, hashed where there is one. 1 (not recorded): random
 # conditions pruned it in one shot. 2: every condition prunes it iteratively.
 _CRITIC_LAYOUT = 2
+# Fields that came later, left out of the hash where they ask for nothing.
+_LATER: dict[str, Any] = {"during": "none", "during_every": None}
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,12 @@ class Sweep:
     """tanh or relu."""
     init: str = "lecun"
     """Initialisation: lecun, kaiming, orthogonal or rescaled (every layer prunes alike)."""
+    during: str = "none"
+    """How networks become sparse: none (pruned after training, level by level), or while they
+    train: gradual, one-shot, snip, static, static-uniform, set or rigl. Then every level trains
+    each seed from its initial weights to the level's density; conditions do not apply."""
+    during_every: int | None = None
+    """Gradient steps between two updates of the masks; default: the method's."""
     log_std: float = 0.0
     """Initial log standard deviation of continuous actions."""
     prune_critic: bool = False
@@ -103,7 +112,7 @@ class Sweep:
             self,
             # Experts are trained from the seeds beyond.
             {"seeds": within(1, FIRST_EXPERT_SEED), "rate": inside(0, 1)}
-            | dict.fromkeys(("levels", "chunk", "hidden"), at_least(1)),
+            | dict.fromkeys(("levels", "chunk", "hidden", "during_every"), at_least(1)),
         )
         for name, chosen, allowed in (
             ("algos", self.algos, tuple(ALGORITHMS)),
@@ -121,10 +130,21 @@ class Sweep:
             ("init", self.init, INITIALISATIONS),
             ("activation", self.activation, ACTIVATIONS),
             ("criterion", self.criterion, CRITERIA),
+            ("during", self.during, ("none", *METHODS)),
         ):
             if given not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
         steps = self.ppo.iterations * self.ppo.batch
+        if self.during != "none" and "dqn" in self.algos:
+            raise ValueError(
+                f"during must be none with dqn, which cannot prune while it trains, "
+                f"got {self.during!r}"
+            )
+        if self.during != "none" and self.rewind_step:
+            raise ValueError(
+                f"rewind_step must be 0 where networks are pruned during training, got "
+                f"{self.rewind_step}"
+            )
         if not 0 <= self.rewind_step < steps:
             raise ValueError(
                 f"rewind_step must be in [0, steps trained = {steps}), got {self.rewind_step}"
@@ -195,6 +215,15 @@ class Sweep:
         """The exact number of weights a ticket keeps at a level."""
         return kept(self.arena(algo).prunable, level, self.rate)
 
+    def pruning(self, algo: str, level: int) -> Pruning | None:
+        """How a level's networks are pruned while they train; None if they are not."""
+        if self.during == "none" or level == 0:
+            return None
+        method = METHODS[self.during]
+        if self.during_every is not None:
+            method = replace(method, every=self.during_every)
+        return Pruning(method, self.kept(algo, level) / self.arena(algo).prunable)
+
     def chained(self, condition: str) -> bool:
         """Whether a condition's level needs a trained network of the level before.
 
@@ -208,6 +237,8 @@ class Sweep:
         seeds = range(self.seeds)
         if level == 0:
             return [Track(seed, "dense", "shared") for seed in seeds]
+        if self.during != "none":
+            return [Track(seed, self.during, "own") for seed in seeds]
         tracks = []
         for controls in CONTROLS:
             for name in self.conditions:
@@ -251,6 +282,10 @@ class Sweep:
             content["settings"] = trained
         if self.prune_critic:
             content["critic_layout"] = _CRITIC_LAYOUT
+        # What prunes after training is the sweep that it was before there was a choice.
+        for name, unset in _LATER.items():
+            if content[name] == unset:
+                del content[name]
         return json.loads(json.dumps(content))
 
     @classmethod
@@ -262,7 +297,7 @@ class Sweep:
             ValueError: a field is missing, unknown or out of range.
         """
         derived = ("observations", "critic_layout")
-        given = {name: value for name, value in stored.items() if name not in derived}
+        given = _LATER | {name: value for name, value in stored.items() if name not in derived}
         parts = {"ppo": PPO, "bc": BC, "evaluation": Evaluation}
         own = given.pop("settings", {})
         _require_fields(cls, given | {"settings": own})
