@@ -13,7 +13,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
-from experiments.sweeps import cartpole, deep_spec, per_level, setting
+from experiments.sweeps import cartpole_spec, deep_spec, per_level, setting
 from sparse_tickets import load_results
 from sparse_tickets.analysis.frame import CONDITIONS
 from sparse_tickets.analysis.style import DPI, GREY, INK, PALE, head, styled
@@ -31,11 +31,13 @@ def collect(place: Place) -> pl.DataFrame:
     if not place.quick:
         whole = pl.read_parquet(RESULTS / "cartpole.parquet")
         found.append(whole.with_columns(study=pl.lit(WHOLE), wall_s=pl.lit(None, pl.Float64)))
-    for study, store in (
-        (DEEP, place.sweep("cartpole-deep", deep_spec(place.quick))),
-        (BRIEF, cartpole(place)[1]),
+    for study, name, spec in (
+        (DEEP, "cartpole-deep", deep_spec(place.quick)),
+        (BRIEF, "cartpole", cartpole_spec(place.quick)),
     ):
-        found.append(load_results(store.path).with_columns(study=pl.lit(study)))
+        if place.begun(name) or not place.partial:
+            store = place.sweep(name, spec)
+            found.append(load_results(store.path).with_columns(study=pl.lit(study)))
     return pl.concat(found, how="diagonal")
 
 
