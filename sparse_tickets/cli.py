@@ -296,7 +296,9 @@ def _sweep(rest: list[str], console: Console) -> int:
     if command.dry_run:
         from sparse_tickets.sweep.estimate import estimate
 
-        _print_table(console, estimate(spec))
+        with Console(stderr=True).status(_TIMING):
+            table = estimate(spec)
+        _print_table(console, table)
         return 0
     stopped = _run(spec, out, command, console)
     return stopped or _print_report(out, console, ())
@@ -312,7 +314,9 @@ def _study(rest: list[str], console: Console) -> int:
     _refuse_far_plugins(command)
     study = load_study(command.file)
     if command.dry_run:
-        _print_table(console, estimate_study(study))
+        with Console(stderr=True).status(_TIMING):
+            table = estimate_study(study)
+        _print_table(console, table)
         return 0
     failed = {}
     for number, (name, spec) in enumerate(study.items(), 1):
@@ -540,6 +544,7 @@ def _load_plugins(files: Sequence[Path]) -> None:
 
 
 _WIDEST = 1_000
+_TIMING = "timing a few iterations (the first time kernels compile, for a minute)"
 _REPORTED = (
     ValueError,
     TypeError,
