@@ -54,6 +54,7 @@ NAMES = (
     "transfer",
     "input_masks",
     "noise",
+    "during_training",
     "failing_ticket",
     "cost",
 )

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.frame import Experiment, Finding, Place, effect, main, markdown
-from experiments.sweeps import INPUTS, TICKET, cartpole, kept_inputs, levels, tickets, train
+from experiments.sweeps import INPUTS, TICKET, cartpole, cuts, kept_inputs, levels, tickets, train
 from sparse_tickets import load_results
 from sparse_tickets.analysis.style import DPI, GREY, INK, head, styled
 
@@ -131,7 +131,8 @@ def conclude(cells: pl.DataFrame) -> Finding:
     removed = any(value < inputs - 0.5 for value in kept.values())
     return Finding(
         ran=f"{cells['env'][0]}, the tickets of bc_vs_rl; dense PPO on all {len(table)} subsets of "
-        f"the inputs, {table['seeds'].max()} seeds each",
+        f"the inputs, {table['seeds'].max()} seeds each, {cells['train_steps'].max():,} steps "
+        f"(cut: {cuts(cells)}, no scaled observations)",
         effect=f"{left} of {inputs} inputs left at {cells['density'].min():.2%} of the weights; "
         f"the smallest set that every dense seed solves the task with: {need}",
         verdict="agrees: whole inputs go" if removed else "disagrees: inputs stay",

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown
-from experiments.sweeps import TICKET, cartpole_spec, levels, tickets
+from experiments.sweeps import TICKET, cartpole_spec, cuts, levels, tickets
 from sparse_tickets import Sweep, Ticket, load_results
 from sparse_tickets.envs import env_spec
 from sparse_tickets.envs.noise import split_noise
@@ -98,8 +98,8 @@ def conclude(cells: pl.DataFrame) -> Finding:
     return Finding(
         ran=f"CartPole-v1 with {', '.join(map(str, by_noise(cells)))} inputs of noise, PPO, "
         f"{cells['seed'].n_unique()} seeds, {cells['level'].max() + 1} levels down to "
-        f"{density:.1%}, {steps:,} steps, {len(cells)} trainings (cut: no training that prunes or "
-        "regrows on the way)",
+        f"{density:.1%}, {steps:,} steps, {len(cells)} trainings (cut: {cuts(cells)}, no "
+        "training that prunes on the way)",
         effect=f"chance that a real input keeps more weights than noise, at {density:.1%}: "
         + "; ".join(found),
         verdict=verdict(directions),

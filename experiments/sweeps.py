@@ -25,6 +25,7 @@ __all__ = [
     "LEVEL",
     "cartpole",
     "cartpole_spec",
+    "cuts",
     "deep_spec",
     "kept_inputs",
     "levels",
@@ -97,20 +98,27 @@ def per_level(cells: pl.DataFrame) -> float:
 
 def setting(cells: pl.DataFrame) -> str:
     """What was run, by the cells themselves, and where that is less than the protocol's."""
-    env, seeds = cells["env"][0], cells["seed"].n_unique()
-    steps, full = cells["train_steps"].max(), protocol(env).ppo.steps
     pruned = 1 - cells.filter(pl.col("level") == 1)["density"][0]
+    levels = cells["level"].max() + 1
     words = (
-        f"{env}, {seeds} seeds, {cells['level'].max() + 1} levels of {pruned:.0%} "
-        f"down to {cells['density'].min():.2%}, {steps:,} steps, {len(cells):,} trainings"
+        f"{cells['env'][0]}, {cells['seed'].n_unique()} seeds, {levels} levels of "
+        f"{pruned:.0%} down to {cells['density'].min():.2%}, {cells['train_steps'].max():,} steps, "
+        f"{len(cells):,} trainings"
     )
-    cuts = [
+    apart = f"{per_level(cells):.0f} of its levels at a time" if per_level(cells) > 1.1 else ""
+    cut = ", ".join(filter(None, [cuts(cells), apart]))
+    return f"{words} (cut: {cut})" if cut else words
+
+
+def cuts(cells: pl.DataFrame) -> str:
+    """Where steps and seeds are fewer than the protocol's; empty where they are not."""
+    steps, full = cells["train_steps"].max(), protocol(cells["env"][0]).ppo.steps
+    seeds = cells["seed"].n_unique()
+    found = [
         f"{steps / full:.0%} of the protocol's steps" if steps < 0.95 * full else "",
         f"{seeds} of 15 seeds" if seeds < 15 else "",
-        f"{per_level(cells):.0f} of its levels at a time" if per_level(cells) > 1.1 else "",
     ]
-    cut = ", ".join(filter(None, cuts))
-    return f"{words} (cut: {cut})" if cut else words
+    return ", ".join(filter(None, found))
 
 
 def levels(store: Store, algo: str) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, levels, tickets, train
+from experiments.sweeps import TICKET, cartpole, cuts, levels, tickets, train
 from sparse_tickets import load_results
 
 ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
@@ -108,7 +108,7 @@ def setting_of(cells: pl.DataFrame) -> str:
     return (
         f"{cells['env'][0]}, {cells['seed'].n_unique()} seeds at "
         f"{', '.join(f'{each:.2%}' for each in density)} of the weights, "
-        f"{cells['train_steps'].max():,} steps, {len(cells)} trainings"
+        f"{cells['train_steps'].max():,} steps, {len(cells)} trainings (cut: {cuts(cells)})"
     )
 
 
@@ -163,7 +163,7 @@ def draw(cells: pl.DataFrame):
 EXPERIMENT = Experiment(
     name="transfer",
     question="Does a mask serve another algorithm, or another seed?",
-    claim="Open: nobody has put cloning's masks under reinforcement learning",
+    claim="No claim that we know of: cloning's masks under PPO, and the reverse",
     collect=collect,
     conclude=conclude,
 )
