@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from sparse_tickets.compaction import ELEMENTWISE
 from sparse_tickets.connectivity import find_cuts
-from sparse_tickets.coverage import find_matrices
+from sparse_tickets.coverage import check_module, find_matrices
 from sparse_tickets.linear import SparseLinear, count_kept, make_dense_, make_sparse_
 from sparse_tickets.prune import erk_counts
 from sparse_tickets.selection import keep_largest
@@ -86,6 +86,7 @@ def sparsify_(
         The module itself.
 
     Raises:
+        TypeError: it is no module, or the density no number.
         ValueError: the density is outside [0, 1]; the scope is unknown; a name to exclude is no
             module or holds no weights; no linear layer is left; or a layer cannot be converted: its
             weight is recomputed by a hook or a parametrization (weight norm, spectral norm,
@@ -104,6 +105,7 @@ def sparsify_(
         >>> sparsify_(policy, density=0.2, exclude=["2"])[0].density
         0.19921875
     """
+    check_module(module)
     count_kept(density, 0)
     if scope not in get_args(Scope):
         raise ValueError(f"scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
@@ -189,11 +191,7 @@ def _check_convertible(name: str, layer: nn.Linear) -> None:
             f"layer {name!r} must have a plain tensor as weight, got {type(weight.data).__name__}: "
             "sparsify before sharding or quantising, or exclude the layer"
         )
-    if weight.is_inference():
-        raise ValueError(
-            f"layer {name!r} must have a weight that can be written, got an inference tensor: "
-            "build the module outside torch.inference_mode, or exclude the layer"
-        )
+    _check_writable(name, weight)
     if weight.dtype not in _DTYPES:
         raise ValueError(
             f"layer {name!r} must have a weight of dtype {', '.join(map(str, _DTYPES))}, got "
@@ -202,6 +200,14 @@ def _check_convertible(name: str, layer: nn.Linear) -> None:
     if any(rows.isnan().any() for rows in weight.split(1024)):
         raise ValueError(
             f"layer {name!r} must have a weight without NaN: mend or exclude the layer"
+        )
+
+
+def _check_writable(name: str, weight: Tensor) -> None:
+    if weight.is_inference():
+        raise ValueError(
+            f"layer {name!r} must have a weight that can be written, got an inference tensor: "
+            "build the module outside torch.inference_mode, or exclude the layer"
         )
 
 
@@ -323,6 +329,7 @@ def densify_(module: nn.Module) -> nn.Module:
         >>> type(densify_(sparsify_(nn.Sequential(nn.Linear(4, 2)), 0.5))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
+    check_module(module)
     for layer in list(module.modules()):
         if isinstance(layer, SparseLinear):
             make_dense_(layer)
@@ -343,13 +350,16 @@ def from_torch_prune(module: nn.Module) -> nn.Module:
         The module itself.
 
     Raises:
-        ValueError: no linear layer has a pruned weight, or one has a pruned bias.
+        TypeError: it is no module.
+        ValueError: no linear layer has a pruned weight, or one has a pruned bias or is an inference
+            tensor. Nothing was changed then.
 
     Example:
         >>> layer = torch_prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
         >>> from_torch_prune(layer).density
         0.5
     """
+    check_module(module)
     pruned = {
         name: layer
         for name, layer in module.named_modules()
@@ -366,6 +376,7 @@ def from_torch_prune(module: nn.Module) -> nn.Module:
                 f"layer {name!r} must have an unpruned bias, got a pruned one: SparseLinear masks "
                 "weights only; torch.nn.utils.prune.remove(layer, 'bias') makes it plain"
             )
+        _check_writable(name, layer.get_parameter("weight_orig"))
     for layer in pruned.values():
         mask = layer.get_buffer("weight_mask") != 0
         torch_prune.remove(layer, "weight")

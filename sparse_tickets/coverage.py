@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from sparse_tickets.linear import SparseLinear
 
-__all__ = ["Matrix", "Summary", "find_matrices", "summary"]
+__all__ = ["Matrix", "Summary", "check_module", "find_matrices", "summary"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ def summary(module: nn.Module) -> Summary:
         module: any module. A weight under several names appears once, as a sparse layer's if one
             of them is that.
 
+    Raises:
+        TypeError: it is no module.
+
     Example:
         >>> net = nn.Sequential(nn.Embedding(8, 4), SparseLinear(4, 2).prune_(0.5))
         >>> print(summary(net))
@@ -99,7 +102,18 @@ def summary(module: nn.Module) -> Summary:
         1      SparseLinear  2 x 4  4 of 8
         density 0.9000 over 40 weights, 20% of them in sparse layers
     """
+    check_module(module)
     return Summary(tuple(find_matrices(module).values()))
+
+
+def check_module(module: object) -> None:
+    """Raise ``TypeError`` if this is none, such as another library's model that holds one."""
+    if not isinstance(module, nn.Module):
+        way = ": sparse_tickets.integrations.sb3.sparsify_ takes models of Stable-Baselines3"
+        raise TypeError(
+            f"module must be an nn.Module, got {type(module).__name__}"
+            f"{way if hasattr(module, 'policy') else ''}"
+        )
 
 
 def find_matrices(module: nn.Module) -> dict[int, Matrix]:

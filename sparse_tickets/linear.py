@@ -36,9 +36,14 @@ def count_kept(density: float, total: int) -> int:
     """How many of ``total`` weights a density keeps: ``density * total``, halves rounded up.
 
     Raises:
-        ValueError: density is outside [0, 1] or not a number.
+        TypeError: density is of a type that has no order with numbers.
+        ValueError: density is outside [0, 1] or NaN.
     """
-    if not 0 <= density <= 1:
+    try:
+        inside = 0 <= density <= 1
+    except TypeError:
+        raise TypeError(f"density must be a number, got {density!r}") from None
+    if not inside:
         raise ValueError(f"density must be in [0, 1], got {density}")
     return math.floor(density * total + 0.5)
 

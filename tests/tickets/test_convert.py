@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -222,6 +223,22 @@ def test_sparsify_errors_change_nothing(policy, arguments, message):
     with pytest.raises(ValueError, match=message):
         sparsify_(policy, **arguments)
     assert not sparse_layers(policy)
+
+
+@pytest.mark.parametrize("call", [lambda x: sparsify_(x, 0.5), densify_, from_torch_prune, summary])
+def test_what_is_no_module_is_refused(call):
+    """As a model of Stable-Baselines3, which holds its policy and is none."""
+    model = SimpleNamespace(policy=nn.Linear(2, 2))
+    words = r"module must be an nn\.Module, got SimpleNamespace.*integrations\.sb3"
+    with pytest.raises(TypeError, match=words):
+        call(model)
+    assert type(model.policy) is nn.Linear
+
+
+@pytest.mark.parametrize("density", ["0.5", None])
+def test_density_that_is_no_number(policy, density):
+    with pytest.raises(TypeError, match="density must be a number, got"):
+        sparsify_(policy, density)
 
 
 def test_sparsify_needs_a_linear_layer_that_owns_its_weight():
@@ -584,6 +601,12 @@ def test_from_torch_prune_errors():
     torch_prune.l1_unstructured(module[0], "bias", amount=0.5)
     with pytest.raises(ValueError, match="layer '0' must have an unpruned bias"):
         from_torch_prune(module)
+    module = nn.Sequential(torch_prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5))
+    with torch.inference_mode():
+        module.append(torch_prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5))
+    with pytest.raises(ValueError, match="layer '1' must have a weight that can be written"):
+        from_torch_prune(module)
+    assert type(module[0]) is nn.Linear
 
 
 # compact
