@@ -73,7 +73,10 @@ def collect(place: Place) -> pl.DataFrame:
             during=method,
             during_every=1 if place.quick else EVERY,
         )
-        cells = load_results(place.sweep(name, during).path).filter(pl.col("level") > 0)
+        trained = place.sweep(name, during)
+        if len(levels(trained, "ppo")) < during.levels:
+            continue
+        cells = load_results(trained.path).filter(pl.col("level") > 0)
         found.append(cells.with_columns(method=pl.lit(METHODS[method])))
     return pl.concat(found, how="diagonal")
 
@@ -109,7 +112,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
     shown = "; ".join(f"{name} {signed(*effect(gap), digits=2)}" for name, gap in above.items())
     words = {1: "better than dense", 0: "not told from dense", -1: "worse than dense"}
     return Finding(
-        ran=f"{cells['env'][0]}, PPO, {cells['seed'].n_unique()} seeds at "
+        ran=f"{', '.join(methods(cells))}; {cells['env'][0]}, PPO, {cells['seed'].n_unique()} seeds at "
         f"{', '.join(f'{each:.1%}' for each in density[1:])} of the weights, "
         f"{cells['train_steps'].max():,} steps, masks updated every {EVERY} gradient steps, "
         f"{len(cells)} trainings (cut: {cuts(cells)}, no DQN, no wider networks)",
@@ -137,8 +140,8 @@ def text(cells: pl.DataFrame, density: np.ndarray) -> str:
     ]
     return """Shares of the range from the random policy to the dense one, mean over seeds, and
 after the colon the difference from the ticket of the same seed. A ticket has been trained several
-times to find its mask, the others train once. Masks that change share a density out by ERK, as
-published.
+times to find its mask, the others train once; what is pruned gradually is dense at first, its curve
+too. Masks that change share a density out by ERK, as published.
 
 """ + markdown(header, rows)
 
