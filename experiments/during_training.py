@@ -112,7 +112,8 @@ def conclude(cells: pl.DataFrame) -> Finding:
     shown = "; ".join(f"{name} {signed(*effect(gap), digits=2)}" for name, gap in above.items())
     words = {1: "better than dense", 0: "not told from dense", -1: "worse than dense"}
     return Finding(
-        ran=f"{', '.join(methods(cells))}; {cells['env'][0]}, PPO, {cells['seed'].n_unique()} seeds at "
+        ran=f"{', '.join(methods(cells))}; "
+        f"{cells['env'][0]}, PPO, {cells['seed'].n_unique()} seeds at "
         f"{', '.join(f'{each:.1%}' for each in density[1:])} of the weights, "
         f"{cells['train_steps'].max():,} steps, masks updated every {EVERY} gradient steps, "
         f"{len(cells)} trainings (cut: {cuts(cells)}, no DQN, no wider networks)",
