@@ -109,6 +109,28 @@ def order(cells: pl.DataFrame, algo: str) -> dict[str, tuple[float, float, float
     return {name: effect(gone[:, place]) for place, name in enumerate(names)}
 
 
+def collapsed(cells: pl.DataFrame, algo: str) -> dict[int, tuple[int, int]]:
+    """Tickets below half of the best return, and all, of those that see enough or do not.
+
+    Enough is a set of inputs that every dense seed solves the task with, or more.
+    """
+    seen = np.array(cells.filter(pl.col("condition") == SUBSETS)["inputs"].to_list())
+    returns = cells.filter(pl.col("condition") == SUBSETS)["return_final"].to_numpy()
+    best = cells["return_final"].max()
+    solving = [
+        chosen
+        for chosen in np.unique(seen, axis=0)
+        if (returns[(seen == chosen).all(1)] >= 0.95 * best).all()
+    ]
+    tickets = cells.filter((pl.col("algo") == algo) & (pl.col("condition") == TICKET))
+    enough = np.array(
+        [any((~need | kept).all() for need in solving) for kept in tickets["inputs"].to_numpy()],
+        dtype=bool,
+    )
+    low = tickets["return_final"].to_numpy() < 0.5 * best
+    return {each: (int(low[enough == each].sum()), int((enough == each).sum())) for each in (0, 1)}
+
+
 def conclude(cells: pl.DataFrame) -> Finding:
     table = needed(cells)
     solving = table.filter(pl.col("solved") == pl.col("seeds"))
@@ -153,6 +175,10 @@ def text(cells: pl.DataFrame, table: pl.DataFrame) -> str:
             for name in INPUTS[cells["env"][0]]
         )
     ]
+    lost = [
+        [name, *("{} of {}".format(*pair) for pair in collapsed(cells, algo).values())]
+        for algo, name in ALGORITHMS.items()
+    ]
     return f"""Raw observations, as the environment gives them. An input is kept while a path leads
 from it to an action. Levels it is kept for, of {cells["level"].max() + 1}, over seeds:
 
@@ -161,7 +187,12 @@ from it to an action. Levels it is kept for, of {cells["level"].max() + 1}, over
 Dense policies that see only some of the inputs, everything else as in the sweep. Solved is
 within 5% of the best return.
 
-{markdown(["inputs seen", "mean return", "worst seed", "solved"], rows)}"""
+{markdown(["inputs seen", "mean return", "worst seed", "solved"], rows)}
+
+Tickets of all levels that end below half of the best return, by whether paths lead from a set of
+inputs that every dense seed solves the task with:
+
+{markdown(["tickets", "without such a set", "with one"], lost)}"""
 
 
 @styled
@@ -182,7 +213,7 @@ def draw(cells: pl.DataFrame, table: pl.DataFrame) -> Figure:
                 )  # fmt: skip
         panel.set_title(title)
         shown = range(0, len(density), 3)
-        panel.set_xticks(list(shown), [f"{100 * density[k]:.2g}%" for k in shown])
+        panel.set_xticks(list(shown), [f"{100 * density[k]:.3g}%" for k in shown])
         panel.set_xlabel("density")
         panel.tick_params(length=0)
         panel.spines[["left", "bottom"]].set_color(GREY)
