@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.kernels import use_backend
-from sparse_tickets.kernels.dispatch import resolve_backend
+from sparse_tickets.kernels.dispatch import has_triton, resolve_backend
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked, plan_for
 from sparse_tickets.kernels.linear import plan as linear_plan
 from sparse_tickets.kernels.linear.crossover import forced_format
@@ -25,9 +25,11 @@ from sparse_tickets.timing import Contender, mismatch
 from .problems import LinearProblem, PolicyProblem, PruneProblem
 
 __all__ = [
+    "BACKENDS",
     "OURS",
     "Format",
     "backward_blocked",
+    "device_of",
     "layer_inside",
     "linear_backward",
     "linear_forward",
@@ -35,12 +37,35 @@ __all__ = [
     "on_backend",
     "policy",
     "prune_to",
+    "swept",
 ]
 
 OURS = "sparse_tickets"
 Format = Literal["dense", "sparse"]
 """``sparse``: compressed rows, or blocks where the mask is made of full ones."""
 Result = TypeVar("Result")
+
+BACKENDS = ("reference", "cpu", *(["triton"] if torch.cuda.is_available() and has_triton() else []))
+"""Triton's interpreter is far too slow to time: only with a GPU."""
+
+
+def device_of(backend: str) -> str:
+    """``cuda`` for Triton, the CPU for others."""
+    return "cuda" if backend == "triton" else "cpu"
+
+
+def swept(levels: Sequence[float], backends: Sequence[str] = BACKENDS) -> list[tuple[str, float]]:
+    """Every backend at every sparsity or level, but the reference at the first and the middle.
+
+    Plain torch multiplies by zeros as by anything else: two levels show that its time stays.
+    """
+    few = {levels[0], levels[len(levels) // 2]}
+    return [
+        (backend, level)
+        for backend in backends
+        for level in levels
+        if backend != "reference" or level in few
+    ]
 
 
 def on_backend(name: str, run: Callable[[], Result]) -> Callable[[], Result]:

@@ -734,7 +734,7 @@ def test_contenders_compute_the_reference(monkeypatch):
 
 
 def test_plain_torch_is_timed_at_two_levels_only():
-    from benchmarks.backends import swept
+    from benchmarks.ours import swept
 
     levels = (0.0, 50.0, 90.0)
     assert swept(levels, ("reference", "cpu")) == [
