@@ -20,6 +20,17 @@ _INTRODUCTION = """\
 Written by `python -m benchmarks report` from `results/`; do not edit. Predictions, and how they
 fared, are in [NOTES.md](NOTES.md).
 
+Which number answers your question?
+
+- *Does my training program get faster?* Whole steps in plain loops: the first table of the
+  [top README](../README.md), every time in `results/steps/`. `python -m benchmarks steps` measures
+  them here, `python -m benchmarks jobs` whole programs of Stable-Baselines3.
+- *What can the kernels do?* The tables below: the same call again and again, with pauses, caches
+  warm or cold. A program gains less.
+- *Where is it slower than something else?* In both: below 1 we lose.
+
+How a number below comes about:
+
 - Contenders take turns within each round; a ratio is the peer's time over ours in the same round:
   median (p20-p80). Above 1 we are faster, below 1 slower.
 - Nothing is timed before the same process compared its result, in this very configuration, with the
@@ -42,6 +53,7 @@ fared, are in [NOTES.md](NOTES.md).
 | torch CSR | `F.linear` with a CSR weight |
 | torch BSR | `F.linear` with a BSR weight, in the largest blocks the mask fills, or 2 x 2 |
 | torch 2:4 | `F.linear` with a semi-structured weight, CUDA only |
+| torch.topk | the scores inside the mask, scattered into a new one |
 | scipy CSR | `scipy.sparse.csr_array @ x`, one thread |
 | SparseProp | Nikdan et al., 2023: AVX2 kernels on compressed rows |
 | loop of torch dense | one policy after the other |
