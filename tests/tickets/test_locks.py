@@ -332,8 +332,8 @@ class Exploration:
         number = token.partition("-")[0]
         return token == "left" or self.processes[int(number)].done
 
-    def after(self, choices):
-        """Do as told; what may come next, and all that tells this state from others."""
+    def follow(self, choices, known):
+        """Do as told, then whatever comes first, until a known state; the choices left open."""
         for file in self.lock.parent.iterdir():
             file.unlink()
         self.lock.write_text(f"9@here {locks._machine()} left 0000000000\n")
@@ -341,10 +341,34 @@ class Exploration:
         for process in self.processes:
             process.start()
             process.stopped.acquire()
-        for number, dies in choices:
-            self.processes[number].proceed(dies)
-            assert sum(each.working for each in self.processes) <= 1, choices
-        left = [each for each in self.processes if not each.done]
+        ahead, opened = list(reversed(choices)), []
+        choices = ()
+        try:
+            while True:
+                if not ahead:
+                    state, following = self._state(choices)
+                    if not following:
+                        self._check_end(choices)
+                    if state in known or not following:
+                        known.add(state)
+                        return opened
+                    known.add(state)
+                    first, *others = following
+                    opened += [(*choices, each) for each in others]
+                    ahead.append(first)
+                number, dies = ahead.pop()
+                choices = (*choices, (number, dies))
+                self.processes[number].proceed(dies)
+                assert sum(each.working for each in self.processes) <= 1, choices
+        finally:
+            for process in self.processes:
+                if not process.done:
+                    process.proceed(dies=True)
+                process.join()
+
+    def _state(self, choices):
+        """All that tells this state from others, and what may come next."""
+        numbers = [each.number for each in self.processes if not each.done]
         state = (
             tuple((tuple(each.seen), each.dead) for each in self.processes),
             tuple(
@@ -355,16 +379,7 @@ class Exploration:
                 )
             ),
         )
-        try:
-            if not left:
-                self._check_end(choices)
-        finally:
-            for process in left:
-                process.proceed(dies=True)
-            for process in self.processes:
-                process.join()
         dying = sum(dies for _, dies in choices) < self.deaths
-        numbers = [each.number for each in left]
         if self.switches is not None:
             order = [number for number, _ in choices]
             last = order[-1] if order else None
@@ -389,11 +404,7 @@ class Exploration:
         """Every state there is; how many."""
         known, ways = set(), [()]
         while ways:
-            choices = ways.pop()
-            state, following = self.after(choices)
-            if state not in known:
-                known.add(state)
-                ways += [(*choices, each) for each in following]
+            ways += self.follow(ways.pop(), known)
         return len(known)
 
 
