@@ -10,20 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from sparse_tickets.ceilings import BUSY, Ceilings, Neighbours
 from sparse_tickets.files import write_atomic
+from sparse_tickets.provenance import processor, versions
 from sparse_tickets.timing import Spread
 
 from .measure import Record, Refusal
@@ -119,29 +118,21 @@ def device_slug(device: str, cores: int | None = None) -> str:
     if torch.device(device).type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
     count = available_cores() if cores is None else cores
-    return _slug(f"cpu {_cpu_model()} {count}c")
+    return _slug(f"cpu {_cpu()} {count}c")
 
 
 def provenance(suite: str, device: str, ceilings: Ceilings | None, rounds: int = 0) -> Run:
     """A run without records yet, with everything about here and now."""
-    hardware = (
-        f"{_cpu_model()}, {available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    )
+    hardware = f"{_cpu()}, {available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if torch.device(device).type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)}; host {hardware}"
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return Run(
         device=device_slug(device),
         suite=suite,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         threads=torch.get_num_threads(),
         hardware=hardware,
-        versions=versions,
+        versions=versions(_PACKAGES),
         commit=_commit(),
         sgemm=None if ceilings is None else ceilings.sgemm,
         copies={} if ceilings is None else ceilings.copies,
@@ -232,13 +223,9 @@ def _rank(run: Run) -> tuple[bool, str]:
     return run.complete, run.date
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if match:
-            return re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", match[1]).strip()
-    return platform.processor() or platform.machine()
+def _cpu() -> str:
+    """The processor's name without marks and frequencies."""
+    return re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", processor()).strip()
 
 
 def available_cores() -> int:

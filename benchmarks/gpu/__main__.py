@@ -16,22 +16,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from sparse_tickets.files import write_atomic
-
-from ..results import RESULTS, Run, available_cores, load, provenance, save
-from .process import attempt, read_state, say, until_done
+from ..results import RESULTS, Run, load, provenance, save
+from .process import Work, attempt, compilers, read_state, until_done
 
 __all__ = ["PARTS", "main"]
 
@@ -118,7 +116,7 @@ def _run_all(options: argparse.Namespace, console: Console) -> int:
         console.print(f"[bold]{part}[/bold], up to {seconds:.0f} s", highlight=False)
         found = _in_a_process(part, seconds, scratch, log, options, console)
         _merge(run, part, found)
-        wrong |= _is_wrong(found)
+        wrong |= _is_wrong(found) or bool(run.refused)
         # Launches that were not tuned are no gap in the results.
         whole &= not (found.get("unfinished") or (part == "table" and found.get("left_out")))
         run.seconds = time.monotonic() - began
@@ -153,7 +151,7 @@ def _in_a_process(
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
     compiling = part == "tests" and len(options.only) > 1 and not options.rehearse
-    with ThreadPoolExecutor(_compilers()) as pool:
+    with ThreadPoolExecutor(compilers()) as pool:
         ahead = _compile_ahead(pool, seconds, scratch) if compiling else []
         found = until_done(command, environment, state, log, seconds, _GRACE_S, tell)
         for each in ahead:
@@ -161,14 +159,9 @@ def _in_a_process(
     return found
 
 
-def _compilers() -> int:
-    """Processes that compile while tests run, on a third of the cores."""
-    return max(1, available_cores() // 3)
-
-
 def _compile_ahead(pool: ThreadPoolExecutor, seconds: float, scratch: Path) -> list[Future[str]]:
     """Begin to compile what the later parts launch; it ends when the time for tests does."""
-    begun, count = [], _compilers()
+    begun, count = [], compilers()
     # Each has a core; torch's compiler would start as many workers as there are, in each.
     environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     for index in range(count):
@@ -191,19 +184,16 @@ def _command(part: str, scratch: Path, rehearse: bool) -> list[str]:
 
 def _is_wrong(found: dict[str, Any]) -> bool:
     """Whether something failed; what there was no time for is not wrong."""
-    return any(found.get(name) for name in ("stopped", "failures", "failed", "refused"))
+    return any(found.get(name) for name in ("stopped", "failures", "failed"))
 
 
 def _merge(run: Run, part: str, found: dict[str, Any]) -> None:
     """Add a part to the run; the table's times are records like any other run's."""
-    stored = found.pop("run", None)
-    if stored:
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(stored, file)
-            file.flush()
-            inner = load(Path(file.name))
-        run.records, run.refused = inner.records, inner.refused
-        run.sgemm, run.copies, run.products = inner.sgemm, inner.copies, inner.products
+    stored = Path(found.pop("run", ""))
+    if stored.is_file():
+        inner = load(stored)
+        for name in ("records", "refused", "sgemm", "copies", "products"):
+            setattr(run, name, getattr(inner, name))
         found |= inner.parts.get(part, {})
     run.parts[part] = found
 
@@ -250,110 +240,14 @@ def _run_part(options: argparse.Namespace) -> int:
     state = options.out / f"{options.part}.json"
     found = read_state(state)
     found.pop("again", None)
-
-    def keep() -> None:
-        write_atomic(state, json.dumps(found).encode())
-
     device = torch.device("cpu" if options.rehearse else "cuda")
-    part: Callable[[], bool] = {
-        "tests": lambda: _tests(options, deadline, found),
-        "tune": lambda: _tune(options, device, deadline, found, keep),
-        "table": lambda: _table(options, device, deadline, found, keep),
-        "sweep": lambda: _sweep(options, device, deadline, found, keep),
-        _WARM: lambda: _warm(options, device, deadline),
-    }[options.part]
-    try:
-        found["again"] = part()
-    finally:
-        keep()
-    return 0
-
-
-def _tests(options: argparse.Namespace, deadline: float, found: dict[str, Any]) -> bool:
-    """The tests marked gpu, and every test of a Triton kernel, which on a GPU run there."""
-    from .tests import run_tests
-
-    selection = [
-        "tests/gpu",
-        "tests/kernels",
-        "-k",
-        "gpu or triton",
-        "-m",
-        "not slow and not bench",
-    ]
-    processes = max(1, available_cores() - _compilers())
-    if options.rehearse:
-        selection, processes = ["tests/kernels/test_returns.py", "-k", "triton"], 2
-    found.update(run_tests(selection, processes, options.out, deadline))
-    for name, reason in found["failures"].items():
-        say(f"{name}: {reason}")
-    return False
-
-
-def _tune(
-    options: argparse.Namespace,
-    device: torch.device,
-    deadline: float,
-    found: dict[str, Any],
-    keep: Callable[[], None],
-) -> bool:
-    from .. import suites
-    from .tune import tune
-
-    sizes = suites.TINY if options.rehearse else suites.REAL
-    return tune(sizes, device, deadline, found, keep, say)
-
-
-def _table(
-    options: argparse.Namespace,
-    device: torch.device,
-    deadline: float,
-    found: dict[str, Any],
-    keep: Callable[[], None],
-) -> bool:
-    from .. import suites
-    from .table import fill
-
-    sizes = suites.TINY if options.rehearse else suites.REAL
-    inner = options.out / "table-run.json"
-    run = load(inner) if inner.exists() and found else provenance("gpu", str(device), None)
-
-    def save_run() -> None:
-        save(run, inner)
-        found["run"] = json.loads(inner.read_text())
-        found["at"] = run.parts["table"]["at"]
-        keep()
-
-    cases = suites.targets(str(device), sizes)
-    return fill(
-        *(run, cases, device, deadline, save_run, say), rounds=sizes.rounds, matrix=sizes.matrix
-    )
-
-
-def _sweep(
-    options: argparse.Namespace,
-    device: torch.device,
-    deadline: float,
-    found: dict[str, Any],
-    keep: Callable[[], None],
-) -> bool:
-    from . import sweep
-
-    spec = sweep.TINY if options.rehearse else sweep.REAL
-    backend = "reference" if options.rehearse else "auto"
-    sweep.sweep(spec, options.out / "sweep", str(device), deadline, found, keep, backend)
-    return False
-
-
-def _warm(options: argparse.Namespace, device: torch.device, deadline: float) -> bool:
-    from .. import suites
-    from .sweep import COMPILING
-    from .warm import warm
-
     share, shares = map(int, options.share.split("/"))
-    folder = options.out / "compiling"
-    warm(suites.REAL, COMPILING, device, folder, deadline, share, shares)
-    return False
+    work = Work(options.out, state, found, deadline, device, options.rehearse, share, shares)
+    try:
+        found["again"] = import_module(f".{options.part}", __package__).part(work)
+    finally:
+        work.keep()
+    return 0
 
 
 if __name__ == "__main__":

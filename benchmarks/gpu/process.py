@@ -16,10 +16,27 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DIED", "ROOT", "attempt", "read_state", "say", "until_done", "watched"]
+import torch
+
+from sparse_tickets.files import write_atomic
+
+from ..results import available_cores
+
+__all__ = [
+    "DIED",
+    "ROOT",
+    "Work",
+    "attempt",
+    "compilers",
+    "read_state",
+    "say",
+    "until_done",
+    "watched",
+]
 
 ROOT = Path(__file__).parents[2]
 DIED = "the process ended there, or was ended as it took too long; the log has its last words"
@@ -28,6 +45,42 @@ _TOLD = ">> "
 _LEAST_S = 15.0
 """Less is not worth another process."""
 _POLL_S = 0.2
+
+
+@dataclass
+class Work:
+    """What the process of a part of `make gpu` is given; its module's ``part`` does the work.
+
+    ``part`` returns whether what is left needs another process.
+
+    Attributes:
+        folder: for all it writes.
+        state: the file that keeps what it found.
+        found: what there is already; filled in.
+        deadline: by `time.monotonic`.
+        device: a GPU, or for a rehearsal the CPU.
+        rehearse: on tiny sizes.
+        share: of the work, from 0 on.
+        shares: how many processes do this part.
+    """
+
+    folder: Path
+    state: Path
+    found: dict[str, Any]
+    deadline: float
+    device: torch.device
+    rehearse: bool = False
+    share: int = 0
+    shares: int = 1
+
+    def keep(self) -> None:
+        """Write what was found."""
+        write_atomic(self.state, json.dumps(self.found).encode())
+
+
+def compilers() -> int:
+    """Processes that compile while tests run, on a third of the cores."""
+    return max(1, available_cores() // 3)
 
 
 def say(line: str) -> None:

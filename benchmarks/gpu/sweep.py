@@ -20,7 +20,9 @@ from sparse_tickets.kernels import use_backend
 from sparse_tickets.sweep.run import run as run_sweep
 from sparse_tickets.sweep.spec import Sweep
 
-__all__ = ["ASKED_S", "COMPILING", "REAL", "TINY", "OutOfTime", "sweep"]
+from .process import Work
+
+__all__ = ["ASKED_S", "COMPILING", "REAL", "TINY", "OutOfTime", "part", "sweep"]
 
 ASKED_S = 60.0
 """In which the sweep is to be done."""
@@ -68,6 +70,14 @@ class _Watch:
             self.tell(self.steps, description)
         if now > self.deadline:
             raise OutOfTime
+
+
+def part(work: Work) -> bool:
+    """The whole sweep, or as much of it as there is time for."""
+    spec, backend = (TINY, "reference") if work.rehearse else (REAL, "auto")
+    folder, device = work.folder / "sweep", str(work.device)
+    sweep(spec, folder, device, work.deadline, work.found, work.keep, backend)
+    return False
 
 
 def sweep(

@@ -18,10 +18,11 @@ from sparse_tickets.timing import Budget, Contender, Spread, interleave
 
 from ..clock import GpuTimer, is_lost, make_timer
 from ..measure import Case, Record, Refusal, measure, precision_of_torch
-from ..results import Run
-from .process import DIED, watched
+from ..results import Run, load, provenance, save
+from ..suites import REAL, TINY, targets
+from .process import DIED, Work, say, watched
 
-__all__ = ["fill", "forget_compiled", "measure_products"]
+__all__ = ["fill", "forget_compiled", "measure_products", "part"]
 
 _HANG_S = 120.0
 """A case that takes longer never ends. Compilers have taken half of it."""
@@ -29,6 +30,21 @@ _KINDS = 3
 """Of timing: a case has a share of the time for each."""
 _KIND_S = 15.0
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+def part(work: Work) -> bool:
+    """The table, kept in a file like any other run's."""
+    sizes, inner = TINY if work.rehearse else REAL, work.folder / "table-run.json"
+    device, found = str(work.device), work.found
+    run = load(inner) if inner.exists() and found else provenance("gpu", device, None)
+
+    def keep() -> None:
+        save(run, inner)
+        found.update(run=str(inner), at=run.parts["table"]["at"])
+        work.keep()
+
+    rest = {"rounds": sizes.rounds, "matrix": sizes.matrix}
+    return fill(run, targets(device, sizes), work.device, work.deadline, keep, say, **rest)
 
 
 def fill(

@@ -12,14 +12,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..results import available_cores
 from .plugin import read_outcomes
-from .process import DIED, ROOT
+from .process import DIED, ROOT, Work, compilers, say
 
-__all__ = ["run_tests", "summed_up"]
+__all__ = ["part", "run_tests", "summed_up"]
 
 _QUIET = ("-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.plugin", "-W", "default")
 _LEAST_S = 10.0
 """Pytest is not started for less."""
+
+
+def part(work: Work) -> bool:
+    """The tests marked gpu, and every test of a Triton kernel, which on a GPU run there."""
+    selection = ["tests/gpu", "tests/kernels", "-k", "gpu or triton"]
+    selection += ["-m", "not slow and not bench"]
+    processes = max(1, available_cores() - compilers())
+    if work.rehearse:
+        selection, processes = ["tests/kernels/test_returns.py", "-k", "triton"], 2
+    work.found.update(run_tests(selection, processes, work.folder, work.deadline))
+    for name, reason in work.found["failures"].items():
+        say(f"{name}: {reason}")
+    return False
 
 
 def run_tests(

@@ -34,10 +34,10 @@ from ..clone_job import CloneJob, clone_contender
 from ..measure import precision_of_torch
 from ..ppo_job import PPOJob
 from ..problems import LinearProblem, PolicyProblem, PruneProblem
-from ..suites import Sizes
-from .process import DIED, watched
+from ..suites import REAL, TINY, Sizes
+from .process import DIED, Work, say, watched
 
-__all__ = ["Subject", "candidates", "questions", "subjects", "tune", "write_configurations"]
+__all__ = ["Subject", "candidates", "part", "questions", "subjects", "tune", "write_configurations"]
 
 _MARGIN = 1.03
 """A candidate must gain this much: less is within the noise of two runs of the same kernel."""
@@ -147,6 +147,12 @@ def questions(contender: Contender) -> list[Question]:
     with tuning.listen() as heard:
         contender.run()
     return list({(q.op, q.shapes): q for q in heard}.values())
+
+
+def part(work: Work) -> bool:
+    """All subjects of the table of targets."""
+    sizes = TINY if work.rehearse else REAL
+    return tune(sizes, work.device, work.deadline, work.found, work.keep, say)
 
 
 def tune(

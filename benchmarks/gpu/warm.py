@@ -20,13 +20,20 @@ from sparse_tickets.sweep.spec import Sweep
 
 from ..clock import is_lost
 from ..measure import Case, precision_of_torch
-from ..suites import Sizes, targets
-from .process import say
-from .sweep import sweep
+from ..suites import REAL, Sizes, targets
+from .process import Work, say
+from .sweep import COMPILING, sweep
 from .table import forget_compiled
 from .tune import Subject, candidates, questions, subjects
 
-__all__ = ["warm"]
+__all__ = ["part", "warm"]
+
+
+def part(work: Work) -> bool:
+    """A share of everything."""
+    folder = work.folder / "compiling"
+    warm(REAL, COMPILING, work.device, folder, work.deadline, work.share, work.shares)
+    return False
 
 
 def warm(
