@@ -63,19 +63,11 @@ class CloneJob:
     def error(self) -> float:
         """Distance to float64, see `update_error`; leaves the job at its start."""
         self.restart()
-        few = slice(0, CHECKED)
-        before = Parameters(*(tensor[few].clone() for tensor in self.population.parameters))
+        before = Parameters(*(tensor.clone() for tensor in self.population.parameters))
         self.update()
-        after = []
-        for dtype in (torch.float32, torch.float64):
-            parameters, data = (
-                [t.to(dtype, copy=True) if t.is_floating_point() else t.clone() for t in tensors]
-                for tensors in (before, (*self._data[:2], *(t[few] for t in self._data[2:])))
-            )
-            with use_backend("reference"):
-                self._clone(Parameters(*parameters), *data)
-            after.append(parameters[0])
-        found = update_error(self.population.parameters.weight[few], before.weight, *after)
+        *datasets, dataset, key = self._data
+        data = (*datasets, dataset[:CHECKED], key[:CHECKED])
+        found = update_error(self._clone, self.population.parameters.weight, before, *data)
         self.restart()
         return found
 

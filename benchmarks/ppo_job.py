@@ -8,6 +8,7 @@ log-probabilities and values in float64, advantages in float64, and the weights 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -195,39 +196,40 @@ class PPOJob:
         return mismatch([batch.advantage, batch.target], wanted, self.settings.horizon)
 
     def _update_error(self, batch: Batch, before: Parameters) -> float:
-        after = {
-            dtype: self._reference_update(batch, before, dtype)
-            for dtype in (torch.float32, torch.float64)
-        }
-        ours = self.population.parameters.weight[:CHECKED]
-        return update_error(ours, before.weight[:CHECKED], *after.values())
+        def update(parameters: Parameters, key: Tensor, *fields: Tensor) -> None:
+            rate = torch.full((len(key),), self.settings.learning_rate, device=self.device)
+            config = self.settings.config()
+            ppo_update_(parameters, self.arena, Batch(*fields), key, 0, rate, config)
 
-    def _reference_update(self, batch: Batch, before: Parameters, dtype: torch.dtype) -> Tensor:
-        def cast(tensor: Tensor) -> Tensor:
-            few = tensor[:CHECKED].clone()
-            return few.to(dtype) if few.is_floating_point() else few
-
-        parameters = Parameters(*map(cast, before))
-        few = Batch(*map(cast, batch))
-        key = self.key[:CHECKED]
-        rate = torch.full((len(key),), self.settings.learning_rate, device=self.device)
-        with use_backend("reference"):
-            ppo_update_(parameters, self.arena, few, key, 0, rate, self.settings.config())
-        return parameters.weight
+        few = (tensor[:CHECKED] for tensor in (self.key, *batch))
+        return update_error(update, self.population.parameters.weight, before, *few)
 
 
-def update_error(ours: Tensor, before: Tensor, single: Tensor, exact: Tensor) -> float:
-    """How far weights are from float64's after an update, as a multiple of what is allowed.
+def update_error(
+    update: Callable[..., object], ours: Tensor, before: Parameters, *data: Tensor
+) -> float:
+    """How far some tickets' weights are from float64's after an update, over what is allowed.
 
     Args:
-        ours: the weights after the update.
-        before: the weights before it.
-        single: plain torch's in float32.
-        exact: plain torch's in float64.
+        update: of parameters and data, in place; here on plain torch, in float32 and float64.
+        ours: the weights of all tickets after the update.
+        before: the parameters before it.
+        data: what else the first `CHECKED` tickets are updated with.
     """
+    ours, before = ours[:CHECKED], Parameters(*(tensor[:CHECKED] for tensor in before))
     if not ours.isfinite().all():
         return math.inf
-    moved = float((exact - before).abs().max())
+    after = []
+    for dtype in (torch.float32, torch.float64):
+        parameters, tensors = (
+            [t.to(dtype, copy=True) if t.is_floating_point() else t.clone() for t in group]
+            for group in (before, data)
+        )
+        with use_backend("reference"):
+            update(Parameters(*parameters), *tensors)
+        after.append(parameters[0])
+    single, exact = after
+    moved = float((exact - before.weight).abs().max())
     natural = float((single.double() - exact).abs().max())
     allowed = max(_UPDATE_FACTOR * natural, _UPDATE_FLOOR * moved)
     return float((ours.double() - exact).abs().max()) / allowed
