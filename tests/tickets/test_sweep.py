@@ -159,8 +159,8 @@ def test_overlap_is_with_the_mask_that_the_track_had_before(finished):
 def test_the_docs_tell_every_column_and_its_type(finished):
     results = load_results(finished)
     text = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
-    told = dict(re.findall(r"^\| (\w+) \| ([\w ]+) \|", text, re.MULTILINE))
-    told.pop("column")
+    kinds = "string|int64|double|bool|list of double"
+    told = dict(re.findall(rf"^\| (\w+) \| ({kinds}) \|", text, re.MULTILINE))
     types = {
         pl.String: "string",
         pl.Int64: "int64",
