@@ -59,15 +59,19 @@ def test_an_unknown_job_is_refused():
 def learnt(density, curve, final):
     job = {"steps": 2000}
     return {"label": "a job", "job": job, "seed": 0, "density": density} | {
-        "curve": curve, "final": final,
+        "curve": curve, "final": final, "random": 0.0,
     }  # fmt: skip
 
 
 def test_returns_are_told_as_shares_of_what_the_dense_job_gains():
-    records = [learnt(1.0, [-100.0, 50.0, 90.0], [100.0]), learnt(0.1, [-90.0, 80.0, 0.0], [80.0])]
+    records = [learnt(1.0, [50.0, 90.0], [100.0]), learnt(0.1, [80.0, 0.0], [80.0])]
+    for record in records:
+        record["random"] = -100.0
+    dense = job_returns.table(records[:1]).splitlines()[-1]
+    assert dense == "| a job | 2,000 | 1 | 100 (100 to 100) | 90 (90 to 90) | - | - | - | - |"
     assert job_returns.table(records).splitlines()[-1] == (
-        "| a job | 2,000 | 1 | 100 (100 to 100) | 90 (90 to 90) | - | - "
-        "| 80 (80 to 80) [90%] | 80 (80 to 80) [95%] |"
+        "| a job | 2,000 | 1 | 100 (100 to 100) | 90 (90 to 90) "
+        "| 80 (80 to 80) [90%] | 80 (80 to 80) [95%] | - | - |"
     )
 
 
@@ -79,12 +83,12 @@ def test_runs_that_are_known_are_not_run_again(tmp_path, monkeypatch):
         if len(ran) == 4:
             raise KeyboardInterrupt
         ran.append((seed, density))
-        return {"curve": [0.0, 1.0], "final": [1.0]}
+        return {"curve": [0.0, 1.0], "final": [1.0], "random": 0.0}
 
     monkeypatch.setattr(job_returns, "_run", run)
     with pytest.raises(KeyboardInterrupt):
         job_returns.run_returns(Console(quiet=True), 2, "SAC", out)
     monkeypatch.setattr(job_returns, "_run", lambda *_: ran.append(_) or learnt(1, [0, 1], [1]))
     job_returns.run_returns(Console(quiet=True), 2, "SAC", out)
-    assert ran[:4] == [(0, 1.0), (0, 0.2), (0, 0.1), (1, 1.0)]
+    assert ran[:4] == [(0, 1.0), (0, 0.1), (0, 0.2), (1, 1.0)]
     assert len(ran) == 6
