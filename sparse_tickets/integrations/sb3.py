@@ -21,12 +21,19 @@ from torch import Tensor, nn
 
 from sparse_tickets import convert, optim
 from sparse_tickets.linear import SparseLinear, make_sparse_
+from sparse_tickets.sequential import Chain
 from sparse_tickets.targets import tie_masks_
 
 try:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.distributions import (
+        DiagGaussianDistribution,
+        Distribution,
+        StateDependentNoiseDistribution,
+    )
     from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
+    from stable_baselines3.common.torch_layers import MlpExtractor
     from stable_baselines3.dqn.policies import DQNPolicy
     from stable_baselines3.sac.policies import SACPolicy
     from stable_baselines3.td3.policies import TD3Policy
@@ -47,6 +54,8 @@ __all__ = [
 ]
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SparsePolicy(BaseModel):
@@ -176,7 +185,76 @@ class SparsePolicy(BaseModel):
 
 
 class SparseActorCriticPolicy(SparsePolicy, ActorCriticPolicy):
-    """Sparse MlpPolicy of PPO, A2C and TRPO; arguments of `SparsePolicy` and of the dense class."""
+    """Sparse MlpPolicy of PPO, A2C and TRPO; arguments of `SparsePolicy` and of the dense class.
+
+    The actor's layers and its head are one call, and so are the critic's.
+    """
+
+    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions, values and log-probabilities, as the dense class."""
+        if not self._is_plain():
+            return super().forward(obs, deterministic)
+        for_actor, for_critic = self._features(obs)
+        values = self._values(for_critic)
+        distribution = self._distribution(for_actor)
+        actions = distribution.get_actions(deterministic=deterministic)
+        shaped = actions.reshape(-1, *cast(Any, self.action_space.shape))
+        return shaped, values, distribution.log_prob(actions)
+
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, log-probabilities and entropy, as the dense class."""
+        if not self._is_plain():
+            return super().evaluate_actions(obs, actions)
+        for_actor, for_critic = self._features(obs)
+        distribution = self._distribution(for_actor)
+        values = self._values(for_critic)
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: Any) -> Distribution:
+        """The distribution of actions, as the dense class."""
+        if not self._is_plain():
+            return super().get_distribution(obs)
+        features = BaseModel.extract_features(self, obs, self.pi_features_extractor)
+        return self._distribution(features)
+
+    def predict_values(self, obs: Any) -> Tensor:
+        """Values, as the dense class."""
+        if not self._is_plain():
+            return super().predict_values(obs)
+        return self._values(BaseModel.extract_features(self, obs, self.vf_features_extractor))
+
+    def _is_plain(self) -> bool:
+        """Whether nobody sees or needs what the extractor hands to the heads."""
+        extractor = cast(Any, self._modules["mlp_extractor"])
+        return (
+            type(extractor) is MlpExtractor
+            and not isinstance(self.action_dist, StateDependentNoiseDistribution)
+            and "forward" not in extractor.__dict__
+            and not any(getattr(extractor, name) for name in _HOOKS)
+        )
+
+    def _features(self, obs: Any) -> tuple[Tensor, Tensor]:
+        """Of the actor and of the critic, which may share them."""
+        found = self.extract_features(obs)
+        return cast(Any, (found, found) if self.share_features_extractor else found)
+
+    def _distribution(self, features: Tensor) -> Distribution:
+        found = self._chain("policy_net", "action_net")(features)
+        if isinstance(self.action_dist, DiagGaussianDistribution):
+            return self.action_dist.proba_distribution(found, self.log_std)
+        return cast(Any, self.action_dist).proba_distribution(found)
+
+    def _values(self, features: Tensor) -> Tensor:
+        return cast(Tensor, self._chain("value_net", "value_net")(features))
+
+    def _chain(self, net: str, head: str) -> Chain:
+        """A network of the extractor and its head, as they are now."""
+        modules = cast(Any, self._modules["mlp_extractor"])._modules[net], self._modules[head]
+        chains = self.__dict__.setdefault("_chains", {})
+        chain = chains.get(head)
+        if chain is None or chain.modules != modules:
+            chain = chains[head] = Chain(*cast(Any, modules))
+        return cast(Chain, chain)
 
 
 class SparseDQNPolicy(SparsePolicy, DQNPolicy):

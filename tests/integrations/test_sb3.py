@@ -293,6 +293,60 @@ def test_crossq_learns_beside_units_without_inputs(tmp_path):
         assert all(p.isfinite().all() for p in learner.policy.parameters())
 
 
+def answers(policy_class, policy, obs, actions):
+    """What a policy class's own methods make of a policy, and the gradients."""
+    policy.zero_grad()
+    values, log_prob, entropy = policy_class.evaluate_actions(policy, obs, actions)
+    (values.sum() + log_prob.sum() + (0 if entropy is None else entropy.sum())).backward()
+    torch.manual_seed(0)
+    return [
+        *(values, log_prob, *policy_class.forward(policy, obs)),
+        policy_class.predict_values(policy, obs),
+        policy_class.get_distribution(policy, obs).mode(),
+        *(p.grad for p in policy.parameters()),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::sparse_tickets.convert.SparsifyWarning")
+@pytest.mark.parametrize(
+    ("env", "options"),
+    [
+        ("CartPole-v1", {}),
+        ("Pendulum-v1", {}),
+        ("Pendulum-v1", {"use_sde": True}),
+        ("CartPole-v1", {"policy_kwargs": {"share_features_extractor": False}}),
+        ("CartPole-v1", {"policy_kwargs": {"net_arch": []}}),
+    ],
+)
+def test_actor_and_critic_in_one_call_each_answer_as_the_dense_class(env, options):
+    model = sparsify_(PPO("MlpPolicy", env, seed=0, device="cpu", **options), 0.3)
+    obs = torch.randn(9, *model.observation_space.shape)
+    actions = torch.stack([torch.as_tensor(model.action_space.sample()) for _ in range(9)])
+    for _ in range(2):
+        ours, theirs = (
+            answers(policy_class, model.policy, obs, actions)
+            for policy_class in (SparseActorCriticPolicy, ActorCriticPolicy)
+        )
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        # As it is then, too: another head, and fewer weights.
+        model.policy.value_net = nn.Linear(model.policy.value_net.in_features, 1)
+        sparsify_(model, 0.1)
+
+
+def test_a_hook_between_extractor_and_head_is_heard():
+    policy, heard = sparsify_(build(PPO), 0.3).policy, []
+    obs = torch.randn(3, 4)
+    policy.mlp_extractor.register_forward_hook(lambda *_: heard.append("extractor"))
+    policy.forward(obs)
+    assert heard == ["extractor"]
+    policy.mlp_extractor._forward_hooks.clear()
+    policy.value_net.register_forward_hook(lambda *_: heard.append("head"))
+    policy.predict_values(obs)
+    assert heard == ["extractor", "head"]
+
+
 def test_dict_observations():
     class Env(gym.Env):
         observation_space = gym.spaces.Dict(
