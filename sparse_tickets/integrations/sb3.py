@@ -225,9 +225,11 @@ class SparseActorCriticPolicy(SparsePolicy, ActorCriticPolicy):
 
     def _is_plain(self) -> bool:
         """Whether nobody sees or needs what the extractor hands to the heads."""
-        extractor = cast(Any, self._modules["mlp_extractor"])
+        extractor = cast(Any, self._modules.get("mlp_extractor"))
+        by_latent = type(self)._get_action_dist_from_latent
         return (
             type(extractor) is MlpExtractor
+            and by_latent is ActorCriticPolicy._get_action_dist_from_latent
             and not isinstance(self.action_dist, StateDependentNoiseDistribution)
             and "forward" not in extractor.__dict__
             and not any(getattr(extractor, name) for name in _HOOKS)
