@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from sparse_tickets.population import Population
 if TYPE_CHECKING:
     from sparse_tickets.algos.ppo import PPO
 
-__all__ = ["Algorithm", "Dataset", "Demonstrations", "PruningSchedule", "Schedule"]
+__all__ = ["Algorithm", "Budget", "Dataset", "Demonstrations", "PruningSchedule", "Schedule"]
 
 
 class Dataset(NamedTuple):
@@ -60,17 +60,38 @@ class PruningSchedule(Schedule, total=False):
     pruning: Pruning
 
 
+@runtime_checkable
+class Budget(Protocol):
+    """How long an algorithm trains, of settings that say so themselves.
+
+    Attributes:
+        steps: environment steps per ticket.
+        copies: environment copies a ticket acts in side by side.
+        batch: environment steps, or samples, per iteration.
+        iterations: how many.
+    """
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def copies(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def iterations(self) -> int: ...
+
+
 class Algorithm(Protocol):
     """One object per algorithm, in its own file; `register_algorithm` makes it known.
 
-    Every algorithm trains for the same budget, that of PPO's settings: as many iterations of as
-    many samples, so that sweeps compare like with like.
+    An algorithm whose settings are a `Budget` trains for that; every other for the budget of PPO's
+    settings, as many iterations of as many samples, so that sweeps compare like with like.
 
     Attributes:
         name: what specifications, results and the command line call it.
         title: what figures call it.
-        settings: a frozen dataclass of its own hyper-parameters, each with a default; PPO's are the
-            budget itself.
+        settings: a frozen dataclass of its own hyper-parameters, each with a default; PPO's are a
+            `Budget`.
         has_critic: whether its tickets carry a critic.
         imitates: whether it learns from experts' demonstrations, which a sweep then makes.
     """

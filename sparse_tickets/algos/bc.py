@@ -1,4 +1,4 @@
-"""Behavioural cloning of PPO experts by a population of tickets, with PPO's own budget."""
+"""Behavioural cloning of experts by a population of tickets, with PPO's own budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_tickets.algos import ppo
+from sparse_tickets.algos import dqn, ppo
 from sparse_tickets.algos.algorithm import Algorithm, Dataset, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay_cloning, replayed
@@ -23,7 +23,7 @@ from sparse_tickets.kernels.imitation.reference import loss
 from sparse_tickets.kernels.random import Stream, derive_key, integers
 from sparse_tickets.kernels.rollout import demonstrate
 from sparse_tickets.population import Population, initialise
-from sparse_tickets.settings import at_least, check_fields
+from sparse_tickets.settings import above, at_least, check_fields
 
 __all__ = [
     "ALGORITHM",
@@ -43,7 +43,7 @@ FIRST_EXPERT_SEED = 1_000_000
 
 
 class ExpertError(RuntimeError):
-    """Too few PPO experts reached the return gate."""
+    """Too few experts reached the return gate."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,32 @@ class BC:
     """Behavioural cloning; updates, minibatch, optimiser and schedule are PPO's."""
 
     experts: int = 5
-    """PPO experts per environment; student s imitates expert s mod experts."""
+    """Experts per environment; student s imitates expert s mod experts."""
+    expert: str = "ppo"
+    """How experts are trained: ppo; dqn, whose policies are softmax(Q / temperature)."""
+    temperature: float = 1.0
+    """Of a DQN expert's policy: the smaller, the closer to its greedy actions."""
     expert_gate: float | None = None
     """Return an expert must reach; default: where the environment counts as solved."""
     expert_steps: int | None = None
-    """Environment steps each expert is trained for; default: PPO's budget."""
+    """Environment steps each expert is trained for; default: the budget of its algorithm."""
     expert_tries: int = 4
     """Rounds of training before giving up on finding enough experts."""
 
     def __post_init__(self) -> None:
         check_fields(
             self,
-            dict.fromkeys(("experts", "expert_steps", "expert_tries"), at_least(1)),
+            dict.fromkeys(("experts", "expert_steps", "expert_tries"), at_least(1))
+            | {"temperature": above(0)},
             prefix="bc.",
         )
+        if self.expert not in ("ppo", "dqn"):
+            raise ValueError(f"bc.expert must be ppo or dqn, got {self.expert!r}")
+        if self.expert == "ppo" and self.temperature != 1.0:
+            raise ValueError(
+                f"bc.temperature must be 1 for PPO experts, whose policies have none, "
+                f"got {self.temperature}"
+            )
 
 
 class Experts(NamedTuple):
@@ -83,7 +95,7 @@ class Experts(NamedTuple):
 
 def train_experts(
     settings: BC,
-    budget: ppo.PPO,
+    budget: ppo.PPO | dqn.DQN,
     env_name: str,
     arena: Arena,
     gate: float,
@@ -98,9 +110,9 @@ def train_experts(
 
     Args:
         settings: how many experts and how many rounds of tries.
-        budget: the experts' PPO settings.
+        budget: how experts are trained, the settings of PPO or of DQN.
         env_name: the environment.
-        arena: a layout with a critic.
+        arena: a layout, with a critic for PPO.
         gate: the return an expert must reach.
         scheme: initialisation.
         log_std: initial log standard deviation of continuous actions.
@@ -119,9 +131,11 @@ def train_experts(
         initial_key = _keys("init", env_name, seeds, device)
         key = _keys("expert", env_name, seeds, device)
         population = Population.create(arena, initialise(arena, initial_key, scheme, log_std))
-        result = ppo.train(
-            budget, env_name, population, key, evaluation=evaluation, on_iteration=on_iteration
-        )
+        schedule: Schedule = {"evaluation": evaluation, "on_iteration": on_iteration}
+        if isinstance(budget, dqn.DQN):
+            result = dqn.train(budget, env_name, population, key, **schedule)
+        else:
+            result = ppo.train(budget, env_name, population, key, **schedule)
         returns = result.return_final.tolist()
         seen += returns
         passed += [
@@ -138,8 +152,9 @@ def train_experts(
             )
     all_returns = ", ".join(f"{value:.1f}" for value in sorted(seen, reverse=True))
     raise ExpertError(
-        f"only {len(passed)} of {settings.experts} PPO experts on {env_name} reached a return of "
-        f"{gate:g} (returns: {all_returns}); raise --bc.expert-steps, or lower --bc.expert-gate"
+        f"only {len(passed)} of {settings.experts} {settings.expert.upper()} experts on {env_name} "
+        f"reached a return of {gate:g} (returns: {all_returns}); raise --bc.expert-steps, "
+        "or lower --bc.expert-gate"
     )
 
 
@@ -149,18 +164,32 @@ def _keys(what: str, env_name: str, seeds: Iterable[int], device: torch.device |
 
 
 def demonstrations(
-    experts: Experts, env_name: str, arena: Arena, steps: int, copies: int = 16
+    experts: Experts,
+    env_name: str,
+    arena: Arena,
+    steps: int,
+    copies: int = 16,
+    *,
+    temperature: float = 1.0,
 ) -> Dataset:
     """A frozen data set of ``steps`` transitions per expert, its actions sampled.
+
+    A Q-network acts by softmax(Q / temperature): its last layer over the temperature has these
+    logits for outputs.
 
     Args:
         experts: the experts, weights laid out by ``arena``.
         env_name: the environment they act in.
-        arena: a layout with a critic.
+        arena: their layout.
         steps: transitions per expert; rounded up to a multiple of ``copies``.
         copies: environment copies acted in side by side.
+        temperature: divides the outputs.
     """
     population = Population.create(arena, experts.weight)
+    if temperature != 1.0:
+        *_, (weight, bias) = arena.actor.layers(population.parameters.weight)
+        weight /= temperature
+        bias /= temperature
     key = _keys("dataset", env_name, experts.seeds.tolist(), experts.weight.device)
     with open_env(env_name, len(key), copies, device=key.device) as env:
         obs, target, _ = demonstrate(

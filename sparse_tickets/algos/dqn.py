@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
 from sparse_tickets.algos.buffer import ReplayBuffer
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.ppo import PPO
-from sparse_tickets.envs import Env, EnvSpec, env_spec, open_env
+from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels import dqn
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
@@ -26,7 +26,7 @@ __all__ = ["ALGORITHM", "DQN", "Iteration", "explore", "train"]
 
 @dataclass(frozen=True)
 class DQN:
-    """Hyper-parameters of DQN; the defaults are rl-zoo3's for CartPole."""
+    """Hyper-parameters of DQN, near rl-zoo3's for CartPole; the learning rate falls to zero."""
 
     steps: int = 50_000
     """Environment steps per ticket."""
@@ -43,7 +43,7 @@ class DQN:
     warmup: int = 1_000
     """Steps of random actions before the first update."""
     learning_rate: float = 2.3e-3
-    """Adam's, constant."""
+    """Adam's, in the first iteration."""
     gamma: float = 0.99
     """Discount."""
     target_interval: int = 10
@@ -96,6 +96,10 @@ class DQN:
         share = min(step / max(self.exploration * self.steps, 1.0), 1.0)
         return 1.0 + share * (self.epsilon - 1.0)
 
+    def learning_rate_at(self, iteration: int) -> float:
+        """Linear from `learning_rate` to zero over the whole budget."""
+        return self.learning_rate * (1.0 - iteration / self.iterations)
+
     def config(self) -> DQNConfig:
         """What one run of updates needs to know."""
         return DQNConfig(self.updates, self.minibatch, self.double, self.max_norm)
@@ -137,7 +141,7 @@ def train(
     """
     if tuple(key.shape) != (len(population),):
         raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
-    _check(env_spec(env_name), population.arena)
+    _check(population.arena)
     with (
         open_env(env_name, len(population), settings.copies, device=key.device) as env,
         Evaluator(
@@ -154,6 +158,7 @@ def train(
         for iteration in range(first_iteration, settings.iterations):
             evaluator.before(iteration)
             iterate.epsilon.fill_(settings.epsilon_at(iteration))
+            iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
             iterate()
             evaluator.after(iteration)
             if on_iteration is not None:
@@ -193,6 +198,7 @@ class Iteration:
 
     Attributes:
         epsilon: ``[P]``, the probability of a random action in the next call.
+        learning_rate: ``[P]`` of the next call.
         buffer: what each ticket remembers.
     """
 
@@ -205,8 +211,8 @@ class Iteration:
         self._number = first
         weight = population.parameters.weight
         self._target = weight.clone()
-        self._learning_rate = torch.full_like(weight[:, 0], settings.learning_rate)
-        self.epsilon = torch.ones_like(self._learning_rate)
+        self.epsilon = torch.ones_like(weight[:, 0])
+        self.learning_rate = torch.zeros_like(self.epsilon)
         self.buffer = ReplayBuffer(
             len(population),
             env.copies,
@@ -236,19 +242,16 @@ class Iteration:
                 buffer.stored,
                 self._key,
                 self._number * settings.updates,
-                self._learning_rate,
+                self.learning_rate,
                 self._config,
                 density=population.density,
             )
         self._number += 1
 
 
-def _check(spec: EnvSpec, arena: Arena) -> None:
-    if not spec.discrete:
-        raise ValueError(
-            f"dqn needs discrete actions, got those of {spec.name}, which are continuous: "
-            "train it by ppo"
-        )
+def _check(arena: Arena) -> None:
+    if arena.log_std is not None:
+        raise ValueError("dqn needs discrete actions, got continuous ones: train by ppo")
     if arena.critic is not None:
         raise ValueError("dqn trains a Q-network alone: build its arena with critic=False")
 
@@ -281,9 +284,11 @@ class _DeepQLearning:
         key: Tensor,
         demonstrations: Demonstrations | None,
     ) -> Iteration:
-        return Iteration(settings, env, population, key, 0)
+        # Nobody waits for a warmup to be told how long the rest takes.
+        return Iteration(replace(settings, warmup=0), env, population, key, 0)
 
     def plan(self, arena: Arena, device: torch.device, density: float) -> Plan:
+        _check(arena)
         return dqn.plan(arena, device, density=density)
 
 

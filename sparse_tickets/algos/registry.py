@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from sparse_tickets.algos import bc, ppo
+from sparse_tickets.algos import bc, dqn, ppo
 from sparse_tickets.algos.algorithm import Algorithm
 
 __all__ = ["ALGORITHMS", "find_algorithm", "register_algorithm"]
 
-ALGORITHMS: dict[str, Algorithm] = {each.name: each for each in (ppo.ALGORITHM, bc.ALGORITHM)}
+ALGORITHMS: dict[str, Algorithm] = {
+    each.name: each for each in (ppo.ALGORITHM, dqn.ALGORITHM, bc.ALGORITHM)
+}
 
 
 def find_algorithm(name: str) -> Algorithm:

@@ -41,7 +41,7 @@ def stamp(spec: Sweep) -> str | None:
     """``toy budget`` where a sweep trains or evaluates less than the protocol asks for."""
     full = protocol(spec.env)
     short = (
-        spec.ppo.steps < full.ppo.steps
+        any(spec.budget(algo).steps < full.budget(algo).steps for algo in spec.algos)
         or spec.seeds < 5
         or spec.evaluation.final_episodes < full.evaluation.final_episodes
     )

@@ -153,7 +153,7 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
         console=console, transient=True,
     ) as progress:  # fmt: skip
         for (algo, level), group in groups.items():
-            steps = len(group) * spec.train_steps(group[0].unit.level)
+            steps = len(group) * spec.train_steps(algo, group[0].unit.level)
             kind = "pruned" if level else "dense"
             what = f"{len(group)} {kind} {algo} cells in plain torch"
             if not console.is_terminal:  # where a bar is not drawn

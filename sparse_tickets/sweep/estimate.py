@@ -108,7 +108,7 @@ def _needs(spec: Sweep, algo: str) -> _Needs:
     widest = min(spec.chunk, max(first, later if pruned else 0))
     dense, acting = _probe(spec, algo, widest, 1.0)
     sparse, _ = _probe(spec, algo, widest, spec.density(spec.levels - 1))
-    steps = first * spec.train_steps(0) + pruned * spec.train_steps(1)
+    steps = first * spec.train_steps(algo, 0) + pruned * spec.train_steps(algo, 1)
     # Between the two, time grows with density.
     share = dense_cells / (first + pruned)
     training_s = steps * (sparse + (dense - sparse) * share)
@@ -119,7 +119,7 @@ def _needs(spec: Sweep, algo: str) -> _Needs:
     if algo in spec.imitating[:1]:  # the experts are trained once for all
         width = spec.env_spec.observation_dim + 2 * spec.env_spec.action_dim
         disk += 4 * width * spec.bc.experts * spec.ppo.steps
-        training_s += expert_steps(spec) * _probe(spec, "ppo", spec.bc.experts, 1.0)[0]
+        training_s += expert_steps(spec) * _probe(spec, spec.bc.expert, spec.bc.experts, 1.0)[0]
     limit, evaluation_s = spec.env_spec.time_limit, None
     if limit is not None:
         # Greedy and sampled, before and after training and at every point; and the best checkpoint.
@@ -137,17 +137,20 @@ def _probe(spec: Sweep, algo: str, tickets: int, density: float) -> tuple[float,
     weight = initialise(arena, key, spec.init, spec.log_std)
     population = Population.create(arena, weight, mask, density)
     acting = Population.create(actors, initialise(actors, key, spec.init, spec.log_std))
-    with open_env(spec.env, tickets, spec.ppo.copies) as env:
+    own = spec.budget(algo)
+    with open_env(spec.env, tickets, own.copies) as env:
         most = _PYTHON_PROBE_STEPS if env.task is None else _PROBE_STEPS
         budget = _shorter(spec.ppo, most // tickets)
         algorithm, taught = find_algorithm(algo), None
         if algorithm.imitates:
             taught = Demonstrations(_any_dataset(spec, budget.batch), torch.zeros_like(key))
         iterate = algorithm.iteration(spec.settings_of(algo), budget, env, population, key, taught)
-        training_s = _seconds(iterate) / (tickets * budget.batch)
+        batch = budget.batch if own is spec.ppo else own.batch
+        training_s = _seconds(iterate) / (tickets * batch)
         obs = env.reset(key)
-        act = lambda: rollout(acting.parameters, actors, env, obs, key, budget.horizon)  # noqa: E731
-        return training_s, _seconds(act) / (tickets * budget.batch)
+        steps = batch // own.copies
+        act = lambda: rollout(acting.parameters, actors, env, obs, key, steps)  # noqa: E731
+        return training_s, _seconds(act) / (tickets * batch)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -92,7 +92,11 @@ class Teacher:
                         experts = self._experts()
                     with memory_explained("drawing demonstrations"):
                         dataset = bc.demonstrations(
-                            experts, spec.env, spec.expert_arena, spec.ppo.steps
+                            experts,
+                            spec.env,
+                            spec.expert_arena,
+                            spec.ppo.steps,
+                            temperature=spec.bc.temperature,
                         )._asdict()
                     # Other hardware or libraries make others, which must not be mixed in.
                     for algo in spec.imitating:

@@ -31,8 +31,10 @@ def total_steps(spec: Sweep) -> int:
     """Agent-steps of a whole sweep, experts included (those of one round of tries)."""
     first, later = spec.cells
     pruned = later * (spec.levels - 1)
-    steps = first * spec.train_steps(0) + pruned * spec.train_steps(1)
-    steps *= len(spec.algos)
+    steps = sum(
+        first * spec.train_steps(algo, 0) + pruned * spec.train_steps(algo, 1)
+        for algo in spec.algos
+    )
     return steps + expert_steps(spec) if spec.imitating else steps
 
 

@@ -162,7 +162,7 @@ class _Driver:
         if unit in self._under_way:
             return False
         if self._runner.is_stored(unit):
-            steps = len(tracks) * self._spec.train_steps(unit.level)
+            steps = len(tracks) * self._spec.train_steps(unit.algo, unit.level)
             self._notify(self._runner.describe(unit), steps)
             return True
         self._submit(unit, tracks)

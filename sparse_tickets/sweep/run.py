@@ -102,6 +102,8 @@ def begin(spec: Sweep, out: str | Path, overwrite: bool) -> Store:
 def check(spec: Sweep) -> None:
     """Raise ``ValueError`` where a sweep cannot be run."""
     spec.to_dict()
+    for algo in spec.algos:
+        find_algorithm(algo).plan(spec.arena(algo), torch.device("cpu"), 1.0)
     if spec.imitating:
         _ = spec.expert_budget, expert_gate(spec)
 
@@ -150,7 +152,9 @@ class Runner:
                 if not self.is_stored(unit):
                     self._train(unit, tracks)
                     return True
-        self._notify(self.describe(unit), len(tracks) * self._spec.train_steps(unit.level))
+        self._notify(
+            self.describe(unit), len(tracks) * self._spec.train_steps(unit.algo, unit.level)
+        )
         return True
 
     def is_stored(self, unit: Unit) -> bool:
@@ -252,7 +256,7 @@ class Runner:
         nothing = torch.zeros(arena.size, dtype=torch.float32, device="cpu")
         final = nothing.clone()
         final[arena.prunable :] = torch.nan
-        unknown = [float("nan")] * min(spec.evaluation.points, spec.ppo.iterations)
+        unknown = [float("nan")] * min(spec.evaluation.points, spec.budget(unit.algo).iterations)
         row = origin | dict.fromkeys(COLUMNS.keys() - origin.keys())
         row |= dict.fromkeys((name for name in COLUMNS if name.startswith("return_")), unknown[0])
         row |= {
@@ -463,8 +467,9 @@ def train_population(
     on_iteration: Callable[[int], None] | None = None,
 ) -> Result:
     """Train one level of some tracks by the sweep's settings; levels above 0 start rewound."""
-    first = 0 if level == 0 else spec.rewind_iteration
-    rewind = spec.rewind_iteration if level == 0 and spec.rewind_step else None
+    rewound = spec.rewind_iteration(algo)
+    first = 0 if level == 0 else rewound
+    rewind = rewound if level == 0 and spec.rewind_step else None
     schedule: PruningSchedule = {
         "evaluation": spec.evaluation,
         "first_iteration": first,

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from sparse_tickets.algos.algorithm import Budget
 from sparse_tickets.algos.bc import BC, FIRST_EXPERT_SEED
+from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.algos.registry import ALGORITHMS, find_algorithm
@@ -30,6 +32,10 @@ TICKET = "mask/weights"
 _CRITIC_LAYOUT = 2
 # Fields that came later, left out of the hash where they ask for nothing.
 _LATER: dict[str, Any] = {"during": "none", "during_every": None}
+# Settings that came later: no part of a sweep that does not train by them, so that what was stored
+# before keeps its name.
+_OWN_SETTINGS: dict[str, type] = {"dqn": DQN}
+_EXPERTS_CHOICE = {"expert": "ppo", "temperature": 1.0}
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Sweep:
     """CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, your own, or any gymnasium id;
     +noise=16 after it adds 16 inputs of pure noise (+noise=16,seed=1: at other places)."""
     algos: tuple[str, ...] = ("ppo", "bc")
-    """Training algorithms: ppo, bc (behavioural cloning of PPO experts), and your own."""
+    """Training algorithms: ppo, dqn, bc (behavioural cloning of experts), and your own."""
     conditions: tuple[str, ...] = (
         TICKET,
         "mask/permuted",
@@ -84,7 +90,7 @@ class Sweep:
     rewind_step: int = 0
     """Step of dense training to rewind to, a multiple of copies x horizon; 0: initialisation."""
     hidden: tuple[int, ...] = (64, 64)
-    """Hidden sizes of actor, critic and student."""
+    """Hidden sizes of actor, critic, Q-network and student."""
     activation: str = "tanh"
     """tanh or relu."""
     init: str = "lecun"
@@ -102,6 +108,7 @@ class Sweep:
     chunk: int = 64
     """Most tracks trained together; results do not depend on it."""
     ppo: PPO = field(default_factory=PPO)
+    dqn: DQN = field(default_factory=DQN)
     bc: BC = field(default_factory=BC)
     evaluation: Evaluation = field(default_factory=Evaluation)
     settings: dict = field(default_factory=dict, hash=False)
@@ -134,7 +141,6 @@ class Sweep:
         ):
             if given not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
-        steps = self.ppo.iterations * self.ppo.batch
         if self.during != "none" and "dqn" in self.algos:
             raise ValueError(
                 f"during must be none with dqn, which cannot prune while it trains, "
@@ -145,33 +151,42 @@ class Sweep:
                 f"rewind_step must be 0 where networks are pruned during training, got "
                 f"{self.rewind_step}"
             )
+        if "ticket" in self.controls and TICKET not in self.conditions:
+            raise ValueError(f"controls 'ticket' need the condition {TICKET!r} in conditions")
+        object.__setattr__(self, "settings", _completed(self.settings))
+        for algo in self.algos:
+            self._check_rewind(self.budget(algo))
+
+    def _check_rewind(self, budget: Budget) -> None:
+        steps = budget.iterations * budget.batch
         if not 0 <= self.rewind_step < steps:
             raise ValueError(
                 f"rewind_step must be in [0, steps trained = {steps}), got {self.rewind_step}"
             )
-        if self.rewind_step % self.ppo.batch:
+        if self.rewind_step % budget.batch:
             raise ValueError(
-                f"rewind_step must be a multiple of copies * horizon = {self.ppo.batch}, "
+                f"rewind_step must be a multiple of copies * horizon = {budget.batch}, "
                 f"got {self.rewind_step}"
             )
-        if "ticket" in self.controls and TICKET not in self.conditions:
-            raise ValueError(f"controls 'ticket' need the condition {TICKET!r} in conditions")
-        object.__setattr__(self, "settings", _completed(self.settings))
 
     @property
     def env_spec(self) -> EnvSpec:
         """Spaces and observation scale of the environment."""
         return env_spec(self.env)
 
-    @property
-    def rewind_iteration(self) -> int:
-        """The iteration of training that `rewind_step` falls on."""
-        return self.rewind_step // self.ppo.batch
+    def budget(self, algo: str) -> Budget:
+        """How long an algorithm trains: its own settings where they say, else PPO's."""
+        own = self.settings_of(algo)
+        return own if isinstance(own, Budget) else self.ppo
 
-    def train_steps(self, level: int) -> int:
+    def rewind_iteration(self, algo: str) -> int:
+        """The iteration of an algorithm's training that `rewind_step` falls on."""
+        return self.rewind_step // self.budget(algo).batch
+
+    def train_steps(self, algo: str, level: int) -> int:
         """Environment steps (or imitated transitions) a ticket is trained for at a level."""
-        skipped = 0 if level == 0 else self.rewind_iteration
-        return (self.ppo.iterations - skipped) * self.ppo.batch
+        budget, skipped = self.budget(algo), 0 if level == 0 else self.rewind_iteration(algo)
+        return (budget.iterations - skipped) * budget.batch
 
     def arena(self, algo: str) -> Arena:
         """The parameter layout of an algorithm's tickets; a cloned student has no critic."""
@@ -180,8 +195,8 @@ class Sweep:
 
     @property
     def expert_arena(self) -> Arena:
-        """The experts' layout: an actor and a critic, never pruned."""
-        return self._layout(critic=True, prune_critic=False)
+        """The experts' layout, never pruned: with a critic where PPO trains them."""
+        return self._layout(find_algorithm(self.bc.expert).has_critic, prune_critic=False)
 
     def _layout(self, critic: bool, prune_critic: bool) -> Arena:
         return policy_arena(
@@ -198,10 +213,11 @@ class Sweep:
         return tuple(algo for algo in self.algos if find_algorithm(algo).imitates)
 
     @property
-    def expert_budget(self) -> PPO:
-        """How PPO trains the experts."""
+    def expert_budget(self) -> PPO | DQN:
+        """How the experts are trained."""
+        budget: PPO | DQN = getattr(self, self.bc.expert)
         steps = self.bc.expert_steps
-        return self.ppo if steps is None else replace(self.ppo, steps=steps)
+        return budget if steps is None else replace(budget, steps=steps)
 
     def settings_of(self, algo: str) -> Any:
         """An algorithm's own settings."""
@@ -278,6 +294,11 @@ class Sweep:
         content = asdict(self) | {"observations": scale}
         # Of the algorithms that are trained: one more in the registry makes no other sweep of this.
         own = content.pop("settings")
+        for name in _OWN_SETTINGS.keys() - {*self.algos, self.bc.expert}:
+            del content[name]
+        if self.bc.expert == "ppo":
+            for name in _EXPERTS_CHOICE:
+                del content["bc"][name]
         if trained := {name: own[name] for name in self.algos if name in own}:
             content["settings"] = trained
         if self.prune_critic:
@@ -298,8 +319,13 @@ class Sweep:
         """
         derived = ("observations", "critic_layout")
         given = _LATER | {name: value for name, value in stored.items() if name not in derived}
-        parts = {"ppo": PPO, "bc": BC, "evaluation": Evaluation}
+        parts = {"ppo": PPO, "bc": BC, "evaluation": Evaluation, **_OWN_SETTINGS}
         own = given.pop("settings", {})
+        if isinstance(given.get("bc"), dict) and "expert" not in given["bc"]:
+            given["bc"] = _EXPERTS_CHOICE | given["bc"]
+        trained = {*given.get("algos", ()), (given.get("bc") or {}).get("expert")}
+        for name in _OWN_SETTINGS.keys() - trained:
+            given.setdefault(name, asdict(_OWN_SETTINGS[name]()))
         _require_fields(cls, given | {"settings": own})
         settings: dict[str, Any] = {}
         for name, value in given.items():

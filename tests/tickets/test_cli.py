@@ -106,7 +106,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
     [
         (["--env", "CartPool-v1"], "env must be one of Acrobot-v1, CartPole-v1, MountainCar-v0"),
         (["--conditions", "mask/weihgts"], "condition must be one of mask/weights"),
-        (["--algos", "dqn"], "algos must be among ppo, bc"),
+        (["--algos", "sac"], "algos must be among ppo, dqn, bc"),
         (["--criterion", "size"], "criterion must be one of 1:4, 2:4, fan-in"),
         (["--rate", "1.5"], "rate must be in (0, 1), got 1.5"),
         (["--rate", "nan"], "rate must be finite, got nan"),
@@ -373,7 +373,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     with progress.SweepProgress(spec, Console(file=out, width=40)) as shown:
         for _ in range(2):
             for _ in range(3):
-                shown.advance("ppo level 0 of [bold]mine", spec.train_steps(0) // 8)
+                shown.advance("ppo level 0 of [bold]mine", spec.train_steps("ppo", 0) // 8)
             time.sleep(0.25)
         shown.advance("ppo level 0", 0)
     # Old versions of rich end with an empty line.

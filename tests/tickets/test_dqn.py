@@ -136,6 +136,7 @@ def test_the_target_follows_by_steps_and_updates_wait_for_the_warmup():
     settings = replace(SHORT, target_interval=64)
     tickets, key = population(1)
     iterate = Iteration(settings, make_env(CARTPOLE, 1, settings.copies), tickets, key, 0)
+    iterate.learning_rate.fill_(1e-3)
     initial, targets = tickets.parameters.weight.clone(), []
     for _ in range(6):
         before = tickets.parameters.weight.clone()
@@ -168,8 +169,9 @@ def test_refuses_what_it_cannot_train():
     tickets, key = population(2)
     with pytest.raises(ValueError, match=r"key must have shape \(2,\), got \(1,\)"):
         train(SHORT, CARTPOLE, tickets, key[:1])
-    with pytest.raises(ValueError, match="discrete actions, got those of Pendulum-v1"):
-        train(SHORT, "Pendulum-v1", tickets, key)
+    swing = policy_arena(env_spec("Pendulum-v1"), (4,), critic=False)
+    with pytest.raises(ValueError, match="discrete actions, got continuous ones: train by ppo"):
+        train(SHORT, "Pendulum-v1", Population.create(swing, initialise(swing, key)), key)
     arena = policy_arena(env_spec(CARTPOLE), (4,))
     with pytest.raises(ValueError, match="build its arena with critic=False"):
         train(SHORT, CARTPOLE, Population.create(arena, initialise(arena, key)), key)

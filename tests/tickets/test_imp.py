@@ -429,7 +429,7 @@ def test_training_resumes_at_the_rewind_step(chain):
         assert torch.equal(ticket.rewind[:prunable], dense.rewind[:prunable] * ticket.mask)
         assert torch.equal(ticket.initial[:prunable], dense.initial[:prunable] * ticket.mask)
     assert {row["train_steps"] for row in store.read_rows(Unit("ppo", 1, 0))} == {768}
-    assert spec.train_steps(0) == 1024
+    assert spec.train_steps("ppo", 0) == 1024
 
 
 def test_the_schedule_goes_on_where_it_was(chain, monkeypatch):

@@ -164,9 +164,9 @@ def test_keys_differ_between_cells_but_not_between_algorithms_at_initialisation(
 
 def test_steps_shrink_by_the_rewind_step():
     spec = Sweep(ppo=PPO(steps=5000), rewind_step=1024)
-    assert spec.rewind_iteration == 2
-    assert spec.train_steps(0) == 9 * 512
-    assert spec.train_steps(1) == 7 * 512
+    assert spec.rewind_iteration("ppo") == 2
+    assert spec.train_steps("ppo", 0) == 9 * 512
+    assert spec.train_steps("ppo", 1) == 7 * 512
     small = Sweep(algos=("ppo", "bc"), seeds=1, levels=2, ppo=PPO(steps=512), bc=BC(experts=2))
     assert total_steps(small) == 512 * (2 * (1 + 4) + 2)
 
@@ -174,7 +174,7 @@ def test_steps_shrink_by_the_rewind_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"algos": ("dqn",)}, "algos must be among ppo, bc, got"),
+        ({"algos": ("sac",)}, "algos must be among ppo, dqn, bc, got"),
         ({"algos": ()}, "algos must be among"),
         ({"algos": ("ppo", "ppo")}, "algos must be at least one, each once"),
         ({"controls": ("both",)}, "controls must be among own, ticket"),

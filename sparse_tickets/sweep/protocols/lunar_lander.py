@@ -1,17 +1,18 @@
-"""LunarLander by rl-zoo3's tuned PPO."""
+"""LunarLander by rl-zoo3's tuned PPO and DQN."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from sparse_tickets.sweep.protocols.shared import SB3, SLOW
+from sparse_tickets.sweep.protocols.shared import SB3, SLOW, ZOO_DQN
 
 __all__ = ["ENV", "SETTINGS"]
 
 ENV = "LunarLander-v3"
 SETTINGS: dict[str, Any] = {
     **SLOW,
+    "dqn": ZOO_DQN,
     "ppo": replace(
         SB3,
         steps=1_000_000,
