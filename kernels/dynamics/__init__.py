@@ -1,4 +1,4 @@
-"""Classic control as pure functions: `initial`, `step` and `observe` on float64 states.
+"""Built-in tasks as pure functions: `initial`, `step` and `observe` on float64 states.
 
 CPU tensors go through Numba, one copy at a time, CUDA tensors through Triton, a lane per copy: a
 copy's bits depend on nothing beside it. All results are constants to autograd.
@@ -23,14 +23,14 @@ __all__ = ["TASKS", "Task", "check_task", "initial", "observe", "step"]
 
 
 def initial(task: Task, u: Tensor) -> Tensor:
-    """Initial states, uniform between the task's reset bounds.
+    """Initial states: uniform between the task's reset bounds, the maze's as `maze` says.
 
     Args:
         task: one of `TASKS`.
         u: ``[..., S]`` float32 uniforms in ``[0, 1)``.
 
     Returns:
-        ``[..., S]`` float64: low + (high - low) u.
+        ``[..., S]`` float64: low + (high - low) u, or the maze's.
 
     Raises:
         TypeError: `u` is not float32.

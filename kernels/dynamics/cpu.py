@@ -1,4 +1,4 @@
-"""Classic control in Numba: scalars on one copy's state, to inline into a fused rollout.
+"""The built-in tasks in Numba: scalars on one copy's state, to inline into a fused rollout.
 
 `task_reset`, `task_step` and `task_observe` work in place on 1-D slices and branch on an integer
 task id; the batched ops below call them once per copy. Same equations as `reference`, operation
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ..compiling import njit
 from ..threads import count_threads, share
-from .reference import ACROBOT, CARTPOLE, MOUNTAIN_CAR, TASKS, Task
+from . import maze
+from .reference import ACROBOT, CARTPOLE, MAZE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = ["initial", "observe", "step", "task_observe", "task_reset", "task_step"]
 
 _CARTPOLE, _ACROBOT, _MOUNTAIN_CAR = CARTPOLE.id, ACROBOT.id, MOUNTAIN_CAR.id
+_MAZE = MAZE.id
 _STATE_DIM = np.array([task.state_dim for task in TASKS.values()])
 _RESET_LOW = np.zeros((len(TASKS), _STATE_DIM.max()))
 _RESET_SPAN = np.zeros_like(_RESET_LOW)
@@ -27,6 +29,11 @@ for _task in TASKS.values():
     _low, _high = np.array(_task.reset_low), np.array(_task.reset_high)
     _RESET_LOW[_task.id, : _task.state_dim] = _low
     _RESET_SPAN[_task.id, : _task.state_dim] = _high - _low
+_SIZE, _CELLS, _PERIOD, _LAYOUTS = maze.SIZE, maze.CELLS, maze.PERIOD, len(maze.LAYOUTS)
+_STEP_COST = np.float32(-maze.STEP_COST)
+_WALL, _GOAL, _PATROL, _STARTS, _START_COUNT, _MOVES = (
+    table.numpy() for table in maze.tables(torch.device("cpu"))
+)
 _ANGLE_LIMIT = 12 * 2 * math.pi / 360
 _TURN = 2 * math.pi
 _COPIES_PER_CHUNK = 256
@@ -37,6 +44,13 @@ _WORK = 1024
 @njit(cache=True)
 def task_reset(task_id, u, state):
     """Write the initial state of uniforms ``u [S]`` to ``state [S]``."""
+    if task_id == _MAZE:
+        layout = int(np.float64(u[0]) * _LAYOUTS)
+        state[0] = layout
+        state[1] = _STARTS[layout, int(np.float64(u[1]) * _START_COUNT[layout])]
+        state[2] = int(np.float64(u[2]) * _PERIOD)
+        state[3] = 0.0
+        return
     for i in range(_STATE_DIM[task_id]):
         state[i] = _RESET_LOW[task_id, i] + _RESET_SPAN[task_id, i] * np.float64(u[i])
 
@@ -130,6 +144,26 @@ def _pendulum_step(state, action):
 
 
 @njit(cache=True)
+def _maze_step(state, action):
+    layout, agent, phase = int(state[0]), int(state[1]), int(state[2])
+    row = agent // _SIZE + _MOVES[int(action), 0]
+    column = agent % _SIZE + _MOVES[int(action), 1]
+    there = agent
+    if 0 <= row < _SIZE and 0 <= column < _SIZE and not _WALL[layout, row * _SIZE + column]:
+        there = row * _SIZE + column
+    following = (phase + 1) % _PERIOD
+    enemy, comes = _PATROL[layout, phase], _PATROL[layout, following]
+    state[1] = there
+    state[2] = following
+    state[3] = 0.0
+    if there == _GOAL[layout]:
+        return np.float32(1.0), True
+    if there == comes or (there == enemy and agent == comes):
+        return np.float32(-1.0), True
+    return _STEP_COST, False
+
+
+@njit(cache=True)
 def task_step(task_id, state, action):
     """Advance ``state [S]`` in place by one step.
 
@@ -147,6 +181,8 @@ def task_step(task_id, state, action):
         return _acrobot_step(state, action)
     if task_id == _MOUNTAIN_CAR:
         return _mountain_car_step(state, action)
+    if task_id == _MAZE:
+        return _maze_step(state, action)
     return _pendulum_step(state, action)
 
 
@@ -166,6 +202,15 @@ def task_observe(task_id, state, out):
     elif task_id == _MOUNTAIN_CAR:
         out[0] = np.float32(state[0])
         out[1] = np.float32(state[1])
+    elif task_id == _MAZE:
+        layout = int(state[0])
+        for cell in range(_CELLS):
+            out[cell] = np.float32(_WALL[layout, cell])
+            for channel in range(1, 4):
+                out[channel * _CELLS + cell] = np.float32(0.0)
+        out[_CELLS + int(state[1])] = np.float32(1.0)
+        out[2 * _CELLS + _GOAL[layout]] = np.float32(1.0)
+        out[3 * _CELLS + _PATROL[layout, int(state[2])]] = np.float32(1.0)
     else:
         out[0] = np.float32(math.cos(state[0]))
         out[1] = np.float32(math.sin(state[0]))

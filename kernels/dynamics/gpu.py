@@ -1,4 +1,4 @@
-"""Classic control in Triton: equations on scalars or blocks, to inline into a fused rollout.
+"""The built-in tasks in Triton: equations on scalars or blocks, to inline into a fused rollout.
 
 `task_initial`, `task_step` and `task_observe` take a copy's state as four float64 values (a task
 with two ignores the others) and branch on `Task.id` while compiling. Same equations as `reference`,
@@ -12,6 +12,7 @@ operations, of which most are inside sines and cosines.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from ..examples import Example, meta
 from ..jit import jit_kernel
-from .reference import ACROBOT, CARTPOLE, MOUNTAIN_CAR, TASKS, Task
+from . import maze
+from .reference import ACROBOT, CARTPOLE, MAZE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = [
     "EXAMPLES",
@@ -41,11 +43,83 @@ _BLOCK = 128
 _CARTPOLE = tl.constexpr(CARTPOLE.id)
 _ACROBOT = tl.constexpr(ACROBOT.id)
 _MOUNTAIN_CAR = tl.constexpr(MOUNTAIN_CAR.id)
+_MAZE = tl.constexpr(MAZE.id)
 _PI = tl.constexpr(math.pi)
 _TURN = tl.constexpr(2 * math.pi)
 _ANGLE_LIMIT = tl.constexpr(12 * 2 * math.pi / 360)
 _LOW = tl.constexpr({task.id: task.reset_low for task in TASKS.values()})
 _HIGH = tl.constexpr({task.id: task.reset_high for task in TASKS.values()})
+
+_SIZE, _CELLS = tl.constexpr(maze.SIZE), tl.constexpr(maze.CELLS)
+_PERIOD, _LAYOUTS = tl.constexpr(maze.PERIOD), tl.constexpr(len(maze.LAYOUTS))
+_STEP_COST = tl.constexpr(-maze.STEP_COST)
+
+
+def _bits(cells: Iterable[int]) -> int:
+    return sum(1 << cell for cell in cells)
+
+
+# A layout's cells as bits of one integer, its patrol as six bits a phase.
+_WALLS = tl.constexpr(tuple(_bits(each.walls) for each in maze.LAYOUTS))
+_STARTS = tl.constexpr(tuple(_bits(each.starts) for each in maze.LAYOUTS))
+_START_COUNT = tl.constexpr(tuple(len(each.starts) for each in maze.LAYOUTS))
+_GOAL = tl.constexpr(tuple(each.goal for each in maze.LAYOUTS))
+_PATROL = tl.constexpr(
+    tuple(sum(cell << 6 * i for i, cell in enumerate(each.patrol)) for each in maze.LAYOUTS)
+)
+
+
+@triton.jit
+def _of_layout(layout, VALUES: tl.constexpr):
+    """The int64 that belongs to a layout."""
+    value = layout * 0
+    for i in tl.static_range(_LAYOUTS):
+        value = tl.where(layout == i, VALUES[i], value)
+    return value
+
+
+@triton.jit
+def _maze_initial(u0, u1, u2):
+    layout = (u0.to(tl.float64) * _LAYOUTS).to(tl.int64)
+    starts = _of_layout(layout, _STARTS)
+    index = (u1.to(tl.float64) * _of_layout(layout, _START_COUNT)).to(tl.int64)
+    agent, passed = layout * 0, layout * 0
+    for cell in range(_CELLS):
+        is_start = (starts >> cell) & 1
+        agent = tl.where((is_start == 1) & (passed == index), cell, agent)
+        passed += is_start
+    phase = (u2.to(tl.float64) * _PERIOD).to(tl.int64)
+    zero = u0.to(tl.float64) * 0.0
+    return layout.to(tl.float64), agent.to(tl.float64), phase.to(tl.float64), zero
+
+
+@triton.jit
+def _maze_step(s0, s1, s2, action):
+    layout, agent, phase = s0.to(tl.int64), s1.to(tl.int64), s2.to(tl.int64)
+    # Stay, up, right, down, left.
+    row = agent // _SIZE + tl.where(action == 3.0, 1, tl.where(action == 1.0, -1, 0))
+    column = agent % _SIZE + tl.where(action == 2.0, 1, tl.where(action == 4.0, -1, 0))
+    inside = (row >= 0) & (row < _SIZE) & (column >= 0) & (column < _SIZE)
+    there = tl.where(inside, row * _SIZE + column, agent)
+    walls, patrol = _of_layout(layout, _WALLS), _of_layout(layout, _PATROL)
+    there = tl.where(((walls >> there) & 1) == 1, agent, there)
+    following = (phase + 1) % _PERIOD
+    enemy, comes = (patrol >> 6 * phase) & 63, (patrol >> 6 * following) & 63
+    reached = there == _of_layout(layout, _GOAL)
+    caught = (there == comes) | ((there == enemy) & (agent == comes))
+    reward = tl.where(reached, 1.0, tl.where(caught, -1.0, _STEP_COST))
+    return s0, there.to(tl.float64), following.to(tl.float64), s0 * 0.0, reward, reached | caught
+
+
+@triton.jit
+def _maze_observe(s0, s1, s2, feature):
+    layout, agent, phase = s0.to(tl.int64), s1.to(tl.int64), s2.to(tl.int64)
+    channel, cell = feature // _CELLS, feature % _CELLS
+    enemy = (_of_layout(layout, _PATROL) >> 6 * phase) & 63
+    wall = ((_of_layout(layout, _WALLS) >> cell) & 1) == 1
+    place = tl.where(channel == 1, agent, tl.where(channel == 2, _of_layout(layout, _GOAL), enemy))
+    shown = tl.where(channel == 0, wall, (cell == place) & (channel < 4))
+    return tl.where(shown, 1.0, 0.0)
 
 
 @triton.jit
@@ -153,6 +227,9 @@ def _pendulum_step(theta, theta_dot, action):
 @triton.jit
 def task_initial(TASK: tl.constexpr, u0, u1, u2, u3):
     """Initial state of four float32 uniforms, of which a task of two components ignores two."""
+    if TASK == _MAZE:
+        s0, s1, s2, s3 = _maze_initial(u0, u1, u2)
+        return s0, s1, s2, s3
     s0, s1 = _between(u0, TASK, 0), _between(u1, TASK, 1)
     s2, s3 = s0, s1
     if len(_LOW[TASK]) == 4:
@@ -172,6 +249,8 @@ def task_step(TASK: tl.constexpr, s0, s1, s2, s3, action):
         s0, s1, s2, s3, reward, terminated = _acrobot_step(s0, s1, s2, s3, action)
     elif TASK == _MOUNTAIN_CAR:
         s0, s1, reward, terminated = _mountain_car_step(s0, s1, action)
+    elif TASK == _MAZE:
+        s0, s1, s2, s3, reward, terminated = _maze_step(s0, s1, s2, action)
     else:
         s0, s1, reward, terminated = _pendulum_step(s0, s1, action)
     return s0, s1, s2, s3, reward, terminated
@@ -183,6 +262,8 @@ def task_observe(TASK: tl.constexpr, s0, s1, s2, s3, feature):
 
     Where ``feature`` is a block whose entries the compiler knows, nothing is computed twice.
     """
+    if TASK == _MAZE:
+        return _maze_observe(s0, s1, s2, feature)
     if TASK == _ACROBOT:
         f0, f1, f2, f3, f4, f5 = tl.cos(s0), tl.sin(s0), tl.cos(s1), tl.sin(s1), s2, s3
     elif TASK == _CARTPOLE:
@@ -324,5 +405,6 @@ def _example(task: Task) -> None:
 
 
 EXAMPLES = [
-    Example(name.partition("-")[0].lower(), partial(_example, task)) for name, task in TASKS.items()
+    Example(name.rpartition("/")[2].partition("-")[0].lower(), partial(_example, task))
+    for name, task in TASKS.items()
 ]

@@ -1,10 +1,11 @@
-"""Physics of the classic control tasks in batched torch: the equations of gymnasium 1.4.
+"""Physics of the built-in tasks in batched torch: the equations of gymnasium 1.4, and a maze.
 
 A `Task` is a record of constants and three pure functions on float64 states ``[..., S]``. The
 order of operations follows gymnasium's, so that only the last bit of a sine or cosine differs.
 
 Sources: CartPole from Barto, Sutton and Anderson 1983; Acrobot from Sutton 1996, in the version of
-Sutton and Barto's book; MountainCar from Moore 1990; Pendulum from gymnasium.
+Sutton and Barto's book; MountainCar from Moore 1990; Pendulum from gymnasium. The maze is ours
+(`maze`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import maze
+
 __all__ = [
     "ACROBOT",
     "CARTPOLE",
+    "MAZE",
     "MOUNTAIN_CAR",
     "PENDULUM",
     "TASKS",
@@ -36,7 +40,7 @@ class Task:
     """One control task, as pure functions of its state.
 
     Attributes:
-        name: gymnasium's id.
+        name: gymnasium's id, or that under which we register it there.
         id: small integer by which fused kernels branch.
         state_dim: S.
         observation_dim: D.
@@ -46,7 +50,8 @@ class Task:
         action_high: highest action per dimension; empty if discrete.
         time_limit: steps after which an episode is truncated.
         reset_low: lowest initial state per dimension.
-        reset_high: highest initial state per dimension.
+        reset_high: highest initial state per dimension; the maze's initial states are not all
+            that lie between.
         step: ``(state [..., S] float64, action) -> (state, reward float32, terminated bool)``.
         observe: ``state [..., S] float64 -> observation [..., D] float32``.
     """
@@ -66,7 +71,12 @@ class Task:
     observe: Callable[[Tensor], Tensor]
 
     def initial(self, u: Tensor) -> Tensor:
-        """Initial states ``[..., S]`` float64 of uniforms ``u [..., S]``: low + (high - low) u."""
+        """Initial states ``[..., S]`` float64 of uniforms ``u [..., S]``: low + (high - low) u.
+
+        Those of the maze are drawn by `maze.initial`.
+        """
+        if self.name == MAZE.name:
+            return maze.initial(u)
         bounds = zip(self.reset_low, self.reset_high, u.double().unbind(-1), strict=True)
         return torch.stack([low + (high - low) * column for low, high, column in bounds], -1)
 
@@ -225,7 +235,23 @@ PENDULUM = Task(
     observe=_pendulum_observe,
 )
 
-TASKS = {task.name: task for task in (CARTPOLE, ACROBOT, MOUNTAIN_CAR, PENDULUM)}
+MAZE = Task(
+    name="sparse_tickets/Maze-v0",
+    id=4,
+    state_dim=4,
+    observation_dim=maze.CHANNELS * maze.CELLS,
+    discrete=True,
+    action_dim=len(maze.ACTIONS),
+    action_low=(),
+    action_high=(),
+    time_limit=maze.TIME_LIMIT,
+    reset_low=(0.0,) * 4,
+    reset_high=(len(maze.LAYOUTS) - 1.0, maze.CELLS - 1.0, maze.PERIOD - 1.0, 0.0),
+    step=maze.step,
+    observe=maze.observe,
+)
+
+TASKS = {task.name: task for task in (CARTPOLE, ACROBOT, MOUNTAIN_CAR, PENDULUM, MAZE)}
 """The tasks by gymnasium id."""
 
 

@@ -64,7 +64,8 @@ class Sweep:
     """A lottery-ticket study: every condition, seed and level of one environment."""
 
     env: str = "CartPole-v1"
-    """CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, your own, or any gymnasium id;
+    """CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, sparse_tickets/Maze-v0, your own, or
+    any gymnasium id;
     +noise=16 after it adds 16 inputs of pure noise (+noise=16,seed=1: at other places)."""
     algos: tuple[str, ...] = ("ppo", "bc")
     """Training algorithms: ppo, dqn, bc (behavioural cloning of experts), and your own."""

@@ -21,7 +21,7 @@ from sparse_tickets.kernels.rollout import Rollout, cpu, demonstrate, evaluate, 
 from sparse_tickets.kernels.rollout import reference as loop
 from sparse_tickets.kernels.rollout.reference import _Policy
 
-TASKS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1")
+TASKS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "sparse_tickets/Maze-v0")
 # float32 sums of at most a few hundred terms of size one.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 EXACT = ("obs", "action", "reward", "terminated", "truncated")

@@ -31,6 +31,7 @@ SHAPES = {
     "Acrobot-v1": ((8, 7, 16), "relu"),
     "MountainCar-v0": ((11,), "tanh"),
     "Pendulum-v1": ((16, 10), "tanh"),
+    "sparse_tickets/Maze-v0": ((8, 5), "relu"),
 }
 ALL = pytest.mark.parametrize("name", SHAPES)
 

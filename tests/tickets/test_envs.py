@@ -26,9 +26,11 @@ from sparse_tickets.kernels.random import Stream, uniform
 from sparse_tickets.kernels.rollout import evaluate
 from sparse_tickets.population import Population, initialise, policy_arena
 
-CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1"]
+MAZE = "sparse_tickets/Maze-v0"
+CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1", MAZE]
 # Largest drift of a float64 state within an episode: Acrobot is chaotic and has up to 500 steps.
 DRIFT = {"CartPole-v1": 1e-11, "Acrobot-v1": 1e-9, "MountainCar-v0": 1e-12, "Pendulum-v1": 1e-9}
+DRIFT[MAZE] = 0.0
 
 
 def keys(count):

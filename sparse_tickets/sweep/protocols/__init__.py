@@ -10,6 +10,7 @@ from sparse_tickets.sweep.protocols import (
     acrobot,
     half_cheetah,
     lunar_lander,
+    maze,
     mountain_car,
     pendulum,
 )
@@ -19,7 +20,7 @@ __all__ = ["PROTOCOLS", "protocol"]
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     each.ENV: each.SETTINGS
-    for each in (acrobot, pendulum, mountain_car, lunar_lander, half_cheetah)
+    for each in (acrobot, pendulum, mountain_car, lunar_lander, half_cheetah, maze)
 }
 
 
