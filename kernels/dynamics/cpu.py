@@ -144,7 +144,16 @@ def _pendulum_step(state, action):
 
 
 @njit(cache=True)
+def _maze_knows(state):
+    layout, cell = 0.0 <= state[0] < _LAYOUTS, 0.0 <= state[1] < _CELLS
+    return layout and cell and 0.0 <= state[2] < _PERIOD
+
+
+@njit(cache=True)
 def _maze_step(state, action):
+    if not _maze_knows(state):  # which would be read beyond the tables
+        state[:] = math.nan
+        return np.float32(math.nan), False
     layout, agent, phase = int(state[0]), int(state[1]), int(state[2])
     row = agent // _SIZE + _MOVES[int(action), 0]
     column = agent % _SIZE + _MOVES[int(action), 1]
@@ -202,6 +211,8 @@ def task_observe(task_id, state, out):
     elif task_id == _MOUNTAIN_CAR:
         out[0] = np.float32(state[0])
         out[1] = np.float32(state[1])
+    elif task_id == _MAZE and not _maze_knows(state):
+        out[:] = np.float32(math.nan)
     elif task_id == _MAZE:
         layout = int(state[0])
         for cell in range(_CELLS):

@@ -94,7 +94,14 @@ def _maze_initial(u0, u1, u2):
 
 
 @triton.jit
+def _maze_knows(s0, s1, s2):
+    layout, cell = (s0 >= 0.0) & (s0 < _LAYOUTS), (s1 >= 0.0) & (s1 < _CELLS)
+    return layout & cell & (s2 >= 0.0) & (s2 < _PERIOD)
+
+
+@triton.jit
 def _maze_step(s0, s1, s2, action):
+    known = _maze_knows(s0, s1, s2)
     layout, agent, phase = s0.to(tl.int64), s1.to(tl.int64), s2.to(tl.int64)
     # Stay, up, right, down, left.
     row = agent // _SIZE + tl.where(action == 3.0, 1, tl.where(action == 1.0, -1, 0))
@@ -108,7 +115,10 @@ def _maze_step(s0, s1, s2, action):
     reached = there == _of_layout(layout, _GOAL)
     caught = (there == comes) | ((there == enemy) & (agent == comes))
     reward = tl.where(reached, 1.0, tl.where(caught, -1.0, _STEP_COST))
-    return s0, there.to(tl.float64), following.to(tl.float64), s0 * 0.0, reward, reached | caught
+    # No state of the maze leads to NaN.
+    nan = tl.where(known, 0.0, float("nan"))
+    there, following = there.to(tl.float64) + nan, following.to(tl.float64) + nan
+    return s0 + nan, there, following, nan, reward + nan, (reached | caught) & known
 
 
 @triton.jit
@@ -121,7 +131,7 @@ def _maze_observe(s0, s1, s2, feature):
     wall = ((_of_layout(layout, _WALLS) >> cell) & 1) == 1
     place = tl.where(channel == 1, agent, tl.where(channel == 2, _of_layout(layout, _GOAL), enemy))
     shown = tl.where(channel == 0, wall, (cell == place) & (channel < 4))
-    return tl.where(shown, 1.0, 0.0)
+    return tl.where(_maze_knows(s0, s1, s2), tl.where(shown, 1.0, 0.0), float("nan"))
 
 
 @triton.jit

@@ -13,6 +13,7 @@ four channels of 49 cells, one after the other: walls, agent, goal, enemy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
@@ -136,10 +137,19 @@ def initial(u: Tensor) -> Tensor:
     return torch.stack([layout, table.starts[layout, index], phase, phase * 0], -1).double()
 
 
+def _known(state: Tensor) -> tuple[Tensor, Tensor]:
+    """Which states there are, and ``state`` as int64 with the others at zero."""
+    numbers = zip(state.unbind(-1), (len(LAYOUTS), CELLS, PERIOD), strict=False)
+    inside = [(number >= 0) & (number < bound) for number, bound in numbers]
+    known = torch.stack(inside).all(0)
+    return known, torch.where(known[..., None], state, 0.0).long()
+
+
 def step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The agent moves, then the enemy; see `Task.step`."""
+    """The agent moves, then the enemy; see `Task.step`. No state of the maze leads to NaN."""
     table = tables(state.device)
-    layout, agent, phase, _ = state.long().unbind(-1)
+    known, whole = _known(state)
+    layout, agent, phase, _ = whole.unbind(-1)
     down, right = table.moves[action].unbind(-1)
     row, column = agent // SIZE + down, agent % SIZE + right
     inside = (row >= 0) & (row < SIZE) & (column >= 0) & (column < SIZE)
@@ -151,14 +161,17 @@ def step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     caught = (there == comes) | ((there == enemy) & (agent == comes))
     reward = torch.where(reached, 1.0, torch.where(caught, -1.0, -STEP_COST))
     successor = torch.stack([layout, there, following, following * 0], -1).double()
-    return successor, reward.float(), reached | caught
+    successor = torch.where(known[..., None], successor, math.nan)
+    reward = torch.where(known, reward, math.nan)
+    return successor, reward.float(), (reached | caught) & known
 
 
 def observe(state: Tensor) -> Tensor:
     """Four channels, flattened: ``[..., 196]`` float32; see `Task.observe`."""
     table = tables(state.device)
-    layout, agent, phase, _ = state.long().unbind(-1)
+    known, whole = _known(state)
+    layout, agent, phase, _ = whole.unbind(-1)
     cells = torch.arange(CELLS, device=state.device)
     shown = (agent, table.goal[layout], table.patrol[layout, phase])
     channels = [table.wall[layout], *(cells == place[..., None] for place in shown)]
-    return torch.cat(channels, -1).float()
+    return torch.where(known[..., None], torch.cat(channels, -1).float(), math.nan)

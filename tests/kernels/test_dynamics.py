@@ -117,6 +117,23 @@ def test_numba_equals_reference(task, copies, generator):
     assert observation.shape == (*copies, task.observation_dim)
 
 
+@pytest.mark.parametrize(
+    "state", [[math.nan, 8, 2, 0], [-1, 8, 2, 0], [4, 8, 2, 0], [0, 49, 2, 0], [0, 8, 6, 0]]
+)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_no_state_of_the_maze_reads_no_table_beyond_its_end(backend, state):
+    task, there = TASKS["sparse_tickets/Maze-v0"], torch.tensor([[0, 8, 2, 0], state]).double()
+    with use_backend(backend):
+        successor, reward, terminated = dynamics.step(task, there, torch.tensor([1, 1]))
+        observation = dynamics.observe(task, there)
+    assert successor[1].isnan().all()
+    assert reward[1].isnan()
+    assert not terminated[1]
+    assert observation[1].isnan().all()
+    for mate in (successor[0], reward[0], observation[0]):
+        assert not mate.isnan().any()
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_scalars_equal_the_op_and_write_nothing_else(task, generator):
     state, action = states(task, 50, generator), actions(task, 50, generator)
