@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparse_tickets.envs  # noqa: F401  (registers the maze with gymnasium)
 from sparse_tickets.kernels import dynamics
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.dynamics import TASKS, cpu
