@@ -7,15 +7,13 @@ its identity and version and waits again only after somebody wrote it.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import check_data, check_dtype
+from .known import KnownMasks
 
 __all__ = ["BLOCK_SIZES", "BlockPattern", "block_pattern", "find_blocks", "table_shape"]
 
@@ -45,18 +43,8 @@ class BlockPattern:
     version: int | None
 
 
-class _Known(NamedTuple):
-    """What is remembered of a mask; no reference to it, or it would never go away."""
-
-    owner: weakref.ref
-    version: int
-    block: int
-    table: Tensor | None
-
-
-# By identity of the tensor that owns the memory, and the view of it.
-_known: dict[tuple, _Known] = {}
-_lock = threading.Lock()
+# The size of the blocks and their table; None once a mask has no such blocks any more.
+_known: KnownMasks[tuple[int, Tensor | None]] = KnownMasks()
 
 
 def block_pattern(mask: Tensor, block: int) -> BlockPattern:
@@ -94,7 +82,8 @@ def block_pattern(mask: Tensor, block: int) -> BlockPattern:
         )
     if mask.is_inference():
         return BlockPattern(mask, block, table, None)
-    return BlockPattern(mask, block, table, _remember(mask, block, table))
+    _known.keep(mask, mask._version, (block, table))
+    return BlockPattern(mask, block, table, mask._version)
 
 
 def find_blocks(mask: Tensor) -> BlockPattern | None:
@@ -102,17 +91,16 @@ def find_blocks(mask: Tensor) -> BlockPattern | None:
 
     Waits for the device only if the mask was written since it was last asked for.
     """
-    if not _known or mask.is_inference():
+    if not len(_known) or mask.is_inference():
         return None
-    owner = _owner(mask)
-    known = _known.get(_key(mask))
-    if known is None or known.owner() is not owner:
+    known = _known.find(mask)
+    if known is None:
         return None
-    table, version = known.table, known.version
-    if version != owner._version:
-        table = _build(mask, known.block)
-        version = _remember(mask, known.block, table)
-    return None if table is None else BlockPattern(mask, known.block, table, version)
+    (block, table), current = known
+    if not current:
+        table = _build(mask, block)
+        _known.keep(mask, mask._version, (block, table))
+    return None if table is None else BlockPattern(mask, block, table, mask._version)
 
 
 def table_shape(tickets: int, out: int, inp: int, block: int) -> tuple[int, ...]:
@@ -125,30 +113,6 @@ def table_shape(tickets: int, out: int, inp: int, block: int) -> tuple[int, ...]
         raise ValueError(f"mask must be multiples of block={block} wide, got {out} x {inp}")
     rows, columns = out // block, inp // block
     return tickets, rows + columns, 1 + max(rows, columns)
-
-
-def _owner(mask: Tensor) -> Tensor:
-    return mask if mask._base is None else mask._base
-
-
-def _key(mask: Tensor) -> tuple:
-    return id(_owner(mask)), mask.storage_offset(), mask.shape, mask.stride()
-
-
-def _remember(mask: Tensor, block: int, table: Tensor | None) -> int:
-    """Keep what was found until the mask goes away; returns the mask's version."""
-    key = _key(mask)
-
-    def forget(gone: weakref.ref) -> None:
-        # The identity may belong to a newer tensor by now.
-        current = _known.get(key)
-        if current is not None and current.owner is gone:
-            _known.pop(key, None)
-
-    owner = _owner(mask)
-    with _lock:
-        _known[key] = _Known(weakref.ref(owner, forget), owner._version, block, table)
-    return owner._version
 
 
 def _split(mask: Tensor, block: int) -> Tensor:

@@ -8,8 +8,6 @@ layer's, by its bytes.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..compiling import njit
+from .known import KnownMasks
 
 __all__ = ["BLOCKS", "Compressed", "Pattern", "build_pattern", "find_pattern", "take_snapshot"]
 
@@ -103,9 +102,7 @@ def _is_blocked(mask, start, rows, columns, size):
     return True
 
 
-# By identity of the tensor that owns the memory, and the view of it.
-_patterns: dict[tuple, tuple[weakref.ref, int, Pattern]] = {}
-_lock = threading.Lock()
+_known: KnownMasks[Pattern] = KnownMasks()
 
 
 def find_pattern(mask: Tensor) -> Pattern:
@@ -115,24 +112,14 @@ def find_pattern(mask: Tensor) -> Pattern:
     """
     if mask.is_inference():
         return build_pattern(take_snapshot(mask))
-    owner = mask if mask._base is None else mask._base
-    key = (id(owner), mask.storage_offset(), mask.shape, mask.stride())
-    known = _patterns.get(key)
-    if known is not None and known[0]() is owner and known[1] == owner._version:
-        pattern = known[2]
+    known = _known.find(mask)
+    if known is not None and known[1]:
+        pattern = known[0]
         if mask.shape[0] > 1 or torch.equal(pattern.snapshot, mask):
             return pattern
-    version = owner._version
+    version = mask._version
     pattern = build_pattern(take_snapshot(mask))
-
-    def forget(gone: weakref.ref) -> None:
-        # The identity may belong to a newer tensor by now.
-        current = _patterns.get(key)
-        if current is not None and current[0] is gone:
-            _patterns.pop(key, None)
-
-    with _lock:
-        _patterns[key] = (weakref.ref(owner, forget), version, pattern)
+    _known.keep(mask, version, pattern)
     return pattern
 
 

@@ -265,7 +265,7 @@ def test_nothing_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     work(200)
     gc.collect()
-    known = len(patterns._patterns)
+    known = len(patterns._known)
     tracemalloc.start()
     try:
         work(200)
@@ -276,7 +276,7 @@ def test_nothing_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
         after = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert len(patterns._patterns) <= known
+    assert len(patterns._known) <= known
     assert after - before < 50_000
 
 
