@@ -103,39 +103,8 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
     """
     if cells < 1:
         raise ValueError(f"cells must be at least 1, got {cells}")
-    store = Store(path)
-    spec = Sweep.from_dict(store.spec)
-    today = spec.to_dict()
-    if today.get("critic_layout") != store.spec.get("critic_layout"):
-        raise StoreError(
-            f"{store.path} was run when random conditions took a pruned critic's mask from "
-            "one-shot pruning: its table can be read, its cells cannot be retrained"
-        )
-    if today != store.spec:
-        raise StoreError(
-            f"{spec.env} scales observations otherwise than when {store.path} was run: it cannot "
-            "be retrained with this version or plugin"
-        )
-    finished = [
-        _Cell(unit, ticket, row)
-        for unit in store.units()
-        if store.has(unit)
-        for ticket, row in zip(store.read_tickets(unit), store.read_rows(unit), strict=True)
-        if not row.get("diverged")
-    ]
-    if not finished:
-        raise StoreError(f"{store.path} has no finished unit yet: run the sweep")
-    dense = max(cell.row["return_final"] for cell in finished)
-    finished.sort(
-        key=lambda cell: derive_key("verify", cell.unit.name, cell.track.condition, cell.track.seed)
-    )
-    taken: Counter[tuple[str, int]] = Counter()
-    spread = []
-    for cell in finished:
-        place = cell.unit.algo, cell.unit.level
-        spread.append((taken[place], cell))
-        taken[place] += 1
-    chosen = [cell for _, cell in sorted(spread, key=itemgetter(0))[:cells]]
+    store, spec = _open(path)
+    chosen, dense = _choose(store, cells)
     # Plain torch takes as long for one ticket as for several: what trains alike trains together.
     groups: dict[tuple[str, int], list[_Cell]] = {}
     for cell in chosen:
@@ -191,6 +160,48 @@ def verify(path: str | Path, cells: int, console: Console) -> tuple[Table, bool]
         f"{'beyond' if beyond else 'within'} chance at {SIGNIFICANCE:.0%}"
     )
     return table, agree
+
+
+def _open(path: str | Path) -> tuple[Store, Sweep]:
+    """A run that can be retrained, and its spec."""
+    store = Store(path)
+    spec = Sweep.from_dict(store.spec)
+    today = spec.to_dict()
+    if today.get("critic_layout") != store.spec.get("critic_layout"):
+        raise StoreError(
+            f"{store.path} was run when random conditions took a pruned critic's mask from "
+            "one-shot pruning: its table can be read, its cells cannot be retrained"
+        )
+    if today != store.spec:
+        raise StoreError(
+            f"{spec.env} scales observations otherwise than when {store.path} was run: it cannot "
+            "be retrained with this version or plugin"
+        )
+    return store, spec
+
+
+def _choose(store: Store, cells: int) -> tuple[list[_Cell], float]:
+    """Some finished cells, of every algorithm and level first; and the best dense return."""
+    finished = [
+        _Cell(unit, ticket, row)
+        for unit in store.units()
+        if store.has(unit)
+        for ticket, row in zip(store.read_tickets(unit), store.read_rows(unit), strict=True)
+        if not row.get("diverged")
+    ]
+    if not finished:
+        raise StoreError(f"{store.path} has no finished unit yet: run the sweep")
+    dense = max(cell.row["return_final"] for cell in finished)
+    finished.sort(
+        key=lambda cell: derive_key("verify", cell.unit.name, cell.track.condition, cell.track.seed)
+    )
+    taken: Counter[tuple[str, int]] = Counter()
+    spread = []
+    for cell in finished:
+        place = cell.unit.algo, cell.unit.level
+        spread.append((taken[place], cell))
+        taken[place] += 1
+    return [cell for _, cell in sorted(spread, key=itemgetter(0))[:cells]], dense
 
 
 def _range(cells: list[_Cell], dense: float) -> float:
