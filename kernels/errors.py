@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "check_data",
+    "check_density",
     "check_device",
     "check_dtype",
     "check_integer",
@@ -88,6 +89,12 @@ def check_data(name: str, tensor: Tensor) -> None:
     if not has_data(tensor):
         kind = "a tensor on meta" if tensor.is_meta else "a FakeTensor"
         raise ValueError(f"{name} must hold data, got {kind}")
+
+
+def check_density(density: float) -> None:
+    """Raise ``ValueError`` unless ``density`` is in [0, 1]."""
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"density must be in [0, 1], got {density}")
 
 
 def check_integer(name: str, value: int, low: int, high: int) -> int:

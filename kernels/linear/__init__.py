@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan, resolve_backend
+from ..errors import check_density
 from .blocks import BLOCK_SIZES, BlockPattern, block_pattern, find_blocks
 from .registration import (
     PRECISIONS,
@@ -24,6 +25,7 @@ from .registration import (
     is_plain,
     is_watched,
     run,
+    under_autocast,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ __all__ = [
     "plan",
     "plan_for",
     "prepare",
+    "under_autocast",
 ]
 
 
@@ -81,7 +84,7 @@ def linear(
             ``torch.func`` transforms other than ``vmap``.
         NotImplementedError: from forward-mode differentiation.
     """
-    x, weight, bias = _under_autocast(x, weight, bias)
+    x, weight, bias = under_autocast(x, weight, bias)
     check_operands(x, weight, mask, bias, precision)
     if mask is not None:
         asked = not torch.compiler.is_compiling() and is_plain(mask)
@@ -123,7 +126,7 @@ def linear_blocked(
     """
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"pattern must be a BlockPattern, got {type(pattern).__name__}")
-    x, weight, bias = _under_autocast(x, weight, bias)
+    x, weight, bias = under_autocast(x, weight, bias)
     mask = pattern.mask
     check_operands(x, weight, mask, bias, precision)
     # A compiler would guard on the version, and compile again after every write.
@@ -161,8 +164,7 @@ def plan(
         ValueError: the density is not in [0, 1], the block is none of 0, 16, 32 and 64, or the
             chosen backend cannot run on the device.
     """
-    if not 0 <= density <= 1:
-        raise ValueError(f"density must be in [0, 1], got {density}")
+    check_density(density)
     if block not in (0, *BLOCK_SIZES):
         raise ValueError(f"block must be 0 or one of {BLOCK_SIZES}, got {block}")
     device = torch.device(device)
@@ -223,22 +225,3 @@ def prepare(mask: Tensor) -> Prepared | Unpruned | None:
 
     plain = mask.is_contiguous() and mask.dtype is torch.bool
     return Unpruned(mask) if plain and bool(mask.all()) else Prepared(mask)
-
-
-def _under_autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return (
-        _autocast(x, dtype),
-        _autocast(weight, dtype),
-        None if bias is None else _autocast(bias, dtype),
-    )
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as torch's autocast does, which leaves float64 alone."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -29,6 +29,7 @@ __all__ = [
     "is_plain",
     "is_watched",
     "run",
+    "under_autocast",
 ]
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -59,6 +60,26 @@ def run(
     if _needs_grad(x, weight, bias):
         return _LinearForward.apply(_forward, x, weight, mask, bias, table, block, precision)
     return _forward(x, weight, mask, bias, table, block, precision)
+
+
+def under_autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """These, cast as torch's autocast casts the operands of a product where it is on."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return (
+        _autocast(x, dtype),
+        _autocast(weight, dtype),
+        None if bias is None else _autocast(bias, dtype),
+    )
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as torch's autocast does, which leaves float64 alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def check_precision(precision: str) -> None:

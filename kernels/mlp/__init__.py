@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..arena import Net
 from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
-from ..errors import check_untransformed
+from ..errors import check_density, check_untransformed
 from . import reference, registration
-from .checks import check_density, check_floats, check_network, check_precision
+from .checks import check_floats, check_network, check_precision
 
 __all__ = ["describe_layers", "mlp", "plan"]
 

@@ -10,25 +10,25 @@ from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
 from ..dispatch import Backend, resolve_backend
-from ..errors import check_data, check_dtype, check_integer, check_tensor, refuse_shape
+from ..errors import (
+    check_data,
+    check_density,
+    check_dtype,
+    check_integer,
+    check_tensor,
+    refuse_shape,
+)
 from ..linear import check_precision
 from ..memory import check_separate
 
 __all__ = [
     "check_counter",
-    "check_density",
     "check_floats",
     "check_network",
     "check_optimiser",
     "check_parameters",
     "check_rows",
 ]
-
-
-def check_density(density: float) -> None:
-    """Raise ``ValueError`` unless ``density`` is in [0, 1]."""
-    if not 0.0 <= density <= 1.0:
-        raise ValueError(f"density must be in [0, 1], got {density}")
 
 
 def check_counter(name: str, value: int | Tensor, limit: int, like: Tensor) -> int | Tensor:

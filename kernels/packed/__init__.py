@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan, resolve_backend
-from ..errors import check_device, check_integer, check_untransformed
-from ..linear import PRECISIONS, check_precision
+from ..errors import check_density, check_device, check_integer, check_untransformed
+from ..linear import PRECISIONS, check_precision, under_autocast
 from . import registration
 from .checks import check_values
 from .layout import PackedLayer, PackedPattern, build_pattern
@@ -81,11 +81,7 @@ def linear_packed(
     """
     _check_pattern(pattern)
     check_device("x", x, pattern.bits)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, values = _autocast(x, dtype), _autocast(values, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    x, values, bias = under_autocast(x, values, bias)
     check_values("values", values, pattern.bits, pattern.width)
     # Before torch sees them, which takes no other types.
     check_precision(precision)
@@ -198,8 +194,7 @@ def plan(
     Raises:
         ValueError: the density is not in [0, 1], or the chosen backend cannot run on the device.
     """
-    if not 0 <= density <= 1:
-        raise ValueError(f"density must be in [0, 1], got {density}")
+    check_density(density)
     device = torch.device(device)
     backend = registration.choose(device, dtype)
     if backend == "triton":
@@ -209,11 +204,6 @@ def plan(
     if resolve_backend(device) == "triton":
         reason += ": the kernels know float32 and halves"
     return Plan("linear_packed", backend, "dense", reason)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast as torch's autocast does, which leaves float64 alone."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _check_pattern(pattern: PackedPattern) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
-from ..errors import check_tensor, check_untransformed
+from ..errors import check_density, check_tensor, check_untransformed
 from ..memory import mark_written
 from ..mlp import describe_layers
-from ..mlp.checks import check_counter, check_density, check_optimiser, check_parameters
+from ..mlp.checks import check_counter, check_optimiser, check_parameters
 from ..registration import eager
 from . import reference
 

@@ -28,14 +28,8 @@ from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Backend, Plan, resolve_backend
 from ..dynamics import check_task
 from ..dynamics.copies import Copies
-from ..errors import (
-    check_data,
-    check_integer,
-    check_tensor,
-    check_untransformed,
-)
+from ..errors import check_data, check_density, check_integer, check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
-from ..mlp.checks import check_density
 from ..random import Stream, bits
 from ..registration import eager
 from . import reference
