@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from sparse_tickets.casting import make_dense_, make_sparse_
 from sparse_tickets.compaction import ELEMENTWISE
 from sparse_tickets.connectivity import find_cuts
 from sparse_tickets.coverage import check_module, find_matrices
-from sparse_tickets.linear import SparseLinear, count_kept, make_dense_, make_sparse_
+from sparse_tickets.linear import SparseLinear, count_kept
 from sparse_tickets.prune import erk_counts
 from sparse_tickets.selection import keep_largest
 from sparse_tickets.sequential import make_fused_, make_plain_

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from sparse_tickets.hooks import is_kept, keep_, keep_state_, stepped_optimizers, track, untrack
+from sparse_tickets.hooks import is_kept, keep_, keep_state_, stepped_optimizers, track
 from sparse_tickets.kernels.dispatch import Plan, use_backend
 from sparse_tickets.kernels.errors import check_data, check_dtype, check_shape, has_data
 from sparse_tickets.kernels.linear import linear, plan_for, prepare
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sparse_tickets.kernels.linear.layer import Prepared
     from sparse_tickets.kernels.linear.unpruned import Unpruned
 
-__all__ = ["SparseLinear", "count_kept", "make_dense_", "make_sparse_"]
+__all__ = ["SparseLinear", "count_kept"]
 
 
 def count_kept(density: float, total: int) -> int:
@@ -500,27 +500,3 @@ class _MissingMask(str):
             "present mask prunes: load it with strict=False to prune them, or make the model dense "
             "first by sparse_tickets.densify_)"
         )
-
-
-def make_sparse_(linear: nn.Linear) -> SparseLinear:
-    """Turn this very ``nn.Linear`` into a `SparseLinear` with nothing pruned.
-
-    Its class changes, not its identity, so every name, hook and optimiser that refers to it or to
-    its Parameters stays valid. The caller has checked that its class is ``nn.Linear`` and that
-    its weight is a Parameter.
-    """
-    linear.__class__ = SparseLinear
-    sparse = cast(SparseLinear, linear)
-    sparse._attach_mask(None)
-    return sparse
-
-
-def make_dense_(layer: SparseLinear) -> nn.Linear:
-    """Turn this very layer into a plain ``nn.Linear`` whose pruned weights are zero, but free."""
-    layer.apply_mask_()
-    untrack(layer)
-    del layer.mask
-    layer.__dict__.pop("_prepared", None)
-    dense = cast(nn.Linear, layer)
-    dense.__class__ = nn.Linear
-    return dense

@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from sparse_tickets.linear import SparseLinear, make_sparse_
+from sparse_tickets.casting import make_sparse_
+from sparse_tickets.linear import SparseLinear
 from sparse_tickets.sequential import make_fused_
 
 __all__ = ["tie_masks_"]

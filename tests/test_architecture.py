@@ -25,6 +25,7 @@ FOLDERS = {"sparse_tickets": ROOT / "sparse_tickets", "sparse_tickets.kernels": 
 LAYERS = (
     ("kernels",),
     (
+        "casting",
         "conditions",
         "files",
         "fused",

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_tickets import convert, optim
-from sparse_tickets.linear import SparseLinear, make_sparse_
+from sparse_tickets.casting import make_sparse_
+from sparse_tickets.linear import SparseLinear
 from sparse_tickets.sequential import Chain
 from sparse_tickets.targets import tie_masks_
 
