@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
-from ..errors import check_device, check_dtype, check_integer, check_shape, check_untransformed
+from ..errors import check_density, check_integer, check_tensor, check_untransformed
 from ..memory import mark_written
 from ..mlp import describe_layers
-from ..mlp.checks import check_density, check_optimiser, check_parameters
+from ..mlp.checks import check_optimiser, check_parameters
 from ..registration import eager
 
 __all__ = ["DQNConfig", "DQNStats", "Transitions", "dqn_update_", "plan"]
@@ -180,17 +180,14 @@ def _check(
     check_density(density)
     data = {"target": target, **replay._asdict()}
     check_parameters(parameters, arena, key, lr, floats, data)
-    check_shape("target", target, tuple(weight.shape))
-    if replay.action.dim() != 2:
-        raise ValueError(f"action must have shape [P, C], got {tuple(replay.action.shape)}")
-    shape = (weight.shape[0], replay.action.shape[1])
+    check_tensor("target", target, weight.shape, weight.dtype, like=weight)
+    check_tensor("action", replay.action, (len(weight), "C"), torch.int64, like=weight)
+    shape = replay.action.shape
     features = arena.actor.sizes[0]
-    for name, tensor in data.items():
-        if name in ("obs", "next_obs"):
-            check_shape(name, tensor, (*shape, features))
-        elif name != "target":
-            check_shape(name, tensor, shape)
-        check_dtype(name, tensor, torch.int64 if name == "action" else weight.dtype)
-        check_device(name, tensor, weight)
+    for name in ("obs", "next_obs"):
+        fields = (*shape, features)
+        check_tensor(name, getattr(replay, name), fields, weight.dtype, like=weight)
+    for name in ("reward", "discount"):
+        check_tensor(name, getattr(replay, name), shape, weight.dtype, like=weight)
     if not 1 <= stored <= shape[1]:
         raise ValueError(f"stored must be in [1, {shape[1]}], the length of action, got {stored}")
