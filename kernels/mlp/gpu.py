@@ -1,8 +1,7 @@
 """A network of a population on a GPU: which Triton kernels run, and how over rows of the arena.
 
 Raw functions without autograd, validation or host synchronisation: `forward`, `backward` and
-`choose`, which tells how wide networks may be for which kernels. Outputs can be given, so that a
-CUDA graph finds them where it left them.
+`choose`, which tells how wide networks may be for which kernels.
 """
 
 from __future__ import annotations
@@ -87,8 +86,6 @@ def forward(
     precision: str = "ieee",
     *,
     keep: bool = False,
-    y: Tensor | None = None,
-    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``[P, B, I] -> [P, B, O]``; see `mlp`.
 
@@ -99,14 +96,15 @@ def forward(
         mask: ``[P, N]`` bool, or None.
         precision: of the products: ``ieee``, ``tf32`` or ``tf32x3``.
         keep: return the hidden activations, which every backward pass but the fused one needs.
-        y: ``[P, B, O]`` contiguous, written and returned.
-        hidden: ``[P, B, sum of hidden sizes]`` contiguous; written, unless the pass is fused.
 
     Returns:
-        y, and the hidden activations if ``keep``, else None.
+        The output, and ``[P, B, sum of hidden sizes]`` if ``keep``, else None.
     """
     route = choose(net, precision).forward
-    return passes_gpu.forward(Weights.of(weight, net, mask), x, route, precision, keep, y, hidden)
+    # The fused pass keeps activations in registers.
+    route = "walk" if keep and route == "fused" else route
+    y, hidden = passes_gpu.forward(Weights.of(weight, net, mask), x, route, precision)
+    return y, hidden if keep else None
 
 
 def backward(
@@ -119,8 +117,6 @@ def backward(
     *,
     hidden: Tensor | None = None,
     to_input: bool = False,
-    dx: Tensor | None = None,
-    dweight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of `x`, if asked for, and of `weight`; see `mlp`.
 
@@ -133,21 +129,16 @@ def backward(
         precision: as in `forward`.
         hidden: what `forward` kept; recomputed if it is needed and None.
         to_input: whether the input's gradient is asked for.
-        dx: ``[P, B, I]`` contiguous, written and returned if ``to_input``.
-        dweight: ``[P, size]`` with contiguous rows, written and returned.
 
     Returns:
-        dx or None, and dweight: zero off the mask and where `net` has no parameters.
+        ``[P, B, I]`` or None, and ``[P, size]``, zero off the mask and where `net` has no
+        parameters.
     """
     weights = Weights.of(weight, net, mask)
     tickets, samples, _ = x.shape
     route = choose(net, precision, to_input=to_input).backward
-    if not to_input:
-        dx = None
-    elif dx is None:
-        dx = x.new_empty(x.shape)
-    if dweight is None:
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dx = x.new_empty(x.shape) if to_input else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if tickets == 0 or samples == 0:
         return dx, dweight.zero_()
     splits, stretch = passes_gpu.cut_as_measured(x, weights.geometry, route)

@@ -113,10 +113,7 @@ def forward(
     x: Tensor,
     route: str,
     precision: str,
-    keep: bool,
-    y: Tensor | None = None,
-    hidden: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """``[P, B, I] -> [P, B, O]``.
 
     Args:
@@ -124,26 +121,20 @@ def forward(
         x: ``[P, B, I]`` float32, as all tensors here.
         route: see `Route.forward`.
         precision: of the products.
-        keep: return the hidden activations, which every backward pass but the fused one needs.
-        y: ``[P, B, O]`` contiguous, written and returned.
-        hidden: ``[P, B, sum of hidden sizes]`` contiguous; written, unless the pass is fused.
 
     Returns:
-        y, and the hidden activations if ``keep``, else None.
+        The output, and the hidden activations ``[P, B, sum of hidden sizes]``, which the fused pass
+        does not write: it has ``[P, B, 0]``.
     """
     x = with_rows(x)
     tickets, samples, _ = x.shape
-    if route == "fused" and keep:
-        route = "walk"
-    if y is None:
-        y = x.new_empty(tickets, samples, weights.net.sizes[-1])
-    if hidden is None:
-        hidden = x.new_empty(tickets, samples, 0 if route == "fused" else weights.geometry.hidden)
+    y = x.new_empty(tickets, samples, weights.net.sizes[-1])
+    hidden = x.new_empty(tickets, samples, 0 if route == "fused" else weights.geometry.hidden)
     if y.numel():
         run = {"fused": _forward_fused, "walk": _forward_walk, "layers": _forward_layers}[route]
         with torch.cuda.device_of(x):
             run(weights, x, precision, y, hidden)
-    return y, hidden if keep else None
+    return y, hidden
 
 
 def backward(
@@ -177,9 +168,8 @@ def backward(
             _backward_fused(weights, dy, x, target, stretches)
             return
         if hidden is None:
-            hidden = x.new_empty(*x.shape[:2], weights.geometry.hidden)
             walk = "walk" if route == "split" else "layers"
-            forward(weights, x, walk, precision, True, hidden=hidden)
+            _, hidden = forward(weights, x, walk, precision)
         deltas = torch.empty_like(hidden)
         down = _deltas_walk if route == "split" else _deltas_layers
         down(weights, dy, precision, hidden, deltas, dx)
