@@ -16,7 +16,6 @@ An op whose kernels registers hold barely names what it can be launched with (``
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -37,7 +36,6 @@ __all__ = [
     "Question",
     "configuration",
     "configuration_file",
-    "fingerprint",
     "forget",
     "listen",
     "override",
@@ -165,15 +163,6 @@ def prefer(
 def configuration_file(device_name: str) -> Path:
     """Where the configurations of a GPU of this name are kept, measured or not."""
     return CONFIGS / f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
-
-
-def fingerprint(device: torch.device) -> str | None:
-    """Short digest of the file in force on a device, for records; None if there is none."""
-    if device.type != "cuda":
-        return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    path = configuration_file(_device_name(index))
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
 
 
 @contextmanager
