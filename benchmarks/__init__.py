@@ -23,6 +23,6 @@ results.py                             a run of records as JSON: device, version
 tables.py, scaling.py, figures.py      a run as tables and pictures
 console.py, report.py, first_screen.py tables in the terminal, in README.md, in the top README
 runner.py, gpu/                        a suite that goes on when stopped; a GPU's hour
-steps.py, jobs.py, job_returns.py,      whole steps and programs, with tables of their own;
-apart.py                               peers in processes of their own
+steps.py, jobs.py, job_returns.py       whole steps and programs, with tables of their own;
+apart.py                               their peers in processes of their own
 """
