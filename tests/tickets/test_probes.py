@@ -100,7 +100,8 @@ def test_dqn_reaches_the_known_values(name, density):
 @pytest.mark.parametrize("name", ["discount", "time limit"])
 def test_double_and_n_step_dqn_reach_them_too(name, options):
     population, key = fresh(name, 1.0, critic=False)
-    settings = replace(DEEP_Q, **options)
+    # With 4,000 a value of the slowest ticket is still 0.07 off; with these 0.0003.
+    settings = replace(DEEP_Q, steps=8_000, **options)
     dqn.train(settings, name, population, key, evaluation=ONCE)
     for obs, known in PROBES[name].values.items():
         best = population.actor(torch.full((TICKETS, 1, 1), float(obs))).amax(-1).flatten()
