@@ -19,12 +19,9 @@ from ..mlp.layout import OUT, PANEL, Y, lay_out
 from ..threads import share
 from ..training.cpu import Head, bind, train
 from ..vector import LANES
-from .reference import bootstrap, draw
+from .reference import bootstrap, draws
 
-__all__ = ["MOST_TRANSITIONS", "dqn_update_"]
-
-MOST_TRANSITIONS = 8192
-"""Of a ticket, gathered at once: those of many updates, but not of any number of them."""
+__all__ = ["dqn_update_"]
 
 # Columns of the sample, rows of the head: what the value should be, the action taken; and for a
 # double DQN the discount, then the target network's value of each action.
@@ -112,10 +109,7 @@ def dqn_update_(
 ) -> Tensor:
     """Statistics ``[3, P]``; see the op."""
     sums = np.zeros((len(key), _STATISTICS))
-    most = max(1, MOST_TRANSITIONS // config.batch)
-    for begin in range(0, config.updates, most):
-        updates = min(most, config.updates - begin)
-        batch = draw(replay, stored, key, first_update + begin, updates, config.batch, arena)
+    for updates, batch in draws(replay, stored, key, first_update, config, arena):
         values = mlp(batch.next_obs, target, arena.actor, parameters.mask, density=density)
         obs, action = batch.obs, batch.action.to(torch.float32)
         if config.double:
@@ -123,7 +117,7 @@ def dqn_update_(
             columns = torch.stack([batch.reward, action, batch.discount], -1)
             sample = torch.cat([columns, values], -1)
         else:
-            wanted = bootstrap(batch.reward, batch.discount, values.amax(-1))
+            wanted = bootstrap(batch, values, values)
             sample = torch.stack([wanted, action], -1)
         sums += train(
             _update,

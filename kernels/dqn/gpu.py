@@ -15,15 +15,12 @@ from torch.nn.functional import smooth_l1_loss
 from ..arena import Arena, Parameters
 from ..mlp import mlp
 from ..training.gpu import Outputs, adam_, gradient
-from .reference import bootstrap, draw
+from .reference import bootstrap, draws
 
 if TYPE_CHECKING:
     from . import DQNConfig, Transitions
 
 __all__ = ["dqn_update_"]
-
-MOST_TRANSITIONS = 8192
-"""Of a ticket, gathered at once: those of many updates, but not of any number of them."""
 
 
 def dqn_update_(
@@ -41,10 +38,7 @@ def dqn_update_(
     """Statistics ``[3, P]``; see the op."""
     statistics = target.new_zeros((3, len(key)))
     norm = target.new_empty(len(key))
-    most = max(1, MOST_TRANSITIONS // config.batch)
-    for begin in range(0, config.updates, most):
-        updates = min(most, config.updates - begin)
-        drawn = draw(replay, stored, key, first_update + begin, updates, config.batch, arena)
+    for updates, drawn in draws(replay, stored, key, first_update, config, arena):
         values = mlp(drawn.next_obs, target, arena.actor, parameters.mask, density=density)
         for update in range(updates):
             span = slice(update * config.batch, (update + 1) * config.batch)
@@ -53,9 +47,7 @@ def dqn_update_(
             if config.double:
                 weight, mask = parameters.weight, parameters.mask
                 judges = mlp(batch.next_obs, weight, arena.actor, mask, density=density)
-            choice = judges.argmax(-1, keepdim=True)
-            next_value = values[:, span].gather(-1, choice).squeeze(-1)
-            wanted = bootstrap(batch.reward, batch.discount, next_value)
+            wanted = bootstrap(batch, values[:, span], judges)
             head = partial(_loss, batch.action, wanted, statistics)
             grad = gradient(parameters.weight, arena, (arena.actor,), batch.obs, head)
             adam_(parameters, grad, lr, config, norm=norm)

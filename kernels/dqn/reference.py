@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,10 @@ from ..training.reference import step_
 if TYPE_CHECKING:
     from . import DQNConfig, Transitions
 
-__all__ = ["bootstrap", "dqn_update_", "draw", "loss"]
+__all__ = ["bootstrap", "dqn_update_", "draw", "draws", "loss"]
+
+MOST_TRANSITIONS = 8192
+"""Of a ticket, gathered at once: those of many updates, but not of any number of them."""
 
 
 def draw(
@@ -47,9 +51,27 @@ def draw(
     return drawn
 
 
-def bootstrap(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
-    """``reward + discount * next_value``; where the discount is zero, whatever is not finite."""
-    return reward + torch.where(discount == 0, 0.0, discount * next_value)
+def draws(
+    replay: Transitions, stored: int, key: Tensor, first: int, config: DQNConfig, arena: Arena
+) -> Iterator[tuple[int, Transitions]]:
+    """All updates of a call in runs: how many, and their transitions; see `draw`."""
+    most = max(1, MOST_TRANSITIONS // config.batch)
+    for begin in range(0, config.updates, most):
+        updates = min(most, config.updates - begin)
+        yield updates, draw(replay, stored, key, first + begin, updates, config.batch, arena)
+
+
+def bootstrap(batch: Transitions, values: Tensor, judges: Tensor) -> Tensor:
+    """What each transition's value should be, ``[P, B]``.
+
+    Args:
+        batch: ``[P, B]``; where its discount is zero, what follows may be anything.
+        values: ``[P, B, A]``, the target network's, of `next_obs`.
+        judges: likewise, by which the next action is chosen.
+    """
+    choice = judges.argmax(-1, keepdim=True)
+    following = batch.discount * values.gather(-1, choice).squeeze(-1)
+    return batch.reward + torch.where(batch.discount == 0, 0.0, following)
 
 
 def loss(
@@ -82,8 +104,7 @@ def dqn_update_(
         judges = values
         if config.double:
             judges = mlp(batch.next_obs, parameters.weight, arena.actor, parameters.mask)
-        choice = judges.argmax(-1, keepdim=True)
-        wanted = bootstrap(batch.reward, batch.discount, values.gather(-1, choice).squeeze(-1))
+        wanted = bootstrap(batch, values, judges)
         arguments = (arena, batch.obs, batch.action, wanted)
         statistics.append(step_(parameters, loss, arguments, lr, config))
     return torch.stack(statistics).mean(0)

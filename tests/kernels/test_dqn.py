@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
-from sparse_tickets.kernels.dqn import DQNConfig, Transitions, cpu, dqn_update_, plan
+from sparse_tickets.kernels.dqn import DQNConfig, Transitions, dqn_update_, plan, reference
 from sparse_tickets.kernels.mlp import layout
 from sparse_tickets.kernels.random import Stream, integers
 
@@ -140,7 +140,7 @@ def test_a_ticket_does_not_see_its_batch_and_calls_may_be_cut(double_dqn, monkey
     together = run(slice(None), [(0, 6)])
     for one, other in zip(run(slice(None), [(0, 2), (2, 4)]), together, strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr(cpu, "MOST_TRANSITIONS", 128)
+    monkeypatch.setattr(reference, "MOST_TRANSITIONS", 128)
     for ticket in (0, 6):
         for one, other in zip(run(slice(ticket, ticket + 1), [(0, 6)]), together, strict=True):
             assert torch.equal(one[0], other[ticket])
