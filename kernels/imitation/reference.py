@@ -15,7 +15,7 @@ from ..training.reference import step_
 if TYPE_CHECKING:
     from . import CloneConfig
 
-__all__ = ["clone_update_", "critic_spans", "loss"]
+__all__ = ["clone_update_", "critic_spans", "loss", "measured_loss"]
 
 
 def loss(weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, target: Tensor) -> Tensor:
@@ -31,7 +31,8 @@ def loss(weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, target: Tensor
     return (student - log_std + 0.5 * square * (-2 * student).exp() - 0.5).sum(-1).mean(1)
 
 
-def _measured_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
+def measured_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`loss`, and the same as what it measured, ``[1, P]``."""
     total = loss(*arguments)
     return total, total.detach()[None]
 
@@ -57,7 +58,7 @@ def clone_update_(
         minibatch = obs[rows, index], target[rows, index]
         state = (parameters.weight, parameters.m, parameters.v)
         before = [tensor.clone() for tensor in state]
-        losses.append(step_(parameters, _measured_loss, (arena, *minibatch), lr, config)[0])
+        losses.append(step_(parameters, measured_loss, (arena, *minibatch), lr, config)[0])
         # Adam would still move the critic by what its moments remember.
         for tensor, old in zip(state, before, strict=True):
             for begin, end in critic_spans(arena):

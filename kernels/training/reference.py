@@ -12,9 +12,25 @@ from ..arena import Parameters
 from ..dispatch import differentiating
 from ..update import adam_
 
-__all__ = ["step_"]
+__all__ = ["gradient", "step_"]
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
+
+
+def gradient(weight: Tensor, mask: Tensor, loss: Loss, arguments: tuple) -> tuple[Tensor, Tensor]:
+    """Of a loss by every ticket's weights, ``[P, size]``; and what the loss measured.
+
+    Args:
+        weight: ``[P, size]``.
+        mask: ``[P, prunable]`` bool, of the network that the loss sees.
+        loss: see `step_`.
+        arguments: see `step_`.
+    """
+    with differentiating():
+        weight = weight.detach().requires_grad_()
+        total, measured = loss(weight, mask, *arguments)
+        (grad,) = torch.autograd.grad(total.sum(), weight)
+    return grad, measured
 
 
 def step_(
@@ -33,10 +49,7 @@ def step_(
     Returns:
         What the loss measured, and each ticket's gradient norm before clipping, ``[. + 1, P]``.
     """
-    with differentiating():
-        weight = parameters.weight.detach().requires_grad_()
-        total, measured = loss(weight, parameters.mask, *arguments)
-        (grad,) = torch.autograd.grad(total.sum(), weight)
+    grad, measured = gradient(parameters.weight, parameters.mask, loss, arguments)
     norm = adam_(
         parameters.weight,
         grad,

@@ -13,15 +13,17 @@ from sparse_tickets.algos import dqn, ppo
 from sparse_tickets.algos.algorithm import Algorithm, Dataset, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay_cloning, replayed
-from sparse_tickets.dynamic import PopulationPruner, Pruning
+from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels import imitation
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.errors import check_shape
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
-from sparse_tickets.kernels.imitation.reference import loss
+from sparse_tickets.kernels.imitation.reference import measured_loss
 from sparse_tickets.kernels.random import Stream, derive_key, integers
 from sparse_tickets.kernels.rollout import demonstrate
+from sparse_tickets.kernels.training.reference import gradient
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.settings import above, at_least, check_fields
 
@@ -237,20 +239,12 @@ def train(
         on_iteration: called after each iteration with the transitions imitated in it.
         pruning: prune and regrow while training; masks change between iterations.
     """
-    if tuple(key.shape) != (len(population),):
-        raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
+    check_shape("key", key, (len(population),))
     iterate = Iteration(budget, population, key, dataset, assignment, first_iteration)
     updates, pruner = budget.epochs * budget.minibatches, None
     if pruning is not None:
         steps = updates * (budget.iterations - first_iteration)
-        pruner = PopulationPruner(
-            population,
-            pruning.method,
-            pruning.density,
-            steps,
-            key,
-            gradient=iterate.dense_gradient,
-        )
+        pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
     with Evaluator(
         evaluation or Evaluation(),
         env_name,
@@ -344,11 +338,9 @@ class Iteration:
         )
         rows = self._assignment[:, None]
         seen, target = self._dataset.obs[rows, index], self._dataset.target[rows, index]
-        weight = self._population.parameters.weight.detach().requires_grad_()
-        with torch.enable_grad():
-            total = loss(weight, torch.ones_like(mask), arena, seen, target)
-            (gradient,) = torch.autograd.grad(total.sum(), weight)
-        return gradient[:, : arena.prunable]
+        weight, every = self._population.parameters.weight, torch.ones_like(mask)
+        dense, _ = gradient(weight, every, measured_loss, (arena, seen, target))
+        return dense[:, : arena.prunable]
 
 
 class _Cloning:

@@ -17,6 +17,7 @@ from sparse_tickets.kernels import dqn
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_
+from sparse_tickets.kernels.errors import check_shape
 from sparse_tickets.kernels.random import Stream, integers, uniform
 from sparse_tickets.population import Population
 from sparse_tickets.settings import above, at_least, check_fields, within
@@ -139,8 +140,7 @@ def train(
         ValueError: an unknown environment, one of continuous actions, a population with a critic,
             or a key that does not fit the population.
     """
-    if tuple(key.shape) != (len(population),):
-        raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
+    check_shape("key", key, (len(population),))
     _check(population.arena)
     with (
         open_env(env_name, len(population), settings.copies, device=key.device) as env,

@@ -12,15 +12,17 @@ from torch import Tensor
 from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay, replayed
-from sparse_tickets.dynamic import PopulationPruner, Pruning
+from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels import ppo
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.errors import check_shape
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, Stats, ppo_update_
 from sparse_tickets.kernels.ppo.reference import loss
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
+from sparse_tickets.kernels.training.reference import gradient
 from sparse_tickets.population import Population
 from sparse_tickets.settings import above, at_least, check_fields, within
 
@@ -135,8 +137,7 @@ def train(
     Raises:
         ValueError: an unknown environment, or a key that does not fit the population.
     """
-    if tuple(key.shape) != (len(population),):
-        raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
+    check_shape("key", key, (len(population),))
     with ExitStack() as stack:
         env = stack.enter_context(
             open_env(env_name, len(population), settings.copies, device=key.device)
@@ -145,14 +146,7 @@ def train(
         updates, pruner = settings.epochs * settings.minibatches, None
         if pruning is not None:
             steps = updates * (settings.iterations - first_iteration)
-            pruner = PopulationPruner(
-                population,
-                pruning.method,
-                pruning.density,
-                steps,
-                key,
-                gradient=iterate.dense_gradient,
-            )
+            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
         evaluator = stack.enter_context(
             Evaluator(
                 evaluation or Evaluation(),
@@ -261,11 +255,9 @@ class Iteration:
         if self._batch is None:
             raise RuntimeError("an iteration must be run before dense_gradient")
         arena, mask = self._population.arena, self._population.parameters.mask
-        weight = self._population.parameters.weight.detach().requires_grad_()
-        with torch.enable_grad():
-            total, _ = loss(weight, torch.ones_like(mask), arena, self._batch, self._config)
-            (gradient,) = torch.autograd.grad(total.sum(), weight)
-        return gradient[:, : arena.prunable]
+        weight, every = self._population.parameters.weight, torch.ones_like(mask)
+        dense, _ = gradient(weight, every, loss, (arena, self._batch, self._config))
+        return dense[:, : arena.prunable]
 
 
 class _ProximalPolicyOptimisation:

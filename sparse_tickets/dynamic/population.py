@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparse_tickets.kernels.errors import check_shape
 from sparse_tickets.linear import count_kept
 from sparse_tickets.population import Population
 
@@ -31,6 +32,14 @@ class Pruning:
 
     method: Method | str
     density: float
+
+    def pruner(
+        self, population: Population, steps: int, key: Tensor, gradient: Callable[[], Tensor]
+    ) -> PopulationPruner:
+        """For one training; see `PopulationPruner`."""
+        return PopulationPruner(
+            population, self.method, self.density, steps, key, gradient=gradient
+        )
 
 
 class PopulationPruner:
@@ -70,8 +79,7 @@ class PopulationPruner:
         gradient: Callable[[], Tensor] | None = None,
     ) -> None:
         method = find_method(method)
-        if tuple(key.shape) != (len(population),):
-            raise ValueError(f"key must have shape ({len(population)},), got {tuple(key.shape)}")
+        check_shape("key", key, (len(population),))
         kept = population.parameters.mask.count_nonzero(1)
         if len(kept) and kept.min() != kept.max():
             raise ValueError(
