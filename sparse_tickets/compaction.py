@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from sparse_tickets.connectivity import flatten
 from sparse_tickets.linear import SparseLinear
 
 __all__ = ["ELEMENTWISE", "Compact", "compact"]
@@ -152,7 +152,7 @@ def _parse(
     """Stages up to the last linear layer, and copies of the modules after it."""
     stages: list[_Stage] = []
     pending: list[nn.Module] = []
-    for layer in _flatten(module):
+    for layer in flatten(module):
         if not isinstance(layer, nn.Linear):
             pending.append(layer)
             continue
@@ -173,14 +173,6 @@ def _parse(
     if not stages:
         raise ValueError("module must hold a linear layer, got none")
     return stages, copy.deepcopy(pending)
-
-
-def _flatten(module: nn.Sequential) -> Iterable[nn.Module]:
-    for child in module:
-        if isinstance(child, nn.Sequential):
-            yield from _flatten(child)
-        else:
-            yield child
 
 
 def _fold_constants(stages: list[_Stage]) -> None:

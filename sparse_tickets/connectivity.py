@@ -17,7 +17,7 @@ from .kernels.arena import Arena
 from .kernels.errors import check_dtype, check_shape
 from .linear import SparseLinear
 
-__all__ = ["Connectivity", "connectivity", "find_cuts"]
+__all__ = ["Connectivity", "connectivity", "find_cuts", "flatten"]
 
 
 class Connectivity(NamedTuple):
@@ -156,16 +156,17 @@ def _sequences(
     for sequence in module.modules():
         if not isinstance(sequence, nn.Sequential):
             continue
-        steps = [step for step in _flatten(sequence) if type(step) not in elementwise]
+        steps = [step for step in flatten(sequence) if type(step) not in elementwise]
         for left, right in pairwise(steps):
             if isinstance(right, nn.Linear):
                 known = isinstance(left, nn.Linear) and left.out_features == right.in_features
                 yield right, left if known and isinstance(left, nn.Linear) else None
 
 
-def _flatten(sequence: nn.Sequential) -> Iterator[nn.Module]:
+def flatten(sequence: nn.Sequential) -> Iterator[nn.Module]:
+    """What a sequence runs one after the other, sequences within it taken apart."""
     for step in sequence:
         if isinstance(step, nn.Sequential):
-            yield from _flatten(step)
+            yield from flatten(step)
         else:
             yield step

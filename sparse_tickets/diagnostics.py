@@ -18,7 +18,7 @@ from .envs.registry import find_env
 from .kernels.activations import ACTIVATIONS
 from .kernels.arena import Net
 from .kernels.dispatch import use_backend
-from .kernels.errors import check_dtype, check_shape
+from .kernels.errors import check_tensor
 from .kernels.random import Stream, derive_key, integers, uniform
 
 __all__ = [
@@ -89,8 +89,7 @@ def hidden_features(weight: Tensor, net: Net, obs: Tensor) -> list[Tensor]:
         ValueError: observations of another width than the network's.
         TypeError: another dtype.
     """
-    check_shape("obs", obs, (len(obs), net.sizes[0]))
-    check_dtype("obs", obs, weight.dtype)
+    check_tensor("obs", obs, ("B", net.sizes[0]), weight.dtype, like=weight)
     x = obs.expand(len(weight), *obs.shape)
     features = []
     for layer, bias in list(net.layers(weight))[:-1]:
@@ -168,8 +167,7 @@ def mask_overlap(mask: Tensor, other: Tensor) -> Tensor:
         ValueError: other shapes.
         TypeError: other dtypes.
     """
-    check_shape("other", other, mask.shape)
-    for name, given in (("mask", mask), ("other", other)):
-        check_dtype(name, given, torch.bool)
+    check_tensor("mask", mask, ("P", "N"), torch.bool, like=mask)
+    check_tensor("other", other, mask.shape, torch.bool, like=mask)
     union = (mask | other).sum(1)
     return torch.where(union == 0, 1.0, (mask & other).sum(1).double() / union.clamp(min=1))
