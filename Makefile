@@ -52,8 +52,10 @@ fuzz: $(INSTALLED)
 # Their tests are in the source distributions alone. TESTS="tests/test_run.py": some of them.
 OTHERS := build/works_with
 works-with: $(INSTALLED)
-	$(BIN)/pip install --quiet --editable '.[test,sb3,torchrl]' 'stable-baselines3[extra]' sb3-contrib
-	$(BIN)/python -m pytest tests/integrations
+	$(BIN)/pip install --quiet --editable '.[test,sb3,torchrl,ray,minari,tensorboard,wandb,trackio]' \
+		'stable-baselines3[extra]' sb3-contrib
+	$(BIN)/python -m pytest tests/integrations tests/tickets/test_tracking.py
+	$(BIN)/python -m pytest -m slow tests/tickets/test_ray.py
 	rm -rf $(OTHERS) && mkdir -p $(OTHERS)
 	for name in stable-baselines3 sb3-contrib; do \
 		is=$$($(BIN)/pip show $$name | sed -n 's/^Version: //p') && \

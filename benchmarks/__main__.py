@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: run, steps, jobs, returns, report, compare, instructions."""
+"""The command line: run, steps, jobs, returns, scheduling, report, compare, instructions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .jobs import run_jobs
 from .report import write_report
 from .results import RESULTS, load, newest
 from .runner import run_suite
+from .scheduling import SIZES, run_scheduling
 from .suites import SUITES
 
 __all__ = ["main"]
@@ -95,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     returns.add_argument("--only", default="", help="jobs whose label contains this")
     returns.add_argument("--out", type=Path, help="default: results/jobs/<device>-returns.json")
 
+    units = commands.add_parser("scheduling", help="what a sweep's driver costs per unit")
+    units.set_defaults(command=_scheduling)
+    units.add_argument("--units", type=int, nargs="+", default=SIZES)
+    units.add_argument("--folder", type=Path, help="where stores are written and deleted again")
+    units.add_argument("--out", type=Path, help="default: results/scheduling/<device>-<date>.json")
+
     count = commands.add_parser("instructions", help="instructions per call under valgrind")
     count.set_defaults(command=_instructions)
     count.add_argument(
@@ -129,6 +136,11 @@ def _jobs(options: argparse.Namespace, console: Console) -> int:
 
 def _returns(options: argparse.Namespace, console: Console) -> int:
     run_returns(console, options.seeds, options.only, options.out)
+    return 0
+
+
+def _scheduling(options: argparse.Namespace, console: Console) -> int:
+    run_scheduling(console, options.units, options.out, options.folder)
     return 0
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import importlib.util
 import io
 import itertools
 import json
 import os
 import signal
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +27,8 @@ from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.files import StoreError
 from sparse_tickets.kernels.compile import CompileError
 from sparse_tickets.provenance import commit, processor, versions
-from sparse_tickets.sweep.engines import run
+from sparse_tickets.sweep.engines import run_study
+from sparse_tickets.sweep.plugins import load_plugins, place_of
 from sparse_tickets.sweep.progress import SweepProgress
 from sparse_tickets.sweep.protocols import protocol
 from sparse_tickets.sweep.spec import Sweep
@@ -63,11 +62,13 @@ class SweepCommand:
     """Of the Ray cluster, or auto; default: one is started on this machine."""
     gpus_per_chunk: float = 0.0
     """Share of a GPU that a unit takes on Ray; 0 trains on CPUs."""
+    track: str | None = None
+    """tensorboard, wandb or trackio: show curves and levels as they come."""
 
 
 @dataclass(frozen=True)
 class StudyCommand:
-    """Run the sweeps of a TOML file one after the other, with one report; resumable."""
+    """Run the sweeps of a TOML file, on Ray side by side, with one report; resumable."""
 
     file: tyro.conf.Positional[Path]
     """The study: settings of all sweeps, a [[sweep]] for each, grids."""
@@ -84,9 +85,11 @@ class StudyCommand:
     engine: str = "local"
     """local, or ray: units are tasks of a Ray cluster; the same table."""
     address: str | None = None
-    """Of the Ray cluster, or auto; default: one is started on this machine for each sweep."""
+    """Of the Ray cluster, or auto; default: one is started on this machine."""
     gpus_per_chunk: float = 0.0
     """Share of a GPU that a unit takes on Ray; 0 trains on CPUs."""
+    track: str | None = None
+    """tensorboard, wandb or trackio: show curves and levels as they come."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print("\n[yellow]stopped.[/yellow]")
         return 128 + signal.SIGINT
     except Exception as error:
-        where = _place(error, _option(arguments[1:], "--plugin"))
+        plugins = {str(Path(plugin).resolve()) for plugin in _option(arguments[1:], "--plugin")}
+        where = place_of(error, plugins)
         reported = isinstance(error, _REPORTED)
         if not reported and where is None:
             raise
@@ -203,18 +207,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True
         )
         return 2 if isinstance(error, ValueError | TypeError) and where is None else 1
-
-
-def _place(error: Exception, plugins: Sequence[str]) -> str | None:
-    """File and line of the plugin that an error comes from; None for one of our own."""
-    if isinstance(error, SyntaxError):
-        passed = [(error.filename, error.lineno)]
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        passed = [(frame.filename, frame.lineno) for frame in reversed(frames)]
-    files = {str(Path(plugin).resolve()) for plugin in plugins}
-    places = (f"{file}, line {line}" for file, line in passed if file in files)
-    return next(places, None)
 
 
 def _version() -> str:
@@ -285,14 +277,13 @@ def _usage(arguments: list[str], console: Console) -> int:
 
 def _sweep(rest: list[str], console: Console) -> int:
     # The protocol's defaults depend on the environment, so that --help shows the right ones.
-    _load_plugins([Path(value) for value in _option(rest, "--plugin")])
+    load_plugins([Path(value) for value in _option(rest, "--plugin")])
     env = _option(rest, "--env")
     default = SweepCommand(out=tyro.MISSING, spec=protocol(env[0] if env else Sweep.env))
     command = tyro.cli(
         SweepCommand, prog="sparse-tickets sweep", args=rest, config=_STYLE, default=default
     )
     spec, out = command.spec, command.out
-    _refuse_far_plugins(command)
     if command.dry_run:
         from sparse_tickets.sweep.estimate import estimate
 
@@ -300,7 +291,9 @@ def _sweep(rest: list[str], console: Console) -> int:
             table = estimate(spec)
         _print_table(console, table)
         return 0
-    stopped = _run(spec, out, command, console)
+    failed, stopped = _run({"": spec}, out, command, console)
+    for failure in failed.values():
+        raise failure
     return stopped or _print_report(out, console, ())
 
 
@@ -310,22 +303,16 @@ def _study(rest: list[str], console: Console) -> int:
     from sparse_tickets.sweep.study import load_study
 
     command = tyro.cli(StudyCommand, prog="sparse-tickets study", args=rest, config=_STYLE)
-    _load_plugins(command.plugin)
-    _refuse_far_plugins(command)
+    load_plugins(command.plugin)
     study = load_study(command.file)
     if command.dry_run:
         with Console(stderr=True).status(_TIMING):
             table = estimate_study(study)
         _print_table(console, table)
         return 0
-    failed = {}
-    for number, (name, spec) in enumerate(study.items(), 1):
-        console.print(Text(f"{name} ({number} of {len(study)})"), highlight=False)
-        try:
-            if stopped := _run(spec, command.out / name, command, console):
-                return stopped
-        except ExpertError as error:
-            failed[name] = error
+    failed, stopped = _run(study, command.out, command, console)
+    if stopped:
+        return stopped
     for name, failure in failed.items():
         Console(stderr=True).print(Text(f"error: {name}: {failure}"), soft_wrap=True)
     # A sweep whose experts failed has its other algorithms all the same.
@@ -338,40 +325,40 @@ def _study(rest: list[str], console: Console) -> int:
     return 1 if failed else 0
 
 
-def _refuse_far_plugins(command: SweepCommand | StudyCommand) -> None:
-    if command.plugin and command.engine != "local":
-        raise ValueError(
-            "--plugin is read by this process alone, got --engine ray: put what it registers into "
-            "a package that is installed on every machine and that gymnasium finds"
-        )
-
-
-def _run(spec: Sweep, out: Path, command: SweepCommand | StudyCommand, console: Console) -> int:
-    """Run a sweep with a progress bar; 0, or the exit status if a signal stopped it."""
+def _run(
+    study: Mapping[str, Sweep],
+    out: Path,
+    command: SweepCommand | StudyCommand,
+    console: Console,
+) -> tuple[dict[str, ExpertError], int]:
+    """Run sweeps with a progress bar: which found no experts; the status if a signal stopped it."""
     try:
-        with SweepProgress(spec, console) as progress, _held_signals(console) as check:
+        with SweepProgress(study.values(), console) as progress, _held_signals(console) as check:
 
             def advance(description: str, steps: int) -> None:
                 progress.advance(description, steps)
                 check()
 
-            run(
-                spec,
+            found = run_study(
+                study,
                 out,
                 overwrite=command.overwrite,
                 device=command.device,
                 engine=command.engine,
                 address=command.address,
                 gpus_per_chunk=command.gpus_per_chunk,
+                plugins=command.plugin,
+                track=command.track,
                 on_progress=advance,
             )
+            failed = {name: e for name, e in found.items() if isinstance(e, ExpertError)}
+            return failed, 0
     except _Stopped as stopped:
         console.print(
             f"\n[yellow]stopped.[/yellow] Finished units are safe in {escape(str(out))}; "
             "run the same command again to resume."
         )
-        return stopped.status
-    return 0
+        return {}, stopped.status
 
 
 class _Stopped(KeyboardInterrupt):
@@ -415,7 +402,7 @@ def _held_signals(console: Console) -> Iterator[Callable[[], None]]:
 
 def _report(rest: list[str], console: Console) -> int:
     command = tyro.cli(ReportCommand, prog="sparse-tickets report", args=rest, config=_STYLE)
-    _load_plugins(command.plugin)
+    load_plugins(command.plugin)
     return _print_report(command.run, console, command.metric)
 
 
@@ -441,7 +428,7 @@ def _show(rest: list[str], console: Console) -> int:
     from sparse_tickets.analysis.report import show
 
     command = tyro.cli(ShowCommand, prog="sparse-tickets show", args=rest, config=_STYLE)
-    _load_plugins(command.plugin)
+    load_plugins(command.plugin)
     files = show(
         command.run,
         algo=command.algo,
@@ -460,7 +447,7 @@ def _verify(rest: list[str], console: Console) -> int:
     from sparse_tickets.analysis.verify import verify
 
     command = tyro.cli(VerifyCommand, prog="sparse-tickets verify", args=rest, config=_STYLE)
-    _load_plugins(command.plugin)
+    load_plugins(command.plugin)
     table, agree = verify(command.run, command.cells, console)
     _print_table(console, table)
     return 0 if agree else 1
@@ -524,23 +511,6 @@ def _option(arguments: list[str], name: str) -> list[str]:
         elif taking:
             values.append(argument)
     return values
-
-
-def _load_plugins(files: Sequence[Path]) -> None:
-    """Run the user's own Python files, each once, which register what they define."""
-    for file in files:
-        specification = importlib.util.spec_from_file_location(str(file.resolve()), file.resolve())
-        if not file.is_file() or specification is None or specification.loader is None:
-            raise ValueError(f"--plugin must be a Python file, got {file}")
-        if specification.name in sys.modules:
-            continue
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[specification.name] = module
-        try:
-            specification.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[specification.name]
-            raise
 
 
 _WIDEST = 1_000

@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ __all__ = [
     "UNSUPPORTED",
     "StoreError",
     "explained",
+    "leftovers",
     "make_folder",
     "remove_leftovers",
     "temporary_name",
@@ -111,9 +112,18 @@ def make_folder(path: Path) -> None:
     _sync_folder(path.absolute().parent)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete what killed processes left of writing to ``path``; only for who alone writes there."""
-    for leftover in path.parent.glob(f".{path.name}~*.tmp"):
+def leftovers(folder: Path) -> dict[str, list[Path]]:
+    """What killed processes left of writing in a folder, by the name of what was written."""
+    found: dict[str, list[Path]] = {}
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") and entry.name.endswith(".tmp") and "~" in entry.name:
+            found.setdefault(entry.name[1:].rpartition("~")[0], []).append(Path(entry.path))
+    return found
+
+
+def remove_leftovers(found: Iterable[Path]) -> None:
+    """Delete some of `leftovers`; only for who alone writes there."""
+    for leftover in found:
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -150,7 +160,7 @@ def explained(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside a path, which `remove_leftovers` knows."""
+    """A new name beside a path, which `leftovers` knows."""
     return path.with_name(f".{path.name}~{secrets.token_hex(8)}.tmp")
 
 

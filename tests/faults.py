@@ -13,6 +13,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,11 +123,12 @@ def watched(before: Callable[[str], None]) -> Iterator[None]:
     """
 
     busy = False
+    here = threading.current_thread()
 
     def step(name: str) -> None:
-        """What is done on the way is no step of its own."""
+        """What is done on the way is no step of its own; nor is a renewal, whenever that falls."""
         nonlocal busy
-        if not busy:
+        if not busy and threading.current_thread() is here:
             busy = True
             try:
                 before(name)
@@ -299,7 +301,8 @@ class Disk:
 def crowd(job: Callable[[Path], object], folder: Path, rounds: int, has_locks: bool) -> int:
     """Let 2 to 4 processes do a job on one store, killed, replaced, and stopped; how many signals.
 
-    Stops last up to three leases, so that claims are taken over from processes that go on later.
+    Stops last up to three leases, so that claims are taken over from processes that go on later. So
+    do some writes of some processes, whose disk is slow; and their clocks jump by decades.
 
     Args:
         job: what each does.
@@ -321,7 +324,7 @@ def crowd(job: Callable[[Path], object], folder: Path, rounds: int, has_locks: b
     for number in range(rounds):
         draw = random.Random(number)
         out, log = folder / f"crowd-{number}", folder / f"log-{number}"
-        workers = {_worker(job, out, log) for _ in range(draw.randint(2, 4))}
+        workers = {_worker(job, out, log, draw.random()) for _ in range(draw.randint(2, 4))}
         left = 12
         while workers:
             time.sleep(draw.uniform(0.001, 0.03))
@@ -331,7 +334,7 @@ def crowd(job: Callable[[Path], object], folder: Path, rounds: int, has_locks: b
                     workers.remove(worker)
                     assert os.WIFSIGNALED(status) or status == 0, f"round {number}: {status}"
                     if os.WIFSIGNALED(status):
-                        workers.add(_worker(job, out, log))
+                        workers.add(_worker(job, out, log, draw.random()))
             if workers and left:
                 left -= 1
                 signals += 1
@@ -349,7 +352,7 @@ def crowd(job: Callable[[Path], object], folder: Path, rounds: int, has_locks: b
     return signals
 
 
-def _worker(job: Callable[[Path], object], out: Path, log: Path) -> int:
+def _worker(job: Callable[[Path], object], out: Path, log: Path, seed: float) -> int:
     """Fork a process that does a job and notes each unit it stored; its number."""
     child = os.fork()
     if child:
@@ -364,8 +367,16 @@ def _worker(job: Callable[[Path], object], out: Path, log: Path) -> int:
                 file.write(f"{unit.name}\n")
         return stored
 
+    draw = random.Random(seed)
+    time.time = lambda: draw.uniform(0, 4e9)
+    slow = 0.03 if draw.random() < 0.4 else 0.0
+
+    def linger(name: str) -> None:
+        if draw.random() < slow:
+            time.sleep(1.5 * locks.LEASE_S)
+
     try:
-        with mock.patch.object(Store, "write", noted):
+        with mock.patch.object(Store, "write", noted), watched(linger):
             job(out)
         status = 0
     finally:

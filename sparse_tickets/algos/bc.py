@@ -35,7 +35,9 @@ __all__ = [
     "ExpertError",
     "Experts",
     "Iteration",
+    "dataset_keys",
     "demonstrations",
+    "demonstrators",
     "train",
     "train_experts",
 ]
@@ -64,6 +66,8 @@ class BC:
     """Environment steps each expert is trained for; default: the budget of its algorithm."""
     expert_tries: int = 4
     """Rounds of training before giving up on finding enough experts."""
+    dataset: tuple[str, ...] = ()
+    """Minari data sets to clone in place of experts, each counted as one; on this machine."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -79,6 +83,11 @@ class BC:
                 f"bc.temperature must be 1 for PPO experts, whose policies have none, "
                 f"got {self.temperature}"
             )
+
+    @property
+    def teachers(self) -> int:
+        """How many experts or data sets there are to imitate."""
+        return len(self.dataset) or self.experts
 
 
 class Experts(NamedTuple):
@@ -165,6 +174,30 @@ def _keys(what: str, env_name: str, seeds: Iterable[int], device: torch.device |
     return torch.tensor(keys, dtype=torch.int64, device=device)
 
 
+def dataset_keys(experts: Experts, env_name: str) -> Tensor:
+    """The random keys ``[D]`` by which experts demonstrate."""
+    return _keys("dataset", env_name, experts.seeds.tolist(), experts.weight.device)
+
+
+def demonstrators(experts: Experts, arena: Arena, temperature: float = 1.0) -> Population:
+    """The experts as policies whose sampled actions are what they demonstrate.
+
+    A Q-network acts by softmax(Q / temperature): its last layer over the temperature has these
+    logits for outputs.
+
+    Args:
+        experts: weights laid out by ``arena``.
+        arena: their layout.
+        temperature: divides the outputs.
+    """
+    population = Population.create(arena, experts.weight)
+    if temperature != 1.0:
+        *_, (weight, bias) = arena.actor.layers(population.parameters.weight)
+        weight /= temperature
+        bias /= temperature
+    return population
+
+
 def demonstrations(
     experts: Experts,
     env_name: str,
@@ -176,23 +209,16 @@ def demonstrations(
 ) -> Dataset:
     """A frozen data set of ``steps`` transitions per expert, its actions sampled.
 
-    A Q-network acts by softmax(Q / temperature): its last layer over the temperature has these
-    logits for outputs.
-
     Args:
         experts: the experts, weights laid out by ``arena``.
         env_name: the environment they act in.
         arena: their layout.
         steps: transitions per expert; rounded up to a multiple of ``copies``.
         copies: environment copies acted in side by side.
-        temperature: divides the outputs.
+        temperature: see `demonstrators`.
     """
-    population = Population.create(arena, experts.weight)
-    if temperature != 1.0:
-        *_, (weight, bias) = arena.actor.layers(population.parameters.weight)
-        weight /= temperature
-        bias /= temperature
-    key = _keys("dataset", env_name, experts.seeds.tolist(), experts.weight.device)
+    population = demonstrators(experts, arena, temperature)
+    key = dataset_keys(experts, env_name)
     with open_env(env_name, len(key), copies, device=key.device) as env:
         obs, target, _ = demonstrate(
             population.parameters,

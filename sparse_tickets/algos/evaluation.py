@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from sparse_tickets.kernels.rollout import evaluate
 from sparse_tickets.population import Population
 from sparse_tickets.settings import at_least, check_fields, within
 
-__all__ = ["FINAL_INDEX", "Evaluation", "Evaluator", "Result"]
+__all__ = ["FINAL_INDEX", "Evaluation", "Evaluator", "Result", "due", "on_evaluation"]
 
 # Evaluation indices key the random numbers; those of the curve are 0, 1, ..., points - 1.
 FINAL_INDEX = 100_000
@@ -103,6 +104,31 @@ class Result:
     train_s: float
 
 
+_listeners: list[Callable[[int, Tensor, Tensor], None]] = []
+
+
+@contextmanager
+def on_evaluation(notify: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``notify`` at every point of a learning curve, as soon as it is there.
+
+    Args:
+        notify: called with the index of the iteration of training just done, and the mean returns
+            ``[P]`` of greedy and of sampled actions.
+    """
+    _listeners.append(notify)
+    try:
+        yield
+    finally:
+        _listeners.remove(notify)
+
+
+def due(points: int, first: int, iterations: int) -> list[int]:
+    """After which iterations of ``[first, iterations)`` a curve of so many points is evaluated."""
+    span = iterations - first
+    points = min(points, span)
+    return [first + -(-span * (j + 1) // points) - 1 for j in range(points)]
+
+
 class Evaluator:
     """Evaluates a population before, in and after training; keeps its curve and best checkpoint.
 
@@ -128,9 +154,8 @@ class Evaluator:
         iterations: int,
         rewind_iteration: int | None = None,
     ) -> None:
-        points = min(settings.points, iterations - first)
-        span = iterations - first
-        self._due = {first + -(-span * (j + 1) // points) - 1: j for j in range(points)}
+        self._due = {at: j for j, at in enumerate(due(settings.points, first, iterations))}
+        points = len(self._due)
         self._population = population
         self._key = key
         self._rewind_iteration = rewind_iteration
@@ -185,7 +210,8 @@ class Evaluator:
         where = self._env, self._rows, point
         greedy = self._returns(parameters, *where, greedy=True)
         self._curve[:, point] = greedy
-        self._curve_sampled[:, point] = self._returns(parameters, *where, greedy=False)
+        sampled = self._returns(parameters, *where, greedy=False)
+        self._curve_sampled[:, point] = sampled
         moved = (parameters.mask != self._mask).any(1)
         self._mask.copy_(parameters.mask)
         self._best_return.masked_fill_(moved, -torch.inf)
@@ -197,6 +223,8 @@ class Evaluator:
             self._dormant_curve[:, point] = dormant_share(features)
         actor = self._population.arena.actor
         self._norm_curve[:, point] = parameter_norm(parameters.weight.cpu(), actor)
+        for notify in _listeners:
+            notify(iteration, greedy, sampled)
         self._evaluating_s += time.perf_counter() - begin
 
     def _features(self) -> list[Tensor]:

@@ -118,8 +118,9 @@ def _needs(spec: Sweep, algo: str) -> _Needs:
     disk = 16 * arena.prunable * dense_cells + dense_bytes * (first + pruned)
     if algo in spec.imitating[:1]:  # the experts are trained once for all
         width = spec.env_spec.observation_dim + 2 * spec.env_spec.action_dim
-        disk += 4 * width * spec.bc.experts * spec.ppo.steps
-        training_s += expert_steps(spec) * _probe(spec, spec.bc.expert, spec.bc.experts, 1.0)[0]
+        disk += 4 * width * spec.bc.teachers * spec.ppo.steps
+        if steps_before := expert_steps(spec):
+            training_s += steps_before * _probe(spec, spec.bc.expert, spec.bc.experts, 1.0)[0]
     limit, evaluation_s = spec.env_spec.time_limit, None
     if limit is not None:
         # Greedy and sampled, before and after training and at every point; and the best checkpoint.

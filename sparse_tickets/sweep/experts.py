@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from sparse_tickets.algos import bc
 from sparse_tickets.algos.algorithm import Dataset, Demonstrations
 from sparse_tickets.algos.evaluation import Evaluation
-from sparse_tickets.files import StoreError, remove_leftovers
+from sparse_tickets.files import StoreError, leftovers, remove_leftovers
 from sparse_tickets.sweep.data import checksum, data_file, read_data, write_data
 from sparse_tickets.sweep.memory import memory_explained
 from sparse_tickets.sweep.spec import Sweep, Track
@@ -23,10 +25,12 @@ __all__ = [
     "POLL_S",
     "Teacher",
     "assigned",
+    "check_teachers",
     "expert_gate",
     "make_experts",
     "refuse_guessing",
     "stored_demonstrations",
+    "write_demonstrations",
 ]
 
 DEMONSTRATIONS = "demonstrations"
@@ -53,22 +57,26 @@ class Teacher:
         self._spec, self._store, self._device, self._notify = spec, store, device, notify
         self._dataset: Dataset | None = None
         self._checksum = ""
+        self._checked: set[tuple[str, int]] = set()
 
     @property
     def inputs(self) -> dict[str, str]:
         """The checksum that a unit records, once there are demonstrations."""
         return {DEMONSTRATIONS: self._checksum} if self._checksum else {}
 
-    def dataset(self, algo: str) -> Dataset:
-        """The demonstrations an algorithm is to be trained on.
+    def dataset(self, algo: str, level: int) -> Dataset:
+        """The demonstrations an algorithm's level is to be trained on.
 
         Raises:
-            StoreError: the algorithm's finished units were trained on others.
+            StoreError: the algorithm's finished units were trained on others; looked for once a
+                level, since it means to look at them all.
             ExpertError: too few experts reach their gate.
         """
         if self._dataset is None:
             self._dataset = self.make()
-        self._store.check_inputs(algo, DEMONSTRATIONS, self._checksum)
+        if (algo, level) not in self._checked:
+            self._store.check_inputs(algo, DEMONSTRATIONS, self._checksum)
+            self._checked.add((algo, level))
         return self._dataset
 
     def check(self, algo: str) -> None:
@@ -85,19 +93,11 @@ class Teacher:
             with store.claim(EXPERTS) as mine:
                 # Another process may have finished it a moment ago.
                 if mine and read_data(store, DEMONSTRATIONS) is None:
+                    left = leftovers(store.data)
                     for name in DATA:
-                        remove_leftovers(data_file(store, name))
+                        remove_leftovers(left.get(data_file(store, name).name, ()))
                     refuse_guessing(spec, store)
-                    with memory_explained("training experts"):
-                        experts = self._experts()
-                    with memory_explained("drawing demonstrations"):
-                        dataset = bc.demonstrations(
-                            experts,
-                            spec.env,
-                            spec.expert_arena,
-                            spec.ppo.steps,
-                            temperature=spec.bc.temperature,
-                        )._asdict()
+                    dataset = self._demonstrations()._asdict()
                     # Other hardware or libraries make others, which must not be mixed in.
                     for algo in spec.imitating:
                         store.check_inputs(algo, DEMONSTRATIONS, checksum(dataset))
@@ -117,6 +117,22 @@ class Teacher:
                     stacklevel=2,
                 )
         return Dataset(**{name: part.to(self._device) for name, part in stored.items()})
+
+    def _demonstrations(self) -> Dataset:
+        spec = self._spec
+        if spec.bc.dataset:
+            with memory_explained("reading demonstrations"):
+                return Dataset(*minari().read(spec.bc.dataset, spec.env_spec, spec.ppo.steps))
+        with memory_explained("training experts"):
+            experts = self._experts()
+        with memory_explained("drawing demonstrations"):
+            return bc.demonstrations(
+                experts,
+                spec.env,
+                spec.expert_arena,
+                spec.ppo.steps,
+                temperature=spec.bc.temperature,
+            )
 
     def _experts(self) -> bc.Experts:
         stored = read_data(self._store, "experts")
@@ -144,10 +160,10 @@ def refuse_guessing(spec: Sweep, store: Store) -> None:
             )
 
 
-def assigned(spec: Sweep, tracks: Sequence[Track], dataset: Dataset) -> Demonstrations:
+def assigned(tracks: Sequence[Track], dataset: Dataset) -> Demonstrations:
     """Demonstrations by seed: student s imitates expert s mod experts."""
     device = dataset.obs.device
-    experts = [track.seed % spec.bc.experts for track in tracks]
+    experts = [track.seed % len(dataset.obs) for track in tracks]
     return Demonstrations(dataset, torch.tensor(experts, dtype=torch.int64, device=device))
 
 
@@ -185,6 +201,58 @@ def make_experts(
         evaluation=Evaluation(1, 1, spec.evaluation.final_episodes),
         on_iteration=on_iteration,
         device=device,
+    )
+
+
+def check_teachers(spec: Sweep) -> None:
+    """Raise ``ValueError`` where there cannot be experts or data sets to imitate."""
+    if not spec.bc.dataset:
+        _ = spec.expert_budget, expert_gate(spec)
+        return
+    for dataset in spec.bc.dataset:
+        minari().load(dataset, spec.env_spec)
+
+
+def minari() -> ModuleType:
+    """What reads and writes Minari's data sets.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        from sparse_tickets.integrations import minari
+    except ImportError as error:
+        raise ValueError(f"bc.dataset needs Minari: {error}") from error
+    return minari
+
+
+def write_demonstrations(
+    run: str | Path, datasets: Sequence[str], steps: int | None = None
+) -> None:
+    """Let a run's experts act as they did for its students, and write what they do for Minari.
+
+    Args:
+        run: folder of a run that clones experts.
+        datasets: ids to write, one for each expert, such as ``cartpole/expert-0-v0``.
+        steps: transitions of each, rounded up to a multiple of 16; default: as students had.
+
+    Raises:
+        StoreError: there is no run, or it has no experts.
+        ValueError: Minari is not installed, not as many ids as experts, or an id that is taken.
+    """
+    store = Store(run)
+    spec = Sweep.from_dict(store.spec)
+    stored = read_data(store, "experts")
+    if stored is None:
+        raise StoreError(f"{store.data} has no intact experts: run a sweep that clones some")
+    experts = bc.Experts(**stored)
+    minari().write(
+        datasets,
+        bc.demonstrators(experts, spec.expert_arena, spec.bc.temperature),
+        spec.env,
+        bc.dataset_keys(experts, spec.env),
+        spec.ppo.steps if steps is None else steps,
+        algorithm_name=spec.bc.expert.upper(),
     )
 
 

@@ -34,7 +34,6 @@ import stat
 import threading
 import time
 import uuid
-import weakref
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -56,17 +55,22 @@ _seen: dict[Path, tuple[str, float]] = {}
 
 
 class Claim:
-    """A lock file that this process holds until `release`; made by `acquire`."""
+    """A lock file that this process holds until `release`; made by `acquire`.
 
-    def __init__(self, path: Path, file: Path, descriptor: int, name: str) -> None:
+    Attributes:
+        inherited: whether it was taken over from a process that died.
+    """
+
+    def __init__(self, path: Path, file: Path, descriptor: int, name: str, inherited: bool) -> None:
+        self.inherited = inherited
         self._path = path
         self._file = file
         self._descriptor = descriptor
         self._name = name
-        self._released = threading.Event()
-        self._renewal = threading.Thread(target=self._renew, name=f"claim {path}", daemon=True)
+        self._count = 0
+        self._writing = threading.Lock()
         _claims.add(self)
-        self._renewal.start()
+        _start_renewing()
 
     def release(self) -> None:
         """End the claim and remove its files, unless another process has taken it over.
@@ -77,8 +81,6 @@ class Claim:
         if self._descriptor < 0:
             return
         try:
-            self._released.set()
-            self._renewal.join()
             chain = _chain(self._path)
             if list(chain)[-1:] == [self._file] and self._is_ours():
                 with explained(self._path):
@@ -92,30 +94,46 @@ class Claim:
         return (_said(self._file) or "").startswith(self._name)
 
     def _renew(self) -> None:
-        count = 0
-        while not self._released.wait(RENEW_S):
-            count += 1
-            # A renewal that fails costs at most the claim.
-            with suppress(OSError, StoreError):
-                if not self._is_ours():
-                    return
+        """Count up in the lock file, as long as it is ours; failing costs at most the claim."""
+        with self._writing, suppress(OSError, StoreError):
+            if self._descriptor >= 0 and self._is_ours():
+                self._count += 1
                 os.lseek(self._descriptor, 0, os.SEEK_SET)
-                os.write(self._descriptor, _line(self._name, count))
+                os.write(self._descriptor, _line(self._name, self._count))
                 os.fsync(self._descriptor)
 
     def _close(self) -> None:
-        os.close(self._descriptor)
-        self._descriptor = -1
+        _claims.discard(self)
+        with self._writing:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
-_claims: weakref.WeakSet[Claim] = weakref.WeakSet()
+_claims: set[Claim] = set()
+_renewal: threading.Thread | None = None
+
+
+def _start_renewing() -> None:
+    """See to it that there is a thread that renews all claims of this process."""
+    global _renewal
+    if _renewal is None or not _renewal.is_alive():
+        _renewal = threading.Thread(target=_keep_renewing, name="claims", daemon=True)
+        _renewal.start()
+
+
+def _keep_renewing() -> None:
+    while True:
+        time.sleep(RENEW_S)
+        for claim in _claims.copy():
+            claim._renew()
 
 
 def _leave_to_parent() -> None:
     """A forked child must not keep its parent's claims alive."""
-    for claim in _claims:
-        if claim._descriptor >= 0:
-            claim._close()
+    for claim in _claims.copy():
+        # The parent's thread may have been writing at the moment of the fork.
+        claim._writing = threading.Lock()
+        claim._close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -152,7 +170,7 @@ def acquire(path: Path) -> Claim | None:
                 if list(_chain(path))[-1:] == [file]:
                     for each in chain:
                         _seen.pop(each.absolute(), None)
-                    return Claim(path, file, descriptor, name)
+                    return Claim(path, file, descriptor, name, inherited=bool(chain))
                 file.unlink(missing_ok=True)
             except BaseException:
                 os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from types import TracebackType
 
@@ -39,8 +40,8 @@ def total_steps(spec: Sweep) -> int:
 
 
 def expert_steps(spec: Sweep) -> int:
-    """Agent-steps of one round of experts."""
-    return spec.bc.experts * spec.expert_budget.steps
+    """Agent-steps of one round of experts; none where data sets take their place."""
+    return 0 if spec.bc.dataset else spec.bc.experts * spec.expert_budget.steps
 
 
 class _Speed(ProgressColumn):
@@ -55,9 +56,14 @@ class SweepProgress:
     """Shows a bar while its context is open; `advance` is what `run` calls.
 
     Where the console is no terminal, a line now and then takes the place of the bar.
+
+    Args:
+        sweeps: one that is run, or several.
+        console: where to.
     """
 
-    def __init__(self, spec: Sweep, console: Console) -> None:
+    def __init__(self, sweeps: Sweep | Collection[Sweep], console: Console) -> None:
+        sweeps = [sweeps] if isinstance(sweeps, Sweep) else sweeps
         self._console = console
         self._bar = Progress(
             TextColumn("{task.description:28}", markup=False),
@@ -71,7 +77,7 @@ class SweepProgress:
             expand=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("starting", total=total_steps(spec))
+        self._task = self._bar.add_task("starting", total=sum(map(total_steps, sweeps)))
         self._next_line = time.monotonic()
         self._open = ExitStack()
 

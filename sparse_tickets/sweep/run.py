@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos.algorithm import Dataset, PruningSchedule
-from sparse_tickets.algos.evaluation import Result
+from sparse_tickets.algos.evaluation import Result, on_evaluation
 from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.connectivity import connectivity
 from sparse_tickets.diagnostics import mask_overlap
@@ -23,12 +24,14 @@ from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.provenance import commit, processor, versions
 from sparse_tickets.prune import has_scores
-from sparse_tickets.sweep.experts import POLL_S, Teacher, assigned, expert_gate
+from sparse_tickets.sweep.experts import POLL_S, Teacher, assigned, check_teachers
 from sparse_tickets.sweep.memory import free_memory, is_out_of_memory, memory_explained
 from sparse_tickets.sweep.rows import COLUMNS
+from sparse_tickets.sweep.shown import Shown
 from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
+from sparse_tickets.tracking import Tracker
 
 __all__ = ["Runner", "begin", "cell_population", "check", "run", "train_population", "units_before"]
 
@@ -49,6 +52,7 @@ def run(
     *,
     overwrite: bool = False,
     device: str = "cpu",
+    tracker: Tracker | None = None,
     on_progress: Progress | None = None,
 ) -> Store:
     """Train every cell of a sweep that the store does not hold yet.
@@ -62,6 +66,7 @@ def run(
         out: folder of the store.
         overwrite: throw away the run that the folder holds, of whatever specification.
         device: where to train.
+        tracker: shown the returns of what this process trains, as they come.
         on_progress: called as work advances.
 
     Returns:
@@ -77,7 +82,8 @@ def run(
     """
     where = _device(device)
     store = begin(spec, out, overwrite)
-    runner = Runner(spec, store, where, on_progress or (lambda description, steps: None))
+    notify = on_progress or (lambda description, steps: None)
+    runner = Runner(spec, store, where, notify, Shown(spec, tracker))
     algorithms = [runner.algorithm(algo) for algo in spec.algos]
     while algorithms:
         algorithms = [each for each in algorithms if next(each, None) is not None]
@@ -105,7 +111,7 @@ def check(spec: Sweep) -> None:
     for algo in spec.algos:
         find_algorithm(algo).plan(spec.arena(algo), torch.device("cpu"), 1.0)
     if spec.imitating:
-        _ = spec.expert_budget, expert_gate(spec)
+        check_teachers(spec)
 
 
 def _device(name: str) -> torch.device:
@@ -123,11 +129,19 @@ class Runner:
         teacher: has the experts' demonstrations.
     """
 
-    def __init__(self, spec: Sweep, store: Store, device: torch.device, notify: Progress) -> None:
+    def __init__(
+        self,
+        spec: Sweep,
+        store: Store,
+        device: torch.device,
+        notify: Progress,
+        shown: Shown | None = None,
+    ) -> None:
         self._spec = spec
         self._store = store
         self._device = device
         self._notify = notify
+        self._shown = shown or Shown(spec, None)
         self.teacher = Teacher(spec, store, device, notify)
         # Tickets that memory holds.
         self._at_once = spec.chunk
@@ -166,7 +180,8 @@ class Runner:
 
     def _train(self, unit: Unit, tracks: Sequence[Track]) -> None:
         spec = self._spec
-        dataset = self.teacher.dataset(unit.algo) if unit.algo in spec.imitating else None
+        imitates = unit.algo in spec.imitating
+        dataset = self.teacher.dataset(unit.algo, unit.level) if imitates else None
         lost = lost_cells(spec, self._store, unit.algo, unit.level, tracks)
         alive = [track for track in tracks if track not in lost]
         cells = {track: self._lost_cell(unit, track, reason) for track, reason in lost.items()}
@@ -186,6 +201,7 @@ class Runner:
         inputs = {} if dataset is None else self.teacher.inputs
         rewind = _joined(later)._asdict() if later else None
         self._store.write(unit, rows, tickets, inputs, rewind=rewind)
+        self._shown.level(rows)
 
     def _train_together(
         self, unit: Unit, tracks: Sequence[Track], dataset: Dataset | None
@@ -203,16 +219,17 @@ class Runner:
             population, key = cell_population(
                 self._spec, self._store, unit.algo, unit.level, tracks, self._device
             )
-            result = train_population(
-                self._spec,
-                unit.algo,
-                population,
-                key,
-                unit.level,
-                tracks,
-                dataset,
-                on_iteration=advance,
-            )
+            with on_evaluation(partial(self._shown.point, unit, tracks)):
+                result = train_population(
+                    self._spec,
+                    unit.algo,
+                    population,
+                    key,
+                    unit.level,
+                    tracks,
+                    dataset,
+                    on_iteration=advance,
+                )
             return population, result
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -452,7 +469,7 @@ def _place(spec: Sweep, algo: str, track: Track, level: int) -> tuple[Unit, int]
     """The unit of a cell, and its place in it."""
     if level == 0:
         track = Track(track.seed, "dense", "shared")
-    chunk, index = divmod(spec.tracks(level).index(track), spec.chunk)
+    chunk, index = spec.place(track, level)
     return Unit(algo, level, chunk), index
 
 
@@ -479,7 +496,7 @@ def train_population(
     pruning = spec.pruning(algo, level)
     if pruning is not None:
         schedule["pruning"] = pruning
-    demonstrations = None if dataset is None else assigned(spec, tracks, dataset)
+    demonstrations = None if dataset is None else assigned(tracks, dataset)
     settings = spec.settings_of(algo)
     return find_algorithm(algo).train(
         settings, spec.ppo, spec.env, population, key, demonstrations, schedule

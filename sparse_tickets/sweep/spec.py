@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from sparse_tickets.algos.algorithm import Budget
@@ -274,9 +275,26 @@ class Sweep:
     def units(self, algo: str) -> Iterator[tuple[int, int, list[Track]]]:
         """Yield ``(level, chunk index, tracks)`` in the order of training."""
         for level in range(self.levels):
-            tracks = self.tracks(level)
-            for begin in range(0, len(tracks), self.chunk):
-                yield level, begin // self.chunk, tracks[begin : begin + self.chunk]
+            for chunk in range(-(-len(self._tracks[level > 0]) // self.chunk)):
+                yield level, chunk, self.together(level, chunk)
+
+    def together(self, level: int, chunk: int) -> list[Track]:
+        """The tracks of one chunk of a level, in order."""
+        return self._tracks[level > 0][chunk * self.chunk : (chunk + 1) * self.chunk]
+
+    def place(self, track: Track, level: int) -> tuple[int, int]:
+        """The chunk of a level that a track is in, and its index there."""
+        return divmod(self._places[level > 0][track], self.chunk)
+
+    # Of level 0 and of every other; asked for cell by cell, where there may be thousands.
+    @cached_property
+    def _tracks(self) -> tuple[list[Track], list[Track]]:
+        return self.tracks(0), self.tracks(1)
+
+    @cached_property
+    def _places(self) -> tuple[dict[Track, int], dict[Track, int]]:
+        first, later = ({each: at for at, each in enumerate(tracks)} for tracks in self._tracks)
+        return first, later
 
     def key(self, algo: str, track: Track, level: int) -> int:
         """The random key of a cell: everything but the initial weights is drawn from it."""
@@ -302,6 +320,9 @@ class Sweep:
                 del content["bc"][name]
         if trained := {name: own[name] for name in self.algos if name in own}:
             content["settings"] = trained
+        # Sweeps of experts are what they were before there was a choice.
+        if not self.bc.dataset:
+            del content["bc"]["dataset"]
         if self.prune_critic:
             content["critic_layout"] = _CRITIC_LAYOUT
         # What prunes after training is the sweep that it was before there was a choice.
@@ -322,8 +343,9 @@ class Sweep:
         given = _LATER | {name: value for name, value in stored.items() if name not in derived}
         parts = {"ppo": PPO, "bc": BC, "evaluation": Evaluation, **_OWN_SETTINGS}
         own = given.pop("settings", {})
-        if isinstance(given.get("bc"), dict) and "expert" not in given["bc"]:
-            given["bc"] = _EXPERTS_CHOICE | given["bc"]
+        if isinstance(given.get("bc"), dict):
+            choice = {} if "expert" in given["bc"] else _EXPERTS_CHOICE
+            given["bc"] = {"dataset": ()} | choice | given["bc"]
         trained = {*given.get("algos", ()), (given.get("bc") or {}).get("expert")}
         for name in _OWN_SETTINGS.keys() - trained:
             given.setdefault(name, asdict(_OWN_SETTINGS[name]()))

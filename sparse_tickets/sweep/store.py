@@ -25,7 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_tickets.files import StoreError, explained, make_folder, remove_leftovers, write_folder
+from sparse_tickets.files import (
+    StoreError,
+    explained,
+    leftovers,
+    make_folder,
+    remove_leftovers,
+    write_folder,
+)
 from sparse_tickets.sweep import locks
 from sparse_tickets.sweep.identity import check_same, read_spec, spec_hash, write_spec
 from sparse_tickets.sweep.integrity import (
@@ -110,6 +117,9 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.damaged: list[str] = []
+        # What units said: each is read once, however often all are asked.
+        self._inputs: dict[Unit, dict[str, str]] = {}
+        self._leftovers: dict[str, list[Path]] | None = None
         self._identity = read_spec(self.path / "spec.json")
         self.spec, self.spec_hash = self._identity.spec, self._identity.spec_hash
         for sub in (self._units, self.data):
@@ -142,7 +152,7 @@ class Store:
         file = folder / "spec.json"
         if overwrite or not file.exists():
             with _alone(folder / "spec.lock"):
-                remove_leftovers(file)
+                remove_leftovers(leftovers(folder).get(file.name, ()))
                 if not os.path.lexists(file):
                     _refuse_strangers(folder)
                 elif overwrite:
@@ -205,11 +215,21 @@ class Store:
             yield False
             return
         try:
-            for place in (self._folder(unit), self._lock(unit)):
-                remove_leftovers(place)
+            self._clear(unit, someone_died=claim.inherited)
             yield True
         finally:
             claim.release()
+
+    def _clear(self, unit: Unit, someone_died: bool) -> None:
+        """Delete what killed processes left of writing a unit.
+
+        It is looked for at first and where a claim says that there was a death: not for each of so
+        many units.
+        """
+        if self._leftovers is None or someone_died:
+            self._leftovers = leftovers(self._units)
+        for place in (self._folder(unit), self._lock(unit)):
+            remove_leftovers(self._leftovers.pop(place.name, ()))
 
     def claimed_by(self, unit: Unit) -> str | None:
         """``process PID on HOST`` that claims a unit, or None."""
@@ -312,10 +332,12 @@ class Store:
 
         Empty where none was recorded; None where the manifest is damaged or has just gone.
         """
-        try:
-            return self._manifest(unit).inputs
-        except (FileNotFoundError, Damaged):
-            return None
+        if unit not in self._inputs:
+            try:
+                self._inputs[unit] = self._manifest(unit).inputs
+            except (FileNotFoundError, Damaged):
+                return None
+        return self._inputs[unit]
 
     def check_inputs(self, algo: str, name: str, checksum: str | None = None) -> list[Unit]:
         """Refuse a run whose units were trained on different versions of one data set.
@@ -427,6 +449,7 @@ class Store:
 
     def _set_aside(self, unit: Unit, damage: Damaged) -> None:
         """Rename what is damaged: a unit's whole folder, or files of an earlier version."""
+        self._inputs.pop(unit, None)
         if self._is_earlier(unit):
             for path in {self._path(unit, MANIFEST): "", **damage.problems}:
                 set_aside(path, is_damaged=lambda aside: True)

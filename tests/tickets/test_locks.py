@@ -34,6 +34,7 @@ if claim:
 @pytest.fixture
 def lock(tmp_path):
     locks._seen.clear()
+    locks._claims.clear()
     return tmp_path / "unit.lock"
 
 
@@ -65,6 +66,13 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     return Clock(monkeypatch)
+
+
+def eventually(happened):
+    deadline = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def refuse_kernel_locks(monkeypatch):
@@ -140,7 +148,6 @@ class TestOneMachine:
         try:
             assert lock.exists()
             os.close(claim._descriptor)  # what the kernel does to a killed process
-            claim._released.set()
             claim._descriptor = -1
             deadline = time.monotonic() + 10
             while not (freed := free(lock)) and time.monotonic() < deadline:
@@ -208,19 +215,38 @@ class TestLeases:
 
     def test_owners_renew_and_stop_once_they_lost_the_claim(self, lock, monkeypatch):
         monkeypatch.setattr(locks, "RENEW_S", 0.01)
-        claim = locks.acquire(lock)
+        monkeypatch.setattr(locks, "_renewal", None)
+        other = lock.with_name("other.lock")
+        claim, second = locks.acquire(lock), locks.acquire(other)
         first = lock.read_text()
-        deadline = time.monotonic() + 10
-        while lock.read_text() in (first, "") and time.monotonic() < deadline:
-            time.sleep(0.01)
+        eventually(lambda: lock.read_text() not in (first, ""))
         assert lock.read_text().split()[:3] == first.split()[:3]
-        assert lock.read_text() != first
         taken = ELSEWHERE.format(count=0)
         lock.write_text(taken)
-        claim._renewal.join(10)
-        assert not claim._renewal.is_alive()
-        claim.release()
+        seen = other.read_text()
+        eventually(lambda: other.read_text() not in (seen, ""))  # all were renewed once more
         assert lock.read_text() == taken
+        claim.release()
+        second.release()
+        assert lock.read_text() == taken
+        assert not other.exists()
+
+    def test_one_thread_renews_however_many_claims_there_are(self, lock):
+        before = threading.active_count()
+        claims = [locks.acquire(lock.with_name(f"{number}.lock")) for number in range(50)]
+        assert threading.active_count() <= before + 1
+        for claim in claims:
+            claim.release()
+        assert list(lock.parent.iterdir()) == []
+
+    def test_a_claim_says_whether_it_was_left_by_a_dead_one(self, lock):
+        claim = locks.acquire(lock)
+        assert not claim.inherited
+        claim.release()
+        lock.write_text(f"9@here {locks._machine()} left 0000000000\n")
+        claim = locks.acquire(lock)
+        assert claim.inherited
+        claim.release()
 
 
 class Died(BaseException):

@@ -13,6 +13,7 @@ import torch
 from sparse_tickets import files
 from sparse_tickets.files import StoreError
 from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.sweep import locks
 from sparse_tickets.sweep.integrity import sha256
 from sparse_tickets.sweep.store import COLUMNS, Store, Unit, load_results, spec_hash
 from sparse_tickets.ticket import ROWS, Ticket
@@ -530,13 +531,34 @@ class TestProcesses:
             pass
         assert names(units) == [".config.tmp", ".ppo-level-04-chunk-00~00ff.tmp", UNIT.name]
 
+    def test_leftovers_of_who_dies_later_are_removed_by_who_takes_over(self, filled):
+        units = filled.path / "units"
+        with filled.claim(Unit("ppo", 4, 0)):
+            pass
+        (units / f".{UNIT.name}~00ff.tmp").mkdir()
+        (units / f"{UNIT.name}.lock").write_text(f"9@here {locks._machine()} 00 0000000000\n")
+        with filled.claim(UNIT) as mine:
+            assert mine
+        assert names(units) == [UNIT.name]
+
+    def test_claims_do_not_list_the_folder_again_and_again(self, store, monkeypatch):
+        """Else a run of many units would take their square."""
+        listed = []
+        scandir = os.scandir
+        monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+        for chunk in range(20):
+            with store.claim(Unit("ppo", 3, chunk)):
+                pass
+        assert len(listed) == 1
+
     def test_a_writer_held_for_dead_begins_again(self, store, monkeypatch):
         """Its files were removed by who took its claim over, who then died too."""
         write = files._write_synced
 
         def swept(path, data):
             monkeypatch.undo()
-            files.remove_leftovers(unit_file(store, ""))
+            found = files.leftovers(store.path / "units")[UNIT.name]
+            files.remove_leftovers(found)
             write(path, data)
 
         monkeypatch.setattr(files, "_write_synced", swept)
