@@ -551,6 +551,21 @@ class TestProcesses:
                 pass
         assert len(listed) == 1
 
+    def test_what_units_were_trained_on_is_read_once(self, filled, monkeypatch):
+        """However often it is asked: for every unit that is trained, of all that are."""
+        read = []
+        manifest = Store._manifest
+        monkeypatch.setattr(Store, "_manifest", lambda *given: read.append(1) or manifest(*given))
+        store = Store(filled.path)
+        for _ in range(5):
+            assert store.check_inputs(UNIT.algo, "demonstrations") == [UNIT]
+        assert len(read) == 1
+        # One that was damaged meanwhile is made again, and asked again.
+        unit_file(filled, "manifest.json").write_text("{}")
+        with pytest.warns(UserWarning, match="will be redone"):
+            assert not store.has(UNIT)
+        assert store.inputs(UNIT) is None
+
     def test_a_writer_held_for_dead_begins_again(self, store, monkeypatch):
         """Its files were removed by who took its claim over, who then died too."""
         write = files._write_synced
