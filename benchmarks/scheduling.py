@@ -10,6 +10,7 @@ loaded as a table.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,9 +200,10 @@ def time_ray(tasks: int, in_flight: int, size: int) -> dict[str, float]:
     """
     import ray
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        task = ray.remote(num_cpus=1, max_retries=1)(bytes)
+        task = ray.remote(num_cpus=1, max_retries=1)(lambda size: bytes(size))
         ray.get([task.remote(size) for _ in range(100)])
         running: set[Any] = set()
         left = tasks
