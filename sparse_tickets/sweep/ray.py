@@ -291,7 +291,7 @@ class _Driver:
             self._running.pop(reference).claim.close()
             if files:
                 self._finish(task.job, task.unit)
-            if ROWS in files:
+            if task.job.shown.wanted and ROWS in files:
                 task.job.shown.level(from_parquet(files[ROWS]), curves=True)
 
     def _returned(self, reference: Any) -> Files:

@@ -32,11 +32,16 @@ class Shown:
     def __init__(self, spec: Sweep, tracker: Tracker | None) -> None:
         self._spec, self._tracker = spec, tracker
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there is somebody to show it to."""
+        return self._tracker is not None
+
     def point(
         self, unit: Unit, tracks: Sequence[Track], iteration: int, greedy: Tensor, sampled: Tensor
     ) -> None:
         """One point of the curves of tickets in training, ``[P]`` each."""
-        if self._tracker is None:
+        if not self.wanted:
             return
         for track, *returns in zip(tracks, greedy.tolist(), sampled.tolist(), strict=True):
             origin = unit.algo, track.condition, track.controls, track.seed
@@ -44,7 +49,7 @@ class Shown:
 
     def level(self, rows: Sequence[Mapping[str, Any]], curves: bool = False) -> None:
         """The rows of a finished unit; with their curves where these were not shown in training."""
-        if self._tracker is None:
+        if not self.wanted:
             return
         spec = self._spec
         for row in rows:
