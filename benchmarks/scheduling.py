@@ -261,11 +261,12 @@ def run_scheduling(
         spec, place = spec_of(*kind), Path(mkdtemp(dir=folder))
         neighbours = Neighbours()
         try:
-            found: dict[str, Any] = simulate(spec, place / "run") | {"chunk": spec.chunk}
+            about = {"chunk": spec.chunk, "files": _file_system(place)}
+            found: dict[str, Any] = simulate(spec, place / "run") | about
             console.print(f"{found['units']:,} units: {found['driver']:.2f} ms of the driver each")
             for name, milliseconds in reading(spec, place / "run", found["units"]):
                 found |= {name: milliseconds, "busy": neighbours.share()}
-                keep(found, partial(_same, found, ("units", "chunk")))
+                keep(found, partial(_same, found, ("units", "chunk", "files")))
         finally:
             shutil.rmtree(place)
     if find_spec("ray") is not None:
@@ -275,6 +276,16 @@ def run_scheduling(
             keep(found | {"busy": neighbours.share()}, partial(_same, found, ("in flight",)))
     console.print(table(records), highlight=False, soft_wrap=True)
     return path
+
+
+def _file_system(place: Path) -> str:
+    """The kind of file system that a folder is in; where Linux does not say, ``unknown``."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    above = [mount for mount in mounts if place.resolve().is_relative_to(mount[0])]
+    return max(above, key=lambda mount: len(mount[0]))[1]
 
 
 def _same(record: dict[str, Any], names: Sequence[str], other: dict[str, Any]) -> bool:
@@ -290,13 +301,19 @@ def table(records: list[dict[str, Any]]) -> str:
         "again": "again, nothing to do",
         "table": "table",
     }
-    lines = [f"| units | tickets | {' | '.join(names.values())} | bytes returned | bytes sent |"]
-    lines.append("|" + " ---: |" * (len(names) + 4))
-    for record in sorted((r for r in records if "units" in r), key=lambda r: r["units"]):
+    lines = [
+        f"| units | tickets | files in | {' | '.join(names.values())} | bytes returned | bytes sent |"
+    ]
+    lines.append("|" + " ---: |" * (len(names) + 5))
+    for record in sorted(
+        (r for r in records if "units" in r), key=lambda r: (r["chunk"], r["units"])
+    ):
         mark = "~" if record["busy"] > BUSY else ""
         times = " | ".join(f"{mark}{record[name]:.3f}" if name in record else "" for name in names)
         sizes = f"{record['bytes returned']:,.0f} | {record['bytes sent']:,.0f}"
-        lines.append(f"| {record['units']:,} | {record['chunk']} | {times} | {sizes} |")
+        lines.append(
+            f"| {record['units']:,} | {record['chunk']} | {record['files']} | {times} | {sizes} |"
+        )
     lines.append("")
     lines.append(
         "Milliseconds and bytes per unit; ~: other processes used more than "
