@@ -301,9 +301,8 @@ def table(records: list[dict[str, Any]]) -> str:
         "again": "again, nothing to do",
         "table": "table",
     }
-    lines = [
-        f"| units | tickets | files in | {' | '.join(names.values())} | bytes returned | bytes sent |"
-    ]
+    heads = ["units", "tickets", "files in", *names.values(), "bytes returned", "bytes sent"]
+    lines = [f"| {' | '.join(heads)} |"]
     lines.append("|" + " ---: |" * (len(names) + 5))
     for record in sorted(
         (r for r in records if "units" in r), key=lambda r: (r["chunk"], r["units"])
