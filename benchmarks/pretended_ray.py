@@ -33,6 +33,7 @@ class PretendedRay:
         cpus: tasks that run at once; others wait.
         at_once: tasks that end between two looks of the driver.
         train: what takes the place of the driver's task; None runs it.
+        gpus: that tasks share, if they ask for some.
 
     Attributes:
         put_bytes: of all that was put into the cluster's memory.
@@ -44,9 +45,14 @@ class PretendedRay:
     )
 
     def __init__(
-        self, cpus: int, at_once: int = 1, train: Callable[..., Any] | None = None
+        self,
+        cpus: int,
+        at_once: int = 1,
+        train: Callable[..., Any] | None = None,
+        gpus: float = 0.0,
     ) -> None:
-        self._cpus, self._at_once, self._train = cpus, at_once, train
+        self._cpus, self._at_once, self._train, self._gpus = cpus, at_once, train, gpus
+        self._slots = cpus
         self._draw = random.Random(0)
         self._numbers = itertools.count()
         self._running: dict[int, Callable[[], Any]] = {}
@@ -65,7 +71,7 @@ class PretendedRay:
         return True
 
     def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": float(self._cpus)}
+        return {"CPU": float(self._cpus)} | ({"GPU": self._gpus} if self._gpus else {})
 
     def put(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -73,6 +79,9 @@ class PretendedRay:
         return SimpleNamespace(value=value)
 
     def remote(self, **options: Any) -> Callable[..., Any]:
+        if options["num_gpus"]:
+            self._slots = min(self._cpus, int(self._gpus / options["num_gpus"]))
+
         def decorated(task: Callable[..., Any]) -> Any:
             return SimpleNamespace(remote=lambda *given: self._submit(self._train or task, given))
 
@@ -89,7 +98,7 @@ class PretendedRay:
         self, references: list[int], num_returns: int, timeout: float
     ) -> tuple[list[int], list[int]]:
         """Let some tasks end, unless some have; at most so many of those that have."""
-        for number in list(itertools.islice(self._queue, self._cpus - len(self._running))):
+        for number in list(itertools.islice(self._queue, self._slots - len(self._running))):
             self._running[number] = self._queue.pop(number)
         self.most_running = max(self.most_running, len(self._running))
         if not self._done:

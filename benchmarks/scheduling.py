@@ -63,6 +63,7 @@ class Trainer:
     Attributes:
         seconds: that it took itself.
         units: that it was asked for.
+        devices: that it was to train on.
         returned: bytes it gave.
     """
 
@@ -73,6 +74,7 @@ class Trainer:
         self._inputs = {DEMONSTRATIONS: checksum({"obs": torch.zeros(1)})}
         self._like: dict[tuple[str, int], dict[str, bytes]] = {}
         self.seconds, self.units, self.returned = 0.0, 0, 0
+        self.devices: set[str] = set()
 
     def __call__(
         self,
@@ -86,6 +88,7 @@ class Trainer:
         begin = time.perf_counter()
         files = self._files(unit, set(before), data)
         self._trained.add(unit)
+        self.devices.add(device)
         self.units += 1
         self.returned += sum(map(len, files.values()))
         self.seconds += time.perf_counter() - begin

@@ -27,7 +27,7 @@ from sparse_tickets.sweep.experts import DEMONSTRATIONS, EXPERTS, refuse_guessin
 from sparse_tickets.sweep.plugins import load_source, places_told
 from sparse_tickets.sweep.progress import expert_steps
 from sparse_tickets.sweep.rows import from_parquet
-from sparse_tickets.sweep.run import Progress, Runner, begin, units_before
+from sparse_tickets.sweep.run import Progress, Runner, begin, find_device, units_before
 from sparse_tickets.sweep.schedule import Schedule
 from sparse_tickets.sweep.shown import Shown
 from sparse_tickets.sweep.spec import Sweep
@@ -220,7 +220,14 @@ class _Driver:
             there = self._ray.cluster_resources()
             slots = there.get("CPU", 0)
             if self._gpus:
-                slots = min(slots, there.get("GPU", 0) / self._gpus)
+                gpus = there.get("GPU", 0)
+                slots = min(slots, gpus / self._gpus)
+                if gpus < self._gpus:
+                    # More machines may come; Ray waits for them.
+                    warnings.warn(
+                        f"waiting for GPUs: the cluster has {gpus:g}, a unit takes {self._gpus:g}",
+                        stacklevel=2,
+                    )
             self._most, self._sized = 16 + 2 * int(slots), time.monotonic()
         return self._most
 
@@ -362,7 +369,7 @@ def _train(
         for name, content in data.items():
             if content is not None:
                 write_atomic(data_file(store, name), ray.get(content))
-        runner = Runner(sweep, store, torch.device(device), lambda description, steps: None)
+        runner = Runner(sweep, store, find_device(device), lambda description, steps: None)
         if unit == EXPERTS:
             runner.teacher.make()
             paths = [data_file(store, name) for name in DATA]

@@ -33,7 +33,16 @@ from sparse_tickets.sweep.store import Store, StoreError, Unit
 from sparse_tickets.ticket import Ticket
 from sparse_tickets.tracking import Tracker
 
-__all__ = ["Runner", "begin", "cell_population", "check", "run", "train_population", "units_before"]
+__all__ = [
+    "Runner",
+    "begin",
+    "cell_population",
+    "check",
+    "find_device",
+    "run",
+    "train_population",
+    "units_before",
+]
 
 # In a ticket's metadata: why its training has no result.
 DIVERGED = "diverged"
@@ -80,7 +89,7 @@ def run(
         ValueError: an unknown environment, a device that is not there, or an environment to clone
             experts in that does not say when it is solved.
     """
-    where = _device(device)
+    where = find_device(device)
     store = begin(spec, out, overwrite)
     notify = on_progress or (lambda description, steps: None)
     runner = Runner(spec, store, where, notify, Shown(spec, tracker))
@@ -114,7 +123,8 @@ def check(spec: Sweep) -> None:
         check_teachers(spec)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """A device by name; ``ValueError`` where torch has none of it here."""
     try:
         return torch.empty(0, dtype=torch.float32, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -11,6 +11,7 @@ import faults
 import pytest
 
 from sparse_tickets import run_sweep
+from sparse_tickets.sweep.engines import run_study
 from sparse_tickets.sweep.progress import total_steps
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.store import Store, StoreError, Unit
@@ -105,6 +106,46 @@ def test_a_driver_that_is_killed_and_started_again(cluster, expected, tmp_path):
     assert finished_units(tmp_path) < len(list(faults.SPEC.units("ppo"))) * 2
     run_sweep(faults.SPEC, tmp_path, engine="ray")
     assert faults.contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly_and_says_how_to_resume(number, cluster, tmp_path):
+    spec = ["--algos", "ppo", "--seeds", "2", "--levels", "40", "--hidden", "4", "--chunk", "1"]
+    small = ["--ppo.steps", "128", "--ppo.horizon", "16", "--evaluation.points", "1"]
+    driver = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "sparse_tickets.cli", "sweep", *spec, *small),
+            *("--out", str(tmp_path), "--engine", "ray", "--address", cluster.address),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while finished_units(tmp_path) < 1:
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(number)
+    text, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 128 + number, text
+    assert "run the same command again to resume" in " ".join(text.split())
+    assert "Traceback" not in text
+    assert {entry.suffix for entry in (tmp_path / "units").iterdir()} == {""}
+    store = Store(tmp_path)
+    assert all(store.has(unit) for unit in store.units())
+
+
+def test_a_study_with_a_part_of_a_gpu_for_each_unit(cluster, expected, tmp_path):
+    """Two sweeps at once; and where a machine says that it has a GPU, and torch that it has not."""
+    found = run_study({"one": faults.SPEC, "two": faults.SPEC}, tmp_path, engine="ray")
+    for name in found:
+        assert faults.contents(tmp_path / name) == expected
+    cluster.add_node(num_cpus=2, num_gpus=1)
+    with pytest.raises(ValueError, match="device must be one torch has here, got 'cuda'"):
+        run_sweep(faults.SPEC, tmp_path / "gpu", engine="ray", gpus_per_chunk=0.25)
+    assert not list((tmp_path / "gpu" / "units").iterdir())
 
 
 def test_a_unit_that_another_process_works_on_is_left_to_it(cluster, expected, tmp_path):

@@ -8,7 +8,7 @@ import faults
 import pytest
 
 from benchmarks.pretended_ray import PretendedRay
-from benchmarks.scheduling import simulate, spec_of
+from benchmarks.scheduling import Trainer, simulate, spec_of
 from sparse_tickets import run_sweep
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.cli import main
@@ -127,6 +127,29 @@ def test_the_driver_gives_the_local_table_and_adds_up(expected, tmp_path):
     steps.clear()
     run_sweep(faults.SPEC, tmp_path, engine="ray", on_progress=told)
     assert sum(steps) == total_steps(faults.SPEC)
+
+
+def test_units_share_gpus(tmp_path, unflushed):
+    spec = replace(faults.SPEC, seeds=8, chunk=1, rewind_step=0)
+    trainer = Trainer(spec)
+    with PretendedRay(cpus=8, gpus=1, train=trainer).installed() as cluster:
+        run_sweep(spec, tmp_path, engine="ray", gpus_per_chunk=0.25)
+    assert cluster.most_running == 4
+    assert trainer.devices == {"cuda"}
+
+
+def test_a_cluster_without_gpus_is_pointed_out(tmp_path):
+    with (
+        PretendedRay(cpus=2, train=lambda *_: 1 / 0, gpus=0.2).installed(),
+        pytest.warns(UserWarning, match=r"waiting for GPUs: the cluster has 0.2, a unit takes 0.5"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run_sweep(faults.SPEC, tmp_path, engine="ray", gpus_per_chunk=0.5, on_progress=interrupt)
+    assert not list((tmp_path / "units").iterdir())
+
+
+def interrupt(description, steps):
+    raise KeyboardInterrupt
 
 
 def test_sweeps_of_a_study_share_the_cluster(cluster, expected, tmp_path):
