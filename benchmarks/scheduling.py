@@ -25,11 +25,11 @@ import torch
 from rich.console import Console
 
 from sparse_tickets.files import write_atomic
+from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.engines import run
 from sparse_tickets.sweep.experts import DEMONSTRATIONS, EXPERTS
 from sparse_tickets.sweep.integrity import Manifest
 from sparse_tickets.sweep.rows import COLUMNS, to_parquet
-from sparse_tickets.sweep.run import units_before
 from sparse_tickets.sweep.spec import Sweep, Track
 from sparse_tickets.sweep.store import MANIFEST, ROWS, TICKETS, Store, Unit, load_results, spec_hash
 from sparse_tickets.sweep.tensors import checksum, dump_tensors

@@ -22,12 +22,13 @@ import torch
 
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.files import StoreError, write_atomic
+from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.data import data_file, read_data
 from sparse_tickets.sweep.experts import DEMONSTRATIONS, EXPERTS, refuse_guessing
 from sparse_tickets.sweep.plugins import load_source, places_told
 from sparse_tickets.sweep.progress import expert_steps
 from sparse_tickets.sweep.rows import from_parquet
-from sparse_tickets.sweep.run import Progress, Runner, begin, find_device, units_before
+from sparse_tickets.sweep.run import Progress, Runner, begin, find_device
 from sparse_tickets.sweep.schedule import Schedule
 from sparse_tickets.sweep.shown import Shown
 from sparse_tickets.sweep.spec import Sweep

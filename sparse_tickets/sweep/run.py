@@ -19,33 +19,26 @@ from sparse_tickets.algos.evaluation import Result, on_evaluation
 from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.connectivity import connectivity
 from sparse_tickets.diagnostics import mask_overlap
-from sparse_tickets.imp import Trained, dense_population, next_population
 from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.provenance import commit, processor, versions
-from sparse_tickets.prune import has_scores
+from sparse_tickets.sweep.cells import (
+    DIVERGED,
+    cell_population,
+    initial_keys,
+    lost_cells,
+    masks_before,
+)
 from sparse_tickets.sweep.experts import POLL_S, Teacher, assigned, check_teachers
 from sparse_tickets.sweep.memory import free_memory, is_out_of_memory, memory_explained
 from sparse_tickets.sweep.rows import COLUMNS
 from sparse_tickets.sweep.shown import Shown
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import Store, StoreError, Unit
+from sparse_tickets.sweep.store import Store, Unit
 from sparse_tickets.ticket import Ticket
 from sparse_tickets.tracking import Tracker
 
-__all__ = [
-    "Runner",
-    "begin",
-    "cell_population",
-    "check",
-    "find_device",
-    "run",
-    "train_population",
-    "units_before",
-]
-
-# In a ticket's metadata: why its training has no result.
-DIVERGED = "diverged"
+__all__ = ["Progress", "Runner", "begin", "check", "find_device", "run", "train_population"]
 
 Cell = tuple[dict[str, Any], Ticket]
 Progress = Callable[[str, int], None]
@@ -324,11 +317,9 @@ class Runner:
         links = connectivity(mask.cpu(), population.arena)
         overlap = torch.full((len(tracks),), torch.nan, dtype=torch.float64, device="cpu")
         if level > 0 and spec.during == "none":
-            overlap = mask_overlap(
-                mask.cpu(), _masks_before(spec, self._store, algo, level, tracks)
-            )
+            overlap = mask_overlap(mask.cpu(), masks_before(spec, self._store, algo, level, tracks))
         kept = spec.kept(algo, level)
-        initial = initialise(population.arena, _initial_keys(spec, tracks), spec.init, spec.log_std)
+        initial = initialise(population.arena, initial_keys(spec, tracks), spec.init, spec.log_std)
         how: dict[str, Any] = {
             "versions": versions(("sparse-tickets", "torch", "numpy", "numba")),
             "plan": str(
@@ -407,82 +398,6 @@ def _zero_off(row: Tensor, mask: Tensor) -> Tensor:
     return row
 
 
-def lost_cells(
-    spec: Sweep, store: Store, algo: str, level: int, tracks: Sequence[Track]
-) -> dict[Track, str]:
-    """Cells that have nothing to start from, with why: their track diverged at a level before.
-
-    A network that diverged ranks no weights, nor do scores that are not numbers; every track
-    begins with its seed's dense network, random masks too.
-    """
-    if level == 0 or spec.during != "none":
-        return {}
-    lost: dict[Track, str] = {}
-    parents = dict(zip(tracks, _parents(spec, store, algo, level, tracks), strict=True))
-    for track, parent in parents.items():
-        reason = parent.metadata.get(DIVERGED)
-        if reason is not None:
-            lost[track] = f"diverged at level {parent.level}: {reason}"
-    rest = [track for track in tracks if track not in lost]
-    if not rest:
-        return lost
-    arena = spec.arena(algo)
-    rewind_point = _rewind_point(spec, store, algo, rest).weight
-    valid = rewind_point.isfinite().all(1)
-    scored = has_scores(
-        spec.criterion,
-        torch.stack([parents[track].final[: arena.prunable] for track in rest]),
-        rewind_point[:, : arena.prunable],
-        torch.stack([parents[track].mask for track in rest]),
-        spec.kept(algo, level),
-        arena,
-    )
-    for index, track in enumerate(rest):
-        if not valid[index]:
-            lost[track] = "what it is rewound to is not finite"
-        elif not scored[index]:
-            lost[track] = f"criterion {spec.criterion!r} gave a score that is not a number"
-    return lost
-
-
-def _parents(
-    spec: Sweep, store: Store, algo: str, level: int, tracks: Sequence[Track]
-) -> list[Ticket]:
-    """The trained networks that a level's masks come from."""
-    return _finished(spec, store, algo, _parent_cells(spec, level, tracks))
-
-
-def _parent_cells(spec: Sweep, level: int, tracks: Sequence[Track]) -> list[tuple[Track, int]]:
-    # Random masks have no chain: any trained network will do, and level 0 is always there.
-    return [(track.source, level - 1 if spec.chained(track.condition) else 0) for track in tracks]
-
-
-def units_before(spec: Sweep, unit: Unit, tracks: Sequence[Track]) -> list[Unit]:
-    """The units that a unit of these tracks is trained from."""
-    if unit.level == 0 or spec.during != "none":
-        return []
-    cells = _parent_cells(spec, unit.level, tracks) + [(track, 0) for track in tracks]
-    if unit.level > 1:
-        # The masks of the level before are drawn again, to be compared.
-        cells += _parent_cells(spec, unit.level - 1, tracks)
-    return sorted({_place(spec, unit.algo, track, level)[0] for track, level in cells})
-
-
-def _masks_before(
-    spec: Sweep, store: Store, algo: str, level: int, tracks: Sequence[Track]
-) -> Tensor:
-    """The masks ``[P, N]`` that some tracks trained with at the level before."""
-    return cell_population(spec, store, algo, level - 1, tracks)[0].parameters.mask
-
-
-def _place(spec: Sweep, algo: str, track: Track, level: int) -> tuple[Unit, int]:
-    """The unit of a cell, and its place in it."""
-    if level == 0:
-        track = Track(track.seed, "dense", "shared")
-    chunk, index = spec.place(track, level)
-    return Unit(algo, level, chunk), index
-
-
 def train_population(
     spec: Sweep,
     algo: str,
@@ -511,89 +426,6 @@ def train_population(
     return find_algorithm(algo).train(
         settings, spec.ppo, spec.env, population, key, demonstrations, schedule
     )
-
-
-def cell_population(
-    spec: Sweep,
-    store: Store,
-    algo: str,
-    level: int,
-    tracks: Sequence[Track],
-    device: torch.device | str = "cpu",
-) -> tuple[Population, Tensor]:
-    """The population some cells start training with, and its random keys ``[P]``.
-
-    They are the same bit for bit on every device: initial values are drawn on the host.
-    """
-    arena = spec.arena(algo)
-    keys = [spec.key(algo, track, level) for track in tracks]
-    key = torch.tensor(keys, dtype=torch.int64, device=device)
-    if level == 0 or spec.during != "none":
-        initial_key = _initial_keys(spec, tracks)
-        dense = dense_population(arena, initial_key, spec.init, spec.log_std)
-        return dense.to(device), key
-    previous = _parents(spec, store, algo, level, tracks)
-    trained = Trained(
-        torch.stack([ticket.final[: arena.prunable] for ticket in previous]).to(device),
-        torch.stack([ticket.mask for ticket in previous]).to(device),
-    )
-    rewind_point = _rewind_point(spec, store, algo, tracks)
-    population = next_population(
-        arena,
-        [track.condition for track in tracks],
-        trained,
-        Parameters(*(rows.to(device) for rows in rewind_point)),
-        key,
-        kept=spec.kept(algo, level),
-        density=spec.density(level),
-        criterion=spec.criterion,
-        scheme=spec.init,
-    )
-    return population, key
-
-
-def _initial_keys(spec: Sweep, tracks: Sequence[Track]) -> Tensor:
-    keys = [spec.initial_key(track.seed) for track in tracks]
-    return torch.tensor(keys, dtype=torch.int64, device="cpu")
-
-
-def _finished(
-    spec: Sweep, store: Store, algo: str, cells: Sequence[tuple[Track, int]]
-) -> list[Ticket]:
-    """The tickets of finished (track, level) cells."""
-    units: dict[Unit, list[Ticket]] = {}
-    tickets = []
-    for track, level in cells:
-        unit, index = _place(spec, algo, track, level)
-        if unit not in units:
-            units[unit] = store.read_tickets(unit)
-        tickets.append(units[unit][index])
-    return tickets
-
-
-def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track]) -> Parameters:
-    """What level 0 of each track's seed is rewound to."""
-    if spec.rewind_step == 0:
-        tickets = _finished(spec, store, algo, [(track, 0) for track in tracks])
-        weight = torch.stack([ticket.initial for ticket in tickets])
-        zeros = torch.zeros_like(weight)
-        mask = torch.stack([ticket.mask for ticket in tickets])
-        step = torch.zeros(len(tracks), dtype=torch.int64, device="cpu")
-        return Parameters(weight, mask, zeros, zeros.clone(), step)
-    units: dict[Unit, dict[str, Tensor]] = {}
-    rows = []
-    for track in tracks:
-        chunk, index = divmod(track.seed, spec.chunk)
-        unit = Unit(algo, 0, chunk)
-        if unit not in units:
-            stored = store.read_rewind(unit)
-            if stored is None:
-                raise StoreError(
-                    f"{store.path} lacks what {unit.name} is rewound to: run the sweep again"
-                )
-            units[unit] = stored
-        rows.append(Parameters(**{name: value[index] for name, value in units[unit].items()}))
-    return Parameters(*(torch.stack(values) for values in zip(*rows, strict=True)))
 
 
 def _joined(parts: Sequence[Parameters]) -> Parameters:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
+from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.experts import EXPERTS
-from sparse_tickets.sweep.run import units_before
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Unit
 

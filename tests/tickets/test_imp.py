@@ -434,7 +434,8 @@ def test_training_resumes_at_the_rewind_step(chain):
 
 def test_the_schedule_goes_on_where_it_was(chain, monkeypatch):
     from sparse_tickets.algos import ppo
-    from sparse_tickets.sweep.run import cell_population, train_population
+    from sparse_tickets.sweep.cells import cell_population
+    from sparse_tickets.sweep.run import train_population
 
     spec, store, _ = chain
     track = spec.tracks(1)[0]

@@ -12,11 +12,12 @@ from benchmarks.scheduling import Trainer, simulate, spec_of
 from sparse_tickets import run_sweep
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.cli import main
+from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.engines import run_study
 from sparse_tickets.sweep.experts import EXPERTS
 from sparse_tickets.sweep.plugins import load_plugins
 from sparse_tickets.sweep.progress import total_steps
-from sparse_tickets.sweep.run import run, units_before
+from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.schedule import Schedule
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, Unit
