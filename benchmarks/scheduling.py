@@ -31,8 +31,9 @@ from sparse_tickets.sweep.experts import DEMONSTRATIONS, EXPERTS
 from sparse_tickets.sweep.integrity import Manifest
 from sparse_tickets.sweep.rows import COLUMNS, to_parquet
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import MANIFEST, ROWS, TICKETS, Store, Unit, load_results, spec_hash
+from sparse_tickets.sweep.store import Store, load_results, spec_hash
 from sparse_tickets.sweep.tensors import checksum, dump_tensors
+from sparse_tickets.sweep.unit import MANIFEST, ROWS, TICKETS, Unit
 from sparse_tickets.ticket import ROWS as WEIGHTS
 from sparse_tickets.ticket import Ticket, dump_tickets
 

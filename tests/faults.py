@@ -34,7 +34,8 @@ from sparse_tickets.sweep.data import checksum, read_data, write_data
 from sparse_tickets.sweep.rows import COLUMNS
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
-from sparse_tickets.sweep.store import DATA, Store, Unit, load_results
+from sparse_tickets.sweep.store import Store, load_results
+from sparse_tickets.sweep.unit import DATA, Unit
 from sparse_tickets.ticket import ROWS, Ticket
 
 SPEC = Sweep(

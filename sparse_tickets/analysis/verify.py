@@ -32,7 +32,8 @@ from sparse_tickets.sweep.cells import cell_population
 from sparse_tickets.sweep.experts import stored_demonstrations
 from sparse_tickets.sweep.run import train_population
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import Store, Unit
+from sparse_tickets.sweep.store import Store
+from sparse_tickets.sweep.unit import Unit
 from sparse_tickets.ticket import Ticket
 
 __all__ = ["verify"]

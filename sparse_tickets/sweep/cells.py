@@ -12,7 +12,8 @@ from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.population import Population
 from sparse_tickets.prune import has_scores
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import Store, StoreError, Unit
+from sparse_tickets.sweep.store import Store, StoreError
+from sparse_tickets.sweep.unit import Unit
 from sparse_tickets.ticket import Ticket
 
 __all__ = [

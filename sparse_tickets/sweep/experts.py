@@ -17,7 +17,8 @@ from sparse_tickets.files import StoreError, leftovers, remove_leftovers
 from sparse_tickets.sweep.data import checksum, data_file, read_data, write_data
 from sparse_tickets.sweep.memory import memory_explained
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import DATA, Store, Unit
+from sparse_tickets.sweep.store import Store
+from sparse_tickets.sweep.unit import DATA, Unit
 
 __all__ = [
     "DEMONSTRATIONS",

@@ -32,8 +32,9 @@ from sparse_tickets.sweep.run import Progress, Runner, begin, find_device
 from sparse_tickets.sweep.schedule import Schedule
 from sparse_tickets.sweep.shown import Shown
 from sparse_tickets.sweep.spec import Sweep
-from sparse_tickets.sweep.store import DATA, ROWS, Store, Unit
+from sparse_tickets.sweep.store import Store
 from sparse_tickets.sweep.tensors import checksum, parse_tensors
+from sparse_tickets.sweep.unit import DATA, ROWS, Unit
 from sparse_tickets.tracking import Tracker
 
 __all__ = ["run"]

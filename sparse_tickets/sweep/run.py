@@ -34,7 +34,8 @@ from sparse_tickets.sweep.memory import free_memory, is_out_of_memory, memory_ex
 from sparse_tickets.sweep.rows import COLUMNS
 from sparse_tickets.sweep.shown import Shown
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import Store, Unit
+from sparse_tickets.sweep.store import Store
+from sparse_tickets.sweep.unit import Unit
 from sparse_tickets.ticket import Ticket
 from sparse_tickets.tracking import Tracker
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.experts import EXPERTS
 from sparse_tickets.sweep.spec import Sweep
-from sparse_tickets.sweep.store import Unit
+from sparse_tickets.sweep.unit import Unit
 
 __all__ = ["Schedule"]
 

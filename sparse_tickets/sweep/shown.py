@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_tickets.algos.evaluation import due
 from sparse_tickets.sweep.spec import Sweep, Track
-from sparse_tickets.sweep.store import Unit
+from sparse_tickets.sweep.unit import Unit
 from sparse_tickets.tracking import Tracker
 
 __all__ = ["Shown"]

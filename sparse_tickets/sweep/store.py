@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,61 +41,20 @@ from sparse_tickets.sweep.integrity import (
     report_damage,
     set_aside,
 )
+from sparse_tickets.sweep.overwrite import discard, refuse_strangers
 from sparse_tickets.sweep.rows import COLUMNS, SORTED_BY, from_parquet, to_parquet
 from sparse_tickets.sweep.tensors import dump_tensors, parse_tensors
+from sparse_tickets.sweep.unit import MANIFEST, REWIND, ROWS, TICKETS, UNIT, Unit
 from sparse_tickets.ticket import Ticket, dump_tickets, load_tickets
 
 if TYPE_CHECKING:
     import polars
     from torch import Tensor
 
-__all__ = ["COLUMNS", "DATA", "Store", "StoreError", "Unit", "load_results", "spec_hash"]
+__all__ = ["COLUMNS", "Store", "StoreError", "load_results", "spec_hash"]
 
-DATA = ("experts", "demonstrations")
-"""Names of the data sets in data/."""
-
-ROWS, TICKETS, REWIND = "rows.parquet", "tickets.safetensors", "rewind.safetensors"
-MANIFEST = "manifest.json"
 # Earlier versions kept a unit's files side by side: NAME.json, NAME.parquet, NAME.safetensors.
 _EARLIER = {MANIFEST: "json", ROWS: "parquet", TICKETS: "safetensors"}
-
-_ALGO = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
-_UNIT = rf"({_ALGO})-level-([0-9]{{2,9}})-chunk-([0-9]{{2,9}})"
-_DAMAGED = r"(\.damaged(-[0-9]+)?)?"
-# All that a run ever writes in its two folders.
-_OWN = {
-    "units": re.compile(
-        rf"{_UNIT}(\.(json|parquet|safetensors))?{_DAMAGED}|{_UNIT}\.lock(~[0-9a-f]{{16}})?"
-        rf"|\.{_ALGO}~[0-9a-f]+\.tmp"
-    ),
-    "data": re.compile(
-        rf"({'|'.join(DATA)}|{_UNIT}-rewind)\.safetensors{_DAMAGED}|\.{_ALGO}~[0-9a-f]+\.tmp"
-    ),
-}
-
-
-@dataclass(frozen=True, order=True)
-class Unit:
-    """What is computed and stored at once: some tracks of one algorithm at one level.
-
-    Raises:
-        ValueError: an algo that cannot be a file name, or a negative level or chunk.
-    """
-
-    algo: str
-    level: int
-    chunk: int
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(_ALGO, self.algo):
-            raise ValueError(f"algo must be letters, digits and _.+-, got {self.algo!r}")
-        if self.level < 0 or self.chunk < 0:
-            raise ValueError(f"level and chunk must be >= 0, got {self.level} and {self.chunk}")
-
-    @property
-    def name(self) -> str:
-        """Name of the unit's folder."""
-        return f"{self.algo}-level-{self.level:02d}-chunk-{self.chunk:02d}"
 
 
 class Store:
@@ -154,9 +112,9 @@ class Store:
             with _alone(folder / "spec.lock"):
                 remove_leftovers(leftovers(folder).get(file.name, ()))
                 if not os.path.lexists(file):
-                    _refuse_strangers(folder)
+                    refuse_strangers(folder)
                 elif overwrite:
-                    _discard(folder)
+                    discard(folder)
                 if overwrite or not file.exists():
                     write_spec(file, spec, tuple(COLUMNS))
         store = Store(folder)
@@ -176,7 +134,7 @@ class Store:
         """Units that are there, in order; `has` tells whether their files are intact."""
         found = set()
         for entry in os.scandir(self._units) if self._units.exists() else ():
-            match = re.fullmatch(_UNIT, entry.name.removesuffix(".json"))
+            match = re.fullmatch(UNIT, entry.name.removesuffix(".json"))
             if match:
                 unit = Unit(match[1], int(match[2]), int(match[3]))
                 if unit.name == match[0]:
@@ -528,60 +486,3 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
     finally:
         claim.release()
-
-
-def _refuse_strangers(folder: Path) -> None:
-    if any(child for sub in _OWN for child in (folder / sub).iterdir()):
-        raise StoreError(
-            f"{folder} has files in units/ or data/ but no spec.json, so they are not known to be "
-            "a run's: choose another --out, or restore or move them"
-        )
-
-
-def _discard(folder: Path) -> None:
-    """Delete a run's results and data; the spec stays to be replaced.
-
-    Only names that a run gives are deleted, and nothing beyond a link.
-    """
-    spec = folder / "spec.json"
-    try:
-        known = b'"spec_hash"' in read_regular(spec)
-    except Damaged:
-        known = False
-    own = [
-        entry
-        for sub, names in _OWN.items()
-        for entry in (folder / sub).iterdir()
-        if names.fullmatch(entry.name)
-    ]
-    # What else could have written such names? A spec.json may be damaged beyond recognition.
-    if not known and not own:
-        raise StoreError(f"{spec} is not a run's: nothing was overwritten. Choose another --out")
-    for sub in _OWN:
-        if (folder / sub).is_symlink():
-            raise StoreError(
-                f"{folder / sub} is a link, and what it leads to is not --overwrite's to delete: "
-                "remove the link, or choose another --out"
-            )
-    for lock in (folder / "units").glob("*.lock"):
-        owner, claim = locks.owner(lock), locks.acquire(lock)
-        if claim is None:
-            raise StoreError(
-                f"{owner} is working in {folder}: stop it before --overwrite "
-                f"(if it is gone, delete {lock})"
-            )
-        claim.release()
-    for entry in own:
-        _delete(entry)
-
-
-def _delete(entry: Path) -> None:
-    """Delete a file, a link, or a unit's folder without what is not the unit's."""
-    if entry.is_symlink() or not entry.is_dir():
-        entry.unlink(missing_ok=True)
-        return
-    for name in (MANIFEST, ROWS, TICKETS, REWIND):
-        if os.path.lexists(entry / name):
-            _delete(entry / name)
-    if not any(entry.iterdir()):
-        entry.rmdir()

@@ -23,7 +23,8 @@ from sparse_tickets.sweep.data import checksum, read_data
 from sparse_tickets.sweep.integrity import canonical, sha256
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
-from sparse_tickets.sweep.store import DATA, Store, load_results
+from sparse_tickets.sweep.store import Store, load_results
+from sparse_tickets.sweep.unit import DATA
 
 SPEC = Sweep(
     conditions=("mask/weights", "random/re-init"),

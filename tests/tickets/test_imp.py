@@ -414,7 +414,7 @@ def test_each_track_prunes_its_own_final_weights(chain):
 
 def test_training_resumes_at_the_rewind_step(chain):
     spec, store, tickets = chain
-    from sparse_tickets.sweep.store import Unit
+    from sparse_tickets.sweep.unit import Unit
 
     stored = store.read_rewind(Unit("ppo", 0, 0))
     assert (stored["step"] == 2 * 4 * 4).all()  # 2 iterations of 4 epochs of 4 minibatches

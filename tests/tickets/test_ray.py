@@ -14,7 +14,8 @@ from sparse_tickets import run_sweep
 from sparse_tickets.sweep.engines import run_study
 from sparse_tickets.sweep.progress import total_steps
 from sparse_tickets.sweep.run import run
-from sparse_tickets.sweep.store import Store, StoreError, Unit
+from sparse_tickets.sweep.store import Store, StoreError
+from sparse_tickets.sweep.unit import Unit
 
 ray = pytest.importorskip("ray")
 

@@ -20,7 +20,8 @@ from sparse_tickets.sweep.progress import total_steps
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.schedule import Schedule
 from sparse_tickets.sweep.spec import Sweep
-from sparse_tickets.sweep.store import Store, Unit
+from sparse_tickets.sweep.store import Store
+from sparse_tickets.sweep.unit import Unit
 
 CHAINS = Sweep(seeds=3, levels=4, chunk=1, conditions=("mask/weights", "random/re-init"))
 

@@ -15,7 +15,8 @@ from sparse_tickets.files import StoreError
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.sweep import locks
 from sparse_tickets.sweep.integrity import sha256
-from sparse_tickets.sweep.store import COLUMNS, Store, Unit, load_results, spec_hash
+from sparse_tickets.sweep.store import COLUMNS, Store, load_results, spec_hash
+from sparse_tickets.sweep.unit import Unit
 from sparse_tickets.ticket import ROWS, Ticket
 
 SPEC = {"env": "CartPole-v1", "levels": 3, "ppo": {"lr": 2.5e-4, "sizes": (64, 64)}}

@@ -31,7 +31,8 @@ from sparse_tickets.sweep.progress import total_steps
 from sparse_tickets.sweep.rows import COLUMNS, OPTIONAL
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
-from sparse_tickets.sweep.store import Store, Unit, load_results
+from sparse_tickets.sweep.store import Store, load_results
+from sparse_tickets.sweep.unit import Unit
 
 SPEC = Sweep(
     conditions=("mask/weights", "mask/permuted", "random/re-init"),

@@ -17,7 +17,8 @@ from sparse_tickets.envs.registry import _registry
 from sparse_tickets.sweep.data import read_data, write_data
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
-from sparse_tickets.sweep.store import Store, StoreError, Unit, load_results
+from sparse_tickets.sweep.store import Store, StoreError, load_results
+from sparse_tickets.sweep.unit import Unit
 
 SPEC = Sweep(
     conditions=("mask/weights", "permuted/permuted"),
