@@ -8,6 +8,8 @@ memory is gone; it gives the same, so that the table does not depend on where an
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +105,11 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, include_dashboard=False if address is None else None)
+    # Ray takes the signal over, and would end the process at once.
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
