@@ -50,6 +50,7 @@ LAYERS = (
     ("imp",),
     ("sweep",),
     ("analysis", "bench", "ceilings", "inspect"),
+    ("commands",),
     ("cli",),
 )
 KERNEL_LIBRARIES = {"torch", "triton", "numba", "llvmlite", "numpy"}
@@ -60,7 +61,7 @@ CONFINED = {
     "pyarrow": ("sparse_tickets.sweep.rows",),
     "gymnasium": ("sparse_tickets.envs", "sparse_tickets.integrations.minari"),
     "minari": ("sparse_tickets.integrations.minari",),
-    "tyro": ("sparse_tickets.cli",),
+    "tyro": ("sparse_tickets.cli", "sparse_tickets.commands"),
     "triton": ("sparse_tickets.kernels",),
     "stable_baselines3": ("sparse_tickets.integrations.sb3",),
     "tensorboard": (),
