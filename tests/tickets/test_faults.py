@@ -36,6 +36,17 @@ def short_lease(monkeypatch):
         monkeypatch.setattr(module, "POLL_S", 0.02)
 
 
+@pytest.fixture
+def bare_disk(monkeypatch):
+    """Neither hard links nor locks of the kernel, as some network disks have it."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+
+
 def inflict(*what):
     """Faults in processes that another one forks; how many."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
@@ -92,6 +103,17 @@ def interrupt_everywhere(job, folder, step):
 
 def test_interrupted_at_writes_of_a_unit(tmp_path):
     assert interrupt_everywhere(faults.JOBS["units"], tmp_path, 2) > 30
+
+
+@pytest.mark.usefixtures("short_lease", "bare_disk")
+def test_interrupted_on_a_bare_disk(tmp_path):
+    assert interrupt_everywhere(faults.JOBS["units"], tmp_path, 3) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_lease", "bare_disk")
+def test_interrupted_at_every_write_to_a_bare_disk(tmp_path):
+    assert interrupt_everywhere(faults.JOBS["sweep"], tmp_path, 1) > 150
 
 
 @pytest.mark.slow
