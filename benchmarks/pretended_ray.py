@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-__all__ = ["PretendedRay"]
+__all__ = ["Lost", "PretendedRay"]
 
 
 class TaskError(Exception):
@@ -23,7 +23,7 @@ class TaskError(Exception):
 
 
 class Lost(Exception):
-    """Nothing here loses tasks."""
+    """A task is gone with its process, machine or memory more often than it may be repeated."""
 
 
 class PretendedRay:
@@ -107,6 +107,8 @@ class PretendedRay:
                 task = self._running.pop(number)
                 try:
                     self._done[number] = task()
+                except Lost as error:
+                    self._done[number] = error
                 except Exception as error:
                     self._done[number] = TaskError(error)
         done = [number for number in references if number in self._done][:num_returns]
@@ -116,7 +118,7 @@ class PretendedRay:
         if isinstance(reference, SimpleNamespace):
             return reference.value
         result = self._done.pop(reference)
-        if isinstance(result, TaskError):
+        if isinstance(result, TaskError | Lost):
             raise result
         return result
 

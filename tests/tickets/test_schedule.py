@@ -7,11 +7,12 @@ from dataclasses import replace
 import faults
 import pytest
 
-from benchmarks.pretended_ray import PretendedRay
+from benchmarks.pretended_ray import Lost, PretendedRay
 from benchmarks.scheduling import Trainer, simulate, spec_of
 from sparse_tickets import run_sweep
 from sparse_tickets.algos.bc import ExpertError
 from sparse_tickets.cli import main
+from sparse_tickets.files import StoreError
 from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.engines import run_study
 from sparse_tickets.sweep.experts import EXPERTS
@@ -147,6 +148,16 @@ def test_a_cluster_without_gpus_is_pointed_out(tmp_path):
         pytest.raises(KeyboardInterrupt),
     ):
         run_sweep(faults.SPEC, tmp_path, engine="ray", gpus_per_chunk=0.5, on_progress=interrupt)
+    assert not list((tmp_path / "units").iterdir())
+
+
+def test_a_unit_that_is_lost_too_often_is_named(tmp_path):
+    def lose(*given):
+        raise Lost("the machine is gone")
+
+    said = r"ppo-level-00-chunk-00 was lost 11 times with its process or machine. Finished units"
+    with PretendedRay(cpus=1, train=lose).installed(), pytest.raises(StoreError, match=said):
+        run_sweep(replace(faults.SPEC, algos=("ppo",)), tmp_path, engine="ray")
     assert not list((tmp_path / "units").iterdir())
 
 
