@@ -1,8 +1,8 @@
 """The built-in tasks in Numba: scalars on one copy's state, to inline into a fused rollout.
 
 `task_reset`, `task_step` and `task_observe` work in place on 1-D slices and branch on an integer
-task id; the batched ops below call them once per copy. Same equations as `reference`, operation
-by operation, in float64. Every copy is computed alone, so its bits depend on nothing beside it.
+task id; the batched ops below call them once per copy. The `equations` are everybody's, the maze's
+tables those of `maze`. Every copy is computed alone, so its bits depend on nothing beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..compiling import njit
 from ..threads import count_threads, share
 from . import maze
+from .equations import bind
 from .reference import ACROBOT, CARTPOLE, MAZE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = ["initial", "observe", "step", "task_observe", "task_reset", "task_step"]
@@ -34,8 +35,6 @@ _STEP_COST = np.float32(-maze.STEP_COST)
 _WALL, _GOAL, _PATROL, _STARTS, _START_COUNT, _MOVES = (
     table.numpy() for table in maze.tables(torch.device("cpu"))
 )
-_ANGLE_LIMIT = 12 * 2 * math.pi / 360
-_TURN = 2 * math.pi
 _COPIES_PER_CHUNK = 256
 # Work per copy, in the units of `count_threads`.
 _WORK = 1024
@@ -55,92 +54,46 @@ def task_reset(task_id, u, state):
         state[i] = _RESET_LOW[task_id, i] + _RESET_SPAN[task_id, i] * np.float64(u[i])
 
 
-@njit(cache=True, forceinline=True)
+@njit(forceinline=True)
 def _clamp(x, low, high):
     return min(max(x, low), high)
 
 
-@njit(cache=True)
-def _cartpole_step(state, action):
-    x, x_dot, theta, theta_dot = state[0], state[1], state[2], state[3]
-    force = 10.0 if action == 1.0 else -10.0
-    cos, sin = math.cos(theta), math.sin(theta)
-    push = (force + 0.05 * (theta_dot * theta_dot) * sin) / 1.1
-    theta_acc = (9.8 * sin - cos * push) / (0.5 * (4.0 / 3.0 - 0.1 * (cos * cos) / 1.1))
-    x_acc = push - 0.05 * theta_acc * cos / 1.1
-    state[0] = x + 0.02 * x_dot
-    state[1] = x_dot + 0.02 * x_acc
-    state[2] = theta + 0.02 * theta_dot
-    state[3] = theta_dot + 0.02 * theta_acc
-    terminated = abs(state[0]) > 2.4 or abs(state[2]) > _ANGLE_LIMIT
-    return np.float32(1.0), terminated
+@njit(forceinline=True)
+def _where(condition, one, other):
+    return one if condition else other
 
 
-@njit(cache=True)
-def _acrobot_accelerations(theta1, theta2, rate1, rate2, torque):
-    cos2, sin2 = math.cos(theta2), math.sin(theta2)
-    d1 = 0.25 + (1.25 + cos2) + 2.0
-    d2 = (0.25 + 0.5 * cos2) + 1.0
-    phi2 = 0.5 * 9.8 * math.cos(theta1 + theta2 - math.pi / 2)
-    phi1 = (
-        -0.5 * (rate2 * rate2) * sin2
-        - rate2 * rate1 * sin2
-        + 1.5 * 9.8 * math.cos(theta1 - math.pi / 2)
-        + phi2
-    )
-    acc2 = (torque + d2 / d1 * phi1 - 0.5 * (rate1 * rate1) * sin2 - phi2) / (1.25 - d2 * d2 / d1)
-    return -(d2 * acc2 + phi1) / d1, acc2
+@njit(forceinline=True)
+def _remainder(x, y):
+    return x % y
 
 
-@njit(cache=True, forceinline=True)
-def _wrap(angle):
-    above = max(math.ceil((angle - math.pi) / _TURN), 0.0)
-    below = min(math.floor((angle + math.pi) / _TURN), 0.0)
-    return angle - (above + below) * _TURN
+@njit(forceinline=True)
+def _exact(value):
+    return value
 
 
-@njit(cache=True)
-def _acrobot_step(state, action):
-    torque = action - 1.0
-    a, b, c, d = state[0], state[1], state[2], state[3]
-    c1, d1 = _acrobot_accelerations(a, b, c, d, torque)
-    a2, b2 = c + 0.1 * c1, d + 0.1 * d1
-    c2, d2 = _acrobot_accelerations(a + 0.1 * c, b + 0.1 * d, a2, b2, torque)
-    a3, b3 = c + 0.1 * c2, d + 0.1 * d2
-    c3, d3 = _acrobot_accelerations(a + 0.1 * a2, b + 0.1 * b2, a3, b3, torque)
-    a4, b4 = c + 0.2 * c3, d + 0.2 * d3
-    c4, d4 = _acrobot_accelerations(a + 0.2 * a3, b + 0.2 * b3, a4, b4, torque)
-    sixth = 0.2 / 6.0
-    state[0] = _wrap(a + sixth * (c + 2.0 * a2 + 2.0 * a3 + a4))
-    state[1] = _wrap(b + sixth * (d + 2.0 * b2 + 2.0 * b3 + b4))
-    state[2] = _clamp(c + sixth * (c1 + 2.0 * c2 + 2.0 * c3 + c4), -4 * math.pi, 4 * math.pi)
-    state[3] = _clamp(d + sixth * (d1 + 2.0 * d2 + 2.0 * d3 + d4), -9 * math.pi, 9 * math.pi)
-    terminated = -math.cos(state[0]) - math.cos(state[1] + state[0]) > 1.0
-    return np.float32(0.0) if terminated else np.float32(-1.0), terminated
-
-
-@njit(cache=True)
-def _mountain_car_step(state, action):
-    velocity = state[1] + ((action - 1.0) * 0.001 + math.cos(3.0 * state[0]) * -0.0025)
-    velocity = _clamp(velocity, -0.07, 0.07)
-    position = _clamp(state[0] + velocity, -1.2, 0.6)
-    if position == -1.2 and velocity < 0.0:
-        velocity = 0.0
-    state[0] = position
-    state[1] = velocity
-    return np.float32(-1.0), position >= 0.5 and velocity >= 0.0
-
-
-@njit(cache=True)
-def _pendulum_step(state, action):
-    theta, theta_dot = state[0], state[1]
-    torque = _clamp(action, -2.0, 2.0)
-    angle = (theta + math.pi) % _TURN - math.pi
-    cost = angle * angle + 0.1 * (theta_dot * theta_dot) + 0.001 * (torque * torque)
-    theta_dot = _clamp(theta_dot + (15.0 * math.sin(theta) + 3.0 * torque) * 0.05, -8.0, 8.0)
-    state[0] = theta + theta_dot * 0.05
-    state[1] = theta_dot
-    return np.float32(-cost), False
+# Inlined before LLVM sees them, as whole tuples would pass through memory otherwise; so only their
+# callers need be kept on disk. No fastmath, which would round otherwise than the others.
+(
+    (_cartpole_step, _cartpole_features),
+    (_acrobot_step, _acrobot_features),
+    (_car_step, _car_features),
+    (_pendulum_step, _pendulum_features),
+) = bind(
+    njit(forceinline=True),
+    float,
+    __name__=__name__,
+    ceil=np.ceil,
+    clamp=_clamp,
+    cos=math.cos,
+    exact=_exact,
+    floor=np.floor,
+    remainder=_remainder,
+    sin=math.sin,
+    where=_where,
+)
 
 
 @njit(cache=True)
@@ -173,6 +126,21 @@ def _maze_step(state, action):
 
 
 @njit(cache=True)
+def _maze_observe(state, out):
+    if not _maze_knows(state):
+        out[:] = np.float32(math.nan)
+        return
+    layout = int(state[0])
+    for cell in range(_CELLS):
+        out[cell] = np.float32(_WALL[layout, cell])
+        for channel in range(1, 4):
+            out[channel * _CELLS + cell] = np.float32(0.0)
+    out[_CELLS + int(state[1])] = np.float32(1.0)
+    out[2 * _CELLS + _GOAL[layout]] = np.float32(1.0)
+    out[3 * _CELLS + _PATROL[layout, int(state[2])]] = np.float32(1.0)
+
+
+@njit(cache=True)
 def task_step(task_id, state, action):
     """Advance ``state [S]`` in place by one step.
 
@@ -184,48 +152,41 @@ def task_step(task_id, state, action):
     Returns:
         ``(reward float32, terminated bool)``.
     """
-    if task_id == _CARTPOLE:
-        return _cartpole_step(state, action)
-    if task_id == _ACROBOT:
-        return _acrobot_step(state, action)
-    if task_id == _MOUNTAIN_CAR:
-        return _mountain_car_step(state, action)
     if task_id == _MAZE:
         return _maze_step(state, action)
-    return _pendulum_step(state, action)
+    s0, s1 = state[0], state[1]
+    if task_id in (_CARTPOLE, _ACROBOT):
+        s2, s3 = state[2], state[3]
+        if task_id == _CARTPOLE:
+            s0, s1, s2, s3, reward, terminated = _cartpole_step(s0, s1, s2, s3, action)
+        else:
+            s0, s1, s2, s3, reward, terminated = _acrobot_step(s0, s1, s2, s3, action)
+        state[2], state[3] = s2, s3
+    elif task_id == _MOUNTAIN_CAR:
+        s0, s1, reward, terminated = _car_step(s0, s1, action)
+    else:
+        s0, s1, reward, terminated = _pendulum_step(s0, s1, action)
+    state[0], state[1] = s0, s1
+    return np.float32(reward), terminated
 
 
 @njit(cache=True)
 def task_observe(task_id, state, out):
     """Write the observation of ``state [S]`` to ``out [D]`` float32."""
+    if task_id == _MAZE:
+        _maze_observe(state, out)
+        return
+    s0, s1 = state[0], state[1]
     if task_id == _CARTPOLE:
-        for i in range(4):
-            out[i] = np.float32(state[i])
+        out[0], out[1], out[2], out[3] = _cartpole_features(s0, s1, state[2], state[3])
     elif task_id == _ACROBOT:
-        out[0] = np.float32(math.cos(state[0]))
-        out[1] = np.float32(math.sin(state[0]))
-        out[2] = np.float32(math.cos(state[1]))
-        out[3] = np.float32(math.sin(state[1]))
-        out[4] = np.float32(state[2])
-        out[5] = np.float32(state[3])
+        out[0], out[1], out[2], out[3], out[4], out[5] = _acrobot_features(
+            s0, s1, state[2], state[3]
+        )
     elif task_id == _MOUNTAIN_CAR:
-        out[0] = np.float32(state[0])
-        out[1] = np.float32(state[1])
-    elif task_id == _MAZE and not _maze_knows(state):
-        out[:] = np.float32(math.nan)
-    elif task_id == _MAZE:
-        layout = int(state[0])
-        for cell in range(_CELLS):
-            out[cell] = np.float32(_WALL[layout, cell])
-            for channel in range(1, 4):
-                out[channel * _CELLS + cell] = np.float32(0.0)
-        out[_CELLS + int(state[1])] = np.float32(1.0)
-        out[2 * _CELLS + _GOAL[layout]] = np.float32(1.0)
-        out[3 * _CELLS + _PATROL[layout, int(state[2])]] = np.float32(1.0)
+        out[0], out[1] = _car_features(s0, s1)
     else:
-        out[0] = np.float32(math.cos(state[0]))
-        out[1] = np.float32(math.sin(state[0]))
-        out[2] = np.float32(state[1])
+        out[0], out[1], out[2] = _pendulum_features(s0, s1)
 
 
 @njit(cache=True)

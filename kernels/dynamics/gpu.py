@@ -1,9 +1,9 @@
 """The built-in tasks in Triton: equations on scalars or blocks, to inline into a fused rollout.
 
 `task_initial`, `task_step` and `task_observe` take a copy's state as four float64 values (a task
-with two ignores the others) and branch on `Task.id` while compiling. Same equations as `reference`,
-operation by operation: in a kernel that does not fuse a product and a sum into one rounding, they
-differ from it only where two libraries' sines and cosines do.
+with two ignores the others) and branch on `Task.id` while compiling. The `equations` are
+everybody's: in a kernel that does not fuse a product and a sum into one rounding, results differ
+from the reference's only where two libraries' sines and cosines do.
 
 The ops below run a lane per copy. A step moves 16 S + 13 bytes and takes 30 to 500 float64
 operations, of which most are inside sines and cosines.
@@ -11,7 +11,6 @@ operations, of which most are inside sines and cosines.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from ..examples import Example, meta
 from ..jit import jit_kernel
 from . import maze
+from .equations import bind
 from .reference import ACROBOT, CARTPOLE, MAZE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = [
@@ -44,9 +44,6 @@ _CARTPOLE = tl.constexpr(CARTPOLE.id)
 _ACROBOT = tl.constexpr(ACROBOT.id)
 _MOUNTAIN_CAR = tl.constexpr(MOUNTAIN_CAR.id)
 _MAZE = tl.constexpr(MAZE.id)
-_PI = tl.constexpr(math.pi)
-_TURN = tl.constexpr(2 * math.pi)
-_ANGLE_LIMIT = tl.constexpr(12 * 2 * math.pi / 360)
 _LOW = tl.constexpr({task.id: task.reset_low for task in TASKS.values()})
 _HIGH = tl.constexpr({task.id: task.reset_high for task in TASKS.values()})
 
@@ -154,86 +151,62 @@ def _clamp(x, low: tl.constexpr, high: tl.constexpr):
 
 
 @triton.jit
-def _cartpole_step(x, x_dot, theta, theta_dot, action):
-    force = tl.where(action == 1.0, 10.0, -10.0).to(tl.float64)
-    cos, sin = tl.cos(theta), tl.sin(theta)
-    push = (force + 0.05 * (theta_dot * theta_dot) * sin) / 1.1
-    theta_acc = (9.8 * sin - cos * push) / (0.5 * (4.0 / 3.0 - 0.1 * (cos * cos) / 1.1))
-    x_acc = push - 0.05 * theta_acc * cos / 1.1
-    x, x_dot = x + 0.02 * x_dot, x_dot + 0.02 * x_acc
-    theta, theta_dot = theta + 0.02 * theta_dot, theta_dot + 0.02 * theta_acc
-    terminated = (tl.abs(x) > _exact(2.4)) | (tl.abs(theta) > _exact(_ANGLE_LIMIT))
-    reward = tl.where(terminated, 1.0, 1.0)
-    return x, x_dot, theta, theta_dot, reward, terminated
-
-
-@triton.jit
-def _acrobot_accelerations(theta1, theta2, rate1, rate2, torque):
-    cos2, sin2 = tl.cos(theta2), tl.sin(theta2)
-    d1 = 0.25 + (1.25 + cos2) + 2.0
-    d2 = (0.25 + 0.5 * cos2) + 1.0
-    phi2 = 0.5 * 9.8 * tl.cos(theta1 + theta2 - _PI / 2)
-    phi1 = (
-        -0.5 * (rate2 * rate2) * sin2
-        - rate2 * rate1 * sin2
-        + 1.5 * 9.8 * tl.cos(theta1 - _PI / 2)
-        + phi2
-    )
-    acc2 = (torque + d2 / d1 * phi1 - 0.5 * (rate1 * rate1) * sin2 - phi2) / (1.25 - d2 * d2 / d1)
-    return -(d2 * acc2 + phi1) / d1, acc2
-
-
-@triton.jit
-def _wrap(angle):
-    above = tl.ceil((angle - _PI) / _TURN)
-    below = tl.floor((angle + _PI) / _TURN)
-    turns = tl.where(above < 0.0, 0.0, above) + tl.where(below > 0.0, 0.0, below)
-    return angle - turns * _TURN
-
-
-@triton.jit
-def _acrobot_step(a, b, c, d, action):
-    torque = action - 1.0
-    c1, d1 = _acrobot_accelerations(a, b, c, d, torque)
-    a2, b2 = c + 0.1 * c1, d + 0.1 * d1
-    c2, d2 = _acrobot_accelerations(a + 0.1 * c, b + 0.1 * d, a2, b2, torque)
-    a3, b3 = c + 0.1 * c2, d + 0.1 * d2
-    c3, d3 = _acrobot_accelerations(a + 0.1 * a2, b + 0.1 * b2, a3, b3, torque)
-    a4, b4 = c + 0.2 * c3, d + 0.2 * d3
-    c4, d4 = _acrobot_accelerations(a + 0.2 * a3, b + 0.2 * b3, a4, b4, torque)
-    theta1 = _wrap(a + 0.2 / 6.0 * (c + 2.0 * a2 + 2.0 * a3 + a4))
-    theta2 = _wrap(b + 0.2 / 6.0 * (d + 2.0 * b2 + 2.0 * b3 + b4))
-    rate1 = _clamp(c + 0.2 / 6.0 * (c1 + 2.0 * c2 + 2.0 * c3 + c4), -4 * _PI, 4 * _PI)
-    rate2 = _clamp(d + 0.2 / 6.0 * (d1 + 2.0 * d2 + 2.0 * d3 + d4), -9 * _PI, 9 * _PI)
-    terminated = -tl.cos(theta1) - tl.cos(theta2 + theta1) > 1.0
-    return theta1, theta2, rate1, rate2, terminated.to(tl.float32) - 1.0, terminated
-
-
-@triton.jit
-def _mountain_car_step(position, velocity, action):
-    velocity = velocity + ((action - 1.0) * 0.001 + tl.cos(3.0 * position) * -0.0025)
-    velocity = _clamp(velocity, -0.07, 0.07)
-    position = _clamp(position + velocity, -1.2, 0.6)
-    velocity = tl.where((position == _exact(-1.2)) & (velocity < 0.0), 0.0, velocity)
-    terminated = (position >= 0.5) & (velocity >= 0.0)
-    return position, velocity, tl.where(terminated, -1.0, -1.0), terminated
-
-
-@triton.jit
-def _pendulum_step(theta, theta_dot, action):
-    torque = _clamp(action, -2.0, 2.0)
-    # torch.remainder(theta + pi, 2 pi): the fused remainder is exact, and below zero where theta
-    # was negative or its quotient was rounded up to a whole number.
-    raised = theta + _PI
-    quotient = raised / _TURN
+def _remainder(x, y: tl.constexpr):
+    # As torch's: the fused remainder is exact, and below zero where x was negative or its quotient
+    # was rounded up to a whole number.
+    quotient = x / y
     turns = tl.where(quotient < 0.0, tl.ceil(quotient), tl.floor(quotient))
-    rest = tl.fma(-turns, _exact(_TURN), raised)
-    angle = tl.where(rest < 0.0, rest + _TURN, rest) - _PI
-    cost = angle * angle + 0.1 * (theta_dot * theta_dot) + 0.001 * (torque * torque)
-    theta_dot = _clamp(theta_dot + (15.0 * tl.sin(theta) + 3.0 * torque) * 0.05, -8.0, 8.0)
-    theta = theta + theta_dot * 0.05
-    # No state ends an episode, not even NaN.
-    return theta, theta_dot, (-cost).to(tl.float32), theta < theta
+    rest = tl.fma(-turns, _exact(y), x)
+    return tl.where(rest < 0.0, rest + y, rest)
+
+
+# Triton's own functions are looked up in `tl` at every call: the interpreter puts others there.
+
+
+@triton.jit
+def _ceil(x):
+    return tl.ceil(x)
+
+
+@triton.jit
+def _cos(x):
+    return tl.cos(x)
+
+
+@triton.jit
+def _floor(x):
+    return tl.floor(x)
+
+
+@triton.jit
+def _sin(x):
+    return tl.sin(x)
+
+
+@triton.jit
+def _where(condition, one, other):
+    return tl.where(condition, one, other)
+
+
+(
+    (_cartpole_step, _cartpole_features),
+    (_acrobot_step, _acrobot_features),
+    (_car_step, _car_features),
+    (_pendulum_step, _pendulum_features),
+) = bind(
+    triton.jit,
+    tl.constexpr,
+    __name__=__name__,
+    ceil=_ceil,
+    clamp=_clamp,
+    cos=_cos,
+    exact=_exact,
+    floor=_floor,
+    remainder=_remainder,
+    sin=_sin,
+    tl=tl,
+    where=_where,
+)
 
 
 @triton.jit
@@ -260,12 +233,12 @@ def task_step(TASK: tl.constexpr, s0, s1, s2, s3, action):
     elif TASK == _ACROBOT:
         s0, s1, s2, s3, reward, terminated = _acrobot_step(s0, s1, s2, s3, action)
     elif TASK == _MOUNTAIN_CAR:
-        s0, s1, reward, terminated = _mountain_car_step(s0, s1, action)
+        s0, s1, reward, terminated = _car_step(s0, s1, action)
     elif TASK == _MAZE:
         s0, s1, s2, s3, reward, terminated = _maze_step(s0, s1, s2, action)
     else:
         s0, s1, reward, terminated = _pendulum_step(s0, s1, action)
-    return s0, s1, s2, s3, reward, terminated
+    return s0, s1, s2, s3, reward.to(tl.float32), terminated
 
 
 @triton.jit
@@ -277,16 +250,16 @@ def task_observe(TASK: tl.constexpr, s0, s1, s2, s3, feature):
     if TASK == _MAZE:
         return _maze_observe(s0, s1, s2, feature)
     if TASK == _ACROBOT:
-        f0, f1, f2, f3, f4, f5 = tl.cos(s0), tl.sin(s0), tl.cos(s1), tl.sin(s1), s2, s3
+        seen = _acrobot_features(s0, s1, s2, s3)
     elif TASK == _CARTPOLE:
-        f0, f1, f2, f3, f4, f5 = s0, s1, s2, s3, 0.0, 0.0
+        seen = _cartpole_features(s0, s1, s2, s3)
     elif TASK == _MOUNTAIN_CAR:
-        f0, f1, f2, f3, f4, f5 = s0, s1, 0.0, 0.0, 0.0, 0.0
+        seen = _car_features(s0, s1)
     else:
-        f0, f1, f2, f3, f4, f5 = tl.cos(s0), tl.sin(s0), s1, 0.0, 0.0, 0.0
-    value = tl.where(feature == 0, f0, tl.where(feature == 1, f1, 0.0))
-    value = tl.where(feature == 2, f2, tl.where(feature == 3, f3, value))
-    value = tl.where(feature == 4, f4, tl.where(feature == 5, f5, value))
+        seen = _pendulum_features(s0, s1)
+    value = tl.zeros_like(s0)
+    for i in tl.static_range(len(seen)):
+        value = tl.where(feature == i, seen[i], value)
     return value.to(tl.float32)
 
 

@@ -9,6 +9,9 @@ places), both end the episode; any other step costs 0.01, and the 50th is the la
 
 The state is (layout, agent's cell, enemy's phase, 0), cells counted row by row. The observation has
 four channels of 49 cells, one after the other: walls, agent, goal, enemy.
+
+A grid world reads tables, so unlike the `equations` of the other tasks this is written three times:
+in torch here, in `cpu` and in `gpu`.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ __all__ = [
     "TIME_LIMIT",
     "MazeLayout",
     "Tables",
+    "features",
     "initial",
-    "observe",
     "step",
     "tables",
 ]
@@ -137,20 +140,20 @@ def initial(u: Tensor) -> Tensor:
     return torch.stack([layout, table.starts[layout, index], phase, phase * 0], -1).double()
 
 
-def _known(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Which states there are, and ``state`` as int64 with the others at zero."""
-    numbers = zip(state.unbind(-1), (len(LAYOUTS), CELLS, PERIOD), strict=False)
-    inside = [(number >= 0) & (number < bound) for number, bound in numbers]
-    known = torch.stack(inside).all(0)
-    return known, torch.where(known[..., None], state, 0.0).long()
+def _known(*numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Which of these layouts, cells and phases there are; as int64, with the others at zero."""
+    bounds = zip(numbers, (len(LAYOUTS), CELLS, PERIOD), strict=True)
+    known = torch.stack([(number >= 0) & (number < bound) for number, bound in bounds]).all(0)
+    return known, [torch.where(known, number, 0.0).long() for number in numbers]
 
 
-def step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The agent moves, then the enemy; see `Task.step`. No state of the maze leads to NaN."""
-    table = tables(state.device)
-    known, whole = _known(state)
-    layout, agent, phase, _ = whole.unbind(-1)
-    down, right = table.moves[action].unbind(-1)
+def step(
+    layout: Tensor, agent: Tensor, phase: Tensor, unused: Tensor, action: Tensor
+) -> tuple[Tensor, ...]:
+    """The agent moves, then the enemy; see `Task.advance`. No state of the maze leads to NaN."""
+    table = tables(layout.device)
+    known, (layout, agent, phase) = _known(layout, agent, phase)
+    down, right = table.moves[action.long()].unbind(-1)
     row, column = agent // SIZE + down, agent % SIZE + right
     inside = (row >= 0) & (row < SIZE) & (column >= 0) & (column < SIZE)
     there = torch.where(inside, row * SIZE + column, agent)
@@ -160,18 +163,16 @@ def step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     reached = there == table.goal[layout]
     caught = (there == comes) | ((there == enemy) & (agent == comes))
     reward = torch.where(reached, 1.0, torch.where(caught, -1.0, -STEP_COST))
-    successor = torch.stack([layout, there, following, following * 0], -1).double()
-    successor = torch.where(known[..., None], successor, math.nan)
-    reward = torch.where(known, reward, math.nan)
-    return successor, reward.float(), (reached | caught) & known
+    numbers = (layout, there, following, following * 0, reward)
+    ended = (reached | caught) & known
+    return *(torch.where(known, number.double(), math.nan) for number in numbers), ended
 
 
-def observe(state: Tensor) -> Tensor:
-    """Four channels, flattened: ``[..., 196]`` float32; see `Task.observe`."""
-    table = tables(state.device)
-    known, whole = _known(state)
-    layout, agent, phase, _ = whole.unbind(-1)
-    cells = torch.arange(CELLS, device=state.device)
+def features(layout: Tensor, agent: Tensor, phase: Tensor, unused: Tensor) -> tuple[Tensor, ...]:
+    """Four channels, flattened: 196 numbers; see `Task.features`."""
+    table = tables(layout.device)
+    known, (layout, agent, phase) = _known(layout, agent, phase)
+    cells = torch.arange(CELLS, device=layout.device)
     shown = (agent, table.goal[layout], table.patrol[layout, phase])
     channels = [table.wall[layout], *(cells == place[..., None] for place in shown)]
-    return torch.where(known[..., None], torch.cat(channels, -1).float(), math.nan)
+    return torch.where(known[..., None], torch.cat(channels, -1).float(), math.nan).unbind(-1)
