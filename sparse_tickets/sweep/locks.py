@@ -95,12 +95,19 @@ class Claim:
 
     def _renew(self) -> None:
         """Count up in the lock file, as long as it is ours; failing costs at most the claim."""
-        with self._writing, suppress(OSError, StoreError):
-            if self._descriptor >= 0 and self._is_ours():
-                self._count += 1
-                os.lseek(self._descriptor, 0, os.SEEK_SET)
-                os.write(self._descriptor, _line(self._name, self._count))
-                os.fsync(self._descriptor)
+        with self._writing, suppress(OSError):
+            if self._descriptor < 0:
+                return
+            # By its name: our descriptor is another file where somebody closed all there were.
+            descriptor = os.open(self._file, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if os.read(descriptor, 1024).startswith(self._name.encode()):
+                    self._count += 1
+                    os.lseek(descriptor, 0, os.SEEK_SET)
+                    os.write(descriptor, _line(self._name, self._count))
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _close(self) -> None:
         _claims.discard(self)

@@ -231,6 +231,19 @@ class TestLeases:
         assert lock.read_text() == taken
         assert not other.exists()
 
+    def test_a_renewal_never_ends_up_in_another_file(self, lock):
+        """Where a daemon closes all files that it did not open, their numbers are given anew."""
+        claim = locks.acquire(lock)
+        other = lock.with_name("results")
+        other.write_text("results")
+        with open(other, "r+b") as file:
+            os.dup2(file.fileno(), claim._descriptor)
+        before = lock.read_text()
+        claim._renew()
+        assert other.read_text() == "results"
+        assert lock.read_text() != before
+        claim.release()
+
     def test_one_thread_renews_however_many_claims_there_are(self, lock):
         before = threading.active_count()
         claims = [locks.acquire(lock.with_name(f"{number}.lock")) for number in range(50)]
@@ -284,6 +297,7 @@ class Process(threading.Thread):
         finally:
             if claim._descriptor >= 0:
                 os.close(claim._descriptor)
+                claim._descriptor = -1
 
     def step(self, name, act):
         """Wait for our turn, act, and remember what came of it."""
