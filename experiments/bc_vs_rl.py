@@ -13,7 +13,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
-from experiments.sweeps import cartpole_spec, deep_spec, per_level, setting
+from experiments.sweeps import acrobot_spec, cartpole_spec, deep_spec, per_level, setting
 from sparse_tickets import load_results
 from sparse_tickets.analysis.frame import CONDITIONS
 from sparse_tickets.analysis.style import DPI, GREY, INK, PALE, head, styled
@@ -22,19 +22,23 @@ from sparse_tickets.analysis.table import compare, degradation
 METRICS = {"return_final": "greedy", "return_final_sampled": "sampled"}
 TICKET = "mask/weights"
 HEADER = ("condition, controls, actions", "PPO at", "cloning at", "difference", "p", "Holm")
-WHOLE, DEEP, BRIEF = "the whole protocol", "deeper, tickets alone", "a smaller budget"
+WHOLE, DEEP, BRIEF, ACROBOT = (
+    "the whole protocol", "deeper, tickets alone", "a smaller budget", "Acrobot",
+)  # fmt: skip
 
 
 def collect(place: Place) -> pl.DataFrame:
-    """Three sweeps: the protocol's own from its table, its tickets deeper, and a brief one."""
+    """The protocol's own sweep from its table, its tickets deeper, brief ones of two tasks."""
     found = []
+    sweeps = [
+        (BRIEF, "cartpole", cartpole_spec(place.quick)),
+        (ACROBOT, "acrobot", acrobot_spec(place.quick)),
+    ]
     if not place.quick:
         whole = pl.read_parquet(RESULTS / "cartpole.parquet")
         found.append(whole.with_columns(study=pl.lit(WHOLE), wall_s=pl.lit(None, pl.Float64)))
-    for study, name, spec in (
-        (DEEP, "cartpole-deep", deep_spec(place.quick)),
-        (BRIEF, "cartpole", cartpole_spec(place.quick)),
-    ):
+        sweeps.insert(0, (DEEP, "cartpole-deep", deep_spec()))
+    for study, name, spec in sweeps:
         if place.begun(name) or not place.partial:
             store = place.sweep(name, spec)
             found.append(load_results(store.path).with_columns(study=pl.lit(study)))
@@ -112,8 +116,9 @@ def budget(cells: pl.DataFrame) -> str:
         dense = cells.filter((pl.col("algo") == algo) & (pl.col("level") == 0))
         curve = np.array(dense["curve"].to_list()).mean(0)
         random = dense["random_return"].mean()
-        reached = np.flatnonzero(curve - random >= 0.95 * (curve[-1] - random))[0] + 1
-        found.append(f"{reached / len(curve):.0%} ({name})")
+        reached = np.flatnonzero(curve - random >= 0.95 * (curve[-1] - random))
+        when = f"{(reached[0] + 1) / len(curve):.0%}" if curve[-1] > random else "no point"
+        found.append(f"{when} ({name})")
     return f"Dense policies first come within 5% of their last return at {' and '.join(found)}."
 
 
@@ -195,7 +200,8 @@ def draw(table: pl.DataFrame, cells: pl.DataFrame) -> Figure:
         [c if c in single else f"{c}\n{kind} controls" for c, kind in places],
     )
     panels[0].set_ylim(-len(places) + 0.5, 0.5)
-    head(figure, cells["env"][0], "difference of degradation levels, 95% interval", None)
+    tasks = " and ".join(cells["env"].unique(maintain_order=True))
+    head(figure, tasks, "difference of degradation levels, 95% interval", None)
     return figure
 
 

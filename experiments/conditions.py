@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import cartpole, setting
+from experiments.sweeps import acrobot, cartpole, setting
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
@@ -31,7 +31,17 @@ PAIRED = "ticket"
 
 
 def collect(place: Place) -> pl.DataFrame:
-    return load_results(cartpole(place)[1].path)
+    found = [cartpole(place)[1]]
+    if place.begun("acrobot") or not place.partial:
+        found.append(acrobot(place)[1])
+    return pl.concat([load_results(store.path) for store in found], how="diagonal")
+
+
+def tasks(cells: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
+    """Each task's name, without its version, and cells."""
+    return [
+        (env.split("-")[0], part) for (env,), part in cells.group_by("env", maintain_order=True)
+    ]
 
 
 def by_seed(
@@ -56,28 +66,31 @@ def paired(cells: pl.DataFrame) -> pl.DataFrame:
 
 def conclude(cells: pl.DataFrame) -> Finding:
     gaps = {
-        (algo, metric): by_seed(cells, algo, PAIRED, "mask", metric)
-        - by_seed(cells, algo, PAIRED, "initialisation", metric)
+        (task, algo, metric): by_seed(part, algo, PAIRED, "mask", metric)
+        - by_seed(part, algo, PAIRED, "initialisation", metric)
+        for task, part in tasks(cells)
         for metric in METRICS
         for algo in ALGORITHMS
     }
     shown = "; ".join(
-        f"{METRICS[metric]}, {ALGORITHMS[algo]}: {signed(*effect(gap), digits=2)}"
-        for (algo, metric), gap in gaps.items()
+        f"{task}, {METRICS[metric]}, {ALGORITHMS[algo]}: {signed(*effect(gap), digits=2)}"
+        for (task, algo, metric), gap in gaps.items()
     )
-    trained = [gap for (_, metric), gap in gaps.items() if metric != "return_initial"]
-    before = [gap for (_, metric), gap in gaps.items() if metric == "return_initial"]
+    trained = [gap for (*_, metric), gap in gaps.items() if metric != "return_initial"]
+    before = [gap for (*_, metric), gap in gaps.items() if metric == "return_initial"]
+    figures = {}
+    for task, part in tasks(cells):
+        name = "conditions" if task == "CartPole" else f"conditions_{task.lower()}"
+        figures[f"{name}_returns"] = return_figure(
+            part, controls=PAIRED, metric=("return_final", "return_auc", "return_initial")
+        )
+        figures[name] = contribution_figure(paired(part), metric=tuple(METRICS))
     return Finding(
-        ran=setting(cells),
+        ran="; ".join(setting(part) for _, part in tasks(cells)),
         effect=f"mask minus values, of the dense return: {shown}",
         verdict=f"once trained: {verdict(trained)}; before: {verdict(before)}",
         text=text(cells),
-        figures={
-            "conditions_returns": return_figure(
-                cells, controls=PAIRED, metric=("return_final", "return_auc", "return_initial")
-            ),
-            "conditions": contribution_figure(paired(cells), metric=tuple(METRICS)),
-        },
+        figures=figures,
     )
 
 
@@ -95,29 +108,30 @@ def verdict(gaps: list[np.ndarray]) -> str:
 
 
 def text(cells: pl.DataFrame) -> str:
-    rows = [
-        [
-            f"{contribution}, {ALGORITHMS[algo]}, {kind}",
-            *(
-                signed(*effect(by_seed(cells, algo, kind, contribution, metric)), digits=2)
-                for metric in METRICS
-            ),
-        ]
-        for contribution, algo, kind in product(
-            CONTRIBUTIONS, ALGORITHMS, results.controls_kinds(cells)
-        )
+    paragraphs = [
+        """Neighbouring conditions differ in one thing: their difference, within a seed and averaged
+over the pruned levels, is what that thing contributes, here as a share of the range from the random
+policy to the dense one. `ticket` controls take masks and values from the same seed's ticket; under
+`own` a shuffled policy prunes by its own training, so its mask differs too."""
     ]
-    return f"""{setting(cells)}.
-
-Neighbouring conditions differ in one thing: their difference, within a
-seed and averaged over the pruned levels, is what that thing contributes, here as a share of the
-range from the random policy to the dense one. `ticket` controls take masks and values from the same
-seed's ticket; under `own` a shuffled policy prunes by its own training, so its mask differs too.
-
-""" + markdown(
-        ["contribution, algorithm, controls", *METRICS.values()],
-        rows,
-    )
+    for _, part in tasks(cells):
+        rows = [
+            [
+                f"{contribution}, {ALGORITHMS[algo]}, {kind}",
+                *(
+                    signed(*effect(by_seed(part, algo, kind, contribution, metric)), digits=2)
+                    for metric in METRICS
+                ),
+            ]
+            for contribution, algo, kind in product(
+                CONTRIBUTIONS, ALGORITHMS, results.controls_kinds(part)
+            )
+        ]
+        paragraphs += [
+            f"{setting(part)}.",
+            markdown(["contribution, algorithm, controls", *METRICS.values()], rows),
+        ]
+    return "\n\n".join(paragraphs)
 
 
 EXPERIMENT = Experiment(

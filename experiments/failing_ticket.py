@@ -30,7 +30,7 @@ from sparse_tickets.sweep.protocols import protocol
 from sparse_tickets.sweep.store import Store
 
 LEVELS = (1, 2, 3, 4)
-KEYS = 1
+KEYS = 2
 FIRST = 0.2
 """Share of the protocol's steps, on its schedule."""
 BALANCES = 475.0
@@ -178,7 +178,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
     return Finding(
         ran=f"{cells['env'][0]}, PPO tickets of {cells['seed'].n_unique()} seeds at "
         f"{cells['level'].n_unique()} densities from {cells['density'].max():.0%} to "
-        f"{cells['density'].min():.0%}, {KEYS} fresh key each, the first "
+        f"{cells['density'].min():.0%}, {KEYS} fresh keys each, the first "
         f"{cells['train_steps'].max():,} steps: {len(here)} trainings for each of "
         f"{len(VARIANTS)} variants",
         effect=f"{lost} of {balancing} tickets that balance at once unlearn it; with a trained "

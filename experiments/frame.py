@@ -53,9 +53,12 @@ NAMES = (
     "rescaling",
     "transfer",
     "input_masks",
+    "maze_inputs",
     "noise",
     "during_training",
     "failing_ticket",
+    "stability",
+    "sanity",
     "cost",
 )
 """All experiments, in the order of the README."""

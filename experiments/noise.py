@@ -1,13 +1,15 @@
 """Does pruning find the inputs that matter among pure noise?
 
 CartPole with standard normals among its inputs, half to nineteen of twenty of them: which inputs
-tickets of PPO keep their weights on, and what they earn, beside random masks::
+tickets of PPO keep their weights on, and what they earn, beside random masks and networks that
+become sparse while they train::
 
     python -m experiments.noise [--quick]
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
+from experiments.during_training import EVERY
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown
 from experiments.sweeps import TICKET, cartpole_spec, cuts, levels, tickets
 from sparse_tickets import Sweep, Ticket, load_results
@@ -24,11 +27,24 @@ from sparse_tickets.sweep.store import Store
 
 RANDOM = "random/re-init"
 COUNTS = (4, 16, 76)
+METHODS = {
+    TICKET: "tickets",
+    "set": "SET",
+    "rigl": "RigL",
+    "static": "static random (ERK)",
+    RANDOM: "static random (global)",
+}
+JUDGED = (TICKET, "set", "rigl")
+SPARSE = ("set", "rigl", "static")
+DURING = (76,)
+"""Among how much noise networks are made sparse while they train, too."""
+APART = 2
+"""Levels of the tickets between two densities of theirs."""
 
 
 def collect(place: Place) -> pl.DataFrame:
     found = []
-    for count in COUNTS[:1] if place.quick else COUNTS:
+    for count in COUNTS[-1:] if place.quick else COUNTS:
         spec = replace(
             cartpole_spec(place.quick),
             env=f"CartPole-v1+noise={count}",
@@ -41,6 +57,21 @@ def collect(place: Place) -> pl.DataFrame:
         if place.partial and not place.begun(f"noise-{count}"):
             continue
         found.append(_with_ranks(count, spec, place.sweep(f"noise-{count}", spec)))
+        for method in SPARSE[: 1 if place.quick else None] if count in DURING else ():
+            name = f"noise-{count}-{method}"
+            if place.partial and not place.begun(name):
+                continue
+            during = replace(
+                spec,
+                conditions=(TICKET,),
+                rate=1 - (1 - spec.rate) ** APART,
+                levels=(spec.levels - 1) // APART + 1,
+                during=method,
+                during_every=1 if place.quick else EVERY,
+            )
+            cells = _with_ranks(count, during, place.sweep(name, during))
+            pruned = cells.filter(pl.col("level") > 0)
+            found.append(pruned.with_columns(level=APART * pl.col("level")))
     return pl.concat(found, how="diagonal")
 
 
@@ -48,10 +79,11 @@ def _with_ranks(count: int, spec: Sweep, store: Store) -> pl.DataFrame:
     name, noise = split_noise(spec.env)
     known = env_spec(name).observation_dim
     real = np.array(noise.source(known)) < known
+    pruned = spec.conditions if spec.during == "none" else (spec.during,)
     rows = [
         {"seed": ticket.seed, "level": level, "condition": condition, "rank": _rank(ticket, real)}
         for level in levels(store, "ppo")
-        for condition in ((TICKET, RANDOM) if level else ("dense",))
+        for condition in (pruned if level else ("dense",))
         for ticket in tickets(store, "ppo", level, condition)
     ]
     kept = pl.DataFrame(rows)
@@ -71,8 +103,8 @@ def _rank(ticket: Ticket, real: np.ndarray) -> float:
 
 
 def matrix(cells: pl.DataFrame, condition: str, column: str) -> np.ndarray:
-    """``[seeds, levels]``, dense first."""
-    rows = cells.filter(pl.col("condition").is_in(["dense", condition])).sort("seed", "level")
+    """``[seeds, densities]`` of a condition, pruned levels alone."""
+    rows = cells.filter(pl.col("condition") == condition).sort("seed", "level")
     return rows[column].to_numpy().reshape(rows["seed"].n_unique(), -1)
 
 
@@ -86,26 +118,34 @@ def _share(part: pl.DataFrame) -> str:
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
-    found, directions = [], []
-    for part in by_noise(cells).values():
-        last = part["level"].max()
-        ranks = matrix(part, TICKET, "rank")[:, last]
-        directions.append(direction(ranks - 0.5))
-        middle, low, high = effect(ranks)
-        found.append(f"{_share(part)}: {middle:.2f} [{low:.2f}, {high:.2f}]")
+    found, directions = [], {}
+    for name in methods(cells, JUDGED):
+        ranks = {
+            _share(part): matrix(part, name, "rank")[:, -1]
+            for part in by_noise(cells).values()
+            if name in set(part["condition"])
+        }
+        shown = (f"{share} {_text(effect(values))}" for share, values in ranks.items())
+        found.append(f"{METHODS[name]}: {', '.join(shown)}")
+        directions[name] = [direction(values - 0.5) for values in ranks.values()]
     density = cells["density"].min()
     steps = cells["train_steps"].max()
     return Finding(
         ran=f"CartPole-v1 with {', '.join(map(str, by_noise(cells)))} inputs of noise, PPO, "
-        f"{cells['seed'].n_unique()} seeds, {cells['level'].max() + 1} levels down to "
-        f"{density:.1%}, {steps:,} steps, {len(cells)} trainings (cut: {cuts(cells)}, no "
-        "training that prunes on the way)",
+        f"{cells['seed'].n_unique()} seeds, densities down to {density:.1%}, {steps:,} steps, "
+        f"{', '.join(METHODS[name] for name in methods(cells))}, {len(cells)} trainings "
+        f"(cut: {cuts(cells)}, no gradual pruning, what trains sparse among most noise only)",
         effect=f"chance that a real input keeps more weights than noise, at {density:.1%}: "
         + "; ".join(found),
-        verdict=verdict(directions),
+        verdict="; ".join(f"{METHODS[name]}: {verdict(d)}" for name, d in directions.items()),
         text=text(cells),
         figures={"noise": draw(cells)},
     )
+
+
+def methods(cells: pl.DataFrame, among: Iterable[str] = METHODS) -> list[str]:
+    there = set(cells["condition"])
+    return [name for name in among if name in there]
 
 
 def verdict(directions: list[int]) -> str:
@@ -117,40 +157,62 @@ def verdict(directions: list[int]) -> str:
     return f"agrees in {above} of {len(directions)}, the rest undecided" if above else "undecided"
 
 
-def text(cells: pl.DataFrame) -> str:
-    rows = []
-    for part in by_noise(cells).values():
-        density = matrix(part, TICKET, "density")[0]
-        for level in range(len(density)):
-            rank, low, high = effect(matrix(part, TICKET, "rank")[:, level])
-            rows.append(
-                [
-                    f"{_share(part)}, {density[level]:.1%} kept",
-                    f"{rank:.2f} [{low:.2f}, {high:.2f}]",
-                    *(
-                        f"{matrix(part, condition, 'return_final')[:, level].mean():.0f}"
-                        for condition in (TICKET, RANDOM)
-                    ),
-                ]
-            )
-    return """Noise is drawn anew at every step and says nothing. The rank is the chance that one of
-the environment's own inputs keeps more of its weights than an input of noise: 0.5 is chance, 1 is
-every real input before all noise. Random masks are the static control, drawn over all layers.
+def _text(values: tuple[float, float, float], digits: int = 2) -> str:
+    middle, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} [{low}, {high}]"
 
-""" + markdown(["inputs", "rank of real inputs", "return, tickets", "random masks"], rows)
+
+def text(cells: pl.DataFrame) -> str:
+    paragraphs = [
+        """Noise is drawn anew at every step and says nothing. The rank is the chance that one of
+the environment's own inputs keeps more of its weights than an input of noise: 0.5 is chance, 1 is
+every real input before all noise. Each field has the rank, mean over seeds with its bootstrap
+interval, and after it the final return. "Global" random masks are drawn over all layers."""
+    ]
+    for part in by_noise(cells).values():
+        dense = part.filter(pl.col("level") == 0)["return_final"].mean()
+        shown = densities(part)
+        rows = [[METHODS[name], *fields(part, name)] for name in methods(part)]
+        paragraphs += [
+            f"**{_share(part).capitalize()}**, the dense return {dense:.0f}:",
+            markdown(["method", *(f"{density:.1%}" for density in shown)], rows),
+        ]
+    return "\n\n".join(paragraphs)
+
+
+def densities(part: pl.DataFrame) -> np.ndarray:
+    """Every second density of the tickets: those at which all methods were run."""
+    return matrix(part, TICKET, "density")[0, APART - 1 :: APART]
+
+
+def fields(part: pl.DataFrame, name: str) -> list[str]:
+    """Rank and return of a method at `densities`."""
+    apart = slice(APART - 1, None, APART) if name in (TICKET, RANDOM) else slice(None)
+    rank, final = (matrix(part, name, column)[:, apart] for column in ("rank", "return_final"))
+    return [
+        f"{_text(effect(rank[:, at]))}; {final[:, at].mean():.0f}" for at in range(rank.shape[1])
+    ]
 
 
 def draw(cells: pl.DataFrame) -> Figure:
-    panels: dict[str, list[Line]] = {"rank of real inputs": [], "final return, tickets": []}
-    for part in by_noise(cells).values():
-        x = 100 * matrix(part, TICKET, "density")[0]
-        for title, column in zip(panels, ("rank", "return_final"), strict=True):
-            panels[title].append(Line(_share(part), x, matrix(part, TICKET, column)))
-    seeds = cells["seed"].n_unique()
+    """Tickets by noise, then all methods where most is noise: a panel each."""
+    panels: dict[str, list[Line]] = {}
+    for column, word in (("rank", "rank of real inputs"), ("return_final", "final return")):
+        panels[f"{word}, tickets"] = [
+            Line(
+                _share(part), 100 * matrix(part, TICKET, "density")[0], matrix(part, TICKET, column)
+            )
+            for part in by_noise(cells).values()
+        ]
+    most = list(by_noise(cells).values())[-1]
+    panels[f"rank of real inputs, {_share(most)}"] = [
+        Line(METHODS[name], 100 * matrix(most, name, "density")[0], matrix(most, name, "rank"))
+        for name in methods(most)
+    ]
     return line_figure(
         panels,
         "CartPole-v1 with inputs of pure noise, PPO",
-        f"mean of {seeds} seeds, 95% interval",
+        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
         "density",
         "",
         share_y=False,

@@ -1,0 +1,218 @@
+"""Would other keys, another learning rate, another budget or a small dense network say the same?
+
+Dense policies of PPO trained again with other keys, tickets with a third and three times the
+learning rate and with half and twice the steps, and dense networks as small as the tickets::
+
+    python -m experiments.sanity [--quick]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.figure import Figure
+
+from experiments.drawing import Line, line_figure
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
+from experiments.sweeps import TICKET, cartpole, cuts, levels, tickets, train
+from sparse_tickets import Sweep, load_results
+from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.population import initialise
+from sparse_tickets.sweep.store import Store
+
+LEVELS = (0, 4, 6, 8)
+AGAIN = 3
+"""Trainings of each dense policy with other keys, beside the sweep's own."""
+AS_IS, NARROW, OTHER_KEY, SWEEP = "as it is", "narrow dense", "other keys", "the sweep"
+Change = Callable[[PPO], PPO]
+SETTINGS: dict[str, Change] = {
+    AS_IS: lambda ppo: ppo,
+    "learning rate x 1/3": lambda ppo: replace(ppo, learning_rate=ppo.learning_rate / 3),
+    "learning rate x 3": lambda ppo: replace(ppo, learning_rate=ppo.learning_rate * 3),
+    "steps x 1/2": lambda ppo: replace(ppo, steps=ppo.steps // 2),
+    "steps x 2": lambda ppo: replace(ppo, steps=ppo.steps * 2),
+}
+METRICS = {"return_auc": "learning curve", "return_final": "final return"}
+
+
+def collect(place: Place) -> pl.DataFrame:
+    spec, store = cartpole(place)
+    chosen = [level for level in LEVELS if level in levels(store, "ppo")]
+    if place.quick:
+        chosen = levels(store, "ppo")[:2]
+    jobs = {
+        name: lambda change=change: changed(spec, store, chosen, change)
+        for name, change in SETTINGS.items()
+    }
+    jobs[OTHER_KEY] = lambda: again(spec, store)
+    jobs[NARROW] = lambda: narrow(spec, store, chosen[1:])
+    found = [
+        place.once(f"sanity-{_file(name)}", (spec, chosen, AGAIN), compute).with_columns(
+            variant=pl.lit(name)
+        )
+        for name, compute in jobs.items()
+    ]
+    stored = load_results(store.path).filter(
+        (pl.col("algo") == "ppo")
+        & pl.col("level").is_in(chosen)
+        & pl.col("condition").is_in(["dense", TICKET])
+    )
+    columns = found[0].columns
+    return pl.concat([*found, stored.with_columns(variant=pl.lit(SWEEP)).select(columns)])
+
+
+def _file(name: str) -> str:
+    return name.replace(" ", "-").replace("/", "")
+
+
+def changed(spec: Sweep, store: Store, chosen: list[int], change: Change) -> pl.DataFrame:
+    """The sweep's tickets trained with other settings; keys are the same for all settings."""
+    other = replace(spec, ppo=change(spec.ppo))
+    found = []
+    for level in chosen:
+        mine = tickets(store, "ppo", level)
+        masks, initial = (torch.stack(rows) for rows in ([t.mask for t in mine], _initial(mine)))
+        seeds = [ticket.seed for ticket in mine]
+        found.append(train(other, store, "ppo", level, masks, initial, seeds, "sanity"))
+    return pl.concat(found)
+
+
+def _initial(mine: list) -> list[torch.Tensor]:
+    return [ticket.initial for ticket in mine]
+
+
+def again(spec: Sweep, store: Store) -> pl.DataFrame:
+    """Each seed's dense policy from the same values with other training keys."""
+    mine = tickets(store, "ppo", 0) * AGAIN
+    masks, initial = (torch.stack(rows) for rows in ([t.mask for t in mine], _initial(mine)))
+    return train(spec, store, "ppo", 0, masks, initial, [t.seed for t in mine], "again")
+
+
+def narrow(spec: Sweep, store: Store, chosen: list[int]) -> pl.DataFrame:
+    """Dense networks of two equal layers, with as near to a level's weights as widths allow."""
+    ends = spec.arena("ppo").actor.sizes
+    outer = ends[0] + ends[-1]
+    seeds = list(range(spec.seeds))
+    key = torch.tensor([spec.initial_key(seed) for seed in seeds])
+    found = []
+    for level in chosen:
+        kept = spec.kept("ppo", level)
+        width = max(1, round(math.sqrt(outer**2 / 4 + kept) - outer / 2))
+        small = replace(spec, hidden=(width, width))
+        arena = small.arena("ppo")
+        masks = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
+        initial = initialise(arena, key, spec.init, spec.log_std)
+        cells = train(small, store, "ppo", 0, masks, initial, seeds, f"narrow {width}")
+        share = arena.prunable / spec.arena("ppo").prunable
+        found.append(cells.with_columns(level=pl.lit(level, pl.Int64), density=pl.lit(share)))
+    return pl.concat(found)
+
+
+def matrix(cells: pl.DataFrame, variant: str, metric: str) -> np.ndarray:
+    """``[seeds, levels]``, as a share of random to the sweep's dense."""
+    random = cells["random_return"][0]
+    whole = cells.filter((pl.col("variant") == SWEEP) & (pl.col("level") == 0))
+    dense = whole["return_final"].median()
+    rows = cells.filter(pl.col("variant") == variant).sort("seed", "level")
+    values = rows[metric].to_numpy().reshape(rows["seed"].n_unique(), -1)
+    return (values - random) / (dense - random)
+
+
+def densities(cells: pl.DataFrame, variant: str = AS_IS) -> np.ndarray:
+    rows = cells.filter(pl.col("variant") == variant)
+    return rows.group_by("level").agg(pl.col("density").max()).sort("level")["density"].to_numpy()
+
+
+def conclude(cells: pl.DataFrame) -> Finding:
+    own = {metric: matrix(cells, AS_IS, metric)[:, 1:] for metric in METRICS}
+    small = {metric: (own[metric] - matrix(cells, NARROW, metric)).mean(1) for metric in METRICS}
+    shown = "; ".join(
+        f"{METRICS[metric]} {signed(*effect(gap), digits=2)}" for metric, gap in small.items()
+    )
+    change = {
+        name: (matrix(cells, name, "return_final")[:, 1:] - own["return_final"]).mean(1)
+        for name in SETTINGS
+        if name != AS_IS
+    }
+    moved = ", ".join(
+        f"{name} {'better' if found > 0 else 'worse'}"
+        for name, gap in change.items()
+        if (found := direction(gap))
+    )
+    word = {1: "above", 0: "not told from", -1: "below"}[direction(small["return_final"])]
+    floor = matrix(cells, OTHER_KEY, "return_final")
+    return Finding(
+        ran=f"{cells['env'][0]}, PPO, {cells['seed'].n_unique()} seeds at "
+        f"{', '.join(f'{d:.1%}' for d in densities(cells))} of the weights, "
+        f"{len(cells.filter(pl.col('variant') != SWEEP))} trainings (cut: "
+        f"{cuts(cells.filter(pl.col('variant') == SWEEP))}, no DQN, no Acrobot, not beside "
+        "CleanRL's script)",
+        effect=f"tickets minus dense networks as small, of the dense return: {shown}; "
+        f"{(floor < 0.95).mean():.0%} of {floor.size} dense policies trained again end below 0.95",
+        verdict=f"tickets {word} small dense networks; by settings: {moved or 'none told apart'}",
+        text=text(cells, change),
+        figures={"sanity": draw(cells)},
+    )
+
+
+def text(cells: pl.DataFrame, change: dict[str, np.ndarray]) -> str:
+    floor = matrix(cells, OTHER_KEY, "return_final")
+    shown = densities(cells)
+    rows = []
+    for name in (*SETTINGS, NARROW):
+        for metric, word in METRICS.items():
+            values = matrix(cells, name, metric)
+            fields = [f"{value:.2f}" for value in values.mean(0)]
+            gap = signed(*effect(change[name]), digits=2) if name in change else "-"
+            first = ["-"] if name == NARROW else []
+            rows.append(
+                [f"{name}, {word}", *first, *fields, gap if metric == "return_final" else "-"]
+            )
+    header = ["variant", *(f"{each:.1%}" for each in shown), "final change, pruned"]
+    between = (floor.mean(1).std(), floor.std(1).mean())
+    return f"""Shares of the range from the random policy to the median dense one. **Noise floor**:
+dense policies trained again from the same values with other keys end at {floor.mean():.3f} on
+average, the worst of {floor.size} at {floor.min():.2f}, {(floor < 0.95).mean():.0%} below the 0.95
+that counts as degraded; the standard deviation is {between[0]:.3f} between seeds and
+{between[1]:.3f} between keys of a seed. One level below 0.95 is no degradation, two in a row are.
+
+Tickets keep their masks; keys are the same in all rows but the last two, whose networks are dense
+with two equal hidden layers and as near to a ticket's number of weights as that allows:
+{", ".join(f"{each:.1%}" for each in densities(cells, NARROW))}.
+
+""" + markdown(header, rows)
+
+
+def draw(cells: pl.DataFrame) -> Figure:
+    panels = {}
+    for metric, title in METRICS.items():
+        lines = [
+            Line(name, 100 * densities(cells), matrix(cells, name, metric)) for name in SETTINGS
+        ]
+        small = Line(NARROW, 100 * densities(cells, NARROW), matrix(cells, NARROW, metric))
+        panels[title] = [*lines, small]
+    return line_figure(
+        panels,
+        f"{cells['env'][0]}: tickets of PPO under other settings",
+        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
+        "density",
+        "share of the dense return",
+    )
+
+
+EXPERIMENT = Experiment(
+    name="sanity",
+    question="Do keys, learning rate, budget or width explain it?",
+    claim="What tickets do is not the doing of their learning rate or budget, nor what a dense "
+    "network as small would do (our own premise)",
+    collect=collect,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,321 @@
+"""Do two trainings of one ticket end in the same valley, and does rewinding later help?
+
+Two children of each ticket, alike but for their training keys: return, and the policy's KL
+divergence from the first child, in eleven points on the line between them, by density, rewind step
+and algorithm::
+
+    python -m experiments.stability [--quick]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from experiments.drawing import Line, line_figure
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
+from experiments.sweeps import TICKET, cartpole, cartpole_spec, cuts
+from sparse_tickets import Population, Sweep
+from sparse_tickets.algos.evaluation import Result
+from sparse_tickets.envs import open_env
+from sparse_tickets.kernels.arena import Parameters
+from sparse_tickets.kernels.random import derive_key
+from sparse_tickets.kernels.rollout import demonstrate, evaluate
+from sparse_tickets.sweep.experts import stored_demonstrations
+from sparse_tickets.sweep.run import cell_population, train_population
+from sparse_tickets.sweep.spec import Track
+from sparse_tickets.sweep.store import Store, Unit
+
+ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
+LEVELS = (0, 2, 4, 6)
+LATER = 0.1
+"""Share of the training that the later rewind point lies behind."""
+POINTS = 11
+EPISODES, VISITED, COPIES = 50, 64, 8
+"""Episodes that score a point; steps and copies of them that visit states for the KL divergence."""
+
+
+def collect(place: Place) -> pl.DataFrame:
+    return pl.concat(
+        place.once(
+            f"stability-{share:g}-{algo}-{level:02d}",
+            (spec, LEVELS, POINTS, EPISODES, VISITED, COPIES),
+            lambda spec=spec, store=store, algo=algo, level=level: siblings(
+                spec, store, algo, level
+            ),
+        ).with_columns(rewind=pl.lit(share))
+        for share, spec, store in _sweeps(place)
+        for algo in ALGORITHMS
+        for level in LEVELS
+        if level < spec.levels
+    )
+
+
+def _sweeps(place: Place) -> Iterator[tuple[float, Sweep, Store]]:
+    """The tickets of CartPole as they are, and the same rewound to later."""
+    yield (0.0, *cartpole(place))
+    if place.partial and not place.begun("stability"):
+        return
+    spec = cartpole_spec(place.quick)
+    iterations = max(1, round(LATER * spec.ppo.iterations))
+    later = replace(
+        spec,
+        conditions=(TICKET,),
+        controls=("own",),
+        levels=min(spec.levels, max(LEVELS) + 1),
+        rewind_step=iterations * spec.ppo.batch,
+    )
+    yield LATER, later, place.sweep("stability", later)
+
+
+def siblings(spec: Sweep, store: Store, algo: str, level: int) -> pl.DataFrame:
+    """Train two children of each seed's ticket; a row per seed."""
+    tracks = [Track(seed, TICKET, "own") for seed in range(spec.seeds)]
+    dataset = stored_demonstrations(store, algo) if algo in spec.imitating else None
+    results = []
+    for child in range(2):
+        population = _start(spec, store, algo, level, tracks)
+        names = [derive_key("child", spec.env, algo, t.seed, level, child) for t in tracks]
+        # A level above 0 goes on from the rewind point; what is dense does here, too.
+        results.append(
+            train_population(
+                spec, algo, population, torch.tensor(names), max(level, 1), tracks, dataset
+            )
+        )
+    returns, divergence = _between(spec, algo, population, results)
+    return pl.DataFrame(
+        {
+            "env": spec.env,
+            "algo": algo,
+            "seed": [track.seed for track in tracks],
+            "level": level,
+            "density": spec.kept(algo, level) / spec.arena(algo).prunable,
+            "line": returns.tolist(),
+            "kl": divergence.tolist(),
+            "distance": _distance(spec, algo, results).tolist(),
+            "dormant": _of_both(results, lambda result: result.dormant_curve[:, -1]),
+            "rank": _of_both(results, lambda result: result.effective_rank),
+            "train_steps": results[0].train_steps,
+            "random_return": spec.env_spec.random_return,
+            "wall_s": sum(result.wall_s for result in results) / len(tracks),
+        }
+    )
+
+
+def _start(spec: Sweep, store: Store, algo: str, level: int, tracks: list[Track]) -> Population:
+    population, _ = cell_population(spec, store, algo, level, tracks)
+    if level == 0 and spec.rewind_step:
+        stored = store.read_rewind(Unit(algo, 0, 0))
+        return replace(population, parameters=Parameters(**stored))
+    return population
+
+
+def _of_both(results: list[Result], of) -> list[float]:
+    return torch.stack([of(result).double() for result in results]).mean(0).tolist()
+
+
+def _distance(spec: Sweep, algo: str, results: list[Result]) -> Tensor:
+    """Of the children's actors, as a share of the way that each has come on average."""
+
+    def actor(rows: Tensor) -> Tensor:
+        layers = spec.arena(algo).actor.layers(rows)
+        return torch.cat([part.flatten(1) for layer in layers for part in layer], 1)
+
+    one, two = (actor(result.final) for result in results)
+    begin = actor(results[0].initial)
+    come = ((one - begin).norm(dim=1) + (two - begin).norm(dim=1)) / 2
+    return (one - two).norm(dim=1) / come
+
+
+@torch.no_grad()
+def _between(
+    spec: Sweep, algo: str, population: Population, results: list[Result]
+) -> tuple[Tensor, Tensor]:
+    """Greedy return and KL(first child || there), ``[seeds, points]`` each."""
+    arena, density = population.arena, population.density
+    first, second = (result.final for result in results)
+    key = torch.tensor([derive_key("between", spec.env, algo, i) for i in range(len(first))])
+    with open_env(spec.env, len(first), COPIES) as env:
+        visited = [
+            demonstrate(
+                population.with_weight(rows), arena, env, env.reset(key), key, VISITED,
+                density=density,
+            )[0].flatten(1, 2)
+            for rows in (first, second)
+        ]  # fmt: skip
+    obs = torch.cat(visited, 1)
+    returns, logp = [], []
+    with open_env(spec.env, len(first), EPISODES) as env:
+        for point in range(POINTS):
+            there = replace(
+                population,
+                parameters=population.with_weight(first.lerp(second, point / (POINTS - 1))),
+            )
+            episodes = evaluate(
+                there.parameters, arena, env, key, index=0, greedy=True, density=density
+            )
+            returns.append(episodes.double().mean(1))
+            logp.append(there.actor(obs).double().log_softmax(2))
+    divergence = [(logp[0].exp() * (logp[0] - each)).sum(2).mean(1) for each in logp]
+    return torch.stack(returns, 1), torch.stack(divergence, 1)
+
+
+def barrier(cells: pl.DataFrame, algo: str, rewind: float) -> np.ndarray:
+    """By how much the line dips below the straight one between its ends, ``[seeds, levels]``.
+
+    As a share of the range from the random policy to the median dense child.
+    """
+    rows = cells.filter(pl.col("algo") == algo)
+    random = rows["random_return"][0]
+    dense = rows.filter(pl.col("level") == 0)["line"].list.first().median()
+    lines = matrix(rows, algo, rewind, "line")
+    straight = lines[..., :1] + (lines[..., -1:] - lines[..., :1]) * np.linspace(0, 1, POINTS)
+    return (straight - lines).max(-1) / (dense - random)
+
+
+def matrix(cells: pl.DataFrame, algo: str, rewind: float, column: str) -> np.ndarray:
+    """``[seeds, levels]``, or ``[seeds, levels, points]``."""
+    rows = cells.filter((pl.col("algo") == algo) & (pl.col("rewind") == rewind))
+    rows = rows.sort("seed", "level")
+    values = np.array(rows[column].to_list())
+    return values.reshape(rows["seed"].n_unique(), rows["level"].n_unique(), *values.shape[1:])
+
+
+def densities(cells: pl.DataFrame) -> np.ndarray:
+    return cells["density"].unique().sort(descending=True).to_numpy()
+
+
+def rewinds(cells: pl.DataFrame) -> list[float]:
+    return cells["rewind"].unique().sort().to_list()
+
+
+def conclude(cells: pl.DataFrame) -> Finding:
+    dips = {(a, r): barrier(cells, a, r).mean(1) for a, r in product(ALGORITHMS, rewinds(cells))}
+    later = {algo: dips[algo, rewinds(cells)[-1]] - dips[algo, 0.0] for algo in ALGORITHMS}
+    cloning = dips["bc", 0.0] - dips["ppo", 0.0]
+    shown = [f"{name} {_text(effect(dips[algo, 0.0]))}" for algo, name in ALGORITHMS.items()]
+    change = [f"{name} {signed(*effect(later[a]), digits=2)}" for a, name in ALGORITHMS.items()]
+    words = {
+        1: "rewinding later hurts",
+        0: "rewinding later not told from",
+        -1: "rewinding later helps",
+    }
+    which = {
+        1: "PPO's children closer",
+        0: "algorithms not told apart",
+        -1: "cloning's children closer",
+    }
+    return Finding(
+        ran=f"{cells['env'][0]}, two children of {cells['seed'].n_unique()} seeds' tickets at "
+        f"{', '.join(f'{d:.1%}' for d in densities(cells))} of the weights, rewound to the start "
+        f"and to {LATER:.0%} of training, {cells['train_steps'].max():,} steps, "
+        f"{2 * len(cells)} trainings of children (cut: {cuts(cells)})",
+        effect=f"dip of the return between children, of the dense return: {', '.join(shown)}; "
+        f"after rewinding later: {', '.join(change)}",
+        verdict="; ".join(f"{name}: {words[direction(later[a])]}" for a, name in ALGORITHMS.items())
+        + f"; {which[direction(cloning)]}",
+        text=text(cells),
+        figures={"stability": draw(cells), "stability_lines": draw_lines(cells)},
+    )
+
+
+def _text(values: tuple[float, float, float]) -> str:
+    middle, low, high = (f"{value:.2f}" for value in values)
+    return f"{middle} [{low}, {high}]"
+
+
+def text(cells: pl.DataFrame) -> str:
+    rows = []
+    for (algo, name), rewind in product(ALGORITHMS.items(), rewinds(cells)):
+        dips = barrier(cells, algo, rewind)
+        columns = {
+            column: matrix(cells, algo, rewind, column)
+            for column in ("line", "kl", "distance", "dormant", "rank")
+        }
+        for level, density in enumerate(densities(cells)):
+            mean = {column: values[:, level].mean(0) for column, values in columns.items()}
+            rows.append(
+                [
+                    f"{name}, rewound to {rewind:.0%}, {density:.1%} kept",
+                    f"{(mean['line'][0] + mean['line'][-1]) / 2:.0f}",
+                    _text(effect(dips[:, level])),
+                    f"{mean['kl'][-1]:.2f}",
+                    f"{mean['kl'][POINTS // 2]:.2f}",
+                    f"{mean['distance']:.2f}",
+                    f"{mean['dormant']:.0%}",
+                    f"{mean['rank']:.1f}",
+                ]
+            )
+    header = (
+        "children", "return", "dip", "KL of the children", "KL half way", "distance",
+        "dormant units", "effective rank",
+    )  # fmt: skip
+    return f"""Two children have a ticket's mask, values and, rewound later, moments of Adam; their
+training keys differ. The dip is the most by which the greedy return on the line between them,
+in {POINTS} points, falls below the straight line between their own, as a share of the range from
+the random policy to the dense one: a dip near 0 says that both ended in one valley. KL is from the
+first child's policy, on states that both visit: to the second child, and to the policy half way.
+The distance is that of the children's actors over how far training moved them on average. Masks
+that are rewound later are found by rewinding later.
+
+""" + markdown(header, rows)
+
+
+def draw(cells: pl.DataFrame) -> Figure:
+    x = 100 * densities(cells)
+    series = list(product(ALGORITHMS.items(), rewinds(cells)))
+    named = {(algo, r): f"{name}, rewound to {r:.0%}" for (algo, name), r in series}
+    panels = {
+        "dip of the return": [Line(n, x, barrier(cells, *of)) for of, n in named.items()],
+        "KL of the children": [
+            Line(n, x, matrix(cells, *of, "kl")[..., -1]) for of, n in named.items()
+        ],
+    }
+    return line_figure(
+        panels,
+        f"{cells['env'][0]}: two children of a ticket",
+        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
+        "density",
+        "",
+        share_y=False,
+    )
+
+
+def draw_lines(cells: pl.DataFrame) -> Figure:
+    x = np.linspace(0, 1, POINTS)
+    panels = {
+        f"{name}, rewound to {rewind:.0%}": [
+            Line(f"{density:.1%}", x, matrix(cells, algo, rewind, "line")[:, level])
+            for level, density in enumerate(densities(cells))
+        ]
+        for (algo, name), rewind in product(ALGORITHMS.items(), rewinds(cells))
+    }
+    return line_figure(
+        panels,
+        f"{cells['env'][0]}: on the line between two children of a ticket, by density",
+        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
+        "from the first child to the second",
+        "greedy return",
+        scale="linear",
+    )
+
+
+EXPERIMENT = Experiment(
+    name="stability",
+    question="Do two trainings of a ticket end in one valley?",
+    claim="Sparse networks train to full accuracy where two trainings of them end in one linearly "
+    "connected valley, which rewinding to later than the start gives (Frankle et al. 2020, on "
+    "images)",
+    collect=collect,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
