@@ -72,10 +72,15 @@ def conclude(cells: pl.DataFrame) -> Finding:
         for metric in METRICS
         for algo in ALGORITHMS
     }
-    shown = "; ".join(
-        f"{task}, {METRICS[metric]}, {ALGORITHMS[algo]}: {signed(*effect(gap), digits=2)}"
-        for (task, algo, metric), gap in gaps.items()
-    )
+    shown = [
+        f"{task}, {word}: "
+        + ", ".join(
+            f"{signed(*effect(gaps[task, algo, metric]), digits=2)} ({name})"
+            for algo, name in ALGORITHMS.items()
+        )
+        for task, _ in tasks(cells)
+        for metric, word in METRICS.items()
+    ]
     trained = [gap for (*_, metric), gap in gaps.items() if metric != "return_initial"]
     before = [gap for (*_, metric), gap in gaps.items() if metric == "return_initial"]
     figures = {}
@@ -87,7 +92,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         figures[name] = contribution_figure(paired(part), metric=tuple(METRICS))
     return Finding(
         ran="; ".join(setting(part) for _, part in tasks(cells)),
-        effect=f"mask minus values, of the dense return: {shown}",
+        effect=f"mask minus values, of the dense return: {'; '.join(shown)}",
         verdict=f"once trained: {verdict(trained)}; before: {verdict(before)}",
         text=text(cells),
         figures=figures,

@@ -174,7 +174,7 @@ def run(experiment: Experiment, home: Path, place: Place, *, train: bool = True)
     readme = home / "README.md"
     text = readme.read_text() if readme.exists() else "# Experiments\n"
     text = _with_claim(text, experiment, finding, cells)
-    text = _with_section(text, experiment, finding)
+    text = _with_section(text, experiment, finding, cells)
     write_atomic(readme, text.encode())
     print(f"{experiment.name}: {finding.effect}: {finding.verdict}", flush=True)
     return finding
@@ -228,14 +228,23 @@ def _with_claim(text: str, experiment: Experiment, finding: Finding, cells: pl.D
     return text.replace(old[0], block) if old else f"{text}\n{block}\n"
 
 
-def _with_section(text: str, experiment: Experiment, finding: Finding) -> str:
+def _with_section(text: str, experiment: Experiment, finding: Finding, cells: pl.DataFrame) -> str:
     begin, end = (f"<!-- {experiment.name}:{side} -->" for side in ("begin", "end"))
     pictures = [f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in finding.figures]
     heading = f"## {experiment.question} `{experiment.name}.py`"
-    paragraphs = map(_wrapped, finding.text.strip().split("\n\n"))
+    paragraphs = map(_wrapped, [*finding.text.strip().split("\n\n"), _origin(cells)])
     block = "\n\n".join([begin, heading, *paragraphs, *pictures, end])
     old = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)
     return text.replace(old[0], block) if old else f"{text}\n{block}\n"
+
+
+def _origin(cells: pl.DataFrame) -> str:
+    """The commits that a table's cells were trained at."""
+    stored = cells["commit"].drop_nulls().unique().sort() if "commit" in cells.columns else []
+    clean = [f"`{commit}`" for commit in stored if not commit.endswith("-dirty")]
+    changed = [f"`{c.removesuffix('-dirty')}`, changed" for c in stored if c.endswith("-dirty")]
+    commits = "; ".join(clean + changed) or "not stored"
+    return f"Commits that trained these cells: {commits}."
 
 
 def _wrapped(paragraph: str) -> str:

@@ -28,8 +28,9 @@ from sparse_tickets.envs import open_env
 from sparse_tickets.kernels.arena import Parameters
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.kernels.rollout import demonstrate, evaluate
+from sparse_tickets.sweep.cells import cell_population
 from sparse_tickets.sweep.experts import stored_demonstrations
-from sparse_tickets.sweep.run import cell_population, train_population
+from sparse_tickets.sweep.run import train_population
 from sparse_tickets.sweep.spec import Track
 from sparse_tickets.sweep.store import Store, Unit
 
