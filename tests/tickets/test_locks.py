@@ -298,6 +298,7 @@ class Process(threading.Thread):
             if claim._descriptor >= 0:
                 os.close(claim._descriptor)
                 claim._descriptor = -1
+                locks._claims.discard(claim)
 
     def step(self, name, act):
         """Wait for our turn, act, and remember what came of it."""
