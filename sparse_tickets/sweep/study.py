@@ -46,7 +46,7 @@ def load_study(file: str | Path) -> dict[str, Sweep]:
     file = Path(file)
     try:
         content = tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"study must be a TOML file, got {file} ({error})") from error
     tables = content.pop("sweep", None)
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):

@@ -49,7 +49,10 @@ FIELDS = [
     for part in (value if isinstance(value, dict) else [None])
 ]
 OPTIONS = {
-    "sweep": [*FIELDS, "--device", "--plugin", "--overwrite", "--help"],
+    "sweep": [
+        *(*FIELDS, "--device", "--plugin", "--overwrite", "--help"),
+        *("--engine", "--address", "--gpus-per-chunk", "--track"),
+    ],
     "report": ["--metric", "--plugin"],
     "show": ["--algo", "--condition", "--controls", "--seed", "--level", "--export", "--plugin"],
     "verify": ["--cells", "--plugin"],
@@ -101,6 +104,28 @@ def test_sweep(typed, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     answers(["sweep", "--dry-run", "--out", "run", *typed], capsys)
     assert not list(tmp_path.iterdir()), typed
+
+
+SETTINGS = [*(field.removeprefix("--") for field in FIELDS), "name", "grid", "grid.seeds", "x", ""]
+TOML = [
+    *("1", "-1", "2.5", "nan", "inf", "true", "1979-05-27", "[]", "[1, 2]", "{}", "{a = 1}", "'"),
+    *('""', '"x"', '"[/red]"', '"../x"', '"CartPole-v1"', '["ppo"]', '[["own"]]', "[" * 3000),
+]
+lines = st.sampled_from(["[[sweep]]", "[sweep]", "[sweep.grid]", "sweep = 3", "name = 'a'"]) | (
+    st.builds("{} = {}".format, st.sampled_from(SETTINGS), st.sampled_from(TOML))
+)
+
+
+@drawn(15)
+@given(text=st.lists(lines, max_size=6))
+def test_study(text, capsys, monkeypatch, tmp_path):
+    """Dry, without the estimate's pilot; mostly of sweeps that begin well."""
+    monkeypatch.setattr(estimate, "estimate_study", lambda study: Table(title=f"{list(study)}"))
+    file = tmp_path / "study.toml"
+    for begin in ([], ["[[sweep]]", "name = 'b'"]):
+        file.write_text("\n".join([*begin, *text]))
+        answers(["study", str(file), "--dry-run", "--out", str(tmp_path / "run")], capsys)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("command", ["report", "show", "verify"])

@@ -111,7 +111,9 @@ def test_every_problem_is_named_and_nothing_is_written(file, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[sweep]", "sweep = 3", "sweep = []", "= 3", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[sweep]", "sweep = 3", "sweep = []", "= 3", "\x00", f"x = {'[' * 100_000}"]
+)
 def test_what_is_no_study(text, file, tmp_path, capsys):
     assert main(["study", str(file(text)), "--out", str(tmp_path / "out")]) == 2
     assert "study.toml" in capsys.readouterr().err
