@@ -194,10 +194,12 @@ class _Driver:
 
     def __exit__(self, *failure: object) -> None:
         """Stop what still runs, and let go of its claims."""
-        for reference, task in self._running.items():
-            self._ray.cancel(reference, force=True)
-            task.claim.close()
-        self._writers.shutdown()
+        with ExitStack() as left:
+            left.callback(self._writers.shutdown)
+            for task in self._running.values():
+                left.callback(task.claim.close)
+            for reference in self._running:
+                self._ray.cancel(reference, force=True)
 
     def run(self, jobs: Sequence[_Job]) -> None:
         """Submit what may run, take in what is done, until nothing is left."""

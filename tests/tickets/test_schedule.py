@@ -161,6 +161,16 @@ def test_a_unit_that_is_lost_too_often_is_named(tmp_path):
     assert not list((tmp_path / "units").iterdir())
 
 
+def test_claims_end_with_a_driver_whose_cluster_is_gone(cluster, tmp_path, monkeypatch):
+    def fail(reference, force):
+        raise ConnectionError("no cluster")
+
+    monkeypatch.setattr(cluster, "cancel", fail)
+    with pytest.raises(ConnectionError, match="no cluster"):
+        run_sweep(faults.SPEC, tmp_path, engine="ray", on_progress=interrupt)
+    assert not list((tmp_path / "units").glob("*.lock*"))
+
+
 def interrupt(description, steps):
     raise KeyboardInterrupt
 
