@@ -1,9 +1,10 @@
 """The flat arena: every parameter of a ticket in one row, a population in one ``[P, size]`` tensor.
 
 A row holds, in this order, the prunable weight matrices (the actor's, and the critic's if asked)
-layer by layer, row-major; then the actor's biases, the critic's weights and biases where these are
-not prunable, and `log_std`. So a mask is a plain ``[P, prunable]`` prefix of the row, pruning is
-global over layers without copying, and clipping and Adam are one pass over one tensor.
+layer by layer, row-major; then the actor's biases, the critics' weights and biases where these are
+not prunable, and `log_std` or the temperature. So a mask is a plain ``[P, prunable]`` prefix of the
+row, pruning is global over layers without copying, and clipping and Adam are one pass over one
+tensor.
 """
 
 from __future__ import annotations
@@ -85,10 +86,17 @@ class Arena:
 
     Attributes:
         actor: the policy (or Q-network, or cloned student).
-        critic: the value network, or None.
-        log_std: offset of the state-independent log standard deviations, or None if discrete.
+        critic: the value network, or None; of a squashed policy the first of two, which value an
+            observation followed by an action.
+        log_std: offset of the state-independent log standard deviations, or None if discrete or
+            squashed.
         prunable: N, the length of the maskable prefix.
         size: length of a row.
+        squashed: whether actions are the hyperbolic tangents of a Gaussian's samples, the actor's
+            outputs the means and log standard deviations of it.
+        twin: the second critic of a squashed policy, of the first one's sizes, or None.
+        temperature: offset of the logarithm of a squashed policy's temperature, or None without
+            critics.
     """
 
     actor: Net
@@ -96,6 +104,9 @@ class Arena:
     log_std: int | None
     prunable: int
     size: int
+    squashed: bool = False
+    twin: Net | None = None
+    temperature: int | None = None
 
     @staticmethod
     def build(
@@ -105,20 +116,24 @@ class Arena:
         activation: str = "tanh",
         continuous: bool = False,
         prune_critic: bool = False,
+        squashed: bool = False,
     ) -> Arena:
         """Lay out a policy.
 
         Args:
             actor: features from observation to action head.
-            critic: features from observation to value, or None for no critic.
+            critic: features from observation (a squashed policy's: and action) to value, or None
+                for no critic.
             activation: ``tanh`` or ``relu``.
             continuous: reserve ``actor[-1]`` entries for ``log_std``.
             prune_critic: count the critic's weights among the prunable ones.
+            squashed: the actor's outputs are means, then as many log standard deviations, and a
+                critic comes with its twin and a temperature.
 
         Raises:
             TypeError: a size that is no integer.
-            ValueError: fewer than two sizes, a size below 1, an unknown activation, or
-                `prune_critic` without a critic.
+            ValueError: fewer than two sizes, a size below 1, an unknown activation, `prune_critic`
+                without a critic, or `squashed` with `continuous` or an odd number of outputs.
         """
         if activation not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
@@ -133,6 +148,12 @@ class Arena:
         if prune_critic and critic is None:
             raise ValueError("prune_critic needs a critic, got critic=None")
 
+        if squashed and (continuous or actor[-1] % 2):
+            raise ValueError(
+                "squashed needs an even number of outputs and continuous=False, got "
+                f"actor={actor}, continuous={continuous}"
+            )
+
         cursor = 0
 
         def take(count: int) -> int:
@@ -146,23 +167,39 @@ class Arena:
         def take_biases(sizes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(take(out) for out in sizes[1:])
 
-        critic_weights: tuple[int, ...] | None = None
+        critics = () if critic is None else (critic, critic) if squashed else (critic,)
         actor_weights = take_weights(actor)
-        if critic is not None and prune_critic:
-            critic_weights = take_weights(critic)
+        weights = [take_weights(sizes) for sizes in critics if prune_critic]
         prunable = cursor
         actor_net = Net(actor, activation, actor_weights, take_biases(actor))
-        critic_net = None
-        if critic is not None:
-            critic_weights = critic_weights or take_weights(critic)
-            critic_net = Net(critic, activation, critic_weights, take_biases(critic))
+        nets = []
+        for index, sizes in enumerate(critics):
+            own = weights[index] if prune_critic else take_weights(sizes)
+            nets.append(Net(sizes, activation, own, take_biases(sizes)))
+        first, twin, *_ = *nets, None, None
         log_std = take(actor[-1]) if continuous else None
-        return Arena(actor_net, critic_net, log_std, prunable, cursor)
+        temperature = take(1) if twin is not None else None
+        return Arena(actor_net, first, log_std, prunable, cursor, squashed, twin, temperature)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether actions are numbers."""
+        return self.squashed or self.log_std is not None
+
+    @property
+    def actions(self) -> int:
+        """How many actions there are, or of how many numbers one is."""
+        return self.actor.sizes[-1] // (2 if self.squashed else 1)
+
+    @property
+    def critics(self) -> tuple[Net, ...]:
+        """The critic, and its twin; none, or one of them, where there is no more."""
+        return tuple(net for net in (self.critic, self.twin) if net is not None)
 
     @property
     def nets(self) -> tuple[Net, ...]:
-        """The actor, and the critic if there is one."""
-        return (self.actor,) if self.critic is None else (self.actor, self.critic)
+        """The actor, and the critics if there are any."""
+        return (self.actor, *self.critics)
 
     def prunable_layers(self) -> list[tuple[int, int, int]]:
         """``(offset, out, in)`` of every weight matrix under the mask, in order of offset."""

@@ -94,7 +94,7 @@ class ShowCommand:
     run: tyro.conf.Positional[Path]
     """The folder given to sweep as --out."""
     algo: str = "ppo"
-    """Algorithm that trained it: ppo, dqn, bc or your own."""
+    """Algorithm that trained it: ppo, dqn, sac, bc or your own."""
     condition: str = "mask/weights"
     """Condition of the track: how its mask and weights are drawn."""
     controls: str = "own"

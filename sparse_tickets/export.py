@@ -86,7 +86,9 @@ def ticket_tensors(ticket: Ticket, which: str = "final") -> dict[str, Tensor]:
         of linear layers with activations between them, float32, pruned weights zero; ``0.mask``,
         ``2.mask``, ... bool like the weights; ``offset`` and ``scale``, one value for each feature:
         the network was trained on ``(observation - offset) / scale``; and ``log_std`` of each
-        action where the actor was trained as a Gaussian's mean.
+        action where the actor was trained as a Gaussian's mean. A squashed policy's outputs are
+        means, then log standard deviations: its greedy action is the hyperbolic tangent of a mean,
+        stretched to the bounds of the action.
 
     Raises:
         ValueError: no such weights.

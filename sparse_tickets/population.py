@@ -25,21 +25,41 @@ def policy_arena(
     activation: str = "tanh",
     critic: bool = True,
     prune_critic: bool = False,
+    squashed: bool = False,
 ) -> Arena:
     """The arena of an actor (and critic) of equal hidden sizes for an environment's spaces.
 
     Raises:
-        ValueError: an unknown activation or a hidden size below 1.
+        ValueError: an unknown activation, a hidden size below 1, or a squashed policy for actions
+            that are discrete or have no bounds.
     """
-    actor_sizes = (env.observation_dim, *hidden, env.action_dim)
-    critic_sizes = (env.observation_dim, *hidden, 1) if critic else None
+    if squashed:
+        _check_bounded(env)
+    inputs, outputs = env.observation_dim, env.action_dim
+    actor_sizes = (inputs, *hidden, 2 * outputs if squashed else outputs)
+    critic_sizes = (inputs + outputs if squashed else inputs, *hidden, 1)
     return Arena.build(
         actor_sizes,
-        critic_sizes,
+        critic_sizes if critic else None,
         activation=activation,
-        continuous=not env.discrete,
+        continuous=not (env.discrete or squashed),
         prune_critic=prune_critic,
+        squashed=squashed,
     )
+
+
+def _check_bounded(env: EnvSpec) -> None:
+    if env.discrete:
+        raise ValueError(
+            f"a squashed policy, as sac trains, needs continuous actions, {env.name} has discrete "
+            "ones: train by ppo or dqn"
+        )
+    if not all(map(math.isfinite, env.action_low + env.action_high)):
+        raise ValueError(
+            f"a squashed policy, as sac trains, needs actions with bounds, {env.name} has "
+            f"{env.action_low} and {env.action_high}: give its action space finite ones, or train "
+            "by ppo"
+        )
 
 
 def initialise(arena: Arena, key: Tensor, scheme: str = "lecun", log_std: float = 0.0) -> Tensor:
@@ -157,11 +177,14 @@ class Population:
         return self.parameters.weight.shape[0]
 
     def actor(self, obs: Tensor) -> Tensor:
-        """Action logits (discrete) or means (continuous): ``[P, B, obs] -> [P, B, act]``."""
+        """Action logits (discrete) or means (continuous): ``[P, B, obs] -> [P, B, act]``.
+
+        A squashed policy's means are followed by as many log standard deviations.
+        """
         return self._forward(self.arena.actor, obs)
 
     def critic(self, obs: Tensor) -> Tensor:
-        """State values: ``[P, B, obs] -> [P, B]``.
+        """State values: ``[P, B, obs] -> [P, B]``; a squashed policy's of observation and action.
 
         Raises:
             ValueError: the arena has no critic.

@@ -31,7 +31,7 @@ ROWS = ("initial", "rewind", "final", "best")
 _FORMAT = 1
 _HEADER = "sparse_tickets"
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
-_LAYOUT = ("sizes", "activation", "critic", "continuous", "prune_critic")
+_LAYOUT = ("sizes", "activation", "critic", "continuous", "prune_critic", "squashed")
 _ORIGIN = ("env", "algo", "seed", "condition", "controls", "level", "offset", "scale", "metadata")
 
 
@@ -69,9 +69,11 @@ class Ticket:
         rewind: ``[T]`` the row training started from, zero off the mask.
         final: ``[T]`` the row training ended with.
         best: ``[T]`` the row of the best checkpoint.
-        critic: features of the critic, or None.
+        critic: features of the critic, or of both critics of a squashed policy, or None.
         continuous: whether the row ends with ``log_std``.
-        prune_critic: whether the mask covers the critic's weights too.
+        prune_critic: whether the mask covers the critics' weights too.
+        squashed: whether the actor's outputs are means and log standard deviations of a squashed
+            Gaussian.
         offset: subtracted from observations; empty for none.
         scale: divides observations; empty for none.
         metadata: anything else worth keeping, as JSON.
@@ -99,6 +101,7 @@ class Ticket:
     critic: tuple[int, ...] | None = None
     continuous: bool = False
     prune_critic: bool = False
+    squashed: bool = False
     offset: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -138,6 +141,7 @@ class Ticket:
             critic=None if critic is None else critic.sizes,
             continuous=arena.log_std is not None,
             prune_critic=critic is not None and critic.weights[0] < arena.prunable,
+            squashed=arena.squashed,
             **fields,
         )
 
@@ -150,6 +154,7 @@ class Ticket:
             activation=self.activation,
             continuous=self.continuous,
             prune_critic=self.prune_critic,
+            squashed=self.squashed,
         )
 
     @property
@@ -248,10 +253,13 @@ def dump_tickets(tickets: Sequence[Ticket]) -> bytes:
         rows = torch.stack([getattr(ticket, name) for ticket in tickets])
         tensors[f"{name}.support"] = rows[:, :prunable][mask]
         tensors[f"{name}.rest"] = rows[:, prunable:].contiguous()
+    layout = {name: getattr(tickets[0], name) for name in _LAYOUT}
+    # Earlier versions read policies that are not squashed as they wrote them.
+    layout = {name: value for name, value in layout.items() if name != "squashed" or value}
     body = json.dumps(
         {
             "format": _FORMAT,
-            "layout": {name: getattr(tickets[0], name) for name in _LAYOUT},
+            "layout": layout,
             "tickets": [{name: getattr(t, name) for name in _ORIGIN} for t in tickets],
         }
     )
@@ -293,6 +301,7 @@ def load_tickets(path: str | Path) -> list[Ticket]:
 def _unpack(content: dict[str, Any], tensors: dict[str, Tensor]) -> list[Ticket]:
     layout, origins = content["layout"], content["tickets"]
     rest = {name: layout[name] for name in ("activation", "continuous", "prune_critic")}
+    rest["squashed"] = layout.get("squashed", False)
     prunable = Arena.build(layout["sizes"], layout["critic"], **rest).prunable
     packed = tensors["mask"].numpy()
     mask = torch.from_numpy(np.unpackbits(packed, axis=1, count=prunable).astype(bool))

@@ -7,7 +7,7 @@ choice of an action, all together. Episodes last one to three steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -77,6 +77,23 @@ PROBES = {
 }
 
 
+# Where the action does not matter it may as well be a number.
+CONTINUOUS = {
+    f"{name}, numbers": replace(probe, discrete=False)
+    for name, probe in PROBES.items()
+    if probe.action is None
+} | {
+    "number": Probe(
+        lambda obs, action: 1.0 - (action.squeeze(-1) + 0.5).square(),
+        {1: 1, -1: 1},
+        1.0,
+        discrete=False,
+        action={1: -0.5, -1: -0.5},
+    ),
+    "number by the observation": PROBES["number by the observation"],
+}
+
+
 class ProbeEnv:
     """E copies of a probe for each of P tickets; see `sparse_tickets.envs.Env`."""
 
@@ -123,7 +140,7 @@ class ProbeEnv:
 
 def register_probes() -> None:
     """Make the probes known to `make_env` by their names."""
-    for name, probe in PROBES.items():
+    for name, probe in (PROBES | CONTINUOUS).items():
         bounds = () if probe.discrete else (-1.0,)
         spec = EnvSpec(
             name=name,

@@ -17,10 +17,23 @@ from ..training.reference import step_
 if TYPE_CHECKING:
     from . import DQNConfig, Transitions
 
-__all__ = ["bootstrap", "dqn_update_", "draw", "draws", "loss"]
+__all__ = ["bootstrap", "dqn_update_", "draw", "draws", "loss", "take"]
 
 MOST_TRANSITIONS = 8192
 """Of a ticket, gathered at once: those of many updates, but not of any number of them."""
+
+
+def take(
+    replay: Transitions, stored: int, key: Tensor, first: int, updates: int, batch: int
+) -> Transitions:
+    """The transitions ``[P, updates * batch]`` of updates ``first, first + 1, ...``, contiguous."""
+    tickets, capacity = replay.reward.shape
+    number = torch.arange(first, first + updates, device=key.device).repeat(tickets)
+    index = integers(
+        key.repeat_interleave(updates), batch, stored, stream=Stream.MINIBATCH, step=number
+    ).view(tickets, updates * batch)
+    row = torch.arange(tickets, device=key.device)[:, None] * capacity + index
+    return type(replay)(*(field.flatten(0, 1)[row] for field in replay))
 
 
 def draw(
@@ -32,18 +45,12 @@ def draw(
     batch: int,
     arena: Arena,
 ) -> Transitions:
-    """The transitions ``[P, updates * batch]`` of updates ``first, first + 1, ...``, contiguous.
+    """What `take` gives, of which each action is one of the arena's.
 
     Raises:
-        ValueError: an action drawn that is none of the arena's; on a GPU nobody looks.
+        ValueError: an action drawn that is none; on a GPU nobody looks.
     """
-    tickets, capacity = replay.action.shape
-    number = torch.arange(first, first + updates, device=key.device).repeat(tickets)
-    index = integers(
-        key.repeat_interleave(updates), batch, stored, stream=Stream.MINIBATCH, step=number
-    ).view(tickets, updates * batch)
-    row = torch.arange(tickets, device=key.device)[:, None] * capacity + index
-    drawn = type(replay)(*(field.flatten(0, 1)[row] for field in replay))
+    drawn = take(replay, stored, key, first, updates, batch)
     if key.device.type == "cpu" and len(key):
         low, high = (int(bound) for bound in drawn.action.aminmax())
         if not 0 <= low <= high < arena.actor.sizes[-1]:

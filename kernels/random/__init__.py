@@ -52,6 +52,7 @@ class Stream(IntEnum):
     NOISE = 10
     EVAL_NOISE = 11
     EXPLORE = 12
+    UPDATE_ACTION = 13
 
 
 def derive_key(*parts: str | int) -> int:

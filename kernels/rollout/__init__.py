@@ -7,9 +7,10 @@ takes the loop of `reference.py`; `plan` says which and why.
 
 Actions are drawn from each ticket's key at the environment's clock: discrete ones by `categorical`
 with ``uniform(key, E, step=clock)``, continuous ones as ``mean + exp(log_std) * noise`` with
-``noise = normal(key, E * A, step=clock)``. So a rollout continued in a second call equals one long
-call bit for bit, and a ticket's rollout does not depend on the tickets beside it. All results are
-constants to autograd.
+``noise = normal(key, E * A, step=clock)``; a squashed policy's are the hyperbolic tangents of such,
+between the environment's bounds, and its critics, which value actions, do not take part. So a
+rollout continued in a second call equals one long call bit for bit, and a ticket's rollout does not
+depend on the tickets beside it. All results are constants to autograd.
 
 A policy without a finite output is no error, for its batch-mates go on: where its logits are no
 distribution it takes action 0 with log-probability NaN, which makes NaN of its next update, and
@@ -74,6 +75,7 @@ def rollout(
             `density` out of range.
         RuntimeError: `env` was never reset.
     """
+    arena = _without_critics(arena) if arena.squashed else arena
     outcome, _, obs = _run(parameters, arena, env, obs, key, steps, density, stream, False)
     return outcome, obs
 
@@ -111,7 +113,7 @@ def demonstrate(
     Raises:
         TypeError, ValueError: see `rollout`.
     """
-    actor = replace(arena, critic=None)
+    actor = _without_critics(arena)
     outcome, heads, obs = _run(parameters, actor, env, obs, key, steps, density, stream, True)
     return outcome.obs, reference.targets(parameters.weight.detach(), arena, heads), obs
 
@@ -155,13 +157,14 @@ def evaluate(
             not end within 2^20 steps.
     """
     index = check_integer("index", index, 0, 1 << 43)
+    arena = _without_critics(arena)
     _check(parameters, arena, env, key, density)
     weight = parameters.weight.detach()
     if env.task is None:
         low, high = bits(key, 2, stream=Stream.EVAL_RESET, step=index).unbind(1)
         obs = env.reset(low | (high << 32))
         return reference.evaluate(weight, arena, env, obs, key, index, greedy)
-    backend, _ = _choose(replace(arena, critic=None), env, weight.device)
+    backend, _ = _choose(arena, env, weight.device)
     world = env.task, env.copies, env.offset, env.scale
     if backend == "cpu":
         from . import cpu
@@ -207,6 +210,7 @@ def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) 
         ValueError: `density` outside ``[0, 1]``, or the chosen backend cannot run on the device.
     """
     check_density(density)
+    arena = _without_critics(arena) if arena.squashed else arena
     backend, reason = _choose(arena, env, device)
     if backend != "cpu":
         return Plan("rollout", backend, "dense", reason)
@@ -214,6 +218,10 @@ def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) 
 
     sparse = [network(net, arena, density, env.copies).sparse for net in arena.nets]
     return Plan("rollout", "cpu", "/".join("csr" if s else "dense" for s in sparse), reason)
+
+
+def _without_critics(arena: Arena) -> Arena:
+    return replace(arena, critic=None, twin=None)
 
 
 def _choose(arena: Arena, env: Any, device: torch.device) -> tuple[Backend, str]:
@@ -227,6 +235,8 @@ def _choose(arena: Arena, env: Any, device: torch.device) -> tuple[Backend, str]
         return backend, "policy and physics fused; compressed rows where they beat tiles"
     from .policy_gpu import misfit
 
+    if arena.squashed:
+        return "reference", "a loop of torch ops: squashed actions are not fused on a GPU"
     obstacle = misfit(arena.nets)
     if obstacle is not None:
         return "reference", f"a loop of torch ops: {obstacle}"
@@ -325,10 +335,10 @@ def _check(parameters: Parameters, arena: Arena, env: Any, key: Tensor, density:
         inputs = (_check_source(env, key),)
         for name in ("offset", "scale"):
             check_tensor(f"env.{name}", getattr(env, name), inputs, torch.float32, like=key)
-    if spec.discrete != (arena.log_std is None):
+    if spec.discrete == arena.continuous:
         kind = "discrete" if spec.discrete else "continuous"
         raise ValueError(f"arena must be built for {kind} actions to act in {spec.name}")
-    sizes = (spec.observation_dim, spec.action_dim)
+    sizes = (spec.observation_dim, spec.action_dim * (2 if arena.squashed else 1))
     actor = arena.actor.sizes
     if (actor[0], actor[-1]) != sizes:
         raise ValueError(f"actor must map {sizes[0]} features to {sizes[1]} outputs, got {actor}")

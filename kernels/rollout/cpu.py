@@ -20,6 +20,8 @@ from ..dynamics.copies import Copies
 from ..dynamics.cpu import task_observe, task_reset, task_step
 from ..random import Stream
 from ..random.cpu import fill_normal, fill_uniform, pick
+from ..squashed import half_spans
+from ..squashed.cpu import sample_row
 from ..threads import count_threads, share
 from .policy import RolloutNet, forward, network, prepare
 from .reference import Rollout
@@ -54,10 +56,16 @@ class _World(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """The action distribution: A outputs; the offset of ``log_std``, or the row's end if none."""
+    """The action distribution: A actions; the offset of ``log_std``, or the row's end if none.
+
+    A squashed one has the environment's lowest actions, and half of the spans above them.
+    """
 
     actions: int
     log_std: int
+    squashed: bool
+    low: np.ndarray
+    half: np.ndarray
 
 
 @njit(cache=True, error_model="numpy")
@@ -114,6 +122,17 @@ def _sample_gaussian(mean, log_std, noise, action):
 
 
 @njit(cache=True, error_model="numpy")
+def _sample_continuous(head, output, log_std, noise, action):
+    """Write a sample within the environment's bounds to ``action``; returns its log-density."""
+    if not head.squashed:
+        return _sample_gaussian(output, log_std, noise, action)
+    logp = sample_row(output, noise, action)
+    for a in range(action.shape[0]):
+        action[a] = head.low[a] + (action[a] + np.float32(1.0)) * head.half[a]
+    return logp
+
+
+@njit(cache=True, error_model="numpy")
 def _is_finite(values):
     for i in range(values.shape[0]):  # noqa: SIM110 (Numba)
         if not math.isfinite(values[i]):
@@ -142,7 +161,7 @@ def _rollout_ticket(
     policy = prepare(row, mask, actor, copies)
     judge = prepare(row, mask, critic, copies)
     log_std = row[head.log_std : head.log_std + head.actions]
-    output = np.empty((copies, head.actions), np.float32)
+    output = np.empty((copies, actor.sizes[-1]), np.float32)
     judged = np.zeros((copies, 1), np.float32)
     probs = np.empty(head.actions, np.float32)
     u = np.empty(copies, np.float32)
@@ -174,8 +193,8 @@ def _rollout_ticket(
                 index[t, e], logp[t, e] = _sample_discrete(output[e], u[e], probs)
                 chosen = np.float64(index[t, e])
             else:
-                logp[t, e] = _sample_gaussian(
-                    output[e], log_std, noise[e * head.actions :], vector[t, e]
+                logp[t, e] = _sample_continuous(
+                    head, output[e], log_std, noise[e * head.actions :], vector[t, e]
                 )
                 chosen = np.float64(vector[t, e, 0])
             reward[t, e], terminated[t, e] = task_step(world.task, state[e], chosen)
@@ -239,12 +258,12 @@ def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
     features = world.offset.shape[0]
     policy = prepare(row, mask, actor, copies)
     log_std = row[head.log_std : head.log_std + head.actions]
-    output = np.empty((copies, head.actions), np.float32)
+    output = np.empty((copies, actor.sizes[-1]), np.float32)
     obs = np.empty((copies, features), np.float32)
     probs = np.empty(head.actions, np.float32)
     action = np.empty(head.actions, np.float32)
     u = np.empty(copies, np.float32)
-    noise = np.empty(copies * head.actions, np.float32)
+    noise = np.zeros(copies * head.actions, np.float32)
     draw = np.empty(copies * world.state_dim, np.float32)
     state = np.empty((copies, world.state_dim), np.float64)
     shown = np.empty(copies * (features - world.features), np.float32)
@@ -271,8 +290,9 @@ def _evaluate_ticket(actor, head, world, row, mask, key, index, greedy, total):
             c = copy[e]
             if not world.discrete:
                 chosen = np.float64(output[e, 0])
-                if not greedy:
-                    _sample_gaussian(output[e], log_std, noise[c * head.actions :], action)
+                if head.squashed or not greedy:
+                    own = noise[c * head.actions :]
+                    _sample_continuous(head, output[e], log_std, own, action)
                     chosen = np.float64(action[0])
             elif greedy:
                 chosen = np.float64(_greedy(output[e]))
@@ -325,7 +345,7 @@ def rollout(
     task = env.task
     tickets, copies, features = obs.shape
     shape = (tickets, steps, copies)
-    actions = arena.actor.sizes[-1]
+    actions = arena.actions
     outcome = Rollout(
         obs=obs.new_empty((*shape, features)),
         action=obs.new_empty(shape, dtype=torch.int64)
@@ -340,12 +360,12 @@ def rollout(
     )
     index = outcome.action if task.discrete else obs.new_empty((tickets, 0, 0), dtype=torch.int64)
     vector = obs.new_empty((tickets, 0, 0, 0)) if task.discrete else outcome.action
-    heads = obs.new_empty((*shape, actions if keep_heads else 0))
+    heads = obs.new_empty((*shape, arena.actor.sizes[-1] if keep_heads else 0))
     obs = obs.clone(memory_format=torch.contiguous_format)
     arguments = (
         network(arena.actor, arena, density, copies),
         _critic(arena, density, copies),
-        _head(arena),
+        _head(arena, env.task),
         _world(env.task, env.offset, env.scale, env.reset_stream, env.source),
         _array(weight),
         _array(mask),
@@ -390,7 +410,7 @@ def evaluate(
     total = key.new_empty((key.shape[0], copies), dtype=torch.float64)
     arguments = (
         network(arena.actor, arena, density, copies),
-        _head(arena),
+        _head(arena, task),
         _world(task, offset, scale, _EVAL_RESET, source),
         _array(weight),
         _array(mask),
@@ -415,9 +435,11 @@ def _critic(arena: Arena, density: float, copies: int) -> RolloutNet:
     return RolloutNet(empty, empty, empty, 0, activation=0, sparse=False)
 
 
-def _head(arena: Arena) -> _Head:
+def _head(arena: Arena, task: Task) -> _Head:
     log_std = arena.size if arena.log_std is None else arena.log_std
-    return _Head(arena.actor.sizes[-1], log_std)
+    low, half = task.action_low, half_spans(task.action_low, task.action_high)
+    bounds = np.array(low, np.float32), np.array(half, np.float32)
+    return _Head(arena.actions, log_std, arena.squashed, *bounds)
 
 
 def _world(

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..arena import Arena
 from ..mlp.reference import mlp
 from ..random import Stream, categorical, normal, uniform
+from ..squashed import sample, within_bounds
+from ..squashed.reference import distribution
 
 __all__ = ["Rollout", "evaluate", "rollout", "targets"]
 
@@ -59,7 +61,7 @@ def rollout(
     stream: int,
 ) -> tuple[Rollout, Tensor, Tensor]:
     """See `sparse_tickets.kernels.rollout.rollout`; also returns the heads ``[P, T, E, A]``."""
-    policy = _Policy(weight, arena)
+    policy = _Policy(weight, arena, env)
     records, heads = [], []
     value = policy.value(obs)
     for _ in range(steps):
@@ -88,7 +90,7 @@ def evaluate(
     greedy: bool,
 ) -> Tensor:
     """See `sparse_tickets.kernels.rollout.evaluate`; ``env`` starts from ``obs [P, E, D]``."""
-    policy = _Policy(weight, arena)
+    policy = _Policy(weight, arena, env)
     total = torch.zeros(obs.shape[:2], dtype=torch.float64, device=obs.device)
     running = torch.ones_like(total, dtype=torch.bool)
     rest = getattr(env, "rest", None)
@@ -97,11 +99,11 @@ def evaluate(
             return total.float()
         head = policy.head(obs)
         if greedy:
-            action = head.argmax(-1) if arena.log_std is None else head
+            action = policy.best(head)
         else:
             action, _ = policy.sample(head, key, Stream.EVAL_ACTION, (index << 20) | t)
         finite = head.isfinite().all(-1)
-        if arena.log_std is not None:
+        if arena.continuous:
             finite &= action.isfinite().all(-1)
         lost = running & ~finite
         total.masked_fill_(lost, math.nan)
@@ -118,8 +120,10 @@ def evaluate(
 
 def targets(weight: Tensor, arena: Arena, head: Tensor) -> Tensor:
     """What a student imitates: log-probabilities, or mean and log standard deviation."""
-    if arena.log_std is None:
+    if not arena.continuous:
         return head.log_softmax(-1)
+    if arena.squashed:
+        return torch.cat(distribution(head), -1)
     log_std = _log_std(weight, arena)[:, None, None, :].expand_as(head)
     return torch.cat([head, log_std], dim=-1)
 
@@ -127,8 +131,10 @@ def targets(weight: Tensor, arena: Arena, head: Tensor) -> Tensor:
 class _Policy:
     """Actor, critic and action distribution of a population."""
 
-    def __init__(self, weight: Tensor, arena: Arena) -> None:
+    def __init__(self, weight: Tensor, arena: Arena, env: Any) -> None:
         self.weight, self.arena = weight, arena
+        limits = env.spec if env.task is None else env.task
+        self.bounds = limits.action_low, limits.action_high
 
     def head(self, obs: Tensor) -> Tensor:
         """Logits ``[P, E, A]``, or means."""
@@ -140,13 +146,21 @@ class _Policy:
             return obs.new_zeros(obs.shape[:2], dtype=torch.float32)
         return mlp(obs, self.weight, self.arena.critic, None)[..., 0]
 
+    def best(self, head: Tensor) -> Tensor:
+        """The most probable action per copy, or the mean, squashed where samples are."""
+        if not self.arena.continuous:
+            return head.argmax(-1)
+        if self.arena.squashed:
+            return self._squash(head, torch.zeros_like(head[..., ::2]))[0]
+        return head
+
     def sample(self, head: Tensor, key: Tensor, stream: int, step: int) -> tuple[Tensor, Tensor]:
         """An action per copy, and its log-probability ``[P, E]``.
 
         Logits that are no distribution give action 0, and NaN, which training carries on.
         """
         copies = head.shape[1]
-        if self.arena.log_std is None:
+        if not self.arena.continuous:
             probs = head.softmax(-1)
             valid = probs.isfinite().all(-1)
             u = uniform(key, copies, stream=stream, step=step)
@@ -154,11 +168,20 @@ class _Policy:
             action = torch.where(valid, drawn, 0)
             logp = head.log_softmax(-1).gather(-1, action[..., None])[..., 0]
             return action, torch.where(valid, logp, math.nan)
-        noise = normal(key, copies * head.shape[2], stream=stream, step=step).view_as(head)
+        actions = self.arena.actions
+        noise = normal(key, copies * actions, stream=stream, step=step)
+        noise = noise.view(*head.shape[:2], actions)
+        if self.arena.squashed:
+            return self._squash(head, noise)
         log_std = _log_std(self.weight, self.arena)[:, None]
         action = head + log_std.exp() * noise
         surprise = 0.5 * ((action - head) / log_std.exp()) ** 2 + log_std
         return action, -(surprise + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def _squash(self, head: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Within the environment's bounds; the density is that of actions in [-1, 1]."""
+        action, logp = sample(head, noise)
+        return within_bounds(action, *self.bounds), logp
 
 
 def _log_std(weight: Tensor, arena: Arena) -> Tensor:

@@ -94,6 +94,8 @@ class Algorithm(Protocol):
             `Budget`.
         has_critic: whether its tickets carry a critic.
         imitates: whether it learns from experts' demonstrations, which a sweep then makes.
+
+    One whose policies are squashed, with two critics that value actions, says ``squashed = True``.
     """
 
     @property

@@ -21,7 +21,9 @@ class _Acted(NamedTuple):
 
 
 class ReplayBuffer:
-    """Rings of C transitions, one for each of P tickets: ``C * (8 D + 16)`` bytes a ticket.
+    """Rings of C transitions, one for each of P tickets.
+
+    They take ``C * (8 D + 16)`` bytes a ticket; with actions of A numbers ``C * (8 D + 4 A + 8)``.
 
     All tickets act side by side, so their rings fill at the same pace and turn together.
 
@@ -33,6 +35,7 @@ class ReplayBuffer:
         n_step: steps whose rewards a transition adds up.
         gamma: discount per step.
         device: where the tensors live.
+        numbers: A, of which an action consists; None for an index.
 
     Attributes:
         transitions: all C of them; the first `stored` are there.
@@ -50,13 +53,17 @@ class ReplayBuffer:
         n_step: int,
         gamma: float,
         device: torch.device,
+        numbers: int | None = None,
     ) -> None:
         if capacity < copies:
             raise ValueError(f"capacity must be at least copies = {copies}, got {capacity}")
         shape = (tickets, capacity // copies * copies)
         reward = torch.zeros(shape, dtype=torch.float32, device=device)
         obs = torch.zeros(*shape, features, dtype=torch.float32, device=device)
-        action = torch.zeros(shape, dtype=torch.int64, device=device)
+        if numbers is None:
+            action = torch.zeros(shape, dtype=torch.int64, device=device)
+        else:
+            action = torch.zeros(*shape, numbers, dtype=torch.float32, device=device)
         self.transitions = Transitions(
             obs, action, reward, torch.zeros_like(reward), torch.zeros_like(obs)
         )
@@ -66,20 +73,20 @@ class ReplayBuffer:
 
     @property
     def stored(self) -> int:
-        return min(self.added, self.transitions.action.shape[1])
+        return min(self.added, self.transitions.reward.shape[1])
 
     def add(self, obs: Tensor, action: Tensor, step: Step) -> None:
         """Take what every copy of every ticket just did.
 
         Args:
             obs: ``[P, E, D]``, what was acted on.
-            action: ``[P, E]`` int64.
+            action: ``[P, E]`` int64, or ``[P, E, A]`` float32.
             step: what came of it.
         """
         self._recent.append(_Acted(obs, action, step))
         if len(self._recent) < (self._recent.maxlen or 1):
             return
-        begin = self.added % self.transitions.action.shape[1]
+        begin = self.added % self.transitions.reward.shape[1]
         rows = slice(begin, begin + self._copies)
         oldest = self._recent[0]
         for ring, new in zip(

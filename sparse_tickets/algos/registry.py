@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from sparse_tickets.algos import bc, dqn, ppo
+from sparse_tickets.algos import bc, dqn, ppo, sac
 from sparse_tickets.algos.algorithm import Algorithm
 
 __all__ = ["ALGORITHMS", "find_algorithm", "register_algorithm"]
 
 ALGORITHMS: dict[str, Algorithm] = {
-    each.name: each for each in (ppo.ALGORITHM, dqn.ALGORITHM, bc.ALGORITHM)
+    each.name: each for each in (ppo.ALGORITHM, dqn.ALGORITHM, sac.ALGORITHM, bc.ALGORITHM)
 }
 
 

@@ -133,7 +133,8 @@ def _needs(spec: Sweep, algo: str) -> _Needs:
 def _probe(spec: Sweep, algo: str, tickets: int, density: float) -> tuple[float, float]:
     """Seconds of training and of acting alone, per agent-step of ``tickets`` side by side."""
     key = torch.arange(tickets, device="cpu")
-    arena, actors = spec.arena(algo), spec.expert_arena
+    arena = spec.arena(algo)
+    actors = spec.expert_arena if find_algorithm(algo).imitates else arena
     mask = random_mask(key, round(density * arena.prunable), arena)
     weight = initialise(arena, key, spec.init, spec.log_std)
     population = Population.create(arena, weight, mask, density)

@@ -14,6 +14,7 @@ from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.algos.registry import ALGORITHMS, find_algorithm
+from sparse_tickets.algos.sac import SAC
 from sparse_tickets.conditions import find_condition
 from sparse_tickets.dynamic import METHODS, Pruning
 from sparse_tickets.envs import EnvSpec, env_spec
@@ -35,7 +36,7 @@ _CRITIC_LAYOUT = 2
 _LATER: dict[str, Any] = {"during": "none", "during_every": None}
 # Settings that came later: no part of a sweep that does not train by them, so that what was stored
 # before keeps its name.
-_OWN_SETTINGS: dict[str, type] = {"dqn": DQN}
+_OWN_SETTINGS: dict[str, type] = {"dqn": DQN, "sac": SAC}
 _EXPERTS_CHOICE = {"expert": "ppo", "temperature": 1.0}
 
 
@@ -69,7 +70,7 @@ class Sweep:
     any gymnasium id;
     +noise=16 after it adds 16 inputs of pure noise (+noise=16,seed=1: at other places)."""
     algos: tuple[str, ...] = ("ppo", "bc")
-    """Training algorithms: ppo, dqn, bc (behavioural cloning of experts), and your own."""
+    """Training algorithms: ppo, dqn, sac, bc (behavioural cloning of experts), and your own."""
     conditions: tuple[str, ...] = (
         TICKET,
         "mask/permuted",
@@ -111,6 +112,7 @@ class Sweep:
     """Most tracks trained together; results do not depend on it."""
     ppo: PPO = field(default_factory=PPO)
     dqn: DQN = field(default_factory=DQN)
+    sac: SAC = field(default_factory=SAC)
     bc: BC = field(default_factory=BC)
     evaluation: Evaluation = field(default_factory=Evaluation)
     settings: dict = field(default_factory=dict, hash=False)
@@ -143,11 +145,12 @@ class Sweep:
         ):
             if given not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
-        if self.during != "none" and "dqn" in self.algos:
-            raise ValueError(
-                f"during must be none with dqn, which cannot prune while it trains, "
-                f"got {self.during!r}"
-            )
+        for algo in ("dqn", "sac"):
+            if self.during != "none" and algo in self.algos:
+                raise ValueError(
+                    f"during must be none with {algo}, which cannot prune while it trains, "
+                    f"got {self.during!r}"
+                )
         if self.during != "none" and self.rewind_step:
             raise ValueError(
                 f"rewind_step must be 0 where networks are pruned during training, got "
@@ -192,21 +195,23 @@ class Sweep:
 
     def arena(self, algo: str) -> Arena:
         """The parameter layout of an algorithm's tickets; a cloned student has no critic."""
-        critic = find_algorithm(algo).has_critic
-        return self._layout(critic, prune_critic=self.prune_critic and critic)
+        return self._layout(algo, prune_critic=self.prune_critic)
 
     @property
     def expert_arena(self) -> Arena:
         """The experts' layout, never pruned: with a critic where PPO trains them."""
-        return self._layout(find_algorithm(self.bc.expert).has_critic, prune_critic=False)
+        return self._layout(self.bc.expert, prune_critic=False)
 
-    def _layout(self, critic: bool, prune_critic: bool) -> Arena:
+    def _layout(self, algo: str, *, prune_critic: bool) -> Arena:
+        algorithm = find_algorithm(algo)
+        critic = algorithm.has_critic
         return policy_arena(
             self.env_spec,
             self.hidden,
             activation=self.activation,
             critic=critic,
-            prune_critic=prune_critic,
+            prune_critic=prune_critic and critic,
+            squashed=getattr(algorithm, "squashed", False),
         )
 
     @property

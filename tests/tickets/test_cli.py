@@ -106,7 +106,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
     [
         (["--env", "CartPool-v1"], "env must be one of Acrobot-v1, CartPole-v1, MountainCar-v0"),
         (["--conditions", "mask/weihgts"], "condition must be one of mask/weights"),
-        (["--algos", "sac"], "algos must be among ppo, dqn, bc"),
+        (["--algos", "td3"], "algos must be among ppo, dqn, sac, bc"),
         (["--criterion", "size"], "criterion must be one of 1:4, 2:4, fan-in"),
         (["--rate", "1.5"], "rate must be in (0, 1), got 1.5"),
         (["--rate", "nan"], "rate must be finite, got nan"),

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from probes import GAMMA, PROBES, register_probes
+from probes import CONTINUOUS, GAMMA, PROBES, register_probes
 
-from sparse_tickets.algos import bc, dqn, ppo
+from sparse_tickets.algos import bc, dqn, ppo, sac
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.envs import env_spec
 from sparse_tickets.kernels.mlp import mlp
@@ -30,6 +30,18 @@ DEEP_Q = dqn.DQN(
     exploration=0.5,
     epsilon=0.1,
 )
+SOFT = sac.SAC(
+    steps=1_600,
+    copies=8,
+    horizon=5,
+    updates=15,
+    minibatch=64,
+    warmup=160,
+    gamma=GAMMA,
+    learning_rate=1e-2,
+    tau=0.05,
+    target_entropy=-4.0,
+)
 DISCRETE = [name for name, probe in PROBES.items() if probe.discrete]
 ONCE = Evaluation(points=1, episodes=16)
 
@@ -39,10 +51,10 @@ def probes():
     register_probes()
 
 
-def fresh(name: str, density: float, *, critic: bool = True) -> tuple[Population, torch.Tensor]:
+def fresh(name: str, density: float, **layout: bool) -> tuple[Population, torch.Tensor]:
     """Three tickets, pruned at random, and their keys."""
     spec = env_spec(name)
-    arena = policy_arena(spec, (16, 16), critic=critic)
+    arena = policy_arena(spec, (16, 16), **layout)
     key = torch.arange(TICKETS) + 1
     weight = initialise(arena, key, "orthogonal", log_std=-0.5)
     everything = torch.ones(TICKETS, arena.prunable, dtype=torch.bool)
@@ -106,6 +118,27 @@ def test_double_and_n_step_dqn_reach_them_too(name, options):
     for obs, known in PROBES[name].values.items():
         best = population.actor(torch.full((TICKETS, 1, 1), float(obs))).amax(-1).flatten()
         assert best.sub(known).abs().max() < 0.05, obs
+
+
+@pytest.mark.parametrize(
+    ("name", "density"), [*((name, 0.5) for name in CONTINUOUS), ("number by the observation", 1.0)]
+)
+def test_sac_reaches_the_known_values(name, density):
+    population, key = fresh(name, density, squashed=True)
+    arena, probe = population.arena, CONTINUOUS[name]
+    if probe.action is None:
+        # Next to nothing, as what entropy adds to values then is.
+        population.parameters.weight[:, arena.temperature] = -4.0
+    result = sac.train(SOFT, name, population, key, evaluation=ONCE)
+    assert result.return_final.sub(probe.best).abs().max() < (0.3 if probe.best == 0 else 0.02)
+    for obs, known in probe.values.items():
+        x = torch.full((TICKETS, 1, 1), float(obs))
+        action = population.actor(x)[..., :1].tanh()
+        if probe.action is not None:
+            assert action.sub(probe.action[obs]).abs().max() < 0.1, obs
+        for critic in arena.critics:
+            value = mlp(torch.cat([x, action], -1), population.parameters.weight, critic)
+            assert value.sub(known).abs().max() < 0.05, obs
 
 
 @pytest.mark.parametrize("name", ["choice by the observation", "number by the observation"])

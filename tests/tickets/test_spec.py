@@ -174,7 +174,7 @@ def test_steps_shrink_by_the_rewind_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"algos": ("sac",)}, "algos must be among ppo, dqn, bc, got"),
+        ({"algos": ("td3",)}, "algos must be among ppo, dqn, sac, bc, got"),
         ({"algos": ()}, "algos must be among"),
         ({"algos": ("ppo", "ppo")}, "algos must be at least one, each once"),
         ({"controls": ("both",)}, "controls must be among own, ticket"),

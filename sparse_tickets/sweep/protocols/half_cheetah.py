@@ -1,11 +1,11 @@
-"""HalfCheetah by rl-zoo3's tuned PPO."""
+"""HalfCheetah by rl-zoo3's tuned PPO, and SAC as it trains MuJoCo's tasks."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from sparse_tickets.sweep.protocols.shared import SB3, SLOW
+from sparse_tickets.sweep.protocols.shared import SB3, SLOW, ZOO_SAC
 
 __all__ = ["ENV", "SETTINGS"]
 
@@ -30,4 +30,5 @@ SETTINGS: dict[str, Any] = {
         value_coef=2 * 0.58096,
         max_norm=0.8,
     ),
+    "sac": ZOO_SAC,
 }
