@@ -23,6 +23,7 @@ __all__ = [
     "PPOConfig",
     "Parameters",
     "Plan",
+    "SACConfig",
     "Stream",
     "Transitions",
     "adam_",
@@ -40,6 +41,7 @@ __all__ = [
     "ppo_update_",
     "resolve_backend",
     "rewind_",
+    "sac_update_",
     "uniform",
     "use_backend",
 ]
@@ -62,6 +64,7 @@ _EXPORTS = {
     ),
     "returns": ("gae",),
     "rollout": ("demonstrate", "evaluate"),
+    "sac": ("SACConfig", "sac_update_"),
     "update": ("adam_", "rewind_"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     )
     from .returns import gae
     from .rollout import demonstrate, evaluate
+    from .sac import SACConfig, sac_update_
     from .update import adam_, rewind_
 else:
     # Out of the type checker's sight: it would accept any name of a module with `__getattr__`.

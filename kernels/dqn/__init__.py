@@ -169,10 +169,10 @@ def _check(
     lr: Tensor,
     density: float,
 ) -> None:
-    if arena.critic is not None or arena.log_std is not None:
+    if arena.critic is not None or arena.continuous:
         raise ValueError(
             "arena must be a Q-network alone, got one with "
-            + ("a critic" if arena.log_std is None else "continuous actions")
+            + ("continuous actions" if arena.continuous else "a critic")
         )
     weight = parameters.weight
     reference = resolve_backend(weight.device) == "reference"

@@ -64,12 +64,13 @@ def clone_update_(
 
     Update u, counted over the whole training, takes the samples
     ``integers(key, batch, n, stream=MINIBATCH, step=u)`` of the ticket's dataset; the loss is the
-    mean KL divergence from the expert's distribution to the student's. A critic in the arena is no
-    part of this: its weights and moments stay as they are, whatever its moments hold.
+    mean KL divergence from the expert's distribution to the student's, of squashed policies that of
+    their Gaussians before squashing, which is the same. A critic in the arena is no part of this:
+    its weights and moments stay as they are, whatever its moments hold.
 
     Args:
         parameters: of P tickets; weight, m, v and step are updated, the mask is not.
-        arena: discrete, or continuous with `log_std`.
+        arena: discrete, continuous with `log_std`, or squashed.
         obs: ``[D, n, I]`` float32, the observations of D datasets, normalised.
         target: the expert's log-probabilities ``[D, n, A]``, or for continuous actions its means
             and log standard deviations ``[D, n, 2A]``. Log-probabilities below -87 count as -87.
@@ -115,7 +116,8 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     check_density(density)
     backend = resolve_backend(device)
     if backend == "triton":
-        reason = "loss and its gradient in one pass between the network's passes; see `mlp.plan`"
+        kind = "in torch between" if arena.squashed else "in one pass between"
+        reason = f"loss and its gradient {kind} the network's passes; see `mlp.plan`"
         return Plan("clone_update_", "triton", "dense+mask", reason)
     if backend == "reference":
         return Plan("clone_update_", "reference", "dense+mask", PLAIN_TORCH)
@@ -147,7 +149,7 @@ def _check_data(weight: Tensor, arena: Arena, obs: Tensor, target: Tensor, datas
     datasets, samples, _ = obs.shape
     if not 1 <= samples <= 2**31:
         raise ValueError(f"obs must have between 1 and 2**31 samples, got {samples}")
-    numbers = arena.actor.sizes[-1] * (1 if arena.log_std is None else 2)
+    numbers = arena.actions * (2 if arena.continuous else 1)
     check_tensor("target", target, (datasets, samples, numbers), weight.dtype, like=weight)
     check_tensor("dataset", dataset, (len(weight),), torch.int64, like=weight)
 

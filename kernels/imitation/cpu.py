@@ -6,6 +6,7 @@ The critic is not packed, so nothing of it can change.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from ..compiling import njit
 from ..mlp.layout import OUT, PANEL, Y, lay_out
 from ..random import Stream
 from ..random.cpu import fill_words
+from ..squashed.reference import LOG_STD_RANGE
 from ..threads import share
 from ..training.cpu import Head, bind, train
 from ..vector import (
@@ -23,20 +25,29 @@ from ..vector import (
     load,
     log,
     maximum,
+    minimum,
     splat,
     store,
     sum_lanes,
+    where_positive,
 )
 
 __all__ = ["clone_update_"]
 
-_ZERO = np.float32(0.0)
+_ZERO, _HALF, _ONE = (np.float32(number) for number in (0.0, 0.5, 1.0))
+_LOWEST, _HIGHEST = (np.float32(bound) for bound in LOG_STD_RANGE)
 _STREAM = int(Stream.MINIBATCH)
 # Rows of the head: the loss, then those of the sample, the target.
 _SCRATCH = 1
 _LOSS, _TARGET = 0, PANEL
 # Below the logarithm of the smallest normal float32: an action the expert never takes.
 _NEVER = np.float32(-87.0)
+
+
+class CloneHead(NamedTuple):
+    """What the loss takes of the student."""
+
+    squashed: bool
 
 
 @njit(cache=True)
@@ -125,9 +136,42 @@ def _gaussian_loss(layout, packed, columns, width, scale):
 
 
 @njit(cache=True)
+def _squashed_loss(layout, packed, columns, width, scale):
+    """As `_gaussian_loss`, of log standard deviations that are outputs too and have their range."""
+    space, delta, target = packed.space, layout.delta, layout.head + _TARGET
+    last = layout.layers[-1]
+    mean, actions = last[Y], last[OUT] // 2
+    log_std = mean + actions * PANEL
+    losses = layout.head + _LOSS
+    space[losses : losses + width] = _ZERO
+    for a in range(actions):
+        for c in range(a * PANEL, a * PANEL + width, LANES):
+            given = load(space, log_std + c)
+            student = minimum(maximum(given, splat(_LOWEST)), splat(_HIGHEST))
+            precision = exp(splat(_ZERO) - student - student)
+            spread = load(space, target + actions * PANEL + c)
+            error = load(space, mean + c) - load(space, target + c)
+            square = fma(error, error, exp(spread + spread)) * precision
+            loss = fma(splat(_HALF), square, student - spread - splat(_HALF))
+            place = losses + c - a * PANEL
+            store(space, place, load(space, place) + loss)
+            store(space, delta + c, error * precision * splat(scale))
+            moved = (splat(_ONE) - square) * splat(scale)
+            # Beyond the range nothing moves it.
+            inside = where_positive(splat(_HIGHEST) - given, moved, splat(_ZERO))
+            inside = where_positive(given - splat(_LOWEST), inside, splat(_ZERO))
+            store(space, delta + actions * PANEL + c, inside)
+    for row in range(2 * actions):
+        space[delta + row * PANEL + columns : delta + row * PANEL + width] = _ZERO
+    return _mask_tail(space, losses, columns, width)
+
+
+@njit(cache=True)
 def _loss(layout, packed, columns, width, size, prepared, config, measured):
     scale = np.float32(1.0 / size)
-    if layout.actions:
+    if config.squashed:
+        loss = _squashed_loss(layout, packed, columns, width, scale)
+    elif layout.actions:
         loss = _gaussian_loss(layout, packed, columns, width, scale)
     else:
         loss = _categorical_loss(layout, packed, columns, width, scale)
@@ -158,7 +202,7 @@ def clone_update_(
         key,
         lr,
         config,
-        (),
+        CloneHead(arena.squashed),
         first=first_update,
         draws=config.updates,
         drawn=config.batch,

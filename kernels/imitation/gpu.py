@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
+from ..squashed.reference import distribution
 from ..training.gpu import Outputs, adam_, gradient
 from . import loss_gpu, minibatch_gpu
-from .reference import critic_spans
+from .reference import critic_spans, gaussian_divergence
 
 if TYPE_CHECKING:
     from . import CloneConfig
@@ -48,6 +49,7 @@ def clone_update_(
         # Filled on the device: a copy from the host would wait for it.
         first_update = torch.full((), first_update, dtype=torch.int64, device=key.device)
     frozen = tuple(bound for span in critic_spans(arena) for bound in span)
+    loss = _squashed_loss if arena.squashed else _loss
     most = max(1, MOST_SAMPLES // config.batch)
     for begin in range(0, config.updates, most):
         updates = min(most, config.updates - begin)
@@ -55,7 +57,7 @@ def clone_update_(
             obs, dataset, key, first_update, begin, updates, config.batch
         )
         for update in range(updates):
-            head = partial(_loss, rows[:, update], target, 1.0 / config.updates, losses)
+            head = partial(loss, rows[:, update], target, 1.0 / config.updates, losses)
             grad = gradient(parameters.weight, arena, (arena.actor,), minibatches[:, update], head)
             adam_(parameters, grad, lr, config, frozen=frozen)
     return losses
@@ -66,3 +68,18 @@ def _loss(rows: Tensor, target: Tensor, share: float, losses: Tensor, outputs: O
     loss_gpu.loss_and_gradient(
         output, outputs.log_std, rows, target, share, (d_output, outputs.d_log_std), losses
     )
+
+
+def _squashed_loss(
+    rows: Tensor, target: Tensor, share: float, losses: Tensor, outputs: Outputs
+) -> None:
+    """In torch, by autograd of the outputs alone."""
+    (output,), (d_output,) = outputs.values, outputs.d_values
+    wanted = target.flatten(0, 1)[rows.clamp(min=0)]
+    wanted = torch.where(rows[..., None] < 0, torch.nan, wanted)
+    with torch.enable_grad():
+        leaf = output.detach().requires_grad_()
+        loss = gaussian_divergence(*distribution(leaf), wanted).mean(1)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    losses += share * loss.detach()
+    d_output.copy_(gradient)

@@ -10,25 +10,34 @@ from torch import Tensor
 from ..arena import Arena, Parameters
 from ..mlp.reference import mlp
 from ..random import Stream, integers
+from ..squashed.reference import distribution
 from ..training.reference import step_
 
 if TYPE_CHECKING:
     from . import CloneConfig
 
-__all__ = ["clone_update_", "critic_spans", "loss", "measured_loss"]
+__all__ = ["clone_update_", "critic_spans", "gaussian_divergence", "loss", "measured_loss"]
 
 
 def loss(weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, target: Tensor) -> Tensor:
     """Mean KL divergence ``[P]`` from the expert to the student."""
     output = mlp(obs, weight, arena.actor, mask)
-    if arena.log_std is None:
+    if not arena.continuous:
         # An action the expert never takes contributes zero, whatever the student thinks.
         target = target.clamp(min=-87.0)
         return (target.exp() * (target - output.log_softmax(-1))).sum(-1).mean(1)
-    mean, log_std = target.chunk(2, dim=-1)
-    student = weight[:, arena.log_std : arena.log_std + arena.actor.sizes[-1]][:, None]
-    square = (2 * log_std).exp() + (output - mean) ** 2
-    return (student - log_std + 0.5 * square * (-2 * student).exp() - 0.5).sum(-1).mean(1)
+    if arena.squashed:
+        return gaussian_divergence(*distribution(output), target).mean(1)
+    begin = arena.log_std or 0
+    log_std = weight[:, begin : begin + arena.actions][:, None]
+    return gaussian_divergence(output, log_std, target).mean(1)
+
+
+def gaussian_divergence(mean: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
+    """KL ``[P, B]`` from the expert's Gaussians, means and log standard deviations ``target``."""
+    wanted, spread = target.chunk(2, dim=-1)
+    square = (2 * spread).exp() + (mean - wanted) ** 2
+    return (log_std - spread + 0.5 * square * (-2 * log_std).exp() - 0.5).sum(-1)
 
 
 def measured_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -67,9 +76,11 @@ def clone_update_(
 
 
 def critic_spans(arena: Arena) -> list[tuple[int, int]]:
-    """``[begin, end)`` of the critic's parameters in a row, in order, neighbours as one."""
-    net, spans = arena.critic, []
-    if net is not None:
+    """``[begin, end)`` of the critics' parameters in a row, in order, neighbours as one."""
+    spans = []
+    if arena.temperature is not None:
+        spans.append((arena.temperature, arena.temperature + 1))
+    for net in arena.critics:
         for layer in range(net.depth):
             out, inp = net.shape(layer)
             spans.append((net.weights[layer], net.weights[layer] + out * inp))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_tickets.algos import dqn, ppo
+from sparse_tickets.algos import dqn, ppo, sac
 from sparse_tickets.algos.algorithm import Algorithm, Dataset, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay_cloning, replayed
@@ -57,7 +57,7 @@ class BC:
     experts: int = 5
     """Experts per environment; student s imitates expert s mod experts."""
     expert: str = "ppo"
-    """How experts are trained: ppo; dqn, whose policies are softmax(Q / temperature)."""
+    """How experts are trained: ppo; sac; dqn, whose policies are softmax(Q / temperature)."""
     temperature: float = 1.0
     """Of a DQN expert's policy: the smaller, the closer to its greedy actions."""
     expert_gate: float | None = None
@@ -76,12 +76,12 @@ class BC:
             | {"temperature": above(0)},
             prefix="bc.",
         )
-        if self.expert not in ("ppo", "dqn"):
-            raise ValueError(f"bc.expert must be ppo or dqn, got {self.expert!r}")
-        if self.expert == "ppo" and self.temperature != 1.0:
+        if self.expert not in ("ppo", "dqn", "sac"):
+            raise ValueError(f"bc.expert must be ppo, dqn or sac, got {self.expert!r}")
+        if self.expert != "dqn" and self.temperature != 1.0:
             raise ValueError(
-                f"bc.temperature must be 1 for PPO experts, whose policies have none, "
-                f"got {self.temperature}"
+                f"bc.temperature must be 1 for {self.expert.upper()} experts, whose policies have "
+                f"none, got {self.temperature}"
             )
 
     @property
@@ -106,7 +106,7 @@ class Experts(NamedTuple):
 
 def train_experts(
     settings: BC,
-    budget: ppo.PPO | dqn.DQN,
+    budget: ppo.PPO | dqn.DQN | sac.SAC,
     env_name: str,
     arena: Arena,
     gate: float,
@@ -121,9 +121,9 @@ def train_experts(
 
     Args:
         settings: how many experts and how many rounds of tries.
-        budget: how experts are trained, the settings of PPO or of DQN.
+        budget: how experts are trained, the settings of PPO, DQN or SAC.
         env_name: the environment.
-        arena: a layout, with a critic for PPO.
+        arena: a layout, with a critic for PPO, with two for SAC.
         gate: the return an expert must reach.
         scheme: initialisation.
         log_std: initial log standard deviation of continuous actions.
@@ -145,6 +145,8 @@ def train_experts(
         schedule: Schedule = {"evaluation": evaluation, "on_iteration": on_iteration}
         if isinstance(budget, dqn.DQN):
             result = dqn.train(budget, env_name, population, key, **schedule)
+        elif isinstance(budget, sac.SAC):
+            result = sac.train(budget, env_name, population, key, **schedule)
         else:
             result = ppo.train(budget, env_name, population, key, **schedule)
         returns = result.return_final.tolist()

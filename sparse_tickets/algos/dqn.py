@@ -250,7 +250,7 @@ class Iteration:
 
 
 def _check(arena: Arena) -> None:
-    if arena.log_std is not None:
+    if arena.continuous:
         raise ValueError("dqn needs discrete actions, got continuous ones: train by ppo")
     if arena.critic is not None:
         raise ValueError("dqn trains a Q-network alone: build its arena with critic=False")

@@ -212,12 +212,8 @@ class Iteration:
         )
 
     def __call__(self) -> None:
-        settings, population, env, buffer = (
-            self._settings,
-            self._population,
-            self._env,
-            self.buffer,
-        )
+        settings, population = self._settings, self._population
+        env, buffer = self._env, self.buffer
         random = self._number * settings.batch < settings.warmup
         bounds = env.spec.action_low, env.spec.action_high
         for _ in range(settings.horizon):

@@ -194,16 +194,20 @@ class Sweep:
         return (budget.iterations - skipped) * budget.batch
 
     def arena(self, algo: str) -> Arena:
-        """The parameter layout of an algorithm's tickets; a cloned student has no critic."""
+        """The parameter layout of an algorithm's tickets; a cloned student has no critic.
+
+        A student is squashed as its experts are.
+        """
         return self._layout(algo, prune_critic=self.prune_critic)
 
     @property
     def expert_arena(self) -> Arena:
-        """The experts' layout, never pruned: with a critic where PPO trains them."""
+        """The experts' layout, never pruned: with critics where PPO or SAC trains them."""
         return self._layout(self.bc.expert, prune_critic=False)
 
     def _layout(self, algo: str, *, prune_critic: bool) -> Arena:
         algorithm = find_algorithm(algo)
+        acts_like = find_algorithm(self.bc.expert) if algorithm.imitates else algorithm
         critic = algorithm.has_critic
         return policy_arena(
             self.env_spec,
@@ -211,7 +215,7 @@ class Sweep:
             activation=self.activation,
             critic=critic,
             prune_critic=prune_critic and critic,
-            squashed=getattr(algorithm, "squashed", False),
+            squashed=getattr(acts_like, "squashed", False),
         )
 
     @property
@@ -220,9 +224,9 @@ class Sweep:
         return tuple(algo for algo in self.algos if find_algorithm(algo).imitates)
 
     @property
-    def expert_budget(self) -> PPO | DQN:
+    def expert_budget(self) -> PPO | DQN | SAC:
         """How the experts are trained."""
-        budget: PPO | DQN = getattr(self, self.bc.expert)
+        budget: PPO | DQN | SAC = getattr(self, self.bc.expert)
         steps = self.bc.expert_steps
         return budget if steps is None else replace(budget, steps=steps)
 

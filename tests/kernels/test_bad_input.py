@@ -39,6 +39,7 @@ from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import demonstrate, evaluate, rollout
+from sparse_tickets.kernels.sac import SACConfig, sac_update_
 from sparse_tickets.kernels.update import adam_, rewind_
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
@@ -81,6 +82,7 @@ def whole(high: int, *shape: int) -> Tensor:
 ARENA = Arena.build((3, 2, 4))
 POLICY = Arena.build((4, 3, 2), (4, 3, 1))
 Q_NETWORK = Arena.build((4, 3, 2))
+SOFT = Arena.build((4, 3, 2), (5, 3, 1), squashed=True)
 LAYERS = ARENA.prunable_layers()
 PRUNABLE, TAIL = ARENA.prunable, ARENA.size - ARENA.prunable
 
@@ -240,6 +242,15 @@ def make_dqn(tickets: int, batch: int, density: float) -> Tensors:
     }
 
 
+def make_sac(tickets: int, batch: int, density: float) -> Tensors:
+    mask = draw_mask(tickets, SOFT.prunable, density=density)
+    weight = 0.3 * draw(tickets, SOFT.size)
+    weight[:, : SOFT.prunable] *= mask
+    tensors = make_dqn(tickets, batch, density) | {"weight": weight, "mask": mask}
+    rows = {"m": weight.abs() * 1e-3, "v": weight.abs() * 1e-3, "target": 0.5 * weight}
+    return tensors | rows | {"action": draw(tickets, batch, 1).tanh()}
+
+
 def call_write_gradient_(mask: Tensor, **tensors: Tensor) -> None:
     write_gradient_(pattern=build_pattern(mask, LAYERS, width=PRUNABLE), layer=0, **tensors)
 
@@ -306,6 +317,14 @@ def call_dqn_update_(
     return dqn_update_(parameters, Q_NETWORK, target, replay, action.shape[-1], key, 2, lr, config)
 
 
+def call_sac_update_(
+    target: Tensor, reward: Tensor, key: Tensor, lr: Tensor, **tensors: Tensor
+) -> Any:
+    parameters = Parameters(*(tensors.pop(name) for name in Parameters._fields))
+    replay, config = Transitions(reward=reward, **tensors), SACConfig(1, 3, -1.0)
+    return sac_update_(parameters, SOFT, target, replay, reward.shape[-1], key, 2, lr, config)
+
+
 TASK = dynamics.TASKS["CartPole-v1"]
 
 CASES = {
@@ -360,6 +379,7 @@ CASES = {
     "ppo_update_": Case(call_ppo_update_, make_ppo, ("weight", "m", "v", "step")),
     "clone_update_": Case(call_clone_update_, make_clone, ("weight", "m", "v", "step")),
     "dqn_update_": Case(call_dqn_update_, make_dqn, ("weight", "m", "v", "step")),
+    "sac_update_": Case(call_sac_update_, make_sac, ("weight", "m", "v", "step", "target")),
 }
 
 

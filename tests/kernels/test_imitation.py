@@ -19,6 +19,7 @@ def problem(
     density,
     *,
     continuous=False,
+    squashed=False,
     tickets=4,
     hidden=(40, 24),
     critic=(5, 8, 1),
@@ -29,7 +30,10 @@ def problem(
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    arena = Arena.build((5, *hidden, 3), critic, continuous=continuous, activation=activation)
+    sizes = (5, *hidden, 6 if squashed else 3)
+    arena = Arena.build(
+        sizes, critic, continuous=continuous, squashed=squashed, activation=activation
+    )
     mask = torch.rand(tickets, arena.prunable, generator=generator) < density
     weight = 0.2 * normal(tickets, arena.size)
     m, v = 0.01 * normal(tickets, arena.size), 1e-3 * normal(tickets, arena.size) ** 2
@@ -38,7 +42,7 @@ def problem(
     parameters = Parameters(weight, mask, m, v, torch.arange(tickets))
     obs = normal(2, 300, 5)
     target = normal(2, 300, 3).log_softmax(-1)
-    if continuous:
+    if continuous or squashed:
         target = torch.cat([normal(2, 300, 3), 0.3 * normal(2, 300, 3) - 0.5], -1)
     dataset = torch.arange(tickets) % 2
     key = torch.arange(tickets) * 7654321 - 9
@@ -95,6 +99,26 @@ def compare(density, config, **options):
 def test_updates_equal_float64(continuous, density, poisoned):
     compare(density, CloneConfig(updates=1, batch=133), continuous=continuous)
     compare(density, CloneConfig(updates=5, batch=32), continuous=continuous)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.1])
+def test_squashed_students_equal_float64(density, poisoned):
+    for critic in (None, (8, 8, 1)):
+        options = {"squashed": True, "critic": critic}
+        compare(density, CloneConfig(updates=1, batch=133), **options)
+        compare(density, CloneConfig(updates=5, batch=32), **options)
+
+
+def test_a_squashed_students_log_std_has_its_range(poisoned):
+    """Beyond it nothing moves the outputs, within it both halves of the gradient do."""
+    arena, parameters, *rest = problem(1.0, squashed=True, critic=None, hidden=())
+    arena.actor.bias(parameters.weight, 0)[:, 3:] = torch.tensor([-30.0, 0.0, 3.0])
+    parameters.weight[:, : arena.prunable] *= 0.1
+    before = parameters.weight.clone()
+    parameters.m.zero_()
+    clone_update_(parameters, arena, *rest[:4], 0, rest[4], CloneConfig(updates=1, batch=64))
+    moved = arena.actor.bias(parameters.weight, 0) != arena.actor.bias(before, 0)
+    assert moved.tolist() == [[True, True, True, False, True, False]] * 4
 
 
 def test_without_a_critic_and_with_relu(poisoned):

@@ -44,7 +44,7 @@ class Problem:
             return torch.randn(shape, generator=generator).double()
 
         self.arena = arena
-        inputs, actions = arena.actor.sizes[0], arena.actor.sizes[-1]
+        inputs, actions = arena.actor.sizes[0], arena.actions
         # Of three tickets, always the first ones; the last one has no weights.
         mask = torch.rand(3, arena.prunable, generator=generator) < density
         mask[2] = False
@@ -60,7 +60,7 @@ class Problem:
         full = Parameters(weight, mask, m, v, torch.tensor([0, 4, 9]))
         self.parameters = Parameters(*(field[:tickets] for field in full))
         self.obs = normal(DATASETS, SAMPLES, inputs)
-        if arena.log_std is None:
+        if not arena.continuous:
             self.target = normal(DATASETS, SAMPLES, actions).log_softmax(-1).float().double()
         else:
             self.target = normal(DATASETS, SAMPLES, 2 * actions)
@@ -213,6 +213,7 @@ ARENAS = {
     "continuous_critic": Arena.build((5, 9, 3), (5, 6, 1), continuous=True),
     "pruned_critic": Arena.build((5, 9, 3), (5, 6, 1), prune_critic=True, continuous=True),
     "split": Arena.build((3, 70, 2)),
+    "squashed": Arena.build((3, 7, 4), (5, 6, 1), squashed=True),
     "one_action": Arena.build((1, 1), (1, 1)),
 }
 

@@ -104,8 +104,8 @@ def test_cloning_dqn_experts_imitates_the_softmax_of_their_values(tmp_path):
 
 
 def test_the_expert_is_one_that_there_is():
-    with pytest.raises(ValueError, match=r"bc\.expert must be ppo or dqn, got 'sac'"):
-        BC(expert="sac")
+    with pytest.raises(ValueError, match=r"bc\.expert must be ppo, dqn or sac, got 'td3'"):
+        BC(expert="td3")
     with pytest.raises(ValueError, match=r"bc.temperature must be 1 for PPO experts.*got 0.5"):
         BC(temperature=0.5)
     with pytest.raises(ValueError, match=r"bc\.temperature must be above 0"):

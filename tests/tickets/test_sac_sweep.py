@@ -7,9 +7,12 @@ import torch
 
 from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.algos.sac import SAC
 from sparse_tickets.cli import main
 from sparse_tickets.conditions import CONDITIONS
+from sparse_tickets.kernels.mlp import mlp
+from sparse_tickets.sweep.data import read_data
 from sparse_tickets.sweep.progress import total_steps
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
@@ -91,11 +94,29 @@ def test_other_sweeps_are_what_they_were():
     assert Sweep.from_dict(SPEC.to_dict()) == SPEC
 
 
+def test_students_of_sac_are_squashed_and_imitate_the_gaussians(tmp_path):
+    experts = BC(experts=1, expert="sac", expert_gate=-2_000.0, expert_steps=64)
+    budget = PPO(steps=256, copies=2, horizon=64)
+    spec = replace(SPEC, algos=("bc", "sac"), levels=2, rewind_step=0, bc=experts, ppo=budget)
+    spec = replace(spec, conditions=("mask/weights",))
+    store = run(spec, tmp_path)
+    assert Sweep.from_dict(store.spec) == spec
+    data = read_data(store, "demonstrations")
+    head = mlp(data["obs"], read_data(store, "experts")["weight"], spec.expert_arena.actor)
+    torch.testing.assert_close(data["target"], head)
+    student, own = spec.arena("bc"), spec.arena("sac")
+    assert (student.squashed, student.critic, student.actor.sizes) == (True, None, own.actor.sizes)
+    found = {unit.algo: store.read_tickets(unit)[0] for unit in store.units() if unit.level == 0}
+    assert torch.equal(
+        found["bc"].initial[: student.prunable], found["sac"].initial[: own.prunable]
+    )
+    assert not torch.equal(found["bc"].final, found["bc"].initial)
+    assert set(load_results(tmp_path)["algo"]) == {"bc", "sac"}
+
+
 def test_refusals_come_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="as sac trains, needs continuous actions, CartPole-v1"):
         run(replace(SPEC, env="CartPole-v1"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match=r"bc\.expert must be ppo or dqn, got 'sac'"):
-        BC(expert="sac")
     with pytest.raises(ValueError, match="during must be none with sac, which cannot prune"):
         replace(SPEC, rewind_step=0, during="set")
