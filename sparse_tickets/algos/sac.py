@@ -12,13 +12,17 @@ from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
 from sparse_tickets.algos.buffer import ReplayBuffer
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels import sac, squashed
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.dqn.reference import take
 from sparse_tickets.kernels.errors import check_shape
 from sparse_tickets.kernels.random import Stream, normal, uniform
 from sparse_tickets.kernels.sac import SACConfig, sac_update_
+from sparse_tickets.kernels.sac.reference import draw_noise, loss
+from sparse_tickets.kernels.training.reference import gradient
 from sparse_tickets.population import Population
 from sparse_tickets.settings import above, at_least, check_fields, within
 
@@ -85,6 +89,12 @@ class SAC:
         """Iterations of acting and updates."""
         return self.steps // self.batch
 
+    @property
+    def waiting(self) -> int:
+        """Iterations without updates, in which the replay buffer fills for the warmup."""
+        filled = -(-max(self.warmup, 1) // self.copies) + self.n_step - 1
+        return -(-filled // self.horizon) - 1
+
     def learning_rate_at(self, iteration: int) -> float:
         """Linear from `learning_rate` to zero over the whole budget."""
         return self.learning_rate * (1.0 - iteration / self.iterations)
@@ -105,6 +115,7 @@ def train(
     first_iteration: int = 0,
     rewind_iteration: int | None = None,
     on_iteration: Callable[[int], None] | None = None,
+    pruning: Pruning | None = None,
 ) -> Result:
     """Train every ticket of a population by SAC; nothing is computed across tickets.
 
@@ -120,13 +131,15 @@ def train(
             buffer starts empty all the same, and fills before the first update.
         rewind_iteration: snapshot the parameters before this iteration.
         on_iteration: called after each iteration with the agent-steps taken in it.
+        pruning: prune and regrow while training, by the gradient steps taken; masks change between
+            iterations, the targets' with them.
 
     Returns:
         Curves, returns, final and best weights.
 
     Raises:
         ValueError: an unknown environment, one of discrete actions, a population of another kind,
-            or a key that does not fit the population.
+            a key that does not fit the population, or pruning where no update is made.
     """
     check_shape("key", key, (len(population),))
     _check(population.arena)
@@ -143,10 +156,23 @@ def train(
         ) as evaluator,
     ):
         iterate = Iteration(settings, env, population, key, first_iteration)
+        learns_from, pruner = first_iteration + settings.waiting, None
+        if pruning is not None:
+            if learns_from >= settings.iterations:
+                raise ValueError(
+                    "pruning while training needs updates, which begin after "
+                    f"{learns_from * settings.batch} steps: sac.steps must be more, "
+                    f"got {settings.steps}"
+                )
+            steps = settings.updates * (settings.iterations - learns_from)
+            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
+            iterate.mask_target_()
         for iteration in range(first_iteration, settings.iterations):
             evaluator.before(iteration)
             iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
             iterate()
+            if pruner is not None and iteration >= learns_from and pruner.step(settings.updates):
+                iterate.mask_target_()
             evaluator.after(iteration)
             if on_iteration is not None:
                 on_iteration(len(population) * settings.batch)
@@ -196,7 +222,7 @@ class Iteration:
         self._settings, self._config = settings, settings.config(actions)
         self._env, self._population, self._key = env, population, key
         self._obs = env.reset(key)
-        self._number = first
+        self._number, self._learns_from = first, first + settings.waiting
         weight = population.parameters.weight
         self._target = weight.clone()
         self.learning_rate = torch.zeros_like(weight[:, 0])
@@ -224,7 +250,7 @@ class Iteration:
             step = env.step(squashed.within_bounds(action, *bounds))
             buffer.add(self._obs, action, step)
             self._obs = step.obs
-        if buffer.added >= max(settings.warmup, 1):
+        if self._number >= self._learns_from:
             sac_update_(
                 population.parameters,
                 population.arena,
@@ -238,6 +264,25 @@ class Iteration:
                 density=population.density,
             )
         self._number += 1
+
+    def mask_target_(self) -> None:
+        """Zero the targets' weights off the masks, after these have changed."""
+        pruned = ~self._population.parameters.mask
+        self._target[:, : self._population.arena.prunable].masked_fill_(pruned, 0.0)
+
+    def dense_gradient(self) -> Tensor:
+        """Gradient ``[P, prunable]`` of the losses of all transitions that the last call's updates
+        drew, by pruned weights too."""
+        settings, population, config = self._settings, self._population, self._config
+        arena, first = population.arena, (self._number - 1) * settings.updates
+        replay, stored = self.buffer.transitions, self.buffer.stored
+        batch = take(replay, stored, self._key, first, settings.updates, settings.minibatch)
+        noise = draw_noise(self._key, first, config, settings.updates, arena.actions)
+        noise = noise.transpose(1, 2).flatten(2, 3)
+        weight, every = population.parameters.weight, torch.ones_like(population.parameters.mask)
+        arguments = (arena, batch, noise, self._target, config)
+        dense, _ = gradient(weight, every, loss, arguments)
+        return dense[:, : arena.prunable]
 
 
 def _check(arena: Arena) -> None:

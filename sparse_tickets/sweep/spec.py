@@ -145,12 +145,11 @@ class Sweep:
         ):
             if given not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
-        for algo in ("dqn", "sac"):
-            if self.during != "none" and algo in self.algos:
-                raise ValueError(
-                    f"during must be none with {algo}, which cannot prune while it trains, "
-                    f"got {self.during!r}"
-                )
+        if self.during != "none" and "dqn" in self.algos:
+            raise ValueError(
+                f"during must be none with dqn, which cannot prune while it trains, "
+                f"got {self.during!r}"
+            )
         if self.during != "none" and self.rewind_step:
             raise ValueError(
                 f"rewind_step must be 0 where networks are pruned during training, got "

@@ -1,19 +1,25 @@
 """SAC's trainer: what it stores, when it explores and learns, and that nothing crosses tickets."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
+from sparse_tickets.algos import sac
 from sparse_tickets.algos.buffer import ReplayBuffer
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.sac import SAC, Iteration, act, explore, train
+from sparse_tickets.dynamic import METHODS, Pruning
 from sparse_tickets.envs import Step, env_spec, make_env
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.prune import prune
-from sparse_tickets.kernels.random import Stream
+from sparse_tickets.kernels.random import Stream, integers, normal
 from sparse_tickets.kernels.rollout import demonstrate, rollout
+from sparse_tickets.kernels.sac.reference import loss
 from sparse_tickets.kernels.squashed import within_bounds
+from sparse_tickets.kernels.training.reference import gradient
+from sparse_tickets.linear import count_kept
 from sparse_tickets.population import Population, initialise, policy_arena
 
 PENDULUM = "Pendulum-v1"
@@ -131,6 +137,81 @@ def test_updates_wait_for_the_warmup_and_targets_follow_slowly():
     moved = (tickets.parameters.weight - initial).norm()
     assert 0 < (iterate._target - initial).norm() < 0.02 * moved
     assert tickets.parameters.weight[0, tickets.arena.temperature] != 0
+
+
+def test_pruning_while_training_keeps_exact_counts_and_masks_the_targets():
+    method = replace(METHODS["rigl"], every=6)
+    settings = replace(SHORT, n_step=2)
+
+    def run(tickets, key, look=None):
+        pruning = Pruning(method, 0.2)
+        some = Population.create(tickets.arena, tickets.parameters.weight)
+        result = train(
+            settings,
+            PENDULUM,
+            some,
+            key,
+            evaluation=FEW,
+            pruning=pruning,
+            on_iteration=None if look is None else lambda _: look(some),
+        )
+        return some, result
+
+    def look(some):
+        kept = some.parameters.mask.sum(1)
+        assert (kept == count_kept(some.density, some.arena.prunable)).all()
+        masks.append(some.parameters.mask.clone())
+
+    masks = []
+    tickets, key = population(3, prune_critic=True)
+    together, results = run(tickets, key, look)
+    assert together.density == pytest.approx(0.2)
+    # Gradient steps begin with the third iteration.
+    assert settings.waiting == 2
+    assert any(not torch.equal(one, other) for one, other in pairwise(masks))
+    pruned = ~together.parameters.mask
+    for row in (together.parameters.weight, together.parameters.m, together.parameters.v):
+        assert (row[:, : together.arena.prunable][pruned] == 0).all()
+    one = Population.create(tickets.arena, tickets.parameters.weight[1:2])
+    alone, result = run(one, key[1:2])
+    assert torch.equal(alone.parameters.mask[0], together.parameters.mask[1])
+    assert torch.equal(result.final[0], results.final[1])
+    never = replace(SHORT, warmup=100, steps=100)
+    with pytest.raises(ValueError, match=r"after 96 steps: sac\.steps must be more, got 100"):
+        train(never, PENDULUM, one, key[1:2], evaluation=FEW, pruning=Pruning(method, 0.2))
+
+
+def test_the_gradient_by_pruned_weights_is_that_of_the_last_updates_transitions(monkeypatch):
+    seen, update = [], sac.sac_update_
+
+    def look(parameters, arena, target, *rest, **options):
+        seen.append((target[:, : arena.prunable][~parameters.mask] == 0).all())
+        return update(parameters, arena, target, *rest, **options)
+
+    monkeypatch.setattr(sac, "sac_update_", look)
+    tickets, key = population(2, prune_critic=True)
+    iterate = Iteration(SHORT, make_env(PENDULUM, 2, SHORT.copies), tickets, key, 0)
+    iterate._target.add_(1.0)
+    iterate.mask_target_()
+    iterate.learning_rate.fill_(1e-3)
+    for _ in range(4):
+        iterate()
+    assert len(seen) == 2
+    assert all(seen)
+    found, pruned = iterate.dense_gradient(), ~tickets.parameters.mask
+    assert found[pruned].any()
+    # On the mask it is the mean of what each update's own batch gives.
+    weight, mask, arena = tickets.parameters.weight, tickets.parameters.mask, tickets.arena
+    buffer, total = iterate.buffer, torch.zeros_like(found)
+    for number in range(9, 12):
+        index = integers(key, 13, buffer.stored, stream=Stream.MINIBATCH, step=number)
+        batch = type(buffer.transitions)(
+            *(field[torch.arange(2)[:, None], index] for field in buffer.transitions)
+        )
+        noise = normal(key, 26, stream=Stream.UPDATE_ACTION, step=number).view(2, 2, 13, 1)
+        arguments = (arena, batch, noise, iterate._target, SHORT.config(1))
+        total += gradient(weight, mask, loss, arguments)[0][:, : arena.prunable] / 3
+    torch.testing.assert_close(found[~pruned], total[~pruned], rtol=1e-4, atol=1e-5)
 
 
 def test_rewound_tickets_start_later_in_the_schedule():

@@ -118,5 +118,3 @@ def test_refusals_come_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="as sac trains, needs continuous actions, CartPole-v1"):
         run(replace(SPEC, env="CartPole-v1"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="during must be none with sac, which cannot prune"):
-        replace(SPEC, rewind_step=0, during="set")
