@@ -124,8 +124,8 @@ def sac_update_(
         TypeError: a dtype, the kernels take float32 only; or `stored` or `first_update` no integer.
     """
     weight, mask, m, v, step = (tensor.detach() for tensor in parameters)
-    target = target.detach()
     check_untransformed("sac_update_", *parameters, target, lr, *replay)
+    target = target.detach()
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
     first_update = check_integer("first_update", first_update, 0, 1 << 62)
     _check(parameters, arena, target, replay, stored, key, lr, density)
