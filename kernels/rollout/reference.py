@@ -131,10 +131,8 @@ def targets(weight: Tensor, arena: Arena, head: Tensor) -> Tensor:
 class _Policy:
     """Actor, critic and action distribution of a population."""
 
-    def __init__(self, weight: Tensor, arena: Arena, env: Any) -> None:
-        self.weight, self.arena = weight, arena
-        limits = env.spec if env.task is None else env.task
-        self.bounds = limits.action_low, limits.action_high
+    def __init__(self, weight: Tensor, arena: Arena, env: Any = None) -> None:
+        self.weight, self.arena, self.env = weight, arena, env
 
     def head(self, obs: Tensor) -> Tensor:
         """Logits ``[P, E, A]``, or means."""
@@ -181,7 +179,8 @@ class _Policy:
     def _squash(self, head: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Within the environment's bounds; the density is that of actions in [-1, 1]."""
         action, logp = sample(head, noise)
-        return within_bounds(action, *self.bounds), logp
+        limits = self.env.spec if self.env.task is None else self.env.task
+        return within_bounds(action, limits.action_low, limits.action_high), logp
 
 
 def _log_std(weight: Tensor, arena: Arena) -> Tensor:
