@@ -52,7 +52,8 @@ def line_figure(
     """A panel for each title: means over seeds, 95% bootstrap bands, a dot per seed.
 
     Args:
-        panels: titles with their lines; a name looks the same in every panel.
+        panels: titles with their lines; a name looks the same in every panel. More than three
+            stand in two columns.
         title: bold.
         detail: beneath it, grey.
         xlabel: of every panel.
@@ -65,9 +66,14 @@ def line_figure(
     xs = np.concatenate([line.x for lines in panels.values() for line in lines])
     lowest, highest = xs.min(), xs.max()
     longest = max(map(len, names), default=0)
-    width = 0.5 + len(panels) * (_WIDTH + 0.055 * longest)
-    figure = Figure(figsize=(width, 0.8 + _HEIGHT), dpi=DPI, layout="constrained")
-    grid = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
+    columns = len(panels) if len(panels) <= 3 else 2
+    rows = -(-len(panels) // columns)
+    size = (0.5 + columns * (_WIDTH + 0.055 * longest), 0.5 + rows * (0.3 + _HEIGHT))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    every = figure.subplots(rows, columns, sharey=share_y, squeeze=False)
+    grid = every.flat[: len(panels)]
+    for panel in every.flat[len(panels) :]:
+        panel.set_axis_off()
     for panel, (name, lines) in zip(grid, panels.items(), strict=True):
         panel.set_title(name)
         panel.set_xlabel(xlabel)
@@ -87,7 +93,8 @@ def line_figure(
         panel.set_axisbelow(True)
         for line in lines:
             _draw(panel, line, line_of(_LOOKS[names.index(line.name) % len(_LOOKS)]))
-    grid[0].set_ylabel(ylabel)
+    for panel in every[:, 0]:
+        panel.set_ylabel(ylabel)
     for panel, lines in zip(grid, panels.values(), strict=True):
         _name_ends(panel, [line for line in lines if np.isfinite(line.values).any()], names)
     head(figure, title, detail, None)

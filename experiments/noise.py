@@ -197,7 +197,8 @@ def fields(part: pl.DataFrame, name: str) -> list[str]:
 def draw(cells: pl.DataFrame) -> Figure:
     """Tickets by noise, then all methods where most is noise: a panel each."""
     panels: dict[str, list[Line]] = {}
-    for column, word in (("rank", "rank of real inputs"), ("return_final", "final return")):
+    words = {"rank": "rank of real inputs", "return_final": "final return"}
+    for column, word in words.items():
         panels[f"{word}, tickets"] = [
             Line(
                 _share(part), 100 * matrix(part, TICKET, "density")[0], matrix(part, TICKET, column)
@@ -205,10 +206,11 @@ def draw(cells: pl.DataFrame) -> Figure:
             for part in by_noise(cells).values()
         ]
     most = list(by_noise(cells).values())[-1]
-    panels[f"rank of real inputs, {_share(most)}"] = [
-        Line(METHODS[name], 100 * matrix(most, name, "density")[0], matrix(most, name, "rank"))
-        for name in methods(most)
-    ]
+    for column, word in words.items():
+        panels[f"{word}, {_share(most)}"] = [
+            Line(METHODS[name], 100 * matrix(most, name, "density")[0], matrix(most, name, column))
+            for name in methods(most)
+        ]
     return line_figure(
         panels,
         "CartPole-v1 with inputs of pure noise, PPO",
