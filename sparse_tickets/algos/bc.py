@@ -78,6 +78,10 @@ class BC:
         )
         if self.expert not in ("ppo", "dqn", "sac"):
             raise ValueError(f"bc.expert must be ppo, dqn or sac, got {self.expert!r}")
+        if self.expert == "sac" and self.dataset:
+            raise ValueError(
+                "bc.expert must be ppo with bc.dataset, whose actions are not squashed, got 'sac'"
+            )
         if self.expert != "dqn" and self.temperature != 1.0:
             raise ValueError(
                 f"bc.temperature must be 1 for {self.expert.upper()} experts, whose policies have "

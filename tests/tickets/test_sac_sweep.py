@@ -118,3 +118,7 @@ def test_refusals_come_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="as sac trains, needs continuous actions, CartPole-v1"):
         run(replace(SPEC, env="CartPole-v1"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"bc\.expert must be ppo with bc\.dataset"):
+        BC(expert="sac", dataset=("pendulum/expert-v0",))
+    with pytest.raises(ValueError, match=r"bc\.temperature must be 1 for SAC experts"):
+        BC(expert="sac", temperature=0.5)
