@@ -41,7 +41,7 @@ def tickets(store):
     }
 
 
-@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("pruned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_condition_trains_and_chunks_change_nothing(pruned, tmp_path):
     spec = replace(SPEC, prune_critic=pruned)
     steps = []
@@ -65,6 +65,7 @@ def test_every_condition_trains_and_chunks_change_nothing(pruned, tmp_path):
     assert load_results(tmp_path / "b")["return_final"].equals(frame["return_final"])
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_estimates_and_verifies(tmp_path, capsys):
     options = ["--env", "Pendulum-v1", "--algos", "sac", "--seeds", "1", "--levels", "2"]
     options += ["--hidden", "8", "--sac.steps", "96", "--sac.copies", "2", "--sac.horizon", "16"]
