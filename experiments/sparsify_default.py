@@ -332,9 +332,9 @@ class Run:
 
 
 def grid() -> Iterator[Run]:
-    """Seed by seed what decides, then two seeds of the other shares."""
-    for seed in range(SEEDS):
-        for name in SYSTEMS:
+    """Program by program what decides, then two seeds of the other shares."""
+    for name in SYSTEMS:
+        for seed in range(SEEDS):
             yield Run(name, "dense", 1.0, seed)
             yield from _cells(name, seed, FEW)
     for seed in range(2):

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,13 @@ from sparse_tickets.timing import Budget, Contender, Spread, Unverified
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LATER = math.inf
+
+
+@pytest.fixture(autouse=True)
+def temporary_files(tmp_path, monkeypatch):
+    """What a run leaves in the temporary folder, of other processes too, goes with the test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 def budget(rounds, limit=LATER):
