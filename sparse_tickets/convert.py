@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from sparse_tickets.casting import make_dense_, make_sparse_
 from sparse_tickets.compaction import ELEMENTWISE
 from sparse_tickets.connectivity import find_cuts
-from sparse_tickets.coverage import check_module, find_matrices
+from sparse_tickets.coverage import check_module, find_matrices, group_shared
 from sparse_tickets.linear import SparseLinear, count_kept
 from sparse_tickets.prune import erk_counts
 from sparse_tickets.selection import keep_largest
@@ -62,7 +62,8 @@ def sparsify_(
     Layers of class ``nn.Linear`` exactly, and layers that are sparse already; a subclass may use
     its weight in ways that we cannot know. What was converted and what was not is logged at INFO
     under the logger ``sparse_tickets.convert``, and `summary` tells it at any time. Weights that a
-    layer has pruned stay pruned. A weight shared by two layers counts once.
+    layer has pruned stay pruned. Layers that share a weight count once, and so do those that share
+    a mask by `targets.tie_masks_`, where the first one's weight decides.
 
     The default shares the density out by Erdos-Renyi-Kernel, more to small layers and heads: of the
     three scopes the best for fresh PPO and SAC policies at density 0.1 in ``experiments/
@@ -97,8 +98,9 @@ def sparsify_(
 
     Warns:
         SparsifyWarning: a layer, a row of an output layer or every path to an output was pruned
-            away; or less than half of the module's matrix weights (those excluded aside) lie in
-            layers that were converted.
+            away; less than half of the module's matrix weights (those excluded aside) lie in
+            layers that were converted; or the module is a policy of Stable-Baselines3, whose
+            model has to know.
 
     Example:
         >>> policy = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
@@ -116,10 +118,7 @@ def sparsify_(
         _check_convertible(name, layer)
     if not tied:
         _check_ties(module, layers)
-    sharing: dict[int, list[nn.Linear]] = {}
-    for layer in layers.values():
-        sharing.setdefault(id(layer.weight), []).append(layer)
-    groups = list(sharing.values())
+    groups = group_shared(layers.values())
     masks = _masks(groups, density, scope)
     for group in groups:
         mask = masks.pop(0)
@@ -230,7 +229,7 @@ def _check_ties(module: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
 
 
 def _masks(groups: Sequence[Sequence[nn.Linear]], density: float, scope: Scope) -> list[Tensor]:
-    """The mask of each group, whose layers share one weight; nothing is changed."""
+    """The mask of each group; nothing is changed."""
     weights = [group[0].weight.detach() for group in groups]
     masks = [_joint_mask(group) for group in groups]
     total = count_kept(density, sum(weight.numel() for weight in weights))
@@ -303,6 +302,14 @@ def _tell(
             SparsifyWarning,
             stacklevel=_CALLER,
         )
+    if _is_torn_from_its_model(module):
+        warnings.warn(
+            "sparsify_ made a policy of Stable-Baselines3 sparse behind its model's back, so that "
+            "target networks are pruned by their own weights and a file that the model saves does "
+            "not load: sparse_tickets.integrations.sb3.sparsify_(model, density) sees to both",
+            SparsifyWarning,
+            stacklevel=_CALLER,
+        )
     cuts = find_cuts(module, (*ELEMENTWISE, nn.Dropout, nn.PReLU)) if density else []
     if cuts:
         way = "" if scope == "erk" else "; scope='erk' leaves more to small layers"
@@ -313,6 +320,16 @@ def _tell(
             SparsifyWarning,
             stacklevel=_CALLER,
         )
+
+
+def _is_torn_from_its_model(module: nn.Module) -> bool:
+    """Whether this is a policy of Stable-Baselines3, or a part that is one, not made sparse there.
+
+    By name, since the library need not be installed.
+    """
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
+    ours = "sparse_tickets.integrations.sb3.SparsePolicy"
+    return "stable_baselines3.common.policies.BaseModel" in kinds and ours not in kinds
 
 
 def densify_(module: nn.Module) -> nn.Module:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -12,7 +13,9 @@ from torch.nn.utils import parametrize
 
 from sparse_tickets.linear import SparseLinear
 
-__all__ = ["Matrix", "Summary", "check_module", "find_matrices", "summary"]
+__all__ = ["Matrix", "Summary", "check_module", "find_matrices", "group_shared", "summary"]
+
+Linear = TypeVar("Linear", bound=nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,23 @@ def check_module(module: object) -> None:
             f"module must be an nn.Module, got {type(module).__name__}"
             f"{way if hasattr(module, 'policy') else ''}"
         )
+
+
+def group_shared(layers: Iterable[Linear]) -> list[list[Linear]]:
+    """Layers that share a weight, or a mask as targets do; the first one's weight decides."""
+    groups: list[list[Linear]] = []
+    found: dict[int, list[Linear]] = {}
+    for layer in layers:
+        shared = [id(layer.weight)]
+        if isinstance(layer, SparseLinear):
+            shared.append(id(layer.mask))
+        group = next((found[key] for key in shared if key in found), None)
+        if group is None:
+            group = []
+            groups.append(group)
+        group.append(layer)
+        found.update(dict.fromkeys(shared, group))
+    return groups
 
 
 def find_matrices(module: nn.Module) -> dict[int, Matrix]:

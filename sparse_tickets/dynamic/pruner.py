@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_tickets.convert import sparsify_
+from sparse_tickets.coverage import group_shared
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.linear import SparseLinear, count_kept
 
@@ -190,6 +191,7 @@ class Pruner:
                 layer.register_forward_hook(partial(self._listen, name), with_kwargs=True)
                 for name, layers in self._layers.items()
                 for layer in layers
+                if layer.weight is layers[0].weight
             ]
 
     def _listen(
@@ -230,15 +232,15 @@ class Pruner:
 
 
 def _sparse_layers(module: nn.Module, exclude: list[str]) -> dict[str, list[SparseLinear]]:
-    """Every linear layer that is not excluded, sparse now, with those that share its weight."""
+    """Every linear layer that is not excluded, sparse now, with those that follow its mask."""
     sparsify_(module, 1.0, exclude=exclude)
     left = {part for name in exclude for part in module.get_submodule(name).modules()}
-    names: dict[int, str] = {}
-    layers: dict[str, list[SparseLinear]] = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, SparseLinear) and layer not in left:
-            layers.setdefault(names.setdefault(id(layer.weight), name), []).append(layer)
-    return layers
+    names = {
+        layer: name
+        for name, layer in module.named_modules()
+        if isinstance(layer, SparseLinear) and layer not in left
+    }
+    return {names[group[0]]: group for group in group_shared(names)}
 
 
 def _is_zero(gradient: Tensor | None) -> bool:

@@ -15,6 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActor
 
 from sparse_tickets import SparseLinear, optim
 from sparse_tickets import sparsify_ as sparsify_module_
+from sparse_tickets.convert import SparsifyWarning
 from sparse_tickets.integrations.sb3 import (
     GradualPruning,
     SparseActorCriticPolicy,
@@ -229,7 +230,8 @@ def test_a_network_can_stay_dense_with_its_target():
 
 def test_a_file_of_a_policy_that_lost_its_class_loads_by_custom_objects(tmp_path):
     model = build(PPO)
-    sparsify_module_(model.policy, 0.3)
+    with pytest.warns(SparsifyWarning, match=r"integrations\.sb3\.sparsify_\(model, density\)"):
+        sparsify_module_(model.policy, 0.3)
     model.save(tmp_path / "model")
     with pytest.raises(RuntimeError, match="mask"):
         PPO.load(tmp_path / "model", device="cpu")
@@ -237,6 +239,7 @@ def test_a_file_of_a_policy_that_lost_its_class_loads_by_custom_objects(tmp_path
     check_equal(model, PPO.load(tmp_path / "model", device="cpu", custom_objects=custom))
 
 
+@pytest.mark.filterwarnings("ignore::sparse_tickets.convert.SparsifyWarning")
 def test_targets_follow_when_a_state_says_otherwise():
     """A policy sparsified layer by layer has targets with masks of their own."""
     model = build(DQN)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_tickets import SparseLinear, sparsify_
+from sparse_tickets import Pruner, SparseLinear, sparsify_
 from sparse_tickets.sequential import SparseSequential
 from sparse_tickets.targets import tie_masks_
 
@@ -52,6 +52,35 @@ def test_target_becomes_sparse_on_its_own_parameters():
         assert target[index].mask is online[index].mask
         assert not weight[~online[index].mask].any()
         assert weight[online[index].mask].all()
+
+
+def test_a_module_of_both_is_pruned_by_the_online_weights(networks):
+    online, target = networks
+    torch.nn.init.normal_(target[0].weight)
+    expected = sparsify_(copy.deepcopy(online), 0.2)
+    sparsify_(nn.ModuleList([online, target]), 0.2)
+    for index in (0, 2):
+        assert torch.equal(online[index].mask, expected[index].mask)
+        assert torch.equal(online[index].weight, expected[index].weight)
+        assert target[index].mask is online[index].mask
+        assert not target[index].weight[~target[index].mask].any()
+
+
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_a_pruner_of_both_asks_the_online_network_alone(networks, method):
+    online, target = networks
+    twin = copy.deepcopy(online)
+    pruners = [Pruner(module, method, 0.3, 20) for module in (nn.ModuleList(networks), twin)]
+    for _ in range(20):
+        x = torch.randn(8, 6)
+        for module, pruner in zip((online, twin), pruners, strict=True):
+            module.zero_grad()
+            (module(x) - target(x).detach()).square().sum().backward()
+            pruner.step()
+    assert torch.equal(online[0].mask, twin[0].mask)
+    assert torch.equal(online[2].mask, twin[2].mask)
+    assert target[0].mask is online[0].mask
+    assert pruners[0].density == pytest.approx(0.3, abs=0.01)
 
 
 def test_target_runs_in_one_call_as_the_online_network_does(networks):
