@@ -205,6 +205,28 @@ def test_an_average_of_buffers_needs_tied_masks():
     assert policy[2].density < 0.2
 
 
+def test_an_average_that_copies_masks():
+    """docs/guarantees.md's, where torch's own stops at bools."""
+
+    def average(mean, new, count):
+        return torch.lerp(mean, new, 1 / (count + 1)) if mean.is_floating_point() else new
+
+    policy = make()
+    plain, ours = (AveragedModel(policy, avg_fn=f, use_buffers=True) for f in (None, average))
+    plain.update_parameters(policy)
+    with pytest.raises(RuntimeError, match="with two bool tensors"):
+        plain.update_parameters(policy)
+    weights = []
+    for density in (0.3, 0.1):
+        sparsify_(policy, density)
+        ours.update_parameters(policy)
+        weights.append(policy[2].weight.detach().clone())
+        assert torch.equal(ours.module[2].mask, policy[2].mask)
+    torch.testing.assert_close(ours.module[2].weight, torch.stack(weights).mean(0))
+    x = draw()
+    torch.testing.assert_close(ours(x), truth(ours.module)(x))
+
+
 def test_targets_by_lerp_of_parameters():
     policy = make()
     target = copy.deepcopy(policy)
@@ -215,18 +237,24 @@ def test_targets_by_lerp_of_parameters():
     assert_zero(target)
 
 
-def test_targets_by_lerp_of_a_tensordict():
-    """LeanRL's way, of the parameters: masks are bool, which torch cannot interpolate."""
+def test_targets_of_a_tensordict():
+    """LeanRL's way, whose `lerp_` of all there is stops at bools: the masks are copied."""
     tensordict = pytest.importorskip("tensordict")
-    policy = make()
-    target = tie_masks_(copy.deepcopy(policy), policy)
+    policy, follower = make(), make(seed=1)
+    params = tensordict.from_module(policy).detach()
+    target = params.clone().lock_()
+    target.to_module(follower)
     learn(policy, torch.optim.SGD(policy.parameters(), lr=0.1))
-    target.apply(lambda m: m.apply_mask_() if isinstance(m, SparseLinear) else None)
-    online, follower = (
-        tensordict.TensorDict(dict(module.named_parameters())).data for module in (policy, target)
-    )
-    follower.lerp_(online, 0.5)
-    assert_zero(target)
+    before = follower[2].weight.detach().clone()
+    with pytest.raises(NotImplementedError, match="not implemented for 'Bool'"):
+        target.lerp_(params, 0.5)
+    target.apply_(lambda t, p: t.lerp_(p, 0.5) if t.is_floating_point() else t.copy_(p), params)
+    assert torch.equal(follower[2].mask, policy[2].mask)
+    kept = policy[2].mask
+    mean = (policy[2].weight + before) / 2
+    torch.testing.assert_close(follower[2].weight[kept], mean[kept])
+    x = draw()
+    torch.testing.assert_close(follower(x), truth(follower)(x))
 
 
 # Optimisers
