@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.during_training import EVERY
-from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import TICKET, cartpole_spec, cuts, levels, tickets
 from sparse_tickets import Sweep, Ticket, load_results
 from sparse_tickets.envs import env_spec
@@ -119,28 +119,41 @@ def _share(part: pl.DataFrame) -> str:
 
 def conclude(cells: pl.DataFrame) -> Finding:
     found, directions = [], {}
+    parts = list(by_noise(cells).values())
     for name in methods(cells, JUDGED):
         ranks = {
             _share(part): matrix(part, name, "rank")[:, -1]
-            for part in by_noise(cells).values()
+            for part in parts
             if name in set(part["condition"])
         }
         shown = (f"{share} {_text(effect(values))}" for share, values in ranks.items())
         found.append(f"{METHODS[name]}: {', '.join(shown)}")
         directions[name] = [direction(values - 0.5) for values in ranks.values()]
+    gains = [f"{_share(part)} {signed(*effect(gain(part)), digits=0)}" for part in parts]
     density = cells["density"].min()
     steps = cells["train_steps"].max()
+    sparse = methods(cells, SPARSE)
+    among = "among most noise only, no gradual pruning"
+    cut = (
+        f"networks that train sparse {among}" if sparse else "none that becomes sparse in training"
+    )
     return Finding(
         ran=f"CartPole-v1 with {', '.join(map(str, by_noise(cells)))} inputs of noise, PPO, "
         f"{cells['seed'].n_unique()} seeds, densities down to {density:.1%}, {steps:,} steps, "
         f"{', '.join(METHODS[name] for name in methods(cells))}, {len(cells)} trainings "
-        f"(cut: {cuts(cells)}, no gradual pruning, what trains sparse among most noise only)",
+        f"(cut: {cuts(cells)}, {cut})",
         effect=f"chance that a real input keeps more weights than noise, at {density:.1%}: "
-        + "; ".join(found),
+        + f"{'; '.join(found)}; final return, tickets minus dense: {', '.join(gains)}",
         verdict="; ".join(f"{METHODS[name]}: {verdict(d)}" for name, d in directions.items()),
         text=text(cells),
         figures={"noise": draw(cells)},
     )
+
+
+def gain(part: pl.DataFrame) -> np.ndarray:
+    """Final return of each seed's sparsest ticket minus that of its dense policy."""
+    dense = matrix(part, "dense", "return_final")[:, 0]
+    return matrix(part, TICKET, "return_final")[:, -1] - dense
 
 
 def methods(cells: pl.DataFrame, among: Iterable[str] = METHODS) -> list[str]:
