@@ -39,6 +39,7 @@ __all__ = [
     "effect",
     "main",
     "markdown",
+    "reported",
     "run",
     "signed",
     "write_parquet",
@@ -173,11 +174,14 @@ def run(experiment: Experiment, home: Path, place: Place, *, train: bool = True)
         save(figure, home / "figures" / f"{name}.png")
     readme = home / "README.md"
     text = readme.read_text() if readme.exists() else "# Experiments\n"
-    text = _with_claim(text, experiment, finding, cells)
-    text = _with_section(text, experiment, finding, cells)
-    write_atomic(readme, text.encode())
+    write_atomic(readme, reported(text, experiment, finding, cells).encode())
     print(f"{experiment.name}: {finding.effect}: {finding.verdict}", flush=True)
     return finding
+
+
+def reported(text: str, experiment: Experiment, finding: Finding, cells: pl.DataFrame) -> str:
+    """A README with an experiment's row and section as its cells have them."""
+    return _with_section(_with_claim(text, experiment, finding, cells), experiment, finding, cells)
 
 
 def effect(values: ArrayLike) -> tuple[float, float, float]:

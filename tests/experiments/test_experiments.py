@@ -1,4 +1,4 @@
-"""Every experiment runs end to end, tiny, and fills its part of the README from its data."""
+"""Every experiment runs end to end, tiny, and what the README says of it is what its data say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from experiments import sweeps  # noqa: E402
-from experiments.frame import NAMES, Place, run  # noqa: E402
+from experiments.frame import NAMES, RESULTS, Place, reported, run  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,17 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("experiments")
 
 
-SLOW = ("conditions", "rescaling")  # as many figures and sweeps as the others together
+@pytest.mark.parametrize("name", [n for n in NAMES if (RESULTS / f"{n}.parquet").exists()])
+def test_the_readme_says_what_the_stored_cells_say(name):
+    experiment = import_module(f"experiments.{name}").EXPERIMENT
+    cells = pl.read_parquet(RESULTS / f"{name}.parquet")
+    text = (RESULTS.parent / "README.md").read_text()
+    assert f"<!-- {name}:begin -->" in text
+    assert reported(text, experiment, experiment.conclude(cells), cells) == text
+
+
+# As many figures and sweeps as the others together; kernels compile in whichever comes first.
+SLOW = ("conditions", "rescaling", "stability")
 
 
 @pytest.mark.parametrize(
