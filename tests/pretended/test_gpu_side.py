@@ -94,8 +94,15 @@ def train(algo: str, device: str, continuous: bool) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("no_episodes")
-@pytest.mark.parametrize("continuous", [False, True])
-@pytest.mark.parametrize("algo", ["ppo", "bc"])
+@pytest.mark.parametrize(
+    ("algo", "continuous"),
+    [
+        ("ppo", True),
+        ("bc", False),
+        pytest.param("ppo", False, marks=pytest.mark.slow),
+        pytest.param("bc", True, marks=pytest.mark.slow),
+    ],
+)
 def test_training_is_captured_and_equals_the_cpu(algo, continuous, monkeypatch):
     replayed = train(algo, "cuda", continuous)
     monkeypatch.setenv("SPARSE_TICKETS_GRAPHS", "0")

@@ -412,7 +412,9 @@ def test_version_names_what_numbers_depend_on(capsys):
     assert lines["processor"] == processor()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(e, marks=pytest.mark.slow) for e in ("latin-1", "cp1252"))]
+)
 def test_output_survives_narrow_terminals(encoding, finished):
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     for arguments in (["report", str(finished)], ["sweep", "--help"]):

@@ -537,9 +537,21 @@ print(1 + (high_water() - before) / size)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-@pytest.mark.parametrize("scope", ["erk", "global"])
 @pytest.mark.parametrize(
-    ("width", "layers"), [(1024, 6), (3072, 1), pytest.param(2048, 6, marks=pytest.mark.slow)]
+    ("width", "layers", "scope"),
+    [
+        (1024, 6, "erk"),
+        (3072, 1, "global"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (1024, 6, "global"),
+                (3072, 1, "erk"),
+                (2048, 6, "erk"),
+                (2048, 6, "global"),
+            ]
+        ),
+    ],
 )
 def test_memory_at_the_peak_is_at_most_twice_the_parameters(width, layers, scope):
     """In a process of its own, as the operating system counts it: 24 to 100 MB."""
