@@ -63,7 +63,10 @@ CONFINED = {
     "minari": ("sparse_tickets.integrations.minari",),
     "tyro": ("sparse_tickets.cli", "sparse_tickets.commands"),
     "triton": ("sparse_tickets.kernels",),
-    "stable_baselines3": ("sparse_tickets.integrations.sb3",),
+    "stable_baselines3": (
+        "sparse_tickets.integrations.sb3",
+        "sparse_tickets.integrations.squashed",
+    ),
     "tensorboard": (),
     "wandb": ("sparse_tickets.tracking",),
     "trackio": ("sparse_tickets.tracking",),

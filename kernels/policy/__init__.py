@@ -5,5 +5,6 @@ from __future__ import annotations
 from .activations import Activation, find_activation
 from .layout import Layer
 from .network import Network
+from .squashed import can_squash, squash
 
-__all__ = ["Activation", "Layer", "Network", "find_activation"]
+__all__ = ["Activation", "Layer", "Network", "can_squash", "find_activation", "squash"]

@@ -422,3 +422,49 @@ def test_sparsify_refuses_and_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="density"):
         sparsify_(model, 1.1)
     assert type(model.policy) is ActorCriticPolicy
+
+
+def test_the_squashed_gaussian_draws_what_the_dense_one_draws():
+    torch.manual_seed(0)
+    dense, sparse = build(SAC), build(SAC)
+    sparse.policy.load_state_dict(dense.policy.state_dict())
+    sparsify_(sparse, 1.0)
+    obs = torch.randn(7, 3)
+    results = []
+    for model in (dense, sparse):
+        actor = model.actor
+        torch.manual_seed(1)
+        acted = actor(obs)
+        best = actor(obs, deterministic=True)
+        action, log_prob = actor.action_log_prob(obs)
+        (action.sum() + log_prob.square().sum()).backward()
+        gradients = [parameter.grad for parameter in actor.parameters()]
+        spread = actor.action_dist.distribution.stddev
+        inner = actor.action_dist.gaussian_actions
+        results.append([acted, best, action, log_prob, spread, inner, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sparse.actor.action_dist.nothing
+    again = pickle.loads(pickle.dumps(sparse.policy))
+    assert type(again.actor.action_dist) is type(sparse.actor.action_dist)
+
+
+def test_a_mode_is_set_everywhere_and_heard_by_who_listens():
+    class Listening(nn.Linear):
+        heard = None
+
+        def train(self, mode=True):
+            self.heard = mode
+            return super().train(mode)
+
+    model = sparsify_(build(SAC), 0.5)
+    policy = model.policy
+    policy.actor.latent_pi.append(nn.Sequential(nn.Dropout(0.1), Listening(24, 24)))
+    for mode in (False, True):
+        policy.set_training_mode(mode)
+        assert all(part.training is mode for part in policy.actor.modules())
+        assert all(part.training is mode for part in policy.critic.modules())
+        assert policy.actor.latent_pi[-1][1].heard is mode
+    with pytest.raises(ValueError, match="mode must be a bool"):
+        policy.train(1)
