@@ -41,10 +41,15 @@ def processor() -> str:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Python's version and those of packages that are installed."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in packages}
+    installed = {name: version for name, version in found.items() if version is not None}
+    return {"python": platform.python_version()} | installed
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Of a package, None where it is not installed; every unit of a sweep asks."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
