@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparse_tickets import convert, optim
 from sparse_tickets.casting import make_sparse_
+from sparse_tickets.integrations.modules import detach_constants, is_batch_renorm, set_mode
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.sequential import Chain
 from sparse_tickets.targets import tie_masks_
@@ -101,8 +102,8 @@ class SparsePolicy(BaseModel):
         options: dict[str, Any] = {} if scope is None else {"scope": scope}
         convert.sparsify_(self, density, exclude=(*self._exclude, *targets), **options)
         for name, part in self.named_modules():
-            if _is_batch_renorm(part) and _detach_constants not in part._forward_pre_hooks.values():
-                part.register_forward_pre_hook(_detach_constants)
+            if is_batch_renorm(part) and detach_constants not in part._forward_pre_hooks.values():
+                part.register_forward_pre_hook(detach_constants)
             # An actor or a critic is a policy too, to be saved and loaded alone.
             if isinstance(part, BaseModel) and part is not self and _has(part, SparseLinear):
                 part.__class__ = sparse_policy(type(part))
@@ -119,7 +120,7 @@ class SparsePolicy(BaseModel):
         """As ``nn.Module.train``, for a tenth of its time: algorithms call it at every update."""
         if not isinstance(mode, bool):
             raise ValueError(f"mode must be a bool, got {mode!r}")
-        _set_mode(self, mode)
+        set_mode(self, mode)
         return self
 
     def _targets(self) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -462,34 +463,6 @@ class GradualPruning(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
-
-
-def _set_mode(module: nn.Module, mode: bool) -> None:
-    """``module.train(mode)``, past the checks of ``nn.Module.__setattr__`` where it is that."""
-    module.__dict__["training"] = mode
-    for child in module._modules.values():
-        if child is None:
-            continue
-        kind = type(child)
-        if kind.train is nn.Module.train and kind.__setattr__ is nn.Module.__setattr__:
-            _set_mode(child, mode)
-        else:
-            child.train(mode)
-
-
-def _is_batch_renorm(module: nn.Module) -> bool:
-    """CrossQ's normalisation, by name: sb3-contrib need not be installed."""
-    return any(kind.__name__ == "BatchRenorm" for kind in type(module).__mro__)
-
-
-def _detach_constants(norm: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
-    """Keep gradients from what is constant over a batch, as a unit whose inputs are all pruned.
-
-    In training a shift of it changes no output, but the root of its variance has no derivative:
-    the gradient that is zero came out as NaN, and went into the unit's bias.
-    """
-    (x,) = inputs
-    return torch.where((x == x[:1]).all(0), x.detach(), x) if norm.training else None
 
 
 def _is_sparse(module: nn.Module) -> bool:
