@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cartpole_spec, cuts
+from experiments.sweeps import TICKET, cartpole, cartpole_spec, cuts, levels
 from sparse_tickets import Population, Sweep
 from sparse_tickets.algos.evaluation import Result
 from sparse_tickets.envs import open_env
@@ -35,9 +35,11 @@ from sparse_tickets.sweep.spec import Track
 from sparse_tickets.sweep.store import Store, Unit
 
 ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
-LEVELS = (0, 2, 4, 6)
+LEVELS = (0, 2, 4, 6, 8, 10)
 LATER = 0.1
 """Share of the training that the later rewind point lies behind."""
+MARGIN = 0.05
+"""Of the dense return: the loss that counts as degraded, here of an interval's upper end."""
 POINTS = 11
 EPISODES, VISITED, COPIES = 50, 64, 8
 """Episodes that score a point; steps and copies of them that visit states for the KL divergence."""
@@ -47,15 +49,14 @@ def collect(place: Place) -> pl.DataFrame:
     return pl.concat(
         place.once(
             f"stability-{share:g}-{algo}-{level:02d}",
-            (spec, LEVELS, POINTS, EPISODES, VISITED, COPIES),
+            (spec, POINTS, EPISODES, VISITED, COPIES),
             lambda spec=spec, store=store, algo=algo, level=level: siblings(
                 spec, store, algo, level
             ),
         ).with_columns(rewind=pl.lit(share))
         for share, spec, store in _sweeps(place)
         for algo in ALGORITHMS
-        for level in LEVELS
-        if level < spec.levels
+        for level in sorted(set(LEVELS) & set(levels(store, algo)))
     )
 
 
@@ -73,7 +74,9 @@ def _sweeps(place: Place) -> Iterator[tuple[float, Sweep, Store]]:
         levels=min(spec.levels, max(LEVELS) + 1),
         rewind_step=iterations * spec.ppo.batch,
     )
-    yield LATER, later, place.sweep("stability", later)
+    store = place.sweep("stability", later)
+    if all(later.levels == len(levels(store, algo)) for algo in ALGORITHMS):
+        yield LATER, later, store
 
 
 def siblings(spec: Sweep, store: Store, algo: str, level: int) -> pl.DataFrame:
@@ -199,36 +202,46 @@ def rewinds(cells: pl.DataFrame) -> list[float]:
 
 def conclude(cells: pl.DataFrame) -> Finding:
     dips = {(a, r): barrier(cells, a, r).mean(1) for a, r in product(ALGORITHMS, rewinds(cells))}
-    later = {algo: dips[algo, rewinds(cells)[-1]] - dips[algo, 0.0] for algo in ALGORITHMS}
-    cloning = dips["bc", 0.0] - dips["ppo", 0.0]
     shown = [f"{name} {_text(effect(dips[algo, 0.0]))}" for algo, name in ALGORITHMS.items()]
-    change = [f"{name} {signed(*effect(later[a]), digits=2)}" for a, name in ALGORITHMS.items()]
-    words = {
-        1: "rewinding later hurts",
-        0: "rewinding later not told from",
-        -1: "rewinding later helps",
-    }
-    which = {
-        1: "PPO's children closer",
-        0: "algorithms not told apart",
-        -1: "cloning's children closer",
-    }
+    found = "dip of the return between children, of the dense return: " + ", ".join(shown)
+    which = {1: "PPO", 0: "neither", -1: "cloning"}
+    closer = which[direction(dips["bc", 0.0] - dips["ppo", 0.0])]
+    verdict = [f"{name}: {valley(cells, algo)}" for algo, name in ALGORITHMS.items()]
+    verdict.append(f"smaller dips: {closer}")
+    if LATER in rewinds(cells):
+        later = {algo: dips[algo, LATER] - dips[algo, 0.0] for algo in ALGORITHMS}
+        words = {1: "hurts", 0: "undecided", -1: "helps"}
+        verdict += [
+            f"{name}, rewinding later: {words[direction(later[algo])]}"
+            for algo, name in ALGORITHMS.items()
+        ]
+        change = [
+            f"{name} {signed(*effect(later[algo]), digits=3)}" for algo, name in ALGORITHMS.items()
+        ]
+        found += f"; after rewinding later: {', '.join(change)}"
+    points = " and ".join(f"{share:.0%}" for share in rewinds(cells))
+    apart = "" if LATER in rewinds(cells) else ", no later rewind point"
     return Finding(
         ran=f"{cells['env'][0]}, two children of {cells['seed'].n_unique()} seeds' tickets at "
-        f"{', '.join(f'{d:.1%}' for d in densities(cells))} of the weights, rewound to the start "
-        f"and to {LATER:.0%} of training, {cells['train_steps'].max():,} steps, "
-        f"{2 * len(cells)} trainings of children (cut: {cuts(cells)})",
-        effect=f"dip of the return between children, of the dense return: {', '.join(shown)}; "
-        f"after rewinding later: {', '.join(change)}",
-        verdict="; ".join(f"{name}: {words[direction(later[a])]}" for a, name in ALGORITHMS.items())
-        + f"; {which[direction(cloning)]}",
+        f"{', '.join(f'{d:.1%}' for d in densities(cells))} of the weights, rewound to {points} of "
+        f"training, {cells['train_steps'].max():,} steps, {2 * len(cells)} trainings of children "
+        f"(cut: {cuts(cells)}{apart})",
+        effect=found,
+        verdict="; ".join(verdict),
         text=text(cells),
         figures={"stability": draw(cells), "stability_lines": draw_lines(cells)},
     )
 
 
+def valley(cells: pl.DataFrame, algo: str) -> str:
+    """At how many densities the children of tickets as they are surely have no dip to speak of."""
+    dips = barrier(cells, algo, 0.0)
+    connected = sum(effect(column)[2] < MARGIN for column in dips.T)
+    return f"one valley at {connected} of {dips.shape[1]} densities"
+
+
 def _text(values: tuple[float, float, float]) -> str:
-    middle, low, high = (f"{value:.2f}" for value in values)
+    middle, low, high = (f"{value:.3f}" for value in values)
     return f"{middle} [{low}, {high}]"
 
 
@@ -247,8 +260,8 @@ def text(cells: pl.DataFrame) -> str:
                     f"{name}, rewound to {rewind:.0%}, {density:.1%} kept",
                     f"{(mean['line'][0] + mean['line'][-1]) / 2:.0f}",
                     _text(effect(dips[:, level])),
-                    f"{mean['kl'][-1]:.2f}",
-                    f"{mean['kl'][POINTS // 2]:.2f}",
+                    f"{mean['kl'][-1]:.4f}",
+                    f"{mean['kl'][POINTS // 2]:.4f}",
                     f"{mean['distance']:.2f}",
                     f"{mean['dormant']:.0%}",
                     f"{mean['rank']:.1f}",
@@ -258,13 +271,19 @@ def text(cells: pl.DataFrame) -> str:
         "children", "return", "dip", "KL of the children", "KL half way", "distance",
         "dormant units", "effective rank",
     )  # fmt: skip
-    return f"""Two children have a ticket's mask, values and, rewound later, moments of Adam; their
-training keys differ. The dip is the most by which the greedy return on the line between them,
-in {POINTS} points, falls below the straight line between their own, as a share of the range from
-the random policy to the dense one: a dip near 0 says that both ended in one valley. KL is from the
-first child's policy, on states that both visit: to the second child, and to the policy half way.
-The distance is that of the children's actors over how far training moved them on average. Masks
-that are rewound later are found by rewinding later.
+    later = (
+        " Rewound later, tickets keep Adam's moments, and their masks were found that way."
+        if LATER in rewinds(cells)
+        else ""
+    )
+    return f"""Two children have a ticket's mask and values; their training keys differ.{later}
+
+The dip is the most by which the greedy return on the line between them, in {POINTS} points, falls
+below the straight line between their own, as a share of the range from the random policy to the
+dense one: a dip near 0 says that both ended in one valley. KL is from the first child's policy, on
+states that both visit: to the second child, and to the policy half way. The distance is that of the
+children's actors over how far training moved them on average; two that went ways at right angles
+are 1.4 apart.
 
 """ + markdown(header, rows)
 
