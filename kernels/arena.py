@@ -29,7 +29,7 @@ class Net:
 
     Attributes:
         sizes: features from input to output, e.g. ``(4, 64, 64, 2)``.
-        activation: between the layers: ``tanh`` or ``relu``; the output layer is linear.
+        activation: between the layers, one of `ACTIVATIONS`; the output layer is linear.
         weights: offset of each weight matrix ``[out, in]``, row-major.
         biases: offset of each bias vector ``[out]``.
     """
@@ -58,6 +58,16 @@ class Net:
     def depth(self) -> int:
         """Number of linear layers."""
         return len(self.weights)
+
+    @property
+    def kept(self) -> int:
+        """Entries of a sample that a backward pass reads of the hidden layers.
+
+        Their outputs, layer by layer; then their sums of products too, where the activation's
+        derivative is read off these.
+        """
+        hidden = sum(self.sizes[1:-1])
+        return hidden if ACTIVATIONS[self.activation].by_output else 2 * hidden
 
     def shape(self, layer: int) -> tuple[int, int]:
         """``(out, in)`` of a layer's weight."""
@@ -124,7 +134,7 @@ class Arena:
             actor: features from observation to action head.
             critic: features from observation (a squashed policy's: and action) to value, or None
                 for no critic.
-            activation: ``tanh`` or ``relu``.
+            activation: one of `ACTIVATIONS`: tanh, relu, elu, silu or gelu.
             continuous: reserve ``actor[-1]`` entries for ``log_std``.
             prune_critic: count the critic's weights among the prunable ones.
             squashed: the actor's outputs are means, then as many log standard deviations, and a

@@ -1,4 +1,4 @@
-"""SIMD registers as Numba values: loads, stores, fused multiply-add, tanh, exp and logarithm.
+"""SIMD registers as Numba values: loads, stores, arithmetic; `vector_math` has functions of them.
 
 Numba alone cannot hold a block of accumulators in registers. Here a small custom type maps to
 LLVM's ``<LANES x float>``: kernels state what lives in a register, and LLVM lowers it to AVX-512,
@@ -24,20 +24,24 @@ from .compiling import njit
 
 __all__ = [
     "INDEX",
+    "INT_VECTOR",
     "LANES",
     "MASK_BYTES",
     "VECTOR",
     "aligned_empty",
+    "as_vector",
     "broadcast",
+    "call",
+    "clamp",
+    "constant",
     "data_of",
-    "exp",
     "fma",
+    "integers",
     "load",
     "load_at",
     "load_bits",
     "load_bits_tail",
     "load_kept",
-    "log",
     "maximum",
     "minimum",
     "multiply_add",
@@ -46,8 +50,8 @@ __all__ = [
     "store_at",
     "sum_each",
     "sum_lanes",
-    "tanh",
     "transpose",
+    "vector",
     "where_positive",
 ]
 
@@ -74,7 +78,7 @@ _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
 INDEX = ir.IntType(64)
 VECTOR = ir.VectorType(_FLOAT, LANES)
-_INT_VECTOR = ir.VectorType(_INT, LANES)
+INT_VECTOR = ir.VectorType(_INT, LANES)
 
 
 _LINE = 16
@@ -109,21 +113,21 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, VECTOR)
 
 
-def _constant(value: float) -> ir.Constant:
+def constant(value: float) -> ir.Constant:
     return ir.Constant(VECTOR, [ir.Constant(_FLOAT, float(value))] * LANES)
 
 
-def _integers(value: int) -> ir.Constant:
-    return ir.Constant(_INT_VECTOR, [ir.Constant(_INT, value)] * LANES)
+def integers(value: int) -> ir.Constant:
+    return ir.Constant(INT_VECTOR, [ir.Constant(_INT, value)] * LANES)
 
 
 def broadcast(builder, scalar):
     """A register of one scalar."""
     one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), _integers(0))
+    return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), integers(0))
 
 
-def _call(builder, name: str, result, arguments):
+def call(builder, name: str, result, arguments):
     function_type = ir.FunctionType(result, [argument.type for argument in arguments])
     function = cgutils.get_or_insert_function(builder.module, function_type, name)
     return builder.call(function, arguments)
@@ -131,7 +135,7 @@ def _call(builder, name: str, result, arguments):
 
 def multiply_add(builder, a, b, c):
     """Of registers, rounded once."""
-    return _call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [a, b, c])
+    return call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [a, b, c])
 
 
 def data_of(context, builder, array_type, array):
@@ -200,6 +204,18 @@ def splat(typingctx, scalar):
     return vector(types.float32), generate
 
 
+def as_vector(value):
+    """A register as it is, or one of a number."""
+    raise NotImplementedError
+
+
+@overload(as_vector, inline="always")
+def _as_vector(value):
+    if isinstance(value, _Vector):
+        return lambda value: value
+    return lambda value: splat(np.float32(value))
+
+
 @intrinsic
 def fma(typingctx, a, b, c):
     """``a * b + c``, rounded once."""
@@ -239,7 +255,7 @@ def sum_lanes(typingctx, a):
 
 def _shuffle(builder, a, b, lanes):
     """Lanes of the concatenation ``a, b``."""
-    return builder.shuffle_vector(a, b, ir.Constant(_INT_VECTOR, [_INT(lane) for lane in lanes]))
+    return builder.shuffle_vector(a, b, ir.Constant(INT_VECTOR, [_INT(lane) for lane in lanes]))
 
 
 @intrinsic
@@ -328,6 +344,8 @@ def _overload_arithmetic(symbol) -> None:
     def _(a, b):
         if isinstance(a, _Vector) and isinstance(b, _Vector):
             return lambda a, b: apply(a, b)
+        if isinstance(a, _Vector) or isinstance(b, _Vector):
+            return lambda a, b: apply(as_vector(a), as_vector(b))
         return None
 
 
@@ -335,7 +353,7 @@ for _symbol in _ARITHMETIC:
     _overload_arithmetic(_symbol)
 
 
-def _clamp(builder, value, bound, comparison: str):
+def clamp(builder, value, bound, comparison: str):
     # A comparison with NaN is false, so NaN passes through.
     beyond = builder.fcmp_ordered(comparison, value, bound)
     return builder.select(beyond, bound, value)
@@ -347,7 +365,7 @@ def maximum(typingctx, a, b):
 
     def generate(context, builder, signature, arguments):
         a, b = arguments
-        return _clamp(builder, a, b, "<")
+        return clamp(builder, a, b, "<")
 
     return vector(vector, vector), generate
 
@@ -358,7 +376,7 @@ def minimum(typingctx, a, b):
 
     def generate(context, builder, signature, arguments):
         a, b = arguments
-        return _clamp(builder, a, b, ">")
+        return clamp(builder, a, b, ">")
 
     return vector(vector, vector), generate
 
@@ -369,7 +387,7 @@ def where_positive(typingctx, x, a, b):
 
     def generate(context, builder, signature, arguments):
         x, a, b = arguments
-        return builder.select(builder.fcmp_ordered("<=", x, _constant(0.0)), b, a)
+        return builder.select(builder.fcmp_ordered("<=", x, constant(0.0)), b, a)
 
     return vector(vector, vector, vector), generate
 
@@ -388,10 +406,10 @@ def _make_load_bits(careful: bool):
             kept = builder.bitcast(lanes, ir.VectorType(ir.IntType(1), LANES))
             if not careful:
                 value = load_at(builder, data, arguments[1])
-                return builder.select(kept, value, _constant(0.0))
+                return builder.select(kept, value, constant(0.0))
             pointer = builder.bitcast(builder.gep(data, [arguments[1]]), VECTOR.as_pointer())
             name = f"llvm.masked.load.v{LANES}f32.p0"
-            return _call(builder, name, VECTOR, [pointer, _INT(4), kept, _constant(0.0)])
+            return call(builder, name, VECTOR, [pointer, _INT(4), kept, constant(0.0)])
 
         return vector(array, types.int64, bits, types.int64), generate
 
@@ -405,92 +423,3 @@ load_bits = _make_load_bits(False)
 """
 load_bits_tail = _make_load_bits(True)
 """`load_bits` that never touches the memory of lanes whose bit is not set."""
-
-
-def _horner(builder, coefficients, x):
-    value = _constant(coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        value = multiply_add(builder, value, x, _constant(coefficient))
-    return value
-
-
-# Rational minimax fit of tanh(x)/x in x^2 on |x| <= 9.02, where float32 tanh reaches 1.
-_TANH_P = (0.99999997905, 0.13379706392, 3.4940207906e-3, 2.0583256021e-5, 1.3318768327e-8)
-_TANH_Q = (1.0, 0.46713021644, 0.025871020913, 3.2830703365e-4, 7.7618930930e-7)
-
-
-@intrinsic
-def tanh(typingctx, a):
-    """Hyperbolic tangent; relative error below 4e-7 (3 ulp), result within [-1, 1]."""
-
-    def generate(context, builder, signature, arguments):
-        x = _clamp(builder, arguments[0], _constant(9.02), ">")
-        x = _clamp(builder, x, _constant(-9.02), "<")
-        square = builder.fmul(x, x)
-        numerator = builder.fmul(x, _horner(builder, _TANH_P, square))
-        value = builder.fdiv(numerator, _horner(builder, _TANH_Q, square))
-        value = _clamp(builder, value, _constant(1.0), ">")
-        return _clamp(builder, value, _constant(-1.0), "<")
-
-    return vector(vector), generate
-
-
-# Minimax fit of exp(r) on |r| <= log(2)/2.
-_EXP = (1.0, 1.0, 0.49999993452, 0.16666520690, 0.041668387365, 0.0083687098318, 0.0013814613093)
-
-
-@intrinsic
-def exp(typingctx, a):
-    """Exponential; relative error below 3e-7, clamped to [2^-126, 2^127] in magnitude."""
-
-    def generate(context, builder, signature, arguments):
-        x = _clamp(builder, arguments[0], _constant(88.02), ">")
-        x = _clamp(builder, x, _constant(-87.33), "<")
-        scaled = builder.fmul(x, _constant(1.4426950408889634))
-        whole = _call(builder, f"llvm.rint.v{LANES}f32", VECTOR, [scaled])
-        # log(2) in two parts, so that the reduced argument keeps its low bits.
-        rest = multiply_add(builder, whole, _constant(-0.693359375), x)
-        rest = multiply_add(builder, whole, _constant(2.12194440e-4), rest)
-        value = _horner(builder, _EXP, rest)
-        exponent = builder.add(builder.fptosi(whole, _INT_VECTOR), _integers(127))
-        power = builder.bitcast(builder.shl(exponent, _integers(23)), VECTOR)
-        return builder.fmul(value, power)
-
-    return vector(vector), generate
-
-
-# Cephes logf: log(1 + r) = r - r^2/2 + r^3 * polynomial(r) on sqrt(1/2) <= 1 + r < sqrt(2).
-_LOG = (
-    3.3333331174e-1,
-    -2.4999993993e-1,
-    2.0000714765e-1,
-    -1.6668057665e-1,
-    1.4249322787e-1,
-    -1.2420140846e-1,
-    1.1676998740e-1,
-    -1.1514610310e-1,
-    7.0376836292e-2,
-)
-
-
-@intrinsic
-def log(typingctx, a):
-    """Natural logarithm of positive normal numbers; relative error below 3e-7."""
-
-    def generate(context, builder, signature, arguments):
-        bits = builder.bitcast(arguments[0], _INT_VECTOR)
-        # Shifts the mantissa's range from [1, 2) to [sqrt(1/2), sqrt(2)).
-        bits = builder.add(bits, _integers(0x3F800000 - 0x3F3504F3))
-        whole = builder.sub(builder.lshr(bits, _integers(23)), _integers(127))
-        bits = builder.and_(bits, _integers(0x007FFFFF))
-        mantissa = builder.bitcast(builder.add(bits, _integers(0x3F3504F3)), VECTOR)
-        whole = builder.sitofp(whole, VECTOR)
-        rest = builder.fsub(mantissa, _constant(1.0))
-        square = builder.fmul(rest, rest)
-        value = builder.fmul(builder.fmul(rest, square), _horner(builder, _LOG, rest))
-        value = multiply_add(builder, whole, _constant(-2.12194440e-4), value)
-        value = multiply_add(builder, square, _constant(-0.5), value)
-        value = builder.fadd(rest, value)
-        return multiply_add(builder, whole, _constant(0.693359375), value)
-
-    return vector(vector), generate

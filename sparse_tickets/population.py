@@ -67,7 +67,9 @@ def initialise(arena: Arena, key: Tensor, scheme: str = "lecun", log_std: float 
 
     ``lecun`` (Klambauer et al., 2017) and ``kaiming`` (He et al., 2015) draw normals of variance
     1/in and 2/in for every layer, heads included; ``orthogonal`` (Saxe et al., 2014) has gain
-    sqrt(2), 0.01 for the actor's head and 1 for the critic's, as PPO codebases use it.
+    sqrt(2), 0.01 for the actor's head and 1 for the critic's, as PPO codebases use it. No scheme
+    asks for the activation: 1/in is made for tanh, 2/in for relu, and suits elu, silu and gelu: of
+    a unit normal's second moment relu passes on 0.50, they 0.64, 0.36 and 0.43.
 
     ``rescaled`` is ``lecun`` with layer l multiplied by c_l = s / s_l, where s_l = in_l^(-1/2) is
     its standard deviation and s the geometric mean of them all. Every layer then has the standard

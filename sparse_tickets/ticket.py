@@ -30,7 +30,13 @@ ROWS = ("initial", "rewind", "final", "best")
 
 _FORMAT = 1
 _HEADER = "sparse_tickets"
-_ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+_ACTIVATIONS = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
 _LAYOUT = ("sizes", "activation", "critic", "continuous", "prune_critic", "squashed")
 _ORIGIN = ("env", "algo", "seed", "condition", "controls", "level", "offset", "scale", "metadata")
 
@@ -57,7 +63,7 @@ class Ticket:
 
     Attributes:
         sizes: features of the actor from observation to action head.
-        activation: ``tanh`` or ``relu``.
+        activation: tanh, relu, elu, silu or gelu.
         env: environment id.
         algo: what trained it.
         seed: its seed.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..compiling import njit
+from ..formulas import compile_formulas
 from ..threads import count_threads, share
 from . import maze
-from .equations import bind
+from .equations import CONSTANTS, EQUATIONS
 from .reference import ACROBOT, CARTPOLE, MAZE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = ["initial", "observe", "step", "task_observe", "task_reset", "task_step"]
@@ -76,14 +77,10 @@ def _exact(value):
 
 # Inlined before LLVM sees them, as whole tuples would pass through memory otherwise; so only their
 # callers need be kept on disk. No fastmath, which would round otherwise than the others.
-(
-    (_cartpole_step, _cartpole_features),
-    (_acrobot_step, _acrobot_features),
-    (_car_step, _car_features),
-    (_pendulum_step, _pendulum_features),
-) = bind(
+_bound = compile_formulas(
+    EQUATIONS,
     njit(forceinline=True),
-    float,
+    **CONSTANTS,
     __name__=__name__,
     ceil=np.ceil,
     clamp=_clamp,
@@ -94,6 +91,10 @@ def _exact(value):
     sin=math.sin,
     where=_where,
 )
+_cartpole_step, _cartpole_features = _bound["cartpole_step"], _bound["cartpole_features"]
+_acrobot_step, _acrobot_features = _bound["acrobot_step"], _bound["acrobot_features"]
+_car_step, _car_features = _bound["mountain_car_step"], _bound["mountain_car_features"]
+_pendulum_step, _pendulum_features = _bound["pendulum_step"], _bound["pendulum_features"]
 
 
 @njit(cache=True)

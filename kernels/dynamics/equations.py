@@ -2,10 +2,10 @@
 
 A step takes the numbers of a state and the action, all float64, and returns the numbers of the next
 state, the reward, and whether the episode has ended; features are those of the observation. As they
-stand here these functions compute batches in torch. `bind` gives the same text to Numba and Triton,
-with functions of theirs under the names that it calls: ``ceil``, ``cos``, ``floor``, ``remainder``,
-``sin``, ``where``; ``clamp``, which keeps a NaN; ``exact``, around a literal that is compared. The
-text has neither branches nor loops, which would need a backend's own words.
+stand here these functions compute batches in torch. Numba and Triton compile the same text (by
+`formulas`), with functions of theirs under the names that it calls: ``ceil``, ``cos``, ``floor``,
+``remainder``, ``sin``, ``where``; ``clamp``, which keeps a NaN; ``exact``, around a literal that is
+compared.
 
 Results differ in the last bit of a sine or cosine alone, as long as every backend rounds each
 product and each sum: no ``fastmath`` in Numba, ``fp_fusion=False`` in Triton, parentheses as here.
@@ -17,13 +17,10 @@ Sutton and Barto's book; MountainCar from Moore 1990; Pendulum from gymnasium.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from types import FunctionType
-from typing import Any
 
 from torch import ceil, cos, floor, remainder, sin, where
 
-__all__ = ["bind"]
+__all__ = ["CONSTANTS", "EQUATIONS"]
 
 PI, TURN, ANGLE_LIMIT = math.pi, 2 * math.pi, 12 * 2 * math.pi / 360
 
@@ -126,7 +123,7 @@ def pendulum_features(theta, theta_dot):
     return cos(theta), sin(theta), theta_dot
 
 
-_EQUATIONS = (
+EQUATIONS = (
     cartpole_step,
     cartpole_features,
     acrobot_accelerations,
@@ -138,19 +135,4 @@ _EQUATIONS = (
     pendulum_step,
     pendulum_features,
 )
-
-
-def bind(compiler: Callable[[Any], Any], number: Callable[[float], Any], **names: Any) -> Any:
-    """Step and features of each task, in `reference.TASKS`'s order, for another compiler.
-
-    Args:
-        compiler: decorates a function.
-        number: makes a constant of a float.
-        **names: what the text calls, and what a module of that compiler has.
-    """
-    bound = {"PI": number(PI), "TURN": number(TURN), "ANGLE_LIMIT": number(ANGLE_LIMIT), **names}
-    for function in _EQUATIONS:
-        copy = FunctionType(function.__code__, bound, function.__name__)
-        bound[function.__name__] = compiler(copy)
-    tasks = ("cartpole", "acrobot", "mountain_car", "pendulum")
-    return [(bound[f"{task}_step"], bound[f"{task}_features"]) for task in tasks]
+CONSTANTS = {"PI": PI, "TURN": TURN, "ANGLE_LIMIT": ANGLE_LIMIT}

@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..examples import Example, meta
+from ..formulas import compile_formulas
 from ..jit import jit_kernel
 from . import maze
-from .equations import bind
+from .equations import CONSTANTS, EQUATIONS
 from .reference import ACROBOT, CARTPOLE, MAZE, MOUNTAIN_CAR, TASKS, Task
 
 __all__ = [
@@ -188,14 +189,10 @@ def _where(condition, one, other):
     return tl.where(condition, one, other)
 
 
-(
-    (_cartpole_step, _cartpole_features),
-    (_acrobot_step, _acrobot_features),
-    (_car_step, _car_features),
-    (_pendulum_step, _pendulum_features),
-) = bind(
+_bound = compile_formulas(
+    EQUATIONS,
     triton.jit,
-    tl.constexpr,
+    **{name: tl.constexpr(value) for name, value in CONSTANTS.items()},
     __name__=__name__,
     ceil=_ceil,
     clamp=_clamp,
@@ -207,6 +204,10 @@ def _where(condition, one, other):
     tl=tl,
     where=_where,
 )
+_cartpole_step, _cartpole_features = _bound["cartpole_step"], _bound["cartpole_features"]
+_acrobot_step, _acrobot_features = _bound["acrobot_step"], _bound["acrobot_features"]
+_car_step, _car_features = _bound["mountain_car_step"], _bound["mountain_car_features"]
+_pendulum_step, _pendulum_features = _bound["pendulum_step"], _bound["pendulum_features"]
 
 
 @triton.jit

@@ -20,10 +20,8 @@ from ..threads import share
 from ..training.cpu import Head, bind, train
 from ..vector import (
     LANES,
-    exp,
     fma,
     load,
-    log,
     maximum,
     minimum,
     splat,
@@ -31,6 +29,7 @@ from ..vector import (
     sum_lanes,
     where_positive,
 )
+from ..vector_math import exp, log
 
 __all__ = ["clone_update_"]
 

@@ -26,6 +26,7 @@ from .layout import (
     COLUMNS,
     HIDDEN,
     IN,
+    KEPT,
     OUT,
     PANEL,
     ROWS,
@@ -66,23 +67,27 @@ __all__ = [
 ]
 
 _ZERO = np.float32(0.0)
+# ELU's parameter.
+_ALPHA = np.float32(1.0)
 # Not the literal 1, which Numba would compile a product of its own for.
 _UNIT = np.int64(1)
 FIRST = np.int64(0)
 
 
 @njit(cache=True)
-def _activate(space, y, rows, count, width, activation):
+def _activate(space, y, kept, rows, count, width, activation):
     for k in range(count):
-        row = y + rows[k] * PANEL
-        activate(space, row, row + width, activation)
+        row = np.int64(rows[k]) * PANEL
+        derivative = kept + row if kept else kept
+        activate(space, y + row, derivative, width, activation, _ALPHA)
 
 
 @njit(cache=True)
-def _deactivate(space, delta, y, rows, count, width, activation):
+def _deactivate(space, delta, y, kept, rows, count, width, activation):
     for k in range(count):
-        row = rows[k] * PANEL
-        deactivate(space, delta + row, y + row, width, activation)
+        row = np.int64(rows[k]) * PANEL
+        derivative = kept + row if kept else kept
+        deactivate(space, delta + row, y + row, derivative, width, activation, _ALPHA)
 
 
 @njit(cache=True)
@@ -115,7 +120,7 @@ def forward(layout, packed, first, last, width):
                 weight, begin, inp, _UNIT, space, x, PANEL, y, PANEL, out, inp, width, weight, bias
             )
         if layers[layer, HIDDEN]:
-            _activate(space, y, rows, live, width, layout.activation)
+            _activate(space, y, layers[layer, KEPT], rows, live, width, layout.activation)
 
 
 @njit(cache=True)
@@ -209,7 +214,8 @@ def backward(layout, packed, first, last, columns, width, to_input):
                     zeros,
                 )
             if layer > first:
-                _deactivate(space, there, x, wanted, number, width, layout.activation)
+                kept = layers[layer - 1, KEPT]
+                _deactivate(space, there, x, kept, wanted, number, width, layout.activation)
             here, there = there, here
     return here
 

@@ -15,13 +15,12 @@ from functools import cache
 import triton
 import triton.language as tl
 
+from ..activations_gpu import activate, deactivate
 from ..jit import jit_kernel
 from ..launch import Launch
 
 __all__ = [
-    "activate",
     "backward_kernel",
-    "deactivate",
     "forward_kernel",
     "hidden_layers",
     "launches",
@@ -29,41 +28,6 @@ __all__ = [
     "load_weight",
     "zeros",
 ]
-
-
-@triton.jit
-def _tanh(x):
-    """Hyperbolic tangent within 4e-7 relative, as in Cephes; saturates, and keeps NaN."""
-    size = tl.abs(x)
-    square = x * x
-    series = -5.70498872745e-3 * square + 2.06390887954e-2
-    series = series * square - 5.37397155531e-2
-    series = series * square + 1.33314422036e-1
-    series = series * square - 3.33332819422e-1
-    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    return tl.where(size < 0.625, x + x * square * series, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """See `kernels.activations`; NaN stays NaN."""
-    if ACTIVATION == "tanh":
-        y = _tanh(x)
-    else:
-        tl.static_assert(ACTIVATION == "relu")
-        y = tl.where(x < 0, 0.0, x)
-    return y
-
-
-@triton.jit
-def deactivate(delta, y, ACTIVATION: tl.constexpr):
-    """Multiply a gradient by the activation's derivative, which its output ``y`` tells."""
-    if ACTIVATION == "tanh":
-        result = delta * (1.0 - y * y)
-    else:
-        tl.static_assert(ACTIVATION == "relu")
-        result = tl.where(y <= 0, 0.0, delta)
-    return result
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..activations import check_on_gpu
+from ..activations import ACTIVATIONS, check_known
 from ..arena import Arena, Net
 from ..examples import Example, meta
 from . import passes_gpu, split_gpu
@@ -43,12 +43,13 @@ def choose(net: Net, precision: str, *, to_input: bool = False) -> Route:
     Raises:
         ValueError: the kernels do not know the network's activation.
     """
-    check_on_gpu(net.activation)
+    check_known(net.activation, "a GPU")
     if max(net.sizes) > WIDTH:
         return Route("layers", "layers")
     if precision != "ieee" or not _is_narrow(net):
         return Route("walk", "split")
-    return Route("fused", "split" if to_input else "fused")
+    in_registers = ACTIVATIONS[net.activation].by_output and not to_input
+    return Route("fused", "fused" if in_registers else "split")
 
 
 def _is_narrow(net: Net) -> bool:
@@ -75,6 +76,8 @@ def describe(net: Net, precision: str, *, to_input: bool = False) -> str:
     reason = f"{forward}; {backward}; width {max(net.sizes)}, {precision} products"
     if precision != "ieee" and _is_narrow(net):
         reason += ", for which tensor cores want the registers that would hold activations"
+    if not ACTIVATIONS[net.activation].by_output and route.forward == "fused":
+        reason += f"; the derivative of {net.activation} is read off its input"
     return reason
 
 
@@ -95,10 +98,10 @@ def forward(
         net: where the network lies in the row.
         mask: ``[P, N]`` bool, or None.
         precision: of the products: ``ieee``, ``tf32`` or ``tf32x3``.
-        keep: return the hidden activations, which every backward pass but the fused one needs.
+        keep: return what every backward pass but the fused one needs of the hidden layers.
 
     Returns:
-        The output, and ``[P, B, sum of hidden sizes]`` if ``keep``, else None.
+        The output, and ``[P, B, net.kept]`` if ``keep``, else None.
     """
     route = choose(net, precision).forward
     # The fused pass keeps activations in registers.
@@ -198,6 +201,11 @@ def _examples() -> Iterator[Example]:
         ((61, 61, 64, 61, 61), "tanh", "ieee", False),
         ((33, 64, 47, 64, 64), "tanh", "ieee", False),
         ((10, 32, 3), "relu", "ieee", True),
+        ((64, 64, 64, 64), "elu", "ieee", True),
+        ((61, 61, 64, 61, 61), "elu", "ieee", True),
+        ((61, 61, 64, 61, 61), "elu", "ieee", False),
+        ((61, 61, 64, 61, 61), "silu", "ieee", True),
+        ((61, 61, 64, 61, 61), "gelu", "ieee", False),
         ((32, 32, 32, 32, 32), "tanh", "ieee", True),
         ((32, 32, 32, 32, 32), "relu", "ieee", True),
         # Through memory.
@@ -206,6 +214,9 @@ def _examples() -> Iterator[Example]:
         ((17, 128, 128, 6), "tanh", "tf32x3", True),
         ((17, 64, 64, 1), "tanh", "tf32x3", False),
         ((100, 128, 64, 128, 20), "tanh", "ieee", True),
+        ((17, 128, 128, 6), "elu", "ieee", True),
+        ((17, 128, 128, 6), "silu", "tf32x3", True),
+        ((17, 128, 128, 6), "gelu", "ieee", True),
         ((17, 256, 256, 6), "tanh", "ieee", True),
     ):
         name = f"{'_'.join(map(str, sizes))}_{activation}_{precision}{'' if masked else '_dense'}"

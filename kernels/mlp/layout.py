@@ -7,7 +7,8 @@ optimiser is one pass over what exists. Two formats, by `is_sparse`; a wide dens
 matrix and its gradient is masked.
 
 Activations are panels ``[features][PANEL]``: eight registers of batch per feature, so that a sparse
-row streams eight independent chains of fused multiply-adds per nonzero.
+row streams eight independent chains of fused multiply-adds per nonzero. Where a derivative cannot
+be read off the output, a hidden layer has a second panel for it (KEPT).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..activations import ACTIVATIONS
 from ..activations_cpu import code_of
 from ..arena import Net
 from ..threads import count_threads
@@ -42,7 +44,7 @@ CACHED_WIDTH = 128
 _PACKING = 32
 
 # Columns of `Layout.layers`.
-OUT, IN, WEIGHT, BIAS, SPARSE, HIDDEN, X, Y, SUMS, STRIDE, ROWS, COLUMNS, FIELDS = range(13)
+OUT, IN, WEIGHT, BIAS, SPARSE, HIDDEN, X, Y, KEPT, SUMS, STRIDE, ROWS, COLUMNS, FIELDS = range(14)
 
 
 class Layout(NamedTuple):
@@ -134,10 +136,12 @@ def lay_out(
     zeros, head = take(widest), take(head_rows * PANEL)
     # The networks take turns, so they share the panels of their activations.
     depth = max(net.depth for net in nets)
-    panels = [
-        take_panel(max(net.sizes[layer + 1] for net in nets if layer < net.depth))
-        for layer in range(depth)
+    widths = [
+        max(net.sizes[layer + 1] for net in nets if layer < net.depth) for layer in range(depth)
     ]
+    panels, activation = [take_panel(width) for width in widths], nets[0].activation
+    code, keeps = code_of(activation), not ACTIVATIONS[activation].by_output
+    kept = [take_panel(width) if keeps else 0 for width in widths[:-1]]
     rows, parameters, pointers = [], 0, 0
     for net in nets:
         for layer in range(net.depth):
@@ -149,6 +153,7 @@ def lay_out(
             row[WEIGHT], row[BIAS] = net.weights[layer], net.biases[layer]
             row[SPARSE], row[HIDDEN] = sparse, layer < net.depth - 1
             row[X], row[Y] = panels[layer - 1] if layer else observation, panels[layer]
+            row[KEPT] = kept[layer] if row[HIDDEN] else 0
             row[STRIDE] = _ceil(inp, LANES)
             row[SUMS] = 0 if sparse else take(out * row[STRIDE])
             row[ROWS] = row[COLUMNS] = pointers
@@ -160,7 +165,7 @@ def lay_out(
     return Layout(
         layers=np.array(rows, dtype=np.int64),
         actor_layers=nets[0].depth,
-        activation=code_of(nets[0].activation),
+        activation=code,
         log_std=0 if log_std is None else log_std,
         actions=actions,
         parameters=parameters,

@@ -123,13 +123,13 @@ def forward(
         precision: of the products.
 
     Returns:
-        The output, and the hidden activations ``[P, B, sum of hidden sizes]``, which the fused pass
-        does not write: it has ``[P, B, 0]``.
+        The output, and ``[P, B, net.kept]`` of the hidden layers, which the fused pass does not
+        write: it has ``[P, B, 0]``.
     """
     x = with_rows(x)
     tickets, samples, _ = x.shape
     y = x.new_empty(tickets, samples, weights.net.sizes[-1])
-    hidden = x.new_empty(tickets, samples, 0 if route == "fused" else weights.geometry.hidden)
+    hidden = x.new_empty(tickets, samples, 0 if route == "fused" else weights.net.kept)
     if y.numel():
         run = {"fused": _forward_fused, "walk": _forward_walk, "layers": _forward_layers}[route]
         with torch.cuda.device_of(x):
@@ -170,7 +170,7 @@ def backward(
         if hidden is None:
             walk = "walk" if route == "split" else "layers"
             _, hidden = forward(weights, x, walk, precision)
-        deltas = torch.empty_like(hidden)
+        deltas = hidden.new_empty(*hidden.shape[:2], weights.geometry.hidden)
         down = _deltas_walk if route == "split" else _deltas_layers
         down(weights, dy, precision, hidden, deltas, dx)
         _gradient(weights, dy, x, precision, hidden, deltas, target, stretches)
@@ -216,6 +216,7 @@ def _forward_walk(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden
         weights.mask_stride,
         **geometry.constexprs,
         HIDDEN=geometry.hidden,
+        KEPT=weights.net.kept,
         ACTIVATION=weights.net.activation,
         PRECISION=precision,
         **split_gpu.walk_constants(launch, geometry, precision),
@@ -225,8 +226,12 @@ def _forward_walk(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden
 
 def _forward_layers(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:
     inputs, activation = x, ACTIVATIONS[weights.net.activation]
-    for layer, place in enumerate(_places(weights.net, hidden)):
-        inputs = activation.into(weights.product(inputs, layer, precision), place)
+    places = _places(weights.net, hidden)
+    for layer in range(weights.net.depth - 1):
+        total = weights.product(inputs, layer, precision)
+        inputs = activation.into(total, places[layer])
+        if not activation.by_output:
+            places[weights.net.depth - 1 + layer].copy_(total)
     y.copy_(weights.product(inputs, weights.net.depth - 1, precision))
 
 
@@ -292,6 +297,7 @@ def _deltas_walk(
         weights.mask_stride,
         **constants,
         HIDDEN=geometry.hidden,
+        KEPT=weights.net.kept,
         ACTIVATION=weights.net.activation,
         PRECISION=precision,
         **split_gpu.walk_constants(launch, geometry, precision),
@@ -308,9 +314,12 @@ def _deltas_layers(
     dx: Tensor | None,
 ) -> None:
     net, delta, activation = weights.net, dy, ACTIVATIONS[weights.net.activation]
-    layers = zip(_places(net, hidden), _places(net, deltas), strict=True)
-    for layer, (y, place) in reversed(list(enumerate(layers, 1))):
-        delta = activation.derive(weights.dx(delta, layer, precision), y, place)
+    known, places = _places(net, hidden), _places(net, deltas)
+    for layer in range(net.depth - 1, 0, -1):
+        # The last of what was kept are outputs, or sums, as the activation's derivative wants.
+        below = layer - net.depth
+        dy = weights.dx(delta, layer, precision)
+        delta = activation.derive(dy, known[below], places[below])
     if dx is not None:
         dx.copy_(weights.dx(delta, 0, precision))
 
@@ -348,6 +357,7 @@ def _gradient(
         **geometry.constexprs,
         **cut_layers,
         HIDDEN=geometry.hidden,
+        KEPT=weights.net.kept,
         PRECISION=precision,
         **launch.options,
     )
@@ -414,8 +424,9 @@ def _prefer_launch(
 
 
 def _places(net: Net, hidden: Tensor) -> list[Tensor]:
-    """Views ``[P, B, size]`` of the hidden layers."""
-    return list(hidden.split(list(net.sizes[1:-1]), dim=2)) if net.depth > 1 else []
+    """Views ``[P, B, size]`` of the hidden layers, twice if rows have two entries of each unit."""
+    sizes = list(net.sizes[1:-1])
+    return list(hidden.split(sizes * (hidden.shape[2] // sum(sizes)), dim=2)) if sizes else []
 
 
 def with_rows(tensor: Tensor) -> Tensor:

@@ -12,23 +12,29 @@ __all__ = ["hidden_layers", "mlp"]
 
 
 def mlp(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> Tensor:
-    return _layers(x, weight, net, mask)[-1]
+    sums, _ = _layers(x, weight, net, mask)
+    return sums[-1]
 
 
 def hidden_layers(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> Tensor:
-    """``[P, B, sum of hidden sizes]``, layer by layer in a row."""
-    return torch.cat([x[..., :0], *_layers(x, weight, net, mask)[:-1]], 2)
+    """``[P, B, net.kept]``, layer by layer in a row."""
+    sums, outputs = _layers(x, weight, net, mask)
+    sums = [] if ACTIVATIONS[net.activation].by_output else sums[:-1]
+    return torch.cat([x[..., :0], *outputs, *sums], 2)
 
 
-def _layers(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> list[Tensor]:
+def _layers(
+    x: Tensor, weight: Tensor, net: Net, mask: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What every layer sums up, and what activations make of that in the hidden ones."""
     if mask is not None:
         prunable = mask.shape[1]
         weight = torch.cat([torch.where(mask, weight[:, :prunable], 0), weight[:, prunable:]], 1)
     activation = ACTIVATIONS[net.activation].function
-    outputs = []
+    sums, outputs = [], []
     for layer, (matrix, bias) in enumerate(net.layers(weight)):
-        x = torch.baddbmm(bias[:, None], x, matrix.mT)
+        sums.append(torch.baddbmm(bias[:, None], x, matrix.mT))
         if layer < net.depth - 1:
-            x = activation(x)
-        outputs.append(x)
-    return outputs
+            x = activation(sums[-1])
+            outputs.append(x)
+    return sums, outputs

@@ -212,7 +212,7 @@ def _check_backward(
     net = _check(x, weight, mask, code, density, precision)
     given = {"dy": (dy, net.sizes[-1])}
     if hidden is not None:
-        given["hidden"] = hidden, sum(net.sizes[1:-1])
+        given["hidden"] = hidden, net.kept
     for name, (tensor, features) in given.items():
         check_tensor(name, tensor, (*x.shape[:2], features), x.dtype, like=x)
     return net
@@ -307,8 +307,8 @@ def _fake(x: Tensor, *others: Any) -> Tensor:
 
 
 def _fake_keeping(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    sizes = _check(x, *others).sizes
-    return x.new_empty(*x.shape[:2], sizes[-1]), x.new_empty(*x.shape[:2], sum(sizes[1:-1]))
+    net = _check(x, *others)
+    return x.new_empty(*x.shape[:2], net.sizes[-1]), x.new_empty(*x.shape[:2], net.kept)
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ Forward, and down through the deltas (the gradients before each activation), one
 rows of one ticket through every layer; what it writes it reads again at once, from L1 or L2.
 The weights' gradients are one launch for all layers, a program per tile of a layer and stretch of
 the samples; `add_kernel` adds stretches in order. No atomics: a result depends neither on P nor on
-timing. ``hidden`` and ``deltas`` are ``[P, B, sum of hidden sizes]``, layer by layer in a row.
+timing. ``deltas`` is ``[P, B, HIDDEN]``, all hidden units, layer by layer in a row; ``hidden`` is
+``[P, B, KEPT]``: the units' outputs and, where an activation's derivative is read off its input,
+the sums that went in, written once and read once; to compute them again would be a pass forward.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..activations_gpu import activate, deactivate
 from ..jit import jit_kernel
 from ..launch import Launch
-from .fused_gpu import activate, deactivate
 from .geometry import Geometry
 
 __all__ = [
@@ -90,6 +92,7 @@ def forward_kernel(
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
     HIDDEN: tl.constexpr,
+    KEPT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -112,7 +115,7 @@ def forward_kernel(
     mask_row = weight if mask is None else mask + ticket * mask_ticket
     source = x + ticket * x_ticket + first.to(tl.int64) * x_row
     source_row = x_row
-    hidden += (ticket * samples + first) * HIDDEN
+    hidden += (ticket * samples + first) * KEPT
     y += (ticket * samples + first) * SIZES[DEPTH]
 
     for layer in tl.static_range(DEPTH):
@@ -139,13 +142,16 @@ def forward_kernel(
             inside = (row < left) & (col < SIZES[layer + 1])
             total += tl.load(weight + BIASES[layer] + col, mask=col < SIZES[layer + 1], other=0.0)
             if layer < DEPTH - 1:
-                tl.store(hidden + row * HIDDEN + col, activate(total, ACTIVATION), mask=inside)
+                entry = row * KEPT + col
+                tl.store(hidden + entry, activate(total, ACTIVATION), mask=inside)
+                if KEPT > HIDDEN:
+                    tl.store(hidden + HIDDEN + entry, total, mask=inside)
             else:
                 tl.store(y + row * SIZES[DEPTH] + col, total, mask=inside)
         # Other threads of the program read what these wrote.
         tl.debug_barrier()
         source = hidden
-        source_row = HIDDEN
+        source_row = KEPT
         hidden += SIZES[layer + 1]
 
 
@@ -166,6 +172,7 @@ def delta_kernel(
     WEIGHTS: tl.constexpr,
     MASKED: tl.constexpr,
     HIDDEN: tl.constexpr,
+    KEPT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -190,10 +197,12 @@ def delta_kernel(
     source_row = dy_row
     # Past the end of the row's last layer; each layer steps back by its own size.
     place = (ticket * samples + first) * HIDDEN + HIDDEN
+    known = hidden + (ticket * samples + first) * KEPT + KEPT
 
     for layer in tl.static_range(DEPTH - 1, -1, -1):
         if layer > 0 or dx is not None:
             place -= SIZES[layer]
+            known -= SIZES[layer]
             for begin in range(0, SIZES[layer], SIDES[layer]):
                 col = begin + tl.arange(0, SIDES[layer])[None, :]
                 total = _product(
@@ -216,9 +225,9 @@ def delta_kernel(
                 )
                 inside = (row < left) & (col < SIZES[layer])
                 if layer > 0:
-                    entry = place + row * HIDDEN + col
-                    y = tl.load(hidden + entry, mask=inside, other=0.0)
-                    tl.store(deltas + entry, deactivate(total, y, ACTIVATION), mask=inside)
+                    here = tl.load(known + row * KEPT + col, mask=inside, other=0.0)
+                    delta = deactivate(total, here, ACTIVATION)
+                    tl.store(deltas + place + row * HIDDEN + col, delta, mask=inside)
                 else:
                     target = dx + (ticket * samples + first) * SIZES[0]
                     tl.store(target + row * SIZES[0] + col, total, mask=inside)
@@ -306,6 +315,7 @@ def gradient_kernel(
     BIASES: tl.constexpr,
     MASKED: tl.constexpr,
     HIDDEN: tl.constexpr,
+    KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -357,8 +367,8 @@ def gradient_kernel(
         tile -= COUNTS[layer]
         delta += SIZES[layer + 1]
         if layer == 0:
-            source = hidden + ticket * samples * HIDDEN
-            source_row = HIDDEN
+            source = hidden + ticket * samples * KEPT
+            source_row = KEPT
         else:
             source += SIZES[layer]
 

@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 from numba import types
 
+from ..activations_cpu import activate, deactivate
 from ..compiling import njit
 from ..threads import share
 from ..vector import (
@@ -24,7 +25,6 @@ from ..vector import (
     store,
 )
 from .acting import act
-from .activations import activate, deactivate
 from .addresses import bytes_, floats, get, integers, put, shorts
 from .blas import sgemm
 from .layout import (

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ..activations_cpu import NONE
 from ..compiling import njit
 from ..vector import LANES, MASK_BYTES
-from .activations import NONE, Activation
+from .activations import Activation
 from .blas import find_sgemm
 
 # Of a form: how many layers; rows of the batch in a tile; `sgemm` or 0; the activations'

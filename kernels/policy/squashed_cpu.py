@@ -14,7 +14,8 @@ import numpy as np
 from numba import types
 
 from ..compiling import njit
-from ..vector import LANES, exp, fma, load, log, splat, store, tanh
+from ..vector import LANES, fma, load, splat, store
+from ..vector_math import exp, log, tanh
 from .addresses import floats, get, put
 
 __all__ = ["BACKWARD_SCRATCH", "FORWARD_SCRATCH", "kernels"]

@@ -16,15 +16,14 @@ from ..threads import share
 from ..training.cpu import Head, bind, train
 from ..vector import (
     LANES,
-    exp,
     fma,
     load,
-    log,
     maximum,
     splat,
     store,
     sum_lanes,
 )
+from ..vector_math import exp, log
 
 __all__ = ["ppo_update_"]
 

@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations_gpu import deactivate
 from ..arena import Arena
 from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..mlp import fused_gpu as mlp
-from ..mlp.fused_gpu import deactivate, hidden_layers, load_bias, load_weight, zeros
+from ..mlp.fused_gpu import hidden_layers, load_bias, load_weight, zeros
 from ..mlp.geometry import Geometry
 from ..mlp.passes_gpu import FUSED_STRETCH, cut
 from ..tuning import prefer
@@ -364,7 +365,7 @@ def _prefer_launch(arena: Arena, batch: Batch, count: int) -> Launch:
 
 @cache
 def _launches(arena: Arena) -> tuple[Launch, ...]:
-    """What registers hold on every GPU, the default first; with relu that is the default alone."""
+    """What registers hold on every GPU, the default first; that alone but with tanh."""
     blocks = (block for net in arena.nets for block in Geometry.of(net, 0).blocks)
     launches = mlp.launches(tuple(blocks))
     return launches if arena.actor.activation == "tanh" else launches[:1]
@@ -416,6 +417,8 @@ EXAMPLES = [
         ((64, 64, 64, 64), "relu", True),
         ((33, 61, 47, 20), "tanh", True),
         ((33, 61, 47, 20), "relu", False),
+        ((64, 64, 64, 64), "elu", True),
+        ((33, 61, 47, 20), "elu", False),
         ((4, 32, 32, 2), "relu", False),
         ((4, 32, 32, 2), "tanh", False),
         ((32, 32, 32, 32, 32), "tanh", True),

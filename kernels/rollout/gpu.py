@@ -401,6 +401,9 @@ EXAMPLES = [
         ("CartPole-v1", (128, 128), "tanh", 0),
         ("Acrobot-v1", (128, 128), "relu", 0),
         ("Acrobot-v1", (64, 64, 64, 64, 64), "tanh", 0),
+        ("Pendulum-v1", (128, 128), "elu", 0),
+        ("CartPole-v1", (64, 64), "silu", 0),
+        ("Acrobot-v1", (128, 128), "gelu", 0),
         ("CartPole-v1", (64, 64), "tanh", 12),
     )
 ]

@@ -39,6 +39,9 @@ _dense_narrow = make_tile(_ROWS, 1, accumulate=True)
 _sparse_wide = make_sparse_tile(2)
 _sparse_narrow = make_sparse_tile(1)
 
+# No panel of derivatives; and ELU's parameter.
+_NOWHERE, _ALPHA = np.int64(0), np.float32(1.0)
+
 # What a sparse row costs before its first nonzero (its loop ends at an unpredictable length), in
 # fused multiply-adds of the dense tile; a nonzero costs one per register.
 _ROW_COST = 20
@@ -218,7 +221,7 @@ def _forward_dense(net, prepared, obs, count, out):
                 o += LANES
         if layer < last:
             for e in range(count):
-                activate(y, e * stride, e * stride + width, net.activation)
+                activate(y, e * stride, _NOWHERE, width, net.activation, _ALPHA)
         v0 += inp * width
         b0 += width
         x, y = y, x
@@ -252,7 +255,7 @@ def _forward_sparse(net, prepared, obs, count, out):
                 )
             r += 1
         if layer < last:
-            activate(y, 0, rows * count, net.activation)
+            activate(y, _NOWHERE, _NOWHERE, rows * count, net.activation, _ALPHA)
         x, y = y, x
     for e in range(count):
         for o in range(sizes[-1]):

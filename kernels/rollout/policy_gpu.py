@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import check_on_gpu
+from ..activations import check_known
+from ..activations_gpu import activate
 from ..arena import Net
 from ..jit import jit_kernel
 from ..launch import Launch
@@ -46,27 +47,6 @@ _MOST_WEIGHTS = 128 * 128
 _MOST_FIRST_WEIGHTS = 64 * 64
 _WEIGHTS_PER_THREAD = 64
 _MOST_WARPS = 8
-
-
-@triton.jit
-def _tanh(x):
-    """To a few units in the last place: an odd polynomial where the exponential would cancel."""
-    square = x * x
-    small = 0.01573968 * square - 0.05230334
-    small = small * square + 0.13315297
-    small = small * square - 0.33332767
-    small = small * square * x + x
-    large = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
-    return tl.where(tl.abs(x) < 0.55, small, tl.where(x < 0.0, -large, large))
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        return tl.where(x < 0.0, 0.0, x)
-    else:
-        tl.static_assert(ACTIVATION == "tanh")
-        return _tanh(x)
 
 
 @triton.jit
@@ -126,7 +106,7 @@ def forward(layers, x, NET: tl.constexpr):
         inputs = tl.reshape(x, [weight.shape[0], weight.shape[1]])[:, :, None]
         # Four sums side by side within a thread, then the sum of the four.
         total = tl.sum(tl.sum(weight * inputs, axis=0), axis=0)
-        x = _activate(total + layers[2 * layer + 1], NET[3])
+        x = activate(total + layers[2 * layer + 1], NET[3])
     return tl.sum(layers[2 * last] * x[None, :], axis=1) + layers[2 * last + 1]
 
 
@@ -209,7 +189,7 @@ def misfit(nets: tuple[Net, ...]) -> str | None:
 
 def describe(net: Net) -> dict[str, Any]:
     """What a kernel knows of a network while it compiles."""
-    check_on_gpu(net.activation)
+    check_known(net.activation, "a GPU")
     return {
         "NET": (net.sizes, net.weights, net.biases, net.activation),
         "WIDTH": _width(net),

@@ -95,7 +95,7 @@ class Sweep:
     hidden: tuple[int, ...] = (64, 64)
     """Hidden sizes of actor, critic, Q-network and student."""
     activation: str = "tanh"
-    """tanh or relu."""
+    """Between layers: tanh, relu, elu, silu or gelu."""
     init: str = "lecun"
     """Initialisation: lecun, kaiming, orthogonal or rescaled (every layer prunes alike)."""
     during: str = "none"

@@ -60,6 +60,9 @@ def poisoned(monkeypatch):
         ((70, 130, 64, 9), "relu"),
         ((1, 1), "tanh"),
         ((20, 30), "relu"),
+        ((4, 64, 64, 2), "gelu"),
+        ((5, 40, 24, 3), "silu"),
+        ((5, 40, 24, 3), "elu"),
     ],
 )
 def test_forward_and_gradients_equal_float64(sizes, activation, density, samples, poisoned):
@@ -186,7 +189,7 @@ def test_a_packed_ticket_knows_what_reaches_the_output():
     assert sorted(scratch.position[critic:weights]) == np.flatnonzero(mask).tolist()
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
 @pytest.mark.parametrize("density", [0.1, 0.6])
 def test_units_that_reach_no_output(activation, density, poisoned):
     """Dead units beside living ones, under sparse rows and between tiles (density 0.6)."""

@@ -97,6 +97,14 @@ def _poisoned(monkeypatch):
         ((4, 70, 2), "tanh", True),
         ((4, 130, 9, 3), "relu", False),
         ((3, 5, 4, 4, 6, 130), "tanh", True),
+        ((3, 17, 33, 5), "elu", False),
+        ((3, 17, 33, 5), "elu", True),
+        ((3, 17, 33, 5), "gelu", False),
+        ((3, 17, 33, 5), "silu", True),
+        ((4, 70, 20, 2), "gelu", True),
+        ((4, 130, 9, 3), "silu", False),
+        ((4, 130, 9, 3), "gelu", True),
+        ((4, 130, 9, 3), "elu", True),
     ],
 )
 def test_forward_and_gradients_equal_float64(sizes, activation, to_input):
@@ -183,11 +191,13 @@ def test_nan_stays_with_its_ticket_and_off_pruned_weights(sizes, activation):
         assert mlp(x, weight, net, mask).isfinite().all()
 
 
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])
 @pytest.mark.parametrize("sizes", THREE)
-def test_kept_activations_serve_as_those_made_again(sizes):
-    net, weight, mask, x, dy = population(sizes)
+def test_kept_activations_serve_as_those_made_again(sizes, activation):
+    net, weight, mask, x, dy = population(sizes, activation=activation)
     y, hidden = gpu.forward(x, weight, net, mask, keep=True)
-    assert hidden.shape == (*dy.shape[:2], sum(net.sizes[1:-1]))
+    expected = reference.hidden_layers(x, weight, net, mask)
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     assert gpu.forward(x, weight, net, mask)[1] is None
     back = gpu.backward(dy, x, weight, net, mask, hidden=hidden, to_input=True)
     again = gpu.backward(dy, x, weight, net, mask, to_input=True)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_tickets.kernels.activations import ACTIVATIONS
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.mlp import layout
@@ -113,7 +114,7 @@ def compare(arena, parameters, batch, config, density, updates):
 
 @pytest.mark.parametrize("density", [1.0, 0.6, 0.1, 0.0])
 @pytest.mark.parametrize("continuous", [False, True])
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
 def test_one_minibatch_equals_float64(continuous, activation, density, poisoned):
     config = PPOConfig(epochs=1, minibatches=1)
     problem_ = problem(density, continuous=continuous, activation=activation)
@@ -154,7 +155,7 @@ def test_batches_of_any_size(samples, poisoned):
     minibatch=st.integers(2, 70),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     continuous=st.booleans(),
-    activation=st.sampled_from(["tanh", "relu"]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
     prune_critic=st.booleans(),
 )
 def test_any_networks_and_minibatch(minibatch, density, **shape):

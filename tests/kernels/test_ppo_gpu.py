@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparse_tickets.kernels.activations import ACTIVATIONS
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.mlp.reference import mlp
@@ -173,9 +174,11 @@ ARENAS = {
     "wide, continuous": Arena.build((4, 70, 3), (4, 6, 1), continuous=True),
     "deep": Arena.build((4, 40, 9, 9, 3), (4, 6, 1)),
     "many outputs": Arena.build((4, 8, 33), (4, 6, 1)),
+    "elu": Arena.build((4, 31, 17, 3), (4, 32, 1), activation="elu"),
+    "gelu": Arena.build((4, 31, 17, 3), (4, 32, 1), activation="gelu"),
     "wider relu": Arena.build((4, 40, 3), (4, 6, 1), activation="relu"),
 }
-SPLIT = ("wide", "wide, continuous", "deep")
+SPLIT = ("wide", "wide, continuous", "deep", "gelu")
 """Those with launches of their own for each network and the loss."""
 
 
@@ -284,7 +287,7 @@ def test_a_minibatch_of_narrow_networks_is_three_launches(monkeypatch) -> None:
     tickets=st.integers(0, 2),
     minibatch=st.integers(2, 20),
     continuous=st.booleans(),
-    activation=st.sampled_from(["tanh", "relu"]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
     prune_critic=st.booleans(),
 )
 def test_any_networks_and_minibatch(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.envs.gym_adapter import GymEnv
 from sparse_tickets.envs.spec import Step
+from sparse_tickets.kernels.activations import ACTIVATIONS
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.random import Stream, normal
@@ -95,7 +96,7 @@ def test_fused_follows_the_reference(name):
 @given(
     name=st.sampled_from(TASKS),
     hidden=st.lists(st.integers(1, 40), max_size=3),
-    activation=st.sampled_from(["tanh", "relu"]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
     critic=st.booleans(),
     tickets=st.integers(1, 3),
     copies=st.integers(1, 20),
@@ -223,7 +224,7 @@ def test_bits_depend_neither_on_population_nor_plan_nor_threads(copies):
         assert torch.equal(got_returns, want_returns[:tickets])
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
 @pytest.mark.parametrize("sizes", [(4, 2), (3, 70, 1), (5, 1, 17, 3), (6, 64, 64, 129)])
 @pytest.mark.parametrize("copies", [1, 4, 17, 40])
 def test_both_plans_equal_a_dense_network(sizes, copies, activation):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.envs.gym_adapter import GymEnv
+from sparse_tickets.kernels.activations import ACTIVATIONS
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.dynamics import TASKS
@@ -29,8 +30,8 @@ CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 SHAPES = {
     "CartPole-v1": ((12, 9), "tanh"),
     "Acrobot-v1": ((8, 7, 16), "relu"),
-    "MountainCar-v0": ((11,), "tanh"),
-    "Pendulum-v1": ((16, 10), "tanh"),
+    "MountainCar-v0": ((11,), "gelu"),
+    "Pendulum-v1": ((16, 10), "silu"),
     "sparse_tickets/Maze-v0": ((8, 5), "relu"),
 }
 ALL = pytest.mark.parametrize("name", SHAPES)
@@ -123,7 +124,7 @@ def test_follows_the_reference(name, poison):
 @given(
     name=st.sampled_from(sorted(SHAPES)),
     hidden=st.lists(st.integers(1, 20), min_size=1, max_size=2),
-    activation=st.sampled_from(["tanh", "relu"]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
     tickets=st.integers(1, 2),
     copies=st.integers(1, 3),
 )

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparse_tickets import SparseLinear
 from sparse_tickets.export import export_ticket, ticket_tensors
+from sparse_tickets.kernels.activations import ACTIVATIONS
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.ticket import ROWS, Ticket
 
@@ -105,7 +106,7 @@ def test_tensors_are_a_sparse_networks_state(which):
 @needs_onnx
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("fields", [SCALED, {}], ids=["scaled", "as it is"])
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("density", [0.3, 0.03, 0.0])
 def test_onnxruntime_computes_the_ticket(density, activation, fields, tmp_path):
     import onnx

@@ -184,7 +184,7 @@ def test_steps_shrink_by_the_rewind_step():
         ({"conditions": ("mask/permuted",), "controls": ("ticket",)}, "need the condition"),
         ({"criterion": "size"}, "criterion must be one of .*magnitude"),
         ({"init": "xavier"}, "init must be one of lecun"),
-        ({"activation": "gelu"}, "activation must be one of tanh"),
+        ({"activation": "mish"}, "activation must be one of tanh"),
         ({"hidden": (64, 0)}, "each of hidden must be at least 1"),
         ({"log_std": float("nan")}, "log_std must be finite"),
         ({"rate": 0.0}, r"rate must be in \(0, 1\)"),

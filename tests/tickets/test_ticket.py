@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparse_tickets.files import StoreError
+from sparse_tickets.kernels.activations import ACTIVATIONS
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.ticket import (
     ROWS,
@@ -114,7 +115,7 @@ def test_to_sequential_computes_the_actor(name, which):
     expected = x
     for layer, (weight, bias) in enumerate(arena.actor.layers(getattr(ticket, which)[None])):
         if layer:
-            activation = torch.tanh if arena.actor.activation == "tanh" else torch.relu
+            activation = ACTIVATIONS[arena.actor.activation].function
             expected = activation(expected)
         expected = expected @ weight[0].T + bias[0]
     model = ticket.to_sequential(which)
