@@ -17,7 +17,7 @@ from ..training.reference import step_
 if TYPE_CHECKING:
     from . import DQNConfig, Transitions
 
-__all__ = ["bootstrap", "dqn_update_", "draw", "draws", "loss", "take"]
+__all__ = ["bootstrap", "dqn_update_", "draw", "draws", "loss", "take", "wanted"]
 
 MOST_TRANSITIONS = 8192
 """Of a ticket, gathered at once: those of many updates, but not of any number of them."""
@@ -81,6 +81,15 @@ def bootstrap(batch: Transitions, values: Tensor, judges: Tensor) -> Tensor:
     return batch.reward + torch.where(batch.discount == 0, 0.0, following)
 
 
+def wanted(
+    batch: Transitions, arena: Arena, weight: Tensor, mask: Tensor, target: Tensor, double: bool
+) -> Tensor:
+    """`bootstrap` of the networks' values; see the op."""
+    values = mlp(batch.next_obs, target, arena.actor, mask)
+    judges = mlp(batch.next_obs, weight, arena.actor, mask) if double else values
+    return bootstrap(batch, values, judges)
+
+
 def loss(
     weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, action: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -107,11 +116,8 @@ def dqn_update_(
     statistics = []
     for update in range(first_update, first_update + config.updates):
         batch = draw(replay, stored, key, update, 1, config.batch, arena)
-        values = mlp(batch.next_obs, target, arena.actor, parameters.mask)
-        judges = values
-        if config.double:
-            judges = mlp(batch.next_obs, parameters.weight, arena.actor, parameters.mask)
-        wanted = bootstrap(batch, values, judges)
-        arguments = (arena, batch.obs, batch.action, wanted)
+        weight, mask = parameters.weight, parameters.mask
+        values = wanted(batch, arena, weight, mask, target, config.double)
+        arguments = (arena, batch.obs, batch.action, values)
         statistics.append(step_(parameters, loss, arguments, lr, config))
     return torch.stack(statistics).mean(0)

@@ -12,13 +12,16 @@ from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
 from sparse_tickets.algos.buffer import ReplayBuffer
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels import dqn
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
 from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_
+from sparse_tickets.kernels.dqn.reference import draw, loss, wanted
 from sparse_tickets.kernels.errors import check_shape
 from sparse_tickets.kernels.random import Stream, integers, uniform
+from sparse_tickets.kernels.training.reference import gradient
 from sparse_tickets.population import Population
 from sparse_tickets.settings import above, at_least, check_fields, within
 
@@ -89,6 +92,12 @@ class DQN:
         """Iterations of acting and updates."""
         return self.steps // self.batch
 
+    @property
+    def waiting(self) -> int:
+        """Iterations without updates, in which the replay buffer fills for the warmup."""
+        filled = -(-max(self.warmup, 1) // self.copies) + self.n_step - 1
+        return -(-filled // self.horizon) - 1
+
     def epsilon_at(self, iteration: int) -> float:
         """Probability of a random action: 1 while warming up, else linear from 1 to `epsilon`."""
         step = iteration * self.batch
@@ -116,6 +125,7 @@ def train(
     first_iteration: int = 0,
     rewind_iteration: int | None = None,
     on_iteration: Callable[[int], None] | None = None,
+    pruning: Pruning | None = None,
 ) -> Result:
     """Train every ticket of a population by DQN; nothing is computed across tickets.
 
@@ -132,13 +142,15 @@ def train(
             buffer starts empty all the same, and fills before the first update.
         rewind_iteration: snapshot the parameters before this iteration.
         on_iteration: called after each iteration with the agent-steps taken in it.
+        pruning: prune and regrow while training, by the gradient steps taken; masks change between
+            iterations, the target network's with them.
 
     Returns:
         Curves, returns, final and best weights.
 
     Raises:
         ValueError: an unknown environment, one of continuous actions, a population with a critic,
-            or a key that does not fit the population.
+            a key that does not fit the population, or pruning where no update is made.
     """
     check_shape("key", key, (len(population),))
     _check(population.arena)
@@ -155,11 +167,24 @@ def train(
         ) as evaluator,
     ):
         iterate = Iteration(settings, env, population, key, first_iteration)
+        learns_from, pruner = first_iteration + settings.waiting, None
+        if pruning is not None:
+            if learns_from >= settings.iterations:
+                raise ValueError(
+                    "pruning while training needs updates, which begin after "
+                    f"{learns_from * settings.batch} steps: dqn.steps must be more, "
+                    f"got {settings.steps}"
+                )
+            steps = settings.updates * (settings.iterations - learns_from)
+            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
+            iterate.mask_target_()
         for iteration in range(first_iteration, settings.iterations):
             evaluator.before(iteration)
             iterate.epsilon.fill_(settings.epsilon_at(iteration))
             iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
             iterate()
+            if pruner is not None and iteration >= learns_from and pruner.step(settings.updates):
+                iterate.mask_target_()
             evaluator.after(iteration)
             if on_iteration is not None:
                 on_iteration(len(population) * settings.batch)
@@ -208,7 +233,7 @@ class Iteration:
         self._settings, self._config = settings, settings.config()
         self._env, self._population, self._key = env, population, key
         self._obs = env.reset(key)
-        self._number = first
+        self._number, self._learns_from = first, first + settings.waiting
         weight = population.parameters.weight
         self._target = weight.clone()
         self.epsilon = torch.ones_like(weight[:, 0])
@@ -233,7 +258,7 @@ class Iteration:
         taken = self._number * settings.batch
         if (taken + settings.batch) // settings.target_interval > taken // settings.target_interval:
             self._target.copy_(population.parameters.weight)
-        if buffer.added >= max(settings.warmup, 1):
+        if self._number >= self._learns_from:
             dqn_update_(
                 population.parameters,
                 population.arena,
@@ -247,6 +272,30 @@ class Iteration:
                 density=population.density,
             )
         self._number += 1
+
+    def mask_target_(self) -> None:
+        """Zero the target networks' weights off the masks, after these have changed."""
+        pruned = ~self._population.parameters.mask
+        self._target[:, : self._population.arena.prunable].masked_fill_(pruned, 0.0)
+
+    def dense_gradient(self) -> Tensor:
+        """Gradient ``[P, prunable]`` of the loss of all transitions that the last call's updates
+        drew, by pruned weights too."""
+        settings, arena = self._settings, self._population.arena
+        batch = draw(
+            self.buffer.transitions,
+            self.buffer.stored,
+            self._key,
+            (self._number - 1) * settings.updates,
+            settings.updates,
+            settings.minibatch,
+            arena,
+        )
+        weight, mask = self._population.parameters.weight, self._population.parameters.mask
+        values = wanted(batch, arena, weight, mask, self._target, settings.double)
+        arguments = (arena, batch.obs, batch.action, values)
+        dense, _ = gradient(weight, torch.ones_like(mask), loss, arguments)
+        return dense[:, : arena.prunable]
 
 
 def _check(arena: Arena) -> None:

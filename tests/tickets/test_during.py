@@ -7,19 +7,21 @@ from itertools import pairwise
 import pytest
 import torch
 from rich.console import Console
+from torch.nn.functional import smooth_l1_loss
 
 from sparse_tickets import run_sweep
 from sparse_tickets.algos import bc, dqn, ppo
 from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
-from sparse_tickets.algos.registry import ALGORITHMS
 from sparse_tickets.analysis.report import report
 from sparse_tickets.analysis.verify import verify
 from sparse_tickets.dynamic import METHODS, Pruning
 from sparse_tickets.envs import make_env
 from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.ppo.reference import loss
+from sparse_tickets.kernels.random import Stream, integers
 from sparse_tickets.linear import count_kept
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.sweep.spec import Sweep
@@ -29,6 +31,7 @@ BUDGET = PPO(steps=512, copies=2, horizon=16, epochs=2, minibatches=2)
 BRIEF = Evaluation(points=4, episodes=2, final_episodes=2)
 ARENA = Arena.build((4, 12, 10, 2), (4, 12, 10, 1))
 STUDENT = Arena.build((4, 12, 10, 2))
+DEEP_Q = dqn.DQN(steps=512, copies=2, horizon=16, updates=4, minibatch=8, warmup=60, double=True)
 KEY = torch.tensor([5, -6, 7])
 METHOD = {name: replace(method, every=12) for name, method in METHODS.items()}
 
@@ -53,13 +56,15 @@ def train(algo, method, on_iteration=None, tickets=3):
     }
     if algo == "ppo":
         return some, ppo.train(BUDGET, "CartPole-v1", some, KEY[:tickets], **schedule)
+    if algo == "dqn":
+        return some, dqn.train(DEEP_Q, "CartPole-v1", some, KEY[:tickets], **schedule)
     dataset, assignment = demonstrations()
     taught = dataset, assignment[:tickets]
     return some, bc.train(BUDGET, "CartPole-v1", some, KEY[:tickets], *taught, **schedule)
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("algo", ["ppo", "bc"])
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "bc"])
 def test_every_ticket_keeps_exactly_its_count_at_every_moment(algo, name):
     seen, masks = [], []
 
@@ -92,7 +97,7 @@ def test_every_ticket_keeps_exactly_its_count_at_every_moment(algo, name):
 
 
 @pytest.mark.parametrize("name", ["gradual", "set", "rigl"])
-@pytest.mark.parametrize("algo", ["ppo", "bc"])
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "bc"])
 def test_a_ticket_trains_alone_as_beside_others(algo, name):
     together, alone = train(algo, METHOD[name]), train(algo, METHOD[name], tickets=1)
     assert torch.equal(together[0].parameters.mask[:1], alone[0].parameters.mask)
@@ -101,7 +106,7 @@ def test_a_ticket_trains_alone_as_beside_others(algo, name):
 
 
 @pytest.mark.parametrize("name", ["gradual", "rigl"])
-@pytest.mark.parametrize("algo", ["ppo", "bc"])
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "bc"])
 def test_a_ticket_that_diverges_ends_alone(algo, name):
     def spoil(some, steps):
         some.parameters.weight[2] = torch.nan
@@ -120,15 +125,15 @@ def test_the_dense_gradient_is_that_of_the_loss_by_pruned_weights_too():
     some.parameters.weight[:, : ARENA.prunable][~some.parameters.mask] = 0.0
     env = make_env("CartPole-v1", 3, BUDGET.copies)
     iterate = ppo.Iteration(BUDGET, env, some, KEY, 0)
-    with pytest.raises(RuntimeError, match="must be run before dense_gradient"):
+    with pytest.raises(RuntimeError, match="must be run before it has samples"):
         iterate.dense_gradient()
     iterate.learning_rate.fill_(1e-3)
     iterate()
     found = iterate.dense_gradient()
     assert found.shape == (3, ARENA.prunable)
     assert not found.requires_grad
-    batch = type(iterate._batch)(
-        *(each.double() if each.is_floating_point() else each for each in iterate._batch)
+    batch = type(iterate.samples)(
+        *(each.double() if each.is_floating_point() else each for each in iterate.samples)
     )
     weight, every = some.parameters.weight.double(), torch.ones_like(some.parameters.mask)
     pruned = (~some.parameters.mask[0]).nonzero().flatten()
@@ -152,6 +157,49 @@ def test_the_gradient_of_cloning_is_of_the_last_minibatch_and_more():
     assert found.shape == (3, STUDENT.prunable)
     assert (found.abs().sum(1) > 0).all()
     assert torch.equal(found, iterate.dense_gradient())
+
+
+def test_dqn_prunes_its_target_too_and_counts_its_updates_alone(monkeypatch):
+    update, seen = dqn.dqn_update_, []
+
+    def look(parameters, arena, target, *rest, **options):
+        assert not target[:, : arena.prunable][~parameters.mask].any()
+        seen.append(int(parameters.mask[0].sum()))
+        return update(parameters, arena, target, *rest, **options)
+
+    monkeypatch.setattr(dqn, "dqn_update_", look)
+    some = population(STUDENT)
+    settings, half = replace(DEEP_Q, target_interval=10_000), Pruning("one-shot", 0.2)
+    assert settings.waiting == 1
+    dqn.train(settings, "CartPole-v1", some, KEY, evaluation=BRIEF, pruning=half)
+    # Of 60 updates, four to a call, the thirtieth is in the eighth call.
+    assert seen == [STUDENT.prunable] * 8 + [count_kept(0.2, STUDENT.prunable)] * 7
+    never = replace(DEEP_Q, warmup=500, steps=480)
+    with pytest.raises(ValueError, match=r"after 480 steps: dqn\.steps must be more, got 480"):
+        dqn.train(never, "CartPole-v1", some, KEY, evaluation=BRIEF, pruning=half)
+
+
+def test_the_gradient_of_dqn_is_of_what_its_last_updates_drew():
+    some, env = population(STUDENT), make_env("CartPole-v1", 3, DEEP_Q.copies)
+    some.parameters.mask[:, ::3] = False
+    some.parameters.weight[:, : STUDENT.prunable][~some.parameters.mask] = 0.0
+    iterate = dqn.Iteration(replace(DEEP_Q, double=False), env, some, KEY, 0)
+    iterate.learning_rate.fill_(1e-3)
+    for _ in range(4):
+        iterate()
+    found = iterate.dense_gradient()
+    buffer, network = iterate.buffer, STUDENT.actor
+    drawn = torch.stack(
+        [integers(KEY, 8, buffer.stored, stream=Stream.MINIBATCH, step=u) for u in range(12, 16)], 1
+    ).flatten(1)
+    ticket = torch.arange(3)[:, None]
+    obs, action, reward, discount, after = (field[ticket, drawn] for field in buffer.transitions)
+    wanted = reward + discount * mlp(after, iterate._target, network).max(-1).values
+    weight = some.parameters.weight.clone().requires_grad_()
+    value = mlp(obs, weight, network).gather(-1, action[..., None]).squeeze(-1)
+    smooth_l1_loss(value, wanted, reduction="none").mean(1).sum().backward()
+    torch.testing.assert_close(found, weight.grad[:, : STUDENT.prunable], rtol=1e-4, atol=1e-6)
+    assert found[~some.parameters.mask].any()
 
 
 SPEC = Sweep(
@@ -212,7 +260,7 @@ def test_verify_and_report_know_such_runs(finished):
     assert files
 
 
-def test_specifications(monkeypatch):
+def test_specifications():
     assert "during" not in Sweep().to_dict()
     assert Sweep.from_dict(Sweep().to_dict()) == Sweep()
     stored = SPEC.to_dict()
@@ -224,8 +272,5 @@ def test_specifications(monkeypatch):
         Sweep(during="sometimes")
     with pytest.raises(ValueError, match="rewind_step must be 0 where networks are pruned during"):
         Sweep(during="set", rewind_step=512)
-    monkeypatch.setitem(ALGORITHMS, "dqn", dqn.ALGORITHM)
-    with pytest.raises(ValueError, match="during must be none with dqn"):
-        Sweep(during="set", algos=("ppo", "dqn"))
     with pytest.raises(ValueError, match="during_every must be at least 1"):
         Sweep(during="set", during_every=0)
