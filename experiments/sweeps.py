@@ -201,7 +201,7 @@ def train(
         derive_key("experiment", what, spec.env, algo, seed, level, i)
         for i, seed in enumerate(seeds)
     ]
-    dataset = stored_demonstrations(store, algo) if algo in spec.imitating else None
+    dataset = stored_demonstrations(spec, store, algo) if algo in spec.imitating else None
     tracks = [Track(seed, TICKET, "own") for seed in seeds]
     key = torch.tensor(names, dtype=torch.int64, device="cpu")
     result = train_population(spec, algo, population, key, level, tracks, dataset)

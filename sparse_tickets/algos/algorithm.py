@@ -18,7 +18,17 @@ from sparse_tickets.population import Population
 if TYPE_CHECKING:
     from sparse_tickets.algos.ppo import PPO
 
-__all__ = ["Algorithm", "Budget", "Dataset", "Demonstrations", "PruningSchedule", "Schedule"]
+__all__ = [
+    "Algorithm",
+    "Budget",
+    "Dataset",
+    "Demonstrations",
+    "History",
+    "Networks",
+    "PruningSchedule",
+    "Schedule",
+    "Taught",
+]
 
 
 class Dataset(NamedTuple):
@@ -33,15 +43,41 @@ class Dataset(NamedTuple):
     target: Tensor
 
 
+class History(NamedTuple):
+    """What D experts did while PPO trained them: one iteration's rollout after the other.
+
+    Attributes:
+        obs: ``[D, iterations * batch, features]`` normalised observations.
+        target: of the policies that acted, as in `Dataset`.
+    """
+
+    obs: Tensor
+    target: Tensor
+
+
+class Networks(NamedTuple):
+    """D experts, who say what they would do in the states that students visit.
+
+    Attributes:
+        weight: ``[D, size]``, laid out as the students' are without a critic.
+    """
+
+    weight: Tensor
+
+
+Taught = Dataset | History | Networks
+"""What students learn from."""
+
+
 class Demonstrations(NamedTuple):
-    """The experts' transitions, and which expert each ticket of a population imitates.
+    """What the experts show, and which expert each ticket of a population imitates.
 
     Attributes:
         dataset: of D experts.
         assignment: ``[P]`` int64, below D.
     """
 
-    dataset: Dataset
+    dataset: Taught
     assignment: Tensor
 
 

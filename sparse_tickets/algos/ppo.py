@@ -246,17 +246,26 @@ class Iteration:
         self._number += 1
         return stats
 
+    @property
+    def samples(self) -> Batch:
+        """What the last call learnt from.
+
+        Raises:
+            RuntimeError: there was no call yet.
+        """
+        if self._batch is None:
+            raise RuntimeError("an iteration must be run before it has samples")
+        return self._batch
+
     def dense_gradient(self) -> Tensor:
         """Gradient ``[P, prunable]`` of the loss of the last call's samples, by pruned weights too.
 
         Raises:
             RuntimeError: there was no call yet.
         """
-        if self._batch is None:
-            raise RuntimeError("an iteration must be run before dense_gradient")
         arena, mask = self._population.arena, self._population.parameters.mask
         weight, every = self._population.parameters.weight, torch.ones_like(mask)
-        dense, _ = gradient(weight, every, loss, (arena, self._batch, self._config))
+        dense, _ = gradient(weight, every, loss, (arena, self.samples, self._config))
         return dense[:, : arena.prunable]
 
 

@@ -235,7 +235,7 @@ def _again(
         # Evaluations on the way change nothing in training.
         brief = replace(spec, evaluation=Evaluation(1, 1, spec.evaluation.final_episodes))
         tracks = [cell.track for cell in cells]
-        dataset = stored_demonstrations(store, algo) if algo in spec.imitating else None
+        dataset = stored_demonstrations(spec, store, algo) if algo in spec.imitating else None
         result = train_population(
             brief, algo, population, key, level, tracks, dataset, on_iteration
         )

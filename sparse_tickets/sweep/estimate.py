@@ -11,10 +11,11 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from sparse_tickets.algos.algorithm import Dataset, Demonstrations
+from sparse_tickets.algos.algorithm import Dataset, Demonstrations, History, Networks, Taught
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.envs import open_env
+from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population, initialise
 from sparse_tickets.prune import random_mask
@@ -117,8 +118,9 @@ def _needs(spec: Sweep, algo: str) -> _Needs:
     dense_bytes = 16 * (arena.size - arena.prunable) + arena.prunable // 8 + 600
     disk = 16 * arena.prunable * dense_cells + dense_bytes * (first + pruned)
     if algo in spec.imitating[:1]:  # the experts are trained once for all
-        width = spec.env_spec.observation_dim + 2 * spec.env_spec.action_dim
-        disk += 4 * width * spec.bc.teachers * spec.ppo.steps
+        if spec.bc.states != "student":
+            width = spec.env_spec.observation_dim + 2 * spec.env_spec.action_dim
+            disk += 4 * width * spec.bc.teachers * spec.ppo.steps
         if steps_before := expert_steps(spec):
             training_s += steps_before * _probe(spec, spec.bc.expert, spec.bc.experts, 1.0)[0]
     limit, evaluation_s = spec.env_spec.time_limit, None
@@ -145,7 +147,7 @@ def _probe(spec: Sweep, algo: str, tickets: int, density: float) -> tuple[float,
         budget = _shorter(spec.ppo, most // tickets)
         algorithm, taught = find_algorithm(algo), None
         if algorithm.imitates:
-            taught = Demonstrations(_any_dataset(spec, budget.batch), torch.zeros_like(key))
+            taught = Demonstrations(_any_dataset(spec, arena, budget), torch.zeros_like(key))
         iterate = algorithm.iteration(spec.settings_of(algo), budget, env, population, key, taught)
         batch = budget.batch if own is spec.ppo else own.batch
         training_s = _seconds(iterate) / (tickets * batch)
@@ -177,13 +179,18 @@ def _shorter(settings: PPO, most: int) -> PPO:
     return settings
 
 
-def _any_dataset(spec: Sweep, steps: int) -> Dataset:
+def _any_dataset(spec: Sweep, arena: Arena, budget: PPO) -> Taught:
     """Of the right shapes: what it holds does not matter to time."""
-    env = spec.env_spec
-    obs = torch.randn(1, steps, env.observation_dim, dtype=torch.float32, device="cpu")
+    env, states = spec.env_spec, spec.bc.states
+    if states == "student":
+        return Networks(torch.randn(1, arena.size, dtype=torch.float32, device="cpu"))
+    steps = budget.batch * (budget.iterations if states == "replay" else 1)
+    obs = torch.randn(1, 1, env.observation_dim, dtype=torch.float32, device="cpu")
+    target = obs.new_zeros(1, 1, env.action_dim if env.discrete else 2 * env.action_dim)
     if env.discrete:
-        return Dataset(obs, obs.new_zeros(1, steps, env.action_dim).log_softmax(-1))
-    return Dataset(obs, obs.new_zeros(1, steps, 2 * env.action_dim))
+        target = target.log_softmax(-1)
+    kind = History if states == "replay" else Dataset
+    return kind(obs.expand(1, steps, -1), target.expand(1, steps, -1))
 
 
 def _clock(seconds: float) -> str:

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from sparse_tickets.algos import bc
-from sparse_tickets.algos.algorithm import Dataset, Demonstrations
+from sparse_tickets.algos.algorithm import Demonstrations, Taught
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.files import StoreError, leftovers, remove_leftovers
 from sparse_tickets.sweep.data import checksum, data_file, read_data, write_data
@@ -56,7 +56,7 @@ class Teacher:
         self, spec: Sweep, store: Store, device: torch.device, notify: Callable[[str, int], None]
     ) -> None:
         self._spec, self._store, self._device, self._notify = spec, store, device, notify
-        self._dataset: Dataset | None = None
+        self._dataset: Taught | None = None
         self._checksum = ""
         self._checked: set[tuple[str, int]] = set()
 
@@ -65,7 +65,7 @@ class Teacher:
         """The checksum that a unit records, once there are demonstrations."""
         return {DEMONSTRATIONS: self._checksum} if self._checksum else {}
 
-    def dataset(self, algo: str, level: int) -> Dataset:
+    def dataset(self, algo: str, level: int) -> Taught:
         """The demonstrations an algorithm's level is to be trained on.
 
         Raises:
@@ -87,7 +87,7 @@ class Teacher:
             self.make()
         self._store.check_inputs(algo, DEMONSTRATIONS)
 
-    def make(self) -> Dataset:
+    def make(self) -> Taught:
         """Read the data set; train the experts first if nobody has."""
         spec, store = self._spec, self._store
         while (stored := read_data(store, DEMONSTRATIONS)) is None:
@@ -117,23 +117,36 @@ class Teacher:
                     f"{store.data / DEMONSTRATIONS}.safetensors",
                     stacklevel=2,
                 )
-        return Dataset(**{name: part.to(self._device) for name, part in stored.items()})
+        kind = bc.TAUGHT[spec.bc.states]
+        return kind(**{name: part.to(self._device) for name, part in stored.items()})
 
-    def _demonstrations(self) -> Dataset:
+    def _demonstrations(self) -> Taught:
         spec = self._spec
         if spec.bc.dataset:
             with memory_explained("reading demonstrations"):
-                return Dataset(*minari().read(spec.bc.dataset, spec.env_spec, spec.ppo.steps))
+                return bc.Dataset(*minari().read(spec.bc.dataset, spec.env_spec, spec.ppo.steps))
         with memory_explained("training experts"):
             experts = self._experts()
         with memory_explained("drawing demonstrations"):
-            return bc.demonstrations(
+            return self._shown(experts)
+
+    def _shown(self, experts: bc.Experts) -> Taught:
+        spec, arena = self._spec, self._spec.expert_arena
+        if spec.bc.states == "student":
+            return bc.networks(experts, arena, temperature=spec.bc.temperature)
+        if spec.bc.states == "replay":
+            return bc.history(
                 experts,
+                spec.ppo,
                 spec.env,
-                spec.expert_arena,
-                spec.ppo.steps,
-                temperature=spec.bc.temperature,
+                arena,
+                scheme=spec.init,
+                log_std=spec.log_std,
+                on_iteration=lambda steps: self._notify("experts", steps),
             )
+        return bc.demonstrations(
+            experts, spec.env, arena, spec.ppo.steps, temperature=spec.bc.temperature
+        )
 
     def _experts(self) -> bc.Experts:
         stored = read_data(self._store, "experts")
@@ -161,14 +174,14 @@ def refuse_guessing(spec: Sweep, store: Store) -> None:
             )
 
 
-def assigned(tracks: Sequence[Track], dataset: Dataset) -> Demonstrations:
+def assigned(tracks: Sequence[Track], dataset: Taught) -> Demonstrations:
     """Demonstrations by seed: student s imitates expert s mod experts."""
-    device = dataset.obs.device
-    experts = [track.seed % len(dataset.obs) for track in tracks]
+    device = dataset[0].device
+    experts = [track.seed % len(dataset[0]) for track in tracks]
     return Demonstrations(dataset, torch.tensor(experts, dtype=torch.int64, device=device))
 
 
-def stored_demonstrations(store: Store, algo: str) -> Dataset:
+def stored_demonstrations(spec: Sweep, store: Store, algo: str) -> Taught:
     """The demonstrations an algorithm's finished units were trained on.
 
     Raises:
@@ -181,7 +194,7 @@ def stored_demonstrations(store: Store, algo: str) -> Dataset:
             "again and trains nothing that is finished"
         )
     store.check_inputs(algo, DEMONSTRATIONS, checksum(stored))
-    return Dataset(**stored)
+    return bc.TAUGHT[spec.bc.states](**stored)
 
 
 def make_experts(

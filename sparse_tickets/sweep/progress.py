@@ -40,8 +40,12 @@ def total_steps(spec: Sweep) -> int:
 
 
 def expert_steps(spec: Sweep) -> int:
-    """Agent-steps of one round of experts; none where data sets take their place."""
-    return 0 if spec.bc.dataset else spec.bc.experts * spec.expert_budget.steps
+    """Agent-steps of one round of experts, and of their training once more where it is replayed;
+    none where data sets take their place."""
+    if spec.bc.dataset:
+        return 0
+    times = 2 if spec.bc.states == "replay" else 1
+    return times * spec.bc.experts * spec.expert_budget.steps
 
 
 class _Speed(ProgressColumn):

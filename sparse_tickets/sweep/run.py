@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_tickets.algos.algorithm import Dataset, PruningSchedule
+from sparse_tickets.algos.algorithm import PruningSchedule, Taught
 from sparse_tickets.algos.evaluation import Result, on_evaluation
 from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.connectivity import connectivity
@@ -208,7 +208,7 @@ class Runner:
         self._shown.level(rows)
 
     def _train_together(
-        self, unit: Unit, tracks: Sequence[Track], dataset: Dataset | None
+        self, unit: Unit, tracks: Sequence[Track], dataset: Taught | None
     ) -> tuple[Population, Result] | None:
         """Train tracks as one population; None, with a warning, where memory holds fewer only."""
         what = self.describe(unit)
@@ -406,7 +406,7 @@ def train_population(
     key: Tensor,
     level: int,
     tracks: Sequence[Track],
-    dataset: Dataset | None,
+    dataset: Taught | None,
     on_iteration: Callable[[int], None] | None = None,
 ) -> Result:
     """Train one level of some tracks by the sweep's settings; levels above 0 start rewound."""

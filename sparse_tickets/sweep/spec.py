@@ -38,6 +38,7 @@ _LATER: dict[str, Any] = {"during": "none", "during_every": None}
 # before keeps its name.
 _OWN_SETTINGS: dict[str, type] = {"dqn": DQN, "sac": SAC}
 _EXPERTS_CHOICE = {"expert": "ppo", "temperature": 1.0}
+_EXPERTS_STATES = {"states": "expert"}
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,6 @@ class Sweep:
         ):
             if given not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
-        if self.during != "none" and "dqn" in self.algos:
-            raise ValueError(
-                f"during must be none with dqn, which cannot prune while it trains, "
-                f"got {self.during!r}"
-            )
         if self.during != "none" and self.rewind_step:
             raise ValueError(
                 f"rewind_step must be 0 where networks are pruned during training, got "
@@ -326,6 +322,8 @@ class Sweep:
         if self.bc.expert == "ppo":
             for name in _EXPERTS_CHOICE:
                 del content["bc"][name]
+        if self.bc.states == "expert":
+            del content["bc"]["states"]
         if trained := {name: own[name] for name in self.algos if name in own}:
             content["settings"] = trained
         # Sweeps of experts are what they were before there was a choice.
@@ -353,7 +351,7 @@ class Sweep:
         own = given.pop("settings", {})
         if isinstance(given.get("bc"), dict):
             choice = {} if "expert" in given["bc"] else _EXPERTS_CHOICE
-            given["bc"] = {"dataset": ()} | choice | given["bc"]
+            given["bc"] = {"dataset": ()} | choice | _EXPERTS_STATES | given["bc"]
         trained = {*given.get("algos", ()), (given.get("bc") or {}).get("expert")}
         for name in _OWN_SETTINGS.keys() - trained:
             given.setdefault(name, asdict(_OWN_SETTINGS[name]()))
