@@ -377,8 +377,9 @@ def markdown(frame: pl.DataFrame) -> str:
         "",
         "Mean return of the trained policy over 20 greedy episodes (SAC: deterministic), averaged",
         "over the seeds in brackets; in italics the mean over training's last fifth of episodes.",
-        "Fresh networks, pruned by magnitude before training. Written by `sparsify_default.py`;",
-        "where fewer than five seeds ran, gaps of a hundred points may be noise.",
+        "Fresh networks, pruned by magnitude before training. Bold: the best of the three scopes",
+        "of `sparsify_`. Written by `sparsify_default.py`; where fewer than five seeds ran, gaps",
+        "of a hundred points may be noise.",
     ]
     for system, (_, steps, shares) in SYSTEMS.items():
         part = frame.filter(pl.col("system") == system)
@@ -388,21 +389,30 @@ def markdown(frame: pl.DataFrame) -> str:
         densities = sorted(DENSITIES, reverse=True)
         lines += ["| share | " + " | ".join(f"density {d}" for d in densities) + " |"]
         lines += ["| --- |" + " ---: |" * len(densities)]
+        best = [find_best(part.filter(pl.col("density") == density)) for density in densities]
         for share in ("dense", *shares):
             rows = part.filter(pl.col("share") == share)
             cells = [
                 cell(rows if share == "dense" else rows.filter(pl.col("density") == density))
                 for density in densities
             ]
+            cells = [f"**{c}**" if share == b else c for c, b in zip(cells, best, strict=True)]
             lines.append(f"| {share} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def find_best(rows: pl.DataFrame) -> str | None:
+    """The scope of `sparsify_` with the largest mean return."""
+    means = rows.filter(pl.col("share").is_in(FEW)).group_by("share", maintain_order=True)
+    ranked = means.agg(pl.col("return_final").mean()).sort("return_final")
+    return ranked["share"][-1] if len(ranked) else None
 
 
 def cell(rows: pl.DataFrame) -> str:
     if rows.is_empty():
         return "-"
     final, last = rows["return_final"].mean(), rows["return_last_fifth"].mean()
-    return f"{final:.0f} ({len(rows)}), *{last:.0f}*"
+    return f"{final:.0f} ({len(rows)}), _{last:.0f}_"
 
 
 def main() -> None:

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import polars as pl
 import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
@@ -903,3 +905,15 @@ def test_a_layer_in_several_places_is_converted():
     policy = sparsify_(Policy(), 0.5)
     assert policy.head is policy.net[2]
     assert isinstance(policy.head, SparseLinear)
+
+
+def test_the_default_scope_is_what_the_experiment_says():
+    path = Path(__file__).parents[2] / "experiments" / "results" / "sparsify_default.parquet"
+    runs = pl.read_parquet(path).filter(pl.col("share").is_in(["erk", "layer", "global"]))
+    cells = runs.group_by("system", "density", "share").agg(pl.col("return_final").mean())
+    best = cells.sort("return_final").group_by("system", "density").last()
+    found = {(row["system"], row["density"]): row["share"] for row in best.to_dicts()}
+    for system in sorted(runs["system"].unique()):
+        for density in (0.5, 0.2, 0.1, 0.05):
+            if "PPO" in system or density <= 0.1:
+                assert found[system, density] == "erk", (system, density)
