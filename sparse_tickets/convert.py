@@ -67,7 +67,7 @@ def sparsify_(
 
     The default shares the density out by Erdos-Renyi-Kernel, more to small layers and heads: of the
     three scopes the best for fresh PPO policies from density 0.5 to 0.05, and for DQN and SAC at
-    0.1 and below, while these do as well or better by ``global`` above that
+    0.1 and below; above that another may do as well or better for these two
     (``experiments/results/sparsify_default.md``). Ranking all layers together (``global``) prunes
     PPO's heads, which are initialised 100 times smaller, to nothing: the policy is a constant and
     never learns.
