@@ -1,4 +1,4 @@
-"""Activations between a network's layers, by name: one entry each, and its formulas.
+"""What stands between a network's layers, by name: one entry each, and its formulas.
 
 A formula is an activation's value ``f(x)``, or ``f_gradient(dy, known)``: the gradient by x, of
 that by the output and of the output y, or of x where no y tells the slope
@@ -10,13 +10,13 @@ What has none is refused by name, and computes NaN or does not compile where nob
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, exp
 from torch.nn import functional
 
-__all__ = ["ACTIVATIONS", "FORMULAS", "KNOWN", "TorchActivation", "check_known"]
+__all__ = ["ACTIVATIONS", "FORMULAS", "KNOWN", "LAYERNORM", "TorchActivation", "check_known"]
 
 
 class TorchActivation(NamedTuple):
@@ -25,14 +25,15 @@ class TorchActivation(NamedTuple):
     Attributes:
         function: of a layer's products; autograd knows its derivative.
         into: ``into(x, y)`` writes its value at x to y.
-        derive: ``derive(dy, known, dx)`` writes the gradient by x to dx.
+        derive: ``derive(dy, known, dx)`` writes the gradient by x to dx. Neither is there of what
+            the kernels do not have.
         by_output: whether ``known`` is y; else it is x, which a backward pass must have kept or
             computes again.
     """
 
     function: Callable[[Tensor], Tensor]
-    into: Callable[[Tensor, Tensor], Tensor]
-    derive: Callable[[Tensor, Tensor, Tensor], Tensor]
+    into: Any = None
+    derive: Any = None
     by_output: bool = True
 
 
@@ -71,6 +72,17 @@ ACTIVATIONS = {
 
 KNOWN = tuple(ACTIVATIONS)
 """Those that the kernels have."""
+
+LAYERNORM = "layernorm-"
+"""Before a name: a sample's units are brought to mean 0 and variance 1 first (Ba et al., 2016)."""
+
+
+def _after_layernorm(function: Callable[[Tensor], Tensor]) -> TorchActivation:
+    # Without factors and offsets of its own: the rows of an arena hold weights and biases alone.
+    return TorchActivation(lambda x: function(functional.layer_norm(x, x.shape[-1:])))
+
+
+ACTIVATIONS |= {LAYERNORM + name: _after_layernorm(ACTIVATIONS[name].function) for name in KNOWN}
 
 
 def check_known(name: str, place: str) -> None:

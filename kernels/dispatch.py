@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from .activations import KNOWN
+
 __all__ = [
     "BACKENDS",
     "PLAIN_TORCH",
@@ -33,7 +35,10 @@ __all__ = [
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
-PLAIN_TORCH = "plain torch ops: the reference was chosen, or no kernels run on this device"
+PLAIN_TORCH = (
+    "plain torch ops: the reference was chosen, no kernels run on this device, or none has what "
+    "stands between the layers"
+)
 """Why an op runs on the reference backend."""
 
 _chosen: ContextVar[str | None] = ContextVar("sparse_tickets_backend", default=None)
@@ -126,8 +131,13 @@ def differentiating() -> Iterator[None]:
         yield
 
 
-def resolve_backend(device: torch.device) -> Backend:
+def resolve_backend(device: torch.device, *activations: str) -> Backend:
     """The backend an op uses for tensors on ``device``.
+
+    Args:
+        device: of the tensors.
+        *activations: of its networks. Unless a backend is chosen, one that the kernels do not have
+            makes it the reference; those that are chosen refuse it by name.
 
     Raises:
         ValueError: the chosen backend cannot run on ``device``; the message says what can.
@@ -136,6 +146,8 @@ def resolve_backend(device: torch.device) -> Backend:
     if name is None:
         name = _check(os.environ.get("SPARSE_TICKETS_BACKEND", "auto"), "SPARSE_TICKETS_BACKEND")
     if name == "auto":
+        if not set(activations) <= set(KNOWN):
+            return "reference"
         if device.type == "cpu":
             return "cpu"
         return "triton" if device.type == "cuda" and has_triton() else "reference"
@@ -152,13 +164,13 @@ def resolve_backend(device: torch.device) -> Backend:
     return name  # type: ignore[return-value]
 
 
-def implementation(package: str, device: torch.device) -> ModuleType:
+def implementation(package: str, device: torch.device, *activations: str) -> ModuleType:
     """The module of an op's package that computes on ``device``: `reference`, `cpu` or `gpu`.
 
     Raises:
         ValueError: see `resolve_backend`.
     """
-    return _module(package, resolve_backend(device))
+    return _module(package, resolve_backend(device, *activations))
 
 
 @cache

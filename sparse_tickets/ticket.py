@@ -21,6 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from .files import StoreError, write_atomic
+from .kernels.activations import LAYERNORM
 from .kernels.arena import Arena
 from .kernels.errors import check_dtype, check_shape
 
@@ -57,13 +58,20 @@ class Normalise(nn.Module):
         return (x - self.offset) / self.scale
 
 
+def _between(activation: str, width: int) -> list[nn.Module]:
+    """What stands between two layers."""
+    name = activation.removeprefix(LAYERNORM)
+    norm = [] if name == activation else [nn.LayerNorm(width, elementwise_affine=False)]
+    return [*norm, _ACTIVATIONS[name]()]
+
+
 @dataclass(frozen=True, eq=False)
 class Ticket:
     """One policy's mask and weights at one level, in the arena's layout (CPU, float32).
 
     Attributes:
         sizes: features of the actor from observation to action head.
-        activation: tanh, relu, elu, silu or gelu.
+        activation: one of `kernels.activations.ACTIVATIONS`.
         env: environment id.
         algo: what trained it.
         seed: its seed.
@@ -186,7 +194,7 @@ class Ticket:
 
         Returns:
             `Normalise` first where observations are normalised, then `nn.Linear` layers with the
-            activation between them; pruned weights are zeros.
+            activation, and `nn.LayerNorm` before it, between them; pruned weights are zeros.
 
         Raises:
             ValueError: no such row.
@@ -202,8 +210,10 @@ class Ticket:
             linear = nn.utils.skip_init(nn.Linear, inp, out, dtype=row.dtype, device=row.device)
             linear.weight.data.copy_(weight[0])
             linear.bias.data.copy_(bias[0])
-            modules += [linear, _ACTIVATIONS[self.activation]()]
-        return nn.Sequential(*modules[:-1])
+            modules += [linear, *_between(self.activation, out)]
+        while not isinstance(modules[-1], nn.Linear):
+            modules.pop()
+        return nn.Sequential(*modules)
 
     def save(self, path: str | Path) -> None:
         """Write this ticket to a file of its own, atomically.

@@ -131,7 +131,7 @@ def dqn_update_(
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
     first_update = check_integer("first_update", first_update, 0, 1 << 62)
     _check(parameters, arena, target, replay, stored, key, lr, density)
-    statistics = implementation(__name__, weight.device).dqn_update_(
+    statistics = implementation(__name__, weight.device, arena.actor.activation).dqn_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
         arena,
         target.detach().contiguous(),
@@ -150,7 +150,7 @@ def dqn_update_(
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `dqn_update_` does on ``device``, and why."""
     check_density(density)
-    backend = resolve_backend(device)
+    backend = resolve_backend(device, arena.actor.activation)
     if backend == "triton":
         reason = "the network's passes and Adam in Triton, the loss in torch; see `mlp.plan`"
         return Plan("dqn_update_", "triton", "dense+mask", reason)
@@ -175,7 +175,7 @@ def _check(
             + ("continuous actions" if arena.continuous else "a critic")
         )
     weight = parameters.weight
-    reference = resolve_backend(weight.device) == "reference"
+    reference = resolve_backend(weight.device, arena.actor.activation) == "reference"
     floats = (torch.float32, torch.float64) if reference else (torch.float32,)
     check_density(density)
     data = {"target": target, **replay._asdict()}

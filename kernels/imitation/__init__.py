@@ -95,7 +95,7 @@ def clone_update_(
     check_untransformed("clone_update_", *parameters, lr, obs, target)
     first_update = check_counter("first_update", first_update, 1 << 62, weight)
     _check(parameters, arena, obs, target, dataset, key, lr, density)
-    loss = implementation(__name__, weight.device).clone_update_(
+    loss = implementation(__name__, weight.device, arena.actor.activation).clone_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
         arena,
         obs.detach().contiguous(),
@@ -114,7 +114,7 @@ def clone_update_(
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `clone_update_` does on ``device``, and why."""
     check_density(density)
-    backend = resolve_backend(device)
+    backend = resolve_backend(device, arena.actor.activation)
     if backend == "triton":
         kind = "in torch between" if arena.squashed else "in one pass between"
         reason = f"loss and its gradient {kind} the network's passes; see `mlp.plan`"
@@ -135,7 +135,7 @@ def _check(
     density: float,
 ) -> None:
     weight = parameters.weight
-    backend = resolve_backend(weight.device)
+    backend = resolve_backend(weight.device, arena.actor.activation)
     floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
     check_density(density)
     data = {"obs": obs, "target": target, "dataset": dataset}

@@ -218,8 +218,8 @@ def _check_backward(
     return net
 
 
-def _choose_backend(x: Tensor, weight: Tensor) -> Backend:
-    backend = resolve_backend(x.device)
+def _choose_backend(x: Tensor, weight: Tensor, net: Net) -> Backend:
+    backend = resolve_backend(x.device, net.activation)
     check_floats(backend, weight=weight, x=x)
     return backend
 
@@ -238,7 +238,7 @@ def _compute(
     precision: str,
 ) -> Tensor:
     net = _check(x, weight, mask, net_code, density, precision)
-    backend = _choose_backend(x, weight)
+    backend = _choose_backend(x, weight, net)
     leaves = x.detach(), weight.detach(), _detach(mask)
     return _forward(backend, *leaves, net, density, precision, False)[0]
 
@@ -252,7 +252,7 @@ def _compute_keeping(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     net = _check(x, weight, mask, net_code, density, precision)
-    backend = _choose_backend(x, weight)
+    backend = _choose_backend(x, weight, net)
     leaves = x.detach(), weight.detach(), _detach(mask)
     kept = _forward(backend, *leaves, net, density, precision, True)
     return cast("tuple[Tensor, Tensor]", kept)
@@ -270,7 +270,7 @@ def _compute_backward(
     to_input: bool,
 ) -> tuple[Tensor, Tensor]:
     net = _check_backward(dy, x, weight, mask, hidden, net_code, density, precision)
-    backend = _choose_backend(x, weight)
+    backend = _choose_backend(x, weight, net)
     dx, dweight = _backward(
         backend,
         dy.detach(),
@@ -297,7 +297,7 @@ def _differentiable(
     # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         net = Net.decode(tuple(net_code))
-        call = _MlpCall(resolve_backend(x.device), False, net, density, precision)
+        call = _MlpCall(resolve_backend(x.device, net.activation), False, net, density, precision)
         return _Mlp.apply(x, weight, mask, call)
     return _dispatch(False, x, weight, mask, net_code, density, precision)[0]
 

@@ -146,7 +146,7 @@ def ppo_update_(
     _check(parameters, arena, batch, key, lr, config, density)
     arguments = (parameters, arena, batch, key, iteration, lr.detach(), config)
     weight = parameters.weight
-    backend = resolve_backend(weight.device)
+    backend = resolve_backend(weight.device, arena.actor.activation)
     if backend == "cpu":
         from . import cpu
 
@@ -164,7 +164,7 @@ def ppo_update_(
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `ppo_update_` does on ``device``, and why."""
     check_density(density)
-    backend = resolve_backend(device)
+    backend = resolve_backend(device, arena.actor.activation)
     if backend == "triton":
         from . import gpu
 
@@ -191,7 +191,7 @@ def _check(
             f"actor and critic must read the same observation, got {arena.actor.sizes[0]} and "
             f"{arena.critic.sizes[0]} features"
         )
-    backend = resolve_backend(parameters.weight.device)
+    backend = resolve_backend(parameters.weight.device, arena.actor.activation)
     floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
     check_density(density)
     check_parameters(parameters, arena, key, lr, floats, batch._asdict())

@@ -129,7 +129,7 @@ def sac_update_(
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
     first_update = check_integer("first_update", first_update, 0, 1 << 62)
     _check(parameters, arena, target, replay, stored, key, lr, density)
-    statistics = implementation(__name__, weight.device).sac_update_(
+    statistics = implementation(__name__, weight.device, arena.actor.activation).sac_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
         arena,
         target,
@@ -148,7 +148,7 @@ def sac_update_(
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `sac_update_` does on ``device``, and why."""
     check_density(density)
-    backend = resolve_backend(device)
+    backend = resolve_backend(device, arena.actor.activation)
     if backend == "triton":
         reason = "the networks' passes and Adam in Triton, the losses in torch; see `mlp.plan`"
         return Plan("sac_update_", "triton", "dense+mask", reason)
@@ -180,7 +180,7 @@ def _check(
             f"got {arena.critic.sizes}"
         )
     weight = parameters.weight
-    reference = resolve_backend(weight.device) == "reference"
+    reference = resolve_backend(weight.device, arena.actor.activation) == "reference"
     floats = (torch.float32, torch.float64) if reference else (torch.float32,)
     check_density(density)
     check_parameters(parameters, arena, key, lr, floats, replay._asdict())

@@ -96,7 +96,8 @@ class Sweep:
     hidden: tuple[int, ...] = (64, 64)
     """Hidden sizes of actor, critic, Q-network and student."""
     activation: str = "tanh"
-    """Between layers: tanh, relu, elu, silu or gelu."""
+    """Between layers: tanh, relu, elu, silu or gelu; layernorm-relu (or another of them) normalises
+    a sample's units first, in plain torch: no kernel does."""
     init: str = "lecun"
     """Initialisation: lecun, kaiming, orthogonal or rescaled (every layer prunes alike)."""
     during: str = "none"

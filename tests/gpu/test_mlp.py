@@ -21,7 +21,7 @@ def gradients(function, x, weight, dy):
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
 @pytest.mark.parametrize("width", [64, 128, 256])
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "gelu"])
 def test_equals_float64(width, precision, activation, device):
     generator = torch.Generator(device).manual_seed(0)
     arena = Arena.build((17, width, width, 6), activation=activation)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sparse_tickets.kernels import activations, activations_cpu
-from sparse_tickets.kernels.activations import ACTIVATIONS, TorchActivation
+from sparse_tickets.kernels import activations, activations_cpu, imitation, ppo
+from sparse_tickets.kernels.activations import ACTIVATIONS, KNOWN, TorchActivation
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.mlp import mlp
+from sparse_tickets.kernels.mlp import plan as mlp_plan
 from sparse_tickets.kernels.rollout import policy
 from sparse_tickets.kernels.vector import LANES, aligned_empty
 
@@ -20,7 +21,7 @@ VALUES = torch.tensor([-3.0, -0.5, -0.0, 0.0, 0.25, 4.0, torch.nan])
 TOLERANCE = 1.5e-6
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_an_entry_is_one_function_and_its_derivative(name):
     function, into, derive, by_output = ACTIVATIONS[name]
     x = VALUES.clone().requires_grad_()
@@ -37,7 +38,7 @@ def test_an_entry_is_one_function_and_its_derivative(name):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("width", [1, 130])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_kernels_compute_it_and_its_derivative(name, backend, width):
     """Through a unit whose weights are one: in registers, through memory, and layer by layer."""
     arena = Arena.build((1, width, 1), activation=name)
@@ -94,8 +95,8 @@ REFUSED = "activation must be one of tanh, relu, elu, silu, gelu on a {}PU, got 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_without_a_kernel_is_refused_by_name(softsign, backend):
-    with use_backend("reference"):
-        torch.testing.assert_close(*run(softsign))
+    # Unless a backend is chosen, torch's own ops compute what the kernels do not have.
+    torch.testing.assert_close(*run(softsign))
     message = REFUSED.format("C" if backend == "cpu" else "G")
     with use_backend(backend), pytest.raises(ValueError, match=message):
         run(softsign)
@@ -114,7 +115,30 @@ def test_rollouts_on_a_gpu_refuse_it(softsign):
         policy_gpu.describe(softsign.actor)
 
 
+def test_layernorm_is_plain_torch_and_plans_say_so():
+    arena = Arena.build((3, 5, 4, 2), (3, 5, 4, 1), activation="layernorm-relu")
+    net, device = arena.actor, torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, arena.size, generator=generator).requires_grad_()
+    mask = torch.rand(2, arena.prunable, generator=generator) < 0.5
+    x = torch.randn(2, 7, 3, generator=generator)
+    y = mlp(x, weight, net, mask)
+    expected, kept = x, torch.where(mask, weight[:, : arena.prunable], 0)
+    for layer in range(net.depth):
+        expected = expected @ net.weight(kept, layer).mT + net.bias(weight, layer)[:, None]
+        if layer < net.depth - 1:
+            variance, mean = torch.var_mean(expected, 2, correction=0, keepdim=True)
+            expected = ((expected - mean) * (variance + 1e-5).rsqrt()).relu()
+    torch.testing.assert_close(y, expected)
+    assert (torch.autograd.grad(y.sum(), weight)[0][:, : arena.prunable][~mask] == 0).all()
+    for plan in (mlp_plan(net, device), ppo.plan(arena, device), imitation.plan(arena, device)):
+        assert plan.backend == "reference"
+        assert "stands between the layers" in plan.reason
+    with use_backend("cpu"), pytest.raises(ValueError, match="a CPU, got 'layernorm-relu'"):
+        mlp(x, weight, net, mask)
+
+
 def test_an_unknown_name_is_refused():
-    message = "activation must be one of tanh, relu, elu, silu, gelu, got 'mish'"
+    message = "activation must be one of tanh, relu, elu, silu, gelu, layernorm-tanh, .*got 'mish'"
     with pytest.raises(ValueError, match=message):
         Arena.build((3, 5, 2), activation="mish")

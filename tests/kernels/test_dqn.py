@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_tickets.kernels.activations import ACTIVATIONS
+from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.dqn import DQNConfig, Transitions, dqn_update_, plan, reference
@@ -109,7 +109,7 @@ def test_updates_equal_float64(density, double_dqn, poisoned):
     batch=st.integers(1, 140),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     double_dqn=st.booleans(),
-    activation=st.sampled_from(list(ACTIVATIONS)),
+    activation=st.sampled_from(KNOWN),
     actions=st.integers(1, 9),
 )
 def test_any_network_and_batch(hidden, tickets, batch, density, double_dqn, activation, actions):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_tickets.kernels.activations import ACTIVATIONS
+from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_, plan, reference
@@ -134,7 +134,7 @@ def test_without_a_critic_and_with_relu(poisoned):
     batch=st.integers(1, 140),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     continuous=st.booleans(),
-    activation=st.sampled_from(list(ACTIVATIONS)),
+    activation=st.sampled_from(KNOWN),
 )
 def test_any_network_and_batch(hidden, tickets, batch, density, continuous, activation):
     config = CloneConfig(updates=1, batch=batch)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_tickets.kernels.activations import ACTIVATIONS
+from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.mlp import layout
@@ -155,7 +155,7 @@ def test_batches_of_any_size(samples, poisoned):
     minibatch=st.integers(2, 70),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     continuous=st.booleans(),
-    activation=st.sampled_from(list(ACTIVATIONS)),
+    activation=st.sampled_from(KNOWN),
     prune_critic=st.booleans(),
 )
 def test_any_networks_and_minibatch(minibatch, density, **shape):

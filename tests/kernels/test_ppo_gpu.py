@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_tickets.kernels.activations import ACTIVATIONS
+from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.mlp.reference import mlp
@@ -287,7 +287,7 @@ def test_a_minibatch_of_narrow_networks_is_three_launches(monkeypatch) -> None:
     tickets=st.integers(0, 2),
     minibatch=st.integers(2, 20),
     continuous=st.booleans(),
-    activation=st.sampled_from(list(ACTIVATIONS)),
+    activation=st.sampled_from(KNOWN),
     prune_critic=st.booleans(),
 )
 def test_any_networks_and_minibatch(

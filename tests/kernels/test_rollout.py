@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.envs.gym_adapter import GymEnv
 from sparse_tickets.envs.spec import Step
-from sparse_tickets.kernels.activations import ACTIVATIONS
+from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.random import Stream, normal
@@ -96,7 +96,7 @@ def test_fused_follows_the_reference(name):
 @given(
     name=st.sampled_from(TASKS),
     hidden=st.lists(st.integers(1, 40), max_size=3),
-    activation=st.sampled_from(list(ACTIVATIONS)),
+    activation=st.sampled_from(KNOWN),
     critic=st.booleans(),
     tickets=st.integers(1, 3),
     copies=st.integers(1, 20),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.envs.gym_adapter import GymEnv
-from sparse_tickets.kernels.activations import ACTIVATIONS
+from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.dynamics import TASKS
@@ -124,7 +124,7 @@ def test_follows_the_reference(name, poison):
 @given(
     name=st.sampled_from(sorted(SHAPES)),
     hidden=st.lists(st.integers(1, 20), min_size=1, max_size=2),
-    activation=st.sampled_from(list(ACTIVATIONS)),
+    activation=st.sampled_from(KNOWN),
     tickets=st.integers(1, 2),
     copies=st.integers(1, 3),
 )

@@ -51,7 +51,7 @@ def probes():
     register_probes()
 
 
-def fresh(name: str, density: float, **layout: bool) -> tuple[Population, torch.Tensor]:
+def fresh(name: str, density: float, **layout: bool | str) -> tuple[Population, torch.Tensor]:
     """Three tickets, pruned at random, and their keys."""
     spec = env_spec(name)
     arena = policy_arena(spec, (16, 16), **layout)
@@ -95,6 +95,20 @@ def test_ppo_reaches_the_known_values(name, density):
     population, key = fresh(name, density)
     result = ppo.train(SETTINGS, name, population, key, evaluation=ONCE)
     check(name, population, result.return_final)
+
+
+@pytest.mark.parametrize("train", ["ppo", "dqn"])
+def test_networks_with_layernorm_reach_them(train):
+    name = "choice by the observation"
+    population, key = fresh(name, 0.5, critic=train == "ppo", activation="layernorm-relu")
+    if train == "ppo":
+        settings = replace(SETTINGS, steps=4_000)
+        result = ppo.train(settings, name, population, key, evaluation=ONCE)
+    else:
+        result = dqn.train(DEEP_Q, name, population, key, evaluation=ONCE)
+    check(name, population, result.return_final)
+    parameters, prunable = population.parameters, population.arena.prunable
+    assert (parameters.weight[:, :prunable][~parameters.mask] == 0).all()
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])

@@ -23,6 +23,7 @@ ARENAS = {
     "critic": Arena.build((3, 5, 5, 2), (3, 6, 1), activation="relu"),
     "continuous": Arena.build((3, 5, 1), (3, 5, 1), continuous=True),
     "pruned critic": Arena.build((3, 5, 2), (3, 5, 1), prune_critic=True),
+    "layernorm": Arena.build((3, 5, 4, 2), activation="layernorm-relu"),
     "one weight": Arena.build((1, 1)),
 }
 
@@ -106,7 +107,7 @@ def test_rows_are_copied_and_restricted_to_the_support():
     assert copy.initial[arena.prunable :].eq(1).all()
 
 
-@pytest.mark.parametrize("name", ["continuous", "critic", "one weight"])
+@pytest.mark.parametrize("name", ["continuous", "critic", "layernorm", "one weight"])
 @pytest.mark.parametrize("which", ROWS)
 def test_to_sequential_computes_the_actor(name, which):
     arena = ARENAS[name]
@@ -120,7 +121,7 @@ def test_to_sequential_computes_the_actor(name, which):
         expected = expected @ weight[0].T + bias[0]
     model = ticket.to_sequential(which)
     torch.testing.assert_close(model(x), expected)
-    assert {type(module) for module in model} <= {nn.Linear, nn.Tanh, nn.ReLU}
+    assert {type(module) for module in model} <= {nn.Linear, nn.Tanh, nn.ReLU, nn.LayerNorm}
     model[0].weight.data.zero_()
     assert make(arena).initial.equal(ticket.initial)
 
