@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from replays import check_actions, check_draws
 
 from sparse_tickets.kernels import adam_, gae, uniform, use_backend
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
@@ -70,6 +71,11 @@ def test_a_layer_is_captured_and_replays_bit_for_bit(layer, kind):
     graph.replay()
     for replayed, direct in zip(found, run(x), strict=True):
         assert torch.equal(replayed, direct)
+
+
+@pytest.mark.parametrize("check", [check_draws, check_actions])
+def test_every_replay_draws_fresh_numbers(check):
+    check("cuda")
 
 
 @pytest.mark.parametrize("kind", ["masked", "blocked", "packed"])

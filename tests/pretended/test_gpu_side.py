@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from replays import check_actions, check_draws
 
 from sparse_tickets import SparseLinear
 from sparse_tickets.algos import bc, ppo
@@ -66,6 +67,11 @@ def test_a_capture_computes_nothing_and_replays_what_it_saw():
     assert twice.tolist() == [2, 2, 2]
     with pytest.raises(RuntimeError, match="waits for"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         total.sum().item()
+
+
+@pytest.mark.parametrize("check", [check_draws, check_actions])
+def test_every_replay_draws_fresh_numbers(check):
+    check("cuda")
 
 
 def population(device: str, continuous: bool) -> Population:
