@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_tickets.compaction import compact
 from sparse_tickets.files import write_atomic
+from sparse_tickets.kernels.activations import LAYERNORM
 from sparse_tickets.ticket import Normalise, Ticket
 
 __all__ = ["check_suffix", "export_ticket", "ticket_tensors"]
@@ -111,7 +112,10 @@ def ticket_tensors(ticket: Ticket, which: str = "final") -> dict[str, Tensor]:
 def _onnx(ticket: Ticket, which: str, about: dict[str, str]) -> bytes:
     modules = list(ticket.to_sequential(which))
     first = int(isinstance(modules[0], Normalise))
-    small = nn.Sequential(*modules[:first], compact(nn.Sequential(*modules[first:])))
+    network = nn.Sequential(*modules[first:])
+    # LayerNorm looks at units without inputs or readers, too.
+    whole = ticket.activation.startswith(LAYERNORM)
+    small = nn.Sequential(*modules[:first], network if whole else compact(network))
     program: Any = torch.onnx.export(
         small.eval(),
         # More than one row, which torch.export would take for a constant.

@@ -58,11 +58,13 @@ class Normalise(nn.Module):
         return (x - self.offset) / self.scale
 
 
-def _between(activation: str, width: int) -> list[nn.Module]:
-    """What stands between two layers."""
+def _between(activation: str, width: int) -> nn.Module:
+    """What stands between two layers: one module, so that their names are the same with any."""
     name = activation.removeprefix(LAYERNORM)
-    norm = [] if name == activation else [nn.LayerNorm(width, elementwise_affine=False)]
-    return [*norm, _ACTIVATIONS[name]()]
+    module = _ACTIVATIONS[name]()
+    if name == activation:
+        return module
+    return nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +196,8 @@ class Ticket:
 
         Returns:
             `Normalise` first where observations are normalised, then `nn.Linear` layers with the
-            activation, and `nn.LayerNorm` before it, between them; pruned weights are zeros.
+            activation between them, or `nn.Sequential` of `nn.LayerNorm` and the activation; pruned
+            weights are zeros.
 
         Raises:
             ValueError: no such row.
@@ -210,10 +213,8 @@ class Ticket:
             linear = nn.utils.skip_init(nn.Linear, inp, out, dtype=row.dtype, device=row.device)
             linear.weight.data.copy_(weight[0])
             linear.bias.data.copy_(bias[0])
-            modules += [linear, *_between(self.activation, out)]
-        while not isinstance(modules[-1], nn.Linear):
-            modules.pop()
-        return nn.Sequential(*modules)
+            modules += [linear, _between(self.activation, out)]
+        return nn.Sequential(*modules[:-1])
 
     def save(self, path: str | Path) -> None:
         """Write this ticket to a file of its own, atomically.

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparse_tickets import SparseLinear
 from sparse_tickets.export import export_ticket, ticket_tensors
-from sparse_tickets.kernels.activations import ACTIVATIONS
+from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.ticket import ROWS, Ticket
 
@@ -106,7 +106,7 @@ def test_tensors_are_a_sparse_networks_state(which):
 @needs_onnx
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("fields", [SCALED, {}], ids=["scaled", "as it is"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*KNOWN, "layernorm-relu"])
 @pytest.mark.parametrize("density", [0.3, 0.03, 0.0])
 def test_onnxruntime_computes_the_ticket(density, activation, fields, tmp_path):
     import onnx
@@ -118,7 +118,7 @@ def test_onnxruntime_computes_the_ticket(density, activation, fields, tmp_path):
     model = onnx.load(file)
     onnx.checker.check_model(model, full_check=True)
     assert "activation" in {entry.key for entry in model.metadata_props}
-    if 0 < density < 0.1:
+    if 0 < density < 0.1 and activation in KNOWN:
         stored = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
         assert stored < 4 * (3 * 16 + 16 * 16 + 16 * 2) / 4  # compact
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
