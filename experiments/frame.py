@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -95,7 +96,7 @@ class Place:
         self, name: str, settings: object, compute: Callable[[], pl.DataFrame]
     ) -> pl.DataFrame:
         """What ``compute`` gives, from a file where it was computed with these settings before."""
-        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(repr(_plain(settings)).encode()).hexdigest()[:12]
         file = self.runs / f"{name}-{digest}.parquet"
         if not file.exists():
             print(name, flush=True)
@@ -212,6 +213,13 @@ def write_parquet(table: pl.DataFrame, file: Path) -> None:
     buffer = io.BytesIO()
     table.write_parquet(buffer)
     write_atomic(file, buffer.getvalue())
+
+
+def _plain(settings: object) -> object:
+    """Sweeps as what they are stored by: a field that comes later makes no other sweep of them."""
+    if isinstance(settings, Sweep):
+        return json.dumps(settings.to_dict(), sort_keys=True)
+    return tuple(map(_plain, settings)) if isinstance(settings, tuple) else settings
 
 
 def _with_claim(text: str, experiment: Experiment, finding: Finding, cells: pl.DataFrame) -> str:
