@@ -142,6 +142,7 @@ def _name_ends(panel: Axes, lines: Sequence[Line], names: list[str]) -> None:
                 "arrowstyle": "-",
                 "color": line_of(_LOOKS[names.index(name) % len(_LOOKS)])["color"],
                 "linewidth": 0.7,
+                "relpos": (0, 0.5),  # from the name's left end, not through its letters
                 "shrinkA": 1,
                 "shrinkB": 2,
             },
