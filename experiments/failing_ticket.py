@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import cartpole, levels, tickets
+from experiments.sweeps import cartpole, cuts, levels, tickets
 from sparse_tickets import Population, Sweep, Ticket
 from sparse_tickets.algos.evaluation import Evaluator
 from sparse_tickets.algos.ppo import PPO, Iteration
@@ -162,6 +162,11 @@ def _trained(settings: PPO, spec: Sweep, population: Population, key: Tensor):
     return result, torch.stack([torch.stack(each).mean(0) for each in seen], 1)
 
 
+def variants(cells: pl.DataFrame) -> list[str]:
+    """Those that were trained."""
+    return [name for name in VARIANTS if name in set(cells["variant"])]
+
+
 def curves(cells: pl.DataFrame, variant: str) -> np.ndarray:
     """Mean return on the way of each seed's trainings, ``[seeds]``."""
     on_the_way = pl.col("curve").list.mean().mean()
@@ -171,7 +176,7 @@ def curves(cells: pl.DataFrame, variant: str) -> np.ndarray:
 
 def conclude(cells: pl.DataFrame) -> Finding:
     own = curves(cells, AS_IS)
-    change = {name: curves(cells, name) - own for name in VARIANTS if name != AS_IS}
+    change = {name: curves(cells, name) - own for name in variants(cells) if name != AS_IS}
     suspect = change["trained critic"]
     here = cells.filter(pl.col("variant") == AS_IS)
     lost, balancing = unlearned(here)
@@ -180,7 +185,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         f"{cells['level'].n_unique()} densities from {cells['density'].max():.0%} to "
         f"{cells['density'].min():.0%}, {KEYS} fresh keys each, the first "
         f"{cells['train_steps'].max():,} steps: {len(here)} trainings for each of "
-        f"{len(VARIANTS)} variants",
+        f"{len(variants(cells))} variants (cut: {cuts(here)})",
         effect=f"{lost} of {balancing} tickets that balance at once unlearn it; with a trained "
         f"critic the return on the way changes by {signed(*effect(suspect), digits=0)}",
         verdict=verdict(lost, suspect),
@@ -205,7 +210,7 @@ def verdict(lost: int, suspect: np.ndarray) -> str:
 
 def text(cells: pl.DataFrame, change: dict[str, np.ndarray]) -> str:
     rows = []
-    for name in VARIANTS:
+    for name in variants(cells):
         here = cells.filter(pl.col("variant") == name)
         lost, balancing = unlearned(here)
         early = {each: here[each].list.first().mean() for each in STATISTICS}
@@ -244,7 +249,7 @@ def draw(cells: pl.DataFrame) -> Figure:
     points = len(cells["curve"][0])
     x = cells["train_steps"].max() * (1 + np.arange(points)) / points / 1000
     panels = {
-        title: [Line(name, x, over(name, column)) for name in VARIANTS]
+        title: [Line(name, x, over(name, column)) for name in variants(cells)]
         for title, column in (("greedy return", "curve"), ("entropy of the policy", "entropy"))
     }
     return line_figure(
