@@ -160,13 +160,14 @@ def pipe(path, draw, other):
 
 
 def swap_within(path, draw, other):
-    """With another file of its kind, or of any."""
+    """With another file of its kind, or of any, which is returned: it is damaged as well."""
     out = next(parent for parent in path.parents if (parent / "units").is_dir())
     alike = [each for each in files(out) if each != path and each.name == path.name]
     partner = draw.choice(alike or [each for each in files(out) if each != path])
     one, two = path.read_bytes(), partner.read_bytes()
     path.write_bytes(two)
     partner.write_bytes(one)
+    return partner
 
 
 def from_another_run(path, draw, other):
@@ -267,7 +268,10 @@ TYPES = (
 
 
 def damage(out, other, seed):
-    """Damage one file or folder of a run, of each type in turn; what was done, and to what."""
+    """Damage a file or folder of a run, each type in turn; what was done, and to which two files.
+
+    They are one where no two were swapped.
+    """
     draw, what = random.Random(seed), TYPES[seed % len(TYPES)]
     if what == "folder":
         folders = [out / "units", out / "data", *filter(Path.is_dir, (out / "units").iterdir())]
@@ -275,8 +279,7 @@ def damage(out, other, seed):
     else:
         more = (point_outside,) * 4 if what == "manifest.json" else ()
         path, kind = draw.choice(sorted(out.rglob(what))), draw.choice((*KINDS, *more))
-    kind(path, draw, other)
-    return kind.__name__, path
+    return kind.__name__, path, kind(path, draw, other) or path
 
 
 def heard(act, out):
@@ -299,7 +302,8 @@ def survives(whole, out, seed):
     shutil.copytree(folder / "whole", out)
     shutil.rmtree(out / "units" / LEFT)
     (out / "units" / f"{LEFT}.lock").write_text(f"9@here {locks._machine()} 00 0000000000\n")
-    kind, path = damage(out, folder / "other", seed)
+    kind, *paths = damage(out, folder / "other", seed)
+    path = paths[0]
     case = f"{seed}: {kind} {path.relative_to(out)}"
 
     # Nothing that is read, before it is redone or after, may be anything else than was written.
@@ -322,13 +326,14 @@ def survives(whole, out, seed):
             assert each is None or same(each, data[name]), case
     if not said:
         return case, "nothing lost"
-    assert any(str(path) in line or str(path.parent) in line for line in said), (case, said)
+    places = [str(place) for each in paths for place in (each, each.parent)]
+    assert any(place in line for place in places for line in said), (case, said)
     if store is not None:
         return case, "redone, by name"
     # Where to go from here: anew, unless what is in the way is not a run's to delete.
     store, more = heard(lambda out: run(SPEC, out, overwrite=True), out)
     if store is None:
-        assert any(path.name in line for line in more), (case, more)
+        assert any(each.name in line for each in paths for line in more), (case, more)
         return case, "refused by name"
     assert same(contents(out), expected), case
     return case, "refused by name, but overwritten"
@@ -357,5 +362,5 @@ def test_damage_drawn_500_times_for_each_type_of_file(what, whole, tmp_path):
     ends = damaged_often(whole, tmp_path, range(first, 500 * len(TYPES), len(TYPES)))
     print(what, dict(ends))
     assert ends.total() == 500
-    # Of what says who works on a unit nothing is needed; what else is as good as whole is rare.
-    assert what == "*.lock" or ends["nothing lost"] < 60
+    # A lock says nothing that is needed; a unit's folder that is gone is made again without a word.
+    assert what == "*.lock" or ends["nothing lost"] < 200
