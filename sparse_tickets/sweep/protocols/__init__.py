@@ -8,6 +8,7 @@ from typing import Any
 from sparse_tickets.envs import split_noise
 from sparse_tickets.sweep.protocols import (
     acrobot,
+    cart_pole,
     half_cheetah,
     lunar_lander,
     maze,
@@ -20,7 +21,7 @@ __all__ = ["PROTOCOLS", "protocol"]
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     each.ENV: each.SETTINGS
-    for each in (acrobot, pendulum, mountain_car, lunar_lander, half_cheetah, maze)
+    for each in (acrobot, cart_pole, pendulum, mountain_car, lunar_lander, half_cheetah, maze)
 }
 
 
@@ -28,8 +29,8 @@ def protocol(env: str) -> Sweep:
     """The protocol's sweep for an environment: its budget and tuned hyper-parameters.
 
     Levels run to 24, so that a condition that never degrades within the paper's 20 trainings can
-    still do so. Environments without a tuned entry, CartPole too, get CleanRL's PPO; with noise
-    among its inputs one keeps its own.
+    still do so. Environments without a tuned PPO, CartPole too, get CleanRL's; with noise among its
+    inputs one keeps its own.
     """
     base, _ = split_noise(env)
     return replace(Sweep(), env=env, **{"levels": 25, **PROTOCOLS.get(base, {})})

@@ -1,0 +1,23 @@
+"""CartPole by CleanRL's PPO; by a DQN whose target follows often, so that its values settle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparse_tickets.algos.dqn import DQN
+
+__all__ = ["ENV", "SETTINGS"]
+
+ENV = "CartPole-v1"
+SETTINGS: dict[str, Any] = {
+    # rl-zoo3's copies the target 195 times: values look no further ahead than so many steps.
+    "dqn": DQN(
+        steps=100_000,
+        horizon=8,
+        updates=32,
+        learning_rate=1e-3,
+        target_interval=64,
+        double=True,
+        n_step=3,
+    )
+}
