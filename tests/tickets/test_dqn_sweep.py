@@ -66,13 +66,13 @@ def test_every_condition_trains_and_chunks_change_nothing(tmp_path):
 def test_the_command_line_trains_estimates_and_verifies(tmp_path, capsys):
     options = ["--algos", "dqn", "--seeds", "1", "--levels", "2", "--hidden", "8"]
     options += ["--dqn.steps", "128", "--dqn.copies", "2", "--dqn.horizon", "16"]
-    options += ["--dqn.updates", "2", "--dqn.warmup", "32", "--dqn.double"]
+    options += ["--dqn.updates", "2", "--dqn.warmup", "32", "--dqn.no-double"]
     options += ["--evaluation.points", "1", "--evaluation.episodes", "2"]
     arguments = ["sweep", *options, "--evaluation.final-episodes", "2", "--out", str(tmp_path)]
     assert main([*arguments, "--dry-run"]) == 0
     assert "dqn" in capsys.readouterr().out
     assert main(arguments) == 0
-    assert Store(tmp_path).spec["dqn"]["double"] is True
+    assert Store(tmp_path).spec["dqn"]["double"] is False
     assert main(["verify", str(tmp_path), "--cells", "2"]) == 0
 
 
