@@ -82,7 +82,7 @@ def _sweeps(place: Place) -> Iterator[tuple[float, Sweep, Store]]:
 def siblings(spec: Sweep, store: Store, algo: str, level: int) -> pl.DataFrame:
     """Train two children of each seed's ticket; a row per seed."""
     tracks = [Track(seed, TICKET, "own") for seed in range(spec.seeds)]
-    dataset = stored_demonstrations(store, algo) if algo in spec.imitating else None
+    dataset = stored_demonstrations(spec, store, algo) if algo in spec.imitating else None
     results = []
     for child in range(2):
         population = _start(spec, store, algo, level, tracks)
