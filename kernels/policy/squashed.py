@@ -2,7 +2,8 @@
 
 ``action = tanh(mean + std * noise)`` and, summed over an action's numbers,
 ``log_prob = log N(noise) - log_std - log(1 - action^2 + epsilon)`` (Haarnoja et al. 2018,
-appendix C). In torch these are some twenty operations, each with a node of autograd.
+appendix C), with the epsilon that Stable-Baselines3 adds; `kernels.squashed` has populations' own,
+without. In torch these are some twenty operations, each with a node of autograd.
 """
 
 from __future__ import annotations
