@@ -195,7 +195,7 @@ def test_other_weights_share_everything_else(generator):
             "mask must be bool",
         ),
         (lambda: policy_arena(env_spec("CartPole-v1"), (0,)), "at least two sizes >= 1"),
-        (lambda: policy_arena(env_spec("CartPole-v1"), activation="softsign"), "activation must be"),
+        (lambda: policy_arena(env_spec("CartPole-v1"), activation="sine"), "activation must be"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
