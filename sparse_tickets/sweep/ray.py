@@ -106,7 +106,8 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, include_dashboard=False if address is None else None)
+    # Without an address Ray would join a cluster that it finds, or wait for one that is dead.
+    ray.init(address=address or "local", include_dashboard=None if address else False)
     # Ray takes the signal over, and would end the process at once.
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)

@@ -18,6 +18,7 @@ from sparse_tickets.sweep.engines import run_study
 from sparse_tickets.sweep.experts import EXPERTS
 from sparse_tickets.sweep.plugins import load_plugins
 from sparse_tickets.sweep.progress import total_steps
+from sparse_tickets.sweep.ray import _connected
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.schedule import Schedule
 from sparse_tickets.sweep.spec import Sweep
@@ -225,3 +226,22 @@ def test_plugins_are_sent_along_and_their_errors_name_the_line(cluster, tmp_path
     ]
     assert main(arguments) == 1
     assert f"KeyError: 'scores' ({file}, line 10)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("address", "asked"), [(None, "local"), ("auto", "auto")])
+def test_without_an_address_no_cluster_that_is_there_is_joined(address, asked):
+    class Ray:
+        heard = None
+
+        def is_initialized(self):
+            return False
+
+        def init(self, **options):
+            self.heard = options
+
+        def shutdown(self):
+            pass
+
+    ray = Ray()
+    with _connected(ray, address):
+        assert ray.heard["address"] == asked
