@@ -49,7 +49,7 @@ __all__ = [
 _EXPORTS = {
     "arena": ("Arena", "Net", "Parameters"),
     "dispatch": ("Plan", "resolve_backend", "use_backend"),
-    "dqn": ("DQNConfig", "Transitions", "dqn_update_"),
+    "dqn": ("DQNConfig", "dqn_update_"),
     "imitation": ("CloneConfig", "clone_update_"),
     "ppo": ("Batch", "PPOConfig", "ppo_update_"),
     "random": (
@@ -65,6 +65,7 @@ _EXPORTS = {
     "returns": ("gae",),
     "rollout": ("demonstrate", "evaluate"),
     "sac": ("SACConfig", "sac_update_"),
+    "transitions": ("Transitions",),
     "update": ("adam_", "rewind_"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -72,7 +73,7 @@ _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 if TYPE_CHECKING:
     from .arena import Arena, Net, Parameters
     from .dispatch import Plan, resolve_backend, use_backend
-    from .dqn import DQNConfig, Transitions, dqn_update_
+    from .dqn import DQNConfig, dqn_update_
     from .imitation import CloneConfig, clone_update_
     from .ppo import Batch, PPOConfig, ppo_update_
     from .random import (
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from .returns import gae
     from .rollout import demonstrate, evaluate
     from .sac import SACConfig, sac_update_
+    from .transitions import Transitions
     from .update import adam_, rewind_
 else:
     # Out of the type checker's sight: it would accept any name of a module with `__getattr__`.

@@ -15,27 +15,9 @@ from ..memory import mark_written
 from ..mlp import describe_layers
 from ..mlp.checks import check_optimiser, check_parameters
 from ..registration import eager
+from ..transitions import Transitions
 
-__all__ = ["DQNConfig", "DQNStats", "Transitions", "dqn_update_", "plan"]
-
-
-class Transitions(NamedTuple):
-    """Transitions of P tickets, C of each; with n-step returns they span n steps.
-
-    Attributes:
-        obs: ``[P, C, D]`` float32, scaled: what was acted on.
-        action: ``[P, C]`` int64.
-        reward: ``[P, C]`` float32, discounted sum of the rewards up to `next_obs`.
-        discount: ``[P, C]`` float32, of the value of `next_obs`: gamma to the power of the steps,
-            zero where the episode terminated, after which nobody looks at `next_obs`.
-        next_obs: ``[P, C, D]`` float32, what the actions led to.
-    """
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    discount: Tensor
-    next_obs: Tensor
+__all__ = ["DQNConfig", "DQNStats", "dqn_update_", "plan"]
 
 
 class DQNStats(NamedTuple):

@@ -18,7 +18,8 @@ from ..training.gpu import Outputs, adam_, gradient
 from .reference import bootstrap, draws
 
 if TYPE_CHECKING:
-    from . import DQNConfig, Transitions
+    from ..transitions import Transitions
+    from . import DQNConfig
 
 __all__ = ["dqn_update_"]
 

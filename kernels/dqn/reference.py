@@ -11,29 +11,13 @@ from torch.nn.functional import smooth_l1_loss
 
 from ..arena import Arena, Parameters
 from ..mlp.reference import mlp
-from ..random import Stream, integers
 from ..training.reference import step_
+from ..transitions import Transitions, runs, take
 
 if TYPE_CHECKING:
-    from . import DQNConfig, Transitions
+    from . import DQNConfig
 
-__all__ = ["bootstrap", "dqn_update_", "draw", "draws", "loss", "take", "wanted"]
-
-MOST_TRANSITIONS = 8192
-"""Of a ticket, gathered at once: those of many updates, but not of any number of them."""
-
-
-def take(
-    replay: Transitions, stored: int, key: Tensor, first: int, updates: int, batch: int
-) -> Transitions:
-    """The transitions ``[P, updates * batch]`` of updates ``first, first + 1, ...``, contiguous."""
-    tickets, capacity = replay.reward.shape
-    number = torch.arange(first, first + updates, device=key.device).repeat(tickets)
-    index = integers(
-        key.repeat_interleave(updates), batch, stored, stream=Stream.MINIBATCH, step=number
-    ).view(tickets, updates * batch)
-    row = torch.arange(tickets, device=key.device)[:, None] * capacity + index
-    return type(replay)(*(field.flatten(0, 1)[row] for field in replay))
+__all__ = ["bootstrap", "dqn_update_", "draw", "draws", "loss", "wanted"]
 
 
 def draw(
@@ -62,10 +46,8 @@ def draws(
     replay: Transitions, stored: int, key: Tensor, first: int, config: DQNConfig, arena: Arena
 ) -> Iterator[tuple[int, Transitions]]:
     """All updates of a call in runs: how many, and their transitions; see `draw`."""
-    most = max(1, MOST_TRANSITIONS // config.batch)
-    for begin in range(0, config.updates, most):
-        updates = min(most, config.updates - begin)
-        yield updates, draw(replay, stored, key, first + begin, updates, config.batch, arena)
+    for begin, updates in runs(first, config.updates, config.batch):
+        yield updates, draw(replay, stored, key, begin, updates, config.batch, arena)
 
 
 def bootstrap(batch: Transitions, values: Tensor, judges: Tensor) -> Tensor:

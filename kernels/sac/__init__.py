@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
-from ..dqn import Transitions
 from ..errors import check_density, check_integer, check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
 from ..mlp import describe_layers
 from ..mlp.checks import check_optimiser, check_parameters
 from ..registration import eager
+from ..transitions import Transitions
 
 __all__ = ["SACConfig", "SACStats", "plan", "sac_update_"]
 

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from ..arena import Arena, Parameters
 from ..compiling import njit
-from ..dqn.reference import MOST_TRANSITIONS, take
 from ..mlp.cpu import mlp, mlp_backward
 from ..squashed.cpu import sample, scale_of
 from ..squashed.reference import LOG_STD_RANGE
 from ..threads import count_threads, share
+from ..transitions import Transitions, runs, take
 from ..update import adam_
 from .reference import draw_noise
 
 if TYPE_CHECKING:
-    from ..dqn import Transitions
     from . import SACConfig
 
 __all__ = ["sac_update_"]
@@ -122,9 +121,8 @@ def sac_update_(
 ) -> Tensor:
     """Statistics ``[5, P]``; see the op."""
     measured = np.zeros((len(key), _STATISTICS))
-    most, size = max(1, MOST_TRANSITIONS // config.batch), config.batch
-    for begin in range(0, config.updates, most):
-        first, updates = first_update + begin, min(most, config.updates - begin)
+    size = config.batch
+    for first, updates in runs(first_update, config.updates, size):
         drawn = take(replay, stored, key, first, updates, size)
         noise = draw_noise(key, first, config, updates, arena.actions)
         for update in range(updates):

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Net, Parameters
-from ..dqn.reference import take
 from ..mlp.reference import mlp
 from ..random import Stream, normal
 from ..squashed.reference import sample
 from ..training.reference import step_
+from ..transitions import Transitions, take
 
 if TYPE_CHECKING:
-    from ..dqn import Transitions
     from . import SACConfig
 
 __all__ = ["draw_noise", "loss", "sac_update_"]

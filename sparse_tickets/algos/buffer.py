@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.envs import Step
-from sparse_tickets.kernels.dqn import Transitions
+from sparse_tickets.kernels.transitions import Transitions
 
 __all__ = ["ReplayBuffer"]
 

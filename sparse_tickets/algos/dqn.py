@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
-from sparse_tickets.algos.buffer import ReplayBuffer
-from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.algos.evaluation import Evaluation, Result
+from sparse_tickets.algos.off_policy import Budget, ReplayIteration, learn
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.dynamic import Pruning
-from sparse_tickets.envs import Env, open_env
+from sparse_tickets.envs import Env
 from sparse_tickets.kernels import dqn
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
@@ -29,7 +29,7 @@ __all__ = ["ALGORITHM", "DQN", "Iteration", "explore", "train"]
 
 
 @dataclass(frozen=True)
-class DQN:
+class DQN(Budget):
     """Hyper-parameters of DQN, near rl-zoo3's for CartPole; the learning rate falls to zero."""
 
     steps: int = 50_000
@@ -73,30 +73,7 @@ class DQN:
             | {"max_norm": above(0)},
             prefix="dqn.",
         )
-        if self.capacity < self.copies:
-            raise ValueError(
-                f"dqn.capacity must be at least copies = {self.copies}, got {self.capacity}"
-            )
-        if self.steps < self.batch:
-            raise ValueError(
-                f"dqn.steps must be at least copies * horizon = {self.batch}, got {self.steps}"
-            )
-
-    @property
-    def batch(self) -> int:
-        """Steps per iteration."""
-        return self.copies * self.horizon
-
-    @property
-    def iterations(self) -> int:
-        """Iterations of acting and updates."""
-        return self.steps // self.batch
-
-    @property
-    def waiting(self) -> int:
-        """Iterations without updates, in which the replay buffer fills for the warmup."""
-        filled = -(-max(self.warmup, 1) // self.copies) + self.n_step - 1
-        return -(-filled // self.horizon) - 1
+        self.check_budget("dqn.")
 
     def epsilon_at(self, iteration: int) -> float:
         """Probability of a random action: 1 while warming up, else linear from 1 to `epsilon`."""
@@ -105,10 +82,6 @@ class DQN:
             return 1.0
         share = min(step / max(self.exploration * self.steps, 1.0), 1.0)
         return 1.0 + share * (self.epsilon - 1.0)
-
-    def learning_rate_at(self, iteration: int) -> float:
-        """Linear from `learning_rate` to zero over the whole budget."""
-        return self.learning_rate * (1.0 - iteration / self.iterations)
 
     def config(self) -> DQNConfig:
         """What one run of updates needs to know."""
@@ -154,42 +127,19 @@ def train(
     """
     check_shape("key", key, (len(population),))
     _check(population.arena)
-    with (
-        open_env(env_name, len(population), settings.copies, device=key.device) as env,
-        Evaluator(
-            evaluation or Evaluation(),
-            env_name,
-            population,
-            key,
-            first_iteration,
-            settings.iterations,
-            rewind_iteration,
-        ) as evaluator,
-    ):
-        iterate = Iteration(settings, env, population, key, first_iteration)
-        learns_from, pruner = first_iteration + settings.waiting, None
-        if pruning is not None:
-            if learns_from >= settings.iterations:
-                raise ValueError(
-                    "pruning while training needs updates, which begin after "
-                    f"{learns_from * settings.batch} steps: dqn.steps must be more, "
-                    f"got {settings.steps}"
-                )
-            steps = settings.updates * (settings.iterations - learns_from)
-            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
-            iterate.mask_target_()
-        for iteration in range(first_iteration, settings.iterations):
-            evaluator.before(iteration)
-            iterate.epsilon.fill_(settings.epsilon_at(iteration))
-            iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
-            iterate()
-            if pruner is not None and iteration >= learns_from and pruner.step(settings.updates):
-                iterate.mask_target_()
-            evaluator.after(iteration)
-            if on_iteration is not None:
-                on_iteration(len(population) * settings.batch)
-        evaluator.note(env)
-        return evaluator.result((settings.iterations - first_iteration) * settings.batch)
+    return learn(
+        "dqn.",
+        settings,
+        Iteration,
+        env_name,
+        population,
+        key,
+        evaluation=evaluation,
+        first_iteration=first_iteration,
+        rewind_iteration=rewind_iteration,
+        on_iteration=on_iteration,
+        pruning=pruning,
+    )
 
 
 def explore(
@@ -211,42 +161,23 @@ def explore(
     return torch.where(chance < epsilon[:, None], random, greedy)
 
 
-class Iteration:
-    """Act, store, update; each call goes on from the last.
-
-    Args:
-        settings: the hyper-parameters.
-        env: the environment; reset here.
-        population: changed in place.
-        key: ``[P]`` int64.
-        first: number of the first iteration.
+class Iteration(ReplayIteration):
+    """DQN's; see `ReplayIteration`.
 
     Attributes:
         epsilon: ``[P]``, the probability of a random action in the next call.
-        learning_rate: ``[P]`` of the next call.
-        buffer: what each ticket remembers.
     """
 
     def __init__(
         self, settings: DQN, env: Env, population: Population, key: Tensor, first: int
     ) -> None:
+        super().__init__(settings, env, population, key, first)
         self._settings, self._config = settings, settings.config()
-        self._env, self._population, self._key = env, population, key
-        self._obs = env.reset(key)
-        self._number, self._learns_from = first, first + settings.waiting
-        weight = population.parameters.weight
-        self._target = weight.clone()
-        self.epsilon = torch.ones_like(weight[:, 0])
-        self.learning_rate = torch.zeros_like(self.epsilon)
-        self.buffer = ReplayBuffer(
-            len(population),
-            env.copies,
-            env.spec.observation_dim,
-            max(min(settings.capacity, settings.steps), env.copies),
-            n_step=settings.n_step,
-            gamma=settings.gamma,
-            device=key.device,
-        )
+        self.epsilon = torch.ones_like(self.learning_rate)
+
+    def schedule(self, iteration: int) -> None:
+        self.epsilon.fill_(self._settings.epsilon_at(iteration))
+        self.learning_rate.fill_(self._settings.learning_rate_at(iteration))
 
     def __call__(self) -> None:
         settings, population, buffer = self._settings, self._population, self.buffer
@@ -272,11 +203,6 @@ class Iteration:
                 density=population.density,
             )
         self._number += 1
-
-    def mask_target_(self) -> None:
-        """Zero the target networks' weights off the masks, after these have changed."""
-        pruned = ~self._population.parameters.mask
-        self._target[:, : self._population.arena.prunable].masked_fill_(pruned, 0.0)
 
     def dense_gradient(self) -> Tensor:
         """Gradient ``[P, prunable]`` of the loss of all transitions that the last call's updates

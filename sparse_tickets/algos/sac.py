@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
-from sparse_tickets.algos.buffer import ReplayBuffer
-from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.algos.evaluation import Evaluation, Result
+from sparse_tickets.algos.off_policy import Budget, ReplayIteration, learn
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.dynamic import Pruning
-from sparse_tickets.envs import Env, open_env
+from sparse_tickets.envs import Env
 from sparse_tickets.kernels import sac, squashed
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
-from sparse_tickets.kernels.dqn.reference import take
 from sparse_tickets.kernels.errors import check_shape
 from sparse_tickets.kernels.random import Stream, normal, uniform
 from sparse_tickets.kernels.sac import SACConfig, sac_update_
 from sparse_tickets.kernels.sac.reference import draw_noise, loss
 from sparse_tickets.kernels.training.reference import gradient
+from sparse_tickets.kernels.transitions import take
 from sparse_tickets.population import Population
 from sparse_tickets.settings import above, at_least, check_fields, within
 
@@ -30,7 +30,7 @@ __all__ = ["ALGORITHM", "SAC", "Iteration", "act", "explore", "train"]
 
 
 @dataclass(frozen=True)
-class SAC:
+class SAC(Budget):
     """Hyper-parameters of SAC, rl-zoo3's for Pendulum; the learning rate falls to zero."""
 
     steps: int = 20_000
@@ -70,34 +70,7 @@ class SAC:
         )
         if self.tau > 1:
             raise ValueError(f"sac.tau must be at most 1, got {self.tau}")
-        if self.capacity < self.copies:
-            raise ValueError(
-                f"sac.capacity must be at least copies = {self.copies}, got {self.capacity}"
-            )
-        if self.steps < self.batch:
-            raise ValueError(
-                f"sac.steps must be at least copies * horizon = {self.batch}, got {self.steps}"
-            )
-
-    @property
-    def batch(self) -> int:
-        """Steps per iteration."""
-        return self.copies * self.horizon
-
-    @property
-    def iterations(self) -> int:
-        """Iterations of acting and updates."""
-        return self.steps // self.batch
-
-    @property
-    def waiting(self) -> int:
-        """Iterations without updates, in which the replay buffer fills for the warmup."""
-        filled = -(-max(self.warmup, 1) // self.copies) + self.n_step - 1
-        return -(-filled // self.horizon) - 1
-
-    def learning_rate_at(self, iteration: int) -> float:
-        """Linear from `learning_rate` to zero over the whole budget."""
-        return self.learning_rate * (1.0 - iteration / self.iterations)
+        self.check_budget("sac.")
 
     def config(self, actions: int) -> SACConfig:
         """What one run of updates needs to know, for actions of so many numbers."""
@@ -143,41 +116,19 @@ def train(
     """
     check_shape("key", key, (len(population),))
     _check(population.arena)
-    with (
-        open_env(env_name, len(population), settings.copies, device=key.device) as env,
-        Evaluator(
-            evaluation or Evaluation(),
-            env_name,
-            population,
-            key,
-            first_iteration,
-            settings.iterations,
-            rewind_iteration,
-        ) as evaluator,
-    ):
-        iterate = Iteration(settings, env, population, key, first_iteration)
-        learns_from, pruner = first_iteration + settings.waiting, None
-        if pruning is not None:
-            if learns_from >= settings.iterations:
-                raise ValueError(
-                    "pruning while training needs updates, which begin after "
-                    f"{learns_from * settings.batch} steps: sac.steps must be more, "
-                    f"got {settings.steps}"
-                )
-            steps = settings.updates * (settings.iterations - learns_from)
-            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
-            iterate.mask_target_()
-        for iteration in range(first_iteration, settings.iterations):
-            evaluator.before(iteration)
-            iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
-            iterate()
-            if pruner is not None and iteration >= learns_from and pruner.step(settings.updates):
-                iterate.mask_target_()
-            evaluator.after(iteration)
-            if on_iteration is not None:
-                on_iteration(len(population) * settings.batch)
-        evaluator.note(env)
-        return evaluator.result((settings.iterations - first_iteration) * settings.batch)
+    return learn(
+        "sac.",
+        settings,
+        Iteration,
+        env_name,
+        population,
+        key,
+        evaluation=evaluation,
+        first_iteration=first_iteration,
+        rewind_iteration=rewind_iteration,
+        on_iteration=on_iteration,
+        pruning=pruning,
+    )
 
 
 def act(population: Population, obs: Tensor, key: Tensor, clock: int | Tensor) -> Tensor:
@@ -200,42 +151,18 @@ def explore(key: Tensor, copies: int, actions: int, clock: int | Tensor) -> Tens
     return 2.0 * chance.view(len(key), copies, actions) - 1.0
 
 
-class Iteration:
-    """Act, store, update; each call goes on from the last.
-
-    Args:
-        settings: the hyper-parameters.
-        env: the environment; reset here.
-        population: changed in place.
-        key: ``[P]`` int64.
-        first: number of the first iteration.
-
-    Attributes:
-        learning_rate: ``[P]`` of the next call.
-        buffer: what each ticket remembers.
-    """
+class Iteration(ReplayIteration):
+    """SAC's; see `ReplayIteration`."""
 
     def __init__(
         self, settings: SAC, env: Env, population: Population, key: Tensor, first: int
     ) -> None:
-        actions = population.arena.actions
-        self._settings, self._config = settings, settings.config(actions)
-        self._env, self._population, self._key = env, population, key
-        self._obs = env.reset(key)
-        self._number, self._learns_from = first, first + settings.waiting
-        weight = population.parameters.weight
-        self._target = weight.clone()
-        self.learning_rate = torch.zeros_like(weight[:, 0])
-        self.buffer = ReplayBuffer(
-            len(population),
-            env.copies,
-            env.spec.observation_dim,
-            max(min(settings.capacity, settings.steps), env.copies),
-            n_step=settings.n_step,
-            gamma=settings.gamma,
-            device=key.device,
-            numbers=actions,
-        )
+        super().__init__(settings, env, population, key, first)
+        self._settings = settings
+        self._config = settings.config(population.arena.actions)
+
+    def schedule(self, iteration: int) -> None:
+        self.learning_rate.fill_(self._settings.learning_rate_at(iteration))
 
     def __call__(self) -> None:
         settings, population = self._settings, self._population
@@ -264,11 +191,6 @@ class Iteration:
                 density=population.density,
             )
         self._number += 1
-
-    def mask_target_(self) -> None:
-        """Zero the targets' weights off the masks, after these have changed."""
-        pruned = ~self._population.parameters.mask
-        self._target[:, : self._population.arena.prunable].masked_fill_(pruned, 0.0)
 
     def dense_gradient(self) -> Tensor:
         """Gradient ``[P, prunable]`` of the losses of all transitions that the last call's updates

@@ -24,7 +24,7 @@ from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.kernels import dynamics, random
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
-from sparse_tickets.kernels.dqn import DQNConfig, Transitions, dqn_update_
+from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
 from sparse_tickets.kernels.mlp import mlp
@@ -40,6 +40,7 @@ from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import demonstrate, evaluate, rollout
 from sparse_tickets.kernels.sac import SACConfig, sac_update_
+from sparse_tickets.kernels.transitions import Transitions
 from sparse_tickets.kernels.update import adam_, rewind_
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")

@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_tickets.kernels import transitions
 from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
-from sparse_tickets.kernels.dqn import DQNConfig, Transitions, dqn_update_, plan, reference
+from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_, plan
 from sparse_tickets.kernels.mlp import layout
 from sparse_tickets.kernels.random import Stream, integers
+from sparse_tickets.kernels.transitions import Transitions
 
 LR = 1e-3
 EPS = torch.finfo(torch.float32).eps
@@ -141,7 +143,7 @@ def test_a_ticket_does_not_see_its_batch_and_calls_may_be_cut(double_dqn, monkey
     together = run(slice(None), [(0, 6)])
     for one, other in zip(run(slice(None), [(0, 2), (2, 4)]), together, strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr(reference, "MOST_TRANSITIONS", 128)
+    monkeypatch.setattr(transitions, "MOST_TRANSITIONS", 128)
     for ticket in (0, 6):
         for one, other in zip(run(slice(ticket, ticket + 1), [(0, 6)]), together, strict=True):
             assert torch.equal(one[0], other[ticket])

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_tickets.kernels import squashed
+from sparse_tickets.kernels import squashed, transitions
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
-from sparse_tickets.kernels.dqn import Transitions
 from sparse_tickets.kernels.random import Stream, integers, normal
-from sparse_tickets.kernels.sac import SACConfig, cpu, plan, sac_update_
+from sparse_tickets.kernels.sac import SACConfig, plan, sac_update_
+from sparse_tickets.kernels.transitions import Transitions
 
 LR = 1e-3
 EPS = torch.finfo(torch.float32).eps
@@ -132,7 +132,7 @@ def test_a_ticket_does_not_see_its_batch_and_calls_may_be_cut(batch, monkeypatch
     together = run(slice(None), [(0, 6)])
     for one, other in zip(run(slice(None), [(0, 2), (2, 4)]), together, strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr(cpu, "MOST_TRANSITIONS", 128)
+    monkeypatch.setattr(transitions, "MOST_TRANSITIONS", 128)
     for ticket in (0, 6):
         for one, other in zip(run(slice(ticket, ticket + 1), [(0, 6)]), together, strict=True):
             assert torch.equal(one[0], other[ticket])

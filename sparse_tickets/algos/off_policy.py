@@ -1,0 +1,190 @@
+"""What training from a replay buffer has in common: budget, loop, the parts of an iteration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_tickets.algos.buffer import ReplayBuffer
+from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.dynamic import Pruning
+from sparse_tickets.envs import Env, open_env
+from sparse_tickets.population import Population
+
+__all__ = ["Budget", "ReplayIteration", "learn"]
+
+
+class Budget:
+    """How settings of these names divide a training into iterations."""
+
+    steps: int
+    copies: int
+    horizon: int
+    updates: int
+    capacity: int
+    warmup: int
+    learning_rate: float
+    gamma: float
+    n_step: int
+
+    def check_budget(self, prefix: str) -> None:
+        """Raise ``ValueError`` unless the buffer and the budget hold a step of every copy."""
+        if self.capacity < self.copies:
+            raise ValueError(
+                f"{prefix}capacity must be at least copies = {self.copies}, got {self.capacity}"
+            )
+        if self.steps < self.batch:
+            raise ValueError(
+                f"{prefix}steps must be at least copies * horizon = {self.batch}, got {self.steps}"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Steps per iteration."""
+        return self.copies * self.horizon
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of acting and updates."""
+        return self.steps // self.batch
+
+    @property
+    def waiting(self) -> int:
+        """Iterations without updates, in which the replay buffer fills for the warmup."""
+        filled = -(-max(self.warmup, 1) // self.copies) + self.n_step - 1
+        return -(-filled // self.horizon) - 1
+
+    def learning_rate_at(self, iteration: int) -> float:
+        """Linear from `learning_rate` to zero over the whole budget."""
+        return self.learning_rate * (1.0 - iteration / self.iterations)
+
+
+class ReplayIteration(ABC):
+    """Act, store, update; each call goes on from the last.
+
+    Args:
+        settings: the hyper-parameters.
+        env: the environment; reset here.
+        population: changed in place.
+        key: ``[P]`` int64.
+        first: number of the first iteration.
+
+    Attributes:
+        learning_rate: ``[P]`` of the next call.
+        buffer: what each ticket remembers.
+    """
+
+    def __init__(
+        self, settings: Budget, env: Env, population: Population, key: Tensor, first: int
+    ) -> None:
+        arena = population.arena
+        self._env, self._population, self._key = env, population, key
+        self._obs = env.reset(key)
+        self._number, self._learns_from = first, first + settings.waiting
+        weight = population.parameters.weight
+        self._target = weight.clone()
+        self.learning_rate = torch.zeros_like(weight[:, 0])
+        self.buffer = ReplayBuffer(
+            len(population),
+            env.copies,
+            env.spec.observation_dim,
+            max(min(settings.capacity, settings.steps), env.copies),
+            n_step=settings.n_step,
+            gamma=settings.gamma,
+            device=key.device,
+            numbers=arena.actions if arena.squashed else None,
+        )
+
+    @abstractmethod
+    def __call__(self) -> None:
+        """One iteration."""
+
+    @abstractmethod
+    def schedule(self, iteration: int) -> None:
+        """Set what changes with the number of the iteration that comes next."""
+
+    @abstractmethod
+    def dense_gradient(self) -> Tensor:
+        """Gradient ``[P, prunable]`` of the loss of all transitions that the last call's updates
+        drew, by pruned weights too."""
+
+    def mask_target_(self) -> None:
+        """Zero the target networks' weights off the masks, after these have changed."""
+        pruned = ~self._population.parameters.mask
+        self._target[:, : self._population.arena.prunable].masked_fill_(pruned, 0.0)
+
+
+def learn(
+    prefix: str,
+    settings: Budget,
+    iteration: Callable[[Any, Env, Population, Tensor, int], ReplayIteration],
+    env_name: str,
+    population: Population,
+    key: Tensor,
+    *,
+    evaluation: Evaluation | None = None,
+    first_iteration: int = 0,
+    rewind_iteration: int | None = None,
+    on_iteration: Callable[[int], None] | None = None,
+    pruning: Pruning | None = None,
+) -> Result:
+    """Iterate and evaluate until the budget is spent; the arguments are those of `dqn.train`.
+
+    Args:
+        prefix: of the settings' names in errors.
+        settings: the hyper-parameters.
+        iteration: makes the iteration of settings, environment, population, key and first number.
+        env_name: a registered environment or any gymnasium id.
+        population: changed in place.
+        key: ``[P]`` int64.
+        evaluation: how returns are measured; the protocol's by default.
+        first_iteration: where the schedule starts.
+        rewind_iteration: snapshot the parameters before this iteration.
+        on_iteration: called after each iteration with the agent-steps taken in it.
+        pruning: prune and regrow while training, by the gradient steps taken.
+
+    Returns:
+        Curves, returns, final and best weights.
+
+    Raises:
+        ValueError: an unknown environment, or pruning where no update is made.
+    """
+    with (
+        open_env(env_name, len(population), settings.copies, device=key.device) as env,
+        Evaluator(
+            evaluation or Evaluation(),
+            env_name,
+            population,
+            key,
+            first_iteration,
+            settings.iterations,
+            rewind_iteration,
+        ) as evaluator,
+    ):
+        iterate = iteration(settings, env, population, key, first_iteration)
+        learns_from, pruner = first_iteration + settings.waiting, None
+        if pruning is not None:
+            if learns_from >= settings.iterations:
+                raise ValueError(
+                    "pruning while training needs updates, which begin after "
+                    f"{learns_from * settings.batch} steps: {prefix}steps must be more, "
+                    f"got {settings.steps}"
+                )
+            steps = settings.updates * (settings.iterations - learns_from)
+            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
+            iterate.mask_target_()
+        for number in range(first_iteration, settings.iterations):
+            evaluator.before(number)
+            iterate.schedule(number)
+            iterate()
+            if pruner is not None and number >= learns_from and pruner.step(settings.updates):
+                iterate.mask_target_()
+            evaluator.after(number)
+            if on_iteration is not None:
+                on_iteration(len(population) * settings.batch)
+        evaluator.note(env)
+        return evaluator.result((settings.iterations - first_iteration) * settings.batch)
