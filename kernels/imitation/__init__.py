@@ -12,7 +12,7 @@ from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
 from ..errors import check_density, check_tensor, check_untransformed
 from ..memory import mark_written
 from ..mlp import describe_layers
-from ..mlp.checks import check_counter, check_optimiser, check_parameters
+from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
 from ..registration import eager
 
 __all__ = ["CloneConfig", "clone_update_", "plan"]
@@ -39,9 +39,7 @@ class CloneConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_counts(updates=self.updates, batch=self.batch)
         check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)
 
 

@@ -23,6 +23,7 @@ from ..memory import check_separate
 
 __all__ = [
     "check_counter",
+    "check_counts",
     "check_floats",
     "check_network",
     "check_optimiser",
@@ -102,6 +103,13 @@ def check_network(
     check_density(density)
     check_rows(weight, (net,), mask, len(x))
     check_precision(precision)
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ``ValueError`` unless every count is at least 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be >= 1, got {count}")
 
 
 def check_optimiser(max_norm: float | None, beta1: float, beta2: float, eps: float) -> None:

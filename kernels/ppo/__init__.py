@@ -13,7 +13,7 @@ from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
 from ..errors import check_density, check_tensor, check_untransformed
 from ..memory import mark_written
 from ..mlp import describe_layers
-from ..mlp.checks import check_counter, check_optimiser, check_parameters
+from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
 from ..registration import eager
 from . import reference
 
@@ -91,9 +91,7 @@ class PPOConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_counts(epochs=self.epochs, minibatches=self.minibatches)
         if not self.clip > 0:
             raise ValueError(f"clip must be > 0, got {self.clip}")
         check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)

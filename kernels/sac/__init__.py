@@ -13,7 +13,7 @@ from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
 from ..errors import check_density, check_integer, check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
 from ..mlp import describe_layers
-from ..mlp.checks import check_optimiser, check_parameters
+from ..mlp.checks import check_counts, check_optimiser, check_parameters
 from ..registration import eager
 from ..transitions import Transitions
 
@@ -63,9 +63,7 @@ class SACConfig:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_counts(updates=self.updates, batch=self.batch)
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
         check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)
