@@ -63,6 +63,12 @@ FIRST_EXPERT_SEED = 1_000_000
 TAUGHT: dict[str, type[Taught]] = {"expert": Dataset, "student": Networks, "replay": History}
 """What students learn from, by whose states they imitate."""
 
+_TRAINERS: dict[type, Callable[..., Result]] = {
+    ppo.PPO: ppo.train,
+    dqn.DQN: dqn.train,
+    sac.SAC: sac.train,
+}
+
 
 class ExpertError(RuntimeError):
     """Too few experts reached the return gate."""
@@ -180,12 +186,7 @@ def train_experts(
         seeds = range(first, first + settings.experts)
         population, key = _untrained(arena, env_name, seeds, scheme, log_std, device)
         schedule: Schedule = {"evaluation": evaluation, "on_iteration": on_iteration}
-        if isinstance(budget, dqn.DQN):
-            result = dqn.train(budget, env_name, population, key, **schedule)
-        elif isinstance(budget, sac.SAC):
-            result = sac.train(budget, env_name, population, key, **schedule)
-        else:
-            result = ppo.train(budget, env_name, population, key, **schedule)
+        result = _TRAINERS[type(budget)](budget, env_name, population, key, **schedule)
         returns = result.return_final.tolist()
         seen += returns
         passed += [
