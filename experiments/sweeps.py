@@ -29,11 +29,15 @@ __all__ = [
     "cartpole_spec",
     "cuts",
     "deep_spec",
+    "dqn",
+    "dqn_spec",
     "kept_inputs",
     "levels",
     "per_level",
     "quickly",
     "setting",
+    "taught",
+    "taught_spec",
     "tickets",
     "train",
 ]
@@ -80,6 +84,29 @@ def acrobot_spec(quick: bool = False) -> Sweep:
     return quickly(spec) if quick else spec
 
 
+def dqn_spec(quick: bool = False) -> Sweep:
+    """DQN on CartPole from `cartpole_spec`'s initial networks, at its densities.
+
+    The protocol's whole budget: half of it leaves dense seeds below the gate.
+    """
+    spec = replace(cartpole_spec(), algos=("dqn",), controls=("ticket",), levels=11)
+    return quickly(spec) if quick else spec
+
+
+def taught_spec(states: str, quick: bool = False) -> Sweep:
+    """Cloning on CartPole in other states than a frozen data set's; tickets and random masks."""
+    spec = cartpole_spec()
+    spec = replace(
+        spec,
+        algos=("bc",),
+        conditions=(TICKET, "random/re-init"),
+        controls=("own",),
+        levels=11,
+        bc=replace(spec.bc, states=states),
+    )
+    return quickly(spec) if quick else spec
+
+
 def deep_spec() -> Sweep:
     """CartPole's tickets alone, by the protocol's budget, to its last level and fewer weights."""
     return replace(
@@ -99,6 +126,7 @@ def quickly(spec: Sweep) -> Sweep:
         seeds=2,
         levels=3,
         ppo=replace(spec.ppo, copies=4, horizon=32, minibatches=2, steps=8 * 128),
+        dqn=replace(spec.dqn, steps=1024, warmup=64, updates=4),
         bc=replace(spec.bc, experts=1, expert_gate=-1e9),
         evaluation=Evaluation(points=2, episodes=4, final_episodes=4),
     )
@@ -112,6 +140,16 @@ def cartpole(place: Place) -> tuple[Sweep, Store]:
 def acrobot(place: Place) -> tuple[Sweep, Store]:
     spec = acrobot_spec(place.quick)
     return spec, place.sweep("acrobot", spec)
+
+
+def dqn(place: Place) -> tuple[Sweep, Store]:
+    spec = dqn_spec(place.quick)
+    return spec, place.sweep("cartpole-dqn", spec)
+
+
+def taught(place: Place, states: str) -> tuple[Sweep, Store]:
+    spec = taught_spec(states, place.quick)
+    return spec, place.sweep(f"cartpole-{states}", spec)
 
 
 def per_level(cells: pl.DataFrame) -> float:
