@@ -13,15 +13,24 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
-from experiments.sweeps import acrobot_spec, cartpole_spec, deep_spec, per_level, setting
+from experiments.sweeps import (
+    acrobot_spec,
+    cartpole_spec,
+    deep_spec,
+    dqn_spec,
+    per_level,
+    setting,
+)
 from sparse_tickets import load_results
 from sparse_tickets.analysis.frame import CONDITIONS
 from sparse_tickets.analysis.style import DPI, GREY, INK, PALE, head, styled
 from sparse_tickets.analysis.table import compare, degradation
 
 METRICS = {"return_final": "greedy", "return_final_sampled": "sampled"}
+RIVALS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC"}
+"""What learns by reinforcement, in the order of tables and panels."""
+NAMES = RIVALS | {"bc": "cloning"}
 TICKET = "mask/weights"
-HEADER = ("condition, controls, actions", "PPO at", "cloning at", "difference", "p", "Holm")
 WHOLE, DEEP, BRIEF, ACROBOT = (
     "the whole protocol", "deeper, tickets alone", "a smaller budget", "Acrobot",
 )  # fmt: skip
@@ -32,9 +41,12 @@ def collect(place: Place) -> pl.DataFrame:
     found = []
     sweeps = [
         (BRIEF, "cartpole", cartpole_spec(place.quick)),
+        (BRIEF, "cartpole-dqn", dqn_spec(place.quick)),
         (ACROBOT, "acrobot", acrobot_spec(place.quick)),
     ]
-    if not place.quick:
+    if place.quick:
+        del sweeps[1:]  # every task and algorithm compiles kernels of its own
+    else:
         whole = pl.read_parquet(RESULTS / "cartpole.parquet")
         found.append(whole.with_columns(study=pl.lit(WHOLE), wall_s=pl.lit(None, pl.Float64)))
         sweeps.insert(0, (DEEP, "cartpole-deep", deep_spec()))
@@ -49,13 +61,24 @@ def studies(cells: pl.DataFrame) -> dict[str, pl.DataFrame]:
     return {name: part for (name,), part in cells.group_by("study", maintain_order=True)}
 
 
-def differences(cells: pl.DataFrame) -> pl.DataFrame:
-    """Cloning's degradation level minus PPO's, paired by seed, in levels of the protocol."""
-    found = [
-        compare(part, metric=metric)
-        .with_columns(pl.col(_LEVELS) * per_level(part))
-        .with_columns(study=pl.lit(study), metric=pl.lit(metric))
+def contests(cells: pl.DataFrame) -> list[tuple[str, str]]:
+    """Each study with each algorithm that cloning is compared with there."""
+    return [
+        (study, rival)
         for study, part in studies(cells).items()
+        for rival in RIVALS
+        if rival in set(part["algo"])
+    ]
+
+
+def differences(cells: pl.DataFrame) -> pl.DataFrame:
+    """Cloning's degradation level minus the other's, paired by seed, in levels of the protocol."""
+    parts = studies(cells)
+    found = [
+        compare(parts[study], second=rival, metric=metric)
+        .with_columns(pl.col(_LEVELS) * per_level(parts[study]))
+        .with_columns(study=pl.lit(study), rival=pl.lit(rival), metric=pl.lit(metric))
+        for study, rival in contests(cells)
         for metric in METRICS
     ]
     return pl.concat(found)
@@ -64,29 +87,41 @@ def differences(cells: pl.DataFrame) -> pl.DataFrame:
 _LEVELS = ("first", "second", "difference", "low", "high", "horizon")
 
 
+def contest(table: pl.DataFrame, study: str, rival: str) -> pl.DataFrame:
+    """Rows of one study and algorithm."""
+    return table.filter((pl.col("study") == study) & (pl.col("rival") == rival))
+
+
 def conclude(cells: pl.DataFrame) -> Finding:
     table = differences(cells)
     tickets = table.filter(pl.col("condition") == TICKET)
     effects = [
-        f"{METRICS[row['metric']]}, {row['study']}: "
-        f"{signed(row['difference'], row['low'], row['high'])}"
-        for row in tickets.iter_rows(named=True)
+        f"{RIVALS[rival]}, {study}: "
+        + ", ".join(
+            f"{METRICS[row['metric']]} {signed(row['difference'], row['low'], row['high'])}"
+            for row in contest(tickets, study, rival).iter_rows(named=True)
+        )
+        for study, rival in contests(cells)
     ]
+    against = dict.fromkeys(rival for _, rival in contests(cells))
     return Finding(
         ran="; ".join(setting(part) for part in studies(cells).values()),
-        effect="levels by which cloned tickets outlast PPO's: " + "; ".join(effects),
-        verdict="; ".join(verdict(tickets, metric) for metric in METRICS),
+        effect="levels by which cloned tickets outlast others: " + "; ".join(effects),
+        verdict="; ".join(f"{RIVALS[rival]}: {verdict(tickets, rival)}" for rival in against),
         text=text(cells, table),
         figures={"bc_vs_rl": draw(table, cells)},
     )
 
 
-def verdict(tickets: pl.DataFrame, metric: str) -> str:
+def verdict(tickets: pl.DataFrame, rival: str) -> str:
     """What the tests of the tickets' differences support, by Holm's p."""
-    rows = tickets.filter(pl.col("metric") == metric)
-    clear = rows.filter(pl.col("p_holm") < 0.05)["difference"].sign().unique().to_list()
-    word = {(1.0,): "cloning lasts longer", (-1.0,): "PPO lasts longer"}
-    return f"by {METRICS[metric]} actions {word.get(tuple(clear), 'undecided')}"
+    words = {(): "undecided", (1.0,): "cloning lasts longer", (-1.0,): f"{RIVALS[rival]} does"}
+    found = []
+    for metric, actions in METRICS.items():
+        rows = tickets.filter((pl.col("metric") == metric) & (pl.col("rival") == rival))
+        clear = rows.filter(pl.col("p_holm") < 0.05)["difference"].sign().unique().to_list()
+        found.append(f"by {actions} actions {words.get(tuple(clear), 'depends on the study')}")
+    return ", ".join(found)
 
 
 def text(cells: pl.DataFrame, table: pl.DataFrame) -> str:
@@ -94,42 +129,56 @@ def text(cells: pl.DataFrame, table: pl.DataFrame) -> str:
         "A policy degrades at the first of two successive levels whose normalised return is below "
         "0.95. A level is a fifth of the remaining weights, as in the protocol, and >= marks means "
         "of which some seeds had not degraded at the last level. The difference is cloning's minus "
-        "PPO's, paired by seed and cut where both were observed, with its bootstrap interval, the "
-        "exact sign-flip p and Holm's over the conditions of a metric; verdicts go by the last."
+        "the other's, paired by seed and cut where both were observed, with its bootstrap "
+        "interval, the exact sign-flip p and Holm's over the conditions of a metric; verdicts go "
+        "by the last. DQN's values have no sampled policy of their own: sampled actions are those "
+        "of softmax(Q)."
     ]
     for study, part in studies(cells).items():
-        here = table.filter(pl.col("study") == study)
-        pairs = here["pairs"].max() or 0
+        pairs = table.filter(pl.col("study") == study)["pairs"].max() or 0
         least = 2 / 2**pairs if pairs else 1.0
-        paragraphs += [
+        paragraphs.append(
             f"**{study.capitalize()}**: {setting(part)}. {budget(part)} {pairs} pairs give no p "
-            f"below {least:.1g}.",
-            markdown(HEADER, rows(part, here)),
+            f"below {least:.1g}."
+        )
+        paragraphs += [
+            markdown(
+                ("condition, controls, actions", f"{RIVALS[rival]} at", *HEADER),
+                rows(part, contest(table, study, rival), rival),
+            )
+            for other, rival in contests(cells)
+            if other == study
         ]
     return "\n\n".join(paragraphs)
+
+
+HEADER = ("cloning at", "difference", "p", "Holm")
 
 
 def budget(cells: pl.DataFrame) -> str:
     """The protocol's check: dense policies reach 95% of their final return by half the budget."""
     found = []
-    for algo, name in (("ppo", "PPO"), ("bc", "cloning")):
+    for algo, name in NAMES.items():
         dense = cells.filter((pl.col("algo") == algo) & (pl.col("level") == 0))
+        if dense.is_empty():
+            continue
         curve = np.array(dense["curve"].to_list()).mean(0)
         random = dense["random_return"].mean()
         reached = np.flatnonzero(curve - random >= 0.95 * (curve[-1] - random))
         when = f"{(reached[0] + 1) / len(curve):.0%}" if curve[-1] > random else "no point"
         found.append(f"{when} ({name})")
-    return f"Dense policies first come within 5% of their last return at {' and '.join(found)}."
+    points = f"{', '.join(found[:-1])} and {found[-1]}" if len(found) > 1 else found[0]
+    return f"Dense policies first come within 5% of their last return at {points}."
 
 
-def rows(cells: pl.DataFrame, table: pl.DataFrame) -> list[list[str]]:
+def rows(cells: pl.DataFrame, table: pl.DataFrame, rival: str) -> list[list[str]]:
     levels = {metric: _levels(cells, metric) for metric in METRICS}
     return [
         [
             f"{row['condition']}, {row['controls']}, {METRICS[row['metric']]}",
             *(
                 levels[row["metric"]].get((algo, row["controls"], row["condition"]), "-")
-                for algo in ("ppo", "bc")
+                for algo in (rival, "bc")
             ),
             signed(row["difference"], row["low"], row["high"]),
             f"{row['p_value']:.3f}",
@@ -140,6 +189,7 @@ def rows(cells: pl.DataFrame, table: pl.DataFrame) -> list[list[str]]:
 
 
 def _levels(cells: pl.DataFrame, metric: str) -> dict[tuple[str, str, str], str]:
+    """By algorithm, controls and condition, as the table of differences names them."""
     scale = per_level(cells)
     return {
         (row["algo"], row["controls"], row["condition"]): (
@@ -164,12 +214,16 @@ def draw(table: pl.DataFrame, cells: pl.DataFrame) -> Figure:
     """Differences with intervals: a panel for each study, a row for each condition."""
     run = set(table.select("condition", "controls").rows())
     places = [(c, kind) for c in CONDITIONS for kind in ("own", "ticket") if (c, kind) in run]
-    parts = studies(cells)
-    size = (1.6 + 2.6 * len(parts), 1.1 + 0.34 * max(len(places), 2))
+    shown = contests(cells)
+    columns = min(len(shown), 3)
+    down = -(-len(shown) // columns)
+    size = (1.6 + 2.6 * columns, 0.5 + down * (0.6 + 0.34 * max(len(places), 2)))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-    for panel, study in zip(panels, parts, strict=True):
-        here = table.filter(pl.col("study") == study)
+    grid = figure.subplots(down, columns, sharey=True, squeeze=False)
+    for panel in grid.flat[len(shown) :]:
+        panel.set_axis_off()
+    for panel, (study, rival) in zip(grid.flat, shown, strict=False):
+        here = contest(table, study, rival)
         panel.axvline(0, color=GREY, linewidth=0.8)
         for row in here.iter_rows(named=True):
             shift, look = _LOOKS[row["metric"]]
@@ -177,7 +231,7 @@ def draw(table: pl.DataFrame, cells: pl.DataFrame) -> Figure:
             low, high = (np.nan if row[end] is None else row[end] for end in ("low", "high"))
             panel.plot([low, high], [height] * 2, color=look["color"], linewidth=1.2)
             panel.plot([row["difference"]], [height], linestyle="", markersize=4.5, **look)
-            if panel is panels[-1] and row["condition"] == TICKET:
+            if panel is grid.flat[len(shown) - 1] and row["condition"] == TICKET:
                 panel.annotate(
                     f"{METRICS[row['metric']]} actions",
                     (np.nanmax([high, row["difference"]]), height),
@@ -189,17 +243,17 @@ def draw(table: pl.DataFrame, cells: pl.DataFrame) -> Figure:
                     annotation_clip=False,
                 )
         panel.set_title(f"{study}, {here['pairs'].max() or 0} pairs")
-        panel.set_xlabel("levels by which cloning outlasts PPO")
+        panel.set_xlabel(f"levels by which cloning outlasts {RIVALS[rival]}")
         panel.grid(axis="x", color=PALE, linewidth=0.4)
         panel.set_axisbelow(True)
         panel.tick_params(axis="y", length=0, labelcolor=INK)
         panel.spines["left"].set_visible(False)
     single = {c for c, _ in places if sum(other == c for other, _ in places) == 1}
-    panels[0].set_yticks(
+    grid[0, 0].set_yticks(
         [-place for place in range(len(places))],
         [c if c in single else f"{c}\n{kind} controls" for c, kind in places],
     )
-    panels[0].set_ylim(-len(places) + 0.5, 0.5)
+    grid[0, 0].set_ylim(-len(places) + 0.5, 0.5)
     tasks = " and ".join(cells["env"].unique(maintain_order=True))
     head(figure, tasks, "difference of degradation levels, 95% interval", None)
     return figure

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import acrobot, cartpole, setting
+from experiments.sweeps import acrobot, cartpole, dqn, setting
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
@@ -25,15 +25,16 @@ METRICS = {
     "return_auc": "learning curve",
     "return_final": "final return",
 }
-ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
+ALGORITHMS = {"ppo": "PPO", "dqn": "DQN", "bc": "cloning"}
 PAIRED = "ticket"
 """The controls that change one thing at a time."""
 
 
 def collect(place: Place) -> pl.DataFrame:
     found = [cartpole(place)[1]]
-    if place.begun("acrobot") or not place.partial:
-        found.append(acrobot(place)[1])
+    for name, sweep in (("cartpole-dqn", dqn), ("acrobot", acrobot)):
+        if place.begun(name) or not place.partial:
+            found.append(sweep(place)[1])
     return pl.concat([load_results(store.path) for store in found], how="diagonal")
 
 
@@ -42,6 +43,11 @@ def tasks(cells: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
     return [
         (env.split("-")[0], part) for (env,), part in cells.group_by("env", maintain_order=True)
     ]
+
+
+def algorithms(cells: pl.DataFrame) -> dict[str, str]:
+    """Those that were run, with their names here."""
+    return {algo: name for algo, name in ALGORITHMS.items() if algo in set(cells["algo"])}
 
 
 def by_seed(
@@ -70,15 +76,15 @@ def conclude(cells: pl.DataFrame) -> Finding:
         - by_seed(part, algo, PAIRED, "initialisation", metric)
         for task, part in tasks(cells)
         for metric in METRICS
-        for algo in ALGORITHMS
+        for algo in algorithms(part)
     }
     shown = [
         f"{task}, {word}: "
         + ", ".join(
             f"{signed(*effect(gaps[task, algo, metric]), digits=2)} ({name})"
-            for algo, name in ALGORITHMS.items()
+            for algo, name in algorithms(part).items()
         )
-        for task, _ in tasks(cells)
+        for task, part in tasks(cells)
         for metric, word in METRICS.items()
     ]
     trained = [gap for (*_, metric), gap in gaps.items() if metric != "return_initial"]
@@ -128,9 +134,8 @@ policy to the dense one. `ticket` controls take masks and values from the same s
                     for metric in METRICS
                 ),
             ]
-            for contribution, algo, kind in product(
-                CONTRIBUTIONS, ALGORITHMS, results.controls_kinds(part)
-            )
+            for contribution, algo in product(CONTRIBUTIONS, algorithms(part))
+            for kind in results.controls_kinds(part.filter(pl.col("algo") == algo))
         ]
         paragraphs += [
             f"{setting(part)}.",

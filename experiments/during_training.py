@@ -1,17 +1,20 @@
 """Is a ticket better than a network that becomes sparse while it trains?
 
-PPO pruned gradually, once, by SET, by RigL or from the start, to densities at which tickets and
-random masks of the same seeds were trained; equal steps, the same initial weights::
+PPO and DQN pruned gradually, once, by SET, by RigL or from the start, to densities at which tickets
+and random masks of the same seeds were trained; equal steps, the same initial weights. Networks
+twice as wide are pruned to as many weights::
 
     python -m experiments.during_training [--quick]
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
+import torch
 from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
@@ -25,8 +28,10 @@ from experiments.frame import (
     markdown,
     signed,
 )
-from experiments.sweeps import TICKET, cartpole, cartpole_spec, cuts, levels
-from sparse_tickets import load_results
+from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels, train
+from sparse_tickets import Sweep, load_results
+from sparse_tickets.population import initialise
+from sparse_tickets.sweep.store import Store
 
 METHODS = {
     "gradual": "gradual pruning",
@@ -35,137 +40,273 @@ METHODS = {
     "set": "SET",
     "static": "static random (ERK)",
 }
-TICKETS, GLOBAL = "ticket", "static random (global)"
+WIDENED = ("gradual", "static")
+"""The methods that prune wider networks, too."""
+WIDER = 2
+DENSE, TICKETS, GLOBAL = "dense", "ticket", "static random (global)"
+ALGORITHMS = {"ppo": "PPO", "dqn": "DQN"}
+EVERY = {"ppo": 250, "dqn": 1000}
+"""Gradient steps between two updates of the masks: 6,400 and 50,000 are all of a training."""
 APART = 3
-"""Levels of the sweep between two densities here."""
-EVERY = 250
-"""Gradient steps between two updates of the masks: the published thousands are most of a run."""
+"""Levels of the sweeps between two densities here."""
 METRICS = {"return_auc": "learning curve", "return_final": "final return"}
 
 
 def collect(place: Place) -> pl.DataFrame:
-    spec, store = cartpole(place)
     apart = 1 if place.quick else APART
-    last = max(levels(store, "ppo")) // apart * apart
-    stored = (
+    jobs = [("gradual", 1), ("gradual", WIDER)] if place.quick else _jobs()
+    found = []
+    for algo, sweep in {"ppo": cartpole, "dqn": dqn}.items():
+        if place.partial and algo == "dqn" and not place.begun("cartpole-dqn"):
+            continue
+        spec, store = sweep(place)
+        every = 1 if place.quick else EVERY[algo]
+        chosen = [level for level in levels(store, algo) if level % apart == 0]
+        found.append(stored(store, algo, chosen))
+        for method, width in jobs:
+            at = _levels(method, width, chosen)
+            cells = place.once(
+                f"during-{algo}-{method}-{width}",
+                (spec, at, every),
+                _trainer(spec, store, algo, method, width, at, every),
+            )
+            name = METHODS.get(method, method)
+            found.append(cells.with_columns(method=pl.lit(name), width=pl.lit(width, pl.Int64)))
+    return pl.concat(found, how="diagonal").with_columns(level=pl.col("level") // apart)
+
+
+def _jobs() -> list[tuple[str, int]]:
+    """Methods with the widths of networks that they prune."""
+    wider = [(method, WIDER) for method in (DENSE, *WIDENED)]
+    return [*((method, 1) for method in METHODS), *wider]
+
+
+def _levels(method: str, width: int, chosen: list[int]) -> list[int]:
+    """A wider network can be pruned to the weights that an ordinary one has when it is dense."""
+    if method == DENSE:
+        return [0]
+    return chosen if width > 1 else chosen[1:]
+
+
+def stored(store: Store, algo: str, chosen: list[int]) -> pl.DataFrame:
+    """Dense policies, tickets and random masks of a sweep."""
+    names = {TICKET: TICKETS, "random/re-init": GLOBAL, "dense": DENSE}
+    return (
         load_results(store.path)
-        .filter((pl.col("algo") == "ppo") & pl.col("level").is_in(range(0, last + 1, apart)))
+        .filter((pl.col("algo") == algo) & pl.col("level").is_in(chosen))
         .with_columns(
-            level=pl.col("level") // apart,
-            method=pl.col("condition").replace_strict(
-                {TICKET: TICKETS, "random/re-init": GLOBAL, "dense": "dense"}, default=None
-            ),
+            method=pl.col("condition").replace_strict(names, default=None),
+            width=pl.lit(1, pl.Int64),
         )
         .drop_nulls("method")
     )
-    found = [stored]
-    for method in list(METHODS)[: 2 if place.quick else None]:
-        name = f"during-{method}"
-        if place.partial and not place.begun(name):
-            continue
-        during = replace(
-            cartpole_spec(place.quick),
-            algos=("ppo",),
-            conditions=(TICKET,),
-            controls=("own",),
-            rate=1 - (1 - spec.rate) ** apart,
-            levels=last // apart + 1,
-            during=method,
-            during_every=1 if place.quick else EVERY,
+
+
+def _trainer(
+    spec: Sweep, store: Store, algo: str, method: str, width: int, chosen: list[int], every: int
+) -> Callable[[], pl.DataFrame]:
+    def compute() -> pl.DataFrame:
+        return pl.concat(
+            trained(spec, store, algo, method, width, level, every) for level in chosen
         )
-        trained = place.sweep(name, during)
-        if len(levels(trained, "ppo")) < during.levels:
-            continue
-        cells = load_results(trained.path).filter(pl.col("level") > 0)
-        found.append(cells.with_columns(method=pl.lit(METHODS[method])))
-    return pl.concat(found, how="diagonal")
+
+    return compute
 
 
-def matrix(cells: pl.DataFrame, method: str, metric: str) -> np.ndarray:
-    """``[seeds, levels]`` of a method, dense first, as a share of random to dense."""
-    random = cells["random_return"].mean()
-    dense = cells.filter(pl.col("method") == "dense")["return_final"].median()
-    rows = cells.filter(pl.col("method").is_in(["dense", method])).sort("seed", "level")
+def trained(
+    spec: Sweep, store: Store, algo: str, method: str, width: int, level: int, every: int
+) -> pl.DataFrame:
+    """Policies of some width, pruned while they train to as many weights as a level keeps."""
+    other = replace(spec, hidden=tuple(width * units for units in spec.hidden))
+    arena, kept = other.arena(algo), spec.kept(algo, level)
+    seeds = list(range(spec.seeds))
+    keys = torch.tensor([spec.initial_key(seed) for seed in seeds])
+    initial = initialise(arena, keys, spec.init, spec.log_std)
+    mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
+    what = f"{method} x{width} {kept}"
+    if method == DENSE:
+        return train(other, store, algo, 0, mask, initial, seeds, what)
+    # A sweep whose first level keeps so many.
+    rate = 1 - kept / arena.prunable
+    other = replace(other, rate=rate, during=method, during_every=every)
+    cells = train(other, store, algo, 1, mask, initial, seeds, what)
+    return cells.with_columns(level=pl.lit(level, pl.Int64))
+
+
+def algorithms(cells: pl.DataFrame) -> dict[str, str]:
+    return {algo: name for algo, name in ALGORITHMS.items() if algo in set(cells["algo"])}
+
+
+def matrix(cells: pl.DataFrame, algo: str, method: str, metric: str, width: int = 1) -> np.ndarray:
+    """``[seeds, levels]`` of a method, as a share of random to dense.
+
+    What is as wide as the sweep's networks begins with the dense ones.
+    """
+    rows = cells.filter(pl.col("algo") == algo)
+    random = rows["random_return"].mean()
+    ordinary = pl.col("width") == 1
+    dense = rows.filter(ordinary & (pl.col("method") == DENSE))["return_final"].median()
+    own = [DENSE, method] if width == 1 else [method]
+    rows = rows.filter((pl.col("width") == width) & pl.col("method").is_in(own))
+    rows = rows.sort("seed", "level")
     values = rows[metric].to_numpy().reshape(rows["seed"].n_unique(), -1)
     return (values - random) / (dense - random)
 
 
-def methods(cells: pl.DataFrame) -> list[str]:
-    there = set(cells["method"])
+def methods(cells: pl.DataFrame, width: int = 1) -> list[str]:
+    there = set(cells.filter(pl.col("width") == width)["method"])
     return [name for name in (TICKETS, *METHODS.values(), GLOBAL) if name in there]
 
 
 def densities(cells: pl.DataFrame) -> np.ndarray:
-    return cells.filter(pl.col("method").is_in(["dense", TICKETS])).group_by("level").agg(
-        pl.col("density").max()
-    ).sort("level")["density"].to_numpy()  # fmt: skip
+    """Weights kept, of those that a dense network of the sweep has."""
+    return cells.filter(pl.col("method").is_in([DENSE, TICKETS]) & (pl.col("width") == 1)).group_by(
+        "level"
+    ).agg(pl.col("density").max()).sort("level")["density"].to_numpy()  # fmt: skip
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
     density = densities(cells)
     at = len(density) - 2 if len(density) > 2 else len(density) - 1
-    gradual = METHODS["gradual"]
-    above = {}
-    for name in (TICKETS, gradual):
-        values = matrix(cells, name, "return_final")
-        above[name] = values[:, at] - values[:, 0]
-    shown = "; ".join(f"{name} {signed(*effect(gap), digits=2)}" for name, gap in above.items())
     words = {1: "better than dense", 0: "not told from dense", -1: "worse than dense"}
+    shown, verdicts = [], []
+    for algo, title in algorithms(cells).items():
+        above = {
+            name: values[:, at] - values[:, 0]
+            for name in (TICKETS, METHODS["gradual"])
+            for values in [matrix(cells, algo, name, "return_final")]
+        }
+        found = [f"{name} {signed(*effect(gap), digits=2)}" for name, gap in above.items()]
+        shown.append(f"{title}: {', '.join(found)}")
+        told = [f"{name} {words[direction(gap)]}" for name, gap in above.items()]
+        verdicts.append(f"{title}: {', '.join(told)}")
+    names = [*methods(cells), *(f"{name} of twice the width" for name in methods(cells, WIDER))]
+    on = " and ".join(algorithms(cells).values())
+    every = " and ".join(f"{EVERY[algo]:,} ({name})" for algo, name in algorithms(cells).items())
+    missing = [name for algo, name in ALGORITHMS.items() if algo not in algorithms(cells)]
+    missing += ["networks four times as wide"] if methods(cells, WIDER) else ["wider networks"]
+    figures = {"during_training": draw(cells, density)}
+    if methods(cells, WIDER):
+        figures["during_training_width"] = draw_widths(cells, density)
     return Finding(
-        ran=f"{', '.join(methods(cells))}; "
-        f"{cells['env'][0]}, PPO, {cells['seed'].n_unique()} seeds at "
+        ran=f"{', '.join(names)}; {cells['env'][0]}, {on}, {cells['seed'].n_unique()} seeds at "
         f"{', '.join(f'{each:.1%}' for each in density[1:])} of the weights, "
-        f"{cells['train_steps'].max():,} steps, masks updated every {EVERY} gradient steps, "
-        f"{len(cells)} trainings (cut: {cuts(cells)}, no DQN, no wider networks)",
-        effect=f"final return minus dense at {density[at]:.1%}, of the dense return: {shown}",
-        verdict="; ".join(f"{name}: {words[direction(gap)]}" for name, gap in above.items()),
+        f"{budgets(cells)}, masks updated every {every} gradient steps, "
+        f"{len(cells)} trainings (cut: {cuts(cells)}, "
+        f"no {', no '.join(missing)})",
+        effect=f"final return minus dense at {density[at]:.1%}, of the dense return: "
+        f"{'; '.join(shown)}",
+        verdict="; ".join(verdicts),
         text=text(cells, density),
-        figures={"during_training": draw(cells, density)},
+        figures=figures,
     )
 
 
 def text(cells: pl.DataFrame, density: np.ndarray) -> str:
-    rows = []
-    for name in methods(cells):
-        row = [name]
-        for metric in METRICS:
-            values, own = matrix(cells, name, metric), matrix(cells, TICKETS, metric)
-            for level in range(1, len(density)):
-                middle = values[:, level].mean()
-                gap = signed(*effect(values[:, level] - own[:, level]), digits=2)
-                row.append(f"{middle:.2f}" if name == TICKETS else f"{middle:.2f}: {gap}")
-        rows.append(row)
-    header = [
-        "method",
-        *(f"{name}, {each:.1%}" for name in METRICS.values() for each in density[1:]),
-    ]
-    return """Shares of the range from the random policy to the dense one, mean over seeds, and
+    paragraphs = [
+        """Shares of the range from the random policy to the dense one, mean over seeds, and
 after the colon the difference from the ticket of the same seed. A ticket has been trained several
 times to find its mask, the others train once; what is pruned gradually is dense at first, its curve
-too. Masks that change share a density out by ERK, as published.
+too. Masks that change share a density out by ERK, as published."""
+    ]
+    for algo, title in algorithms(cells).items():
+        header = [
+            f"{title}, method",
+            *(f"{name}, {each:.1%}" for name in METRICS.values() for each in density[1:]),
+        ]
+        rows = [[name, *_fields(cells, algo, name, len(density))] for name in methods(cells)]
+        paragraphs.append(markdown(header, rows))
+    if not methods(cells, WIDER):
+        return "\n\n".join(paragraphs)
+    paragraphs.append(
+        """Networks twice as wide, of as many weights in the end: a density is of the ordinary
+network's weights, so that at 100% of them the wide one is sparse. After the colon the difference
+from the ordinary network under the same method, dense at 100%."""
+    )
+    header = ["final return of wide networks", *(f"{each:.1%}" for each in density)]
+    rows = [
+        [f"{title}, {name}", *_wide_fields(cells, algo, name)]
+        for algo, title in algorithms(cells).items()
+        for name in methods(cells, WIDER)
+    ]
+    paragraphs.append(markdown(header, rows))
+    if dense := _wide_dense(cells):
+        paragraphs.append(f"Dense, the wide networks end at {dense}.")
+    return "\n\n".join(paragraphs)
 
-""" + markdown(header, rows)
+
+def _fields(cells: pl.DataFrame, algo: str, name: str, count: int) -> list[str]:
+    fields = []
+    for metric in METRICS:
+        values, own = (matrix(cells, algo, each, metric) for each in (name, TICKETS))
+        for level in range(1, count):
+            middle = values[:, level].mean()
+            gap = signed(*effect(values[:, level] - own[:, level]), digits=2)
+            fields.append(f"{middle:.2f}" if name == TICKETS else f"{middle:.2f}: {gap}")
+    return fields
+
+
+def _wide_fields(cells: pl.DataFrame, algo: str, name: str) -> list[str]:
+    values = matrix(cells, algo, name, "return_final", WIDER)
+    gaps = values - matrix(cells, algo, name, "return_final")
+    return [
+        f"{column.mean():.2f}: {signed(*effect(gap), digits=2)}"
+        for column, gap in zip(values.T, gaps.T, strict=True)
+    ]
+
+
+def _wide_dense(cells: pl.DataFrame) -> str:
+    there = cells.filter((pl.col("width") == WIDER) & (pl.col("method") == DENSE))
+    return " and ".join(
+        f"{matrix(cells, algo, DENSE, 'return_final', WIDER).mean():.2f} ({title})"
+        for algo, title in algorithms(there).items()
+    )
 
 
 def draw(cells: pl.DataFrame, density: np.ndarray) -> Figure:
     panels = {
-        title: [Line(name, 100 * density, matrix(cells, name, metric)) for name in methods(cells)]
-        for metric, title in METRICS.items()
+        f"{title}, {word}": [
+            Line(name, 100 * density, matrix(cells, algo, name, metric)) for name in methods(cells)
+        ]
+        for algo, title in algorithms(cells).items()
+        for metric, word in METRICS.items()
     }
     return line_figure(
         panels,
-        f"{cells['env'][0]}, PPO: sparse while it trains",
+        f"{cells['env'][0]}: sparse while it trains",
         f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
         "density",
         "share of the dense return",
     )
 
 
+def draw_widths(cells: pl.DataFrame, density: np.ndarray) -> Figure:
+    panels = {
+        title: [
+            Line(
+                f"{name}, x{width}",
+                100 * density,
+                matrix(cells, algo, name, "return_final", width),
+            )
+            for name in methods(cells, WIDER)
+            for width in (1, WIDER)
+        ]
+        for algo, title in algorithms(cells).items()
+    }
+    return line_figure(
+        panels,
+        f"{cells['env'][0]}: as many weights in networks twice as wide",
+        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
+        "weights, of the ordinary dense network's",
+        "final return, of the dense one",
+    )
+
+
 EXPERIMENT = Experiment(
     name="during_training",
     question="Is a ticket better than pruning while it trains?",
-    claim="For PPO gradual pruning changes nothing, and lottery tickets do worse than dense "
-    "(Obando-Ceron et al. 2024)",
+    claim="Gradual pruning at 95% helps DQN and changes nothing for PPO; lottery tickets do worse "
+    "than dense (Obando-Ceron et al. 2024, in networks widened three to five times)",
     collect=collect,
     conclude=conclude,
 )

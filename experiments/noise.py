@@ -67,7 +67,7 @@ def collect(place: Place) -> pl.DataFrame:
                 rate=1 - (1 - spec.rate) ** APART,
                 levels=(spec.levels - 1) // APART + 1,
                 during=method,
-                during_every=1 if place.quick else EVERY,
+                during_every=1 if place.quick else EVERY["ppo"],
             )
             cells = _with_ranks(count, during, place.sweep(name, during))
             pruned = cells.filter(pl.col("level") > 0)

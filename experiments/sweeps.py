@@ -164,7 +164,7 @@ def setting(cells: pl.DataFrame) -> str:
     levels = cells["level"].max() + 1
     words = (
         f"{cells['env'][0]}, {cells['seed'].n_unique()} seeds, {levels} levels of "
-        f"{pruned:.0%} down to {cells['density'].min():.2%}, {cells['train_steps'].max():,} steps, "
+        f"{pruned:.0%} down to {cells['density'].min():.2%}, {budgets(cells)}, "
         f"{len(cells):,} trainings"
     )
     apart = f"{per_level(cells):.2g} of its levels at a time" if per_level(cells) > 1.1 else ""
@@ -172,15 +172,33 @@ def setting(cells: pl.DataFrame) -> str:
     return f"{words} (cut: {cut})" if cut else words
 
 
+OFF_POLICY = {"dqn": "DQN", "sac": "SAC"}
+"""Algorithms with a budget of their own."""
+
+
+def budgets(cells: pl.DataFrame) -> str:
+    """Steps of a training, those of algorithms with a budget of their own beside the others'."""
+    on_policy = cells.filter(~pl.col("algo").is_in(list(OFF_POLICY)))["train_steps"].max()
+    found = [f"{on_policy:,} steps"] if on_policy else []
+    for algo, name in OFF_POLICY.items():
+        steps = cells.filter(pl.col("algo") == algo)["train_steps"].max()
+        found += [f"{steps:,} of {name}"] if steps else []
+    return " and ".join(found)
+
+
 def cuts(cells: pl.DataFrame) -> str:
     """Where steps and seeds are fewer than the protocol's; empty where they are not."""
-    steps, full = cells["train_steps"].max(), protocol(cells["env"][0]).ppo.steps
-    seeds = cells["seed"].n_unique()
-    found = [
-        f"{steps / full:.0%} of the protocol's steps" if steps < 0.95 * full else "",
-        f"{seeds} of 15 seeds" if seeds < 15 else "",
-    ]
-    return ", ".join(filter(None, found))
+    on_policy = cells.filter(~pl.col("algo").is_in(list(OFF_POLICY)))
+    found, seeds = [], cells["seed"].n_unique()
+    for algo, name in {"ppo": "", **OFF_POLICY}.items():
+        here = on_policy if algo == "ppo" else cells.filter(pl.col("algo") == algo)
+        full = protocol(cells["env"][0]).settings_of(algo).steps
+        steps = here["train_steps"].max()
+        if steps and steps < 0.95 * full:
+            found.append(f"{steps / full:.0%} of the protocol's steps{f' of {name}' * bool(name)}")
+    if seeds < 15:
+        found.append(f"{seeds} of 15 seeds")
+    return ", ".join(found)
 
 
 def levels(store: Store, algo: str) -> list[int]:
@@ -221,6 +239,8 @@ def train(
 ) -> pl.DataFrame:
     """Train policies that no condition of a sweep describes, by the sweep's settings.
 
+    Where the sweep prunes while it trains they are pruned to the level's density on the way.
+
     Args:
         spec: the sweep.
         store: where it has its experts' demonstrations.
@@ -234,7 +254,8 @@ def train(
     Returns:
         A row per policy with the returns of a sweep's rows.
     """
-    population = Population.create(spec.arena(algo), initial, mask, spec.density(level))
+    begins = spec.density(level) if spec.during == "none" else 1.0
+    population = Population.create(spec.arena(algo), initial, mask, begins)
     names = [
         derive_key("experiment", what, spec.env, algo, seed, level, i)
         for i, seed in enumerate(seeds)
@@ -249,12 +270,14 @@ def train(
             "algo": algo,
             "seed": list(seeds),
             "level": [level] * len(seeds),
-            "density": mask.double().mean(1).tolist(),
+            "density": population.parameters.mask.double().mean(1).tolist(),
             "return_initial": result.return_initial.tolist(),
             "return_auc": result.curve.mean(1).tolist(),
             "return_final": result.return_final.tolist(),
             "return_final_sampled": result.return_final_sampled.tolist(),
+            "return_initial_sampled": result.return_initial_sampled.tolist(),
             "curve": result.curve.tolist(),
+            "curve_sampled": result.curve_sampled.tolist(),
             "train_steps": [result.train_steps] * len(seeds),
             "random_return": spec.env_spec.random_return,
             "wall_s": result.wall_s / len(seeds),

@@ -1,0 +1,230 @@
+"""Do dense policies learn as CleanRL's own scripts make them learn?
+
+PPO by the same settings and initialisation, and from the initialisation used elsewhere here; DQN by
+the same settings as far as ours has them. The scripts' side is stored by `cleanrl_scripts.py`::
+
+    python -m experiments.cleanrl [--quick]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.figure import Figure
+
+from experiments.drawing import Line, line_figure
+from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
+from experiments.sweeps import quickly, train
+from sparse_tickets import Sweep
+from sparse_tickets.algos.dqn import DQN
+from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.population import initialise
+from sparse_tickets.sweep.protocols import protocol
+from sparse_tickets.sweep.store import Store
+
+SEEDS = 5
+THEIRS, SAME, LECUN = "CleanRL's script", "ours", "ours, LeCun"
+TITLES = {"ppo": "PPO", "dqn": "DQN"}
+RESAMPLES = 10_000
+
+
+def specs(quick: bool) -> Iterator[tuple[str, str, Sweep]]:
+    """Algorithm, name and settings of what is trained here; the scripts' but for the name."""
+    spec = replace(
+        protocol("CartPole-v1"),
+        seeds=SEEDS,
+        evaluation=Evaluation(points=20, episodes=32, final_episodes=100),
+    )
+    spec = replace(spec, ppo=replace(spec.ppo, steps=200_000))
+    dqn = DQN(
+        steps=200_000,
+        copies=1,
+        horizon=10,
+        updates=1,
+        minibatch=128,
+        capacity=10_000,
+        warmup=10_000,
+        learning_rate=2.5e-4,
+        target_interval=500,
+        exploration=0.5,
+        epsilon=0.05,
+    )
+    for algo, name, each in (
+        ("ppo", SAME, replace(spec, init="orthogonal")),
+        ("ppo", LECUN, spec),
+        ("dqn", SAME, replace(spec, hidden=(120, 84), activation="relu", dqn=dqn)),
+    ):
+        yield algo, name, quickly(each) if quick else each
+
+
+def collect(place: Place) -> pl.DataFrame:
+    found = [pl.read_parquet(RESULTS / "cleanrl_scripts.parquet").with_columns(who=pl.lit(THEIRS))]
+    for algo, name, spec in specs(place.quick):
+        cells = place.once(
+            f"cleanrl-{algo}-{spec.init}",
+            (algo, spec),
+            lambda algo=algo, spec=spec: dense(algo, spec, place.runs),
+        )
+        found.append(cells.with_columns(who=pl.lit(name)))
+    return pl.concat(found, how="diagonal")
+
+
+def dense(algo: str, spec: Sweep, runs: Path) -> pl.DataFrame:
+    arena, seeds = spec.arena(algo), list(range(spec.seeds))
+    keys = torch.tensor([spec.initial_key(seed) for seed in seeds])
+    initial = initialise(arena, keys, spec.init, spec.log_std)
+    mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
+    return train(spec, Store(runs), algo, 0, mask, initial, seeds, f"cleanrl {spec.init}")
+
+
+def who(cells: pl.DataFrame, algo: str) -> list[str]:
+    there = set(cells.filter(pl.col("algo") == algo)["who"])
+    return [name for name in (THEIRS, SAME, LECUN) if name in there]
+
+
+def finals(cells: pl.DataFrame, algo: str, name: str, metric: str) -> np.ndarray:
+    rows = cells.filter((pl.col("algo") == algo) & (pl.col("who") == name))
+    return rows.sort("seed")[metric].to_numpy()
+
+
+def curves(cells: pl.DataFrame, algo: str, name: str) -> np.ndarray:
+    """``[seeds, windows]``: the return in each window of the training.
+
+    The scripts' are means of the episodes that end there. Ours lie between the evaluations at its
+    two ends: by sampled actions for PPO, which acts so, by greedy ones for DQN.
+    """
+    rows = cells.filter((pl.col("algo") == algo) & (pl.col("who") == name)).sort("seed")
+    if name == THEIRS:
+        return np.array(rows["curve"].to_list())
+    begin, points = {
+        "ppo": ("return_initial_sampled", "curve_sampled"), "dqn": ("return_initial", "curve"),
+    }[algo]  # fmt: skip
+    at = np.hstack([rows[begin].to_numpy()[:, None], np.array(rows[points].to_list())])
+    return (at[:, 1:] + at[:, :-1]) / 2
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Of the means of two groups of seeds, with its 95% bootstrap interval."""
+    draw = np.random.default_rng(0)
+    means = [
+        group[draw.integers(len(group), size=(RESAMPLES, len(group)))].mean(1)
+        for group in (ours, theirs)
+    ]
+    low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
+    return float(ours.mean() - theirs.mean()), float(low), float(high)
+
+
+def permutation(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Exact p of the difference of means: how many splits of all seeds are as far apart."""
+    both = np.concatenate([ours, theirs])
+    seen = abs(ours.mean() - theirs.mean())
+    splits = np.array(list(combinations(range(len(both)), len(ours))))
+    first = both[splits].sum(1)
+    apart = np.abs(first / len(ours) - (both.sum() - first) / len(theirs))
+    return float((apart >= seen - 1e-9).mean())
+
+
+def comparisons(cells: pl.DataFrame) -> Iterator[tuple[str, str, str, np.ndarray, np.ndarray]]:
+    """Algorithm, who of ours, of what, and the seeds' values: ours, theirs."""
+    for algo in TITLES:
+        for name in who(cells, algo)[1:]:
+            if algo == "ppo":
+                one, other = (curves(cells, algo, each).mean(1) for each in (name, THEIRS))
+                yield algo, name, "learning curve", one, other
+            for metric, word in (
+                ("return_final", "final, greedy"),
+                ("return_final_sampled", "final, sampled"),
+            ):
+                yield (
+                    algo,
+                    name,
+                    word,
+                    *(finals(cells, algo, each, metric) for each in (name, THEIRS)),
+                )
+
+
+def conclude(cells: pl.DataFrame) -> Finding:
+    same = [row for row in comparisons(cells) if row[1] == SAME]
+    shown = [
+        f"{TITLES[algo]}, {word} {signed(*difference(ours, theirs), digits=0)}"
+        for algo, _, word, ours, theirs in same
+    ]
+    apart = [
+        f"{TITLES[algo]}'s {word} {'higher' if ours.mean() > theirs.mean() else 'lower'}"
+        for algo, _, word, ours, theirs in same
+        if permutation(ours, theirs) < 0.05
+    ]
+    seeds = cells.group_by("who", "algo").len()["len"].min()
+    return Finding(
+        ran=f"{cells['env'][0]}, dense PPO and DQN, {seeds} seeds each, "
+        f"{cells['train_steps'].max():,} steps, beside CleanRL's ppo.py and dqn.py at commit "
+        f"{cells['cleanrl'].drop_nulls()[0][:7]} (cut: 40% of the scripts' steps, {seeds} of 15 "
+        "seeds, no Acrobot)",
+        effect=f"ours minus the script's return: {'; '.join(shown)}",
+        verdict=f"differ: {', '.join(apart)}" if apart else "not told apart",
+        text=text(cells),
+        figures={"cleanrl": draw(cells)},
+    )
+
+
+def text(cells: pl.DataFrame) -> str:
+    rows = [
+        [
+            f"{TITLES[algo]}, {name}, {word}",
+            f"{theirs.mean():.0f}",
+            f"{ours.mean():.0f}",
+            signed(*difference(ours, theirs), digits=0),
+            f"{permutation(ours, theirs):.2f}",
+        ]
+        for algo, name, word, ours, theirs in comparisons(cells)
+    ]
+    versions = cells["versions"].drop_nulls()[0]
+    return f"""The scripts ran as they are, with their defaults but for the number of steps
+({versions}). Seeds are not paired: differences of means with bootstrap intervals, p by exact
+permutation. The scripts' curves are means of the episodes that end in a twentieth of the training,
+ours lie between evaluations at its ends.
+
+PPO has the script's settings and initialisation; "LeCun" is what tickets here start from. Our DQN
+has the script's settings, but clips gradients and errors, lets its rate fall to zero and starts
+from LeCun's normals; its curve is greedy, while the script's episodes act at random in 5% of the
+steps at the end and in more before, so that only final returns are compared.
+
+""" + markdown(["policy, return", "CleanRL", "ours", "difference", "p"], rows)
+
+
+def draw(cells: pl.DataFrame) -> Figure:
+    panels = {}
+    for algo, title in TITLES.items():
+        lines = []
+        for name in who(cells, algo):
+            values = curves(cells, algo, name)
+            steps = cells.filter(pl.col("algo") == algo)["train_steps"].max() / 1000
+            middle = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
+            lines.append(Line(name, steps * middle, values))
+        panels[title] = lines
+    return line_figure(
+        panels,
+        f"{cells['env'][0]}: dense policies, ours and CleanRL's",
+        "mean over seeds, 95% interval; DQN: ours greedy, CleanRL's as it explores",
+        "thousand steps",
+        "return",
+        scale="linear",
+    )
+
+
+EXPERIMENT = Experiment(
+    name="cleanrl",
+    question="Do dense policies learn as CleanRL's do?",
+    claim="Our dense PPO and DQN learn as CleanRL's own scripts do (our own premise)",
+    collect=collect,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
