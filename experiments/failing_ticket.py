@@ -185,7 +185,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         f"{cells['level'].n_unique()} densities from {cells['density'].max():.0%} to "
         f"{cells['density'].min():.0%}, {KEYS} fresh keys each, the first "
         f"{cells['train_steps'].max():,} steps: {len(here)} trainings for each of "
-        f"{len(variants(cells))} variants (cut: {cuts(here)})",
+        f"{len(variants(cells))} variants (cut: {cuts(here.with_columns(algo=pl.lit('ppo')))})",
         effect=f"{lost} of {balancing} tickets that balance at once unlearn it; with a trained "
         f"critic the return on the way changes by {signed(*effect(suspect), digits=0)}",
         verdict=verdict(lost, suspect),
