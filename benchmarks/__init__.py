@@ -13,7 +13,7 @@ pytest benchmarks -m bench                 every op, one by one, under pytest-be
 
 From a question to a number, on a CPU and on a GPU alike:
 
-problems.py, layer_step.py, *_job.py   inputs, drawn on their device, and the float64 reference
+problems.py, *_job.py                  inputs, drawn on their device, and the float64 reference
 ours.py, peers/                        contenders: who computes a result, each verified
 cases.py, suites.py                    who meets whom, and at which sizes
 measure.py                             a case -> a record: verified, then timed in turns

@@ -38,14 +38,13 @@ FORMATS = {  # what runs, and the size of the blocks that make up the mask
     "dense": ("dense", 1),
     "csr": ("sparse", 1),
     "blocked": ("sparse", 16),
-    "packed": (None, 1),
 }
 # The reference has one format besides, and on a GPU the mask decides.
 OURS = [
     (backend, format, sparsity)
     for format in FORMATS
     for backend, sparsity in swept(SPARSITIES)
-    if backend == "cpu" or format in ("auto", "blocked", "packed")
+    if backend == "cpu" or format in ("auto", "blocked")
 ]
 BACKWARD = (torch_dense, masked_bmm, torch_csr, torch_bsr, sparseprop)
 PEERS = [
@@ -81,8 +80,6 @@ def bench_layer(timed, backward, backend, format, shape, sparsity):
     def build():
         forced, block = FORMATS[format]
         problem = LinearProblem(*LAYERS[shape], sparsity, block=block, device=device_of(backend))
-        if format == "packed":
-            return ours.linear_packed(problem, backend, backward=backward)
         make = ours.linear_backward if backward else ours.linear_forward
         return make(problem, backend, format=forced if backend == "cpu" else None)
 

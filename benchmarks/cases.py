@@ -14,12 +14,9 @@ import torch
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.kernels.linear import cost
-from sparse_tickets.kernels.prune import cost as prune_costs
-from sparse_tickets.kernels.update import cost as update_costs
 
-from . import layer_step, ours
+from . import ours
 from .costs import linear_cost, policy_cost
-from .layer_step import StepProblem
 from .level_job import LevelJob, level_contender, sparsity_of
 from .measure import Case, Contest
 from .peers import (
@@ -43,7 +40,6 @@ from .problems import LinearProblem, PolicyProblem, PruneProblem
 __all__ = [
     "FUSED_DENSE",
     "TORCH_LEVEL",
-    "adam_alone",
     "blocked",
     "is_ours",
     "layer_inside",
@@ -54,7 +50,6 @@ __all__ = [
     "ppo_iteration",
     "prune",
     "told_apart",
-    "training_step",
 ]
 
 FUSED_DENSE = "sparse_tickets, run dense"
@@ -280,50 +275,6 @@ def told_apart(*, tickets: int = 60, sparsity: float = 90.0, device: str = "cpu"
     return Case("whole job, gains told apart", shape, sparsity, build, unit="agent-step")
 
 
-def training_step(
-    sparsity: float,
-    *,
-    tickets: int,
-    batch: int,
-    width: int,
-    device: str = "cpu",
-    precision: str = "tf32",
-    asked: float | None = None,
-) -> Case:
-    """One layer of a population, forward + backward + Adam, packed."""
-
-    def build() -> Contest:
-        problem = StepProblem(
-            tickets, batch, width, width, sparsity, device=device, precision=precision
-        )
-        contest = Contest(layer_step.step(layer_step.Packed(problem)))
-        contest.cost = layer_step.step_cost(problem)
-        for layer in (layer_step.Masked, layer_step.Dense, layer_step.Times, layer_step.Compiled):
-            contest.invite(layer.name, lambda layer=layer: layer_step.step(layer(problem)))
-        return contest
-
-    shape = _layer_shape(tickets, batch, width, width)
-    op = f"layer forward+backward+Adam, {precision}"
-    return Case(op, shape, sparsity, build, cold=True, precision=precision, asked=asked)
-
-
-def adam_alone(
-    sparsity: float, *, tickets: int, width: int, device: str = "cpu", asked: float | None = None
-) -> Case:
-    """Adam on a packed arena."""
-
-    def build() -> Contest:
-        problem = StepProblem(tickets, 16, width, width, sparsity, device=device, precision="tf32")
-        contest = Contest(layer_step.adam(layer_step.Packed(problem)))
-        contest.cost = update_costs.adam(tickets, int(problem.mask[0].sum()))
-        for layer in (layer_step.Masked, layer_step.Dense, layer_step.Compiled):
-            contest.invite(layer.name, lambda layer=layer: layer_step.adam(layer(problem)))
-        return contest
-
-    shape = {"P": tickets, "weights": width * width}
-    return Case("Adam, packed", shape, sparsity, build, cold=True, asked=asked)
-
-
 def blocked(
     sparsity: float,
     *,
@@ -372,7 +323,8 @@ def prune(*, tickets: int, prunable: int, device: str = "cpu", asked: float | No
     def build() -> Contest:
         problem = PruneProblem(tickets, prunable, 50.0, round(0.4 * prunable), device)
         contest = Contest(ours.prune_to(problem))
-        contest.cost = prune_costs.prune(tickets, prunable)
+        # Scores, masks and counts, each read or written once; nothing is computed.
+        contest.cost = Cost(0, tickets * (6 * prunable + 8))
         contest.peers.append(torch_topk.prune(problem))
         return contest
 

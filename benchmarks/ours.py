@@ -16,8 +16,6 @@ from sparse_tickets.kernels.linear import plan as linear_plan
 from sparse_tickets.kernels.linear.crossover import forced_format
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.mlp import plan as mlp_plan
-from sparse_tickets.kernels.packed import build_pattern, pack, unpack
-from sparse_tickets.kernels.packed import linear_packed as packed_product
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import Contender, mismatch
@@ -33,7 +31,6 @@ __all__ = [
     "layer_inside",
     "linear_backward",
     "linear_forward",
-    "linear_packed",
     "on_backend",
     "policy",
     "prune_to",
@@ -118,28 +115,6 @@ def linear_backward(
     timed = _in_format(format, on_backend(backend, run))
     plan = _linear_plan(problem, backend, layer, format, training=True)
     return problem.contender(name, timed, plan=plan)
-
-
-def linear_packed(
-    problem: LinearProblem, backend: str = "auto", name: str = OURS, *, backward: bool = False
-) -> Contender:
-    """`kernels.packed.linear_packed`, forward alone or with gradients, the weight's packed too."""
-    _, out, inp = problem.weight.shape
-    kept = int(problem.mask[0].sum())
-    pattern = build_pattern(problem.mask.flatten(1), [(0, out, inp)], width=kept)
-    values = pack(problem.weight.flatten(1), pattern).requires_grad_(backward)
-    x, _, bias = (leaf.requires_grad_(backward) for leaf in problem.leaves())
-
-    def run() -> Tensor | tuple[Tensor, ...]:
-        y = packed_product(x, values, pattern, 0, bias, precision=problem.precision)
-        return (y, *torch.autograd.grad(y, (x, values, bias), problem.dy)) if backward else y
-
-    return problem.contender(
-        name,
-        on_backend(backend, run),
-        plan="linear_packed",
-        dw=lambda dw: unpack(dw, pattern).unflatten(1, (out, inp)),
-    )
 
 
 def backward_blocked(problem: LinearProblem, block: int) -> Contender:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from .cases import (
-    adam_alone,
     blocked,
     layer_inside,
     level,
@@ -19,7 +18,6 @@ from .cases import (
     ppo_iteration,
     prune,
     told_apart,
-    training_step,
 )
 from .measure import Case
 from .problems import SPARSITIES
@@ -115,11 +113,8 @@ class Sizes:
     """How large the cases of a GPU's targets are; launches are tuned for them too.
 
     Attributes:
-        tickets: of a population of layers.
-        batch: rows per ticket.
-        width: of a layer.
-        sparsities: of the whole step.
-        curve: sparsities of dense+mask.
+        width: of a layer of a population.
+        curve: its sparsities.
         wide: width of the one blocked layer.
         wide_batch: its rows.
         policies: tickets of a population of policies.
@@ -131,10 +126,7 @@ class Sizes:
         rounds: samples.
     """
 
-    tickets: int = 1024
-    batch: int = 64
     width: int = 256
-    sparsities: tuple[float, ...] = (50.0, 80.0, 90.0)
     curve: tuple[float, ...] = (0.0, 50.0, 80.0, 90.0, 95.0, 99.0)
     wide: int = 1024
     wide_batch: int = 8192
@@ -149,10 +141,7 @@ class Sizes:
 
 REAL = Sizes()
 TINY = Sizes(
-    tickets=2,
-    batch=16,
     width=32,
-    sparsities=(90.0,),
     curve=(0.0, 90.0),
     wide=64,
     wide_batch=32,
@@ -168,7 +157,6 @@ TINY = Sizes(
 
 
 # What is asked for: the subject's speed over its strongest peer's, by sparsity, or by width.
-_STEP = {50.0: 1.4, 80.0: 2.5, 90.0: 3.3}
 _POLICY = {64: 3.0, 128: 2.0}
 
 
@@ -177,13 +165,8 @@ def targets(device: str = "cuda", sizes: Sizes | None = None) -> list[Case]:
     on_gpu = torch.device(device).type == "cuda"
     sizes = sizes or (REAL if on_gpu else TINY)
     here: dict[str, Any] = {"device": device}
-    layer: dict[str, Any] = {"tickets": sizes.tickets, "width": sizes.width, **here}
-    cases = [
-        training_step(s, batch=sizes.batch, asked=_STEP.get(s), **layer) for s in sizes.sparsities
-    ]
-    cases.append(adam_alone(90.0, asked=6.0, **layer))
     wide: dict[str, Any] = {"width": sizes.wide, "batch": sizes.wide_batch, **here}
-    cases.append(blocked(90.0, asked=1.8, **wide))
+    cases = [blocked(90.0, asked=1.8, **wide)]
     # Triton's interpreter corrupts bfloat16.
     if on_gpu:
         cases.append(blocked(90.0, dtype=torch.bfloat16, precision="bf16", asked=1.8, **wide))

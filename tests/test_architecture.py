@@ -207,7 +207,7 @@ def test_triton_is_only_imported_when_a_kernel_runs() -> None:
         i
         for i in all_imports()
         if i.eager
-        and not i.importer.endswith((".gpu", "_gpu", ".packed.tiles"))
+        and not i.importer.endswith((".gpu", "_gpu"))
         and (inside(i.module, "triton") or i.module.endswith((".gpu", "_gpu")))
     )
 

@@ -717,7 +717,6 @@ def test_contenders_compute_the_reference(monkeypatch):
         ours.linear_forward(problem, "reference"),
         ours.linear_backward(problem, "reference"),
         ours.policy(policy, "reference"),
-        *(ours.linear_packed(problem, "reference", backward=grad) for grad in (False, True)),
         *(peer.linear_forward(problem) for peer in (torch_dense, masked_bmm, torch_csr, scipy_csr)),
         *(peer.linear_backward(problem) for peer in (torch_dense, masked_bmm, torch_csr)),
         *(torch_bsr.linear_forward(p) for p in (problem, blocks)),

@@ -24,7 +24,6 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import plugin, process, sweep, table, tests, tune, warm
 from benchmarks.gpu.report import gpu_tables, summary
 from benchmarks.gpu.tune import Subject, candidates, write_configurations
-from benchmarks.layer_step import StepProblem
 from benchmarks.measure import Case, Contest, measure
 from benchmarks.peers import Unavailable
 from benchmarks.problems import distance, random_masks
@@ -252,21 +251,6 @@ def test_tf32_may_lose_what_its_factors_lose_and_no_more():
         distance([want[:1]], [want], 4, "tf32")
 
 
-def test_a_step_is_told_from_a_wrong_one():
-    problem = StepProblem(2, 16, 32, 32, 50.0, precision="tf32")
-    right = problem.step
-    assert problem.step_error(right) == 0
-    off_mask = right.weight.clone()
-    off_mask[~problem.mask] = 1e-9
-    for wrong in (
-        right._replace(weight=problem.weight.double()),
-        right._replace(weight=off_mask),
-        right._replace(m=right.m * 1.05),
-        right._replace(dx=right.dx * math.nan),
-    ):
-        assert not problem.step_error(wrong) <= 1
-
-
 def contest(timer, *, error=0.0, peer=2e-3, subject="sparse_tickets"):
     found = Contest(timer.contender(subject, 1e-3, error), cost=Cost(1e6, 1e3))
     found.peers += [
@@ -304,7 +288,7 @@ def filled(monkeypatch):
     timer, deadline = FakeTimer(), time.monotonic() + 1000
 
     def breaks():
-        raise Unavailable("kernels.packed is not there")
+        raise Unavailable("its kernels are not there")
 
     def takes_all_the_time():
         monkeypatch.setattr(table.time, "monotonic", lambda: deadline + 1)
@@ -328,7 +312,7 @@ def test_the_table_keeps_what_it_has(filled):
     assert [record.op for record in filled.records] == ["good, tf32", "last, tf32"]
     assert [refusal.label for refusal in filled.refused] == ["wrong, tf32 P=2 90%"]
     part = filled.parts["table"]
-    assert part["failed"] == {"broken, tf32 P=2 90%": "Unavailable: kernels.packed is not there"}
+    assert part["failed"] == {"broken, tf32 P=2 90%": "Unavailable: its kernels are not there"}
     assert part["left_out"] == ["late, tf32 P=2 90%"]
 
 
@@ -400,9 +384,8 @@ def test_every_target_that_was_asked_for_has_a_row():
     asked = {}
     for case in cases:
         asked.setdefault(case.asked, []).append(case.label)
-    step, policy = "layer forward+backward+Adam, tf32 P=1024 B=64", "policy forward+backward P=60"
+    policy = "policy forward+backward P=60"
     for target, parts in {
-        1.4: (step, "50%"), 2.5: (step, "80%"), 3.3: (step, "90%"), 6.0: ("Adam, packed", "90%"),
         0.97: ("linear forward+backward, tf32", "99%"), 1.8: ("blocked", "block=32 90%"),
         3.0: (policy, "width=64 90%"), 2.0: (policy, "width=128 90%"), 5.0: ("prune", "60%"),
         None: (STAGES, "90%"),

@@ -28,7 +28,7 @@ from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.kernels.tuning import Question
 from sparse_tickets.timing import Budget, Contender, Spread, interleave
 
-from .. import layer_step, ours
+from .. import ours
 from ..clock import GpuTimer, is_lost, make_timer
 from ..clone_job import CloneJob, clone_contender
 from ..measure import precision_of_torch
@@ -68,9 +68,6 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
     width = sizes.width
     on_device: dict[str, Any] = {"device": device, "precision": "tf32"}
 
-    def trained() -> layer_step.StepProblem:
-        return layer_step.StepProblem(sizes.tickets, sizes.batch, width, width, 90.0, **on_device)
-
     def blocked() -> Contender:
         shape = 1, sizes.wide_batch, sizes.wide, sizes.wide
         return ours.backward_blocked(LinearProblem(*shape, 90.0, block=32, **on_device), 32)
@@ -90,10 +87,6 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
     def cloning() -> CloneJob:
         return CloneJob(sizes.policies, 90.0, sizes.policy_batch, 4, device)
 
-    def packed() -> Contender:
-        return layer_step.step(layer_step.Packed(trained()))
-
-    yield Subject("packed layer, step", packed, 3.0)
     yield Subject("blocked layer, forward+backward", blocked, 3.0)
     yield Subject("dense+mask layer, forward+backward", masked, 2.0)
     for hidden in sizes.policy_widths:
@@ -105,7 +98,6 @@ def subjects(sizes: Sizes, device: torch.device) -> Iterator[Subject]:
     tickets, prunable = sizes.pruned
     problem = partial(PruneProblem, tickets, prunable, 50.0, round(0.4 * prunable), device)
     yield Subject("prune", lambda: ours.prune_to(problem()))
-    yield Subject("Adam, dense+mask", lambda: layer_step.adam(layer_step.Masked(trained())))
     yield Subject(f"policy of width {width}, forward+backward", lambda: ours.policy(policy(width)))
 
 

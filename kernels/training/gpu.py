@@ -81,8 +81,6 @@ def adam_(parameters: Parameters, grad: Tensor, lr: Tensor, optimiser: Any, **op
         parameters.step,
         lr,
         parameters.mask,
-        None,
-        None,
         math.inf if optimiser.max_norm is None else optimiser.max_norm,
         optimiser.beta1,
         optimiser.beta2,

@@ -1,11 +1,10 @@
-"""Parameter updates of a population: rewind to the initialisation, masked Adam and masked SGD.
+"""Parameter updates of a population: rewind to the initialisation, and masked Adam.
 
-All three work in place on rows of the arena, ``[P, T]`` with the N prunable entries first, and
-leave weights and moments exactly zero where the mask is False. A packed arena stores the unpruned
-entries only and has no mask: ``mask=None`` counts every entry, and ``count [P]`` tells where a
-row's padding begins. Nothing crosses tickets: a row's result does not depend on P. The optimisers
-compute `torch.nn.utils.clip_grad_norm_` followed by `torch.optim.Adam` or `torch.optim.SGD` on
-every row by itself. None has a derivative, forward-mode tangents are refused.
+Both work in place on rows of the arena, ``[P, T]`` with the N prunable entries first, and
+leave weights and moments exactly zero where the mask is False. Nothing crosses tickets: a row's
+result does not depend on P. Adam computes `torch.nn.utils.clip_grad_norm_` followed by
+`torch.optim.Adam` on every row by itself. Neither has a derivative; forward-mode tangents are
+refused.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ from ..errors import check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
 from ..registration import declare
 from .checks import (
-    check_count,
     check_like,
     check_max_norm,
-    check_partials,
     check_range,
     check_rewind_separate,
     check_rows,
@@ -39,7 +36,6 @@ def rewind_(
     v: Tensor,
     mask: Tensor | None,
     *,
-    count: Tensor | None = None,
     initial_m: Tensor | None = None,
     initial_v: Tensor | None = None,
 ) -> None:
@@ -52,8 +48,6 @@ def rewind_(
         m: ``[P, T]`` first moment, overwritten with `initial_m` on the mask, or with zeros.
         v: ``[P, T]`` second moment, likewise with `initial_v`.
         mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned. None prunes nothing.
-        count: ``[P]`` int64, valid entries of each row; those beyond count as pruned. Without a
-            mask only.
         initial_m: ``[P, T]`` first moment at that early step, or None.
         initial_v: ``[P, T]`` second moment at that early step, or None.
 
@@ -69,7 +63,6 @@ def rewind_(
         m.detach(),
         v.detach(),
         mask,
-        count,
         None if initial_m is None else initial_m.detach(),
         None if initial_v is None else initial_v.detach(),
     )
@@ -84,8 +77,6 @@ def adam_(
     lr: Tensor,
     mask: Tensor | None,
     *,
-    count: Tensor | None = None,
-    norm_partials: Tensor | None = None,
     max_norm: float | None = 0.5,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -105,10 +96,6 @@ def adam_(
         step: ``[P]`` int64, steps taken so far; incremented before use.
         lr: ``[P]`` float32 or float64 learning rates.
         mask: ``[P, N]`` bool, N <= T; entries from N on are never pruned. None prunes nothing.
-        count: ``[P]`` int64, valid entries of each row; those beyond count as pruned. Without a
-            mask only.
-        norm_partials: ``[P, parts]`` of weight's dtype, sums of squares that make up each ticket's
-            squared norm, to take instead of reading `grad` once more.
         max_norm: largest gradient norm, or None (or inf) for no clipping.
         beta1: decay of the first moment, in [0, 1).
         beta2: decay of the second moment, in [0, 1).
@@ -122,7 +109,7 @@ def adam_(
             one, or a number out of its range.
         TypeError: a dtype; the Triton backend takes float32 only.
     """
-    check_untransformed("adam_", weight, grad, m, v, lr, norm_partials)
+    check_untransformed("adam_", weight, grad, m, v, lr)
     return torch.ops.sparse_tickets.adam_(
         weight.detach(),
         grad.detach(),
@@ -131,8 +118,6 @@ def adam_(
         step,
         lr.detach(),
         mask,
-        count,
-        None if norm_partials is None else norm_partials.detach(),
         check_max_norm(max_norm),
         beta1,
         beta2,
@@ -144,14 +129,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _optional(
-    mask: Tensor | None, count: Tensor | None, norm_partials: Tensor | None
-) -> dict[str, Tensor | None]:
-    """By name, in the order in which the backends take them."""
-    given = {"mask": mask, "count": count, "norm_partials": norm_partials}
-    return {name: _contiguous(tensor) for name, tensor in given.items()}
-
-
 # Whoever calls an op by its name has passed no other check; kernels read memory by these shapes.
 
 
@@ -161,7 +138,6 @@ def _check_rewind(
     m: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
@@ -169,7 +145,6 @@ def _check_rewind(
     for name, given in (("initial", initial), ("initial_m", initial_m), ("initial_v", initial_v)):
         if given is not None:
             check_like(name, given, weight)
-    check_count(count, mask, weight)
 
 
 def _check_adam(
@@ -180,8 +155,6 @@ def _check_adam(
     step: Tensor,
     lr: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
-    norm_partials: Tensor | None,
     max_norm: float,
     beta1: float,
     beta2: float,
@@ -197,8 +170,6 @@ def _check_adam(
         check_range(name, beta, 0 <= beta < 1, "in [0, 1)")
     check_range("eps", eps, eps >= 0, ">= 0")
     check_range("max_norm", max_norm, max_norm > 0, "> 0")
-    check_count(count, mask, weight)
-    check_partials(norm_partials, weight)
 
 
 def _rewind(
@@ -207,17 +178,15 @@ def _rewind(
     m: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
-    _check_rewind(weight, initial, m, v, mask, count, initial_m, initial_v)
-    initial = initial.contiguous()
+    _check_rewind(weight, initial, m, v, mask, initial_m, initial_v)
+    initial, mask = initial.contiguous(), _contiguous(mask)
     initial_m, initial_v = _contiguous(initial_m), _contiguous(initial_v)
-    mask, count = _contiguous(mask), _contiguous(count)
     rows = (weight, initial, m, v)
-    check_rewind_separate(*rows, initial_m, initial_v, mask=mask, count=count)
-    implementation(__name__, weight.device).rewind_(*rows, mask, count, initial_m, initial_v)
+    check_rewind_separate(*rows, initial_m, initial_v, mask=mask)
+    implementation(__name__, weight.device).rewind_(*rows, mask, initial_m, initial_v)
     mark_written(weight, m, v)
 
 
@@ -229,21 +198,18 @@ def _adam(
     step: Tensor,
     lr: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
-    norm_partials: Tensor | None,
     max_norm: float,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> Tensor:
     numbers = (max_norm, beta1, beta2, eps)
-    _check_adam(weight, grad, m, v, step, lr, mask, count, norm_partials, *numbers)
-    grad, lr = grad.contiguous(), lr.contiguous()
-    optional = _optional(mask, count, norm_partials)
+    _check_adam(weight, grad, m, v, step, lr, mask, *numbers)
+    grad, lr, mask = grad.contiguous(), lr.contiguous(), _contiguous(mask)
     written = {"weight": weight, "m": m, "v": v, "step": step}
-    check_separate(written, {"grad": grad, "lr": lr, **optional})
+    check_separate(written, {"grad": grad, "lr": lr, "mask": mask})
     backend = implementation(__name__, weight.device)
-    norm = backend.adam_(weight, grad, m, v, step, lr, *optional.values(), *numbers)
+    norm = backend.adam_(weight, grad, m, v, step, lr, mask, *numbers)
     mark_written(weight, m, v, step)
     return norm
 

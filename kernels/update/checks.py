@@ -11,18 +11,12 @@ from ..errors import check_tensor, refuse_shape
 from ..memory import check_separate
 
 __all__ = [
-    "PARTIALS_LIMIT",
-    "check_count",
     "check_like",
     "check_max_norm",
-    "check_partials",
     "check_range",
     "check_rewind_separate",
     "check_rows",
 ]
-
-PARTIALS_LIMIT = 8192
-"""Partial sums a row's norm may come in: on a GPU every program of the row adds them up."""
 
 
 def check_rows(mask: Tensor | None, **rows: Tensor) -> None:
@@ -44,25 +38,6 @@ def check_rows(mask: Tensor | None, **rows: Tensor) -> None:
 def check_like(name: str, tensor: Tensor, weight: Tensor) -> None:
     """A tensor of one number per weight."""
     check_tensor(name, tensor, weight.shape, weight.dtype, like=weight)
-
-
-def check_count(count: Tensor | None, mask: Tensor | None, weight: Tensor) -> None:
-    """Valid entries per row; values are not looked at, and every backend cuts them to the row."""
-    if count is None:
-        return
-    if mask is not None:
-        raise ValueError("count must be None where a mask is given: a row is packed or masked")
-    check_tensor("count", count, (len(weight),), torch.int64, like=weight)
-
-
-def check_partials(partials: Tensor | None, weight: Tensor) -> None:
-    """Sums of squares that together make each row's squared norm."""
-    if partials is None:
-        return
-    shape = (len(weight), f"1 to {PARTIALS_LIMIT}")
-    check_tensor("norm_partials", partials, shape, weight.dtype, like=weight)
-    if not 1 <= partials.shape[1] <= PARTIALS_LIMIT:
-        refuse_shape("norm_partials", partials, shape)
 
 
 def check_range(name: str, value: float, holds: bool, allowed: str) -> None:

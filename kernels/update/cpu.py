@@ -1,4 +1,4 @@
-"""Rewind, Adam and SGD in Numba: one ticket per thread, each row passed over once per stage.
+"""Rewind and Adam in Numba: one ticket per thread, each row passed over once per stage.
 
 Every loop is elementwise, so LLVM vectorises it without reassociating anything: a row's numbers
 depend neither on P, nor on the number of threads, nor on the machine's vector width. Nothing is
@@ -67,17 +67,6 @@ def clip_coefficient(norm, max_norm):
 
 
 @njit(cache=True, error_model="numpy")
-def _norm(grad, mask, partials):
-    """Norm of a row: from its partial sums, in order, if there are any."""
-    if partials.shape[0] == 0:
-        return np.sqrt(squared_norm(grad, mask))
-    total = grad.dtype.type(0)
-    for i in range(partials.shape[0]):
-        total += partials[i]
-    return np.sqrt(total)
-
-
-@njit(cache=True, error_model="numpy")
 def blend(old, new, rate):
     """As `torch.lerp` from the nearer end: at a rate of 1 nothing of a huge ``old`` is left."""
     difference = new - old
@@ -115,12 +104,6 @@ def adam_row(weight, grad, m, v, mask, lr, step, max_norm, beta1, beta2, eps):
         The norm of the masked gradient before clipping.
     """
     norm = np.sqrt(squared_norm(grad, mask))
-    _adam_clipped(weight, grad, m, v, mask, lr, step, norm, max_norm, beta1, beta2, eps)
-    return norm
-
-
-@njit(cache=True, error_model="numpy")
-def _adam_clipped(weight, grad, m, v, mask, lr, step, norm, max_norm, beta1, beta2, eps):
     kind = weight.dtype.type
     zero = kind(0)
     scale = kind(clip_coefficient(norm, max_norm))
@@ -144,34 +127,27 @@ def _adam_clipped(weight, grad, m, v, mask, lr, step, norm, max_norm, beta1, bet
         weight[i], m[i], v[i] = _adam_entry(
             weight[i], grad[i] * scale, m[i], v[i], rate1, decay2, rate2, size, inverse_root, eps
         )
+    return norm
 
 
 @njit(cache=True, error_model="numpy")
 def _adam_ticket(
-    thread, ticket, weight, grad, m, v, mask, count, partials, lr, step, max_norm, beta1, beta2,
-    eps, norm,
-):  # fmt: skip
+    thread, ticket, weight, grad, m, v, mask, lr, step, max_norm, beta1, beta2, eps, norm
+):
     step[ticket] += 1
-    end = max(count[ticket], 0)
-    valid = grad[ticket, :end]
-    norm[ticket] = _norm(valid, mask[ticket], partials[ticket])
-    _adam_clipped(
-        weight[ticket, :end],
-        valid,
-        m[ticket, :end],
-        v[ticket, :end],
+    norm[ticket] = adam_row(
+        weight[ticket],
+        grad[ticket],
+        m[ticket],
+        v[ticket],
         mask[ticket],
         lr[ticket],
         step[ticket],
-        norm[ticket],
         max_norm,
         beta1,
         beta2,
         eps,
     )
-    weight[ticket, end:] = 0
-    m[ticket, end:] = 0
-    v[ticket, end:] = 0
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -180,36 +156,29 @@ def _adam_rows(threads, tickets, arguments):
 
 
 @njit(cache=True)
-def _copy_ticket(thread, ticket, target, source, mask, count):
-    """``target = source``, and zero where the mask of the prefix is False or a row has ended."""
+def _copy_ticket(thread, ticket, target, source, mask):
+    """``target = source``, and zero where the mask of the prefix is False."""
     prunable = mask.shape[1]
     zero = target.dtype.type(0)
-    end = max(count[ticket], 0)
-    row, origin, keep = target[ticket, :end], source[ticket], mask[ticket]
+    row, origin, keep = target[ticket], source[ticket], mask[ticket]
     for i in range(prunable):
         row[i] = origin[i] if keep[i] else zero
     for i in range(prunable, row.shape[0]):
         row[i] = origin[i]
-    target[ticket, end:] = 0
 
 
 @njit(cache=True, nogil=True)
-def _masked_copy(threads, target, source, mask, count):
-    share(_copy_ticket, threads, target.shape[0], (target, source, mask, count))
+def _masked_copy(threads, target, source, mask):
+    share(_copy_ticket, threads, target.shape[0], (target, source, mask))
 
 
 def _count_threads(weight: Tensor) -> int:
     return count_threads(len(weight), _WORK * weight.numel())
 
 
-def _support(weight: Tensor, mask: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mask, of no column if there is none, and the length of every row."""
-    tickets, size = weight.shape
-    if mask is None:
-        mask = torch.empty(tickets, 0, dtype=torch.bool, device="cpu")
-    if count is None:
-        count = torch.full((tickets,), size, dtype=torch.int64, device="cpu")
-    return mask, count
+def _prefix(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask, of no column if there is none."""
+    return weight.new_empty(len(weight), 0, dtype=torch.bool) if mask is None else mask
 
 
 def rewind_(
@@ -218,16 +187,15 @@ def rewind_(
     m: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
-    support = [tensor.numpy() for tensor in _support(weight, mask, count)]
+    keep = _prefix(weight, mask).numpy()
     for target, source in ((weight, initial), (m, initial_m), (v, initial_v)):
         if source is None:
             target.zero_()
         else:
-            _masked_copy(_count_threads(weight), target.numpy(), source.numpy(), *support)
+            _masked_copy(_count_threads(weight), target.numpy(), source.numpy(), keep)
 
 
 def adam_(
@@ -238,17 +206,13 @@ def adam_(
     step: Tensor,
     lr: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
-    norm_partials: Tensor | None,
     max_norm: float,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> Tensor:
     norm = weight.new_empty(weight.shape[0])
-    if norm_partials is None:
-        norm_partials = weight.new_empty(weight.shape[0], 0)
-    tensors = (weight, grad, m, v, *_support(weight, mask, count), norm_partials, lr, step)
+    tensors = (weight, grad, m, v, _prefix(weight, mask), lr, step)
     arguments = (*(t.numpy() for t in tensors), max_norm, beta1, beta2, eps, norm.numpy())
     _adam_rows(_count_threads(weight), len(weight), arguments)
     return norm

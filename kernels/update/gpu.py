@@ -1,15 +1,14 @@
-"""Rewind, Adam and SGD in Triton: partial norms in a fixed order, then one pass over the rows.
+"""Rewind and Adam in Triton: partial norms in a fixed order, then one pass over the rows.
 
 Two launches without atomics or host synchronisation, so that a CUDA graph can hold them. Blocks
 lie inside a row and their number depends on the row's length only: a ticket's result does not
 depend on P. Adam reads 4 (grad) + 1 (mask) bytes an entry for the norm, then 17 and writes 12;
-about 15 FLOPs an entry: bound by memory. Without a mask none is read, and with partial norms from
-elsewhere the first launch falls away; a gradient in stretches it adds up in order, and writes the
-sum. Scalars of a row, such as ``1 - beta2^step``, are float64.
+about 15 FLOPs an entry: bound by memory. Without a mask none is read; a gradient in stretches the
+first launch adds up in order, and writes the sum. Scalars of a row, such as ``1 - beta2^step``,
+are float64.
 
-Blocks of Adam and of its norm may be measured (`kernels.tuning`): by the row's length, and for
-packed rows, whose length counts nonzeros, for all of them at once. SGD and rewinding, which no
-training loop here repeats, keep theirs.
+Blocks of Adam and of its norm may be measured (`kernels.tuning`), by the row's length. Rewinding,
+which no training loop here repeats, keeps its own.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
-from .checks import PARTIALS_LIMIT
 
 __all__ = ["EXAMPLES", "adam_", "rewind_"]
 
@@ -52,15 +50,13 @@ def _touched(column, size, FROZEN: tl.constexpr):
 
 
 @triton.jit
-def _support(mask, count, ticket, column, prunable, among):
+def _support(mask, ticket, column, prunable, among):
     """Which columns of a row, ``among`` these, are not pruned."""
     keep = among
     if mask is not None:
         masked = column < prunable
         inside = tl.load(mask + ticket * prunable + column, mask=masked, other=0).to(tl.int1)
         keep = keep & (inside | (column >= prunable))
-    if count is not None:
-        keep = keep & (column < tl.load(count + ticket))
     return keep
 
 
@@ -69,7 +65,6 @@ def _norm_kernel(
     grad,
     summed,
     mask,
-    count,
     partial,
     step,
     size,
@@ -91,7 +86,7 @@ def _norm_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(part * stretch, (part + 1) * stretch):
         column = block * BLOCK + lane
-        keep = _support(mask, count, ticket, column, prunable, _touched(column, size, FROZEN))
+        keep = _support(mask, ticket, column, prunable, _touched(column, size, FROZEN))
         if summed is None:
             entry = tl.load(grad + ticket * size + column, mask=keep, other=0.0)
         else:
@@ -102,10 +97,8 @@ def _norm_kernel(
             tl.store(summed + ticket * size + column, entry, mask=keep)
         total += entry * entry
     tl.store(partial + ticket * parts + part, tl.sum(total, 0))
-    # Two conditions, or the branch would be compiled where there is no step.
-    if step is not None:  # noqa: SIM102
-        if part == 0:
-            tl.store(step + ticket, tl.load(step + ticket) + 1)
+    if part == 0:
+        tl.store(step + ticket, tl.load(step + ticket) + 1)
 
 
 @triton.jit
@@ -133,7 +126,6 @@ def _adam_kernel(
     step,
     lr,
     mask,
-    count,
     partial,
     norm,
     size,
@@ -164,7 +156,7 @@ def _adam_kernel(
 
     column = block * BLOCK + tl.arange(0, BLOCK)
     touched = _touched(column, size, FROZEN)
-    keep = _support(mask, count, ticket, column, prunable, touched)
+    keep = _support(mask, ticket, column, prunable, touched)
     entry = ticket * size + column
     g = tl.load(grad + entry, mask=keep, other=0.0) * scale
     m_old = tl.load(m + entry, mask=keep, other=0.0)
@@ -195,7 +187,6 @@ def _rewind_kernel(
     m,
     v,
     mask,
-    count,
     initial_m,
     initial_v,
     size,
@@ -207,7 +198,7 @@ def _rewind_kernel(
     ticket = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     exists = column < size
-    keep = _support(mask, count, ticket, column, prunable, exists)
+    keep = _support(mask, ticket, column, prunable, exists)
     entry = ticket * size + column
     _copy_or_zero(weight, initial, entry, keep, exists)
     _copy_or_zero(m, initial_m, entry, keep, exists)
@@ -220,7 +211,6 @@ def rewind_(
     m: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
@@ -236,7 +226,6 @@ def rewind_(
             m,
             v,
             mask,
-            count,
             initial_m,
             initial_v,
             size,
@@ -254,8 +243,6 @@ def adam_(
     step: Tensor,
     lr: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
-    norm_partials: Tensor | None,
     max_norm: float,
     beta1: float,
     beta2: float,
@@ -267,8 +254,8 @@ def adam_(
     """See `update.adam_`, which has neither stretches, nor spans, nor a place for the norm.
 
     Args:
-        weight, grad, m, v, step, lr, mask, count, norm_partials: see `update.adam_`; ``grad`` may
-            also be ``[P, stretches, T]``, without `norm_partials`: rows to add up.
+        weight, grad, m, v, step, lr, mask: see `update.adam_`; ``grad`` may also be
+            ``[P, stretches, T]``: rows to add up.
         max_norm, beta1, beta2, eps: see `update.adam_`; infinite for None.
         frozen: where spans of columns begin and end, one by one; in these spans neither weights
             nor moments change, and gradients do not count.
@@ -276,17 +263,14 @@ def adam_(
     """
     check_dtype("weight on the Triton backend", weight, torch.float32)
     tickets, size = weight.shape
-    if norm_partials is not None or weight.numel() == 0:
-        step += 1
-    if weight.numel() == 0:
-        nothing = _norm_of_nothing(weight, norm_partials)
-        return nothing if norm is None else norm.copy_(nothing)
     if norm is None:
         norm = weight.new_empty(tickets)
+    if weight.numel() == 0:
+        step += 1
+        return norm.zero_()
     with torch.cuda.device_of(weight):
-        if norm_partials is None:
-            grad, norm_partials = _partial_norms(grad, mask, count, step, frozen)
-        parts = norm_partials.shape[1]
+        grad, partial = _partial_norms(grad, mask, step, frozen)
+        parts = partial.shape[1]
         launch = _launch("adam", weight, mask)
         blocks = triton.cdiv(size, launch.block)
         _adam_kernel[(tickets * blocks,)](
@@ -297,8 +281,7 @@ def adam_(
             step,
             lr,
             mask,
-            count,
-            norm_partials,
+            partial,
             norm,
             size,
             _prunable(mask),
@@ -323,11 +306,10 @@ def adam_(
 def _partial_norms(
     grad: Tensor,
     mask: Tensor | None,
-    count: Tensor | None,
-    step: Tensor | None,
-    frozen: tuple[int, ...] = (),
+    step: Tensor,
+    frozen: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """The gradient as one row, and ``[P, parts]`` sums of squares; increments ``step`` if given."""
+    """The gradient as one row, and ``[P, parts]`` sums of squares; increments ``step``."""
     tickets, *stretches, size = grad.shape
     summands = math.prod(stretches)
     grad = grad.reshape(tickets * summands, size)
@@ -341,7 +323,6 @@ def _partial_norms(
         grad,
         summed,
         mask,
-        count,
         partial,
         step,
         size,
@@ -358,17 +339,8 @@ def _partial_norms(
 
 def _launch(kernel: str, rows: Tensor, mask: Tensor | None) -> Launch:
     """What was measured on this device for such rows, or the default."""
-    sizes = {} if mask is None else {"size": rows.shape[1]}
-    op = f"update.{kernel}"
-    masked = mask is not None
-    return prefer(LAUNCHES[0], op, rows.device, among=LAUNCHES, masked=masked, **sizes)
-
-
-def _norm_of_nothing(weight: Tensor, norm_partials: Tensor | None) -> Tensor:
-    """Norm of rows without entries: zero, or what the partial sums say."""
-    if norm_partials is None:
-        return weight.new_zeros(weight.shape[0])
-    return norm_partials.sum(dim=1).sqrt()
+    shapes = {"masked": mask is not None, "size": rows.shape[1]}
+    return prefer(LAUNCHES[0], f"update.{kernel}", rows.device, among=LAUNCHES, **shapes)
 
 
 def _prunable(mask: Tensor | None) -> int:
@@ -385,33 +357,26 @@ def _example(
     *,
     late: bool = False,
     stretches: int = 1,
-    parts: int = 0,
     frozen: tuple[int, ...] = (),
 ) -> None:
-    """A row under a mask, or with a count."""
+    """A row under a mask, or without one."""
     weight, m, v, initial = (meta(2, size) for _ in range(4))
-    mask = count = None
-    if prunable is None:
-        count = meta(2, dtype=torch.int64)
-    else:
-        mask = meta(2, prunable, dtype=torch.bool)
+    mask = None if prunable is None else meta(2, prunable, dtype=torch.bool)
     point = (meta(2, size), meta(2, size)) if late else (None, None)
-    rewind_(weight, initial, m, v, mask, count, *point)
+    rewind_(weight, initial, m, v, mask, *point)
     grad = meta(2, stretches, size) if stretches > 1 else meta(2, size)
     step, lr = meta(2, dtype=torch.int64), meta(2)
-    partials = meta(2, parts) if parts else None
     numbers = (0.5, 0.9, 0.999, 1e-8)
-    adam_(weight, grad, m, v, step, lr, mask, count, partials, *numbers, frozen=frozen)
+    adam_(weight, grad, m, v, step, lr, mask, *numbers, frozen=frozen)
 
 
 EXAMPLES = [
     Example("masked", _example),
-    Example("packed", lambda: _example(prunable=None)),
+    Example("unmasked", lambda: _example(prunable=None)),
     Example("late", lambda: _example(late=True)),
     # As PPO launches it on the rows of stretches of a minibatch, and as cloning does, where a
     # policy's critic stays as it is.
     Example("stretches", lambda: _example(stretches=3)),
     Example("frozen", lambda: _example(frozen=(4480, 8704, 8770, 8899))),
     Example("longest", lambda: _example(MAX_PARTIALS * BLOCK)),
-    Example("partials", lambda: _example(prunable=None, parts=PARTIALS_LIMIT)),
 ]

@@ -6,7 +6,6 @@ from replays import check_actions, check_draws
 
 from sparse_tickets.kernels import adam_, gae, uniform, use_backend
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
-from sparse_tickets.kernels.packed import build_pattern, linear_packed, pack
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.random import Stream
 
@@ -29,18 +28,13 @@ def layer(device):
 def products(layer, kind):
     """A function from x to everything the layer computes of it."""
     _, weight, mask, bias = layer
-    if kind == "packed":
-        pattern = build_pattern(mask.flatten(1), [(0, WIDTH, WIDTH)])
-        weight = pack(weight.flatten(1), pattern)
     if kind == "blocked":
         pattern = block_pattern(mask, 32)
     weight = weight.clone().requires_grad_()
     bias = bias.clone().requires_grad_()
 
     def run(x):
-        if kind == "packed":
-            y = linear_packed(x, weight, pattern, 0, bias)
-        elif kind == "blocked":
+        if kind == "blocked":
             y = linear_blocked(x, weight, pattern, bias)
         else:
             y = linear(x, weight, mask, bias)
@@ -62,7 +56,7 @@ def captured(run):
     return graph, found
 
 
-@pytest.mark.parametrize("kind", ["masked", "blocked", "packed"])
+@pytest.mark.parametrize("kind", ["masked", "blocked"])
 def test_a_layer_is_captured_and_replays_bit_for_bit(layer, kind):
     run, x = products(layer, kind), layer[0].clone().requires_grad_()
     graph, found = captured(lambda: run(x))
@@ -78,7 +72,7 @@ def test_every_replay_draws_fresh_numbers(check):
     check("cuda")
 
 
-@pytest.mark.parametrize("kind", ["masked", "blocked", "packed"])
+@pytest.mark.parametrize("kind", ["masked", "blocked"])
 def test_a_layer_does_not_wait(layer, kind, no_waiting):
     x = layer[0].clone().requires_grad_()
     torch.cuda.set_sync_debug_mode("default")
@@ -88,14 +82,13 @@ def test_a_layer_does_not_wait(layer, kind, no_waiting):
     run(x)
 
 
-@pytest.mark.parametrize("kind", ["masked", "blocked", "packed"])
+@pytest.mark.parametrize("kind", ["masked", "blocked"])
 def test_a_ticket_does_not_depend_on_its_neighbours(layer, kind):
     x = layer[0].clone().requires_grad_()
     together = products(layer, kind)(x)
     alone = products(tuple(part[2:3] for part in layer), kind)(x[2:3].detach().requires_grad_())
-    # The gradient of packed values is as long as the fullest ticket's.
     for all_of_them, one in zip(together, alone, strict=True):
-        assert torch.equal(all_of_them[2:3][..., : one.shape[-1]], one)
+        assert torch.equal(all_of_them[2:3], one)
 
 
 def test_updates_draws_advantages_and_masks_do_not_wait(device, no_waiting):
@@ -121,7 +114,7 @@ def test_updates_draws_advantages_and_masks_do_not_wait(device, no_waiting):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["masked", "blocked", "packed"])
+@pytest.mark.parametrize("kind", ["masked", "blocked"])
 def test_half_precision_follows_the_reference(layer, kind, dtype):
     half = tuple(t if t.dtype == torch.bool else t.to(dtype) for t in layer)
     exact = tuple(t if t.dtype == torch.bool else t.double() for t in half)

@@ -125,27 +125,6 @@ def test_adam(shape, cuda):
     assert torch.equal(rows["step"], exact["step"])
 
 
-def test_packed_rows_and_norms_from_elsewhere(cuda):
-    tickets, size = 1024, 13_107
-    count = torch.randint(0, size + 1, (tickets,), generator=cuda, device="cuda")
-    mask = torch.arange(size, device="cuda") < count[:, None]
-    rows, grad, _ = population(tickets, size, 0, cuda)
-    masked = {name: row.clone() for name, row in rows.items()}
-    norm = adam_(grad=grad, mask=None, count=count, **rows)
-    assert torch.equal(adam_(grad=grad, mask=mask, **masked), norm)
-    for name, row in masked.items():
-        assert torch.equal(rows[name], row)
-
-    partials = rand(tickets, 300, cuda=cuda)
-    exact = in_float64(rows)
-    with without_waiting():
-        norm = adam_(grad=grad, mask=None, count=count, norm_partials=partials, **rows)
-    with use_backend("reference"):
-        adam_(grad=grad.double(), mask=None, count=count, norm_partials=partials.double(), **exact)
-    close(norm, partials.double().sum(1).sqrt())
-    close(rows["weight"], exact["weight"])
-
-
 def test_rewind(cuda):
     rows, _, mask = population(60, 140_000, 70_000, cuda)
     initial = randn(60, 140_000, cuda=cuda)

@@ -28,13 +28,6 @@ from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
 from sparse_tickets.kernels.mlp import mlp
-from sparse_tickets.kernels.packed import (
-    build_pattern,
-    linear_packed,
-    pack,
-    unpack,
-    write_gradient_,
-)
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, ppo_update_
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.returns import gae
@@ -84,7 +77,6 @@ ARENA = Arena.build((3, 2, 4))
 POLICY = Arena.build((4, 3, 2), (4, 3, 1))
 Q_NETWORK = Arena.build((4, 3, 2))
 SOFT = Arena.build((4, 3, 2), (5, 3, 1), squashed=True)
-LAYERS = ARENA.prunable_layers()
 PRUNABLE, TAIL = ARENA.prunable, ARENA.size - ARENA.prunable
 
 
@@ -114,23 +106,6 @@ def make_network(tickets: int, batch: int, density: float) -> Tensors:
     }
 
 
-def make_packed(tickets: int, batch: int, density: float) -> Tensors:
-    return {
-        "values": draw(tickets, PRUNABLE),
-        "mask": draw_mask(tickets, PRUNABLE, density=density),
-    }
-
-
-def make_gradient(tickets: int, batch: int, density: float) -> Tensors:
-    return {
-        "gradient": torch.zeros(tickets, PRUNABLE),
-        "dy": draw(tickets, batch, 2),
-        "x": draw(tickets, batch, 3),
-        "mask": draw_mask(tickets, PRUNABLE, density=density),
-        "squares": torch.zeros(tickets, 2),
-    }
-
-
 def make_rows(tickets: int, batch: int, density: float, size: int = 7) -> Tensors:
     rows = {name: draw(tickets, size, seed=i) for i, name in enumerate(("weight", "m", "v"))}
     rows["v"].abs_()
@@ -143,14 +118,6 @@ def make_rows(tickets: int, batch: int, density: float, size: int = 7) -> Tensor
 def make_optimiser(tickets: int, batch: int, density: float) -> Tensors:
     rates = {"lr": torch.full((tickets,), 1e-2), "grad": draw(tickets, 7, seed=9)}
     return make_rows(tickets, batch, density) | rates | {"step": whole(5, tickets)}
-
-
-def make_packed_optimiser(tickets: int, batch: int, density: float) -> Tensors:
-    tensors = make_optimiser(tickets, batch, density)
-    del tensors["mask"]
-    tensors["count"] = torch.full((tickets,), int(7 * density))
-    tensors["norm_partials"] = draw(tickets, 3).abs()
-    return tensors
 
 
 def make_rewind(tickets: int, batch: int, density: float) -> Tensors:
@@ -252,22 +219,6 @@ def make_sac(tickets: int, batch: int, density: float) -> Tensors:
     return tensors | rows | {"action": draw(tickets, batch, 1).tanh()}
 
 
-def call_write_gradient_(mask: Tensor, **tensors: Tensor) -> None:
-    write_gradient_(pattern=build_pattern(mask, LAYERS, width=PRUNABLE), layer=0, **tensors)
-
-
-def call_build_pattern(mask: Tensor) -> tuple[Tensor, ...]:
-    pattern = build_pattern(mask, LAYERS)
-    return pattern.bits, pattern.start, pattern.count
-
-
-def call_packed(op: Callable[..., Tensor], **fixed: Any) -> Callable[..., Tensor]:
-    def call(mask: Tensor, **tensors: Tensor) -> Tensor:
-        return op(pattern=build_pattern(mask, LAYERS, width=PRUNABLE), **tensors, **fixed)
-
-    return call
-
-
 def call_draw(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda key, step: op(key, 5, stream=1, step=step)
 
@@ -335,30 +286,12 @@ CASES = {
         make_blocked,
         differentiable=True,
     ),
-    "linear_packed": Case(
-        call_packed(linear_packed, layer=0),
-        lambda *sizes: make_packed(*sizes) | {"x": draw(*sizes[:2], 3), "bias": draw(sizes[0], 2)},
-        differentiable=True,
-    ),
-    "pack": Case(
-        call_packed(pack),
-        lambda *sizes: {"dense": draw(sizes[0], ARENA.size), "mask": make_packed(*sizes)["mask"]},
-        differentiable=True,
-    ),
-    "unpack": Case(call_packed(unpack), make_packed, differentiable=True),
-    "build_pattern": Case(call_build_pattern, lambda *sizes: {"mask": make_packed(*sizes)["mask"]}),
-    "write_gradient_": Case(call_write_gradient_, make_gradient, ("gradient", "squares")),
     "mlp": Case(
         lambda **tensors: mlp(net=ARENA.actor, **tensors), make_network, differentiable=True
     ),
     "prune": Case(prune, make_prune),
     "rewind_": Case(rewind_, make_rewind, ("weight", "m", "v")),
     "adam_": Case(adam_, make_optimiser, ("weight", "m", "v", "step")),
-    "adam_ packed": Case(
-        lambda **tensors: adam_(mask=None, **tensors),
-        make_packed_optimiser,
-        ("weight", "m", "v", "step"),
-    ),
     **{
         op.__name__: Case(call_draw(op), make_draw)
         for op in (random.bits, random.uniform, random.normal, random.permutation)
@@ -746,16 +679,6 @@ def valuing(**numbers: Any) -> Any:
     )
 
 
-def multiplying(**numbers: Any) -> Tensor:
-    pattern = build_pattern(torch.ones(1, PRUNABLE, dtype=torch.bool), LAYERS)
-    arguments = {"x": draw(1, 2, 3), "values": draw(1, PRUNABLE), "pattern": pattern, "layer": 0}
-    return linear_packed(**(arguments | numbers))
-
-
-def layering(width: Any) -> Any:
-    return build_pattern(torch.ones(1, PRUNABLE, dtype=torch.bool), LAYERS, width=width)
-
-
 def optimising(**numbers: Any) -> Tensor:
     return adam_(**(make_optimiser(1, 1, 1.0) | numbers))
 
@@ -784,9 +707,6 @@ NAN = float("nan")
         (cloning, "first_update", (-1, 2**62, 0.5)),
         (valuing, "first_update", (-1, 2**62, 0.5)),
         (valuing, "stored", (-1, 0, 3, 2**31 + 1, 1.5)),
-        (multiplying, "layer", (-1, 2, 0.5)),
-        (multiplying, "precision", ("fp8", None)),
-        (layering, "width", (-1, PRUNABLE - 1, 2**31, 9.5)),
         (optimising, "max_norm", (0.0, -1.0, NAN)),
         (optimising, "beta1", (-0.1, 1.0, NAN)),
         (optimising, "beta2", (-0.1, 1.0, NAN)),

@@ -19,7 +19,6 @@ from sparse_tickets import kernels
 from sparse_tickets.kernels.arena import Arena, Net
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.linear import block_pattern
-from sparse_tickets.kernels.packed import build_pattern
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 
@@ -94,42 +93,6 @@ def linear_dw() -> Iterator[Arguments]:
     yield leaf(TICKETS, BATCH, 16), x, mask, table, 16, PRECISION
 
 
-# Packed layers: of `STUDENT` the first is 3 x 4.
-
-PATTERN = build_pattern(draw_mask(TICKETS, STUDENT.prunable), STUDENT.prunable_layers(), width=20)
-WHERE, SHAPES, WIDTH = (PATTERN.bits, PATTERN.start), PATTERN.shapes, PATTERN.width
-REST = STUDENT.size - STUDENT.prunable
-
-
-def linear_packed() -> Iterator[Arguments]:
-    for bias in (None, leaf(TICKETS, 3)):
-        x, values = leaf(TICKETS, BATCH, 4), leaf(TICKETS, WIDTH)
-        yield x, values, *WHERE, bias, SHAPES, 0, PRECISION
-
-
-def linear_packed_dx() -> Iterator[Arguments]:
-    yield leaf(TICKETS, BATCH, 3), leaf(TICKETS, WIDTH), *WHERE, SHAPES, 0, PRECISION
-
-
-def linear_packed_dw() -> Iterator[Arguments]:
-    dy, x = leaf(TICKETS, BATCH, 3), leaf(TICKETS, BATCH, 4)
-    yield dy, x, *WHERE, SHAPES, 0, WIDTH, PRECISION
-
-
-def pack() -> Iterator[Arguments]:
-    yield leaf(TICKETS, STUDENT.size), *WHERE, SHAPES, WIDTH
-
-
-def unpack() -> Iterator[Arguments]:
-    yield leaf(TICKETS, WIDTH), *WHERE, SHAPES
-
-
-def write_gradient_() -> Iterator[Arguments]:
-    dy, x = draw(TICKETS, BATCH, 3), draw(TICKETS, BATCH, 4)
-    for squares in (None, torch.zeros(TICKETS, PATTERN.start.shape[1] - 1)):
-        yield torch.zeros(TICKETS, WIDTH), dy, x, *WHERE, SHAPES, 0, PRECISION, squares
-
-
 def mlp() -> Iterator[Arguments]:
     weight, mask = weights_of(STUDENT)
     x, form = leaf(TICKETS, BATCH, 4), (NET.code, DENSITY, PRECISION)
@@ -161,9 +124,6 @@ def rows() -> dict[str, torch.Tensor]:
     return found | {"mask": mask, "other": draw(TICKETS, 7, seed=9), "v": found["v"].abs()}
 
 
-COUNT, PARTIALS = torch.tensor([7, 4]), torch.tensor([[4.0, 3.0], [2.0, 1.0]])
-
-
 def prune() -> Iterator[Arguments]:
     for magnitude in (False, True):
         yield draw(TICKETS, 5), draw_mask(TICKETS, 5), torch.tensor([1, 2]), magnitude
@@ -172,15 +132,15 @@ def prune() -> Iterator[Arguments]:
 def rewind_() -> Iterator[Arguments]:
     given = rows()
     tensors = tuple(given[name] for name in ("weight", "other", "m", "v"))
-    yield *tensors, given["mask"], None, None, None
-    yield *tensors, None, COUNT, draw(TICKETS, 7, seed=3), draw(TICKETS, 7, seed=4)
+    yield *tensors, given["mask"], None, None
+    yield *tensors, None, draw(TICKETS, 7, seed=3), draw(TICKETS, 7, seed=4)
 
 
 def adam_() -> Iterator[Arguments]:
     given = rows()
     tensors = (*(given[name] for name in ("weight", "other", "m", "v")), STEP, LR)
-    yield *tensors, given["mask"], None, None, *ADAM
-    yield *tensors, None, COUNT, PARTIALS, *ADAM
+    yield *tensors, given["mask"], *ADAM
+    yield *tensors, None, *ADAM
 
 
 def draws() -> Iterator[Arguments]:
@@ -222,12 +182,6 @@ EXAMPLES: dict[str, Callable[[], Iterator[Arguments]]] = {
     "linear": linear,
     "linear_dx": linear_dx,
     "linear_dw": linear_dw,
-    "linear_packed": linear_packed,
-    "linear_packed_dx": linear_packed_dx,
-    "linear_packed_dw": linear_packed_dw,
-    "pack": pack,
-    "unpack": unpack,
-    "write_gradient_": write_gradient_,
     "mlp": mlp,
     "mlp_keep": mlp_keep,
     "mlp_backward": mlp_backward,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.launch import Launch
-from sparse_tickets.kernels.prune import cost, prune
+from sparse_tickets.kernels.prune import prune
 
 # "triton long" takes the path of long rows whatever their length, through several chunks.
 TRITON = ["triton", "triton long"] if has_triton() else []
@@ -207,12 +207,6 @@ def test_triton_on_any_population(tickets, prunable, density, levels, seed):
     expected = on("reference", scores, mask, k)
     for backend in TRITON:
         assert torch.equal(on(backend, scores, mask, k), expected)
-
-
-def test_cost():
-    # Two rows of ten scores, four entries more without a mask; counts are eight bytes each.
-    assert cost.prune(2, 10) == (0, 2 * (10 * 4 + 10 + 10 + 8))
-    assert cost.prune(2, 10, itemsize=8) == (0, 2 * (10 * 8 + 10 + 10 + 8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -110,22 +110,16 @@ def _clone(dtype: torch.dtype) -> list[Tensor]:
     return [parameters.m, parameters.v, loss]
 
 
-def _adam(dtype: torch.dtype, *, packed: bool = False) -> list[Tensor]:
+def _adam(dtype: torch.dtype) -> list[Tensor]:
     generator = _generator()
     mask = torch.rand(2, 2500, generator=generator) < 0.5
-    count = torch.tensor([2500, 700])
-    if packed:
-        mask = torch.arange(2500) < count[:, None]
     weight, grad, m = (torch.randn(2, 2600, generator=generator) for _ in range(3))
-    if packed:
-        weight, grad, m = (row[:, :2500].contiguous() for row in (weight, grad, m))
     weight[:, :2500].masked_fill_(~mask, 0)
     m[:, :2500].masked_fill_(~mask, 0)
     rows = [t.to(DEVICE, dtype) for t in (weight, grad, m, m.square())]
     step = torch.tensor([0, 5], device=DEVICE)
     rate = torch.tensor([1e-3, 1e-2], dtype=dtype, device=DEVICE)
-    chosen = None if packed else mask.to(DEVICE)
-    norm = adam_(*rows, step, rate, chosen, count=count.to(DEVICE) if packed else None)
+    norm = adam_(*rows, step, rate, mask.to(DEVICE))
     return [rows[0], rows[2], rows[3], norm]
 
 
@@ -234,28 +228,6 @@ def test_a_launch_the_op_does_not_know_is_refused() -> None:
         pytest.raises(ValueError, match=r"configuration of 'update.adam' .* must be one of"),
     ):
         run(torch.float32)
-
-
-def test_packed_rows_of_any_length_share_a_launch() -> None:
-    """Their length counts nonzeros."""
-
-    def run(dtype: torch.dtype) -> list[Tensor]:
-        return _adam(dtype, packed=True)
-
-    for op in ("update.norm", "update.adam"):
-        question = _ask(op, run)
-        assert question.shapes == "masked=False"
-        for launch in question.among:
-            with (
-                tuning.override(op, question.shapes, launch.numbers),
-                use_backend("triton"),
-            ):
-                actual = run(torch.float32)
-            with use_backend("reference"):
-                expected = run(torch.float64)
-            for one, other in zip(actual, expected, strict=True):
-                scale = other.abs().max().item()
-                torch.testing.assert_close(one.double(), other, rtol=0, atol=TOLERANCE * scale)
 
 
 @pytest.mark.parametrize("op", CASES)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.update import adam_, cost, rewind_
+from sparse_tickets.kernels.update import adam_, rewind_
 
 BACKENDS = ["reference", "cpu", "triton"]
 SHAPES = [(3, 37, 23), (1, 1, 1), (2, 1500, 1100), (4, 8, 0), (2, 5, 5), (0, 7, 3), (3, 0, 0)]
@@ -187,7 +187,7 @@ def test_triton_adds_stretches_of_a_gradient(stretches):
     grad = torch.stack([gradient(rows, seed=i) for i in range(stretches)], 1)
     expected = on("reference", adam_, grad=grad.double().sum(1), **exact)
     norm = torch.full((3,), torch.nan)
-    arguments = {"grad": grad, **rows, "count": None, "norm_partials": None, "norm": norm}
+    arguments = {"grad": grad, **rows, "norm": norm}
     numbers = {"max_norm": 0.5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
     assert on("triton", gpu.adam_, **arguments, **numbers) is norm
     close(norm, expected)
@@ -209,7 +209,7 @@ def test_triton_leaves_frozen_spans_alone(spans):
     exact = {name: row.double() if row.is_floating_point() else row for name, row in rows.items()}
     exact["step"] = rows["step"].clone()
     expected = on("reference", adam_, grad=grad.masked_fill(frozen, 0).double(), **exact)
-    arguments = {"grad": grad, **rows, "count": None, "norm_partials": None}
+    arguments = {"grad": grad, **rows}
     numbers = {"max_norm": 0.5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5}
     bounds = tuple(bound for span in spans for bound in span)
     norm = on("triton", gpu.adam_, **arguments, **numbers, frozen=bounds)
@@ -220,42 +220,11 @@ def test_triton_leaves_frozen_spans_alone(spans):
     assert torch.equal(rows["step"], before["step"] + 1)
 
 
-def packed(counts, size, seed=0):
-    """Packed rows of these lengths, zero in the padding, and the same rows under a mask."""
-    count = torch.tensor(counts, dtype=torch.int64)
-    rows = population(len(counts), size, size, seed=seed)
-    rows["mask"] = torch.arange(size) < count[:, None]
-    for name in ("weight", "m", "v"):
-        rows[name] = torch.rand(len(counts), size).masked_fill(~rows["mask"], 0)
-    return rows, count
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=8, derandomize=True)
-@given(
-    counts=st.lists(st.integers(0, 1100), max_size=3),
-    size=st.sampled_from([0, 1, 37, 1024, 1100]),
-    dirty=st.booleans(),
-)
-def test_packed_rows_are_masked_rows(backend, counts, size, dirty):
-    counts = [min(count, size) for count in counts]
-    rows, count = packed(counts, size)
-    masked = {name: row.clone() for name, row in rows.items()}
-    grad = gradient(rows)
-    if dirty:
-        for name in ("weight", "m", "v"):
-            rows[name][~rows["mask"]] = float("nan")
-    norm = on(backend, adam_, grad=grad, **rows | {"mask": None}, count=count)
-    close(norm, on(backend, adam_, grad=grad, **masked))
-    for name in ("weight", "m", "v"):
-        close(rows[name], masked[name])
-        assert (rows[name][~masked["mask"]] == 0).all()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [0, 1, 1030])
 def test_no_mask_counts_every_entry(backend, size):
-    rows, _ = packed([size, size], size)
+    rows = population(2, size, size)
+    rows["mask"][:] = True
     masked = {name: row.clone() for name, row in rows.items()}
     grad = torch.randn(2, size)
     norm = on(backend, adam_, grad=grad, **rows | {"mask": None})
@@ -268,50 +237,6 @@ def test_no_mask_counts_every_entry(backend, size):
     assert torch.equal(rows["weight"], initial)
     assert torch.equal(v, source)
     assert not m.any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_counts_outside_the_row_are_cut_to_it(backend):
-    rows, _ = packed([20, 0], 20)
-    masked = {name: row.clone() for name, row in rows.items()}
-    grad = torch.randn(2, 20)
-    on(backend, adam_, grad=grad, **rows | {"mask": None}, count=torch.tensor([25, -3]))
-    on(backend, adam_, grad=grad, **masked)
-    close(rows["weight"], masked["weight"])
-    assert not rows["weight"][1].any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rewind_by_count(backend):
-    initial = torch.rand(3, 1500)
-    weight, m, v = torch.full((3, 3, 1500), float("nan"))
-    arguments = {"weight": weight, "initial": initial, "m": m, "v": v, "mask": None}
-    on(backend, rewind_, **arguments, count=torch.tensor([0, 7, 1500]), initial_m=initial)
-    for row, count in enumerate((0, 7, 1500)):
-        for actual in (weight, m):
-            assert torch.equal(actual[row, :count], initial[row, :count])
-            assert not actual[row, count:].any()
-    assert not v.any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parts", [1, 3, 8192])
-@pytest.mark.parametrize("size", [0, 40])
-def test_norm_partials_replace_the_norm(backend, parts, size):
-    rows = population(2, size, size // 2)
-    exact = {name: row.clone() for name, row in rows.items()}
-    grad = gradient(rows)
-    partials = torch.rand(2, parts) / parts
-    given_partials = partials.clone()
-    norm = on(backend, adam_, grad=grad, norm_partials=partials, **rows)
-    close(norm, partials.double().sum(1).sqrt())
-    assert torch.equal(partials, given_partials)
-    # The same step with a norm of one's own: clip by hand, and not again.
-    scale = (0.5 / (norm + 1e-6)).clamp(max=1.0)[:, None]
-    on("reference", adam_, grad=grad * scale, max_norm=None, **exact)
-    assert torch.equal(rows["step"], exact["step"])
-    for name in ("weight", "m", "v"):
-        close(rows[name], exact[name])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -446,14 +371,6 @@ def test_inputs_may_be_strided_and_parameters_may_require_grad():
         ({"lr": torch.zeros(2, device="meta")}, ValueError, "lr must be on cpu, got meta"),
         ({"v": torch.zeros(2, 1).expand(2, 6)}, ValueError, "v must be contiguous"),
         ({"step": torch.zeros((), dtype=torch.int64).expand(2)}, ValueError, "step must be contig"),
-        ({"count": torch.tensor([1, 2])}, ValueError, "count must be None where a mask is given"),
-        ({"mask": None, "count": torch.ones(2)}, TypeError, "count must be int64"),
-        ({"mask": None, "count": torch.tensor([1])}, ValueError, r"count must have shape \(2,\)"),
-        ({"norm_partials": torch.ones(2)}, ValueError, r"partials must have shape \(2, 1 to"),
-        ({"norm_partials": torch.ones(2, 0)}, ValueError, r"partials must have shape \(2, 1 to"),
-        ({"norm_partials": torch.ones(3, 1)}, ValueError, r"partials must have shape \(2, 1 to"),
-        ({"norm_partials": torch.ones(2, 8193)}, ValueError, r"1 to 8192\), got"),
-        ({"norm_partials": torch.ones(2, 1).double()}, TypeError, "norm_partials must be float32"),
     ],
 )
 def test_adam_refuses(change, error, message):
@@ -504,12 +421,6 @@ def test_a_row_may_be_rewound_to_itself(backend):
     with use_backend(backend):
         rewind_(weight, weight, m, rows["v"], rows["mask"], initial_m=m)
     assert torch.equal(weight.cpu(), expected)
-
-
-def test_cost():
-    # Two rows of 10 entries, 6 of them under the mask.
-    assert cost.adam(2, 10, 6) == (2 * 10 * 16, 2 * (10 * (16 + 12) + 6))
-    assert cost.adam(2, 10, partials=True) == (2 * 10 * 14, 2 * 10 * 28)
 
 
 def test_triton_takes_float32_only():

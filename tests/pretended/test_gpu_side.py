@@ -52,7 +52,7 @@ def test_devices_do_not_mix():
         here + there
     rows = torch.ones(1, 4, device="cuda")
     with pytest.raises(RuntimeError, match="a pointer to the host's memory"):
-        gpu.rewind_(rows, torch.ones(1, 4), rows.clone(), rows.clone(), None, None, None, None)
+        gpu.rewind_(rows, torch.ones(1, 4), rows.clone(), rows.clone(), None, None, None)
 
 
 def test_a_capture_computes_nothing_and_replays_what_it_saw():
