@@ -50,6 +50,11 @@ def algorithms(cells: pl.DataFrame) -> dict[str, str]:
     return {algo: name for algo, name in ALGORITHMS.items() if algo in set(cells["algo"])}
 
 
+def _has(cells: pl.DataFrame, algo: str, contribution: str) -> bool:
+    run = set(cells.filter(pl.col("algo") == algo)["condition"])
+    return run.issuperset(CONTRIBUTIONS[contribution])
+
+
 def by_seed(
     cells: pl.DataFrame, algo: str, kind: str, contribution: str, metric: str
 ) -> np.ndarray:
@@ -135,6 +140,7 @@ policy to the dense one. `ticket` controls take masks and values from the same s
                 ),
             ]
             for contribution, algo in product(CONTRIBUTIONS, algorithms(part))
+            if _has(part, algo, contribution)
             for kind in results.controls_kinds(part.filter(pl.col("algo") == algo))
         ]
         paragraphs += [

@@ -153,8 +153,10 @@ def matrix(cells: pl.DataFrame, algo: str, method: str, metric: str, width: int 
     return (values - random) / (dense - random)
 
 
-def methods(cells: pl.DataFrame, width: int = 1) -> list[str]:
-    there = set(cells.filter(pl.col("width") == width)["method"])
+def methods(cells: pl.DataFrame, width: int = 1, algo: str | None = None) -> list[str]:
+    """Of an algorithm, or of any."""
+    rows = cells if algo is None else cells.filter(pl.col("algo") == algo)
+    there = set(rows.filter(pl.col("width") == width)["method"])
     return [name for name in (TICKETS, *METHODS.values(), GLOBAL) if name in there]
 
 
@@ -214,7 +216,9 @@ too. Masks that change share a density out by ERK, as published."""
             f"{title}, method",
             *(f"{name}, {each:.1%}" for name in METRICS.values() for each in density[1:]),
         ]
-        rows = [[name, *_fields(cells, algo, name, len(density))] for name in methods(cells)]
+        rows = [
+            [name, *_fields(cells, algo, name, len(density))] for name in methods(cells, algo=algo)
+        ]
         paragraphs.append(markdown(header, rows))
     if not methods(cells, WIDER):
         return "\n\n".join(paragraphs)
@@ -227,7 +231,7 @@ from the ordinary network under the same method, dense at 100%."""
     rows = [
         [f"{title}, {name}", *_wide_fields(cells, algo, name)]
         for algo, title in algorithms(cells).items()
-        for name in methods(cells, WIDER)
+        for name in methods(cells, WIDER, algo)
     ]
     paragraphs.append(markdown(header, rows))
     if dense := _wide_dense(cells):
@@ -266,7 +270,8 @@ def _wide_dense(cells: pl.DataFrame) -> str:
 def draw(cells: pl.DataFrame, density: np.ndarray) -> Figure:
     panels = {
         f"{title}, {word}": [
-            Line(name, 100 * density, matrix(cells, algo, name, metric)) for name in methods(cells)
+            Line(name, 100 * density, matrix(cells, algo, name, metric))
+            for name in methods(cells, algo=algo)
         ]
         for algo, title in algorithms(cells).items()
         for metric, word in METRICS.items()
@@ -288,7 +293,7 @@ def draw_widths(cells: pl.DataFrame, density: np.ndarray) -> Figure:
                 100 * density,
                 matrix(cells, algo, name, "return_final", width),
             )
-            for name in methods(cells, WIDER)
+            for name in methods(cells, WIDER, algo)
             for width in (1, WIDER)
         ]
         for algo, title in algorithms(cells).items()

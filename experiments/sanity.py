@@ -1,7 +1,7 @@
 """Would other keys, another learning rate, another budget or a small dense network say the same?
 
-Dense policies of PPO trained again with other keys, tickets with a third and three times the
-learning rate and with half and twice the steps, and dense networks as small as the tickets::
+Dense policies of PPO and DQN trained again with other keys, tickets of PPO with a third and three
+times the learning rate and with half and twice the steps, and dense networks as small as those::
 
     python -m experiments.sanity [--quick]
 """
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cuts, levels, tickets, train
+from experiments.sweeps import TICKET, cartpole, cuts, dqn, levels, tickets, train
 from sparse_tickets import Sweep, load_results
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.population import initialise
@@ -28,6 +28,7 @@ from sparse_tickets.sweep.store import Store
 LEVELS = (0, 4, 6, 8)
 AGAIN = 3
 """Trainings of each dense policy with other keys, beside the sweep's own."""
+ALGORITHMS = {"ppo": "PPO", "dqn": "DQN"}
 AS_IS, NARROW, OTHER_KEY, SWEEP = "as it is", "narrow dense", "other keys", "the sweep"
 Change = Callable[[PPO], PPO]
 SETTINGS: dict[str, Change] = {
@@ -49,7 +50,7 @@ def collect(place: Place) -> pl.DataFrame:
         name: lambda change=change: changed(spec, store, chosen, change)
         for name, change in SETTINGS.items()
     }
-    jobs[OTHER_KEY] = lambda: again(spec, store)
+    jobs[OTHER_KEY] = lambda: again(spec, store, "ppo")
     jobs[NARROW] = lambda: narrow(spec, store, chosen[1:])
     found = [
         place.once(f"sanity-{_file(name)}", (spec, chosen, AGAIN), compute).with_columns(
@@ -62,8 +63,22 @@ def collect(place: Place) -> pl.DataFrame:
         & pl.col("level").is_in(chosen)
         & pl.col("condition").is_in(["dense", TICKET])
     )
-    columns = found[0].columns
-    return pl.concat([*found, stored.with_columns(variant=pl.lit(SWEEP)).select(columns)])
+    found.append(stored.with_columns(variant=pl.lit(SWEEP)))
+    if not place.quick and (place.begun("cartpole-dqn") or not place.partial):
+        found += _dqn(place)
+    columns = [name for name in found[0].columns if all(name in each.columns for each in found)]
+    return pl.concat([each.select(columns) for each in found])
+
+
+def _dqn(place: Place) -> list[pl.DataFrame]:
+    """Dense policies of DQN: the sweep's, and trained again."""
+    spec, store = dqn(place)
+    floor = place.once("sanity-other-keys-dqn", (spec, AGAIN), lambda: again(spec, store, "dqn"))
+    dense = load_results(store.path).filter(pl.col("level") == 0)
+    return [
+        floor.with_columns(variant=pl.lit(OTHER_KEY)),
+        dense.with_columns(variant=pl.lit(SWEEP)),
+    ]
 
 
 def _file(name: str) -> str:
@@ -86,11 +101,11 @@ def _initial(mine: list) -> list[torch.Tensor]:
     return [ticket.initial for ticket in mine]
 
 
-def again(spec: Sweep, store: Store) -> pl.DataFrame:
+def again(spec: Sweep, store: Store, algo: str) -> pl.DataFrame:
     """Each seed's dense policy from the same values with other training keys."""
-    mine = tickets(store, "ppo", 0) * AGAIN
+    mine = tickets(store, algo, 0) * AGAIN
     masks, initial = (torch.stack(rows) for rows in ([t.mask for t in mine], _initial(mine)))
-    return train(spec, store, "ppo", 0, masks, initial, [t.seed for t in mine], "again")
+    return train(spec, store, algo, 0, masks, initial, [t.seed for t in mine], "again")
 
 
 def narrow(spec: Sweep, store: Store, chosen: list[int]) -> pl.DataFrame:
@@ -113,8 +128,9 @@ def narrow(spec: Sweep, store: Store, chosen: list[int]) -> pl.DataFrame:
     return pl.concat(found)
 
 
-def matrix(cells: pl.DataFrame, variant: str, metric: str) -> np.ndarray:
+def matrix(cells: pl.DataFrame, variant: str, metric: str, algo: str = "ppo") -> np.ndarray:
     """``[seeds, levels]``, as a share of random to the sweep's dense."""
+    cells = cells.filter(pl.col("algo") == algo)
     random = cells["random_return"][0]
     whole = cells.filter((pl.col("variant") == SWEEP) & (pl.col("level") == 0))
     dense = whole["return_final"].median()
@@ -145,23 +161,30 @@ def conclude(cells: pl.DataFrame) -> Finding:
         if (found := direction(gap))
     )
     word = {1: "above", 0: "not told from", -1: "below"}[direction(small["return_final"])]
-    floor = matrix(cells, OTHER_KEY, "return_final")
+    floors = {algo: matrix(cells, OTHER_KEY, "return_final", algo) for algo in _there(cells)}
+    again = ", ".join(
+        f"{(floor < 0.95).mean():.0%} of {floor.size} ({ALGORITHMS[algo]})"
+        for algo, floor in floors.items()
+    )
+    missing = "no tickets of DQN" if "dqn" in floors else "no DQN"
     return Finding(
         ran=f"{cells['env'][0]}, PPO, {cells['seed'].n_unique()} seeds at "
         f"{', '.join(f'{d:.1%}' for d in densities(cells))} of the weights, "
         f"{len(cells.filter(pl.col('variant') != SWEEP))} trainings (cut: "
-        f"{cuts(cells.filter(pl.col('variant') == SWEEP))}, no DQN, no Acrobot, not beside "
-        "CleanRL's script)",
+        f"{cuts(cells.filter(pl.col('variant') == SWEEP))}, {missing}, no Acrobot)",
         effect=f"tickets minus dense networks as small, of the dense return: {shown}; "
-        f"{(floor < 0.95).mean():.0%} of {floor.size} dense policies trained again end below 0.95",
+        f"dense policies trained again that end below 0.95: {again}",
         verdict=f"tickets {word} small dense networks; by settings: {moved or 'none told apart'}",
         text=text(cells, change),
         figures={"sanity": draw(cells)},
     )
 
 
+def _there(cells: pl.DataFrame) -> list[str]:
+    return [algo for algo in ALGORITHMS if algo in set(cells["algo"])]
+
+
 def text(cells: pl.DataFrame, change: dict[str, np.ndarray]) -> str:
-    floor = matrix(cells, OTHER_KEY, "return_final")
     shown = densities(cells)
     rows = []
     for name in (*SETTINGS, NARROW):
@@ -174,18 +197,24 @@ def text(cells: pl.DataFrame, change: dict[str, np.ndarray]) -> str:
                 [f"{name}, {word}", *first, *fields, gap if metric == "return_final" else "-"]
             )
     header = ["variant", *(f"{each:.1%}" for each in shown), "final change, pruned"]
-    between = (floor.mean(1).std(), floor.std(1).mean())
+    floors = " ".join(_floor(cells, algo) for algo in _there(cells))
     return f"""Shares of the range from the random policy to the median dense one. **Noise floor**:
-dense policies trained again from the same values with other keys end at {floor.mean():.3f} on
-average, the worst of {floor.size} at {floor.min():.2f}, {(floor < 0.95).mean():.0%} below the 0.95
-that counts as degraded; the standard deviation is {between[0]:.3f} between seeds and
-{between[1]:.3f} between keys of a seed. One level below 0.95 is no degradation, two in a row are.
+dense policies trained again from the same values with other keys. {floors} One level below 0.95 is
+no degradation, two in a row are.
 
 Tickets keep their masks; keys are the same in all rows but the last two, whose networks are dense
 with two equal hidden layers and as near to a ticket's number of weights as that allows:
 {", ".join(f"{each:.1%}" for each in densities(cells, NARROW))}.
 
 """ + markdown(header, rows)
+
+
+def _floor(cells: pl.DataFrame, algo: str) -> str:
+    floor = matrix(cells, OTHER_KEY, "return_final", algo)
+    return f"""{ALGORITHMS[algo]}'s end at {floor.mean():.3f} on average, the worst of {floor.size}
+at {floor.min():.2f}, {(floor < 0.95).mean():.0%} below the 0.95 that counts as degraded; the
+standard deviation is {floor.mean(1).std():.3f} between seeds and {floor.std(1).mean():.3f} between
+keys of a seed."""
 
 
 def draw(cells: pl.DataFrame) -> Figure:
