@@ -1,7 +1,7 @@
 """Which inputs does pruning keep, and which does the task need?
 
-The inputs that tickets keep at every level, beside dense policies trained on every subset of the
-inputs: what the task needs, by exhaustion::
+The inputs that tickets keep at every level, of raw observations and of scaled ones, beside dense
+policies trained on every subset of the inputs: what the task needs, by exhaustion::
 
     python -m experiments.input_masks [--quick]
 """
@@ -16,11 +16,22 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.frame import Experiment, Finding, Place, effect, main, markdown
-from experiments.sweeps import INPUTS, TICKET, cartpole, cuts, kept_inputs, levels, tickets, train
+from experiments.sweeps import (
+    INPUTS,
+    TICKET,
+    cartpole,
+    cuts,
+    kept_inputs,
+    levels,
+    scaled,
+    tickets,
+    train,
+)
 from sparse_tickets import load_results
 from sparse_tickets.analysis.style import DPI, GREY, INK, head, styled
+from sparse_tickets.sweep.store import Store
 
-ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
+ALGORITHMS = {"ppo": "PPO", "bc": "cloning", "scaled": "PPO, scaled observations"}
 SEEDS = 3
 SUBSETS = "subsets"
 
@@ -28,14 +39,9 @@ SUBSETS = "subsets"
 def collect(place: Place) -> pl.DataFrame:
     """Rows of tickets, with the inputs they keep, and of dense policies on a subset of inputs."""
     spec, store = cartpole(place)
-    stored = load_results(store.path).filter(pl.col("condition").is_in([TICKET, "dense"]))
-    kept = [
-        {"algo": algo, "seed": ticket.seed, "level": level, "inputs": kept_inputs(ticket)}
-        for algo in ALGORITHMS
-        for level in levels(store, algo)
-        for ticket in tickets(store, algo, level)
-    ]
-    stored = stored.join(pl.DataFrame(kept), on=["algo", "seed", "level"])
+    stored = [_kept(store, {"ppo": "ppo", "bc": "bc"})]
+    if not place.quick and (place.begun("cartpole-scaled") or not place.partial):
+        stored.append(_kept(scaled(place)[1], {"ppo": "scaled"}))
     arena, names = spec.arena("ppo"), INPUTS[spec.env]
     choices = [bits for bits in product([False, True], repeat=len(names)) if any(bits)]
     seeds = min(SEEDS, spec.seeds)
@@ -60,7 +66,24 @@ def collect(place: Place) -> pl.DataFrame:
         "env", "algo", "condition", "seed", "level", "density", "inputs", "return_final",
         "return_auc", "random_return", "train_steps", "wall_s", "commit", "processor",
     ]  # fmt: skip
-    return pl.concat([stored.select(columns), trained.select(columns)])
+    return pl.concat([each.select(columns) for each in (*stored, trained)])
+
+
+def _kept(store: Store, names: dict[str, str]) -> pl.DataFrame:
+    """Rows of a sweep's tickets with the inputs they keep; algorithms by the names given."""
+    rows = load_results(store.path).filter(pl.col("condition").is_in([TICKET, "dense"]))
+    kept = [
+        {"algo": algo, "seed": ticket.seed, "level": level, "inputs": kept_inputs(ticket)}
+        for algo in names
+        for level in levels(store, algo)
+        for ticket in tickets(store, algo, level)
+    ]
+    joined = rows.join(pl.DataFrame(kept), on=["algo", "seed", "level"])
+    return joined.with_columns(pl.col("algo").replace(names))
+
+
+def algorithms(cells: pl.DataFrame) -> dict[str, str]:
+    return {algo: name for algo, name in ALGORITHMS.items() if algo in set(cells["algo"])}
 
 
 def survival(cells: pl.DataFrame, algo: str) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +164,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
             & (pl.col("condition") == TICKET)
             & (pl.col("level") == cells["level"].max())
         )
-        for algo in ALGORITHMS
+        for algo in algorithms(cells)
     }
     kept = {
         algo: float(np.mean([sum(x) for x in rows["inputs"].to_list()]))
@@ -154,7 +177,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
     return Finding(
         ran=f"{cells['env'][0]}, the tickets of bc_vs_rl; dense PPO on all {len(table)} subsets of "
         f"the inputs, {table['seeds'].max()} seeds each, {cells['train_steps'].max():,} steps "
-        f"(cut: {cuts(cells)}, no scaled observations)",
+        f"(cut: {cuts(cells)}{'' if 'scaled' in kept else ', no scaled observations'})",
         effect=f"{left} of {inputs} inputs left at {cells['density'].min():.2%} of the weights; "
         f"the smallest set that every dense seed solves the task with: {need}",
         verdict="agrees: whole inputs go" if removed else "disagrees: inputs stay",
@@ -171,21 +194,22 @@ def text(cells: pl.DataFrame, table: pl.DataFrame) -> str:
     gone = [
         [name, *(f"{m:.1f} [{low:.1f}, {high:.1f}]" for m, low, high in values)]
         for name, values in (
-            (name, [order(cells, algo)[name] for algo in ALGORITHMS])
+            (name, [order(cells, algo)[name] for algo in algorithms(cells)])
             for name in INPUTS[cells["env"][0]]
         )
     ]
     lost = [
         [name, *("{} of {}".format(*pair) for pair in collapsed(cells, algo).values())]
-        for algo, name in ALGORITHMS.items()
+        for algo, name in algorithms(cells).items()
     ]
-    return f"""Raw observations, as the environment gives them. An input is kept while a path leads
-from it to an action. Levels it is kept for, of {cells["level"].max() + 1}, over seeds:
+    return f"""Raw observations, as the environment gives them, unless they are called scaled: to
+unit variance, by `pilot.py`. An input is kept while a path leads from it to an action. Levels it is
+kept for, of {cells["level"].max() + 1}, over seeds:
 
-{markdown(["input", *ALGORITHMS.values()], gone)}
+{markdown(["input", *algorithms(cells).values()], gone)}
 
-Dense policies that see only some of the inputs, everything else as in the sweep. Solved is
-within 5% of the best return.
+Dense policies of PPO that see only some of the raw inputs, everything else as in the sweep. Solved
+is within 5% of the best return.
 
 {markdown(["inputs seen", "mean return", "worst seed", "solved"], rows)}
 
@@ -199,9 +223,11 @@ inputs that every dense seed solves the task with:
 def draw(cells: pl.DataFrame, table: pl.DataFrame) -> Figure:
     """Shares of seeds by input and density, a row of pictures; single inputs' worth beside them."""
     names = INPUTS[cells["env"][0]]
-    figure = Figure(figsize=(6.0, 0.9 + 0.3 * len(names)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, (algo, title) in zip(panels, ALGORITHMS.items(), strict=True):
+    shown = algorithms(cells)
+    size = (1.0 + 2.5 * len(shown), 0.9 + 0.3 * len(names))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True)
+    for panel, (algo, title) in zip(panels, shown.items(), strict=True):
         density, share = survival(cells, algo)
         panel.imshow(share, cmap="Greys", vmin=0, vmax=1.4, aspect="auto")
         for row, column in np.ndindex(*share.shape):
@@ -212,8 +238,8 @@ def draw(cells: pl.DataFrame, table: pl.DataFrame) -> Figure:
                     color="white" if value > 0.6 else INK,
                 )  # fmt: skip
         panel.set_title(title)
-        shown = range(0, len(density), 3)
-        panel.set_xticks(list(shown), [f"{100 * density[k]:.3g}%" for k in shown])
+        ticks = range(0, len(density), 3)
+        panel.set_xticks(list(ticks), [f"{100 * density[k]:.3g}%" for k in ticks])
         panel.set_xlabel("density")
         panel.tick_params(length=0)
         panel.spines[["left", "bottom"]].set_color(GREY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import polars as pl
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from experiments.frame import Place
 from sparse_tickets import Population, Sweep, Ticket
 from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.envs import ClassicEnv, env_spec, register_env
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.sweep.experts import stored_demonstrations
 from sparse_tickets.sweep.protocols import protocol
@@ -23,6 +25,7 @@ from sparse_tickets.sweep.store import Store
 __all__ = [
     "INPUTS",
     "LEVEL",
+    "SCALED",
     "acrobot",
     "acrobot_spec",
     "cartpole",
@@ -35,6 +38,8 @@ __all__ = [
     "levels",
     "per_level",
     "quickly",
+    "scaled",
+    "scaled_spec",
     "setting",
     "taught",
     "taught_spec",
@@ -45,7 +50,17 @@ __all__ = [
 TICKET = "mask/weights"
 LEVEL = 0.2
 """Share of the remaining weights that the protocol prunes per level: the unit of levels here."""
-INPUTS = {"CartPole-v1": ("cart position", "cart velocity", "pole angle", "pole velocity")}
+SCALED = "CartPole-v1 scaled"
+"""CartPole with observations of unit variance, by the numbers that `pilot.py` prints."""
+_RAW = env_spec("CartPole-v1")
+register_env(
+    SCALED,
+    partial(ClassicEnv, "CartPole-v1"),
+    replace(_RAW, name=SCALED, scale=(0.57, 0.44, 0.066, 0.58)),
+)
+INPUTS = dict.fromkeys(
+    ("CartPole-v1", SCALED), ("cart position", "cart velocity", "pole angle", "pole velocity")
+)
 
 
 def cartpole_spec(quick: bool = False) -> Sweep:
@@ -115,6 +130,19 @@ def taught_spec(states: str, quick: bool = False) -> Sweep:
     return quickly(spec) if quick else spec
 
 
+def scaled_spec(quick: bool = False) -> Sweep:
+    """PPO's tickets of CartPole by scaled observations."""
+    spec = replace(
+        cartpole_spec(),
+        env=SCALED,
+        algos=("ppo",),
+        conditions=(TICKET,),
+        controls=("own",),
+        levels=11,
+    )
+    return quickly(spec) if quick else spec
+
+
 def deep_spec() -> Sweep:
     """CartPole's tickets alone, by the protocol's budget, to its last level and fewer weights."""
     return replace(
@@ -153,6 +181,11 @@ def acrobot(place: Place) -> tuple[Sweep, Store]:
 def dqn(place: Place) -> tuple[Sweep, Store]:
     spec = dqn_spec(place.quick)
     return spec, place.sweep("cartpole-dqn", spec)
+
+
+def scaled(place: Place) -> tuple[Sweep, Store]:
+    spec = scaled_spec(place.quick)
+    return spec, place.sweep("cartpole-scaled", spec)
 
 
 def taught(place: Place, states: str) -> tuple[Sweep, Store]:
