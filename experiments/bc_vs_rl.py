@@ -31,8 +31,8 @@ RIVALS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC"}
 """What learns by reinforcement, in the order of tables and panels."""
 NAMES = RIVALS | {"bc": "cloning"}
 TICKET = "mask/weights"
-WHOLE, DEEP, BRIEF, ACROBOT = (
-    "the whole protocol", "deeper, tickets alone", "a smaller budget", "Acrobot",
+WHOLE, DEEP, BRIEF, VALUES, ACROBOT = (
+    "the whole protocol", "deeper, tickets alone", "a smaller budget", "learning values", "Acrobot",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def collect(place: Place) -> pl.DataFrame:
     found = []
     sweeps = [
         (BRIEF, "cartpole", cartpole_spec(place.quick)),
-        (BRIEF, "cartpole-dqn", dqn_spec(place.quick)),
+        (VALUES, "cartpole-dqn", dqn_spec(place.quick)),
         (ACROBOT, "acrobot", acrobot_spec(place.quick)),
     ]
     if place.quick:

@@ -8,6 +8,7 @@ alone hides where training began and how fast it went::
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import numpy as np
@@ -19,6 +20,7 @@ from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
 from sparse_tickets.analysis.figures import contribution_figure, return_figure
+from sparse_tickets.sweep.store import Store
 
 METRICS = {
     "return_initial": "before training",
@@ -31,18 +33,22 @@ PAIRED = "ticket"
 
 
 def collect(place: Place) -> pl.DataFrame:
-    found = [cartpole(place)[1]]
-    for name, sweep in (("cartpole-dqn", dqn), ("acrobot", acrobot)):
-        if place.begun(name) or not place.partial:
-            found.append(sweep(place)[1])
-    return pl.concat([load_results(store.path) for store in found], how="diagonal")
+    found = [_study("CartPole", cartpole(place)[1])]
+    if place.begun("cartpole-dqn") or not place.partial:
+        # Cloning at more levels stands beside PPO.
+        cells = _study("CartPole, DQN", dqn(place)[1])
+        found.append(cells.filter(pl.col("algo") == "dqn"))
+    if place.begun("acrobot") or not place.partial:
+        found.append(_study("Acrobot", acrobot(place)[1]))
+    return pl.concat(found, how="diagonal")
 
 
-def tasks(cells: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
-    """Each task's name, without its version, and cells."""
-    return [
-        (env.split("-")[0], part) for (env,), part in cells.group_by("env", maintain_order=True)
-    ]
+def _study(name: str, store: Store) -> pl.DataFrame:
+    return load_results(store.path).with_columns(study=pl.lit(name))
+
+
+def studies(cells: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
+    return [(name, part) for (name,), part in cells.group_by("study", maintain_order=True)]
 
 
 def algorithms(cells: pl.DataFrame) -> dict[str, str]:
@@ -77,32 +83,33 @@ def paired(cells: pl.DataFrame) -> pl.DataFrame:
 
 def conclude(cells: pl.DataFrame) -> Finding:
     gaps = {
-        (task, algo, metric): by_seed(part, algo, PAIRED, "mask", metric)
+        (study, algo, metric): by_seed(part, algo, PAIRED, "mask", metric)
         - by_seed(part, algo, PAIRED, "initialisation", metric)
-        for task, part in tasks(cells)
+        for study, part in studies(cells)
         for metric in METRICS
         for algo in algorithms(part)
     }
     shown = [
-        f"{task}, {word}: "
+        f"{study}, {word}: "
         + ", ".join(
-            f"{signed(*effect(gaps[task, algo, metric]), digits=2)} ({name})"
+            f"{signed(*effect(gaps[study, algo, metric]), digits=2)} ({name})"
             for algo, name in algorithms(part).items()
         )
-        for task, part in tasks(cells)
+        for study, part in studies(cells)
         for metric, word in METRICS.items()
     ]
     trained = [gap for (*_, metric), gap in gaps.items() if metric != "return_initial"]
     before = [gap for (*_, metric), gap in gaps.items() if metric == "return_initial"]
     figures = {}
-    for task, part in tasks(cells):
-        name = "conditions" if task == "CartPole" else f"conditions_{task.lower()}"
+    for study, part in studies(cells):
+        words = re.findall(r"\w+", study.lower().removeprefix("cartpole"))
+        name = "_".join(["conditions", *words])
         figures[f"{name}_returns"] = return_figure(
             part, controls=PAIRED, metric=("return_final", "return_auc", "return_initial")
         )
         figures[name] = contribution_figure(paired(part), metric=tuple(METRICS))
     return Finding(
-        ran="; ".join(setting(part) for _, part in tasks(cells)),
+        ran="; ".join(setting(part) for _, part in studies(cells)),
         effect=f"mask minus values, of the dense return: {'; '.join(shown)}",
         verdict=f"once trained: {verdict(trained)}; before: {verdict(before)}",
         text=text(cells),
@@ -130,7 +137,7 @@ over the pruned levels, is what that thing contributes, here as a share of the r
 policy to the dense one. `ticket` controls take masks and values from the same seed's ticket; under
 `own` a shuffled policy prunes by its own training, so its mask differs too."""
     ]
-    for _, part in tasks(cells):
+    for _, part in studies(cells):
         rows = [
             [
                 f"{contribution}, {ALGORITHMS[algo]}, {kind}",

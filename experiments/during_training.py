@@ -47,13 +47,12 @@ DENSE, TICKETS, GLOBAL = "dense", "ticket", "static random (global)"
 ALGORITHMS = {"ppo": "PPO", "dqn": "DQN"}
 EVERY = {"ppo": 250, "dqn": 1000}
 """Gradient steps between two updates of the masks: 6,400 and 50,000 are all of a training."""
-APART = 3
-"""Levels of the sweeps between two densities here."""
+LEVELS = {"ppo": (0, 3, 6, 9), "dqn": (0, 2, 3, 4)}
+"""Of the sweeps; DQN's has half as many."""
 METRICS = {"return_auc": "learning curve", "return_final": "final return"}
 
 
 def collect(place: Place) -> pl.DataFrame:
-    apart = 1 if place.quick else APART
     jobs = [("gradual", 1), ("gradual", WIDER)] if place.quick else _jobs()
     found = []
     for algo, sweep in {"ppo": cartpole, "dqn": dqn}.items():
@@ -61,8 +60,9 @@ def collect(place: Place) -> pl.DataFrame:
             continue
         spec, store = sweep(place)
         every = 1 if place.quick else EVERY[algo]
-        chosen = [level for level in levels(store, algo) if level % apart == 0]
-        found.append(stored(store, algo, chosen))
+        there = levels(store, algo)
+        chosen = there if place.quick else [level for level in LEVELS[algo] if level in there]
+        mine = [stored(store, algo, chosen)]
         for method, width in jobs:
             at = _levels(method, width, chosen)
             cells = place.once(
@@ -71,8 +71,11 @@ def collect(place: Place) -> pl.DataFrame:
                 _trainer(spec, store, algo, method, width, at, every),
             )
             name = METHODS.get(method, method)
-            found.append(cells.with_columns(method=pl.lit(name), width=pl.lit(width, pl.Int64)))
-    return pl.concat(found, how="diagonal").with_columns(level=pl.col("level") // apart)
+            mine.append(cells.with_columns(method=pl.lit(name), width=pl.lit(width, pl.Int64)))
+        place_of = {level: index for index, level in enumerate(chosen)}
+        cells = pl.concat(mine, how="diagonal")
+        found.append(cells.with_columns(level=pl.col("level").replace_strict(place_of)))
+    return pl.concat(found, how="diagonal")
 
 
 def _jobs() -> list[tuple[str, int]]:
@@ -160,51 +163,53 @@ def methods(cells: pl.DataFrame, width: int = 1, algo: str | None = None) -> lis
     return [name for name in (TICKETS, *METHODS.values(), GLOBAL) if name in there]
 
 
-def densities(cells: pl.DataFrame) -> np.ndarray:
+def densities(cells: pl.DataFrame, algo: str) -> np.ndarray:
     """Weights kept, of those that a dense network of the sweep has."""
-    return cells.filter(pl.col("method").is_in([DENSE, TICKETS]) & (pl.col("width") == 1)).group_by(
-        "level"
-    ).agg(pl.col("density").max()).sort("level")["density"].to_numpy()  # fmt: skip
+    rows = cells.filter((pl.col("algo") == algo) & (pl.col("width") == 1))
+    rows = rows.filter(pl.col("method").is_in([DENSE, TICKETS]))
+    return rows.group_by("level").agg(pl.col("density").max()).sort("level")["density"].to_numpy()
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
-    density = densities(cells)
-    at = len(density) - 2 if len(density) > 2 else len(density) - 1
     words = {1: "better than dense", 0: "not told from dense", -1: "worse than dense"}
     shown, verdicts = [], []
     for algo, title in algorithms(cells).items():
+        density = densities(cells, algo)
+        at = len(density) - 2 if len(density) > 2 else len(density) - 1
         above = {
             name: values[:, at] - values[:, 0]
             for name in (TICKETS, METHODS["gradual"])
             for values in [matrix(cells, algo, name, "return_final")]
         }
         found = [f"{name} {signed(*effect(gap), digits=2)}" for name, gap in above.items()]
-        shown.append(f"{title}: {', '.join(found)}")
+        shown.append(f"{title} at {density[at]:.1%}: {', '.join(found)}")
         told = [f"{name} {words[direction(gap)]}" for name, gap in above.items()]
         verdicts.append(f"{title}: {', '.join(told)}")
     names = [*methods(cells), *(f"{name} of twice the width" for name in methods(cells, WIDER))]
-    on = " and ".join(algorithms(cells).values())
+    on = " and ".join(
+        f"{title} at {', '.join(f'{each:.1%}' for each in densities(cells, algo)[1:])}"
+        for algo, title in algorithms(cells).items()
+    )
     every = " and ".join(f"{EVERY[algo]:,} ({name})" for algo, name in algorithms(cells).items())
     missing = [name for algo, name in ALGORITHMS.items() if algo not in algorithms(cells)]
     missing += ["networks four times as wide"] if methods(cells, WIDER) else ["wider networks"]
-    figures = {"during_training": draw(cells, density)}
+    figures = {"during_training": draw(cells)}
     if methods(cells, WIDER):
-        figures["during_training_width"] = draw_widths(cells, density)
+        figures["during_training_width"] = draw_widths(cells)
     return Finding(
-        ran=f"{', '.join(names)}; {cells['env'][0]}, {on}, {cells['seed'].n_unique()} seeds at "
-        f"{', '.join(f'{each:.1%}' for each in density[1:])} of the weights, "
+        ran=f"{', '.join(names)}; {cells['env'][0]}, {cells['seed'].n_unique()} seeds, "
+        f"{on} of the weights, "
         f"{budgets(cells)}, masks updated every {every} gradient steps, "
         f"{len(cells)} trainings (cut: {cuts(cells)}, "
         f"no {', no '.join(missing)})",
-        effect=f"final return minus dense at {density[at]:.1%}, of the dense return: "
-        f"{'; '.join(shown)}",
+        effect=f"final return minus dense, of the dense return: {'; '.join(shown)}",
         verdict="; ".join(verdicts),
-        text=text(cells, density),
+        text=text(cells),
         figures=figures,
     )
 
 
-def text(cells: pl.DataFrame, density: np.ndarray) -> str:
+def text(cells: pl.DataFrame) -> str:
     paragraphs = [
         """Shares of the range from the random policy to the dense one, mean over seeds, and
 after the colon the difference from the ticket of the same seed. A ticket has been trained several
@@ -212,6 +217,7 @@ times to find its mask, the others train once; what is pruned gradually is dense
 too. Masks that change share a density out by ERK, as published."""
     ]
     for algo, title in algorithms(cells).items():
+        density = densities(cells, algo)
         header = [
             f"{title}, method",
             *(f"{name}, {each:.1%}" for name in METRICS.values() for each in density[1:]),
@@ -227,13 +233,12 @@ too. Masks that change share a density out by ERK, as published."""
 network's weights, so that at 100% of them the wide one is sparse. After the colon the difference
 from the ordinary network under the same method, dense at 100%."""
     )
-    header = ["final return of wide networks", *(f"{each:.1%}" for each in density)]
-    rows = [
-        [f"{title}, {name}", *_wide_fields(cells, algo, name)]
-        for algo, title in algorithms(cells).items()
-        for name in methods(cells, WIDER, algo)
-    ]
-    paragraphs.append(markdown(header, rows))
+    for algo, title in algorithms(cells).items():
+        shown = (f"{each:.1%}" for each in densities(cells, algo))
+        wide = methods(cells, WIDER, algo)
+        rows = [[name, *_wide_fields(cells, algo, name)] for name in wide]
+        if rows:
+            paragraphs.append(markdown([f"{title}, final return, twice as wide", *shown], rows))
     if dense := _wide_dense(cells):
         paragraphs.append(f"Dense, the wide networks end at {dense}.")
     return "\n\n".join(paragraphs)
@@ -267,10 +272,10 @@ def _wide_dense(cells: pl.DataFrame) -> str:
     )
 
 
-def draw(cells: pl.DataFrame, density: np.ndarray) -> Figure:
+def draw(cells: pl.DataFrame) -> Figure:
     panels = {
         f"{title}, {word}": [
-            Line(name, 100 * density, matrix(cells, algo, name, metric))
+            Line(name, 100 * densities(cells, algo), matrix(cells, algo, name, metric))
             for name in methods(cells, algo=algo)
         ]
         for algo, title in algorithms(cells).items()
@@ -285,12 +290,12 @@ def draw(cells: pl.DataFrame, density: np.ndarray) -> Figure:
     )
 
 
-def draw_widths(cells: pl.DataFrame, density: np.ndarray) -> Figure:
+def draw_widths(cells: pl.DataFrame) -> Figure:
     panels = {
         title: [
             Line(
                 f"{name}, x{width}",
-                100 * density,
+                100 * densities(cells, algo),
                 matrix(cells, algo, name, "return_final", width),
             )
             for name in methods(cells, WIDER, algo)

@@ -100,17 +100,18 @@ def acrobot_spec(quick: bool = False) -> Sweep:
 
 
 def dqn_spec(quick: bool = False) -> Sweep:
-    """DQN on CartPole from `cartpole_spec`'s initial networks, at its densities.
+    """DQN and cloning on CartPole from `cartpole_spec`'s initial networks, at half of its levels.
 
-    The protocol's whole budget, since half of it leaves dense seeds below the gate; no random masks
-    and fewer levels instead.
+    DQN has the protocol's whole budget, since half of it leaves dense seeds below the gate.
     """
+    spec = cartpole_spec()
     spec = replace(
-        cartpole_spec(),
-        algos=("dqn",),
+        spec,
+        algos=("dqn", "bc"),
         conditions=(TICKET, "mask/permuted", "permuted/permuted"),
         controls=("ticket",),
-        levels=10,
+        rate=1 - (1 - spec.rate) ** 2,
+        levels=6,
         chunk=9,
     )
     return quickly(spec) if quick else spec
@@ -223,7 +224,7 @@ def budgets(cells: pl.DataFrame) -> str:
     found = [f"{on_policy:,} steps"] if on_policy else []
     for algo, name in OFF_POLICY.items():
         steps = cells.filter(pl.col("algo") == algo)["train_steps"].max()
-        found += [f"{steps:,} of {name}"] if steps else []
+        found += [f"{steps:,} steps of {name}"] if steps else []
     return " and ".join(found)
 
 
