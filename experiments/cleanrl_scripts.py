@@ -7,7 +7,7 @@
 of ``ppo.py`` and ``dqn.py`` trains with the script's defaults but for the number of steps. Kept are
 the mean return of the episodes that ended in each of twenty windows of the training, and of 100
 fresh episodes of the final weights, by greedy and by sampled actions. Rows go to
-``results/cleanrl_scripts.parquet``.
+``results/cleanrl_scripts.parquet``, seed by seed; those that are there are not trained again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cleanrl_scripts.parquet"
 NETWORKS = {"ppo": "agent", "dqn": "q_network"}
-ENV, SEEDS, STEPS, WINDOWS, EPISODES = "CartPole-v1", 5, 200_000, 20, 100
+ENV, SEEDS, STEPS, WINDOWS, EPISODES = "CartPole-v1", 5, 100_000, 20, 100
 
 
 def train(clone: Path, algo: str, seed: int) -> dict:
@@ -81,15 +81,17 @@ def main(clone: Path) -> None:
     sys.path.insert(0, str(clone))
     asked = ["git", "-C", str(clone), "rev-parse", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    rows = []
+    used = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy"))
+    table = pl.read_parquet(RESULTS) if RESULTS.exists() else None
     for algo in NETWORKS:
         for seed in range(1, SEEDS + 1):
-            rows.append(train(clone, algo, seed))
-            shown = {name: rows[-1][name] for name in ("algo", "seed", "return_final", "wall_s")}
-            print(shown, flush=True)
-    used = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy"))
-    table = pl.DataFrame(rows).with_columns(cleanrl=pl.lit(commit), versions=pl.lit(used))
-    table.write_parquet(RESULTS)
+            if table is not None and len(table.filter(algo=algo, seed=seed)):
+                continue
+            row = train(clone, algo, seed) | {"cleanrl": commit, "versions": used}
+            print(algo, seed, row["return_final"], row["wall_s"], flush=True)
+            new = pl.DataFrame([row])
+            table = new if table is None else pl.concat([table, new])
+            table.write_parquet(RESULTS)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
-from experiments.frame import Experiment, Finding, Place, main, markdown, signed
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import TICKET, cartpole, per_level, setting, taught
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
-from sparse_tickets.analysis.table import compare, degradation
+from sparse_tickets.analysis.statistics import sign_flip
+from sparse_tickets.analysis.table import degradation
 
 RANDOM = "random/re-init"
 CONDITIONS = {TICKET: "tickets", RANDOM: "random masks"}
@@ -51,82 +52,92 @@ def ways(cells: pl.DataFrame) -> dict[str, str]:
     return {algo: name for algo, name in TEACHING.items() if algo in set(cells["algo"])}
 
 
-def differences(cells: pl.DataFrame) -> pl.DataFrame:
-    """Of degradation levels, paired by seed, in levels of the protocol; Holm over all rows."""
-    there = ways(cells)
-    found = [
-        compare(cells, first, second, metric)
-        .with_columns(pl.col("difference", "low", "high") * per_level(cells))
-        .with_columns(one=pl.lit(first), other=pl.lit(second), metric=pl.lit(metric))
-        for first, second in PAIRS
-        if first in there and second in there
-        for metric in METRICS
-    ]
-    return pl.concat(found)
+def pairs(cells: pl.DataFrame) -> list[tuple[str, str]]:
+    return [pair for pair in PAIRS if ways(cells).keys() >= set(pair)]
+
+
+def retained(cells: pl.DataFrame, algo: str, condition: str, metric: str) -> np.ndarray:
+    """Each seed's return, mean over the pruned levels, as a share of random to its way's dense."""
+    track = results.tracks(cells, cells["env"][0], algo, condition, "own", metric)
+    shares = (track.values - track.random) / (track.dense_median - track.random)
+    return shares[:, 1:].mean(1)
+
+
+def gap(cells: pl.DataFrame, one: str, other: str, condition: str, metric: str) -> np.ndarray:
+    """What one way retains more than the other, by seed."""
+    first, second = (retained(cells, algo, condition, metric) for algo in (one, other))
+    return first - second
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
-    table = differences(cells)
-    mine = table.filter(pl.col("condition") == TICKET)
     shown = [
-        f"{METRICS[row['metric']]}, {TEACHING[row['one']]} minus {TEACHING[row['other']]} "
-        f"{signed(row['difference'], row['low'], row['high'])}"
-        for row in mine.iter_rows(named=True)
+        f"{word}: "
+        + ", ".join(
+            f"{TEACHING[one]} minus {TEACHING[other]} "
+            f"{signed(*effect(gap(cells, one, other, TICKET, metric)), digits=3)}"
+            for one, other in pairs(cells)
+        )
+        for metric, word in METRICS.items()
     ]
     return Finding(
         ran=setting(cells),
-        effect=f"levels by which tickets last longer: {'; '.join(shown)}",
-        verdict=verdict(mine),
-        text=text(cells, table),
+        effect=f"return that tickets retain, mean over levels; {'; '.join(shown)}",
+        verdict="; ".join(
+            f"by {METRICS[metric]} actions {verdict(cells, metric)}" for metric in METRICS
+        ),
+        text=text(cells),
         figures={"distribution_shift": draw(cells)},
     )
 
 
-def verdict(mine: pl.DataFrame) -> str:
-    """Agrees where what shifts as PPO's data do degrades earlier than what stands still."""
-    found = []
-    for metric, word in METRICS.items():
-        row = mine.filter(
-            (pl.col("metric") == metric) & (pl.col("one") == "replay") & (pl.col("other") == "bc")
-        )
-        if row.is_empty():
-            return "not run"
-        clear = row["p_value"][0] is not None and row["p_value"][0] < 0.05
-        told = "agrees" if row["difference"][0] < 0 else "disagrees"
-        found.append(f"by {word} actions {told if clear else 'undecided'}")
-    return ", ".join(found)
+def verdict(cells: pl.DataFrame, metric: str) -> str:
+    """Whether the shift alone costs cloned tickets return, and how much of PPO's loss it is."""
+    if not {("replay", "bc"), ("bc", "ppo")} <= set(pairs(cells)):
+        return "not run"
+    whole = gap(cells, "bc", "ppo", TICKET, metric)
+    shift = gap(cells, "bc", "replay", TICKET, metric)
+    word = {1: "the shift costs return", 0: "undecided", -1: "the shift gains return"}
+    found = word[direction(shift)]
+    if direction(shift) == direction(whole) == 1:
+        found += f", {shift.mean() / whole.mean():.0%} of what PPO loses against cloning"
+    return found
 
 
-def text(cells: pl.DataFrame, table: pl.DataFrame) -> str:
+def text(cells: pl.DataFrame) -> str:
     scale = per_level(cells)
     levels = {
         metric: {(row["algo"], row["condition"]): row for row in rows.iter_rows(named=True)}
         for metric in METRICS
         for rows in [degradation(cells, metric)]
     }
-    degrades = [
+    ran = [
         [
             f"{TEACHING[algo]}, {name}",
+            *(f"{retained(cells, algo, condition, metric).mean():.2f}" for metric in METRICS),
             *(_level(levels[metric].get((algo, condition)), scale) for metric in METRICS),
         ]
         for algo, (condition, name) in product(ways(cells), CONDITIONS.items())
     ]
     apart = [
         [
-            f"{TEACHING[row['one']]} minus {TEACHING[row['other']]}, "
-            f"{CONDITIONS[row['condition']]}, {METRICS[row['metric']]}",
-            signed(row["difference"], row["low"], row["high"]),
-            f"{row['p_value']:.3f}",
+            f"{TEACHING[one]} minus {TEACHING[other]}, {name}",
+            *(
+                f"{signed(*effect(gaps), digits=3)} (p {sign_flip(gaps):.2f})"
+                for metric in METRICS
+                for gaps in [gap(cells, one, other, condition, metric)]
+            ),
         ]
-        for row in table.iter_rows(named=True)
+        for (one, other), (condition, name) in product(pairs(cells), CONDITIONS.items())
     ]
-    return f"""{setting(cells)}. Where a policy degrades is defined as above, each way against its
-own dense policies; levels are the protocol's. Differences are paired by seed, with bootstrap
-intervals and the exact sign-flip p.
+    return f"""{setting(cells)}. Retained is the return, mean over the pruned levels, as a share of
+the range from the random policy to the way's own dense one. Where a policy degrades is defined as
+above; levels are the protocol's.
 
-{markdown(["trained by", "degrades at, greedy", "sampled"], degrades)}
+{markdown(["trained by", "retained, greedy", "sampled", "degrades at, greedy", "sampled"], ran)}
 
-{markdown(["difference of levels", "levels", "p"], apart)}"""
+Differences of what is retained, paired by seed, with bootstrap intervals and the exact sign-flip p.
+
+{markdown(["difference", "greedy", "sampled"], apart)}"""
 
 
 def _level(row: dict | None, scale: float) -> str:

@@ -51,6 +51,7 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 NAMES = (
     "bc_vs_rl",
+    "distribution_shift",
     "conditions",
     "rescaling",
     "transfer",
