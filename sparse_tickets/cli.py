@@ -31,6 +31,7 @@ from sparse_tickets.commands import (
     SweepCommand,
     VerifyCommand,
 )
+from sparse_tickets.envs import use_workers
 from sparse_tickets.files import StoreError
 from sparse_tickets.kernels.compile import CompileError
 from sparse_tickets.provenance import commit, processor, versions
@@ -163,7 +164,7 @@ def _sweep(rest: list[str], console: Console) -> int:
     if command.dry_run:
         from sparse_tickets.sweep.estimate import estimate
 
-        with Console(stderr=True).status(_TIMING):
+        with Console(stderr=True).status(_TIMING), use_workers(command.workers):
             table = estimate(spec)
         _print_table(console, table)
         return 0
@@ -182,7 +183,7 @@ def _study(rest: list[str], console: Console) -> int:
     load_plugins(command.plugin)
     study = load_study(command.file)
     if command.dry_run:
-        with Console(stderr=True).status(_TIMING):
+        with Console(stderr=True).status(_TIMING), use_workers(command.workers):
             table = estimate_study(study)
         _print_table(console, table)
         return 0
@@ -223,6 +224,7 @@ def _run(
                 engine=command.engine,
                 address=command.address,
                 gpus_per_chunk=command.gpus_per_chunk,
+                workers=command.workers,
                 plugins=command.plugin,
                 track=command.track,
                 on_progress=advance,

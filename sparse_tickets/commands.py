@@ -44,6 +44,9 @@ class SweepCommand:
     """Of the Ray cluster, or auto; default: one is started on this machine."""
     gpus_per_chunk: float = 0.0
     """Share of a GPU that a unit takes on Ray; 0 trains on CPUs."""
+    workers: int | None = None
+    """Processes that step environments which are not built in; no result depends on it. Default: as
+    many as torch has threads, but one for classes and functions of your own."""
     track: str | None = None
     """tensorboard, wandb or trackio: show curves and levels as they come."""
 
@@ -70,6 +73,9 @@ class StudyCommand:
     """Of the Ray cluster, or auto; default: one is started on this machine."""
     gpus_per_chunk: float = 0.0
     """Share of a GPU that a unit takes on Ray; 0 trains on CPUs."""
+    workers: int | None = None
+    """Processes that step environments which are not built in; no result depends on it. Default: as
+    many as torch has threads, but one for classes and functions of your own."""
     track: str | None = None
     """tensorboard, wandb or trackio: show curves and levels as they come."""
 

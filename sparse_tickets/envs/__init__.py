@@ -5,6 +5,7 @@ from .gym_adapter import GymEnv, gym_spec
 from .noise import Noise, NoiseFeatures, split_noise
 from .registry import EnvFactory, env_spec, make_env, open_env, register_env
 from .spec import Env, EnvSpec, Step
+from .workers import use_workers
 
 __all__ = [
     "ClassicEnv",
@@ -21,4 +22,5 @@ __all__ = [
     "open_env",
     "register_env",
     "split_noise",
+    "use_workers",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -19,6 +19,8 @@ from sparse_tickets.kernels.errors import check_dtype, check_shape
 from sparse_tickets.kernels.random import Stream, bits
 
 from .spec import EnvSpec, Step
+from .stepping import Layout, Stepper, describe, flatten
+from .workers import Shared, workers_for
 
 __all__ = ["GymEnv", "gym_spec", "maker"]
 
@@ -63,6 +65,9 @@ class GymEnv:
     depend on the tickets beside it. What an environment returns is copied before it acts again, so
     it may reuse its memory; its infos are not looked at.
 
+    Copies may be spread over worker processes, which step them side by side, the same to the last
+    bit. What an environment raises arrives as it is, with the copy it comes from as a note.
+
     An observation or reward that is not finite is warned of, once per ticket, and passed on: it
     ends that ticket's training, not that of the others. An action that is not finite, of a policy
     that is lost already, reaches the environment as the bounds' middle.
@@ -74,6 +79,9 @@ class GymEnv:
         device: where tensors live; the environments themselves run on the CPU.
         spec: observation scale; by default what `gym_spec` says.
         reset_stream: stream of the seeds; evaluation uses another than training.
+        workers: processes that step the copies, 1 for this one; by default what `use_workers` says.
+            Other processes make copies of their own by ``make``, which has to be picklable by
+            cloudpickle, and share nothing else with this one.
 
     Attributes:
         clock: steps since `reset`.
@@ -96,6 +104,7 @@ class GymEnv:
         *,
         spec: EnvSpec | None = None,
         reset_stream: Stream = Stream.RESET,
+        workers: int | None = None,
     ) -> None:
         for name, count in (("tickets", tickets), ("copies", copies)):
             if count < 1:
@@ -107,22 +116,19 @@ class GymEnv:
         self.clock = 0
         self.faults: dict[int, str] = {}
         self._ready = False
-        self._envs: list[gymnasium.Env] = []
+        make_one = maker(make)
+        env = make_one()
         try:
-            make_one = maker(make)
-            for _ in range(tickets * copies):
-                self._envs.append(make_one())
-            self._action_space = self._envs[0].action_space
-            self._observation_space = self._envs[0].observation_space
-            read = _read_spec(self._envs[0], None)
-            self.spec = read if spec is None else spec
-            for name in ("observation_dim", "discrete", "action_dim"):
-                expected, given = getattr(read, name), getattr(self.spec, name)
-                if given != expected:
-                    raise ValueError(f"spec must have {name}={expected}, got {given}")
-        except BaseException:
-            self.close()
-            raise
+            self._action_space = env.action_space
+            self._observation_space = env.observation_space
+            read = _read_spec(env, None)
+        finally:
+            env.close()
+        self.spec = read if spec is None else spec
+        for name in ("observation_dim", "discrete", "action_dim"):
+            expected, given = getattr(read, name), getattr(self.spec, name)
+            if given != expected:
+                raise ValueError(f"spec must have {name}={expected}, got {given}")
         self._offset = np.array(self.spec.offset)
         self._scale = np.array(self.spec.scale)
         self._low = np.array(self.spec.action_low, dtype=np.float32)
@@ -130,23 +136,30 @@ class GymEnv:
         bounded = np.isfinite(self._low) & np.isfinite(self._high)
         ends = (np.where(bounded, bound, 0.0) for bound in (self._low, self._high))
         self._middle = np.clip(sum(0.5 * end for end in ends), self._low, self._high)
-        self._resting = np.zeros(len(self._envs), dtype=bool)
-        # Zeros where a copy rests from the start.
-        self._obs = np.zeros((len(self._envs), self.spec.observation_dim), dtype=np.float32)
+        count, name = tickets * copies, self.spec.name
+        shape, dtype = self._action_space.shape, self._action_space.dtype
+        layout = Layout(count, read.observation_dim, shape, np.dtype(dtype).str)  # type: ignore[arg-type]
+        processes = workers_for(workers, count, isinstance(make_one, _Registered))
+        if processes > 1:
+            self._stepper: Shared | Stepper = Shared(make_one, layout, processes, name, copies)
+        else:
+            self._stepper = Stepper(make_one, layout.arrays(), range(count), name, copies)
 
     def reset(self, key: Tensor) -> Tensor:
         """Start every copy afresh; see `Env.reset`."""
         check_dtype("key", key, torch.int64)
         check_shape("key", key, (self.tickets,))
         seeds = bits(key.cpu(), self.copies, stream=self.reset_stream, step=0)
+        arrays = self._stepper.arrays
         self.clock = 0
         self.faults.clear()
-        self._resting[:] = False
-        for copy, (env, seed) in enumerate(zip(self._envs, seeds.flatten().tolist(), strict=True)):
-            observation, _ = env.reset(seed=seed)
-            self._obs[copy] = self._read(observation, copy)
+        arrays.resting[:] = False
+        self._stepper.reset(seeds.flatten().tolist())
+        obs = self._scaled(arrays.obs)
+        for copy in np.flatnonzero(~_finite(obs)).tolist():
+            self._note_observation(arrays.obs[copy], copy)
         self._ready = True
-        return self._tensor(self._obs)
+        return self._tensor(obs)
 
     def rest(self, resting: Tensor) -> None:
         """Let copies stand still until the next `reset`: `step` returns what they saw last.
@@ -156,47 +169,42 @@ class GymEnv:
         """
         check_dtype("resting", resting, torch.bool)
         check_shape("resting", resting, (self.tickets, self.copies))
-        self._resting[:] = resting.flatten().cpu().numpy()
+        self._stepper.arrays.resting[:] = resting.flatten().cpu().numpy()
 
     def step(self, action: Tensor) -> Step:
         """Act once in every copy; see `Env.step`. Rewards are float64, as they come.
 
         Raises:
-            RuntimeError: `reset` was never called.
+            RuntimeError: `reset` was never called, or a worker process ended.
             TypeError, ValueError: an action of the wrong dtype, shape or range, or an observation
                 or reward that is not what the environment's spaces promise.
         """
         if not self._ready:
             raise RuntimeError("reset must be called before step")
-        actions = self._native(action)
-        final_obs = self._obs.copy()
-        reward = np.zeros(len(self._envs))
-        terminated, truncated = np.zeros((2, len(self._envs)), dtype=bool)
+        arrays = self._stepper.arrays
+        arrays.action[:] = self._native(action)
+        # What resting copies say.
+        arrays.reward[:] = 0.0
+        arrays.terminated[:] = arrays.truncated[:] = False
+        arrays.final_obs[:] = arrays.obs
         self.clock += 1
-        for copy in np.flatnonzero(~self._resting).tolist():
-            env = self._envs[copy]
-            observation, gain, ended, cut, _ = env.step(actions[copy])
-            reward[copy] = self._read_reward(gain, copy)
-            terminated[copy], truncated[copy] = ended, cut and not ended
-            final_obs[copy] = self._read(observation, copy, judged=not ended)
-            self._obs[copy] = final_obs[copy]
-            if ended or cut:
-                observation, _ = env.reset()
-                self._obs[copy] = self._read(observation, copy)
+        self._stepper.step()
+        obs, final_obs = self._scaled(arrays.obs), self._scaled(arrays.final_obs)
+        # Nobody looks at what a terminated episode ended with.
+        finite = _finite(obs) & (_finite(final_obs) | arrays.terminated)
+        for copy in np.flatnonzero(~(finite & np.isfinite(arrays.reward))).tolist():
+            self._note_faults(obs, final_obs, copy)
         return Step(
-            self._tensor(self._obs),
-            self._tensor(reward),
-            self._tensor(terminated),
-            self._tensor(truncated),
+            self._tensor(obs),
+            self._tensor(arrays.reward),
+            self._tensor(arrays.terminated),
+            self._tensor(arrays.truncated & ~arrays.terminated),
             self._tensor(final_obs),
         )
 
     def close(self) -> None:
         """Release what the environments hold; every one is closed, whatever one of them raises."""
-        with ExitStack() as stack:
-            for env in self._envs:
-                stack.callback(env.close)
-        self._envs.clear()
+        self._stepper.close()
         self._ready = False
 
     def _native(self, action: Tensor) -> np.ndarray:
@@ -218,54 +226,63 @@ class GymEnv:
         clipped = np.where(np.isnan(given), self._middle, np.clip(given, self._low, self._high))
         return clipped.reshape(-1, *space.shape).astype(space.dtype)  # type: ignore[misc]
 
-    def _read(self, observation: Any, copy: int, *, judged: bool = True) -> np.ndarray:
-        """One observation, flat and scaled, float32; it is copied."""
-        flat = _flat(self._observation_space, observation, lambda: self._who(copy))
+    def _scaled(self, flat: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
-            scaled = ((flat - self._offset) / self._scale).astype(np.float32)
-        # Nobody looks at what a terminated episode ended with.
-        if judged and not np.isfinite(scaled).all():
-            what = f"observation {np.array2string(flat, threshold=8)}"
-            if np.isfinite(flat).all():
-                what += ", beyond float32: give its spec an offset and a scale"
-            self._note(what, copy)
-        return scaled
+            return ((flat - self._offset) / self._scale).astype(np.float32)
 
-    def _read_reward(self, reward: Any, copy: int) -> float:
-        try:
-            value = float(reward)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"{self._who(copy)} must return a number as reward, got {reward!r}"
-            ) from None
-        if not math.isfinite(value):
-            self._note(f"reward {value}", copy)
-        return value
+    def _note_faults(self, obs: np.ndarray, final_obs: np.ndarray, copy: int) -> None:
+        """Warn of what a copy's step gave that is not finite."""
+        arrays = self._stepper.arrays
+        if not math.isfinite(arrays.reward[copy]):
+            self._note(f"reward {arrays.reward[copy]}", copy)
+        if not (arrays.terminated[copy] or _finite(final_obs[copy])):
+            self._note_observation(arrays.final_obs[copy], copy)
+        if not _finite(obs[copy]):
+            self._note_observation(arrays.obs[copy], copy)
+
+    def _note_observation(self, flat: np.ndarray, copy: int) -> None:
+        what = f"observation {np.array2string(flat, threshold=8)}"
+        if _finite(flat):
+            what += ", beyond float32: give its spec an offset and a scale"
+        self._note(what, copy)
 
     def _note(self, what: str, copy: int) -> None:
         ticket = copy // self.copies
         if ticket not in self.faults:
             self.faults[ticket] = f"{self.spec.name} returned {what}"
             warnings.warn(
-                f"{self._who(copy)} returned {what}, at step {self.clock}: not finite, so that "
-                "ticket's training diverges",
-                stacklevel=4,
+                f"{describe(self.spec.name, self.copies, copy)} returned {what}, at step "
+                f"{self.clock}: not finite, so that ticket's training diverges",
+                stacklevel=5,
             )
-
-    def _who(self, copy: int) -> str:
-        ticket, own = divmod(copy, self.copies)
-        return f"{self.spec.name} (ticket {ticket}, copy {own})"
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         shape = (self.tickets, self.copies, *values.shape[1:])
         return torch.from_numpy(values.reshape(shape)).to(self.device, copy=True)
 
 
+class _Registered:
+    """Makes the environment of a gymnasium id; elsewhere too, where nobody registered it."""
+
+    def __init__(self, name: str) -> None:
+        self._known: Any = name
+
+    def __call__(self) -> gymnasium.Env:
+        env = gymnasium.make(self._known, disable_env_checker=True)
+        self._known = env.spec
+        return env
+
+    def __reduce__(self) -> Any:
+        return partial(gymnasium.make, self._known, disable_env_checker=True).__reduce__()
+
+
 def maker(make: Maker | str) -> Maker:
     """A function that makes an environment, also of its gymnasium id."""
-    if isinstance(make, str):
-        return lambda: gymnasium.make(make, disable_env_checker=True)
-    return make
+    return _Registered(make) if isinstance(make, str) else make
+
+
+def _finite(values: np.ndarray) -> Any:
+    return np.isfinite(values).all(-1)
 
 
 def _read_spec(env: gymnasium.Env, name: str | None) -> EnvSpec:
@@ -309,24 +326,6 @@ def _observation_dim(space: Space[Any]) -> int:
     )
 
 
-def _flat(space: Space[Any], observation: Any, who: Callable[[], str]) -> np.ndarray:
-    """One observation as a new vector, float64."""
-    if isinstance(space, Discrete):
-        flat = np.zeros(int(space.n))
-        index = int(observation) - int(space.start)
-        if not 0 <= index < space.n:
-            raise ValueError(f"{who()} must return observations in {space}, got {observation!r}")
-        flat[index] = 1.0
-        return flat
-    given = np.asarray(observation)
-    if given.shape != space.shape:
-        raise ValueError(
-            f"{who()} must return observations of its space's shape {space.shape}, "
-            f"got {given.shape}"
-        )
-    return given.reshape(-1).astype(np.float64)
-
-
 def _pilot(env: gymnasium.Env, spec: EnvSpec, most: int) -> EnvSpec:
     """A spec with the scale and the random return that random actions find."""
     space = env.observation_space
@@ -341,7 +340,7 @@ def _pilot(env: gymnasium.Env, spec: EnvSpec, most: int) -> EnvSpec:
         total, ended = 0.0, False
         while steps < most and not ended:
             if scaled:
-                flat = _flat(space, observation, lambda: spec.name)
+                flat = flatten(space, observation, lambda: spec.name).astype(np.float64)
                 origin = flat if origin is None else origin
                 with np.errstate(over="ignore", invalid="ignore"):
                     first += flat - origin

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_tickets.algos.bc import ExpertError
+from sparse_tickets.envs import use_workers
 from sparse_tickets.sweep import run as local
 from sparse_tickets.sweep.plugins import load_plugins
 from sparse_tickets.tracking import Tracker, open_tracker
@@ -32,6 +33,7 @@ def run(
     engine: str = "local",
     address: str | None = None,
     gpus_per_chunk: float = 0.0,
+    workers: int | None = None,
     plugins: Sequence[str | Path] = (),
     track: str | Tracker | None = None,
     on_progress: Progress | None = None,
@@ -50,6 +52,8 @@ def run(
             machines need this library and no shared folder.
         address: of the Ray cluster, or ``auto``; None starts one on this machine.
         gpus_per_chunk: share of a GPU that a unit takes on Ray; 0 trains on CPUs.
+        workers: processes that step environments which are not built in, see
+            `sparse_tickets.envs.use_workers`; for the local engine.
         plugins: Python files that register your own environments, criteria, conditions or
             algorithms, run here and wherever units are trained.
         track: ``tensorboard``, ``wandb`` or ``trackio`` (extras of these names) shows curves and
@@ -77,6 +81,7 @@ def run(
         engine=engine,
         address=address,
         gpus_per_chunk=gpus_per_chunk,
+        workers=workers,
         plugins=plugins,
         track=track,
         on_progress=on_progress,
@@ -96,6 +101,7 @@ def run_study(
     engine: str = "local",
     address: str | None = None,
     gpus_per_chunk: float = 0.0,
+    workers: int | None = None,
     plugins: Sequence[str | Path] = (),
     track: str | Tracker | None = None,
     on_progress: Progress | None = None,
@@ -110,6 +116,7 @@ def run_study(
         engine: see `run`.
         address: see `run`.
         gpus_per_chunk: see `run`.
+        workers: see `run`.
         plugins: see `run`.
         track: see `run`; each sweep has a tracker of its own, but yours has all.
         on_progress: see `run`; descriptions begin with the sweep's name.
@@ -128,6 +135,10 @@ def run_study(
         raise ValueError(
             f"device must be left out with engine='ray', got {device!r}: gpus_per_chunk says what "
             "part of a GPU a unit takes"
+        )
+    if engine == "ray" and workers is not None:
+        raise ValueError(
+            f"workers must be left out with engine='ray', got {workers}: a unit has one core"
         )
     if not gpus_per_chunk >= 0:
         raise ValueError(f"gpus_per_chunk must be >= 0, got {gpus_per_chunk}")
@@ -149,18 +160,19 @@ def run_study(
                 on_progress=notify,
             )
         found: dict[str, Store | ExpertError] = {}
-        for name, spec in study.items():
-            try:
-                found[name] = local.run(
-                    spec,
-                    folders[name],
-                    overwrite=overwrite,
-                    device=device,
-                    tracker=trackers[name],
-                    on_progress=partial(_named, name, notify),
-                )
-            except ExpertError as error:
-                found[name] = error
+        with use_workers(workers):
+            for name, spec in study.items():
+                try:
+                    found[name] = local.run(
+                        spec,
+                        folders[name],
+                        overwrite=overwrite,
+                        device=device,
+                        tracker=trackers[name],
+                        on_progress=partial(_named, name, notify),
+                    )
+                except ExpertError as error:
+                    found[name] = error
         return found
 
 

@@ -47,6 +47,8 @@ def place_of(error: BaseException, places: Collection[str]) -> str | None:
     else:
         frames = traceback.extract_tb(error.__traceback__)
         passed = [(frame.filename, frame.lineno) for frame in reversed(frames)]
+        # Of an environment in another process.
+        passed = [*reversed(getattr(error, "frames", [])), *passed]
     found = (f"{file}, line {line}" for file, line in passed if file in places)
     return next(found, getattr(error, _PLACE, None))
 

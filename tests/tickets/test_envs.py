@@ -193,7 +193,7 @@ def test_adapter_and_classic_share_the_physics():
     ours, theirs = ClassicEnv("CartPole-v1", 1, 2), GymEnv("CartPole-v1", 1, 2, spec=spec)
     ours.reset(keys(1))
     theirs.reset(keys(1))
-    for copy, env in enumerate(theirs._envs):
+    for copy, env in enumerate(theirs._stepper.envs):
         env.unwrapped.state = ours.state[0, copy].numpy().copy()
     for _ in range(30):
         action = torch.tensor([[0, 1]])
@@ -506,7 +506,7 @@ def test_every_copy_is_closed(made):
                 raise RuntimeError("no memory")
 
     GymEnv(Flawed, 2, 3).close()
-    assert [env.closed for env in made] == [True] * 6
+    assert [env.closed for env in made] == [True] * 7
     made.clear()
     with pytest.raises(RuntimeError, match="no memory"):
         GymEnv(Fails, 2, 3)
@@ -573,12 +573,12 @@ def test_resting_copies_do_not_act():
     env.rest(torch.tensor([[True, False]]))
     for _ in range(2):
         result = env.step(still(env))
-    assert [copy.time for copy in env._envs] == [0, 2]
+    assert [copy.time for copy in env._stepper.envs] == [0, 2]
     assert result.obs[0, :, 0].tolist() == [0, 2]
     assert result.reward.tolist() == [[0, 1]]
     env.reset(keys(1))
     env.step(still(env))
-    assert [copy.time for copy in env._envs] == [1, 1]
+    assert [copy.time for copy in env._stepper.envs] == [1, 1]
 
 
 @pytest.mark.usefixtures("made")
@@ -593,7 +593,7 @@ def test_a_lost_policys_action_does_not_reach_the_environment():
     env = GymEnv(Pushed, 1, 1)
     env.reset(keys(1))
     env.step(torch.full((1, 1, 2), np.nan))
-    assert env._envs[0].pushed.tolist() == [1, 0]
+    assert env._stepper.envs[0].pushed.tolist() == [1, 0]
 
 
 @pytest.mark.usefixtures("made")
