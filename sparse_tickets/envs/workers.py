@@ -15,6 +15,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -246,7 +247,8 @@ class _Crew:
             try:
                 answers = self._exchange(command, number, given, memory)
             except (EOFError, ConnectionError) as error:
-                lost = self._end(0.0)
+                lost = self._lost()
+                self._end(0.0)
                 raise RuntimeError(
                     f"a worker process of {name} ended with status {lost}, perhaps for lack of "
                     "memory or by a crash of the simulator; workers=1 steps in this process"
@@ -282,14 +284,21 @@ class _Crew:
         if not self._shared and not self._keepers:
             self._end(_PATIENCE_S)
 
-    def _end(self, patience: float) -> int | None:
-        """End all workers; the exit status of one that had ended by itself."""
+    def _lost(self) -> int | None:
+        """Exit status of a worker that is ending by itself."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            for worker in self._workers:
+                if worker.process.poll() is not None:
+                    return worker.process.returncode
+            time.sleep(0.01)
+        return None
+
+    def _end(self, patience: float) -> None:
         workers, self._workers = self._workers, []
         self._shared.clear()
-        lost = next((code for each in workers if (code := each.process.poll()) is not None), None)
         for worker in workers:
             worker.end(patience)
-        return lost
 
 
 _crew = _Crew()

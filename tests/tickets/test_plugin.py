@@ -60,8 +60,9 @@ def test_every_example_is_at_most_twenty_lines():
 
 
 def test_an_environment_of_ones_own(tmp_path):
-    options = ["--algos", "ppo", "bc", "--bc.experts", "1", "--bc.expert-gate", "0"]
-    out, file = sweep("stay.py", tmp_path, *options, "--workers", "2")
+    out, file = sweep(
+        "stay.py", tmp_path, "--algos", "ppo", "bc", "--bc.experts", "1", "--bc.expert-gate", "0"
+    )
     results = load_results(out)
     assert set(results["env"]) == {"Stay"}
     assert set(results["algo"]) == {"ppo", "bc"}

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_tickets.envs import GymEnv, use_workers
+from sparse_tickets import Sweep, run_sweep
+from sparse_tickets.envs import GymEnv, gym_spec, use_workers
 from sparse_tickets.envs.workers import _crew, workers_for
 from sparse_tickets.kernels.random import Stream, uniform
+from sparse_tickets.sweep import engines
+from sparse_tickets.sweep.plugins import load_source, place_of
 
 
 class Walk(gymnasium.Env):
@@ -116,6 +119,31 @@ def test_an_error_says_what_it_is_and_where():
     env.close()
     with pytest.raises(RuntimeError, match="reset must be called before step"):
         env.step(act(env, 1))
+
+
+def test_a_plugins_environment_is_known_and_its_place_told(tmp_path):
+    place = str(tmp_path / "mine.py")
+    source = (
+        "import gymnasium\n"
+        "class Mine(gymnasium.Env):\n"
+        "    observation_space = action_space = gymnasium.spaces.Discrete(2)\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        raise OSError('no such place')\n"
+    )
+    load_source(place, source.encode())
+    mine = sys.modules[place].Mine
+    env = GymEnv(mine, 1, 2, spec=gym_spec(mine, "Mine", pilot_steps=0))
+    with pytest.raises(OSError, match="no such place") as raised:
+        env.reset(keys(1))
+    assert place_of(raised.value, {place}) == f"{place}, line 5"
+    del sys.modules[place]
+
+
+def test_sweeps_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(engines.local, "run", lambda *_, **__: workers_for(None, 64, by_id=False))
+    assert run_sweep(Sweep(seeds=1), tmp_path, workers=3) == 3
+    with pytest.raises(ValueError, match="workers must be left out with engine='ray', got 3"):
+        run_sweep(Sweep(seeds=1), tmp_path, workers=3, engine="ray")
 
 
 def test_what_cannot_be_sent_says_so():
