@@ -18,6 +18,8 @@ from experiments.sweeps import (
     cartpole_spec,
     deep_spec,
     dqn_spec,
+    mountain_car_spec,
+    pendulum_spec,
     per_level,
     setting,
 )
@@ -31,8 +33,9 @@ RIVALS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC"}
 """What learns by reinforcement, in the order of tables and panels."""
 NAMES = RIVALS | {"bc": "cloning"}
 TICKET = "mask/weights"
-WHOLE, DEEP, BRIEF, VALUES, ACROBOT = (
+WHOLE, DEEP, BRIEF, VALUES, ACROBOT, PENDULUM, CAR = (
     "the whole protocol", "deeper, tickets alone", "a smaller budget", "learning values", "Acrobot",
+    "Pendulum", "MountainCar",
 )  # fmt: skip
 
 
@@ -43,6 +46,8 @@ def collect(place: Place) -> pl.DataFrame:
         (BRIEF, "cartpole", cartpole_spec(place.quick)),
         (VALUES, "cartpole-dqn", dqn_spec(place.quick)),
         (ACROBOT, "acrobot", acrobot_spec(place.quick)),
+        (PENDULUM, "pendulum", pendulum_spec(place.quick)),
+        (CAR, "mountaincar", mountain_car_spec(place.quick)),
     ]
     if place.quick:
         del sweeps[1:]  # every task and algorithm compiles kernels of its own

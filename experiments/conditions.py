@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import acrobot, cartpole, dqn, setting
+from experiments.sweeps import acrobot, cartpole, dqn, mountain_car, pendulum, setting
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
@@ -38,8 +38,10 @@ def collect(place: Place) -> pl.DataFrame:
         # Cloning at more levels stands beside PPO.
         cells = _study("CartPole, DQN", dqn(place)[1])
         found.append(cells.filter(pl.col("algo") == "dqn"))
-    if place.begun("acrobot") or not place.partial:
-        found.append(_study("Acrobot", acrobot(place)[1]))
+    others = {"Acrobot": acrobot, "Pendulum": pendulum, "MountainCar": mountain_car}
+    for name, sweep in others.items():
+        if place.begun(name.lower()) or not place.partial:
+            found.append(_study(name, sweep(place)[1]))
     return pl.concat(found, how="diagonal")
 
 

@@ -36,6 +36,10 @@ __all__ = [
     "dqn_spec",
     "kept_inputs",
     "levels",
+    "mountain_car",
+    "mountain_car_spec",
+    "pendulum",
+    "pendulum_spec",
     "per_level",
     "quickly",
     "scaled",
@@ -97,6 +101,37 @@ def acrobot_spec(quick: bool = False) -> Sweep:
         evaluation=Evaluation(points=10, episodes=8, final_episodes=32),
     )
     return quickly(spec) if quick else spec
+
+
+def pendulum_spec(quick: bool = False) -> Sweep:
+    """Pendulum by PPO and cloning, at few levels; experts by the protocol's whole budget."""
+    spec = protocol("Pendulum-v1")
+    spec = _few_levels(replace(spec, bc=replace(spec.bc, expert_steps=spec.ppo.steps)), "ppo")
+    spec = replace(spec, ppo=replace(spec.ppo, steps=204_800))
+    return quickly(spec) if quick else spec
+
+
+def mountain_car_spec(quick: bool = False) -> Sweep:
+    """MountainCar by DQN and cloning, at few levels; experts by PPO's whole budget."""
+    spec = protocol("MountainCar-v0")
+    spec = _few_levels(replace(spec, bc=replace(spec.bc, expert_steps=spec.ppo.steps)), "dqn")
+    spec = replace(spec, ppo=replace(spec.ppo, steps=204_800))
+    return quickly(spec) if quick else spec
+
+
+def _few_levels(spec: Sweep, algo: str) -> Sweep:
+    """Four of the protocol's levels at a time: an algorithm and cloning, six seeds."""
+    return replace(
+        spec,
+        algos=(algo, "bc"),
+        conditions=(TICKET, "mask/permuted", "permuted/permuted"),
+        controls=("ticket",),
+        seeds=6,
+        levels=5,
+        rate=1 - (1 - LEVEL) ** 4,
+        chunk=9,
+        evaluation=Evaluation(points=10, episodes=8, final_episodes=32),
+    )
 
 
 def dqn_spec(quick: bool = False) -> Sweep:
@@ -182,6 +217,16 @@ def acrobot(place: Place) -> tuple[Sweep, Store]:
 def dqn(place: Place) -> tuple[Sweep, Store]:
     spec = dqn_spec(place.quick)
     return spec, place.sweep("cartpole-dqn", spec)
+
+
+def pendulum(place: Place) -> tuple[Sweep, Store]:
+    spec = pendulum_spec(place.quick)
+    return spec, place.sweep("pendulum", spec)
+
+
+def mountain_car(place: Place) -> tuple[Sweep, Store]:
+    spec = mountain_car_spec(place.quick)
+    return spec, place.sweep("mountaincar", spec)
 
 
 def scaled(place: Place) -> tuple[Sweep, Store]:
