@@ -38,6 +38,8 @@ __all__ = ["Shared", "use_workers", "workers_for"]
 # Fewer copies a process are not worth the messages.
 _FEWEST = 4
 _PATIENCE_S = 5.0
+# Where cloudpickle says that code comes from which it carries.
+_NOWHERE = "<dynamic-code>"
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 _chosen: ContextVar[int | None] = ContextVar("workers", default=None)
@@ -110,7 +112,7 @@ class Shared:
         name: str,
         copies: int,
     ) -> None:
-        made = _pickled(make, name)
+        made, self._file = _pickled(make, name)
         ends = [layout.rows * worker // workers for worker in range(workers + 1)]
         self._rows = [range(*pair) for pair in itertools.pairwise(ends)]
         self._name, self._number = name, _crew.enlist(workers)
@@ -147,7 +149,15 @@ class Shared:
     def _ask(
         self, command: str, given: Sequence[tuple[Any, ...]], memory: int | None = None
     ) -> None:
-        _crew.ask(command, self._number, self._name, given, memory)
+        answers = _crew.ask(command, self._number, self._name, given, memory)
+        for answer in answers:
+            if answer is not None:
+                error = pickle.loads(answer)
+                error.frames = [
+                    (self._file if place == _NOWHERE else place, line)
+                    for place, line in error.frames
+                ]
+                raise error
 
 
 class _Worker:
@@ -233,12 +243,12 @@ class _Crew:
         name: str,
         given: Sequence[tuple[Any, ...]],
         memory: int | None,
-    ) -> None:
-        """Have the first workers do something, each its own; return, or raise, when all have."""
+    ) -> list[bytes | None]:
+        """Have the first workers do something, each its own; what they answer."""
         with self._lock:
             if number not in self._shared:
                 if command == "close":
-                    return
+                    return []
                 raise RuntimeError(
                     f"{name} cannot go on: its worker processes were stopped, or belong to the "
                     "process that this one is a fork of; make the environment again"
@@ -259,9 +269,7 @@ class _Crew:
                 raise
             if command == "close":
                 self._shared.discard(number)
-        for answer in answers:
-            if answer is not None:
-                raise pickle.loads(answer)
+        return answers
 
     def _exchange(
         self, command: str, number: int, given: Sequence[tuple[Any, ...]], memory: int | None
@@ -304,15 +312,16 @@ class _Crew:
 _crew = _Crew()
 
 
-def _pickled(make: Callable[[], gymnasium.Env], name: str) -> bytes:
-    """A maker for another process; what is defined where none can import it goes along."""
+def _pickled(make: Callable[[], gymnasium.Env], name: str) -> tuple[bytes, str]:
+    """A maker for another process, and its file where it has to go along: none could import it."""
     parts = [make, *make.args, *make.keywords.values()] if isinstance(make, partial) else [make]
     names = {str(getattr(part, "__module__", None)) for part in parts} & sys.modules.keys()
     carried = [sys.modules[name] for name in sorted(names) if not _importable(name)]
     for module in carried:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return cloudpickle.dumps(make)
+        file = getattr(carried[0], "__file__", None) if carried else None
+        return cloudpickle.dumps(make), file or _NOWHERE
     except Exception as error:
         raise ValueError(
             f"workers must be 1 for {name}, which cannot be sent to another process: {error}"
