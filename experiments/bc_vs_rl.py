@@ -24,6 +24,7 @@ from experiments.sweeps import (
     setting,
 )
 from sparse_tickets import load_results
+from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.frame import CONDITIONS
 from sparse_tickets.analysis.style import DPI, GREY, INK, PALE, head, styled
 from sparse_tickets.analysis.table import compare, degradation
@@ -119,13 +120,18 @@ def conclude(cells: pl.DataFrame) -> Finding:
 
 
 def verdict(tickets: pl.DataFrame, rival: str) -> str:
-    """What the tests of the tickets' differences support, by Holm's p."""
-    words = {(): "undecided", (1.0,): "cloning lasts longer", (-1.0,): f"{RIVALS[rival]} does"}
+    """What the tests of the tickets' differences support, by Holm's p or else before Holm."""
+    words = {(1.0,): "cloning lasts longer", (-1.0,): f"{RIVALS[rival]} does"}
     found = []
     for metric, actions in METRICS.items():
         rows = tickets.filter((pl.col("metric") == metric) & (pl.col("rival") == rival))
-        clear = rows.filter(pl.col("p_holm") < 0.05)["difference"].sign().unique().to_list()
-        found.append(f"by {actions} actions {words.get(tuple(clear), 'depends on the study')}")
+        word = "undecided"
+        for p, how in (("p_holm", ""), ("p_value", " before Holm")):
+            clear = rows.filter(pl.col(p) < 0.05)["difference"].sign().unique().to_list()
+            if clear:
+                word = words.get(tuple(clear), "depends on the study") + how
+                break
+        found.append(f"by {actions} actions {word}")
     return ", ".join(found)
 
 
@@ -178,19 +184,22 @@ def budget(cells: pl.DataFrame) -> str:
 
 def rows(cells: pl.DataFrame, table: pl.DataFrame, rival: str) -> list[list[str]]:
     levels = {metric: _levels(cells, metric) for metric in METRICS}
-    return [
-        [
-            f"{row['condition']}, {row['controls']}, {METRICS[row['metric']]}",
-            *(
-                levels[row["metric"]].get((algo, row["controls"], row["condition"]), "-")
-                for algo in (rival, "bc")
-            ),
-            signed(row["difference"], row["low"], row["high"]),
-            f"{row['p_value']:.3f}",
-            f"{row['p_holm']:.3f}",
-        ]
-        for row in table.iter_rows(named=True)
-    ]
+    kinds = results.controls_kinds(cells)
+    found = []
+    for row in table.iter_rows(named=True):
+        # Where one kind of controls was run, what is the same under both goes by its name there.
+        kind = row["controls"] if row["controls"] in kinds else kinds[0]
+        here = levels[row["metric"]]
+        found.append(
+            [
+                f"{row['condition']}, {row['controls']}, {METRICS[row['metric']]}",
+                *(here.get((algo, kind, row["condition"]), "-") for algo in (rival, "bc")),
+                signed(row["difference"], row["low"], row["high"]),
+                f"{row['p_value']:.3f}",
+                f"{row['p_holm']:.3f}",
+            ]
+        )
+    return found
 
 
 def _levels(cells: pl.DataFrame, metric: str) -> dict[tuple[str, str, str], str]:
