@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import check_tensor
 from .random import Stream, integers
 
-__all__ = ["MOST_TRANSITIONS", "Transitions", "runs", "take"]
+__all__ = ["MOST_TRANSITIONS", "Transitions", "check_replay", "runs", "take"]
 
 MOST_TRANSITIONS = 8192
 """Of a ticket, gathered at once: those of many updates, but not of any number of them."""
@@ -33,6 +34,37 @@ class Transitions(NamedTuple):
     reward: Tensor
     discount: Tensor
     next_obs: Tensor
+
+
+def check_replay(
+    replay: Transitions,
+    stored: int,
+    weight: Tensor,
+    features: int,
+    *action: int,
+    action_dtype: torch.dtype,
+) -> None:
+    """Raise unless these are transitions of the weights' tickets, of which ``stored`` are there.
+
+    Args:
+        replay: what is checked.
+        stored: how many of each ticket's transitions count.
+        weight: ``[P, size]``.
+        features: of an observation.
+        action: sizes of an action.
+        action_dtype: its dtype.
+    """
+    check_tensor("reward", replay.reward, (len(weight), "C"), weight.dtype, like=weight)
+    shape = replay.reward.shape
+    check_tensor("discount", replay.discount, shape, weight.dtype, like=weight)
+    check_tensor("action", replay.action, (*shape, *action), action_dtype, like=weight)
+    for name in ("obs", "next_obs"):
+        fields = (*shape, features)
+        check_tensor(name, getattr(replay, name), fields, weight.dtype, like=weight)
+    if not 1 <= stored <= shape[1]:
+        raise ValueError(
+            f"stored must be in [1, {shape[1]}], the transitions there are, got {stored}"
+        )
 
 
 def take(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
+from ..dispatch import Plan, implementation, resolve_backend
 from ..errors import check_density, check_integer, check_tensor, check_untransformed
 from ..memory import mark_written
-from ..mlp import describe_layers
 from ..mlp.checks import check_counts, check_optimiser, check_parameters
 from ..registration import eager
-from ..transitions import Transitions
+from ..training import plan_update
+from ..transitions import Transitions, check_replay
 
 __all__ = ["DQNConfig", "DQNStats", "dqn_update_", "plan"]
 
@@ -129,14 +129,8 @@ def dqn_update_(
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `dqn_update_` does on ``device``, and why."""
-    check_density(density)
-    backend = resolve_backend(device, arena.actor.activation)
-    if backend == "triton":
-        reason = "the network's passes and Adam in Triton, the loss in torch; see `mlp.plan`"
-        return Plan("dqn_update_", "triton", "dense+mask", reason)
-    if backend == "reference":
-        return Plan("dqn_update_", "reference", "dense+mask", PLAIN_TORCH)
-    return Plan("dqn_update_", "cpu", *describe_layers((arena.actor,), (density,)))
+    reason = "the network's passes and Adam in Triton, the loss in torch; see `mlp.plan`"
+    return plan_update("dqn_update_", arena, (arena.actor,), device, density, lambda: reason)
 
 
 def _check(
@@ -161,13 +155,4 @@ def _check(
     data = {"target": target, **replay._asdict()}
     check_parameters(parameters, arena, key, lr, floats, data)
     check_tensor("target", target, weight.shape, weight.dtype, like=weight)
-    check_tensor("action", replay.action, (len(weight), "C"), torch.int64, like=weight)
-    shape = replay.action.shape
-    features = arena.actor.sizes[0]
-    for name in ("obs", "next_obs"):
-        fields = (*shape, features)
-        check_tensor(name, getattr(replay, name), fields, weight.dtype, like=weight)
-    for name in ("reward", "discount"):
-        check_tensor(name, getattr(replay, name), shape, weight.dtype, like=weight)
-    if not 1 <= stored <= shape[1]:
-        raise ValueError(f"stored must be in [1, {shape[1]}], the length of action, got {stored}")
+    check_replay(replay, stored, weight, arena.actor.sizes[0], action_dtype=torch.int64)

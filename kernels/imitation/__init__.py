@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
+from ..dispatch import Plan, implementation, resolve_backend
 from ..errors import check_density, check_tensor, check_untransformed
 from ..memory import mark_written
-from ..mlp import describe_layers
 from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
 from ..registration import eager
+from ..training import plan_update
 
 __all__ = ["CloneConfig", "clone_update_", "plan"]
 
@@ -111,15 +111,9 @@ def clone_update_(
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `clone_update_` does on ``device``, and why."""
-    check_density(density)
-    backend = resolve_backend(device, arena.actor.activation)
-    if backend == "triton":
-        kind = "in torch between" if arena.squashed else "in one pass between"
-        reason = f"loss and its gradient {kind} the network's passes; see `mlp.plan`"
-        return Plan("clone_update_", "triton", "dense+mask", reason)
-    if backend == "reference":
-        return Plan("clone_update_", "reference", "dense+mask", PLAIN_TORCH)
-    return Plan("clone_update_", "cpu", *describe_layers((arena.actor,), (density,)))
+    kind = "in torch between" if arena.squashed else "in one pass between"
+    reason = f"loss and its gradient {kind} the network's passes; see `mlp.plan`"
+    return plan_update("clone_update_", arena, (arena.actor,), device, density, lambda: reason)
 
 
 def _check(

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import PLAIN_TORCH, Plan, resolve_backend
+from ..dispatch import Plan, resolve_backend
 from ..errors import check_density, check_tensor, check_untransformed
 from ..memory import mark_written
-from ..mlp import describe_layers
 from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
 from ..registration import eager
+from ..training import plan_update
 from . import reference
 
 __all__ = ["Batch", "PPOConfig", "Stats", "plan", "ppo_update_"]
@@ -161,16 +161,13 @@ def ppo_update_(
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `ppo_update_` does on ``device``, and why."""
-    check_density(density)
-    backend = resolve_backend(device, arena.actor.activation)
-    if backend == "triton":
+
+    def on_gpu() -> str:
         from . import gpu
 
-        return Plan("ppo_update_", "triton", "dense+mask", gpu.describe(arena))
-    if backend == "reference":
-        return Plan("ppo_update_", "reference", "dense+mask", PLAIN_TORCH)
-    densities = tuple(density if net.weights[0] < arena.prunable else 1.0 for net in arena.nets)
-    return Plan("ppo_update_", "cpu", *describe_layers(arena.nets, densities))
+        return gpu.describe(arena)
+
+    return plan_update("ppo_update_", arena, arena.nets, device, density, on_gpu)
 
 
 def _check(

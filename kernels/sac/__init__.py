@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import PLAIN_TORCH, Plan, implementation, resolve_backend
+from ..dispatch import Plan, implementation, resolve_backend
 from ..errors import check_density, check_integer, check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
-from ..mlp import describe_layers
 from ..mlp.checks import check_counts, check_optimiser, check_parameters
 from ..registration import eager
-from ..transitions import Transitions
+from ..training import plan_update
+from ..transitions import Transitions, check_replay
 
 __all__ = ["SACConfig", "SACStats", "plan", "sac_update_"]
 
@@ -145,15 +145,8 @@ def sac_update_(
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `sac_update_` does on ``device``, and why."""
-    check_density(density)
-    backend = resolve_backend(device, arena.actor.activation)
-    if backend == "triton":
-        reason = "the networks' passes and Adam in Triton, the losses in torch; see `mlp.plan`"
-        return Plan("sac_update_", "triton", "dense+mask", reason)
-    if backend == "reference":
-        return Plan("sac_update_", "reference", "dense+mask", PLAIN_TORCH)
-    densities = tuple(density if net.weights[0] < arena.prunable else 1.0 for net in arena.nets)
-    return Plan("sac_update_", "cpu", *describe_layers(arena.nets, densities))
+    reason = "the networks' passes and Adam in Triton, the losses in torch; see `mlp.plan`"
+    return plan_update("sac_update_", arena, arena.nets, device, density, lambda: reason)
 
 
 def _check(
@@ -187,12 +180,4 @@ def _check(
         raise ValueError(f"target must be contiguous, got strides {target.stride()}")
     read = {"mask": parameters.mask, "key": key, "lr": lr, **replay._asdict()}
     check_separate({"target": target}, {**read, **parameters._asdict()})
-    check_tensor("reward", replay.reward, (len(weight), "C"), weight.dtype, like=weight)
-    shape = replay.reward.shape
-    check_tensor("discount", replay.discount, shape, weight.dtype, like=weight)
-    check_tensor("action", replay.action, (*shape, actions), weight.dtype, like=weight)
-    for name in ("obs", "next_obs"):
-        fields = (*shape, features)
-        check_tensor(name, getattr(replay, name), fields, weight.dtype, like=weight)
-    if not 1 <= stored <= shape[1]:
-        raise ValueError(f"stored must be in [1, {shape[1]}], the length of reward, got {stored}")
+    check_replay(replay, stored, weight, features, actions, action_dtype=weight.dtype)
