@@ -1,14 +1,18 @@
-"""Memory that an op writes: nobody else's (`check_separate`), and autograd hears of it."""
+"""Memory that an op writes: nobody else's (`check_separate`), and autograd hears of it.
+
+And what a function does to it that a module is cast by (`loses_values`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_separate", "mark_written"]
+__all__ = ["check_separate", "loses_values", "mark_written"]
 
 
 def check_separate(
@@ -46,3 +50,13 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in steps)
     return begin, begin + (last + 1) * tensor.itemsize
+
+
+def loses_values(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    """Whether a function of tensors gives others back, as ``to_empty`` does.
+
+    Asked with bits that nobody could have left in memory before, and that any dtype holds.
+    """
+    probe = torch.frombuffer(bytearray(os.urandom(256)), dtype=torch.uint8).to(device) & 1
+    with torch.no_grad():
+        return not torch.equal(fn(probe.clone()).to(probe), probe)

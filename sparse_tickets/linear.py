@@ -9,7 +9,6 @@ reads the weight through the mask, or looks first whether that would make a diff
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
@@ -23,6 +22,7 @@ from sparse_tickets.hooks import is_kept, keep_, keep_state_, stepped_optimizers
 from sparse_tickets.kernels.dispatch import Plan, use_backend
 from sparse_tickets.kernels.errors import check_data, check_dtype, check_shape, has_data
 from sparse_tickets.kernels.linear import linear, plan_for, prepare
+from sparse_tickets.kernels.memory import loses_values
 from sparse_tickets.kernels.prune import prune
 
 if TYPE_CHECKING:
@@ -414,7 +414,7 @@ class SparseLinear(nn.Linear):
         mask = self.mask
         if mask.dtype is not torch.bool:
             self._buffers["mask"] = mask = mask.bool()
-        if has_data(mask) and (not has_data(before) or _loses_values(fn, before.device)):
+        if has_data(mask) and (not has_data(before) or loses_values(fn, before.device)):
             with torch.no_grad():
                 mask.fill_(True)
         track(self)
@@ -450,16 +450,6 @@ class SparseLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track(self)
-
-
-def _loses_values(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
-    """Whether a function of tensors gives others back, as ``to_empty`` does.
-
-    Asked with bits that nobody could have left in memory before, and that any dtype holds.
-    """
-    probe = torch.frombuffer(bytearray(os.urandom(256)), dtype=torch.uint8).to(device) & 1
-    with torch.no_grad():
-        return not torch.equal(fn(probe.clone()).to(probe), probe)
 
 
 def _check_members(weight: Tensor, mask: Tensor) -> None:
