@@ -120,6 +120,7 @@ def backward(
     *,
     hidden: Tensor | None = None,
     to_input: bool = False,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of `x`, if asked for, and of `weight`; see `mlp`.
 
@@ -132,28 +133,36 @@ def backward(
         precision: as in `forward`.
         hidden: what `forward` kept; recomputed if it is needed and None.
         to_input: whether the input's gradient is asked for.
+        into: ``[P, size]``, contiguous: takes the weight's gradient where `net` has parameters.
 
     Returns:
-        ``[P, B, I]`` or None, and ``[P, size]``, zero off the mask and where `net` has no
-        parameters.
+        ``[P, B, I]`` or None, and ``[P, size]``, zero off the mask and, unless it is ``into``,
+        where `net` has no parameters.
     """
     weights = Weights.of(weight, net, mask)
     tickets, samples, _ = x.shape
     route = choose(net, precision, to_input=to_input).backward
     dx = x.new_empty(x.shape) if to_input else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    alone = into is None
+    if into is None:
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    else:
+        dweight = into
     if tickets == 0 or samples == 0:
-        return dx, dweight.zero_()
+        return dx, dweight.zero_() if alone else dweight
     splits, stretch = passes_gpu.cut_as_measured(x, weights.geometry, route)
-    rows = dweight.zero_() if splits == 1 else weight.new_empty(tickets * splits, weight.shape[1])
+    if splits > 1:
+        rows = weight.new_empty(tickets * splits, weight.shape[1])
+    else:
+        rows = dweight.zero_() if alone else dweight
     stretches = splits, stretch
     passes_gpu.backward(weights, dy, x, route, precision, hidden, dx, rows, stretches)
     if splits > 1:
-        _add(rows, dweight, weights.geometry, splits)
+        _add(rows, dweight, weights.geometry, splits, alone)
     return dx, dweight
 
 
-def _add(rows: Tensor, dweight: Tensor, geometry: Geometry, splits: int) -> None:
+def _add(rows: Tensor, dweight: Tensor, geometry: Geometry, splits: int, clear: bool) -> None:
     tickets, size = dweight.shape
     with torch.cuda.device_of(rows):
         split_gpu.add_kernel[(tickets, triton.cdiv(size, split_gpu.ADD_BLOCK))](
@@ -165,12 +174,18 @@ def _add(rows: Tensor, dweight: Tensor, geometry: Geometry, splits: int) -> None
             SIZES=geometry.sizes,
             WEIGHTS=geometry.weights,
             BIASES=geometry.biases,
+            CLEAR=clear,
             BLOCK=split_gpu.ADD_BLOCK,
         )
 
 
 def _example(
-    sizes: tuple[int, ...], activation: str, precision: str, masked: bool, samples: int = 31
+    sizes: tuple[int, ...],
+    activation: str,
+    precision: str,
+    masked: bool,
+    samples: int = 31,
+    beside_others: bool = False,
 ) -> None:
     """Forward and back; by routes through memory with the input's gradient, too."""
     arena = Arena.build(sizes, activation=activation)
@@ -179,7 +194,8 @@ def _example(
     to_input = choose(net, precision).backward != "fused"
     _, hidden = forward(x, weight, net, mask, precision, keep=to_input)
     dy = meta(2, samples, sizes[-1])
-    backward(dy, x, weight, net, mask, precision, hidden=hidden, to_input=to_input)
+    into = meta(2, arena.size) if beside_others else None
+    backward(dy, x, weight, net, mask, precision, hidden=hidden, to_input=to_input, into=into)
 
 
 def _examples() -> Iterator[Example]:
@@ -224,7 +240,9 @@ def _examples() -> Iterator[Example]:
         tuned = max(sizes) <= WIDTH and (masked or precision == "ieee")
         run = partial(_example, sizes, activation, precision, masked)
         yield Example(name, run, tuned=tuned)
-    yield Example("stretches", partial(_example, (4, 64, 64, 2), "tanh", "ieee", True, samples=99))
+    for name, beside_others in (("stretches", False), ("stretches_beside_others", True)):
+        run = partial(_example, (4, 64, 64, 2), "tanh", "ieee", True, 99, beside_others)
+        yield Example(name, run)
 
 
 EXAMPLES = list(_examples())

@@ -383,9 +383,10 @@ def add_kernel(
     SIZES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     BIASES: tl.constexpr,
+    CLEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the stretches' rows in order; entries that do not belong to the network become zero.
+    """Add the stretches' rows in order; with `CLEAR`, entries of other networks become zero.
 
     Reads 4·splits and writes 4 bytes an entry: bound by memory, in L2 if it fits there.
     """
@@ -402,7 +403,8 @@ def add_kernel(
     for _ in range(splits):
         total += tl.load(partial, mask=owned, other=0.0)
         partial += size
-    tl.store(target + ticket * target_row + column, total, mask=column < size)
+    written = column < size if CLEAR else owned
+    tl.store(target + ticket * target_row + column, total, mask=written)
 
 
 def walk_constants(launch: Launch, geometry: Geometry, precision: str) -> dict[str, Any]:

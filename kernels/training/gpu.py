@@ -60,12 +60,10 @@ def gradient(
         d_log_std = log_std.new_empty(log_std.shape)
     outputs = Outputs(values, log_std, tuple(map(torch.empty_like, values)), d_log_std)
     loss(outputs)
-    grad, *others = (
-        mlp.backward(d_value, obs, weight, net, hidden=kept)[1]
-        for net, (_, kept), d_value in zip(nets, passes, outputs.d_values, strict=True)
-    )
-    for of_net in others:
-        grad += of_net
+    # Each network writes its own part: to add rows up would be passes over all of them.
+    grad = weight.new_zeros(weight.shape)
+    for net, (_, kept), d_value in zip(nets, passes, outputs.d_values, strict=True):
+        mlp.backward(d_value, obs, weight, net, hidden=kept, into=grad)
     if d_log_std is not None:
         _log_std(grad, arena).copy_(d_log_std)
     return grad
