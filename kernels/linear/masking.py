@@ -16,11 +16,11 @@ from llvmlite import ir
 from numba import carray, types
 from numba.core.extending import intrinsic
 
+from ..addresses import by_address, pointer
 from ..compiling import njit
 
 __all__ = [
     "are_equal",
-    "by_address",
     "bytes_differ",
     "is_equal",
     "is_zero_off",
@@ -28,18 +28,7 @@ __all__ = [
     "keep_all",
     "keep_in_place",
     "keeps_all",
-    "pointer",
 ]
-
-
-@intrinsic
-def pointer(typingctx, address):
-    """An integer as an address."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
 
 
 # Numba widens small integers to 64 bits, and then no register holds many of them.
@@ -177,16 +166,6 @@ def _keep_all(table_at, rows):
             full = _is_full(mask_at, count)
         if not full and not _zero_off(value_at, mask_at, count):
             _keep_in_place(value_at, mask_at, count)
-
-
-def by_address(function, arguments: int):
-    """The machine code for so many integers.
-
-    Numba's own dispatch on the types of the arguments takes as long as the work.
-    """
-    signature = (types.int64,) * arguments
-    function.compile(signature)
-    return function.get_overload(signature)
 
 
 is_equal = by_address(_equal, 3)

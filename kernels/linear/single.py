@@ -25,9 +25,10 @@ from numba import carray, types
 from numba.core.extending import intrinsic
 from torch import Tensor
 
+from ..addresses import by_address, get, pointer, put
 from ..compiling import njit
 from ..vector import LANES, fma, load, load_kept, splat, sum_lanes
-from .masking import by_address, bytes_differ, pointer
+from .masking import bytes_differ
 from .patterns import Pattern
 
 __all__ = ["SingleRow"]
@@ -37,32 +38,6 @@ _FOUR = 4
 # Relative times, measured at 256 x 256 on AVX-512: of a register read in order, of a listed one, of
 # a nonzero, and of a row that is not read whole.
 _WHOLE, _LISTED, _SINGLE, _ROW = 2, 3, 2, 4
-
-
-def _element(context, builder, signature, arguments):
-    data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-    return builder.gep(data, [arguments[1]])
-
-
-@intrinsic
-def _get(typingctx, array, index):
-    """``array[index]``, without asking whether the index is negative."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.load(_element(context, builder, signature, arguments))
-
-    return array.dtype(array, types.int64), generate
-
-
-@intrinsic
-def _set(typingctx, array, index, value):
-    """``array[index] = value``, likewise."""
-
-    def generate(context, builder, signature, arguments):
-        builder.store(arguments[2], _element(context, builder, signature, arguments))
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64, array.dtype), generate
 
 
 @intrinsic
@@ -158,24 +133,24 @@ def _make_multiply_fours(
     def multiply_fours(x, weight, mask, inp, start, y, groups, count, row, column):
         j = 0
         for g in range(groups):
-            r, s = _get(row, _FOUR * g), _get(row, _FOUR * g + 1)
-            t, u = _get(row, _FOUR * g + 2), _get(row, _FOUR * g + 3)
+            r, s = get(row, _FOUR * g), get(row, _FOUR * g + 1)
+            t, u = get(row, _FOUR * g + 2), get(row, _FOUR * g + 3)
             a, b, c, d = zero(), zero(), zero(), zero()
-            end = j + _FOUR * _get(count, g)
+            end = j + _FOUR * get(count, g)
             while j < end:
-                i, k = np.int64(_get(column, j)), np.int64(_get(column, j + 1))
-                m, n = np.int64(_get(column, j + 2)), np.int64(_get(column, j + 3))
+                i, k = np.int64(get(column, j)), np.int64(get(column, j + 1))
+                m, n = np.int64(get(column, j + 2)), np.int64(get(column, j + 3))
                 a = add(read_kept(weight, mask, r * inp + i), read(x, i), a)
                 b = add(read_kept(weight, mask, s * inp + k), read(x, k), b)
                 c = add(read_kept(weight, mask, t * inp + m), read(x, m), c)
                 d = add(read_kept(weight, mask, u * inp + n), read(x, n), d)
                 j += _FOUR
             # All are read before any is written: a group may hold a row more than once.
-            e, f, v, w = _get(start, r), _get(start, s), _get(start, t), _get(start, u)
-            _set(y, r, e + total(a))
-            _set(y, s, f + total(b))
-            _set(y, t, v + total(c))
-            _set(y, u, w + total(d))
+            e, f, v, w = get(start, r), get(start, s), get(start, t), get(start, u)
+            put(y, r, e + total(a))
+            put(y, s, f + total(b))
+            put(y, t, v + total(c))
+            put(y, u, w + total(d))
 
     return multiply_fours
 
@@ -198,11 +173,11 @@ def _same(value):
 @njit
 def _get_kept(weight, mask, index):
     """A listed weight: a nonzero, or what fills a row up."""
-    return _get(weight, index) if _get(mask, index) else np.float32(0.0)
+    return get(weight, index) if get(mask, index) else np.float32(0.0)
 
 
 _multiply_registers = _make_multiply_fours(_no_register, load_kept, load, fma, sum_lanes)
-_multiply_singles = _make_multiply_fours(_no_single, _get_kept, _get, _fma_one, _same)
+_multiply_singles = _make_multiply_fours(_no_single, _get_kept, get, _fma_one, _same)
 
 
 @njit
@@ -221,7 +196,7 @@ def _multiply_whole(x, weight, mask, inp, out, start, y):
         while i < covered:
             a = fma(load_kept(weight, mask, w0 + i), load(x, i), a)
             i += LANES
-        _set(y, r, _get(start, r) + sum_lanes((a + b) + (c + d)))
+        put(y, r, get(start, r) + sum_lanes((a + b) + (c + d)))
 
 
 @njit

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..activations_cpu import activate
+from ..addresses import bytes_, floats, get, integers, put, shorts
 from ..compiling import njit
 from ..vector import LANES, fma, load, load_bits, load_bits_tail, splat, sum_lanes
-from .addresses import bytes_, floats, get, integers, put, shorts
 from .layout import (
     ACT_FROM,
     BEGIN,

@@ -15,6 +15,7 @@ import numpy as np
 from numba import types
 
 from ..activations_cpu import activate, deactivate
+from ..addresses import bytes_, floats, get, integers, put, shorts
 from ..compiling import njit
 from ..threads import share
 from ..vector import (
@@ -25,7 +26,6 @@ from ..vector import (
     store,
 )
 from .acting import act
-from .addresses import bytes_, floats, get, integers, put, shorts
 from .blas import sgemm
 from .layout import (
     BEGIN,

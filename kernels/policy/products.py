@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..addresses import get, put
 from ..compiling import njit
 from ..tiles_cpu import make_row_tile
 from ..vector import LANES, fma, load, splat, store, sum_each, sum_lanes, transpose
-from .addresses import get, put
 
 __all__ = [
     "clear_columns",

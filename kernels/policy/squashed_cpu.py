@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from ..addresses import floats, get, put
 from ..compiling import njit
 from ..vector import LANES, fma, load, splat, store
 from ..vector_math import exp, log, tanh
-from .addresses import floats, get, put
 
 __all__ = ["BACKWARD_SCRATCH", "FORWARD_SCRATCH", "kernels"]
 

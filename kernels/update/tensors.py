@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 from numba import carray, types
-from numba.core.extending import intrinsic
 
+from ..addresses import pointer
 from ..compiling import njit
 from ..threads import share
 from .cpu import blend
@@ -62,24 +62,14 @@ _BLOCK = 256
 _SUMS = 32
 
 
-@intrinsic
-def _pointer(typingctx, address):
-    """An integer as an address."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
-
-
 @njit
 def _floats(address, size):
-    return carray(_pointer(address), (size,), np.float32)
+    return carray(pointer(address), (size,), np.float32)
 
 
 @njit
 def _integers(address, rows, columns):
-    return carray(_pointer(address), (rows, columns), np.int64)
+    return carray(pointer(address), (rows, columns), np.int64)
 
 
 def _make_update(entry: Callable, first: bool, second: bool, third: bool) -> Callable:
@@ -152,10 +142,10 @@ def _make_update(entry: Callable, first: bool, second: bool, third: bool) -> Cal
         b = _floats(place[SECOND], size) if second else w
         c = _floats(place[THIRD], size) if third else w
         if place[SUPPORT]:
-            position = carray(_pointer(place[SUPPORT]), (place[LENGTH],), np.int32)
+            position = carray(pointer(place[SUPPORT]), (place[LENGTH],), np.int32)
             update_listed(w, g, a, b, c, position[begin:end], k)
         elif place[MASK]:
-            mask = carray(_pointer(place[MASK]), (size,), np.bool_)
+            mask = carray(pointer(place[MASK]), (size,), np.bool_)
             update_masked(
                 w[begin:end], g[begin:end], a[begin:end], b[begin:end], c[begin:end],
                 mask[begin:end], k,
@@ -324,13 +314,13 @@ def _square_chunk(thread, chunk, chunks, places, squares):
     g = _floats(place[GRAD], place[SIZE])
     sums = np.zeros(_SUMS, np.float32)
     if place[SUPPORT]:
-        position = carray(_pointer(place[SUPPORT]), (place[LENGTH],), np.int32)
+        position = carray(pointer(place[SUPPORT]), (place[LENGTH],), np.int32)
         for first in range(begin, end, _SUMS):
             for j in range(min(_SUMS, end - first)):
                 value = g[np.uint32(position[first + j])]
                 sums[j] += value * value
     elif place[MASK]:
-        mask = carray(_pointer(place[MASK]), (place[SIZE],), np.bool_)
+        mask = carray(pointer(place[MASK]), (place[SIZE],), np.bool_)
         for first in range(begin, end, _SUMS):
             for j in range(min(_SUMS, end - first)):
                 value = g[first + j] if mask[first + j] else zero
@@ -355,10 +345,10 @@ def _make_step(work: Callable, counts: bool) -> Any:
     def step(threads, places_at, tensors, numbers_at, groups, chunks_at, parts, squares_at, limit):
         places = _integers(places_at, tensors, PLACES)
         chunks = _integers(chunks_at, parts, 3)
-        numbers = carray(_pointer(numbers_at), (groups, NUMBERS), np.float64)
+        numbers = carray(pointer(numbers_at), (groups, NUMBERS), np.float64)
         norm, scale = 0.0, 1.0
         if limit >= 0.0:
-            squares = carray(_pointer(squares_at), (parts,), np.float64)
+            squares = carray(pointer(squares_at), (parts,), np.float64)
             share(_square_chunk, threads, parts, (chunks, places, squares))
             for chunk in range(parts):
                 norm += squares[chunk]

@@ -1,9 +1,9 @@
 """Tensors by address: one array over all memory, indexed in elements.
 
 A whole network has a dozen tensors, and each array argument costs Numba's caller half a
-microsecond. So kernels take addresses as integers, and read and write everything through the arrays
-`floats`, `integers`, `shorts` and `bytes_`, which begin at address ``base`` = 0: a tensor is the
-index of its first element, ``address // itemsize``.
+microsecond. So kernels take addresses as integers, and make arrays of a `pointer` to each, or read
+and write everything through the arrays `floats`, `integers`, `shorts` and `bytes_`, which begin at
+address ``base`` = 0: a tensor is the index of its first element, ``address // itemsize``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 from numba import carray, types
 from numba.core.extending import intrinsic
 
-from ..compiling import njit
+from .compiling import njit
 
-__all__ = ["bytes_", "floats", "get", "integers", "put", "shorts"]
+__all__ = ["by_address", "bytes_", "floats", "get", "integers", "pointer", "put", "shorts"]
 
 
 @intrinsic
-def _pointer(typingctx, address):
+def pointer(typingctx, address):
     """An integer as an address."""
 
     def generate(context, builder, signature, arguments):
@@ -56,22 +56,32 @@ def put(typingctx, array, index, value):
 @njit
 def floats(base):
     """All memory as float32."""
-    return carray(_pointer(base), (1,), np.float32)
+    return carray(pointer(base), (1,), np.float32)
 
 
 @njit
 def integers(base):
     """All memory as int64."""
-    return carray(_pointer(base), (1,), np.int64)
+    return carray(pointer(base), (1,), np.int64)
 
 
 @njit
 def shorts(base):
     """All memory as int32."""
-    return carray(_pointer(base), (1,), np.int32)
+    return carray(pointer(base), (1,), np.int32)
 
 
 @njit
 def bytes_(base):
     """All memory as bytes."""
-    return carray(_pointer(base), (1,), np.uint8)
+    return carray(pointer(base), (1,), np.uint8)
+
+
+def by_address(function, arguments: int):
+    """The machine code for so many integers.
+
+    Numba's own dispatch on the types of the arguments takes as long as the work.
+    """
+    signature = (types.int64,) * arguments
+    function.compile(signature)
+    return function.get_overload(signature)
