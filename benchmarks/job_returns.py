@@ -15,11 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
-from sparse_tickets.files import write_atomic
 from sparse_tickets.timing import pinned_threads
 
 from .jobs import Job, build, check, choose
-from .results import RESULTS, provenance
+from .results import RESULTS, keep, provenance
+from .tables import grid
 
 __all__ = ["DENSITIES", "run_returns", "table"]
 
@@ -96,7 +96,6 @@ def run_returns(console: Console, seeds: int = 5, only: str = "", out: Path | No
     chosen = choose(only)
     run = provenance("jobs", "cpu", None, seeds)
     path = out or RESULTS / "jobs" / f"{run.device}-returns.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     records = json.loads(path.read_text()) if path.exists() else []
     known = {_key(record) for record in records}
     # Seeds outermost: whatever is there when it is stopped has all jobs and densities.
@@ -109,8 +108,7 @@ def run_returns(console: Console, seeds: int = 5, only: str = "", out: Path | No
         with pinned_threads(1):
             record |= _run(job, seed, density)
         records.append(record | {"versions": run.versions, "commit": run.commit})
-        write_atomic(path, (json.dumps(records) + "\n").encode())
-        write_atomic(path.with_suffix(".md"), table(records).encode())
+        keep(records, path, table(records))
         mean = statistics.mean(record["final"])
         console.print(f"{job.label}, {density:.0%}, seed {seed}: {mean:.0f}", highlight=False)
     console.print(table(records), highlight=False, soft_wrap=True)
@@ -127,12 +125,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
     In brackets the share that is reached of what the dense job gains over random actions.
     """
-    lines = [
-        "| a whole job | timesteps | seeds | "
-        + " | ".join(f"{_name(d)}: end | best checkpoint" for d in DENSITIES)
-        + " |",
-        "| --- |" + " ---: |" * (2 + 2 * len(DENSITIES)),
-    ]
+    heads = ["a whole job", "timesteps", "seeds"]
+    heads += [each for d in DENSITIES for each in (f"{_name(d)}: end", "best checkpoint")]
+    rows = []
     for label in dict.fromkeys(record["label"] for record in records):
         here = [record for record in records if record["label"] == label]
         job, cells = here[0]["job"], []
@@ -142,8 +137,8 @@ def table(records: list[dict[str, Any]]) -> str:
         for density in DENSITIES:
             for found, reference in zip(_means(here, density), dense, strict=True):
                 cells.append(_cell(found, reference if density < 1 else [], floor))
-        lines.append(f"| {label} | {job['steps']:,} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([label, f"{job['steps']:,}", f"{seeds}", *cells])
+    return grid(heads, rows) + "\n"
 
 
 def _name(density: float) -> str:

@@ -21,11 +21,11 @@ from rich.console import Console
 
 from sparse_tickets.ceilings import BUSY, Neighbours
 from sparse_tickets.convert import SparsifyWarning
-from sparse_tickets.files import write_atomic
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import pinned_threads
 
-from .results import RESULTS, provenance
+from .results import RESULTS, header, keep, provenance
+from .tables import grid
 
 __all__ = ["JOBS", "Job", "build", "check", "choose", "run_jobs", "table"]
 
@@ -181,11 +181,6 @@ def run_jobs(
     chosen = choose(only)
     run = provenance("jobs", "cpu", None, rounds)
     path = out or RESULTS / "jobs" / f"{run.device}-{run.date[:10]}.json"
-    header = {
-        key: value
-        for key, value in asdict(run).items()
-        if key in ("device", "date", "hardware", "versions", "commit")
-    }
     records = json.loads(path.read_text()) if path.exists() else []
     for job in chosen:
         runs = []
@@ -201,11 +196,9 @@ def run_jobs(
                         seconds[name].append(_slice(model, job.slice))
                 check(job.label, models["sparse"].policy, DENSITY)
             runs.append({"threads": count, "seconds": seconds, "busy": neighbours.share()})
-        record = {"label": job.label, "job": asdict(job), "density": DENSITY, "run": header}
+        record = {"label": job.label, "job": asdict(job), "density": DENSITY, "run": header(run)}
         records = [r for r in records if r["label"] != job.label] + [record | {"runs": runs}]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
-        write_atomic(path.with_suffix(".md"), table(records).encode())
+        keep(records, path, table(records))
         console.print(f"{job.label}: done", highlight=False)
     console.print(table(records), highlight=False, soft_wrap=True)
     return path
@@ -217,10 +210,8 @@ def table(records: list[dict]) -> str:
     A side's time is the median of its slices at its better number of threads. A ratio is marked
     where other processes used more than 5% of the cores meanwhile.
     """
-    lines = [
-        "| ms per 1,000 timesteps | dense | 90% pruned | gain | 1 thread | 2 threads |",
-        "| --- |" + " ---: |" * 5,
-    ]
+    heads = ["ms per 1,000 timesteps", "dense", "90% pruned", "gain", "1 thread", "2 threads"]
+    rows = []
     for record in records:
         scale = 1e6 / record["job"]["slice"]
         medians = {
@@ -233,9 +224,6 @@ def table(records: list[dict]) -> str:
             for n in (1, 2)
         ]
         mark = "~" if any(run["busy"] > BUSY for run in record["runs"]) else ""
-        lines.append(
-            f"| {record['label']} | {dense:,.0f} | {sparse:,.0f} | {mark}{dense / sparse:.2f}x | "
-            + " | ".join(each)
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+        gain = f"{mark}{dense / sparse:.2f}x"
+        rows.append([record["label"], f"{dense:,.0f}", f"{sparse:,.0f}", gain, *each])
+    return grid(heads, rows) + "\n"

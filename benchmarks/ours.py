@@ -18,9 +18,9 @@ from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.mlp import plan as mlp_plan
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.linear import SparseLinear
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
-from .problems import LinearProblem, PolicyProblem, PruneProblem
+from .problems import LinearProblem, PolicyProblem, PruneProblem, difference
 
 __all__ = [
     "BACKENDS",
@@ -186,19 +186,10 @@ def layer_inside(deep: PolicyProblem, shallow: PolicyProblem, name: str = OURS) 
     Activations stay packed between the layers of a network; packing the input and unpacking the
     output is in both depths and cancels. Both are verified, forward alone.
     """
-    networks = [partial(_forward, problem) for problem in (deep, shallow)]
     chosen = mlp_plan(deep.arena.actor, deep.x.device, density=deep.density)
-    return Contender(
-        name,
-        networks[0],
-        lambda: max(
-            mismatch([run()], problem.forward_backward[:1], problem.terms[:1])
-            for run, problem in zip(networks, (deep, shallow), strict=True)
-        ),
-        units=deep.arena.actor.depth - shallow.arena.actor.depth,
-        plan=f"mlp: {chosen.backend}/{chosen.format.split('/')[-1]} (inside a network)",
-        without=networks[1],
-    )
+    plan = f"mlp: {chosen.backend}/{chosen.format.split('/')[-1]} (inside a network)"
+    problems = deep, shallow
+    return difference(name, problems, [partial(_forward, problem) for problem in problems], plan)
 
 
 def _forward(problem: PolicyProblem) -> Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "PolicyProblem",
     "PruneProblem",
     "density_of",
+    "difference",
     "distance",
     "random_masks",
 ]
@@ -289,6 +290,32 @@ class PolicyProblem:
             return mismatch(found, self.forward_backward, self.terms)
 
         return Contender(name, run, error, plan=plan)
+
+
+def difference(
+    name: str,
+    problems: tuple[PolicyProblem, PolicyProblem],
+    networks: Sequence[Callable[[], Tensor]],
+    plan: str = "",
+) -> Contender:
+    """The layers that a deep network has beyond a shallow one; times are per layer.
+
+    Args:
+        name: see `Contender`.
+        problems: the deep one, and the shallow one.
+        networks: of each, forward.
+        plan: see `Contender`.
+    """
+
+    def error() -> float:
+        return max(
+            mismatch([run()], problem.forward_backward[:1], problem.terms[:1])
+            for run, problem in zip(networks, problems, strict=True)
+        )
+
+    deep, shallow = (problem.arena.actor.depth for problem in problems)
+    run, without = networks
+    return Contender(name, run, error, units=deep - shallow, plan=plan, without=without)
 
 
 class PruneProblem:

@@ -36,6 +36,8 @@ __all__ = [
     "available_cores",
     "default_path",
     "device_slug",
+    "header",
+    "keep",
     "load",
     "newest",
     "provenance",
@@ -139,6 +141,19 @@ def provenance(suite: str, device: str, ceilings: Ceilings | None, rounds: int =
         rounds=rounds,
         complete=False,
     )
+
+
+def header(run: Run) -> dict[str, object]:
+    """What a record in a table of its own keeps of where and when it was measured."""
+    kept = ("device", "date", "hardware", "versions", "commit")
+    return {name: getattr(run, name) for name in kept}
+
+
+def keep(records: list[dict], path: Path, table: str) -> None:
+    """Write records of such a table as JSON, and the table beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
+    write_atomic(path.with_suffix(".md"), table.encode())
 
 
 def default_path(run: Run) -> Path:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparse_tickets.files import write_atomic
 from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.engines import run
 from sparse_tickets.sweep.experts import DEMONSTRATIONS, EXPERTS
@@ -38,7 +37,8 @@ from sparse_tickets.ticket import ROWS as WEIGHTS
 from sparse_tickets.ticket import Ticket, dump_tickets
 
 from .pretended_ray import PretendedRay
-from .results import BUSY, RESULTS, Neighbours, provenance
+from .results import BUSY, RESULTS, Neighbours, header, keep, provenance
+from .tables import grid
 
 __all__ = ["SIZES", "Trainer", "run_scheduling", "simulate", "spec_of", "table", "time_ray"]
 
@@ -248,18 +248,12 @@ def run_scheduling(
     """
     made = provenance("scheduling", "cpu", None, 1)
     path = out or RESULTS / "scheduling" / f"{made.device}-{made.date[:10]}.json"
-    header = {
-        key: value
-        for key, value in asdict(made).items()
-        if key in ("device", "date", "hardware", "versions", "commit")
-    }
     records = json.loads(path.read_text()) if path.exists() else []
 
-    def keep(record: dict[str, Any], same: Callable[[dict[str, Any]], bool]) -> None:
-        records[:] = [each for each in records if not same(each)] + [record | {"run": header}]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
-        write_atomic(path.with_suffix(".md"), table(records).encode())
+    def replace(record: dict[str, Any], same: Callable[[dict[str, Any]], bool]) -> None:
+        found = [each for each in records if not same(each)]
+        records[:] = [*found, record | {"run": header(made)}]
+        keep(records, path, table(records))
 
     for kind in [*((size,) for size in sizes), _LARGE]:
         spec, place = spec_of(*kind), Path(mkdtemp(dir=folder))
@@ -270,14 +264,14 @@ def run_scheduling(
             console.print(f"{found['units']:,} units: {found['driver']:.2f} ms of the driver each")
             for name, milliseconds in reading(spec, place / "run", found["units"]):
                 found |= {name: milliseconds, "busy": neighbours.share()}
-                keep(found, partial(_same, found, ("units", "chunk", "files")))
+                replace(found, partial(_same, found, ("units", "chunk", "files")))
         finally:
             shutil.rmtree(place)
     if find_spec("ray") is not None:
         for in_flight in (64, 8016):
             neighbours = Neighbours()
             found = time_ray(10_000, in_flight, 1 << 16)
-            keep(found | {"busy": neighbours.share()}, partial(_same, found, ("in flight",)))
+            replace(found | {"busy": neighbours.share()}, partial(_same, found, ("in flight",)))
     console.print(table(records), highlight=False, soft_wrap=True)
     return path
 
@@ -306,18 +300,15 @@ def table(records: list[dict[str, Any]]) -> str:
         "table": "table",
     }
     heads = ["units", "tickets", "files in", *names.values(), "bytes returned", "bytes sent"]
-    lines = [f"| {' | '.join(heads)} |"]
-    lines.append("|" + " ---: |" * (len(names) + 5))
+    rows, lines = [], []
     for record in sorted(
         (r for r in records if "units" in r), key=lambda r: (r["chunk"], r["units"])
     ):
         mark = "~" if record["busy"] > BUSY else ""
-        times = " | ".join(f"{mark}{record[name]:.3f}" if name in record else "" for name in names)
-        sizes = f"{record['bytes returned']:,.0f} | {record['bytes sent']:,.0f}"
-        lines.append(
-            f"| {record['units']:,} | {record['chunk']} | {record['files']} | {times} | {sizes} |"
-        )
-    lines.append("")
+        times = [f"{mark}{record[name]:.3f}" if name in record else "" for name in names]
+        sizes = [f"{record[name]:,.0f}" for name in ("bytes returned", "bytes sent")]
+        about = [f"{record['units']:,}", f"{record['chunk']}", record["files"]]
+        rows.append([*about, *times, *sizes])
     lines.append(
         "Milliseconds and bytes per unit; ~: other processes used more than "
         f"{BUSY:.0%} of the cores."
@@ -328,7 +319,7 @@ def table(records: list[dict[str, Any]]) -> str:
             f"Ray alone, {record['bytes']:,} bytes a task, {record['in flight']:,} under way: "
             f"{mark}{record['ms']:.3f} ms a task."
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([grid(heads, rows, text=0), "", *lines]) + "\n"
 
 
 def _seconds(act: Callable[[], object]) -> float:

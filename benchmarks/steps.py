@@ -31,6 +31,7 @@ from sparse_tickets.timing import pinned_threads
 from .apart import Apart, Step, Turn, take
 from .peers import sparselab
 from .results import RESULTS, provenance
+from .tables import grid
 
 __all__ = ["measured", "newest", "run_steps", "table", "times_table"]
 
@@ -301,35 +302,29 @@ def _others(path: Path, commit: str | None, chosen: list[Problem]) -> list[dict]
 
 def table(records: list[dict]) -> str:
     """Ratios as Markdown: the fastest peer's time over ours, each at its better thread count."""
-    share = " | ".join(f"{sparsity:.0%}" for sparsity in SPARSITIES)
-    lines = [
-        f"| a whole step, weights pruned | ours | {share} |",
-        "| --- | --- |" + " ---: |" * len(SPARSITIES),
-    ]
+    rows = []
     for label in dict.fromkeys(record["label"] for record in records):
         here = [record for record in records if record["label"] == label]
         for name in [n for n in here[0]["seconds"] if n.startswith("ours")]:
             cells = [_ratio([r for r in here if r["sparsity"] == s], name) for s in SPARSITIES]
-            lines.append(
-                f"| {label} | {name.removeprefix('ours').strip(', ')} | " + " | ".join(cells) + " |"
-            )
-    return "\n".join(lines) + "\n"
+            rows.append([label, name.removeprefix("ours").strip(", "), *cells])
+    return _grid("a whole step", "ours", rows)
 
 
 def times_table(records: list[dict]) -> str:
     """Microseconds of a step as Markdown, of each contender at its better thread count."""
-    share = " | ".join(f"{sparsity:.0%}" for sparsity in SPARSITIES)
-    lines = [
-        f"| microseconds of a step, weights pruned | of | {share} |",
-        "| --- | --- |" + " ---: |" * len(SPARSITIES),
-    ]
+    rows = []
     for label in dict.fromkeys(record["label"] for record in records):
         here = [record for record in records if record["label"] == label]
         best = [_best([r for r in here if r["sparsity"] == s]) for s in SPARSITIES]
         for name in best[0]:
-            cells = " | ".join(f"{1e6 * found[name]:,.0f}" for found in best)
-            lines.append(f"| {label} | {name} | {cells} |")
-    return "\n".join(lines) + "\n"
+            rows.append([label, name, *(f"{1e6 * found[name]:,.0f}" for found in best)])
+    return _grid("microseconds of a step", "of", rows)
+
+
+def _grid(what: str, whose: str, rows: list[list[str]]) -> str:
+    heads = [f"{what}, weights pruned", whose, *(f"{sparsity:.0%}" for sparsity in SPARSITIES)]
+    return grid(heads, rows, text=2) + "\n"
 
 
 def measured(path: Path) -> str:

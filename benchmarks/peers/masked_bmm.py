@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,9 +9,9 @@ from torch import Tensor
 from sparse_tickets.timing import Contender
 
 from ..problems import LinearProblem, PolicyProblem
-from .torch_dense import batched
+from .torch_dense import batched, network, trained
 
-__all__ = ["NAME", "linear_backward", "linear_forward", "masked_policy", "policy"]
+__all__ = ["NAME", "linear_backward", "linear_forward", "policy"]
 
 NAME = "torch w*mask"
 
@@ -50,27 +48,6 @@ def linear_backward(problem: LinearProblem) -> Contender:
     return problem.contender(NAME, run)
 
 
-def masked_policy(problem: PolicyProblem) -> tuple[list[Tensor], Callable[[], Tensor]]:
-    """The parameters, and the network as a function of them."""
-    layers, activate = problem.layers(), problem.activate
-
-    def network() -> Tensor:
-        y = problem.x
-        for index, (weight, bias, mask) in enumerate(layers):
-            y = batched(y, weight * mask, bias)
-            if index < len(layers) - 1:
-                y = activate(y)
-        return y
-
-    return [leaf for weight, bias, _ in layers for leaf in (weight, bias)], network
-
-
 def policy(problem: PolicyProblem) -> Contender:
     """A population's policies with a per-ticket mask, as one would vmap them."""
-    leaves, network = masked_policy(problem)
-
-    def run() -> tuple[Tensor, ...]:
-        y = network()
-        return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
-
-    return problem.contender(NAME, run)
+    return trained(NAME, problem, *network(problem, masked=True))

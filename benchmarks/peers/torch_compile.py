@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 
 import torch
-from torch import Tensor
 
 from sparse_tickets.timing import Contender
 
 from ..problems import PolicyProblem
 from . import Unavailable
-from .masked_bmm import masked_policy
+from .torch_dense import network, trained
 
 __all__ = ["NAME", "policy"]
 
@@ -28,11 +27,5 @@ def policy(problem: PolicyProblem) -> Contender:
         map(shutil.which, ("g++", "clang++"))
     ):
         raise Unavailable("torch.compile needs g++ or clang++ on the CPU, neither was found")
-    leaves, network = masked_policy(problem)
-    compiled = torch.compile(network, fullgraph=True)
-
-    def run() -> tuple[Tensor, ...]:
-        y = compiled()
-        return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
-
-    return problem.contender(NAME, run)
+    leaves, forward = network(problem, masked=True)
+    return trained(NAME, problem, leaves, torch.compile(forward, fullgraph=True))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sparse_tickets.timing import Contender, mismatch
+from sparse_tickets.timing import Contender
 
-from ..problems import LinearProblem, PolicyProblem
+from ..problems import LinearProblem, PolicyProblem, difference
 
-__all__ = ["NAME", "batched", "layer_inside", "linear_backward", "linear_forward", "policy"]
+__all__ = [
+    "NAME",
+    "batched",
+    "layer_inside",
+    "linear_backward",
+    "linear_forward",
+    "network",
+    "policy",
+    "trained",
+]
 
 NAME = "torch dense"
 
@@ -60,17 +70,9 @@ def linear_backward(problem: LinearProblem) -> Contender:
 
 def layer_inside(deep: PolicyProblem, shallow: PolicyProblem) -> Contender:
     """What a layer costs between others: two depths forward, the difference per layer between."""
-    networks = [partial(_chain, problem, problem.layers()) for problem in (deep, shallow)]
-    return Contender(
-        NAME,
-        networks[0],
-        lambda: max(
-            mismatch([run()], problem.forward_backward[:1], problem.terms[:1])
-            for run, problem in zip(networks, (deep, shallow), strict=True)
-        ),
-        units=deep.arena.actor.depth - shallow.arena.actor.depth,
-        without=networks[1],
-    )
+    problems = deep, shallow
+    networks = [partial(_chain, problem, problem.layers()) for problem in problems]
+    return difference(NAME, problems, networks)
 
 
 @torch.no_grad()
@@ -83,17 +85,38 @@ def _chain(problem: PolicyProblem, layers: list[tuple[Tensor, Tensor, Tensor]]) 
     return y
 
 
-def policy(problem: PolicyProblem) -> Contender:
-    """Layer by layer as `torch.baddbmm`, every ticket at once."""
-    layers, activate = problem.layers(), problem.activate
-    leaves = [leaf for weight, bias, _ in layers for leaf in (weight, bias)]
+def network(problem: PolicyProblem, *, masked: bool) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """The parameters, and every ticket's network at once as a function of them.
 
-    def run() -> tuple[Tensor, ...]:
+    Args:
+        problem: whose.
+        masked: multiply the masks in, on every call.
+    """
+    layers, activate = problem.layers(), problem.activate
+
+    def forward() -> Tensor:
         y = problem.x
-        for index, (weight, bias, _) in enumerate(layers):
-            y = batched(y, weight, bias)
+        for index, (weight, bias, mask) in enumerate(layers):
+            y = batched(y, weight * mask if masked else weight, bias)
             if index < len(layers) - 1:
                 y = activate(y)
+        return y
+
+    return [leaf for weight, bias, _ in layers for leaf in (weight, bias)], forward
+
+
+def trained(
+    name: str, problem: PolicyProblem, leaves: list[Tensor], forward: Callable[[], Tensor]
+) -> Contender:
+    """A network with the gradients of its parameters."""
+
+    def run() -> tuple[Tensor, ...]:
+        y = forward()
         return (y.detach(), *torch.autograd.grad(y, leaves, problem.dy))
 
-    return problem.contender(NAME, run)
+    return problem.contender(name, run)
+
+
+def policy(problem: PolicyProblem) -> Contender:
+    """Layer by layer as `torch.baddbmm`, every ticket at once."""
+    return trained(NAME, problem, *network(problem, masked=False))

@@ -12,10 +12,9 @@ from ..problems import LinearProblem
 from . import Unavailable
 from .torch_csr import compressed_forward
 
-__all__ = ["NAME", "NO_GRADIENT", "linear_forward"]
+__all__ = ["NAME", "linear_forward"]
 
 NAME = "torch 2:4"
-NO_GRADIENT = "torch's 2:4 tensors know no weight gradient"
 
 
 def linear_forward(problem: LinearProblem) -> Contender:
