@@ -15,7 +15,7 @@ from numba.core.extending import intrinsic
 
 from .vector import INDEX, LANES, VECTOR, broadcast, data_of, load_at, multiply_add, store_at
 
-__all__ = ["make_block_tile", "make_row_tile", "make_sparse_tile", "make_tile"]
+__all__ = ["make_block_tile", "make_sparse_tile", "make_tile"]
 
 
 class _Sums:
@@ -108,49 +108,6 @@ def make_tile(rows: int, columns: int, accumulate: bool = False):
     return tile
 
 
-def make_sparse_tile(columns: int, accumulate: bool = False):
-    """One sparse row times ``columns * LANES`` packed columns, accumulators held in registers.
-
-    The returned function computes, over the nonzeros j of one row in ``[begin, end)``,
-
-        y[y0 + l] = start + sum_j values[j] * x[x0 + index[j]*xd + l]
-
-    with ``start`` the scalar given, or with ``accumulate`` the old value of y. Per nonzero: one
-    broadcast and ``columns`` loads for ``columns`` fused multiply-adds.
-    """
-
-    @intrinsic
-    def sparse_tile(typingctx, values, index, begin, end, x, x0, xd, y, y0, start):
-        def generate(context, builder, signature, arguments):
-            values, index, begin, end, x, x0, xd, y, y0, start = arguments
-            values, index, x, y = (
-                data_of(context, builder, signature.args[i], array)
-                for i, array in ((0, values), (1, index), (4, x), (7, y))
-            )
-
-            def first(_, c):
-                if accumulate:
-                    return load_at(builder, y, _shift(builder, y0, c))
-                return broadcast(builder, start)
-
-            sums = _Sums(builder, 1, columns, first)
-            with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
-                j = builder.add(begin, loop.index)
-                value = broadcast(builder, _element(builder, values, j))
-                column = _element(builder, index, j)
-                if column.type != INDEX:
-                    column = builder.zext(column, INDEX)
-                x_row = builder.add(x0, builder.mul(column, xd))
-                sums.add(0, value, _registers(builder, x, x_row, columns))
-            sums.store(y, [y0])
-            return context.get_dummy_value()
-
-        i = types.int64
-        return types.void(values, index, i, i, x, i, i, y, i, types.float32), generate
-
-    return sparse_tile
-
-
 def make_block_tile(rows: int, columns: int):
     """``rows`` dense rows times the kept rows of ``columns * LANES`` columns, held in registers.
 
@@ -191,19 +148,26 @@ def make_block_tile(rows: int, columns: int):
     return block_tile
 
 
-def make_row_tile(columns: int, chains: int):
-    """One row of nonzeros times ``columns * LANES`` columns of a panel, held in registers.
+def make_sparse_tile(columns: int, chains: int = 1):
+    """One sparse row times ``columns * LANES`` columns of a panel, sums held in registers.
 
-    The returned function computes ``y[c] = start + sum_j value[j] * x[index[j] * ld + c]``. So that
-    the latency of multiply-adds is hidden, nonzeros take turns on ``chains`` sums.
+    The returned function computes, over the ``count`` nonzeros of one row,
+
+        y[y0 + l] = start + sum_j values[v0 + j] * x[x0 + index[i0 + j]*xd + l]
+
+    So that the latency of multiply-adds is hidden where columns are few, nonzeros take turns on
+    ``chains`` sums. Per nonzero: one broadcast and ``columns`` loads for ``columns`` fused
+    multiply-adds.
     """
 
     @intrinsic
-    def row_tile(typingctx, m, value0, index, index0, count, x0, ld, y0, start):
+    def sparse_tile(typingctx, values, v0, index, i0, count, x, x0, xd, y, y0, start):
         def generate(context, builder, signature, arguments):
-            m, value0, index, index0, count, x0, ld, y0, start = arguments
-            m = data_of(context, builder, signature.args[0], m)
-            index = data_of(context, builder, signature.args[2], index)
+            values, v0, index, i0, count, x, x0, xd, y, y0, start = arguments
+            values, index, x, y = (
+                data_of(context, builder, signature.args[i], array)
+                for i, array in ((0, values), (2, index), (5, x), (8, y))
+            )
 
             def first(chain, _):
                 return broadcast(builder, start) if chain == 0 else ir.Constant(VECTOR, None)
@@ -211,12 +175,14 @@ def make_row_tile(columns: int, chains: int):
             sums = _Sums(builder, chains, columns, first)
 
             def step(j, chain):
-                value = broadcast(builder, _element(builder, m, builder.add(value0, j)))
-                column = builder.zext(_element(builder, index, builder.add(index0, j)), INDEX)
-                row = builder.add(x0, builder.mul(column, ld))
-                sums.add(chain, value, _registers(builder, m, row, columns))
+                value = broadcast(builder, _element(builder, values, builder.add(v0, j)))
+                column = _element(builder, index, builder.add(i0, j))
+                if column.type != INDEX:
+                    column = builder.zext(column, INDEX)
+                row = builder.add(x0, builder.mul(column, xd))
+                sums.add(chain, value, _registers(builder, x, row, columns))
 
-            rounds = builder.sdiv(count, INDEX(chains))
+            rounds = builder.sdiv(count, INDEX(chains)) if chains > 1 else count
             with cgutils.for_range(builder, rounds) as loop:
                 begin = builder.mul(loop.index, INDEX(chains))
                 for chain in range(chains):
@@ -229,10 +195,10 @@ def make_row_tile(columns: int, chains: int):
                 total = builder.load(sums.slots[0, c])
                 for chain in range(1, chains):
                     total = builder.fadd(total, builder.load(sums.slots[chain, c]))
-                store_at(builder, total, m, _shift(builder, y0, c))
+                store_at(builder, total, y, _shift(builder, y0, c))
             return context.get_dummy_value()
 
         i = types.int64
-        return types.void(m, i, index, i, i, i, i, i, types.float32), generate
+        return types.void(values, i, index, i, i, x, i, i, y, i, types.float32), generate
 
-    return row_tile
+    return sparse_tile

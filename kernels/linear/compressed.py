@@ -40,16 +40,14 @@ def _multiply_panel(values, begin, column, row, rows, count, x_panel, bias, y_pa
     """``y_panel[r] = bias[row + r] + sum_j values[j] x_panel[column[j]]``."""
     if count <= LANES:
         for r in range(rows):
-            _narrow_tile(
-                values, column, begin[row + r], begin[row + r + 1], x_panel, 0, PANEL, y_panel,
-                r * PANEL, bias[row + r],
-            )  # fmt: skip
+            j, y, start = begin[row + r], r * PANEL, bias[row + r]
+            size = begin[row + r + 1] - j
+            _narrow_tile(values, j, column, j, size, x_panel, 0, PANEL, y_panel, y, start)
     else:
         for r in range(rows):
-            _wide_tile(
-                values, column, begin[row + r], begin[row + r + 1], x_panel, 0, PANEL, y_panel,
-                r * PANEL, bias[row + r],
-            )  # fmt: skip
+            j, y, start = begin[row + r], r * PANEL, bias[row + r]
+            size = begin[row + r + 1] - j
+            _wide_tile(values, j, column, j, size, x_panel, 0, PANEL, y_panel, y, start)
 
 
 @njit(cache=True)

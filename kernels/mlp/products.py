@@ -70,12 +70,14 @@ def sparse_product(values, index, begin, rows, count, space, x0, y0, width, bias
     The nonzeros j of the k-th listed row are ``begin[k] ... begin[k + 1]``.
     """
     for k in range(count):
-        j, end, y, start = begin[k], begin[k + 1], y0 + rows[k] * PANEL, bias[b0 + rows[k]]
+        j, y, start = begin[k], y0 + rows[k] * PANEL, bias[b0 + rows[k]]
+        size = begin[k + 1] - j
         if width == PANEL:
-            _sparse_tile_8(values, index, j, end, space, x0, PANEL, space, y, start)
+            _sparse_tile_8(values, j, index, j, size, space, x0, PANEL, space, y, start)
         else:
             for c in range(0, width, LANES):
-                _sparse_tile_1(values, index, j, end, space, x0 + c, PANEL, space, y + c, start)
+                x = x0 + c
+                _sparse_tile_1(values, j, index, j, size, space, x, PANEL, space, y + c, start)
 
 
 @njit(cache=True)

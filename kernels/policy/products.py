@@ -11,7 +11,7 @@ import numpy as np
 
 from ..addresses import get, put
 from ..compiling import njit
-from ..tiles_cpu import make_row_tile
+from ..tiles_cpu import make_sparse_tile
 from ..vector import LANES, fma, load, splat, store, sum_each, sum_lanes, transpose
 
 __all__ = [
@@ -27,10 +27,10 @@ __all__ = [
 _ZERO = np.float32(0.0)
 
 
-_tile_8 = make_row_tile(8, 1)
-_tile_4 = make_row_tile(4, 2)
-_tile_2 = make_row_tile(2, 2)
-_tile_1 = make_row_tile(1, 4)
+_tile_8 = make_sparse_tile(8)
+_tile_4 = make_sparse_tile(4, 2)
+_tile_2 = make_sparse_tile(2, 2)
+_tile_1 = make_sparse_tile(1, 4)
 
 
 @njit(cache=True)
@@ -64,13 +64,13 @@ def sparse_product(m, n, i64, values, begin, rows, index, count, x, y, ld, bias)
                 start = get(m, bias + r)
             at = y + r * ld + c
             if left >= 8:
-                _tile_8(m, values + j, n, index + j, size, x + c, ld, at, start)
+                _tile_8(m, values + j, n, index + j, size, m, x + c, ld, m, at, start)
             elif left >= 4:
-                _tile_4(m, values + j, n, index + j, size, x + c, ld, at, start)
+                _tile_4(m, values + j, n, index + j, size, m, x + c, ld, m, at, start)
             elif left >= 2:
-                _tile_2(m, values + j, n, index + j, size, x + c, ld, at, start)
+                _tile_2(m, values + j, n, index + j, size, m, x + c, ld, m, at, start)
             else:
-                _tile_1(m, values + j, n, index + j, size, x + c, ld, at, start)
+                _tile_1(m, values + j, n, index + j, size, m, x + c, ld, m, at, start)
         c += (8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1) * LANES
 
 

@@ -243,16 +243,13 @@ def _forward_sparse(net, prepared, obs, count, out):
     for layer in range(sizes.size - 1):
         rows = sizes[layer + 1]
         for o in range(rows):
-            y0, e = o * count, 0
+            y0, e, j = o * count, 0, begin[r]
+            size = begin[r + 1] - j
             while e + LANES < count:
-                _sparse_wide(
-                    values, column, begin[r], begin[r + 1], x, e, count, y, y0 + e, bias[r]
-                )
+                _sparse_wide(values, j, column, j, size, x, e, count, y, y0 + e, bias[r])
                 e += 2 * LANES
             if e < count:
-                _sparse_narrow(
-                    values, column, begin[r], begin[r + 1], x, e, count, y, y0 + e, bias[r]
-                )
+                _sparse_narrow(values, j, column, j, size, x, e, count, y, y0 + e, bias[r])
             r += 1
         if layer < last:
             activate(y, _NOWHERE, _NOWHERE, rows * count, net.activation, _ALPHA)
