@@ -44,7 +44,8 @@ _GRACE_S = 10.0
 _END_S = 10.0
 _REHEARSAL = "rehearsal"
 _WARM = "warm"
-_NEEDED = ("triton", "numba", "pyarrow", "gymnasium", "safetensors", "pytest")
+_NEEDED = ("triton", "numba", "pyarrow", "gymnasium", "safetensors")
+_NEEDED_BY_TESTS = ("pytest", "xdist", "hypothesis")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             highlight=False,
         )
         return 1
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    needed = _NEEDED + (_NEEDED_BY_TESTS if "tests" in options.only else ())
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         Console(stderr=True).print(
             f"[red]error:[/red] not installed: {', '.join(missing)}", highlight=False

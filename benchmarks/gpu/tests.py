@@ -1,26 +1,39 @@
-"""Tests on a GPU, shared out over processes: most of their time goes into compiling kernels."""
+"""Tests on a GPU, by pytest-xdist: most of their time goes into compiling kernels.
+
+`run_tests` starts pytest with this module as a plugin, which writes an outcome as each test ends:
+what a deadline cuts off is not lost. Each process begins with a stretch of the tests, for
+neighbours compile the same kernels. One that never ends ends its process, and so does one that
+leaves the device unusable; pytest-xdist counts it as failed and goes on in another.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ..results import available_cores
-from .plugin import read_outcomes
-from .process import DIED, ROOT, Work, compilers, say
+from .process import ROOT, Work, compilers, say
 
-__all__ = ["part", "run_tests", "summed_up"]
+__all__ = ["TEST_S", "part", "run_tests", "summed_up"]
 
-_QUIET = ("-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.plugin", "-W", "default")
-_LEAST_S = 10.0
-"""Pytest is not started for less."""
+TEST_S = 90.0
+"""No test takes this long, its compilation included."""
+
+_OPTIONS = [
+    *("-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tests", "-W", "default"),
+    *("--dist", "worksteal", "--max-worker-restart", "1000", "--continue-on-collection-errors"),
+]
+# The log, whatever pytest captures later.
+_STDERR = os.dup(2)
 
 
 def part(work: Work) -> bool:
@@ -39,93 +52,130 @@ def part(work: Work) -> bool:
 def run_tests(
     selection: Sequence[str], processes: int, folder: Path, deadline: float
 ) -> dict[str, Any]:
-    """Run what pytest selects, each process its share of it, until the deadline.
+    """Run what pytest selects until the deadline.
 
     Args:
         selection: pytest's arguments.
         processes: how many at once.
-        folder: of logs and outcomes, a file of each per process.
+        folder: of the log and the outcomes.
         deadline: by `time.monotonic`; what runs then is ended, and counts as not run.
 
     Returns:
         See `summed_up`.
     """
-    with ThreadPoolExecutor(processes) as pool:
-        shares = [
-            pool.submit(_share, f"{index}/{processes}", selection, folder, deadline)
-            for index in range(processes)
-        ]
-        return summed_up(share.result() for share in shares)
+    outcomes, log = folder / "tests.jsonl", folder / "tests.log"
+    command = [sys.executable, "-m", "pytest", *_OPTIONS, "-n", f"{processes}"]
+    command += ["--outcomes", str(outcomes), *selection]
+    with log.open("ab") as file:
+        # In the group of this process: whoever ends that ends these too.
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return summed_up(outcomes, log)
 
 
-def _share(share: str, selection: Sequence[str], folder: Path, deadline: float) -> Path:
-    """Run one share, anew behind every test that ended its process; returns its outcomes."""
-    name = f"tests-{share.partition('/')[0]}"
-    outcomes, log = folder / f"{name}.jsonl", folder / f"{name}.log"
-    command = [sys.executable, "-m", "pytest", *_QUIET, "--continue-on-collection-errors"]
-    command += ["--share", share, "--outcomes", str(outcomes), *selection]
-    before = -1
-    # A process that got no further would get no further again.
-    while (seen := _seen(outcomes)) > before and (left := deadline - time.monotonic()) > _LEAST_S:
-        before = seen
-        with log.open("ab") as file:
-            # In the group of this process: whoever ends that ends these too.
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "2"},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
+def summed_up(outcomes: Path, log: Path) -> dict[str, Any]:
+    """Counts, what failed with its reason, and how many tests did not run."""
+    found = _read(outcomes)
+    collected = max((each["collected"] for each in found if "collected" in each), default=0)
+    failures = {each["collection"]: each["message"] for each in found if "collection" in each}
+    if not collected and not failures:
+        failures["all"] = f"did not start, see {log}"
+    ended: dict[str, dict[str, Any]] = {}
+    for each in found:
+        # One that fails may fail again at its end.
+        if "test" in each and ended.get(each["test"], {}).get("outcome") != "failed":
+            ended[each["test"]] = each
+    kinds = [each["outcome"] for each in ended.values()]
+    failures |= {
+        test: each["message"] for test, each in ended.items() if each["outcome"] == "failed"
+    }
+    return {
+        "passed": kinds.count("passed"),
+        "skipped": kinds.count("skipped"),
+        "unfinished": max(0, collected - len(ended)),
+        "failures": failures,
+    }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """What was written so far; a line that was cut off is left out."""
+    found = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
         try:
-            process.wait(left)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            break
-        found = read_outcomes(outcomes)
-        if not any("collected" in each for each in found):
-            _write(outcomes, collection=f"share {share}", message=f"did not start, see {log}")
-        for test in _begun(found):
-            _write(outcomes, test=test, outcome="failed", message=DIED)
-        if _left(read_outcomes(outcomes)) <= 0:
-            break
-    return outcomes
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
-def summed_up(paths: Iterable[Path]) -> dict[str, Any]:
-    """Counts, what failed with its reason, and how many tests did not run, from all outcomes."""
-    failures: dict[str, str] = {}
-    passed = skipped = unfinished = 0
-    for path in paths:
-        found = read_outcomes(path)
-        failures |= {each["collection"]: each["message"] for each in found if "collection" in each}
-        last = {each["test"]: each for each in found if "test" in each}
-        passed += sum(each["outcome"] == "passed" for each in last.values())
-        skipped += sum(each["outcome"] == "skipped" for each in last.values())
-        failed = (each for each in last.values() if each["outcome"] == "failed")
-        failures |= {each["test"]: each["message"] for each in failed}
-        unfinished += max(0, _left(found)) + len(_begun(found))
-    counts = {"passed": passed, "skipped": skipped, "unfinished": unfinished}
-    return {**counts, "failures": failures}
+# What follows runs in pytest: a process that writes outcomes, and its workers.
 
 
-def _begun(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Tests of which no end is known."""
-    last = {each["test"]: each["outcome"] for each in found if "test" in each}
-    return [test for test, outcome in last.items() if outcome == "begun"]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, required=True, help="file of a line per test")
 
 
-def _left(found: Sequence[dict[str, Any]]) -> int:
-    """Tests that were not begun."""
-    collected = sum(each.get("collected", 0) for each in found)
-    return collected - len({each["test"] for each in found if "test" in each})
+def pytest_configure(config: pytest.Config) -> None:
+    works = hasattr(config, "workerinput")
+    config.pluginmanager.register(_Worker() if works else _Writer(config.getoption("outcomes")))
 
 
-def _seen(path: Path) -> int:
-    return len({each["test"] for each in read_outcomes(path) if "test" in each})
+class _Worker:
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        faulthandler.dump_traceback_later(TEST_S, exit=True, file=_STDERR)
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """After a failure was told, look whether the device still works."""
+        import torch
+
+        if not report.failed or not torch.cuda.is_available():
+            return
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
-def _write(path: Path, **outcome: Any) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(outcome) + "\n")
+class _Writer:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _write(self, **outcome: Any) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(outcome) + "\n")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self._write(collected=len(ids))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._write(collection=report.nodeid, message=_message(report))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._write(test=report.nodeid, outcome="failed", message=_message(report))
+        elif report.skipped or report.when == "call":
+            self._write(test=report.nodeid, outcome=report.outcome)
+
+
+def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = (crash.message if crash else report.longreprtext).strip().split("\n")
+    return (lines[0] if crash else lines[-1].removeprefix("E").strip())[:200]
