@@ -62,6 +62,7 @@ NAMES = (
     "failing_ticket",
     "stability",
     "sanity",
+    "cleanrl",
     "cost",
 )
 """All experiments, in the order of the README."""

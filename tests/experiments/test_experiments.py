@@ -33,7 +33,7 @@ def test_the_readme_says_what_the_stored_cells_say(name):
 
 
 # As many figures and sweeps as the others together; kernels compile in whichever comes first.
-SLOW = ("conditions", "distribution_shift", "rescaling", "stability")
+SLOW = ("cleanrl", "conditions", "distribution_shift", "rescaling", "stability")
 
 
 @pytest.mark.parametrize(
