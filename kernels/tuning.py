@@ -1,8 +1,8 @@
 """Launch configurations measured on a device, which ops prefer to their own: `prefer`.
 
 ``configs/<device>.json`` is written by `make gpu` and read once per process. An entry belongs to an
-op, a class of shapes and a nominal density, never to a number of tickets or of nonzeros: with the
-same file a track runs the same kernels in the same order of summation, whoever shares its batch.
+op and a class of shapes, never to a density or a number of tickets: with the same file a track runs
+the same kernels in the same order of summation, whoever shares its batch.
 Without a file, or without an entry, an op takes the configuration it was built with::
 
     tiles = prefer(default_tiles(...), "linear", x.device, rows=64, cols=256, dtype=x.dtype)
@@ -10,14 +10,13 @@ Without a file, or without an entry, an op takes the configuration it was built 
 An op whose kernels registers hold barely names what it can be launched with (``among``): what its
 `EXAMPLES` compile, so that nothing is tried, or read from a file, that spills.
 
-    {"layout": 1, "device": "NVIDIA H100 80GB HBM3", ...,
-     "configurations": {"linear": {"cols=256 dtype=float32 rows=64": {"1.0": {"rows": 64, ...}}}}}
+    {"layout": 2, "device": "NVIDIA H100 80GB HBM3", ...,
+     "configurations": {"linear": {"cols=256 dtype=float32 rows=64": {"rows": 64, ...}}}}
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,8 +44,7 @@ __all__ = [
 ]
 
 CONFIGS = Path(__file__).parent / "configs"
-LAYOUT = 1
-_LEAST_DENSITY = 1e-6
+LAYOUT = 2
 
 Configuration = Mapping[str, int]
 """Of one launch: tile sizes, warps, stages, by the names the op gives them."""
@@ -58,14 +56,12 @@ class Question(NamedTuple):
     Attributes:
         op: as the op names itself.
         shapes: see `shape_class`.
-        density: nominal.
         default: the configuration it was built with.
         among: what it can be launched with; empty if any neighbour of the default may be tried.
     """
 
     op: str
     shapes: str
-    density: float
     default: Launch
     among: Sequence[Launch] = ()
 
@@ -94,15 +90,12 @@ def shape_class(**sizes: Any) -> str:
     return " ".join(parts)
 
 
-def configuration(
-    op: str, shape_class: str, density: float, device: torch.device
-) -> dict[str, int] | None:
+def configuration(op: str, shape_class: str, device: torch.device) -> dict[str, int] | None:
     """What was measured to be best, or None: the op's own choice then holds.
 
     Args:
         op: as the op names itself, e.g. ``linear``.
         shape_class: see `shape_class`.
-        density: nominal, of the level; the entry nearest to it on a logarithmic scale counts.
         device: a CUDA device; for others nothing is measured.
 
     Raises:
@@ -113,8 +106,8 @@ def configuration(
     if device.type != "cuda":
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
-    chosen = _chosen(op, shape_class, density, configuration_file(_device_name(index)))
-    return None if chosen is None else dict(chosen)
+    chosen = _read_once(configuration_file(_device_name(index))).get(op, {}).get(shape_class)
+    return dict(chosen) if chosen else None
 
 
 def prefer(
@@ -123,7 +116,6 @@ def prefer(
     device: torch.device,
     *,
     among: Sequence[Launch] = (),
-    density: float = 1.0,
     **sizes: Any,
 ) -> Launch:
     """``default``, or what was measured for the same type of launch.
@@ -134,7 +126,6 @@ def prefer(
         device: see `configuration`.
         among: all that counts, a function of ``sizes`` rounded as `shape_class` does; empty if
             anything that fits ``default`` does.
-        density: see `configuration`.
         **sizes: see `shape_class`.
 
     Raises:
@@ -144,8 +135,8 @@ def prefer(
         return default
     shapes = shape_class(**sizes)
     if _heard is not None:
-        _heard.append(Question(op, shapes, density, default, tuple(among)))
-    chosen = configuration(op, shapes, density, device)
+        _heard.append(Question(op, shapes, default, tuple(among)))
+    chosen = configuration(op, shapes, device)
     if chosen is None:
         return default
     try:
@@ -189,8 +180,8 @@ def listen() -> Iterator[list[Question]]:
         _heard = before
 
 
-def read(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    """Configurations by op, class of shapes and density; empty if there is no file.
+def read(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Configurations by op and class of shapes; empty if there is no file.
 
     Raises:
         ValueError: the file is not of this layout; the message names it.
@@ -206,11 +197,8 @@ def read(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
             raise ValueError(f"layout must be {LAYOUT}, got {data['layout']!r}")
         return {
             op: {
-                shapes: {
-                    f"{float(density)}": {name: int(value) for name, value in chosen.items()}
-                    for density, chosen in densities.items()
-                }
-                for shapes, densities in classes.items()
+                shapes: {name: int(value) for name, value in chosen.items()}
+                for shapes, chosen in classes.items()
             }
             for op, classes in data["configurations"].items()
         }
@@ -221,7 +209,6 @@ def read(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
 def forget() -> None:
     """Read files anew, after one was written; kernels already chosen elsewhere stay chosen."""
     _read_once.cache_clear()
-    _chosen.cache_clear()
 
 
 def _measured(device: torch.device) -> bool:
@@ -237,20 +224,5 @@ def _device_name(index: int) -> str:
 
 
 @cache
-def _read_once(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+def _read_once(path: Path) -> dict[str, dict[str, dict[str, int]]]:
     return read(path)
-
-
-@cache
-def _chosen(op: str, shapes: str, density: float, path: Path) -> dict[str, int] | None:
-    entries = _read_once(path).get(op, {}).get(shapes)
-    if not entries:
-        return None
-    wanted = math.log(max(density, _LEAST_DENSITY))
-
-    def distance(entry: str) -> tuple[float, float]:
-        # Of two equally near ones the denser: the order must not depend on the file's.
-        found = max(float(entry), _LEAST_DENSITY)
-        return round(abs(math.log(found) - wanted), 9), -found
-
-    return entries[min(entries, key=distance)]

@@ -402,8 +402,8 @@ def test_the_run_survives_the_disk_and_is_reported(filled, tmp_path):
     filled.parts["tests"] = {"passed": 3, "skipped": 1, "failures": {"a::b": "boom"}, "seconds": 2}
     filled.parts["sweep"] = SWEEP
     filled.parts["tune"] = {
-        "asked": [["linear", "n=4", "1.0"]], "tried": [{}, {}],
-        "configurations": {"linear": {"n=4": {"1.0": {"warps": 8}}}},
+        "asked": [["linear", "n=4"]], "tried": [{}, {}],
+        "configurations": {"linear": {"n=4": {"warps": 8}}},
     }  # fmt: skip
     path = results.save(filled, tmp_path / "run.json")
     loaded = results.load(path)
@@ -457,7 +457,7 @@ def test_cloning_is_verified():
 
 
 def test_candidates_change_one_number_within_its_limits():
-    found = list(candidates(tuning.Question("op", "x", 1.0, launch(16, 4, 1))))
+    found = list(candidates(tuning.Question("op", "x", launch(16, 4, 1))))
     assert found == [
         {"rows": 32, "warps": 4, "stages": 1},
         {"rows": 16, "warps": 2, "stages": 1},
@@ -468,7 +468,7 @@ def test_candidates_change_one_number_within_its_limits():
 
 def test_candidates_are_what_the_op_can_be_launched_with():
     default, other = launch(16, 4, 1), launch(32, 8, 2)
-    question = tuning.Question("op", "x", 1.0, default, (default, other))
+    question = tuning.Question("op", "x", default, (default, other))
     assert list(candidates(question)) == [{"rows": 32, "warps": 8, "stages": 2}]
 
 
@@ -508,9 +508,8 @@ def tuned(monkeypatch):
 
 
 def test_tuning_keeps_the_fastest_candidate_that_is_right(tuned):
-    assert tuned["configurations"] == {"fake": {"n=128": {"1.0": {
-        "rows": 16, "warps": 8, "stages": 1}}}}  # fmt: skip
-    assert tuned["asked"] == [["fake", "n=128", "1.0"]]
+    assert tuned["configurations"] == {"fake": {"n=128": {"rows": 16, "warps": 8, "stages": 1}}}
+    assert tuned["asked"] == [["fake", "n=128"]]
     tried = {json.dumps(entry["candidate"]): entry for entry in tuned["tried"]}
     assert "out of resource" in tried['{"rows": 32, "warps": 4, "stages": 1}']["failed"]
     assert "match the reference" in tried['{"rows": 16, "warps": 2, "stages": 1}']["failed"]
@@ -548,14 +547,14 @@ def test_tuning_goes_on_behind_a_candidate_that_spoiled_its_process(monkeypatch)
     assert found["done"] == []
     # The next process dies at the next candidate.
     warps = {"rows": 16, "warps": 2, "stages": 1}
-    fatal = {"op": "fake", "shapes": "n=128", "density": 1.0, "candidate": warps}
+    fatal = {"op": "fake", "shapes": "n=128", "candidate": warps}
     found["at"] = {"subject": "fake", "candidate": fatal}
     assert not go_on()
     assert found["done"] == ["fake"]
     assert checked.count(launch(32, 4, 1)) == 1
     assert launch(16, 2, 1) not in checked
     assert fatal | {"failed": process.DIED} in found["tried"]
-    assert found["configurations"]["fake"]["n=128"]["1.0"]["warps"] == 8
+    assert found["configurations"]["fake"]["n=128"]["warps"] == 8
 
 
 def test_a_subject_that_ends_its_process_is_left_out(monkeypatch):
@@ -611,17 +610,17 @@ def test_what_will_be_measured_is_launched_ahead_once_and_shared_out(monkeypatch
 
 def test_tuned_configurations_are_what_ops_read(tuned, tmp_path):
     path = tmp_path / "deep" / "gpu.json"
-    old = {"configurations": {"other": {"x": {"1.0": {"warps": 1}}}, "fake": {"n=128": {
-        "1.0": {"warps": 1}, "0.1": {"warps": 2}}}}, "asked": []}  # fmt: skip
+    before = {"n=128": {"warps": 1}, "n=256": {"warps": 2}}
+    old = {"configurations": {"other": {"x": {"warps": 1}}, "fake": before}, "asked": []}
     write_configurations(path, old, {"device": "Test"})
     write_configurations(path, tuned, {"device": "Test"})
     read = tuning.read(path)
-    assert read["other"] == {"x": {"1.0": {"warps": 1}}}
-    assert read["fake"]["n=128"] == {"0.1": {"warps": 2}, "1.0": {
-        "rows": 16, "warps": 8, "stages": 1}}  # fmt: skip
+    assert read["other"] == {"x": {"warps": 1}}
+    best = {"rows": 16, "warps": 8, "stages": 1}
+    assert read["fake"] == {"n=128": best, "n=256": {"warps": 2}}
     # Where the built-in launch is best now, the earlier answer goes.
     write_configurations(path, {"configurations": {}, "asked": tuned["asked"]}, {})
-    assert list(tuning.read(path)["fake"]["n=128"]) == ["0.1"]
+    assert list(tuning.read(path)["fake"]) == ["n=256"]
 
 
 def test_the_files_name_is_the_one_ops_look_for(monkeypatch):
@@ -739,7 +738,7 @@ with watched(0.3): the_kernel_that_never_ends()
 def test_tuned_launches_are_where_kernels_read_them_and_where_results_go(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path / "kernels")
     run = results.provenance("gpu", "cpu", None)
-    found = {"asked": [], "configurations": {"linear": {"n=4": {"1.0": {"warps": 8}}}}}
+    found = {"asked": [], "configurations": {"linear": {"n=4": {"warps": 8}}}}
     for rehearse, places in ((True, ["out"]), (False, ["kernels", "out"])):
         gpu._write_configurations(
             run, found, Namespace(rehearse=rehearse), tmp_path / "out" / "x", Console(quiet=True)

@@ -151,10 +151,9 @@ def _tune(run: Run) -> Table | None:
         return None
     table = Table("Launches tuned", ["op", "shapes", "configuration"])
     for op, classes in part["configurations"].items():
-        for shapes, densities in classes.items():
-            for chosen in densities.values():
-                told = ", ".join(f"{name} {value}" for name, value in chosen.items())
-                table.rows.append([op, shapes, told])
+        for shapes, chosen in classes.items():
+            told = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            table.rows.append([op, shapes, told])
     return table
 
 

@@ -3,8 +3,8 @@
 A subject runs once, and every question its ops ask is heard. Some questions name what may be
 launched; for the others one number of the launch at a time is doubled, halved or moved by one from
 the configuration the op was built with. A candidate that fails to compile, gives a wrong result or
-gains less than noise is dropped. Winners are kept under shapes and nominal density, so a plan never
-depends on what is pruned or who shares a batch. Each subject has its share of the time, and what
+gains less than noise is dropped. Winners are kept under shapes, so a plan never depends on
+what is pruned or who shares a batch. Each subject has its share of the time, and what
 those before it left. A candidate that ends its process, or spoils it, is dropped too: `tune` goes
 on behind it in another.
 """
@@ -248,7 +248,7 @@ class _Tuner:
             _check(contender)
             asked = questions(contender)
         for question in asked:
-            name = [question.op, question.shapes, f"{question.density}"]
+            name = [question.op, question.shapes]
             if name in found["asked"]:
                 continue
             if time.monotonic() > deadline:
@@ -257,8 +257,7 @@ class _Tuner:
             best, gain = self._best(subject, contender, question, deadline)
             found["asked"].append(name)
             if best is not None:
-                classes = found["configurations"].setdefault(question.op, {})
-                classes.setdefault(question.shapes, {})[f"{question.density}"] = best
+                found["configurations"].setdefault(question.op, {})[question.shapes] = best
             told = best or "the default"
             self.report(f"{question.op} {question.shapes}: {gain:.2f}x with {told}")
             self.save()
@@ -277,7 +276,7 @@ class _Tuner:
         for candidate in candidates(question):
             if time.monotonic() > deadline:
                 break
-            entry = {"op": question.op, "shapes": question.shapes, "density": question.density}
+            entry = {"op": question.op, "shapes": question.shapes}
             entry = self._try(subject, contender, entry | {"candidate": candidate}, seconds)
             if entry.get("gain", 0.0) > max(gain, _MARGIN):
                 best, gain = candidate, entry["gain"]
@@ -338,11 +337,10 @@ def write_configurations(path: Path, found: dict[str, Any], about: dict[str, Any
         about: device, commit and versions.
     """
     merged = tuning.read(path)
-    for op, shapes, density in found["asked"]:
-        merged.get(op, {}).get(shapes, {}).pop(density, None)
+    for op, shapes in found["asked"]:
+        merged.get(op, {}).pop(shapes, None)
     for op, classes in found["configurations"].items():
-        for shapes, densities in classes.items():
-            merged.setdefault(op, {}).setdefault(shapes, {}).update(densities)
+        merged.setdefault(op, {}).update(classes)
     data = {"layout": tuning.LAYOUT, **about, "configurations": merged}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())

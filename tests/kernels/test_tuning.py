@@ -38,28 +38,12 @@ def test_sizes_round_up_to_powers_of_two_and_names_stay():
 
 
 def test_without_a_file_or_an_entry_the_op_decides(written):
-    assert configuration("linear", "rows=64", 1.0, CUDA) is None
-    written({"linear": {"rows=64": {"1.0": {"warps": 4}}, "rows=128": {}}})
-    assert configuration("linear", "rows=128", 1.0, CUDA) is None
-    assert configuration("linear", "rows=32", 1.0, CUDA) is None
-    assert configuration("other", "rows=64", 1.0, CUDA) is None
-    assert configuration("linear", "rows=64", 1.0, torch.device("cpu")) is None
-
-
-@pytest.mark.parametrize(
-    ("density", "warps"),
-    [(1.0, 8), (0.8, 8), (0.5, 4), (0.34, 4), (0.3, 2), (0.2, 2), (0.01, 2), (0.0, 2)],
-)
-def test_the_nearest_density_on_a_logarithmic_scale_counts(written, density, warps):
-    entries = {"0.2": {"warps": 2}, "1.0": {"warps": 8}, "0.5": {"warps": 4}}
-    for order in (entries, dict(reversed(entries.items()))):
-        written({"op": {"rows=64": order}})
-        assert configuration("op", "rows=64", density, CUDA) == {"warps": warps}
-
-
-def test_of_two_equally_near_the_denser_counts(written):
-    written({"op": {"x": {"0.25": {"warps": 2}, "1": {"warps": 8}}}})
-    assert configuration("op", "x", 0.5, CUDA) == {"warps": 8}
+    assert configuration("linear", "rows=64", CUDA) is None
+    written({"linear": {"rows=64": {"warps": 4}, "rows=128": {}}})
+    assert configuration("linear", "rows=128", CUDA) is None
+    assert configuration("linear", "rows=32", CUDA) is None
+    assert configuration("other", "rows=64", CUDA) is None
+    assert configuration("linear", "rows=64", torch.device("cpu")) is None
 
 
 def tiles(rows, warps):
@@ -69,7 +53,7 @@ def tiles(rows, warps):
 def test_a_measured_configuration_is_preferred_field_by_field(written):
     default = tiles(64, 4)
     assert tuning.prefer(default, "op", CUDA, n=100) is default
-    written({"op": {"n=128": {"1.0": {"warps": 8}}, "n=256": {"1.0": {"cols": 8}}}})
+    written({"op": {"n=128": {"warps": 8}, "n=256": {"cols": 8}}})
     assert tuning.prefer(default, "op", CUDA, n=100) == tiles(64, 8)
     assert tuning.prefer(default, "op", CUDA, n=64) is default
     with pytest.raises(ValueError, match="configuration of 'op' for 'n=256' does not fit"):
@@ -78,7 +62,7 @@ def test_a_measured_configuration_is_preferred_field_by_field(written):
 
 def test_only_a_launch_that_the_op_knows_counts(written):
     default, other = tiles(64, 4), tiles(64, 8)
-    written({"op": {"n=128": {"1.0": {"warps": 8}}, "n=256": {"1.0": {"warps": 2}}}})
+    written({"op": {"n=128": {"warps": 8}, "n=256": {"warps": 2}}})
     among = (default, other)
     assert tuning.prefer(default, "op", CUDA, among=among, n=100) == other
     allowed = "must be one of .*warps=4.*; .*warps=8.*; got .*warps=2"
@@ -106,8 +90,8 @@ def test_a_candidate_is_tried_on_its_own_op_and_shapes_in_every_thread():
 def test_questions_are_heard_from_every_thread():
     default = tiles(64, 4)
     with tuning.listen() as heard, ThreadPoolExecutor(1) as pool:
-        pool.submit(tuning.prefer, default, "op", torch.device("cpu"), density=0.5, n=3).result()
-    assert heard == [tuning.Question("op", "n=4", 0.5, default, ())]
+        pool.submit(tuning.prefer, default, "op", torch.device("cpu"), n=3).result()
+    assert heard == [tuning.Question("op", "n=4", default, ())]
     tuning.prefer(default, "op", torch.device("cpu"))
     assert len(heard) == 1
 
@@ -116,14 +100,14 @@ def test_questions_are_heard_from_every_thread():
     "content",
     ["", "[]", "{}", '{"layout": 9, "configurations": {}}',
      '{"layout": 1, "configurations": {"op": {"x": {"dense": {"warps": 1}}}}}',
-     '{"layout": 1, "configurations": {"op": {"x": {"1.0": {"warps": "many"}}}}}'],
+     '{"layout": 1, "configurations": {"op": {"x": {"warps": "many"}}}}'],
 )  # fmt: skip
 def test_a_damaged_file_is_named_not_skipped(written, content):
     path = configuration_file("NVIDIA Test (80GB)")
     path.write_text(content)
     tuning.forget()
     with pytest.raises(ValueError, match=rf"{path.name} is not a file of configurations"):
-        configuration("op", "x", 1.0, CUDA)
+        configuration("op", "x", CUDA)
 
 
 def test_shipped_files_can_be_read():
@@ -132,7 +116,7 @@ def test_shipped_files_can_be_read():
 
 
 def test_answers_are_copies(written):
-    written({"op": {"x": {"1.0": {"warps": 8}}}})
-    answer = configuration("op", "x", 1.0, CUDA)
+    written({"op": {"x": {"warps": 8}}})
+    answer = configuration("op", "x", CUDA)
     answer["warps"] = 1
-    assert configuration("op", "x", 1.0, CUDA) == {"warps": 8}
+    assert configuration("op", "x", CUDA) == {"warps": 8}
