@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from sparse_tickets.algos.ppo import PPO
-from sparse_tickets.kernels.cost import Cost
-from sparse_tickets.kernels.linear import cost
+from sparse_tickets.ceilings import Cost, layer_cost
 
 from . import ours
 from .costs import linear_cost, policy_cost
@@ -299,22 +298,13 @@ def blocked(
         contest = Contest(ours.backward_blocked(problem, block))
         for peer in (torch_dense, masked_bmm):
             contest.invite(peer.NAME, partial(peer.linear_backward, problem))
-        sizes = 1, batch, width, width, float(problem.mask.sum()) / block**2, block
-        passes = cost.blocked_forward, cost.blocked_dx, cost.blocked_dw
         item = problem.x.element_size()
-        contest.cost = _sum(*(each(*sizes, itemsize=item) for each in passes))
-        contest.cost = contest.cost.plus(cost.db(1, batch, width, itemsize=item))
+        contest.cost = layer_cost(f"blocked-{block}", problem.mask, batch, True, item)
         return contest
 
     shape = _layer_shape(1, batch, width, width, block)
     op = f"linear forward+backward, blocked, {precision}"
     return Case(op, shape, sparsity, build, cold=True, precision=precision, asked=asked)
-
-
-def _sum(first: Cost, *others: Cost) -> Cost:
-    for other in others:
-        first = first.plus(other)
-    return first
 
 
 def prune(*, tickets: int, prunable: int, device: str = "cpu", asked: float | None = None) -> Case:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_tickets.ceilings import layer_cost
-from sparse_tickets.kernels.cost import Cost
+from sparse_tickets.ceilings import Cost, layer_cost
 
 from .problems import LinearProblem, PolicyProblem
 

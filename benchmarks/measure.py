@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sparse_tickets.kernels.cost import Cost
+from sparse_tickets.ceilings import Cost
 from sparse_tickets.timing import (
     Budget,
     Comparison,

@@ -10,21 +10,37 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_tickets.kernels.cost import Cost
-from sparse_tickets.kernels.linear import cost
 from sparse_tickets.timing import Budget, Contender, Spread, device_clock, interleave
 
-__all__ = ["BUSY", "Ceilings", "Neighbours", "layer_cost", "measure_ceilings"]
+__all__ = ["BUSY", "Ceilings", "Cost", "Neighbours", "layer_cost", "measure_ceilings"]
 
 BUSY = 0.05
 """Above this share of the cores in other hands, times are noise and reports say so."""
 
 _COPIES = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
 """Bytes that copies move, reads and writes together: from what caches hold to what none does."""
+
+# Bytes of a column, of a block's index or a count of blocks; and of where a compressed row begins.
+_INDEX, _POINTER = 4, 8
+
+
+class Cost(NamedTuple):
+    """Work that no implementation in a given format can avoid.
+
+    Every input is read once, every output written once; caches are of no help between tickets.
+
+    Attributes:
+        flops: floating-point operations; a multiply-add is two, a transcendental one.
+        bytes: moved between memory and chip, reads and writes together.
+    """
+
+    flops: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -58,37 +74,48 @@ class Ceilings:
         Raises:
             ValueError: no copy was measured.
         """
-        return work.seconds(self.sgemm.median, self.bandwidth(work.bytes))
+        seconds = work.flops / self.sgemm.median
+        return max(seconds, work.bytes / self.bandwidth(work.bytes))
 
 
-def layer_cost(format: str, mask: Tensor, batch: int, training: bool) -> Cost:
-    """What float32 linear layers in a format do at least, forward or forward and backward.
+def layer_cost(format: str, mask: Tensor, batch: int, training: bool, itemsize: int = 4) -> Cost:
+    """What linear layers in a format do at least, forward or forward and backward.
 
-    The backward pass computes all gradients from one reading of dy.
+    Every product reads its two factors and writes its result once; the weight's gradient is written
+    dense in every format, zeros included. The backward pass computes all gradients from one reading
+    of dy.
 
     Args:
         format: of the layer's plan: ``dense``, ``dense+mask``, ``csr``, ``blocked-16``...
         mask: ``[P, O, I]`` bool.
         batch: B, rows per ticket.
         training: forward and backward.
+        itemsize: bytes of a number.
     """
     tickets, out, inp = mask.shape
-    sizes = tickets, batch, out, inp
     kept = int(mask.count_nonzero()) / max(tickets, 1)
+    # Bytes that say where weights are, in the forward product, dX and dW.
     if format == "csr":
-        products = [f(*sizes, kept) for f in (cost.csr_forward, cost.csr_dx, cost.csr_dw)]
+        # Of each kept weight its column, and where each row begins.
+        rows, columns = (_INDEX * kept + _POINTER * (lines + 1) for lines in (out, inp))
+        where = rows, columns, rows
     elif format.startswith("blocked"):
         block = int(format.partition("-")[2])
-        passes = cost.blocked_forward, cost.blocked_dx, cost.blocked_dw
-        products = [f(*sizes, kept / block**2, block) for f in passes]
+        rows, columns = (_INDEX * (kept / block**2 + lines // block) for lines in (out, inp))
+        # dW reads where its zeros lie, too: the lists name the pruned blocks after the kept ones.
+        where = rows, columns, _INDEX * (out // block) * (1 + inp // block)
     else:
-        masked = format != "dense"
-        products = [cost.forward(*sizes), cost.dx(*sizes), cost.dw(*sizes, masked=masked)]
-    forward, dx, dw = products
+        kept = out * inp
+        where = 0, 0, 0 if format == "dense" else out * inp
+    activations, products = batch * (inp + out), 2 * kept * batch
+    forward = products + batch * out, itemsize * (activations + kept + out) + where[0]
     if not training:
-        return forward
-    read_again = Cost(0.0, -2.0 * 4 * tickets * batch * out)
-    return forward.plus(dx).plus(dw).plus(cost.db(tickets, batch, out)).plus(read_again)
+        return Cost(*(tickets * each for each in forward))
+    dx = products, itemsize * (activations + kept) + where[1]
+    dw = products, itemsize * (activations + out * inp) + where[2]
+    db = batch * out, itemsize * (batch + 1) * out
+    flops, moved = (sum(each) for each in zip(forward, dx, dw, db, strict=True))
+    return Cost(tickets * flops, tickets * (moved - 2 * itemsize * batch * out))
 
 
 def measure_ceilings(

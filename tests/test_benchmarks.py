@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 
 from sparse_tickets.bench import Bench
-from sparse_tickets.ceilings import Ceilings, layer_cost, measure_ceilings
+from sparse_tickets.ceilings import Ceilings, Cost, layer_cost, measure_ceilings
 from sparse_tickets.kernels import use_backend
-from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.timing import (
     Budget,
     Contender,
@@ -203,9 +202,19 @@ def test_layer_costs_by_hand():
     whole = forward + dx + dw + 8 - y  # of dy, which dx, dw and db share, one reading
     assert layer_cost("dense+mask", mask, 5, True) == (3 * 2 * 6 * 5 + 2 * 10, whole)
     assert layer_cost("dense", mask, 5, True).bytes == whole - 6, "no mask is read"
-    full = torch.ones(1, 16, 32, dtype=torch.bool)
-    blocked = layer_cost("blocked-16", full, 5, False)
-    assert blocked.flops == layer_cost("dense", full, 5, False).flops
+    columns = 8 * 3 + 8 * 4  # values and columns of 3 weights, and 4 beginnings
+    rows = 8 * 3 + 8 * 3
+    csr = (x + y + rows + 8) + (x + columns) + (x + y + 4 * 6 + 4 * 3 + 8 * 3) + 8
+    assert layer_cost("csr", mask, 5, True) == (3 * 2 * 3 * 5 + 2 * 10, csr)
+    # Two of six blocks of 16 x 16, in halves: two rows of blocks, three columns.
+    blocks = torch.tensor([[True, False, False], [False, False, True]])
+    blocks = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)[None]
+    x, y, lists = 2 * 5 * 48, 2 * 5 * 32, 4 * (2 + 2)
+    forward = x + y + 2 * (512 + 32) + lists
+    assert layer_cost("blocked-16", blocks, 5, False, 2) == (5120 + 160, forward)
+    dx, dw = y + x + 2 * 512 + 4 * (3 + 2), x + y + 2 * 1536 + 4 * (2 + 6)
+    whole = forward + dx + dw + 2 * 32 - y
+    assert layer_cost("blocked-16", blocks, 5, True, 2) == (3 * 5120 + 2 * 160, whole)
 
 
 def test_policy_costs_count_the_formats_and_no_first_input_gradient():

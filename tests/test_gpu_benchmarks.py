@@ -29,9 +29,8 @@ from benchmarks.peers import Unavailable
 from benchmarks.problems import distance, random_masks
 from benchmarks.suites import REAL, TINY, targets
 from benchmarks.tables import STAGES
-from sparse_tickets.ceilings import Ceilings
+from sparse_tickets.ceilings import Ceilings, Cost
 from sparse_tickets.kernels import tuning
-from sparse_tickets.kernels.cost import Cost
 from sparse_tickets.kernels.dispatch import has_triton
 from sparse_tickets.kernels.launch import Launch
 from sparse_tickets.timing import Budget, Contender, Spread, Unverified
