@@ -1,4 +1,4 @@
-"""MountainCar by rl-zoo3's tuned PPO and DQN."""
+"""MountainCar by rl-zoo3's tuned PPO, and its DQN with three rewards added up."""
 
 from __future__ import annotations
 
@@ -25,5 +25,7 @@ SETTINGS: dict[str, Any] = {
         target_interval=600,
         exploration=0.2,
         epsilon=0.07,
+        # Every step costs the same until the goal: what is near it is learnt three times sooner.
+        n_step=3,
     ),
 }
