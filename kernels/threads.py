@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -36,7 +37,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
-__all__ = ["WORTH_A_THREAD", "count_threads", "share"]
+__all__ = ["WORTH_A_THREAD", "count_threads", "end_idle_threads", "share"]
 
 WORTH_A_THREAD = 1 << 19
 """Multiply-adds (or floats moved) per thread below which waking one costs more than it saves."""
@@ -109,6 +110,24 @@ def count_threads(items: int, work: float) -> int:
     threads = int(min(torch.get_num_threads(), items, work / WORTH_A_THREAD))
     _used = _used or threads > 1
     return threads
+
+
+@cache
+def _find_pause() -> Callable[[], object]:
+    """Frees what OpenMP's runtime holds for this thread; does nothing where it cannot."""
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+        return partial(library.omp_pause_resource, 1, library.omp_get_initial_device())
+    except (OSError, AttributeError):
+        return int
+
+
+def end_idle_threads() -> None:
+    """End torch's idle threads, which would spin on cores that other processes wait for.
+
+    What needs several threads next starts them again, which takes tens of microseconds.
+    """
+    _find_pause()()
 
 
 _INDEX, _POINTER = ir.IntType(64), ir.IntType(8).as_pointer()

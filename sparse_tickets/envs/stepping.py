@@ -237,12 +237,12 @@ def _open(
     channel: Connection,
     path: list[str],
     made: bytes,
-    layout: Layout,
+    fields: tuple[Any, ...],
     rows: range,
     name: str,
     copies: int,
 ) -> Stepper:
-    memory = recv_handle(channel)
+    memory, layout = recv_handle(channel), Layout(*fields)
     try:
         shared = mmap.mmap(memory, layout.size)
     finally:

@@ -30,6 +30,8 @@ import cloudpickle
 import gymnasium
 import torch
 
+from sparse_tickets.kernels.threads import end_idle_threads
+
 from . import stepping
 from .stepping import Layout
 
@@ -122,7 +124,9 @@ class Shared:
         try:
             os.ftruncate(memory, layout.size)
             self.arrays = layout.arrays(mmap.mmap(memory, layout.size))
-            given = [(sys.path, made, layout, rows, name, copies) for rows in self._rows]
+            # Plain values: one of this package's classes would have a worker import it.
+            fields = tuple(layout)
+            given = [(sys.path, made, fields, rows, name, copies) for rows in self._rows]
             self._ask("open", given, memory)
         except BaseException:
             self._forget()
@@ -149,6 +153,7 @@ class Shared:
     def _ask(
         self, command: str, given: Sequence[tuple[Any, ...]], memory: int | None = None
     ) -> None:
+        end_idle_threads()
         answers = _crew.ask(command, self._number, self._name, given, memory)
         for answer in answers:
             if answer is not None:

@@ -146,6 +146,27 @@ def test_sweeps_are_told(monkeypatch, tmp_path):
         run_sweep(Sweep(seeds=1), tmp_path, workers=3, engine="ray")
 
 
+def test_torchs_idle_threads_leave_their_cores_to_the_workers():
+    def tasks():
+        return len(os.listdir("/proc/self/task"))
+
+    before = torch.get_num_threads()
+    env = GymEnv(Walk, 1, 2)
+    env.reset(keys(1))
+    torch.set_num_threads(2)
+    alone = tasks()
+    x = torch.randn(1 << 20)
+    doubled = x * 2
+    assert tasks() > alone
+    env.step(act(env, 0))
+    deadline = time.monotonic() + 10
+    while tasks() > alone:  # one that was joined may still be listed
+        assert time.monotonic() < deadline
+    assert torch.equal(x * 2, doubled)
+    torch.set_num_threads(before)
+    env.close()
+
+
 def test_what_cannot_be_sent_says_so():
     lock = threading.Lock()
 
@@ -206,7 +227,7 @@ def test_a_fork_has_workers_of_its_own():
 
 
 def test_workers_end_with_a_process_however_it_ends(tmp_path):
-    """Also: a script without ``if __name__ == '__main__'`` runs once, its class is known."""
+    """Also: a script needs no ``if __name__ == '__main__'``, and its workers are small."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal, gymnasium\n"
@@ -216,7 +237,9 @@ def test_workers_end_with_a_process_however_it_ends(tmp_path):
         "    observation_space = action_space = gymnasium.spaces.Discrete(2)\n"
         "spec = gym_spec(Mine, 'Mine', pilot_steps=0)\n"
         "envs = [GymEnv(Mine, 1, 2, spec=spec, workers=2) for _ in range(2)]\n"
-        "print(*[worker.process.pid for worker in _crew._workers], flush=True)\n"
+        "pids = [worker.process.pid for worker in _crew._workers]\n"
+        "assert not any('torch' in open(f'/proc/{pid}/maps').read() for pid in pids)\n"
+        "print(*pids, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
