@@ -1,4 +1,4 @@
-"""Look over the shoulder of Triton's interpreter: stray addresses, and races it cannot show.
+"""Look over the shoulder of Triton's interpreter: strays, overflows, and races it cannot show.
 
 The interpreter runs programs one after the other, each as a single thread. So it hides what a GPU
 does not forgive: an address beyond a tensor, one program's result depending on another's, and
@@ -13,9 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 __all__ = ["MemoryFault", "watched"]
+
+_WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 class MemoryFault(RuntimeError):
@@ -45,6 +49,7 @@ class _Launch:
     Attributes:
         program: that runs, counted from 1.
         time: goes on where all threads of a program wait for each other.
+        patched: the modules of Triton's language that the interpreter has put its own into.
     """
 
     def __init__(self, name: str, tensors: list[torch.Tensor]) -> None:
@@ -58,6 +63,7 @@ class _Launch:
         self._begins, self._ends = np.array(spans, np.int64).reshape(-1, 2).T
         self._shadows = [_Shadow(end - begin) for begin, end in spans]
         self.program, self.time = 0, 0
+        self.patched: set[Any] = set()
 
     def load(self, pointers: Any, mask: Any) -> None:
         """Check what is read, and note it."""
@@ -136,9 +142,11 @@ def watched() -> Iterator[None]:
             (builder, "create_barrier"),
             (builder, "set_grid_idx"),
             (executor, "__call__"),
+            (interpreter, "_patch_lang"),
+            (TritonSemantic, "binary_op_sanitize_overflow_impl"),
         )
     }
-    load, store, barrier, place, call = kept.values()
+    load, store, barrier, place, call, patch, _ = kept.values()
     launches: list[_Launch] = []
 
     def watch_load(self, ptrs, mask, *rest, **options):
@@ -165,7 +173,34 @@ def watched() -> Iterator[None]:
         finally:
             launches.pop()
 
-    watching = (watch_load, watch_store, watch_barrier, watch_place, watch_call)
+    def patch_once(function):
+        """What a kernel calls finds the language patched already, which takes a third of a test."""
+        used = {value for value in function.__globals__.values() if value is tl or value is tl.core}
+        if used <= launches[-1].patched:
+            return None
+        launches[-1].patched |= used
+        return patch(function)
+
+    def check_overflow(self, lhs, rhs, operation):
+        """Triton's own check computes in its language, a third of the time, and raises nothing."""
+        kind = lhs.type.scalar
+        # What is unsigned may wrap around: random bits do.
+        if kind.int_bitwidth < 64 and kind.is_int_signed():
+            wide = _WIDE[operation.__name__](
+                lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64)
+            )
+            if (wide < kind.get_int_min_value()).any() or (wide > kind.get_int_max_value()).any():
+                raise MemoryFault(f"{launches[-1].name}: {kind} overflows by {operation.__name__}")
+
+    watching = (
+        watch_load,
+        watch_store,
+        watch_barrier,
+        watch_place,
+        watch_call,
+        patch_once,
+        check_overflow,
+    )
     try:
         for (owner, name), watch in zip(kept, watching, strict=True):
             setattr(owner, name, watch)

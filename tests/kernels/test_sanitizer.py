@@ -58,6 +58,18 @@ def half_asked_kernel(x, y, left, AS_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + entry, tl.load(x + entry), mask=mask)
 
 
+@triton.jit
+def arithmetic_kernel(x, OPERATION: tl.constexpr):
+    value = tl.load(x)
+    if OPERATION == "add":
+        value = value + value
+    elif OPERATION == "mul":
+        value = value * value
+    else:
+        value = value - 7
+    tl.store(x, value)
+
+
 def refused(what: str):
     return pytest.raises(Exception, match=f"kernel: program .* {what}")
 
@@ -69,6 +81,17 @@ def test_sees_an_address_beyond_a_tensor():
         copy_kernel[(2,)](x, torch.zeros(16), 11, BLOCK=BLOCK)
     with refused("writes beyond every tensor"):
         copy_kernel[(2,)](torch.zeros(16), y, 11, BLOCK=BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("operation", "most"), [("add", (1 << 30) - 1), ("mul", 46_340), ("sub", 7 - (1 << 31))]
+)
+def test_sees_integers_overflow(operation, most):
+    arithmetic_kernel[(1,)](torch.tensor([most], dtype=torch.int32), OPERATION=operation)
+    beyond = torch.tensor([most + (1 if most > 0 else -1)], dtype=torch.int32)
+    with pytest.raises(Exception, match=f"int32 overflows by {operation}"):
+        arithmetic_kernel[(1,)](beyond, OPERATION=operation)
+    arithmetic_kernel[(1,)](beyond.to(torch.int64), OPERATION=operation)
 
 
 def test_sees_an_empty_tensor_read():
