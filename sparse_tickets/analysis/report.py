@@ -18,7 +18,7 @@ from sparse_tickets.analysis.figures import (
     ticket_figure,
 )
 from sparse_tickets.analysis.frame import SHOWN_METRICS
-from sparse_tickets.analysis.table import markdown_table, summary_table
+from sparse_tickets.analysis.table import both_tables
 from sparse_tickets.export import check_suffix, export_ticket
 from sparse_tickets.files import StoreError, write_atomic
 from sparse_tickets.kernels.arena import Net
@@ -81,9 +81,9 @@ def report(out: str | Path, metrics: Sequence[str] = ()) -> tuple[list[Table], l
         figure = mask_figure(kept, OBSERVATIONS.get(spec.env), mark, title=title)
         files += save(figure, folder / "input-masks.png")
     table = out / "table.md"
-    write_atomic(table, "\n".join(markdown_table(frame, name) for name in metrics).encode())
-    tables = [summary_table(frame, name) for name in metrics]
-    return tables, [table, *(file for file in files if file.suffix == ".png")]
+    tables, texts = zip(*(both_tables(frame, name) for name in metrics), strict=True)
+    write_atomic(table, "\n".join(texts).encode())
+    return list(tables), [table, *(file for file in files if file.suffix == ".png")]
 
 
 def _figures(out: Path) -> Path:

@@ -121,12 +121,15 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
     stem = path.name.removesuffix(".png").removesuffix(".svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = path.parent / f"{stem}.png", path.parent / f"{stem}.svg"
-    for file, metadata in ((png, None), (svg, {"Date": None})):
-        kind = file.suffix.removeprefix(".")
-        buffer = io.BytesIO()
-        with matplotlib.style.context(["default", _STYLE]):
+    with matplotlib.style.context(["default", _STYLE]):
+        # Laid out once for both, which takes as long as drawing.
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+        for file, metadata in ((png, None), (svg, {"Date": None})):
+            kind = file.suffix.removeprefix(".")
+            buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=DPI, facecolor="white", metadata=metadata)
-        write_atomic(file, buffer.getvalue())
+            write_atomic(file, buffer.getvalue())
     return png, svg
 
 

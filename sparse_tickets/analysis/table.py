@@ -271,7 +271,31 @@ def summary_table(
     Raises:
         ValueError: The frame is empty or is no results frame.
     """
-    title, header, rows = _cells(frame, metric, threshold)
+    return _for_terminal(*_cells(frame, metric, threshold))
+
+
+def markdown_table(
+    frame: pl.DataFrame, metric: str = "return_final", threshold: float = 0.95
+) -> str:
+    """:func:`summary_table` as Markdown, with the intervals of the returns too.
+
+    Raises:
+        ValueError: The frame is empty or is no results frame.
+    """
+    return _for_markdown(*_cells(frame, metric, threshold))
+
+
+def both_tables(frame: pl.DataFrame, metric: str) -> tuple[Table, str]:
+    """:func:`summary_table` and :func:`markdown_table` in the time of one.
+
+    Raises:
+        ValueError: The frame is empty or is no results frame.
+    """
+    cells = _cells(frame, metric, 0.95)
+    return _for_terminal(*cells), _for_markdown(*cells)
+
+
+def _for_terminal(title: str, header: list[str], rows: list[_Row]) -> Table:
     # As text: names may have brackets, which rich would take for its markup.
     table = Table(
         title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False
@@ -288,15 +312,7 @@ def summary_table(
     return table
 
 
-def markdown_table(
-    frame: pl.DataFrame, metric: str = "return_final", threshold: float = 0.95
-) -> str:
-    """:func:`summary_table` as Markdown, with the intervals of the returns too.
-
-    Raises:
-        ValueError: The frame is empty or is no results frame.
-    """
-    title, header, rows = _cells(frame, metric, threshold)
+def _for_markdown(title: str, header: list[str], rows: list[_Row]) -> str:
     words = len(rows[0].words)
     lines = [header, ["---" if i < words else "---:" for i in range(len(header))]]
     for row in rows:
