@@ -47,6 +47,12 @@ def interpreted_kernels_are_watched() -> Iterator[None]:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have no figures, which take longer than a small sweep."""
+    monkeypatch.setattr("sparse_tickets.analysis.report.save", lambda figure, path: (path,))
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """A fixed source of random inputs."""
     return torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import load_results
 
-SETTINGS = ppo.PPO(copies=2, horizon=4, steps=32, epochs=2, minibatches=2)
+SETTINGS = ppo.PPO(copies=2, horizon=4, steps=24, epochs=2, minibatches=2)
 
 
 @pytest.fixture

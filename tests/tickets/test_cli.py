@@ -417,7 +417,7 @@ def test_version_names_what_numbers_depend_on(capsys):
 )
 def test_output_survives_narrow_terminals(encoding, finished):
     environment = os.environ | {"PYTHONIOENCODING": encoding}
-    for arguments in (["report", str(finished)], ["sweep", "--help"]):
+    for arguments in (["report", str(finished), "--metric", "return_auc"], ["sweep", "--help"]):
         done = subprocess.run(
             [installed(), *arguments], capture_output=True, env=environment, check=False
         )

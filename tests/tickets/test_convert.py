@@ -542,12 +542,12 @@ print(1 + (high_water() - before) / size)
 @pytest.mark.parametrize(
     ("width", "layers", "scope"),
     [
-        (1024, 6, "erk"),
-        (3072, 1, "global"),
+        (1024, 4, "erk"),
+        (1024, 4, "global"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                (1024, 6, "global"),
+                (3072, 1, "global"),
                 (3072, 1, "erk"),
                 (2048, 6, "erk"),
                 (2048, 6, "global"),

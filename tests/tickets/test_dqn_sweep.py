@@ -18,6 +18,8 @@ from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, load_results, spec_hash
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SPEC = Sweep(
     algos=("dqn",),
     conditions=tuple(CONDITIONS),

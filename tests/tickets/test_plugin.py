@@ -18,6 +18,8 @@ from sparse_tickets.prune import CRITERIA
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, load_results, spec_hash
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL))
 SMALL = ["--seeds", "1", "--levels", "3", "--hidden", "8"]

@@ -89,15 +89,27 @@ def check(name: str, population: Population, returns: torch.Tensor) -> None:
             assert value(population, obs).sub(known).abs().max() < 0.05, obs
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
-@pytest.mark.parametrize("name", PROBES)
+# Each known value once, and sparse where the observation decides; the others prove the same.
+SPARSE_TOO = ("choice by the observation", "number by the observation")
+
+
+def densities(names):
+    """Cases ``name, density``."""
+    return [
+        pytest.param(name, density, marks=[pytest.mark.slow] * (name not in often))
+        for density, often in ((1.0, names), (0.5, SPARSE_TOO))
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(("name", "density"), densities(PROBES))
 def test_ppo_reaches_the_known_values(name, density):
     population, key = fresh(name, density)
     result = ppo.train(SETTINGS, name, population, key, evaluation=ONCE)
     check(name, population, result.return_final)
 
 
-@pytest.mark.parametrize("train", ["ppo", "dqn"])
+@pytest.mark.parametrize("train", ["ppo", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_networks_with_layernorm_reach_them(train):
     name = "choice by the observation"
     population, key = fresh(name, 0.5, critic=train == "ppo", activation="layernorm-relu")
@@ -111,8 +123,7 @@ def test_networks_with_layernorm_reach_them(train):
     assert (parameters.weight[:, :prunable][~parameters.mask] == 0).all()
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
-@pytest.mark.parametrize("name", DISCRETE)
+@pytest.mark.parametrize(("name", "density"), densities(DISCRETE))
 def test_dqn_reaches_the_known_values(name, density):
     population, key = fresh(name, density, critic=False)
     result = dqn.train(DEEP_Q, name, population, key, evaluation=ONCE)
@@ -122,8 +133,15 @@ def test_dqn_reaches_the_known_values(name, density):
         assert best.sub(known).abs().max() < 0.05, obs
 
 
-@pytest.mark.parametrize("options", [{"double": True}, {"n_step": 3}])
-@pytest.mark.parametrize("name", ["discount", "time limit"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("discount", {"double": True}),
+        ("time limit", {"n_step": 3}),
+        pytest.param("discount", {"n_step": 3}, marks=pytest.mark.slow),
+        pytest.param("time limit", {"double": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_double_and_n_step_dqn_reach_them_too(name, options):
     population, key = fresh(name, 1.0, critic=False)
     # With 4,000 a value of the slowest ticket is still 0.07 off; with these 0.0003.

@@ -19,6 +19,8 @@ from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, load_results, spec_hash
 from sparse_tickets.ticket import Ticket
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SPEC = Sweep(
     env="Pendulum-v1",
     algos=("sac",),

@@ -470,7 +470,7 @@ def test_folders_of_earlier_versions_are_read_and_go_on(copy, finished):
     assert table(copy).equals(table(finished))
 
 
-@pytest.mark.parametrize("writes", [0, 8])
+@pytest.mark.parametrize("writes", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_a_full_disk_says_what_to_do_and_the_run_resumes(writes, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     left = [writes]
@@ -676,7 +676,11 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "numpy", "cuda", "triton"])
+@pytest.mark.parametrize(
+    "error",
+    [pytest.param(e, marks=[pytest.mark.slow] * (e is not exhaust_torch)) for e in OUT_OF_MEMORY],
+    ids=["torch", "numpy", "cuda", "triton"],
+)
 def test_out_of_memory_halves_the_population_and_changes_no_result(
     error, finished, tmp_path, monkeypatch
 ):
