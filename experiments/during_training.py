@@ -67,11 +67,10 @@ def collect(place: Place) -> pl.DataFrame:
         mine = [stored(store, algo, chosen)]
         for method, width in jobs:
             at = _levels(method, width, chosen)
-            cells = place.once(
-                f"during-{algo}-{method}-{width}",
-                (spec, at, every),
-                _trainer(spec, store, algo, method, width, at, every),
-            )
+            job = f"during-{algo}-{method}-{width}", (spec, at, every)
+            if place.partial and not place.kept(*job):
+                continue
+            cells = place.once(*job, _trainer(spec, store, algo, method, width, at, every))
             name = METHODS.get(method, method)
             mine.append(cells.with_columns(method=pl.lit(name), width=pl.lit(width, pl.Int64)))
         place_of = {level: index for index, level in enumerate(chosen)}

@@ -98,8 +98,7 @@ class Place:
         self, name: str, settings: object, compute: Callable[[], pl.DataFrame]
     ) -> pl.DataFrame:
         """What ``compute`` gives, from a file where it was computed with these settings before."""
-        digest = hashlib.sha256(repr(_plain(settings)).encode()).hexdigest()[:12]
-        file = self.runs / f"{name}-{digest}.parquet"
+        file = self._file(name, settings)
         if not file.exists():
             print(name, flush=True)
             origin = {"commit": commit(), "processor": processor()}
@@ -107,6 +106,14 @@ class Place:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_parquet(table, file)
         return pl.read_parquet(file)
+
+    def kept(self, name: str, settings: object) -> bool:
+        """Whether `once` has it."""
+        return self._file(name, settings).exists()
+
+    def _file(self, name: str, settings: object) -> Path:
+        digest = hashlib.sha256(repr(_plain(settings)).encode()).hexdigest()[:12]
+        return self.runs / f"{name}-{digest}.parquet"
 
 
 @dataclass(frozen=True)
