@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -26,7 +25,6 @@ from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.population import initialise
 from sparse_tickets.sweep.protocols import protocol
-from sparse_tickets.sweep.store import Store
 
 SEEDS = 5
 THEIRS, SAME, LECUN = "CleanRL's script", "ours", "ours, LeCun"
@@ -69,18 +67,18 @@ def collect(place: Place) -> pl.DataFrame:
         cells = place.once(
             f"cleanrl-{algo}-{spec.init}",
             (algo, spec),
-            lambda algo=algo, spec=spec: dense(algo, spec, place.runs),
+            lambda algo=algo, spec=spec: dense(algo, spec),
         )
         found.append(cells.with_columns(who=pl.lit(name)))
     return pl.concat(found, how="diagonal")
 
 
-def dense(algo: str, spec: Sweep, runs: Path) -> pl.DataFrame:
+def dense(algo: str, spec: Sweep) -> pl.DataFrame:
     arena, seeds = spec.arena(algo), list(range(spec.seeds))
     keys = torch.tensor([spec.initial_key(seed) for seed in seeds])
     initial = initialise(arena, keys, spec.init, spec.log_std)
     mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
-    return train(spec, Store(runs), algo, 0, mask, initial, seeds, f"cleanrl {spec.init}")
+    return train(spec, None, algo, 0, mask, initial, seeds, f"cleanrl {spec.init}")
 
 
 def who(cells: pl.DataFrame, algo: str) -> list[str]:

@@ -316,7 +316,7 @@ def kept_inputs(ticket: Ticket) -> list[bool]:
 
 def train(
     spec: Sweep,
-    store: Store,
+    store: Store | None,
     algo: str,
     level: int,
     mask: Tensor,
@@ -330,7 +330,7 @@ def train(
 
     Args:
         spec: the sweep.
-        store: where it has its experts' demonstrations.
+        store: where it has its experts' demonstrations, if the algorithm imitates any.
         algo: what trains them.
         level: whose nominal density they have.
         mask: ``[P, N]``.
@@ -347,7 +347,8 @@ def train(
         derive_key("experiment", what, spec.env, algo, seed, level, i)
         for i, seed in enumerate(seeds)
     ]
-    dataset = stored_demonstrations(spec, store, algo) if algo in spec.imitating else None
+    imitates = store is not None and algo in spec.imitating
+    dataset = stored_demonstrations(spec, store, algo) if imitates else None
     tracks = [Track(seed, TICKET, "own") for seed in seeds]
     key = torch.tensor(names, dtype=torch.int64, device="cpu")
     result = train_population(spec, algo, population, key, level, tracks, dataset)
