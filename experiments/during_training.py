@@ -303,6 +303,7 @@ def draw_widths(cells: pl.DataFrame) -> Figure:
             for width in (1, WIDER)
         ]
         for algo, title in algorithms(cells).items()
+        if methods(cells, WIDER, algo)
     }
     return line_figure(
         panels,
