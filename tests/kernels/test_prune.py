@@ -13,10 +13,9 @@ from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.launch import Launch
 from sparse_tickets.kernels.prune import prune
 
-# "triton long" takes the path of long rows whatever their length, through several chunks.
+# "triton long" takes rows as long ones are taken, whatever their length: in several blocks.
 TRITON = ["triton", "triton long"] if has_triton() else []
 BACKENDS = ["reference", "cpu", *TRITON]
-TINY = {"SHORT": 0, "CHUNK": 128, "FINISH_BLOCK": 64, "CHOOSE_ROWS": 2}
 
 
 @pytest.fixture
@@ -33,8 +32,8 @@ def using(backend):
     if backend == "triton long":
         from sparse_tickets.kernels.prune import gpu
 
-        blocks = {"COUNTS": (Launch(block=128, warps=8),), "SPLITS": (Launch(block=64, warps=8),)}
-        with mock.patch.multiple(gpu, MAX_CHUNKS=3, **TINY, **blocks), use_backend("triton"):
+        small = (Launch(block=64, warps=8),)
+        with mock.patch.object(gpu, "_launches", return_value=small), use_backend("triton"):
             yield
     else:
         with use_backend(backend):
@@ -156,10 +155,10 @@ def test_a_ticket_does_not_depend_on_its_company(backend, generator):
 
 
 @pytest.mark.skipif(not TRITON, reason="needs Triton")
-def test_long_rows_as_they_are_cut_on_a_gpu(generator, poisoned):
+def test_rows_longer_than_a_program_takes_at_a_time(generator, poisoned):
     from sparse_tickets.kernels.prune import gpu
 
-    prunable = 2 * gpu.CHUNK + 77
+    prunable = 2 * gpu.MOST + 77
     scores = torch.randn(2, prunable, generator=generator)
     scores[1] = (scores[1] * 8).round()
     mask = torch.rand(2, prunable, generator=generator) < 0.9

@@ -149,9 +149,7 @@ CASES: dict[str, tuple[Any, str, Callable]] = {
     "imitation.loss": (cloning_gpu, "_loss_kernel", _clone),
     "update.norm": (update_gpu, "_norm_kernel", _adam),
     "update.adam": (update_gpu, "_adam_kernel", _adam),
-    "prune.short": (prune_gpu, "_short_kernel", _prune(5000)),
-    "prune.count": (prune_gpu, "_count_kernel", _prune(8192 + 77)),
-    "prune.split": (prune_gpu, "_split_kernel", _prune(8192 + 77)),
+    "prune": (prune_gpu, "_select_kernel", _prune(8192 + 77)),
 }  # fmt: skip
 
 
