@@ -1,4 +1,4 @@
-"""Transitions that tickets remember, and which of them an update draws."""
+"""Transitions that tickets remember, and which samples an update draws."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from .errors import check_tensor
 from .random import Stream, integers
 
-__all__ = ["MOST_TRANSITIONS", "Transitions", "check_replay", "runs", "take"]
+__all__ = ["MOST_SAMPLES", "Transitions", "check_replay", "draw", "runs", "take"]
 
-MOST_TRANSITIONS = 8192
+MOST_SAMPLES = 8192
 """Of a ticket, gathered at once: those of many updates, but not of any number of them."""
 
 
@@ -72,16 +72,24 @@ def take(
 ) -> Transitions:
     """The transitions ``[P, updates * batch]`` of updates ``first, first + 1, ...``, contiguous."""
     tickets, capacity = replay.reward.shape
-    number = torch.arange(first, first + updates, device=key.device).repeat(tickets)
-    index = integers(
-        key.repeat_interleave(updates), batch, stored, stream=Stream.MINIBATCH, step=number
-    ).view(tickets, updates * batch)
+    index = draw(stored, key, first, updates, batch)
     row = torch.arange(tickets, device=key.device)[:, None] * capacity + index
     return type(replay)(*(field.flatten(0, 1)[row] for field in replay))
 
 
-def runs(first: int, updates: int, batch: int) -> Iterator[tuple[int, int]]:
-    """The updates of a call in runs to gather at once: the first one's number, and how many."""
-    most = max(1, MOST_TRANSITIONS // batch)
+def draw(count: int, key: Tensor, first: int | Tensor, updates: int, batch: int) -> Tensor:
+    """Which of ``count`` samples updates ``first, first + 1, ...`` take, ``[P, updates * batch]``.
+
+    All at once, and without waiting for a GPU, where ``first`` may lie.
+    """
+    number = (first + torch.arange(updates, device=key.device)).repeat(len(key))
+    keys = key.repeat_interleave(updates)
+    index = integers(keys, batch, count, stream=Stream.MINIBATCH, step=number)
+    return index.view(len(key), updates * batch)
+
+
+def runs(updates: int, batch: int) -> Iterator[tuple[int, int]]:
+    """The updates of a call in runs to gather at once: how many are before, and how many it is."""
+    most = max(1, MOST_SAMPLES // batch)
     for begin in range(0, updates, most):
-        yield first + begin, min(most, updates - begin)
+        yield begin, min(most, updates - begin)

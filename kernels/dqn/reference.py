@@ -46,8 +46,8 @@ def draws(
     replay: Transitions, stored: int, key: Tensor, first: int, config: DQNConfig, arena: Arena
 ) -> Iterator[tuple[int, Transitions]]:
     """All updates of a call in runs: how many, and their transitions; see `draw`."""
-    for begin, updates in runs(first, config.updates, config.batch):
-        yield updates, draw(replay, stored, key, begin, updates, config.batch, arena)
+    for begin, updates in runs(config.updates, config.batch):
+        yield updates, draw(replay, stored, key, first + begin, updates, config.batch, arena)
 
 
 def bootstrap(batch: Transitions, values: Tensor, judges: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cloning in Triton: minibatches in one launch, then per update the network, the loss, Adam.
+"""Cloning in Triton: minibatches of many updates at once, then the network, the loss, Adam.
 
 Six or seven launches an update, one more where actions are continuous, and nothing between them
 that waits for the device, so that a CUDA graph can hold the call; with `first_update` and `lr` as
@@ -17,7 +17,8 @@ from torch import Tensor
 from ..arena import Arena, Parameters
 from ..squashed.reference import distribution
 from ..training.gpu import Outputs, adam_, gradient
-from . import loss_gpu, minibatch_gpu
+from ..transitions import draw, runs
+from . import loss_gpu
 from .reference import critic_spans, gaussian_divergence
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "clone_update_"]
 
-EXAMPLES = [*minibatch_gpu.EXAMPLES, *loss_gpu.EXAMPLES]
-
-MOST_SAMPLES = 8192
-"""Of a ticket, drawn at once: the observations of many updates, but not of any number of them."""
+EXAMPLES = loss_gpu.EXAMPLES
 
 
 def clone_update_(
@@ -45,22 +43,31 @@ def clone_update_(
 ) -> Tensor:
     """Mean loss ``[P]``; see the op. All tensors are contiguous."""
     losses = obs.new_zeros(len(key))
-    if not isinstance(first_update, Tensor):
-        # Filled on the device: a copy from the host would wait for it.
-        first_update = torch.full((), first_update, dtype=torch.int64, device=key.device)
     frozen = tuple(bound for span in critic_spans(arena) for bound in span)
     loss = _squashed_loss if arena.squashed else _loss
-    most = max(1, MOST_SAMPLES // config.batch)
-    for begin in range(0, config.updates, most):
-        updates = min(most, config.updates - begin)
-        rows, minibatches = minibatch_gpu.draw(
-            obs, dataset, key, first_update, begin, updates, config.batch
-        )
+    for begin, updates in runs(config.updates, config.batch):
+        rows, minibatches = _draw(obs, dataset, key, first_update + begin, updates, config.batch)
         for update in range(updates):
             head = partial(loss, rows[:, update], target, 1.0 / config.updates, losses)
             grad = gradient(parameters.weight, arena, (arena.actor,), minibatches[:, update], head)
             adam_(parameters, grad, lr, config, frozen=frozen)
     return losses
+
+
+def _draw(
+    obs: Tensor, dataset: Tensor, key: Tensor, first: int | Tensor, updates: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """The minibatches of updates ``first, first + 1, ...``: ``[P, U, B]`` rows, and observations.
+
+    A row is one of ``obs.flatten(0, 1)``. A ticket whose dataset is none of the D gets -1 and NaN:
+    that is seen, where a check would wait for the device.
+    """
+    datasets, samples, _ = obs.shape
+    index = draw(samples, key, first, updates, batch).unflatten(1, (updates, batch))
+    known = ((dataset >= 0) & (dataset < datasets))[:, None, None]
+    rows = torch.where(known, dataset[:, None, None] * samples + index, -1)
+    minibatches = obs.flatten(0, 1)[rows.clamp(min=0)]
+    return rows, torch.where(known[..., None], minibatches, torch.nan)
 
 
 def _loss(rows: Tensor, target: Tensor, share: float, losses: Tensor, outputs: Outputs) -> None:

@@ -122,7 +122,8 @@ def sac_update_(
     """Statistics ``[5, P]``; see the op."""
     measured = np.zeros((len(key), _STATISTICS))
     size = config.batch
-    for first, updates in runs(first_update, config.updates, size):
+    for begin, updates in runs(config.updates, size):
+        first = first_update + begin
         drawn = take(replay, stored, key, first, updates, size)
         noise = draw_noise(key, first, config, updates, arena.actions)
         for update in range(updates):

@@ -7,17 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_tickets.kernels import transitions
 from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_, plan, reference
 from sparse_tickets.kernels.random import Stream, integers
+from sparse_tickets.kernels.transitions import draw
 
 pytest.importorskip("triton")
 
 from sparse_tickets.kernels.imitation import gpu
 from sparse_tickets.kernels.imitation.loss_gpu import loss_and_gradient
-from sparse_tickets.kernels.imitation.minibatch_gpu import draw
 
 pytestmark = pytest.mark.usefixtures("tensors_on_a_gpu")
 
@@ -107,17 +108,15 @@ class Problem:
             assert bool((row[:, : self.arena.prunable][pruned] == 0).all())
 
 
-@pytest.mark.parametrize("inputs", [1, 5, 19])
 @pytest.mark.parametrize("on_device", [0, 2**32 - 2, 2**40])
-def test_draws_are_those_of_integers(inputs: int, on_device: int) -> None:
-    obs = torch.randn(3, SAMPLES, inputs)
-    dataset, key = torch.tensor([2, 0, 1]), torch.tensor([-1, 2**62, 17])
-    rows, minibatches = draw(obs, dataset, key, torch.tensor(on_device), 1, 2, 131)
-    for update in range(2):
-        step = on_device + 1 + update
-        index = integers(key, 131, SAMPLES, stream=Stream.MINIBATCH, step=step)
-        assert torch.equal(rows[:, update], dataset[:, None] * SAMPLES + index)
-        assert torch.equal(minibatches[:, update], obs[dataset[:, None], index])
+def test_draws_of_many_updates_are_those_of_each(on_device: int) -> None:
+    key = torch.tensor([-1, 2**62, 17])
+    for first in (on_device, torch.tensor(on_device)):
+        drawn = draw(SAMPLES, key, first, 2, 131).unflatten(1, (2, 131))
+        for update in range(2):
+            step = on_device + update
+            index = integers(key, 131, SAMPLES, stream=Stream.MINIBATCH, step=step)
+            assert torch.equal(drawn[:, update], index)
 
 
 # The interpreter is NumPy, which warns of NaN.
@@ -232,7 +231,7 @@ def test_minibatches_of_one_and_of_several_programs(batch: int, poisoned: None) 
 def test_many_updates_are_drawn_in_parts(monkeypatch) -> None:
     problem, config = Problem(ARENAS["discrete"], 2), CloneConfig(updates=5, batch=6)
     at_once, loss = problem.update("triton", config)
-    monkeypatch.setattr(gpu, "MOST_SAMPLES", 13)
+    monkeypatch.setattr(transitions, "MOST_SAMPLES", 13)
     in_parts, same_loss = problem.update("triton", config)
     assert torch.equal(at_once.weight, in_parts.weight)
     assert torch.equal(loss, same_loss)

@@ -132,7 +132,7 @@ def test_a_ticket_does_not_see_its_batch_and_calls_may_be_cut(batch, monkeypatch
     together = run(slice(None), [(0, 6)])
     for one, other in zip(run(slice(None), [(0, 2), (2, 4)]), together, strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr(transitions, "MOST_TRANSITIONS", 128)
+    monkeypatch.setattr(transitions, "MOST_SAMPLES", 128)
     for ticket in (0, 6):
         for one, other in zip(run(slice(ticket, ticket + 1), [(0, 6)]), together, strict=True):
             assert torch.equal(one[0], other[ticket])
