@@ -18,6 +18,7 @@ from ..dispatch import implementation
 from ..errors import check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
 from ..registration import declare
+from . import reference
 from .checks import (
     check_like,
     check_max_norm,
@@ -186,7 +187,7 @@ def _rewind(
     initial_m, initial_v = _contiguous(initial_m), _contiguous(initial_v)
     rows = (weight, initial, m, v)
     check_rewind_separate(*rows, initial_m, initial_v, mask=mask)
-    implementation(__name__, weight.device).rewind_(*rows, mask, initial_m, initial_v)
+    reference.rewind_(*rows, mask, initial_m, initial_v)
     mark_written(weight, m, v)
 
 

@@ -1,4 +1,4 @@
-"""Rewind and Adam in Numba: one ticket per thread, each row passed over once per stage.
+"""Adam in Numba: one ticket per thread, each row passed over once per stage.
 
 Every loop is elementwise, so LLVM vectorises it without reassociating anything: a row's numbers
 depend neither on P, nor on the number of threads, nor on the machine's vector width. Nothing is
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..compiling import njit
 from ..threads import count_threads, share
 
-__all__ = ["adam_", "adam_row", "blend", "rewind_"]
+__all__ = ["adam_", "adam_row", "blend"]
 
 # Work per entry, in the units of `count_threads`.
 _WORK = 16
@@ -155,23 +155,6 @@ def _adam_rows(threads, tickets, arguments):
     share(_adam_ticket, threads, tickets, arguments)
 
 
-@njit(cache=True)
-def _copy_ticket(thread, ticket, target, source, mask):
-    """``target = source``, and zero where the mask of the prefix is False."""
-    prunable = mask.shape[1]
-    zero = target.dtype.type(0)
-    row, origin, keep = target[ticket], source[ticket], mask[ticket]
-    for i in range(prunable):
-        row[i] = origin[i] if keep[i] else zero
-    for i in range(prunable, row.shape[0]):
-        row[i] = origin[i]
-
-
-@njit(cache=True, nogil=True)
-def _masked_copy(threads, target, source, mask):
-    share(_copy_ticket, threads, target.shape[0], (target, source, mask))
-
-
 def _count_threads(weight: Tensor) -> int:
     return count_threads(len(weight), _WORK * weight.numel())
 
@@ -179,23 +162,6 @@ def _count_threads(weight: Tensor) -> int:
 def _prefix(weight: Tensor, mask: Tensor | None) -> Tensor:
     """The mask, of no column if there is none."""
     return weight.new_empty(len(weight), 0, dtype=torch.bool) if mask is None else mask
-
-
-def rewind_(
-    weight: Tensor,
-    initial: Tensor,
-    m: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    initial_m: Tensor | None,
-    initial_v: Tensor | None,
-) -> None:
-    keep = _prefix(weight, mask).numpy()
-    for target, source in ((weight, initial), (m, initial_m), (v, initial_v)):
-        if source is None:
-            target.zero_()
-        else:
-            _masked_copy(_count_threads(weight), target.numpy(), source.numpy(), keep)
 
 
 def adam_(

@@ -1,4 +1,4 @@
-"""Rewind and Adam in Triton: partial norms in a fixed order, then one pass over the rows.
+"""Adam in Triton: partial norms in a fixed order, then one pass over the rows.
 
 Two launches without atomics or host synchronisation, so that a CUDA graph can hold them. Blocks
 lie inside a row and their number depends on the row's length only: a ticket's result does not
@@ -7,8 +7,7 @@ about 15 FLOPs an entry: bound by memory. Without a mask none is read; a gradien
 first launch adds up in order, and writes the sum. Scalars of a row, such as ``1 - beta2^step``,
 are float64.
 
-Blocks of Adam and of its norm may be measured (`kernels.tuning`), by the row's length. Rewinding,
-which no training loop here repeats, keeps its own.
+Blocks of Adam and of its norm may be measured (`kernels.tuning`), by the row's length.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 
-__all__ = ["EXAMPLES", "adam_", "rewind_"]
+__all__ = ["EXAMPLES", "adam_"]
 
 BLOCK = 1024
 MAX_PARTIALS = 1024
@@ -172,69 +171,6 @@ def _adam_kernel(
     tl.store(v + entry, tl.where(keep, v_new, 0.0), mask=touched)
 
 
-@triton.jit
-def _copy_or_zero(target, source, entry, keep, exists):
-    value = tl.zeros(entry.shape, tl.float32)
-    if source is not None:
-        value = tl.load(source + entry, mask=keep, other=0.0)
-    tl.store(target + entry, value, mask=exists)
-
-
-@jit_kernel(fp_fusion=True)
-def _rewind_kernel(
-    weight,
-    initial,
-    m,
-    v,
-    mask,
-    initial_m,
-    initial_v,
-    size,
-    prunable,
-    blocks,
-    BLOCK: tl.constexpr,
-):
-    """Reads 5 bytes an entry, 13 with moments, and writes 12."""
-    ticket = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    exists = column < size
-    keep = _support(mask, ticket, column, prunable, exists)
-    entry = ticket * size + column
-    _copy_or_zero(weight, initial, entry, keep, exists)
-    _copy_or_zero(m, initial_m, entry, keep, exists)
-    _copy_or_zero(v, initial_v, entry, keep, exists)
-
-
-def rewind_(
-    weight: Tensor,
-    initial: Tensor,
-    m: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    initial_m: Tensor | None,
-    initial_v: Tensor | None,
-) -> None:
-    check_dtype("weight on the Triton backend", weight, torch.float32)
-    tickets, size = weight.shape
-    blocks = triton.cdiv(size, BLOCK)
-    if weight.numel() == 0:
-        return
-    with torch.cuda.device_of(weight):
-        _rewind_kernel[(tickets * blocks,)](
-            weight,
-            initial,
-            m,
-            v,
-            mask,
-            initial_m,
-            initial_v,
-            size,
-            _prunable(mask),
-            blocks,
-            BLOCK=BLOCK,
-        )
-
-
 def adam_(
     weight: Tensor,
     grad: Tensor,
@@ -355,15 +291,12 @@ def _example(
     size: int = 8902,
     prunable: int | None = 4480,
     *,
-    late: bool = False,
     stretches: int = 1,
     frozen: tuple[int, ...] = (),
 ) -> None:
     """A row under a mask, or without one."""
-    weight, m, v, initial = (meta(2, size) for _ in range(4))
+    weight, m, v = (meta(2, size) for _ in range(3))
     mask = None if prunable is None else meta(2, prunable, dtype=torch.bool)
-    point = (meta(2, size), meta(2, size)) if late else (None, None)
-    rewind_(weight, initial, m, v, mask, *point)
     grad = meta(2, stretches, size) if stretches > 1 else meta(2, size)
     step, lr = meta(2, dtype=torch.int64), meta(2)
     numbers = (0.5, 0.9, 0.999, 1e-8)
@@ -373,7 +306,6 @@ def _example(
 EXAMPLES = [
     Example("masked", _example),
     Example("unmasked", lambda: _example(prunable=None)),
-    Example("late", lambda: _example(late=True)),
     # As PPO launches it on the rows of stretches of a minibatch, and as cloning does, where a
     # policy's critic stays as it is.
     Example("stretches", lambda: _example(stretches=3)),

@@ -34,9 +34,14 @@ def rewind_(
     initial_m: Tensor | None,
     initial_v: Tensor | None,
 ) -> None:
-    support = _support(weight, mask)
+    pruned = None if mask is None else ~mask
     for target, source in ((weight, initial), (m, initial_m), (v, initial_v)):
-        target.zero_() if source is None else target.copy_(torch.where(support, source, 0))
+        if source is None:
+            target.zero_()
+            continue
+        target.copy_(source)
+        if pruned is not None:
+            target[:, : pruned.shape[1]].masked_fill_(pruned, 0)
 
 
 def adam_(

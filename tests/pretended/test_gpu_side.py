@@ -50,9 +50,10 @@ def test_devices_do_not_mix():
     assert torch.equal((2 * there).cpu(), 2 * here)
     with pytest.raises(RuntimeError, match="same device"):
         here + there
-    rows = torch.ones(1, 4, device="cuda")
+    rows, rate = torch.ones(1, 4, device="cuda"), torch.ones(1, device="cuda")
+    step, numbers = torch.zeros(1, dtype=torch.int64, device="cuda"), (0.5, 0.9, 0.999, 1e-8)
     with pytest.raises(RuntimeError, match="a pointer to the host's memory"):
-        gpu.rewind_(rows, torch.ones(1, 4), rows.clone(), rows.clone(), None, None, None)
+        gpu.adam_(rows, torch.ones(1, 4), rows.clone(), rows.clone(), step, rate, None, *numbers)
 
 
 def test_a_capture_computes_nothing_and_replays_what_it_saw():
