@@ -6,18 +6,21 @@ The policy of every ticket acts on that ticket's E environment copies; nothing c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..arena import Arena
+from ..arena import Arena, Net
 from ..mlp.reference import mlp
 from ..random import Stream, categorical, normal, uniform
 from ..squashed import sample, within_bounds
 from ..squashed.reference import distribution
 
 __all__ = ["Rollout", "evaluate", "rollout", "targets"]
+
+Apply = Callable[[Tensor, Net], Tensor]
 
 _MAX_EPISODE = 1 << 20
 
@@ -59,9 +62,13 @@ def rollout(
     key: Tensor,
     steps: int,
     stream: int,
+    apply: Apply | None = None,
 ) -> tuple[Rollout, Tensor, Tensor]:
-    """See `sparse_tickets.kernels.rollout.rollout`; also returns the heads ``[P, T, E, A]``."""
-    policy = _Policy(weight, arena, env)
+    """See `sparse_tickets.kernels.rollout.rollout`; also returns the heads ``[P, T, E, A]``.
+
+    ``apply`` runs a network on ``[P, E, D]``; by default plain torch does.
+    """
+    policy = _Policy(weight, arena, env, apply)
     records, heads = [], []
     value = policy.value(obs)
     for _ in range(steps):
@@ -88,9 +95,13 @@ def evaluate(
     key: Tensor,
     index: int,
     greedy: bool,
+    apply: Apply | None = None,
 ) -> Tensor:
-    """See `sparse_tickets.kernels.rollout.evaluate`; ``env`` starts from ``obs [P, E, D]``."""
-    policy = _Policy(weight, arena, env)
+    """See `sparse_tickets.kernels.rollout.evaluate`; ``env`` starts from ``obs [P, E, D]``.
+
+    ``apply`` is that of `rollout`.
+    """
+    policy = _Policy(weight, arena, env, apply)
     total = torch.zeros(obs.shape[:2], dtype=torch.float64, device=obs.device)
     running = torch.ones_like(total, dtype=torch.bool)
     rest = getattr(env, "rest", None)
@@ -131,18 +142,21 @@ def targets(weight: Tensor, arena: Arena, head: Tensor) -> Tensor:
 class _Policy:
     """Actor, critic and action distribution of a population."""
 
-    def __init__(self, weight: Tensor, arena: Arena, env: Any = None) -> None:
+    def __init__(
+        self, weight: Tensor, arena: Arena, env: Any = None, apply: Apply | None = None
+    ) -> None:
         self.weight, self.arena, self.env = weight, arena, env
+        self._apply = apply or (lambda obs, net: mlp(obs, weight, net, None))
 
     def head(self, obs: Tensor) -> Tensor:
         """Logits ``[P, E, A]``, or means."""
-        return mlp(obs, self.weight, self.arena.actor, None)
+        return self._apply(obs, self.arena.actor)
 
     def value(self, obs: Tensor) -> Tensor:
         """State values ``[P, E]``; zeros without a critic."""
         if self.arena.critic is None:
             return obs.new_zeros(obs.shape[:2], dtype=torch.float32)
-        return mlp(obs, self.weight, self.arena.critic, None)[..., 0]
+        return self._apply(obs, self.arena.critic)[..., 0]
 
     def best(self, head: Tensor) -> Tensor:
         """The most probable action per copy, or the mean, squashed where samples are."""
