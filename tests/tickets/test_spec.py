@@ -281,6 +281,7 @@ TABLE = {
     "MountainCar-v0": (1_000_000, 16, 16, 4, 64, 3e-4, 0.99, 0.98, 0.0, 0.2),
     "LunarLander-v3": (1_000_000, 16, 1024, 4, 64, 3e-4, 0.999, 0.98, 0.01, 0.2),
     "HalfCheetah-v5": (1_000_000, 1, 512, 20, 64, 2.06e-5, 0.98, 0.92, 0.000401762, 0.1),
+    "Hopper-v5": (1_000_000, 1, 512, 5, 32, 9.80828e-5, 0.999, 0.99, 0.00229519, 0.2),
 }
 
 
@@ -303,7 +304,8 @@ def test_protocol_gives_the_tuned_budget(env):
     )
     # SB3's value loss is the square itself, CleanRL's half of it, clipped.
     assert ppo.clip_value == (env == "CartPole-v1")
-    assert ppo.value_coef == {"CartPole-v1": 0.5, "HalfCheetah-v5": 1.16192}.get(env, 1.0)
+    weights = {"CartPole-v1": 0.5, "HalfCheetah-v5": 1.16192, "Hopper-v5": 1.671342}
+    assert ppo.value_coef == weights.get(env, 1.0)
     assert spec.init == "lecun"
     assert spec.criterion == "magnitude"
     assert spec.rewind_step == 0
@@ -316,7 +318,7 @@ def test_protocol_of_cheap_and_of_slow_environments():
     cheap = protocol("CartPole-v1")
     assert (cheap.seeds, cheap.levels, cheap.rate, cheap.hidden) == (15, 25, 0.2, (64, 64))
     assert len(cheap.conditions) == 4
-    for env in ("LunarLander-v3", "HalfCheetah-v5"):
+    for env in ("LunarLander-v3", "HalfCheetah-v5", "Hopper-v5"):
         slow = protocol(env)
         assert (slow.seeds, slow.levels, slow.rate, len(slow.conditions)) == (5, 10, 0.33, 3)
     cheetah = protocol("HalfCheetah-v5")

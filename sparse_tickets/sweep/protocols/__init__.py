@@ -10,6 +10,7 @@ from sparse_tickets.sweep.protocols import (
     acrobot,
     cart_pole,
     half_cheetah,
+    hopper,
     lunar_lander,
     maze,
     mountain_car,
@@ -21,7 +22,16 @@ __all__ = ["PROTOCOLS", "protocol"]
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     each.ENV: each.SETTINGS
-    for each in (acrobot, cart_pole, pendulum, mountain_car, lunar_lander, half_cheetah, maze)
+    for each in (
+        acrobot,
+        cart_pole,
+        pendulum,
+        mountain_car,
+        lunar_lander,
+        half_cheetah,
+        hopper,
+        maze,
+    )
 }
 
 
