@@ -67,7 +67,7 @@ class Job:
 JOBS = (
     Job("PPO", "CartPole-v1", 30_720, 64, 2048, 2048, options={"batch_size": 64}),
     Job(
-        *("DQN", "CartPole-v1", 20_000, 256, 1280, 2560),
+        *("DQN", "CartPole-v1", 50_000, 256, 1280, 2560),
         options={
             "batch_size": 128,
             "learning_rate": 2.3e-3,
@@ -81,11 +81,11 @@ JOBS = (
         },
     ),
     Job(
-        *("SAC", "Pendulum-v1", 3_000, 256, 400, 150),
+        *("SAC", "Pendulum-v1", 6_000, 256, 400, 150),
         options={"batch_size": 256, "learning_rate": 1e-3},
     ),
     Job(
-        *("TD3", "Pendulum-v1", 3_600, 256, 800, 300),
+        *("TD3", "Pendulum-v1", 8_000, 256, 800, 300),
         noise=0.1,
         options={"batch_size": 256, "learning_starts": 600, "gamma": 0.98},
     ),
