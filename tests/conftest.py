@@ -46,6 +46,17 @@ def interpreted_kernels_are_watched() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def environments() -> Iterator[None]:
+    """What a module registers is gone after it: registration is for good."""
+    from sparse_tickets.envs.registry import _registry
+
+    known = dict(_registry)
+    yield
+    _registry.clear()
+    _registry.update(known)
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have no figures, which take longer than a small sweep."""

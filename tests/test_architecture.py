@@ -183,6 +183,7 @@ def test_imports_are_read_in_every_form() -> None:
     assert ("polars", True) not in in_store
 
 
+@pytest.mark.long
 def test_kernels_know_nothing_above_them() -> None:
     report(
         i
@@ -368,6 +369,7 @@ def run_alone(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_importing_loads_only_what_is_used() -> None:
     run_alone(
         """
@@ -394,6 +396,7 @@ sparse_tickets.optim.Adam, sparse_tickets.targets.tie_masks_
     )
 
 
+@pytest.mark.long
 def test_works_without_triton() -> None:
     """On systems for which Triton has no wheel, everything runs on the CPU."""
     run_alone(

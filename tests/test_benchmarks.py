@@ -751,6 +751,7 @@ def test_plain_torch_is_timed_at_two_levels_only():
     ]
 
 
+@pytest.mark.long
 def test_ppo_job_is_verified_and_a_wrong_update_is_caught(monkeypatch):
     from benchmarks import ppo_job
     from sparse_tickets.algos.ppo import PPO

@@ -719,6 +719,7 @@ def test_what_there_was_no_time_for_is_not_wrong_but_not_complete(tmp_path, monk
     assert not run.complete
 
 
+@pytest.mark.long
 def test_a_process_that_hangs_is_ended_with_a_traceback(tmp_path):
     code = """
 import time
@@ -768,6 +769,7 @@ def test_drawn(values): pass
 """
 
 
+@pytest.mark.long
 def test_tests_are_shared_out_and_go_on_behind_one_that_ends_its_process(tmp_path):
     toy = tmp_path / "test_toy.py"
     toy.write_text(TOY)
@@ -811,6 +813,7 @@ def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch, capsys):
         gpu.main(["--rehearse", "--out", str(results.RESULTS)])
 
 
+@pytest.mark.long
 def test_the_sweep_stops_at_its_deadline_and_goes_on_later(tmp_path):
     found, saves = {}, []
 
@@ -836,6 +839,7 @@ def test_the_sweep_stops_at_its_deadline_and_goes_on_later(tmp_path):
     assert saves
 
 
+@pytest.mark.long
 def test_nothing_is_imported_that_a_gpu_machine_may_lack(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         """

@@ -87,6 +87,7 @@ def installed_name(path: str) -> str:
     return f"sparse_tickets/{path}" if path.startswith("kernels/") else path
 
 
+@pytest.mark.long
 def test_wheel_holds_the_library_and_nothing_else(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as wheel:
         names = set(wheel.namelist())
@@ -114,6 +115,7 @@ def test_wheel_of_the_sdist_is_the_wheel(built: Built) -> None:
         assert set(one.namelist()) == set(other.namelist())
 
 
+@pytest.mark.long
 def test_installed_wheel_imports_from_anywhere(built: Built, tmp_path: Path) -> None:
     pytest.importorskip("pip", reason="this environment was made without pip")
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"

@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mark", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a CUDA of its own")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

@@ -9,6 +9,7 @@ from rich.console import Console
 from benchmarks import apart, steps
 
 
+@pytest.mark.long
 def test_a_run_writes_its_times_and_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "SPARSITIES", (0.0, 0.9))
     out = tmp_path / "steps.json"
@@ -39,6 +40,7 @@ def _threads(problem, sparsity):
     return lambda: torch.full((2,), float(torch.get_num_threads()))
 
 
+@pytest.mark.long
 def test_a_peer_apart_has_the_threads_asked_for_and_hands_its_errors_back():
     peer = apart.Apart(_threads)
     try:

@@ -36,6 +36,7 @@ def test_the_readme_says_what_the_stored_cells_say(name):
 SLOW = ("cleanrl", "conditions", "distribution_shift", "rescaling", "stability")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES]
 )

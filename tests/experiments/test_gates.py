@@ -23,6 +23,7 @@ def small(env):
     return replace(protocol(env), hidden=(8,), dqn=DQN(**tiny), sac=SAC(**tiny))
 
 
+@pytest.mark.long
 def test_a_gate_holds_or_fails_for_each_seed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gates, "RESULTS", tmp_path / "gates.parquet")
     monkeypatch.setattr(gates, "protocol", small)

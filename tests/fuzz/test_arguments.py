@@ -92,6 +92,7 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 @drawn(15)
 @given(typed=arguments("sweep"))
 def test_sweep(typed, capsys, monkeypatch, tmp_path):
@@ -128,6 +129,7 @@ def test_study(text, capsys, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["report", "show", "verify"])
 @drawn(4)
 @given(data=st.data())

@@ -207,6 +207,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
         assert compiling._compile_case("op", case, 90) == report
 
 
+@pytest.mark.long
 def test_reports_come_in_order_of_the_cases() -> None:
     names = [(op, case, 90) for op, case in _names(smoke=True)]
     assert list(_reports(smoke=True)) == names

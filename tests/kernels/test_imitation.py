@@ -102,6 +102,7 @@ def test_updates_equal_float64(continuous, density, poisoned):
     compare(density, CloneConfig(updates=5, batch=32), continuous=continuous)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("density", [1.0, 0.1])
 def test_squashed_students_equal_float64(density, poisoned):
     for critic in (None, (8, 8, 1)):

@@ -264,6 +264,7 @@ def test_double_backward(backend: str, dtype: torch.dtype) -> None:
         assert ((left - right).abs().max() <= 1000 * torch.finfo(dtype).eps * scale).item()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_to_one_graph_once(backend: str, masked: bool) -> None:

@@ -368,6 +368,7 @@ class TestLinear:
             linear(x, weight.masked_fill(~mask, 0), mask, bias)
         assert len(builds) == 1
 
+    @pytest.mark.long
     def test_a_mask_that_went_away_is_forgotten(self) -> None:
         mask = inputs((1, 1, 2, 2), 16)[2]
         gc.collect()

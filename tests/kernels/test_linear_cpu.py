@@ -121,6 +121,7 @@ def test_compressed(tickets, batch, out, inp, density, bias, together, seed) -> 
     check(x, weight, mask, offset if bias else None, dy, together)
 
 
+@pytest.mark.long
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     tickets=st.integers(1, 3),
@@ -251,6 +252,7 @@ def test_a_written_mask_is_seen() -> None:
     torch.testing.assert_close(y, reference.linear(x, weight, mask, bias))
 
 
+@pytest.mark.long
 def test_nothing_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 calls, with masks that come, are written and go."""
     monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
@@ -304,6 +306,7 @@ def test_threads_may_call_at_once() -> None:
     assert not wrong
 
 
+@pytest.mark.long
 def test_spawned_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "fixed")
     problem = inputs(1, 300, 64, 64, 0.2, 1, 0)[:4]

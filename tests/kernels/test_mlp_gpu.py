@@ -123,6 +123,7 @@ def test_any_number_of_samples(samples, to_input):
     assert_equals_float64(*population((3, 9, 2), samples=samples), to_input=to_input)
 
 
+@pytest.mark.long
 def test_the_gradients_of_many_samples_are_added(monkeypatch):
     monkeypatch.setattr(passes_gpu, "SPLIT_STRETCH", 64)
     for sizes in THREE:
@@ -207,6 +208,7 @@ def test_kept_activations_serve_as_those_made_again(sizes, activation):
         assert tensor.isfinite().all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("density", "activation"), [(0.0, "relu"), (0.5, "tanh"), (1.0, "relu"), (None, "tanh")]
 )

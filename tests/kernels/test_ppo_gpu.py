@@ -289,6 +289,7 @@ def test_a_minibatch_of_narrow_networks_is_three_launches(monkeypatch) -> None:
         assert ops.names == 2 * ["random_permutation"]
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=5, derandomize=True)
 @given(
     hidden=st.lists(st.integers(1, 20), max_size=2),
@@ -310,6 +311,7 @@ def test_any_networks_and_minibatch(
 
 
 # The interpreter is NumPy, which warns of NaN.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("name", ["continuous", "wide"])
 def test_a_ticket_does_not_depend_on_its_batch_mates(name) -> None:

@@ -175,6 +175,7 @@ SCORE = st.one_of(
 )
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(st.lists(st.tuples(SCORE, st.booleans()), max_size=20), st.data())
 def test_backends_agree(entries, data):

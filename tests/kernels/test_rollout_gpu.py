@@ -120,6 +120,7 @@ def test_follows_the_reference(name, poison):
     assert env.clock == plain.clock == 4
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=6, derandomize=True)
 @given(
     name=st.sampled_from(sorted(SHAPES)),

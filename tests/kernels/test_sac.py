@@ -88,6 +88,7 @@ def compare(density, config, backend="cpu", **options):
         assert (row[:, : arena.prunable][~parameters.mask] == 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.0])
 def test_updates_equal_float64(density, pruned):
@@ -95,6 +96,7 @@ def test_updates_equal_float64(density, pruned):
     compare(density, configured(4, 32, max_norm=0.5), pruned=pruned)
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(
     hidden=st.lists(st.integers(1, 40), max_size=3),
@@ -109,6 +111,7 @@ def test_any_network_and_batch(hidden, tickets, batch, density, activation, acti
     compare(density, configured(1, batch), **shape)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 @pytest.mark.usefixtures("tensors_on_a_gpu")
 def test_updates_of_the_gpu():

@@ -156,6 +156,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs os.fork")
 def test_a_forked_child_works_after_a_parallel_launch(tmp_path):
     # In a process of its own: forking the one with pytest's threads in it is another matter.

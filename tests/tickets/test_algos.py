@@ -67,6 +67,7 @@ def test_sparse_tickets_learn_too():
     assert (result.return_final > 3 * env_spec(CARTPOLE).random_return).all()
 
 
+@pytest.mark.long
 def test_a_students_loss_falls_to_its_experts(experts):
     _, trained, dataset = experts
     students = population(CARTPOLE, 3, critic=False)
@@ -309,6 +310,7 @@ def target_env():
     del _registry["Target"]
 
 
+@pytest.mark.long
 def test_ppo_learns_an_environment_of_gymnasium(target_env):
     settings = PPO(steps=24 * 128, copies=4, horizon=32, learning_rate=1e-2)
     tickets = population(target_env, 2, hidden=(8,))

@@ -566,6 +566,7 @@ class TestFigures:
         with pytest.raises(ValueError, match=message):
             figures.mask_figure(masks, names)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
     def test_ticket_figure_draws_any_density(self, density):
         rng = np.random.default_rng(0)

@@ -343,6 +343,7 @@ def test_magnitudes_are_compared_in_their_own_dtype(dtype, scope):
     assert layer.mask.nonzero().tolist() == [[7, 11], [99, 2999]]
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_keep_largest_equals_a_stable_sort(data):
@@ -538,6 +539,7 @@ print(1 + (high_water() - before) / size)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     ("width", "layers", "scope"),
@@ -669,6 +671,7 @@ def assert_minimal(small: Compact) -> None:
     assert layers[0].in_features == small.kept_inputs.numel()
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),

@@ -349,6 +349,7 @@ def damaged_often(whole, folder, seeds):
     return ends
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("impatient")
 def test_damage_is_named_and_redone_or_refused(whole, tmp_path):
     assert damaged_often(whole, tmp_path, range(14))["redone, by name"] > 6

@@ -113,6 +113,7 @@ def test_what_a_ticket_computes_and_exports(
     assert {exported[name].dtype for name in ("offset", "scale", "0.weight")} == {torch.float32}
 
 
+@pytest.mark.long
 @ANY_DEFAULT
 def test_verification(default: tuple[torch.dtype, str], finished: Path) -> None:
     with defaults(*default):

@@ -120,6 +120,7 @@ def test_a_ticket_does_not_see_its_batch(settings):
         assert (row[:, : together.arena.prunable][pruned] == 0).all()
 
 
+@pytest.mark.long
 def test_the_fused_updates_train_as_plain_torch_does():
     """A few updates: longer, rounding would choose other actions."""
     settings = replace(SHORT, steps=160, warmup=64, updates=2)

@@ -41,6 +41,7 @@ def tickets(store):
     }
 
 
+@pytest.mark.long
 def test_every_condition_trains_and_chunks_change_nothing(tmp_path):
     steps = []
     store = run(SPEC, tmp_path / "a", on_progress=lambda _, done: steps.append(done))
@@ -65,6 +66,7 @@ def test_every_condition_trains_and_chunks_change_nothing(tmp_path):
         assert torch.equal(ticket.mask, whole[place].mask), place
 
 
+@pytest.mark.long
 def test_the_command_line_trains_estimates_and_verifies(tmp_path, capsys):
     options = ["--algos", "dqn", "--seeds", "1", "--levels", "2", "--hidden", "8"]
     options += ["--dqn.steps", "128", "--dqn.copies", "2", "--dqn.horizon", "16"]

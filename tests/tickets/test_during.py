@@ -252,6 +252,7 @@ def test_chunks_change_nothing(finished, tmp_path):
     assert load_results(tmp_path / "run").drop(times).equals(load_results(finished).drop(times))
 
 
+@pytest.mark.long
 def test_verify_and_report_know_such_runs(finished):
     _, agree = verify(finished, 4, Console(quiet=True))
     assert agree

@@ -46,6 +46,7 @@ def random_action(env, step):
     return (u.view(env.tickets, env.copies, -1) - 0.5) * 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLASSIC)
 def test_long_rollout_equals_gymnasium(name):
     """Thousands of steps; gymnasium's state is set to ours at restarts and nowhere else."""
@@ -100,6 +101,7 @@ def test_cartpole_reaches_its_time_limit():
     assert bool((env.elapsed == 0).all())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", CLASSIC)
 def test_batch_mates_change_no_bit(name, backend):
@@ -333,6 +335,7 @@ def test_the_pilot_leaves_one_hot_observations_and_refuses_other_shapes():
         gym_spec(Flat, "Flat")
 
 
+@pytest.mark.long
 def test_built_in_specs_agree_with_gymnasium():
     for name in CLASSIC:
         spec, theirs = env_spec(name), gym_spec(name)

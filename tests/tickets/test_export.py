@@ -52,6 +52,7 @@ torch.save(net((observation - tensors["offset"]) / tensors["scale"]), out)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_others_read_it_without_this_package(suffix, tmp_path):
     ticket, file, out = make(**SCALED), tmp_path / f"ticket{suffix}", tmp_path / "out.pt"

@@ -57,6 +57,7 @@ def inflict(*what):
     return int(done.stdout)
 
 
+@pytest.mark.long
 def test_killed_at_writes_of_a_unit(tmp_path):
     assert inflict("kill", "units", tmp_path, 4) > 15
 
@@ -67,6 +68,7 @@ def test_killed_at_every_write(job, least, tmp_path):
     assert inflict("kill", job, tmp_path, 1) > least
 
 
+@pytest.mark.long
 def test_several_processes_on_one_store_killed_and_stopped(tmp_path):
     assert inflict("crowd", "units", tmp_path, 4, "leases") > 4
 
@@ -198,6 +200,7 @@ def cut_power_everywhere(job, folder, step, kinds):
     return len(cuts)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("short_lease")
 def test_without_power_at_writes_of_a_unit(tmp_path):
     assert cut_power_everywhere(faults.JOBS["units"], tmp_path, 3, KINDS) > 80

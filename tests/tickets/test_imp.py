@@ -432,6 +432,7 @@ def test_training_resumes_at_the_rewind_step(chain):
     assert spec.train_steps("ppo", 0) == 1024
 
 
+@pytest.mark.long
 def test_the_schedule_goes_on_where_it_was(chain, monkeypatch):
     from sparse_tickets.algos import ppo
     from sparse_tickets.sweep.cells import cell_population

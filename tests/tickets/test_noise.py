@@ -127,6 +127,7 @@ def test_what_is_neither_built_in_nor_gymnasium_is_refused(monkeypatch):
         make_env("Own+noise=2", 1, 1)
 
 
+@pytest.mark.long
 def test_a_sweep_with_noise_counts_the_inputs_it_loses(tmp_path):
     spec = Sweep(
         env="CartPole-v1+noise=12",

@@ -61,6 +61,7 @@ def test_every_example_is_at_most_twenty_lines():
         assert len(lines) <= 20, name
 
 
+@pytest.mark.long
 def test_an_environment_of_ones_own(tmp_path):
     out, file = sweep(
         "stay.py", tmp_path, "--algos", "ppo", "bc", "--bc.experts", "1", "--bc.expert-gate", "0"
@@ -79,6 +80,7 @@ def test_an_environment_of_ones_own(tmp_path):
     assert main(["verify", str(out), "--cells", "1", "--plugin", str(file)]) == 0
 
 
+@pytest.mark.long
 def test_a_criterion_of_ones_own(tmp_path):
     out, _ = sweep("large_same_sign.py", tmp_path)
     tickets = {
@@ -92,6 +94,7 @@ def test_a_criterion_of_ones_own(tmp_path):
     assert scores[ticket.mask].min() >= scores[~ticket.mask].max()
 
 
+@pytest.mark.long
 def test_a_condition_of_ones_own(tmp_path, capsys):
     out, file = sweep("mask_sign.py", tmp_path)
     capsys.readouterr()
@@ -109,6 +112,7 @@ def test_a_condition_of_ones_own(tmp_path, capsys):
             torch.testing.assert_close(weight, initial.sign() / net.sizes[layer] ** 0.5)
 
 
+@pytest.mark.long
 def test_an_algorithm_of_ones_own(tmp_path, capsys):
     plain = spec_hash(Sweep().to_dict())
     options = ["--algos", "ppo", "slow_ppo", "--settings.slow-ppo.share", "0", "--levels", "2"]

@@ -65,6 +65,7 @@ def test_initial_weights_do_not_depend_on_the_batch(scheme):
     assert torch.equal(initialise(ARENA, KEY.flip(0), scheme).flip(0), together)
 
 
+@pytest.mark.long
 def test_rescaled_layers_lose_the_same_share_at_every_level():
     """Exchangeable magnitudes: what a layer keeps is hypergeometric around the level's density."""
     arena = Arena.build((4, 64, 32, 2), (4, 64, 32, 1), prune_critic=True)

@@ -102,6 +102,7 @@ def densities(names):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "density"), densities(PROBES))
 def test_ppo_reaches_the_known_values(name, density):
     population, key = fresh(name, density)
@@ -109,6 +110,7 @@ def test_ppo_reaches_the_known_values(name, density):
     check(name, population, result.return_final)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("train", ["ppo", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_networks_with_layernorm_reach_them(train):
     name = "choice by the observation"
@@ -133,6 +135,7 @@ def test_dqn_reaches_the_known_values(name, density):
         assert best.sub(known).abs().max() < 0.05, obs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -179,6 +182,7 @@ def test_sac_reaches_the_known_values(name, density):
             assert value.sub(known).abs().max() < 0.05, obs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["choice by the observation", "number by the observation"])
 def test_cloning_does_what_its_experts_do(name):
     experts = fresh(name, 1.0)[0].arena

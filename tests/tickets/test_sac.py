@@ -81,6 +81,7 @@ def test_a_ticket_does_not_see_its_batch(layout):
         assert (row[:, : together.arena.prunable][pruned] == 0).all()
 
 
+@pytest.mark.long
 def test_the_kernels_train_and_judge_as_plain_torch_does():
     """A few updates: longer, rounding would choose other actions."""
     settings = replace(SHORT, steps=64, warmup=32, updates=2)
@@ -139,6 +140,7 @@ def test_updates_wait_for_the_warmup_and_targets_follow_slowly():
     assert tickets.parameters.weight[0, tickets.arena.temperature] != 0
 
 
+@pytest.mark.long
 def test_pruning_while_training_keeps_exact_counts_and_masks_the_targets():
     method = replace(METHODS["rigl"], every=6)
     settings = replace(SHORT, n_step=2)

@@ -97,6 +97,7 @@ def test_other_sweeps_are_what_they_were():
     assert Sweep.from_dict(SPEC.to_dict()) == SPEC
 
 
+@pytest.mark.long
 def test_students_of_sac_are_squashed_and_imitate_the_gaussians(tmp_path):
     experts = BC(experts=1, expert="sac", expert_gate=-2_000.0, expert_steps=64)
     budget = PPO(steps=256, copies=2, horizon=64)

@@ -93,6 +93,7 @@ def test_a_simulated_sweep_runs_every_unit_once_in_order(tmp_path, unflushed):
     assert not list((tmp_path / "run" / "units").glob("*.lock*"))
 
 
+@pytest.mark.long
 def test_what_a_unit_costs_does_not_grow_with_their_number(tmp_path, unflushed):
     """In calls, which no other process slows down; a list of all units per unit would show."""
 
@@ -121,6 +122,7 @@ def cluster():
         yield cluster
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_the_driver_gives_the_local_table_and_adds_up(expected, tmp_path):
     steps = []
@@ -176,6 +178,7 @@ def interrupt(description, steps):
     raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_sweeps_of_a_study_share_the_cluster(cluster, expected, tmp_path):
     poor = replace(faults.SPEC, bc=replace(faults.SPEC.bc, expert_gate=1e9))
     said = []

@@ -621,6 +621,7 @@ class TestResults:
         with pytest.raises(StoreError, match="holds no run"):
             load_results(tmp_path / "nowhere")
 
+    @pytest.mark.long
     def test_import_is_light(self):
         code = (
             "import sys, sparse_tickets.sweep.store\n"

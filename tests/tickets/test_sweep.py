@@ -209,6 +209,7 @@ def test_initial_weights_are_shared_by_algorithms_conditions_and_levels(finished
         assert torch.equal(ticket.initial[prunable:], whole[prunable:])
 
 
+@pytest.mark.long
 def test_the_same_spec_twice_and_in_other_chunks_gives_the_same_table(finished, tmp_path):
     for chunk in (1, 64):
         run(replace(SPEC, chunk=chunk), tmp_path / str(chunk))
@@ -246,6 +247,7 @@ def test_a_killed_sweep_resumes_to_the_same_table(share, finished, tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.long
 def test_two_processes_share_a_store(finished, tmp_path):
     out = tmp_path / "run"
     children = [start(out) for _ in range(2)]
@@ -676,6 +678,7 @@ OUT_OF_MEMORY = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "error",
     [pytest.param(e, marks=[pytest.mark.slow] * (e is not exhaust_torch)) for e in OUT_OF_MEMORY],
@@ -695,6 +698,7 @@ def test_out_of_memory_halves_the_population_and_changes_no_result(
     assert sum(done) == total_steps(spec)
 
 
+@pytest.mark.long
 def test_what_memory_holds_no_single_ticket_of_is_said(tmp_path, monkeypatch, capsys):
     too_many(monkeypatch, 0, exhaust_torch)
     spec = replace(TINY, levels=1, chunk=4)

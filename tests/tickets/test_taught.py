@@ -162,6 +162,7 @@ SPEC = Sweep(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("states", ["student", "replay"])
 def test_sweeps_of_them_are_verified_and_chunks_change_nothing(states, tmp_path, capsys):
     spec = replace(SPEC, bc=bc.BC(experts=2, expert_gate=0.0, states=states))

@@ -71,6 +71,7 @@ def test_a_fresh_run_agrees(finished, capsys):
     assert "disagrees" not in text
 
 
+@pytest.mark.long
 def test_every_cell_of_both_algorithms_agrees(finished, capsys):
     assert main(["verify", str(finished), "--cells", "99"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -78,6 +79,7 @@ def test_every_cell_of_both_algorithms_agrees(finished, capsys):
     assert text.count("agrees") == CELLS
 
 
+@pytest.mark.long
 def test_cells_are_spread_over_algorithms_and_levels(finished):
     table, agree = verify(finished, 4, Console(quiet=True))
     assert agree
@@ -86,6 +88,7 @@ def test_cells_are_spread_over_algorithms_and_levels(finished):
     assert places == {(algo, level) for algo in ("ppo", "bc") for level in ("0", "1")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("algo", ["ppo", "bc"])
 def test_replaced_final_weights_disagree(algo, copy, capsys):
     # Without weights the pole falls at once.
@@ -133,6 +136,7 @@ def test_a_small_difference_in_one_direction_disagrees(finished, monkeypatch):
     assert verify(finished, CELLS, Console(quiet=True))[1]
 
 
+@pytest.mark.long
 def test_a_replaced_start_disagrees(copy, capsys):
     def other_mask(ticket):
         mask = ticket.mask.roll(1)
@@ -147,6 +151,7 @@ def test_a_replaced_start_disagrees(copy, capsys):
     assert "differs" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_an_invented_return_disagrees(copy, capsys):
     tamper(copy, Unit("ppo", 1, 0), lambda t: t, rows=lambda row: row | {"return_final": 499.0})
     assert main(["verify", str(copy), "--cells", "99"]) == 1

@@ -179,6 +179,7 @@ def test_what_cannot_be_sent_says_so():
     GymEnv(make, 1, 2, workers=1).close()
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_is_told_of_and_replaced():
     env = GymEnv(Walk, 1, 4)
     env.reset(keys(1))
@@ -193,6 +194,7 @@ def test_a_worker_that_dies_is_told_of_and_replaced():
     assert len(played(Walk, 2)) == 302
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_the_workers():
     def stop(*_):
         raise KeyboardInterrupt
@@ -208,6 +210,7 @@ def test_an_interrupt_ends_the_workers():
     assert all(map(ended, pids))
 
 
+@pytest.mark.long
 def test_a_fork_has_workers_of_its_own():
     env = GymEnv(Walk, 1, 2)
     env.reset(keys(1))
@@ -226,6 +229,7 @@ def test_a_fork_has_workers_of_its_own():
     assert not _crew._shared
 
 
+@pytest.mark.long
 def test_workers_end_with_a_process_however_it_ends(tmp_path):
     """Also: a script needs no ``if __name__ == '__main__'``, and its workers are small."""
     script = tmp_path / "script.py"
