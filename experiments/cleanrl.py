@@ -9,8 +9,8 @@ the same settings as far as ours has them. The scripts' side is stored by `clean
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 
 import numpy as np
 import polars as pl
@@ -27,7 +27,8 @@ from sparse_tickets.population import initialise
 from sparse_tickets.sweep.protocols import protocol
 
 SEEDS = 5
-THEIRS, SAME, LECUN = "CleanRL's script", "ours", "ours, LeCun"
+THEIRS, HUBER = "CleanRL's script", "the script with Huber's loss"
+SAME, LECUN = "ours", "ours, LeCun"
 TITLES = {"ppo": "PPO", "dqn": "DQN"}
 RESAMPLES = 10_000
 
@@ -62,7 +63,9 @@ def specs(quick: bool) -> Iterator[tuple[str, str, Sweep]]:
 
 
 def collect(place: Place) -> pl.DataFrame:
-    found = [pl.read_parquet(RESULTS / "cleanrl_scripts.parquet").with_columns(who=pl.lit(THEIRS))]
+    scripts = pl.read_parquet(RESULTS / "cleanrl_scripts.parquet")
+    plain = pl.col("change") == ""
+    found = [scripts.with_columns(who=pl.when(plain).then(pl.lit(THEIRS)).otherwise(pl.lit(HUBER)))]
     for algo, name, spec in specs(place.quick):
         cells = place.once(
             f"cleanrl-{algo}-{spec.init}",
@@ -83,7 +86,7 @@ def dense(algo: str, spec: Sweep) -> pl.DataFrame:
 
 def who(cells: pl.DataFrame, algo: str) -> list[str]:
     there = set(cells.filter(pl.col("algo") == algo)["who"])
-    return [name for name in (THEIRS, SAME, LECUN) if name in there]
+    return [name for name in (THEIRS, HUBER, SAME, LECUN) if name in there]
 
 
 def finals(cells: pl.DataFrame, algo: str, name: str, metric: str) -> np.ndarray:
@@ -98,7 +101,7 @@ def curves(cells: pl.DataFrame, algo: str, name: str) -> np.ndarray:
     two ends: by sampled actions for PPO, which acts so, by greedy ones for DQN.
     """
     rows = cells.filter((pl.col("algo") == algo) & (pl.col("who") == name)).sort("seed")
-    if name == THEIRS:
+    if name in (THEIRS, HUBER):
         return np.array(rows["curve"].to_list())
     begin, points = {
         "ppo": ("return_initial_sampled", "curve_sampled"), "dqn": ("return_initial", "curve"),
@@ -128,36 +131,58 @@ def permutation(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float((apart >= seen - 1e-9).mean())
 
 
-def comparisons(cells: pl.DataFrame) -> Iterator[tuple[str, str, str, np.ndarray, np.ndarray]]:
-    """Algorithm, who of ours, of what, and the seeds' values: ours, theirs."""
+@dataclass(frozen=True)
+class Comparison:
+    """Of two groups of seeds.
+
+    Attributes:
+        algo: the algorithm.
+        name: who of ours.
+        script: who of theirs.
+        word: which return.
+        ours: ``[seeds]``.
+        theirs: ``[seeds]``.
+    """
+
+    algo: str
+    name: str
+    script: str
+    word: str
+    ours: np.ndarray
+    theirs: np.ndarray
+
+
+def comparisons(cells: pl.DataFrame) -> Iterator[Comparison]:
     for algo in TITLES:
-        for name in who(cells, algo)[1:]:
+        there = who(cells, algo)
+        for name, script in product((SAME, LECUN), (THEIRS, HUBER)):
+            if not {name, script} <= set(there):
+                continue
             if algo == "ppo":
-                one, other = (curves(cells, algo, each).mean(1) for each in (name, THEIRS))
-                yield algo, name, "learning curve", one, other
+                values = (curves(cells, algo, each).mean(1) for each in (name, script))
+                yield Comparison(algo, name, script, "learning curve", *values)
             for metric, word in (
                 ("return_final", "final, greedy"),
                 ("return_final_sampled", "final, sampled"),
             ):
-                yield (
-                    algo,
-                    name,
-                    word,
-                    *(finals(cells, algo, each, metric) for each in (name, THEIRS)),
-                )
+                values = (finals(cells, algo, each, metric) for each in (name, script))
+                yield Comparison(algo, name, script, word, *values)
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
-    same = [row for row in comparisons(cells) if row[1] == SAME]
+    same = [each for each in comparisons(cells) if (each.name, each.script) == (SAME, THEIRS)]
     shown = [
-        f"{TITLES[algo]}, {word} {signed(*difference(ours, theirs), digits=0)}"
-        for algo, _, word, ours, theirs in same
+        f"{TITLES[each.algo]}, {each.word} {signed(*difference(each.ours, each.theirs), digits=0)}"
+        for each in same
     ]
-    apart = [
-        f"{TITLES[algo]}'s {word} {'higher' if ours.mean() > theirs.mean() else 'lower'}"
-        for algo, _, word, ours, theirs in same
-        if permutation(ours, theirs) < 0.05
-    ]
+    told = []
+    for algo, title in TITLES.items():
+        apart = [
+            f"{each.word} {'higher' if each.ours.mean() > each.theirs.mean() else 'lower'}"
+            for each in same
+            if each.algo == algo and permutation(each.ours, each.theirs) < 0.05
+        ]
+        told.append(f"{title}: {', '.join(apart) or 'not told apart'}")
     seeds = cells.group_by("who", "algo").len()["len"].min()
     return Finding(
         ran=f"{cells['env'][0]}, dense PPO and DQN, {seeds} seeds each, "
@@ -165,7 +190,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         f"{cells['cleanrl'].drop_nulls()[0][:7]} (cut: 20% of the scripts' steps, {seeds} of 15 "
         "seeds, no Acrobot)",
         effect=f"ours minus the script's return: {'; '.join(shown)}",
-        verdict=f"differ: {', '.join(apart)}" if apart else "not told apart",
+        verdict="; ".join(told),
         text=text(cells),
         figures={"cleanrl": draw(cells)},
     )
@@ -174,13 +199,13 @@ def conclude(cells: pl.DataFrame) -> Finding:
 def text(cells: pl.DataFrame) -> str:
     rows = [
         [
-            f"{TITLES[algo]}, {name}, {word}",
-            f"{theirs.mean():.0f}",
-            f"{ours.mean():.0f}",
-            signed(*difference(ours, theirs), digits=0),
-            f"{permutation(ours, theirs):.2f}",
+            f"{TITLES[each.algo]}, {each.word}, {each.name} minus {each.script}",
+            f"{each.theirs.mean():.0f}",
+            f"{each.ours.mean():.0f}",
+            signed(*difference(each.ours, each.theirs), digits=0),
+            f"{permutation(each.ours, each.theirs):.2f}",
         ]
-        for algo, name, word, ours, theirs in comparisons(cells)
+        for each in comparisons(cells)
     ]
     versions = cells["versions"].drop_nulls()[0]
     return f"""The scripts ran as they are, with their defaults but for the number of steps
@@ -189,11 +214,11 @@ permutation. The scripts' curves are means of the episodes that end in a twentie
 ours lie between evaluations at its ends.
 
 PPO has the script's settings and initialisation; "LeCun" is what tickets here start from. Our DQN
-has the script's settings, but clips gradients and errors, lets its rate fall to zero and starts
-from LeCun's normals; its curve is greedy, while the script's episodes act at random in 5% of the
-steps at the end and in more before, so that only final returns are compared.
+has the script's settings, but Huber's loss for its squared error, clips gradients, lets its rate
+fall to zero and starts from LeCun's normals. Its curve is greedy, while the script's episodes act
+at random in 5% of the steps at the end and in more before, so that only final returns are compared.
 
-""" + markdown(["policy, return", "CleanRL", "ours", "difference", "p"], rows)
+""" + markdown(["algorithm, return, policies", "script", "ours", "difference", "p"], rows)
 
 
 def draw(cells: pl.DataFrame) -> Figure:

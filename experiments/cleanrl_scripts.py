@@ -4,7 +4,8 @@
 
 ``CLONE`` is a clone of CleanRL, ``PYTHON`` an interpreter with what its scripts import (gymnasium
 0.29.1, numpy below 2, tensorboard, tyro) and polars; nothing of this library is imported. Each seed
-of ``ppo.py`` and ``dqn.py`` trains with the script's defaults but for the number of steps. Kept are
+of ``ppo.py`` and ``dqn.py`` trains with the script's defaults but for the number of steps, and of
+``dqn.py`` once more with the loss that ours has, Huber's, in place of the squared error. Kept are
 the mean return of the episodes that ended in each of twenty windows of the training, and of 100
 fresh episodes of the final weights, by greedy and by sampled actions. Rows go to
 ``results/cleanrl_scripts.parquet``, seed by seed; those that are there are not trained again.
@@ -31,12 +32,21 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cleanrl_scripts.parquet"
 NETWORKS = {"ppo": "agent", "dqn": "q_network"}
+HUBER = "Huber loss"
+CHANGES = {"": ("", ""), HUBER: ("F.mse_loss", "F.smooth_l1_loss")}
+"""What is replaced in a script, and by what."""
+RUNS = (("ppo", ""), ("dqn", ""), ("dqn", HUBER))
 ENV, SEEDS, STEPS, WINDOWS, EPISODES = "CartPole-v1", 5, 100_000, 20, 100
 
 
-def train(clone: Path, algo: str, seed: int) -> dict:
+def train(clone: Path, algo: str, change: str, seed: int) -> dict:
     """Run a script to its end; what its episodes returned, and what its network returns."""
-    script = clone / "cleanrl" / f"{algo}.py"
+    text = (clone / "cleanrl" / f"{algo}.py").read_text()
+    old, new = CHANGES[change]
+    if old not in text:
+        raise ValueError(f"{algo}.py must have {old!r} for {change}, got a script without")
+    script = Path(f"{algo}.py")
+    script.write_text(text.replace(old, new) if change else text)
     sys.argv = [script.name, f"--seed={seed}", f"--env-id={ENV}", f"--total-timesteps={STEPS}"]
     said, begun = io.StringIO(), time.perf_counter()
     with redirect_stdout(said):
@@ -48,6 +58,7 @@ def train(clone: Path, algo: str, seed: int) -> dict:
     network = names[NETWORKS[algo]]
     return {
         "algo": algo,
+        "change": change,
         "env": ENV,
         "seed": seed,
         "curve": [returns[window == each].mean() for each in range(WINDOWS)],
@@ -83,12 +94,12 @@ def main(clone: Path) -> None:
     commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     used = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy"))
     table = pl.read_parquet(RESULTS) if RESULTS.exists() else None
-    for algo in NETWORKS:
+    for algo, change in RUNS:
         for seed in range(1, SEEDS + 1):
-            if table is not None and len(table.filter(algo=algo, seed=seed)):
+            if table is not None and len(table.filter(algo=algo, change=change, seed=seed)):
                 continue
-            row = train(clone, algo, seed) | {"cleanrl": commit, "versions": used}
-            print(algo, seed, row["return_final"], row["wall_s"], flush=True)
+            row = train(clone, algo, change, seed) | {"cleanrl": commit, "versions": used}
+            print(algo, change, seed, row["return_final"], row["wall_s"], flush=True)
             new = pl.DataFrame([row])
             table = new if table is None else pl.concat([table, new])
             table.write_parquet(RESULTS)
