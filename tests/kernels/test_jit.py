@@ -49,7 +49,7 @@ def test_every_kernel_that_is_launched_says_it() -> None:
                 launched += 1
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 assert ast.unparse(node.func.value).endswith("kernel"), f"{where} launches what?"
-    assert launched > 30
+    assert launched > 20
 
 
 @pytest.mark.parametrize("op", ops_with_kernels())
