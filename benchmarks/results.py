@@ -115,12 +115,11 @@ class Run:
         return Ceilings(product, self.copies).bound(record.cost)
 
 
-def device_slug(device: str, cores: int | None = None) -> str:
+def device_slug(device: str) -> str:
     """A file name for the hardware."""
     if torch.device(device).type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
-    count = available_cores() if cores is None else cores
-    return _slug(f"cpu {_cpu()} {count}c")
+    return _slug(f"cpu {_cpu()} {available_cores()}c")
 
 
 def provenance(suite: str, device: str, ceilings: Ceilings | None, rounds: int = 0) -> Run:
