@@ -30,6 +30,7 @@ from experiments.frame import (
 )
 from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels, train
 from sparse_tickets import Sweep, load_results
+from sparse_tickets.analysis.statistics import sign_flip
 from sparse_tickets.population import initialise
 from sparse_tickets.sweep.store import Store
 
@@ -240,8 +241,7 @@ from the ordinary network under the same method, dense at 100%."""
         rows = [[name, *_wide_fields(cells, algo, name)] for name in wide]
         if rows:
             paragraphs.append(markdown([f"{title}, final return, twice as wide", *shown], rows))
-    if dense := _wide_dense(cells):
-        paragraphs.append(f"Dense, the wide networks end at {dense}.")
+    paragraphs += _wide_dense(cells)
     return "\n\n".join(paragraphs)
 
 
@@ -265,12 +265,26 @@ def _wide_fields(cells: pl.DataFrame, algo: str, name: str) -> list[str]:
     ]
 
 
-def _wide_dense(cells: pl.DataFrame) -> str:
-    there = cells.filter((pl.col("width") == WIDER) & (pl.col("method") == DENSE))
-    return " and ".join(
-        f"{matrix(cells, algo, DENSE, 'return_final', WIDER).mean():.2f} ({title})"
-        for algo, title in algorithms(there).items()
-    )
+def _wide_dense(cells: pl.DataFrame) -> list[str]:
+    """What wide networks return dense, and by how much gradual pruning changes that."""
+    found = []
+    for algo, title in algorithms(cells).items():
+        there = cells.filter((pl.col("width") == WIDER) & (pl.col("algo") == algo))
+        if not {DENSE, METHODS["gradual"]} <= set(there["method"]):
+            continue
+        dense, gradual = (
+            matrix(cells, algo, name, "return_final", WIDER)[:, 0]
+            for name in (DENSE, METHODS["gradual"])
+        )
+        gap = signed(*effect(gradual - dense), digits=2)
+        p = sign_flip(gradual - dense)
+        found.append(f"{dense.mean():.2f}, pruned {gap} (p {p:.2f}) ({title})")
+    if not found:
+        return []
+    return [
+        "Dense, and by how much that changes where they are pruned gradually to as many weights as "
+        f"an ordinary dense network has, wide networks end at: {'; '.join(found)}."
+    ]
 
 
 def draw(cells: pl.DataFrame) -> Figure:
