@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -37,7 +38,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
-__all__ = ["WORTH_A_THREAD", "count_threads", "end_idle_threads", "share"]
+__all__ = ["WORTH_A_THREAD", "count_threads", "end_idle_threads", "one_thread", "share"]
 
 WORTH_A_THREAD = 1 << 19
 """Multiply-adds (or floats moved) per thread below which waking one costs more than it saves."""
@@ -128,6 +129,17 @@ def end_idle_threads() -> None:
     What needs several threads next starts them again, which takes tens of microseconds.
     """
     _find_pause()()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on the calling thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _INDEX, _POINTER = ir.IntType(64), ir.IntType(8).as_pointer()

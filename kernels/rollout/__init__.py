@@ -3,8 +3,7 @@
 An environment is anything with the attributes and methods of `sparse_tickets.envs.spec.Env`. Where
 its physics is one of `kernels.dynamics`, policy and physics are fused into one call: on the CPU in
 Numba (`cpu.py`), on a GPU in Triton (`gpu.py`) if the networks fit its registers. Everything else
-takes the loop of `reference.py`, with `mlp`'s kernels where the physics is not built in; `plan`
-says which and why.
+takes the loop of `reference.py`; `plan` says which and why.
 
 Actions are drawn from each ticket's key at the environment's clock: discrete ones by `categorical`
 with ``uniform(key, E, step=clock)``, continuous ones as ``mean + exp(log_std) * noise`` with
@@ -20,8 +19,11 @@ distribution it takes action 0 with log-probability NaN, which makes NaN of its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from ..memory import check_separate, mark_written
 from ..mlp import mlp
 from ..random import Stream, bits
 from ..registration import eager
+from ..threads import WORTH_A_THREAD, one_thread
 from . import reference
 from .reference import Rollout
 
@@ -166,8 +169,8 @@ def evaluate(
     if env.task is None:
         low, high = bits(key, 2, stream=Stream.EVAL_RESET, step=index).unbind(1)
         obs = env.reset(low | (high << 32))
-        apply = partial(_apply, parameters, density)
-        return reference.evaluate(weight, arena, env, obs, key, index, greedy, apply)
+        with _in_turn(parameters, arena, env, density) as apply:
+            return reference.evaluate(weight, arena, env, obs, key, index, greedy, apply)
     backend, _ = _choose(arena, env, weight.device)
     world = env.task, env.copies, env.offset, env.scale
     if backend == "cpu":
@@ -224,9 +227,29 @@ def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) 
     return Plan("rollout", "cpu", "/".join("csr" if s else "dense" for s in sparse), reason)
 
 
+@contextmanager
+def _in_turn(
+    parameters: Parameters, arena: Arena, env: Any, density: float
+) -> Iterator[reference.Apply | None]:
+    """How to run networks between the steps of simulators that have the cores to themselves.
+
+    A ticket's small batch is plain torch's on one thread: torch wakes others for a few numbers,
+    which then spin where simulators wait, and its products may differ with their number. A larger
+    one is worth `mlp`'s kernels, which no number of threads changes.
+    """
+    if getattr(env, "workers", None) is None or parameters.weight.device.type != "cpu":
+        yield None
+        return
+    weights = sum(a * b for net in arena.nets for a, b in pairwise(net.sizes))
+    if env.copies * weights >= WORTH_A_THREAD:
+        yield partial(_apply, parameters, float(density))
+        return
+    with one_thread():
+        yield None
+
+
 def _apply(parameters: Parameters, density: float, obs: Tensor, net: Net) -> Tensor:
-    """A network where the physics is not built in: unlike torch's, the same on any threads."""
-    return mlp(obs, parameters.weight.detach(), net, parameters.mask, density=float(density))
+    return mlp(obs, parameters.weight.detach(), net, parameters.mask, density=density)
 
 
 def _without_critics(arena: Arena) -> Arena:
@@ -239,7 +262,7 @@ def _choose(arena: Arena, env: Any, device: torch.device) -> tuple[Backend, str]
     if backend == "reference":
         return backend, PLAIN_TORCH
     if env.task is None:
-        return "reference", f"a loop of ops: the physics of {env.spec.name} is not built in"
+        return "reference", f"a loop of torch ops: the physics of {env.spec.name} is not built in"
     if backend == "cpu":
         return backend, "policy and physics fused; compressed rows where they beat tiles"
     from .policy_gpu import misfit
@@ -270,8 +293,8 @@ def _run(
     stream = check_integer("stream", stream, 0, 1 << 32)
     weight, obs = parameters.weight.detach(), obs.detach()
     if env.task is None:
-        apply = partial(_apply, parameters, density)
-        return reference.rollout(weight, arena, env, obs, key, steps, stream, apply)
+        with _in_turn(parameters, arena, env, density) as apply:
+            return reference.rollout(weight, arena, env, obs, key, steps, stream, apply)
     _check_copies(env, obs)
     if isinstance(env.clock, Tensor):
         # Of a captured call every replay goes on from where the last one ended.

@@ -181,11 +181,12 @@ class Iteration(ReplayIteration):
 
     def __call__(self) -> None:
         settings, population, buffer = self._settings, self._population, self.buffer
-        for _ in range(settings.horizon):
-            action = explore(population, self._obs, self.epsilon, self._key, self._env.clock)
-            step = self._env.step(action)
-            buffer.add(self._obs, action, step)
-            self._obs = step.obs
+        with self._acting():
+            for _ in range(settings.horizon):
+                action = explore(population, self._obs, self.epsilon, self._key, self._env.clock)
+                step = self._env.step(action)
+                buffer.add(self._obs, action, step)
+                self._obs = step.obs
         taken = self._number * settings.batch
         if (taken + settings.batch) // settings.target_interval > taken // settings.target_interval:
             self._target.copy_(population.parameters.weight)

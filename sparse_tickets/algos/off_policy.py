@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sparse_tickets.algos.buffer import ReplayBuffer
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env, open_env
+from sparse_tickets.kernels.threads import one_thread
 from sparse_tickets.population import Population
 
 __all__ = ["Budget", "ReplayIteration", "learn"]
@@ -102,6 +104,11 @@ class ReplayIteration(ABC):
     @abstractmethod
     def __call__(self) -> None:
         """One iteration."""
+
+    def _acting(self) -> AbstractContextManager[None]:
+        """Simulators in processes have the cores to themselves between updates."""
+        workers = getattr(self._env, "workers", None)
+        return nullcontext() if workers is None or self._key.is_cuda else one_thread()
 
     @abstractmethod
     def schedule(self, iteration: int) -> None:

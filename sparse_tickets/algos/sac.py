@@ -169,14 +169,15 @@ class Iteration(ReplayIteration):
         env, buffer = self._env, self.buffer
         random = self._number * settings.batch < settings.warmup
         bounds = env.spec.action_low, env.spec.action_high
-        for _ in range(settings.horizon):
-            if random:
-                action = explore(self._key, env.copies, population.arena.actions, env.clock)
-            else:
-                action = act(population, self._obs, self._key, env.clock)
-            step = env.step(squashed.within_bounds(action, *bounds))
-            buffer.add(self._obs, action, step)
-            self._obs = step.obs
+        with self._acting():
+            for _ in range(settings.horizon):
+                if random:
+                    action = explore(self._key, env.copies, population.arena.actions, env.clock)
+                else:
+                    action = act(population, self._obs, self._key, env.clock)
+                step = env.step(squashed.within_bounds(action, *bounds))
+                buffer.add(self._obs, action, step)
+                self._obs = step.obs
         if self._number >= self._learns_from:
             sac_update_(
                 population.parameters,

@@ -86,6 +86,7 @@ class GymEnv:
     Attributes:
         clock: steps since `reset`.
         task: None: no fused kernel knows the physics.
+        workers: how many processes step the copies.
         faults: of each ticket by its index, what it was returned first that is not finite.
 
     Raises:
@@ -139,9 +140,9 @@ class GymEnv:
         count, name = tickets * copies, self.spec.name
         shape, dtype = self._action_space.shape, self._action_space.dtype
         layout = Layout(count, read.observation_dim, shape, np.dtype(dtype).str)  # type: ignore[arg-type]
-        processes = workers_for(workers, count, isinstance(make_one, _Registered))
-        if processes > 1:
-            self._stepper: Shared | Stepper = Shared(make_one, layout, processes, name, copies)
+        self.workers = workers_for(workers, count, isinstance(make_one, _Registered))
+        if self.workers > 1:
+            self._stepper: Shared | Stepper = Shared(make_one, layout, self.workers, name, copies)
         else:
             self._stepper = Stepper(make_one, layout.arrays(), range(count), name, copies)
 

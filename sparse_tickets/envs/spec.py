@@ -102,7 +102,9 @@ class Env(Protocol):
 
     A ticket's episodes depend on its key and its own actions alone, never on the other tickets.
     Two methods are optional: ``close()``, to release what the copies hold, and ``rest(resting)``,
-    which evaluation calls with the copies ``[P, E]`` that need not act until the next `reset`.
+    which evaluation calls with the copies ``[P, E]`` that need not act until the next `reset`. One
+    whose copies are stepped by processes may say so as ``workers``: small policies then act on one
+    thread, and leave the cores to them.
 
     Attributes:
         spec: spaces and observation scale.

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from sparse_tickets import Sweep, run_sweep
-from sparse_tickets.envs import GymEnv, gym_spec, use_workers
+from sparse_tickets.envs import GymEnv, env_spec, gym_spec, use_workers
 from sparse_tickets.envs.workers import _crew, workers_for
 from sparse_tickets.kernels.random import Stream, uniform
+from sparse_tickets.kernels.rollout import rollout
+from sparse_tickets.population import Population, initialise, policy_arena
 from sparse_tickets.sweep import engines
 from sparse_tickets.sweep.plugins import load_source, place_of
 
@@ -167,6 +169,17 @@ def test_torchs_idle_threads_leave_their_cores_to_the_workers():
     while tasks() > alone:  # one that was joined may still be listed
         assert time.monotonic() < deadline
     assert torch.equal(x * 2, doubled)
+    # Nor does acting wake any, as torch's softmax of a few numbers would.
+    env.step(act(env, 0))
+    arena = policy_arena(env_spec("CartPole-v1"))
+    population = Population.create(arena, initialise(arena, keys(4)))
+    cart = GymEnv("CartPole-v1", 4, 2)
+    obs = cart.reset(keys(4))
+    alone = tasks()
+    rollout(population.parameters, arena, cart, obs, keys(4), 3)
+    assert tasks() == alone
+    assert torch.get_num_threads() == 2
+    cart.close()
     torch.set_num_threads(before)
     env.close()
 
