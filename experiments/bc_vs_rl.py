@@ -64,7 +64,9 @@ def collect(place: Place) -> pl.DataFrame:
 
 
 def studies(cells: pl.DataFrame) -> dict[str, pl.DataFrame]:
-    return {name: part for (name,), part in cells.group_by("study", maintain_order=True)}
+    """Those in which cloning has begun."""
+    parts = cells.group_by("study", maintain_order=True)
+    return {name: part for (name,), part in parts if "bc" in set(part["algo"])}
 
 
 def contests(cells: pl.DataFrame) -> list[tuple[str, str]]:
