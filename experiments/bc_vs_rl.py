@@ -247,17 +247,6 @@ def draw(table: pl.DataFrame, cells: pl.DataFrame) -> Figure:
             low, high = (np.nan if row[end] is None else row[end] for end in ("low", "high"))
             panel.plot([low, high], [height] * 2, color=look["color"], linewidth=1.2)
             panel.plot([row["difference"]], [height], linestyle="", markersize=4.5, **look)
-            if panel is grid.flat[len(shown) - 1] and row["condition"] == TICKET:
-                panel.annotate(
-                    f"{METRICS[row['metric']]} actions",
-                    (np.nanmax([high, row["difference"]]), height),
-                    (4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=6.5,
-                    color=look["color"],
-                    annotation_clip=False,
-                )
         panel.set_title(f"{study}, {here['pairs'].max() or 0} pairs")
         panel.set_xlabel(f"levels by which cloning outlasts {RIVALS[rival]}")
         panel.grid(axis="x", color=PALE, linewidth=0.4)
@@ -270,8 +259,11 @@ def draw(table: pl.DataFrame, cells: pl.DataFrame) -> Figure:
         [c if c in single else f"{c}\n{kind} controls" for c, kind in places],
     )
     grid[0, 0].set_ylim(-len(places) + 0.5, 0.5)
-    tasks = " and ".join(cells["env"].unique(maintain_order=True))
-    head(figure, tasks, "difference of degradation levels, 95% interval", None)
+    tasks = ", ".join(cells["env"].unique(maintain_order=True))
+    detail = (
+        "difference of degradation levels, 95% interval; filled: greedy actions, hollow: sampled"
+    )
+    head(figure, tasks, detail, None)
     return figure
 
 
