@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
 from experiments.sweeps import (
@@ -249,6 +250,7 @@ def draw(table: pl.DataFrame, cells: pl.DataFrame) -> Figure:
             panel.plot([row["difference"]], [height], linestyle="", markersize=4.5, **look)
         panel.set_title(f"{study}, {here['pairs'].max() or 0} pairs")
         panel.set_xlabel(f"levels by which cloning outlasts {RIVALS[rival]}")
+        panel.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         panel.grid(axis="x", color=PALE, linewidth=0.4)
         panel.set_axisbelow(True)
         panel.tick_params(axis="y", length=0, labelcolor=INK)
