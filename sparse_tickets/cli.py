@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparse_tickets.algos.bc import ExpertError
+from sparse_tickets.algos.teaching import ExpertError
 from sparse_tickets.commands import (
     BenchCommand,
     InspectCommand,

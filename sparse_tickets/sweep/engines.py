@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_tickets.algos.bc import ExpertError
+from sparse_tickets.algos.teaching import ExpertError
 from sparse_tickets.envs import use_workers
 from sparse_tickets.sweep import run as local
 from sparse_tickets.sweep.plugins import load_plugins

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from sparse_tickets.algos import bc
+from sparse_tickets.algos import bc, teaching
 from sparse_tickets.algos.algorithm import Demonstrations, Taught
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.files import StoreError, leftovers, remove_leftovers
@@ -130,12 +130,12 @@ class Teacher:
         with memory_explained("drawing demonstrations"):
             return self._shown(experts)
 
-    def _shown(self, experts: bc.Experts) -> Taught:
+    def _shown(self, experts: teaching.Experts) -> Taught:
         spec, arena = self._spec, self._spec.expert_arena
         if spec.bc.states == "student":
-            return bc.networks(experts, arena, temperature=spec.bc.temperature)
+            return teaching.networks(experts, arena, temperature=spec.bc.temperature)
         if spec.bc.states == "replay":
-            return bc.history(
+            return teaching.history(
                 experts,
                 spec.ppo,
                 spec.env,
@@ -144,14 +144,14 @@ class Teacher:
                 log_std=spec.log_std,
                 on_iteration=lambda steps: self._notify("experts", steps),
             )
-        return bc.demonstrations(
+        return teaching.demonstrations(
             experts, spec.env, arena, spec.ppo.steps, temperature=spec.bc.temperature
         )
 
-    def _experts(self) -> bc.Experts:
+    def _experts(self) -> teaching.Experts:
         stored = read_data(self._store, "experts")
         if stored is not None:
-            experts = bc.Experts(**stored)
+            experts = teaching.Experts(**stored)
             return experts._replace(weight=experts.weight.to(self._device))
         experts = make_experts(
             self._spec,
@@ -201,9 +201,9 @@ def make_experts(
     spec: Sweep,
     on_iteration: Callable[[int], None] | None = None,
     device: torch.device | str = "cpu",
-) -> bc.Experts:
+) -> teaching.Experts:
     """Train the experts that the sweep's students imitate."""
-    return bc.train_experts(
+    return teaching.train_experts(
         spec.bc,
         spec.expert_budget,
         spec.env,
@@ -259,12 +259,12 @@ def write_demonstrations(
     stored = read_data(store, "experts")
     if stored is None:
         raise StoreError(f"{store.data} has no intact experts: run a sweep that clones some")
-    experts = bc.Experts(**stored)
+    experts = teaching.Experts(**stored)
     minari().write(
         datasets,
-        bc.demonstrators(experts, spec.expert_arena, spec.bc.temperature),
+        teaching.demonstrators(experts, spec.expert_arena, spec.bc.temperature),
         spec.env,
-        bc.dataset_keys(experts, spec.env),
+        teaching.dataset_keys(experts, spec.env),
         spec.ppo.steps if steps is None else steps,
         algorithm_name=spec.bc.expert.upper(),
     )

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from sparse_tickets.algos.bc import ExpertError
+from sparse_tickets.algos.teaching import ExpertError
 from sparse_tickets.files import StoreError, write_atomic
 from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.data import data_file, read_data

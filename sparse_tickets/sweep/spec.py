@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from sparse_tickets.algos.algorithm import Budget
-from sparse_tickets.algos.bc import BC, FIRST_EXPERT_SEED
+from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.algos.registry import ALGORITHMS, find_algorithm
 from sparse_tickets.algos.sac import SAC
+from sparse_tickets.algos.teaching import FIRST_EXPERT_SEED
 from sparse_tickets.conditions import find_condition
 from sparse_tickets.dynamic import METHODS, Pruning
 from sparse_tickets.envs import EnvSpec, env_spec

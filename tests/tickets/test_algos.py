@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_tickets.algos import bc, ppo
+from sparse_tickets.algos import bc, ppo, teaching
 from sparse_tickets.algos.evaluation import BEST_INDEX, FINAL_INDEX, Evaluation, Evaluator
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.envs import GymEnv, env_spec, gym_spec, make_env, register_env
@@ -49,10 +49,10 @@ def rows(dense, chosen):
 def experts():
     """Two PPO experts on CartPole, and their data set."""
     arena = policy_arena(env_spec(CARTPOLE), (16, 16))
-    trained = bc.train_experts(
+    trained = teaching.train_experts(
         bc.BC(experts=2), QUICK, CARTPOLE, arena, 100.0, evaluation=Evaluation(1, 1, 20)
     )
-    return arena, trained, bc.demonstrations(trained, CARTPOLE, arena, QUICK.steps)
+    return arena, trained, teaching.demonstrations(trained, CARTPOLE, arena, QUICK.steps)
 
 
 def test_ppo_learns_cartpole():
@@ -96,7 +96,7 @@ def test_demonstrations_are_the_experts_own_distributions(experts):
     expert = Population.create(arena, trained.weight)
     expected = expert.actor(dataset.obs).log_softmax(-1)
     torch.testing.assert_close(dataset.target, expected, rtol=1e-4, atol=1e-4)
-    again = bc.demonstrations(trained, CARTPOLE, arena, QUICK.steps)
+    again = teaching.demonstrations(trained, CARTPOLE, arena, QUICK.steps)
     assert torch.equal(again.obs, dataset.obs)
 
 
@@ -105,14 +105,16 @@ def test_experts_are_the_first_that_pass_the_gate(experts):
     assert (trained.returns >= 100).all()
     seeds = trained.seeds.tolist()
     assert seeds == sorted(seeds)
-    assert min(seeds) >= bc.FIRST_EXPERT_SEED
+    assert min(seeds) >= teaching.FIRST_EXPERT_SEED
 
 
 def test_too_few_experts_say_what_was_reached_and_what_to_do():
     arena = policy_arena(env_spec(CARTPOLE), (8,))
     settings = bc.BC(experts=2, expert_tries=2)
-    with pytest.raises(bc.ExpertError) as error:
-        bc.train_experts(settings, SHORT, CARTPOLE, arena, 499.0, evaluation=Evaluation(1, 1, 3))
+    with pytest.raises(teaching.ExpertError) as error:
+        teaching.train_experts(
+            settings, SHORT, CARTPOLE, arena, 499.0, evaluation=Evaluation(1, 1, 3)
+        )
     message = str(error.value)
     assert "only 0 of 2 PPO experts on CartPole-v1 reached a return of 499" in message
     assert "--bc.expert-steps" in message
@@ -270,8 +272,8 @@ def test_continuous_actions(algo):
     if algo == "ppo":
         result = ppo.train(settings, "Pendulum-v1", tickets, key, evaluation=FEW)
     else:
-        expert = bc.Experts(initialise(arena, key, log_std=-1.0), torch.zeros(2), key)
-        dataset = bc.demonstrations(expert, "Pendulum-v1", arena, 512)
+        expert = teaching.Experts(initialise(arena, key, log_std=-1.0), torch.zeros(2), key)
+        dataset = teaching.demonstrations(expert, "Pendulum-v1", arena, 512)
         assert dataset.target.shape == (2, 512, 2)
         assert (dataset.target[..., 1] == -1).all()
         result = bc.train(

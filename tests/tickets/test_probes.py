@@ -6,7 +6,7 @@ import pytest
 import torch
 from probes import CONTINUOUS, GAMMA, PROBES, register_probes
 
-from sparse_tickets.algos import bc, dqn, ppo, sac
+from sparse_tickets.algos import bc, dqn, ppo, sac, teaching
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.envs import env_spec
 from sparse_tickets.kernels.mlp import mlp
@@ -187,11 +187,11 @@ def test_sac_reaches_the_known_values(name, density):
 def test_cloning_does_what_its_experts_do(name):
     experts = fresh(name, 1.0)[0].arena
     settings = bc.BC(experts=2)
-    trained = bc.train_experts(
+    trained = teaching.train_experts(
         settings, SETTINGS, name, experts, 0.9, evaluation=ONCE, log_std=-1.0
     )
     population, key = fresh(name, 0.5, critic=False)
-    data = bc.demonstrations(trained, name, experts, 256)
+    data = teaching.demonstrations(trained, name, experts, 256)
     result = bc.train(
         SETTINGS, name, population, key, data, torch.arange(TICKETS) % 2, evaluation=ONCE
     )

@@ -167,7 +167,7 @@ def test_a_unit_that_another_process_works_on_is_left_to_it(cluster, expected, t
 def test_what_goes_wrong_in_a_task_is_what_went_wrong(cluster, tmp_path):
     from dataclasses import replace
 
-    from sparse_tickets.algos.bc import ExpertError
+    from sparse_tickets.algos.teaching import ExpertError
 
     spec = replace(faults.SPEC, bc=replace(faults.SPEC.bc, expert_gate=1e9), algos=("bc",))
     with pytest.raises(ExpertError):

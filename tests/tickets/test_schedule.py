@@ -10,7 +10,7 @@ import pytest
 from benchmarks.pretended_ray import Lost, PretendedRay
 from benchmarks.scheduling import Trainer, simulate, spec_of
 from sparse_tickets import run_sweep
-from sparse_tickets.algos.bc import ExpertError
+from sparse_tickets.algos.teaching import ExpertError
 from sparse_tickets.cli import main
 from sparse_tickets.files import StoreError
 from sparse_tickets.sweep.cells import units_before

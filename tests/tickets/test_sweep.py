@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from sparse_tickets import files, run_sweep
-from sparse_tickets.algos import bc
-from sparse_tickets.algos.bc import BC, ExpertError
+from sparse_tickets.algos import teaching
+from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.algos.teaching import ExpertError
 from sparse_tickets.envs import registry
 from sparse_tickets.files import StoreError
 from sparse_tickets.provenance import commit, processor
@@ -399,13 +400,13 @@ def test_cloning_does_not_go_on_with_other_demonstrations(copy, finished):
 
 def test_other_demonstrations_made_anew_are_not_stored(copy, monkeypatch):
     lose(copy, "data/demonstrations*", "units/bc-level-02*")
-    make = bc.demonstrations
+    make = teaching.demonstrations
 
     def other_rounding(*args, **kwargs):
         data = make(*args, **kwargs)
         return data._replace(target=data.target + 1e-6)
 
-    monkeypatch.setattr(bc, "demonstrations", other_rounding)
+    monkeypatch.setattr(teaching, "demonstrations", other_rounding)
     with pytest.raises(StoreError, match="mixes different demonstrations"):
         run(SPEC, copy)
     assert not (copy / "data" / "demonstrations.safetensors").exists()

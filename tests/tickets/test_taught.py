@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_tickets.algos import bc, ppo
+from sparse_tickets.algos import bc, ppo, teaching
 from sparse_tickets.algos.algorithm import History, Networks
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
@@ -31,14 +31,14 @@ ASSIGNMENT = torch.tensor([1, 0, 1])
 
 @pytest.fixture(scope="module")
 def experts():
-    return bc.train_experts(bc.BC(experts=2), SHORT, ENV, EXPERT, 0.0, evaluation=FEW)
+    return teaching.train_experts(bc.BC(experts=2), SHORT, ENV, EXPERT, 0.0, evaluation=FEW)
 
 
 @pytest.fixture(scope="module")
 def taught(experts):
     return {
-        "student": bc.networks(experts, EXPERT),
-        "replay": bc.history(experts, SHORT, ENV, EXPERT),
+        "student": teaching.networks(experts, EXPERT),
+        "replay": teaching.history(experts, SHORT, ENV, EXPERT),
     }
 
 
@@ -138,13 +138,13 @@ def test_students_learn_each_by_itself_and_go_on_where_they_were(states, taught)
 def test_networks_keep_what_students_are_to_imitate():
     swing = policy_arena(env_spec("Pendulum-v1"), (6,))
     weight = initialise(swing, torch.tensor([1, 2]), log_std=-0.7)
-    experts = bc.Experts(weight, torch.zeros(2), torch.tensor([1, 2]))
-    shown = bc.networks(experts, swing)
+    experts = teaching.Experts(weight, torch.zeros(2), torch.tensor([1, 2]))
+    shown = teaching.networks(experts, swing)
     alone = policy_arena(env_spec("Pendulum-v1"), (6,), critic=False)
     obs = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(mlp(obs, shown.weight, alone.actor), mlp(obs, weight, swing.actor))
     assert (shown.weight[:, alone.log_std :] == -0.7).all()
-    sharp = bc.networks(bc.Experts(weight, *experts[1:]), swing, temperature=0.5)
+    sharp = teaching.networks(teaching.Experts(weight, *experts[1:]), swing, temperature=0.5)
     torch.testing.assert_close(
         mlp(obs, sharp.weight, alone.actor), 2 * mlp(obs, weight, swing.actor)
     )
