@@ -38,7 +38,9 @@ def collect(place: Place) -> pl.DataFrame:
         # Cloning at more levels stands beside PPO.
         cells = _study("CartPole, DQN", dqn(place)[1])
         found.append(cells.filter(pl.col("algo") == "dqn"))
-    others = {"Acrobot": acrobot, "Pendulum": pendulum, "MountainCar": mountain_car}
+    others = {"Acrobot": acrobot}
+    if not place.quick:
+        others |= {"Pendulum": pendulum, "MountainCar": mountain_car}
     for name, sweep in others.items():
         if place.begun(name.lower()) or not place.partial:
             found.append(_study(name, sweep(place)[1]))

@@ -199,7 +199,7 @@ def quickly(spec: Sweep) -> Sweep:
         levels=3,
         ppo=replace(spec.ppo, copies=4, horizon=32, minibatches=2, steps=8 * 128),
         dqn=replace(spec.dqn, steps=1024, warmup=64, updates=4),
-        bc=replace(spec.bc, experts=1, expert_gate=-1e9),
+        bc=replace(spec.bc, experts=1, expert_gate=-1e9, expert_steps=None),
         evaluation=Evaluation(points=2, episodes=4, final_episodes=4),
     )
 
