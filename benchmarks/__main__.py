@@ -1,4 +1,4 @@
-"""The command line: run, steps, jobs, returns, scheduling, report, compare, instructions."""
+"""The command line: run, steps, jobs, returns, simulators, scheduling, report and others."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .report import write_report
 from .results import RESULTS, load, newest
 from .runner import run_suite
 from .scheduling import SIZES, run_scheduling
+from .simulators import run_simulators
 from .suites import SUITES
 
 __all__ = ["main"]
@@ -96,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     returns.add_argument("--only", default="", help="jobs whose label contains this")
     returns.add_argument("--out", type=Path, help="default: results/jobs/<device>-returns.json")
 
+    slow = commands.add_parser("simulators", help="PPO where the simulator is a Python object")
+    slow.set_defaults(command=_simulators)
+    slow.add_argument("--rounds", type=int, default=5)
+    slow.add_argument("--only", default="", help="environments whose name contains this")
+    slow.add_argument("--out", type=Path, help="default: results/simulators/<device>-<date>.json")
+
     units = commands.add_parser("scheduling", help="what a sweep's driver costs per unit")
     units.set_defaults(command=_scheduling)
     units.add_argument("--units", type=int, nargs="+", default=SIZES)
@@ -136,6 +143,11 @@ def _jobs(options: argparse.Namespace, console: Console) -> int:
 
 def _returns(options: argparse.Namespace, console: Console) -> int:
     run_returns(console, options.seeds, options.only, options.out)
+    return 0
+
+
+def _simulators(options: argparse.Namespace, console: Console) -> int:
+    run_simulators(console, options.rounds, options.only, options.out)
     return 0
 
 

@@ -1,0 +1,260 @@
+"""PPO where the simulator is a Python object: ours beside Stable-Baselines3 and the simulator.
+
+`python -m benchmarks simulators` trains a population on gymnasium's Hopper-v5 and LunarLander-v3,
+stepped in one process and by a worker per core, and one agent of Stable-Baselines3 by the same
+settings with one thread. Slices of the programs take turns: environment, policy and updates all
+count. Beside them the bare simulator acts at random, in one process and in one per core: no program
+that steps it can be faster.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparse_tickets.algos import ppo
+from sparse_tickets.ceilings import BUSY, Neighbours
+from sparse_tickets.envs import env_spec, open_env, use_workers
+from sparse_tickets.files import write_atomic
+from sparse_tickets.population import Population, initialise, policy_arena
+from sparse_tickets.timing import pinned_threads
+
+from .results import RESULTS, available_cores, provenance
+
+__all__ = ["TASKS", "Task", "run_simulators", "table"]
+
+TICKETS = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment, and settings by which PPO trains there: of rl-zoo3, with a shorter horizon.
+
+    Args:
+        env: gymnasium's id.
+        copies: per agent.
+        horizon: steps between updates.
+        epochs: passes over these steps, in minibatches of 64.
+        slices: iterations of a slice, of ours and of Stable-Baselines3.
+        steps: of the bare simulator in a slice.
+    """
+
+    env: str
+    copies: int
+    horizon: int
+    epochs: int
+    slices: tuple[int, int]
+    steps: int
+
+    @property
+    def settings(self) -> ppo.PPO:
+        batch = self.copies * self.horizon
+        return ppo.PPO(
+            steps=batch,
+            copies=self.copies,
+            horizon=self.horizon,
+            epochs=self.epochs,
+            minibatches=batch // 64,
+            learning_rate=3e-4,
+            clip_value=False,
+            value_coef=1.0,
+            entropy_coef=0.0,
+        )
+
+
+TASKS = (
+    Task("Hopper-v5", 1, 512, 10, (1, 3), 8_000),
+    Task("LunarLander-v3", 16, 64, 4, (1, 3), 20_000),
+)
+
+
+@contextmanager
+def _ours(task: Task, workers: int) -> Iterator[Callable[[], int]]:
+    """Trains the population for a slice; returns its agent-steps."""
+    settings, key = task.settings, torch.arange(TICKETS)
+    arena = policy_arena(env_spec(task.env))
+    population = Population.create(arena, initialise(arena, key))
+    with use_workers(workers), open_env(task.env, TICKETS, task.copies) as env:
+        iterate = ppo.Iteration(settings, env, population, key, 0)
+        iterate.learning_rate.fill_(settings.learning_rate)
+
+        def run() -> int:
+            for _ in range(task.slices[0]):
+                iterate()
+            return task.slices[0] * TICKETS * settings.batch
+
+        yield run
+
+
+@contextmanager
+def _theirs(task: Task) -> Iterator[Callable[[], int]]:
+    """The same of one agent of Stable-Baselines3."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    settings = task.settings
+    model = PPO(
+        "MlpPolicy",
+        make_vec_env(task.env, task.copies, seed=0),
+        n_steps=settings.horizon,
+        batch_size=64,
+        n_epochs=settings.epochs,
+        device="cpu",
+        seed=0,
+    )
+    steps = task.slices[1] * settings.batch
+
+    def run() -> int:
+        with pinned_threads(1):
+            model.learn(steps, reset_num_timesteps=False)
+        return steps
+
+    yield run
+    model.get_env().close()  # type: ignore[union-attr]
+
+
+@contextmanager
+def _bare(task: Task, processes: int) -> Iterator[Callable[[], int]]:
+    """Random actions in an environment per process, all at once."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn) as pool:
+
+        def run() -> int:
+            each = [pool.submit(_act, task.env, task.steps) for _ in range(processes)]
+            return sum(one.result() for one in each)
+
+        yield run
+
+
+def _act(name: str, steps: int) -> int:
+    import gymnasium
+
+    env = gymnasium.make(name, disable_env_checker=True)
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(steps)]
+    for action in actions:
+        _, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            env.reset()
+    env.close()
+    return steps
+
+
+def _measure(task: Task, rounds: int) -> dict[str, list[float]]:
+    """Steps per second of each program, by rounds."""
+    cores = available_cores()
+    programs = {
+        "ours, this process": _ours(task, 1),
+        f"ours, {cores} workers": _ours(task, cores),
+        "simulator, one process": _bare(task, 1),
+        f"simulator, {cores} processes": _bare(task, cores),
+        "SB3, one agent": _theirs(task),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in programs}
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(program) for name, program in programs.items()}
+        for run in running.values():
+            run()
+        for _ in range(rounds):
+            for name, run in running.items():
+                begin = time.perf_counter()
+                steps = run()
+                rates[name].append(steps / (time.perf_counter() - begin))
+    return rates
+
+
+def run_simulators(
+    console: Console, rounds: int = 5, only: str = "", out: Path | None = None
+) -> Path:
+    """Measure every task; write JSON and a table.
+
+    Args:
+        console: where the table goes.
+        rounds: slices of each program.
+        only: tasks whose environment contains this. What the file has of others stays.
+        out: default: results/simulators/<device>-<date>.json, with the table beside it.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: no environment has such a name, or stable-baselines3 is not installed.
+    """
+    chosen = [task for task in TASKS if only in task.env]
+    if not chosen:
+        raise ValueError(f"--only must be part of one of {', '.join(t.env for t in TASKS)}")
+    if find_spec("stable_baselines3") is None:
+        raise ValueError("stable-baselines3 must be installed: pip install 'sparse-tickets[sb3]'")
+    made = provenance("simulators", "cpu", None, rounds)
+    path = out or RESULTS / "simulators" / f"{made.device}-{made.date[:10]}.json"
+    records = json.loads(path.read_text()) if path.exists() else []
+    for task in chosen:
+        neighbours = Neighbours()
+        record: dict[str, Any] = {
+            "task": asdict(task),
+            "tickets": TICKETS,
+            "rates": _measure(task, rounds),
+            "busy": neighbours.share(),
+            "run": {
+                key: value
+                for key, value in asdict(made).items()
+                if key in ("device", "date", "hardware", "versions", "commit")
+            },
+        }
+        records = [each for each in records if each["task"]["env"] != task.env] + [record]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
+        write_atomic(path.with_suffix(".md"), table(records).encode())
+    console.print(table(records), highlight=False, soft_wrap=True)
+    return path
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Steps per second as Markdown: medians of rounds; ratios within rounds, with their range."""
+    lines = [
+        "| PPO, 64-64 tanh | program | steps/s | vs SB3, one agent | vs the simulator alone |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for record in records:
+        rates, task = record["rates"], record["task"]
+        mark = "~" if record["busy"] > BUSY else ""
+        alone = max(
+            (n for n in rates if n.startswith("simulator")), key=lambda n: _median(rates[n])
+        )
+        for name, found in rates.items():
+            ratios = [
+                _ratio(found, rates["SB3, one agent"]) if name.startswith("ours") else "",
+                _ratio(found, rates[alone]) if not name.startswith("simulator") else "",
+            ]
+            label = f"{name}, {record['tickets']} tickets" if name.startswith("ours") else name
+            lines.append(
+                f"| {task['env']} | {label} | {mark}{_median(found):,.0f} | {' | '.join(ratios)} |"
+            )
+    lines += [
+        "",
+        f"~: other processes used more than {BUSY:.0%} of the cores. SB3 computes with one thread; "
+        "as many such processes as there are cores add up to at most as many times its rate.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def _ratio(one: list[float], other: list[float]) -> str:
+    ratios = sorted(a / b for a, b in zip(one, other, strict=True))
+    return f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f}-{ratios[-1]:.2f})"
