@@ -17,6 +17,7 @@ from typing import Any
 
 import numba
 from numba.core import caching, event
+from numba.core.dispatcher import Dispatcher
 
 from .caching import cache_folder, warn_once
 
@@ -34,11 +35,18 @@ def njit(function: Callable[..., Any] | None = None, *, cache: bool = False, **o
         cache: keep what is compiled: in ``NUMBA_CACHE_DIR``, beside the source or in
             `cache_folder`, whichever of these can be written first.
         **options: of ``numba.njit``.
+
+    Raises:
+        TypeError: ``cache`` of a function that closes over compiled ones. Numba files it by what it
+            closes over, and each process has names of its own for these: it would never be found.
     """
     if function is None:
         return lambda function: njit(function, cache=cache, **options)
     dispatcher = numba.njit(**options)(function)
     if cache:
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+        if any(isinstance(value, Dispatcher) for value in held):
+            raise TypeError(f"{function.__qualname__} must not be cached: it closes over kernels")
         # Raised where none can be written; then each process compiles.
         with suppress(RuntimeError):
             dispatcher._cache = _Cache(function)

@@ -25,7 +25,7 @@ def _make_product(accumulate):
     tile_6, tile_4, tile_1 = (make_tile(rows, _WIDE, accumulate) for rows in (6, 4, 1))
     narrow_6, narrow_1 = (make_tile(rows, 1, accumulate) for rows in (6, 1))
 
-    @njit(cache=True)
+    @njit
     def product(a, a0, ar, ad, space, x0, xd, y0, ys, rows, depth, width, bias, b0):
         wide = width // (_WIDE * LANES) * (_WIDE * LANES)
         for c in range(0, wide, _WIDE * LANES):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numba import carray, types
@@ -338,39 +337,59 @@ def _square_chunk(thread, chunk, chunks, places, squares):
     squares[chunk] = total
 
 
-def _make_step(work: Callable, counts: bool) -> Any:
-    """An optimiser's step over all tensors; returns the gradient's norm before clipping."""
-
-    @njit(cache=True, nogil=True, error_model="numpy")
-    def step(threads, places_at, tensors, numbers_at, groups, chunks_at, parts, squares_at, limit):
-        places = _integers(places_at, tensors, PLACES)
-        chunks = _integers(chunks_at, parts, 3)
-        numbers = carray(pointer(numbers_at), (groups, NUMBERS), np.float64)
-        norm, scale = 0.0, 1.0
-        if limit >= 0.0:
-            squares = carray(pointer(squares_at), (parts,), np.float64)
-            share(_square_chunk, threads, parts, (chunks, places, squares))
-            for chunk in range(parts):
-                norm += squares[chunk]
-            norm = math.sqrt(norm)
-            scale = limit / (norm + 1e-6)
-            # A NaN stays NaN, so that a diverged policy is seen and not trained on.
-            scale = 1.0 if scale > 1.0 else scale
-        if counts:
-            for tensor in range(tensors):
-                if places[tensor, STEP]:
-                    _floats(places[tensor, STEP], 1)[0] += np.float32(1.0)
-        share(work, threads, parts, (chunks, places, numbers, scale))
-        return norm
-
-    return step
+@njit(error_model="numpy")
+def _begin(
+    counts, threads, places_at, tensors, numbers_at, groups, chunks_at, parts, squares_at, limit
+):
+    """Count the step and find the gradient's norm; what chunks take, and the norm."""
+    places = _integers(places_at, tensors, PLACES)
+    chunks = _integers(chunks_at, parts, 3)
+    numbers = carray(pointer(numbers_at), (groups, NUMBERS), np.float64)
+    norm, scale = 0.0, 1.0
+    if limit >= 0.0:
+        squares = carray(pointer(squares_at), (parts,), np.float64)
+        share(_square_chunk, threads, parts, (chunks, places, squares))
+        for chunk in range(parts):
+            norm += squares[chunk]
+        norm = math.sqrt(norm)
+        scale = limit / (norm + 1e-6)
+        # A NaN stays NaN, so that a diverged policy is seen and not trained on.
+        scale = 1.0 if scale > 1.0 else scale
+    if counts:
+        for tensor in range(tensors):
+            if places[tensor, STEP]:
+                _floats(places[tensor, STEP], 1)[0] += np.float32(1.0)
+    return (chunks, places, numbers, scale), norm
 
 
-_STEPS = {
-    "adam": _make_step(_adam_chunk, True),
-    "sgd": _make_step(_sgd_chunk, False),
-    "rmsprop": _make_step(_rmsprop_chunk, True),
-}
+@njit(cache=True, nogil=True, error_model="numpy")
+def _adam_step(threads, places, tensors, numbers, groups, chunks, parts, squares, limit):
+    taken, norm = _begin(
+        True, threads, places, tensors, numbers, groups, chunks, parts, squares, limit
+    )
+    share(_adam_chunk, threads, parts, taken)
+    return norm
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _sgd_step(threads, places, tensors, numbers, groups, chunks, parts, squares, limit):
+    taken, norm = _begin(
+        False, threads, places, tensors, numbers, groups, chunks, parts, squares, limit
+    )
+    share(_sgd_chunk, threads, parts, taken)
+    return norm
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _rmsprop_step(threads, places, tensors, numbers, groups, chunks, parts, squares, limit):
+    taken, norm = _begin(
+        True, threads, places, tensors, numbers, groups, chunks, parts, squares, limit
+    )
+    share(_rmsprop_chunk, threads, parts, taken)
+    return norm
+
+
+_STEPS = {"adam": _adam_step, "sgd": _sgd_step, "rmsprop": _rmsprop_step}
 _SIGNATURE = (types.int64,) * 8 + (types.float64,)
 
 

@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 
 from sparse_tickets.kernels.caching import cache_folder, keep_triton_cache
-from sparse_tickets.kernels.compiling import on_compile
+from sparse_tickets.kernels.compiling import njit, on_compile
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = """
@@ -238,6 +238,18 @@ def test_a_damaged_file_is_compiled_again(
         assert module.double(3) == 6
     with compilations(0):
         assert load().double(3) == 6
+
+
+def test_what_no_process_would_find_again_is_refused() -> None:
+    """Numba files a function by what it closes over, and kernels have other names each time."""
+    inner = njit(lambda x: 2 * x)
+
+    def twice(x):
+        return inner(x)
+
+    assert njit(twice)(3) == 6
+    with pytest.raises(TypeError, match="twice must not be cached: it closes over kernels"):
+        njit(cache=True)(twice)
 
 
 def test_kernels_that_two_processes_filed_under_one_name_are_told_apart(
