@@ -62,9 +62,7 @@ def check_replay(
         fields = (*shape, features)
         check_tensor(name, getattr(replay, name), fields, weight.dtype, like=weight)
     if not 1 <= stored <= shape[1]:
-        raise ValueError(
-            f"stored must be in [1, {shape[1]}], the transitions there are, got {stored}"
-        )
+        raise ValueError(f"stored must be in [1, {shape[1]}], the length of reward, got {stored}")
 
 
 def take(

@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+# Read when torch is loaded: idle threads of one worker must not spin on the other's core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

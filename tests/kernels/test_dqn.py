@@ -209,7 +209,7 @@ def test_refuses_what_it_cannot_do():
         dqn_update_(parameters, arena, target, replay, stored, key, first_update, lr, config)
 
     with pytest.raises(
-        ValueError, match=r"stored must be in \[1, 300\], the transitions there are, got 301"
+        ValueError, match=r"stored must be in \[1, 300\], the length of reward, got 301"
     ):
         call(stored=CAPACITY + 1)
     with pytest.raises(ValueError, match=r"stored must be in \[1, 300\]"):

@@ -248,9 +248,7 @@ def test_refuses_what_it_cannot_do():
     def call(arena=arena, target=target, replay=replay, stored=STORED, parameters=parameters):
         sac_update_(parameters, arena, target, replay, stored, key, 0, lr, config)
 
-    with pytest.raises(
-        ValueError, match=r"stored must be in \[1, 90\], the transitions there are, got"
-    ):
+    with pytest.raises(ValueError, match=r"stored must be in \[1, 90\], the length of reward, got"):
         call(stored=CAPACITY + 1)
     with pytest.raises(ValueError, match=r"action must have shape \(3, 90, 2\), got"):
         call(replay=replay._replace(action=replay.action[..., :1]))
