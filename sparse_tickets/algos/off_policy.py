@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_tickets.algos.budget import IterationBudget
 from sparse_tickets.algos.buffer import ReplayBuffer
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.dynamic import Pruning
@@ -17,19 +18,15 @@ from sparse_tickets.envs import Env, open_env
 from sparse_tickets.kernels.threads import one_thread
 from sparse_tickets.population import Population
 
-__all__ = ["Budget", "ReplayIteration", "learn"]
+__all__ = ["ReplayBudget", "ReplayIteration", "learn"]
 
 
-class Budget:
-    """How settings of these names divide a training into iterations."""
+class ReplayBudget(IterationBudget):
+    """A budget whose first iterations fill a replay buffer."""
 
-    steps: int
-    copies: int
-    horizon: int
     updates: int
     capacity: int
     warmup: int
-    learning_rate: float
     gamma: float
     n_step: int
 
@@ -39,30 +36,13 @@ class Budget:
             raise ValueError(
                 f"{prefix}capacity must be at least copies = {self.copies}, got {self.capacity}"
             )
-        if self.steps < self.batch:
-            raise ValueError(
-                f"{prefix}steps must be at least copies * horizon = {self.batch}, got {self.steps}"
-            )
-
-    @property
-    def batch(self) -> int:
-        """Steps per iteration."""
-        return self.copies * self.horizon
-
-    @property
-    def iterations(self) -> int:
-        """Iterations of acting and updates."""
-        return self.steps // self.batch
+        super().check_budget(prefix)
 
     @property
     def waiting(self) -> int:
         """Iterations without updates, in which the replay buffer fills for the warmup."""
         filled = -(-max(self.warmup, 1) // self.copies) + self.n_step - 1
         return -(-filled // self.horizon) - 1
-
-    def learning_rate_at(self, iteration: int) -> float:
-        """Linear from `learning_rate` to zero over the whole budget."""
-        return self.learning_rate * (1.0 - iteration / self.iterations)
 
 
 class ReplayIteration(ABC):
@@ -81,7 +61,7 @@ class ReplayIteration(ABC):
     """
 
     def __init__(
-        self, settings: Budget, env: Env, population: Population, key: Tensor, first: int
+        self, settings: ReplayBudget, env: Env, population: Population, key: Tensor, first: int
     ) -> None:
         arena = population.arena
         self._env, self._population, self._key = env, population, key
@@ -127,7 +107,7 @@ class ReplayIteration(ABC):
 
 def learn(
     prefix: str,
-    settings: Budget,
+    settings: ReplayBudget,
     iteration: Callable[[Any, Env, Population, Tensor, int], ReplayIteration],
     env_name: str,
     population: Population,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
+from sparse_tickets.algos.budget import IterationBudget
 from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
 from sparse_tickets.algos.replay import can_replay, replayed
 from sparse_tickets.dynamic import Pruning
@@ -30,7 +31,7 @@ __all__ = ["ALGORITHM", "PPO", "Iteration", "train"]
 
 
 @dataclass(frozen=True)
-class PPO:
+class PPO(IterationBudget):
     """Hyper-parameters of PPO, as in CleanRL; the learning rate falls linearly to zero."""
 
     steps: int = 500_000
@@ -69,29 +70,12 @@ class PPO:
             | dict.fromkeys(("clip", "max_norm"), above(0)),
             prefix="ppo.",
         )
-        if self.steps < self.batch:
-            raise ValueError(
-                f"ppo.steps must be at least copies * horizon = {self.batch}, got {self.steps}"
-            )
+        self.check_budget("ppo.")
         if self.batch % self.minibatches:
             raise ValueError(
                 f"ppo.minibatches must divide copies * horizon = {self.batch}, "
                 f"got {self.minibatches}"
             )
-
-    @property
-    def batch(self) -> int:
-        """Samples per iteration."""
-        return self.copies * self.horizon
-
-    @property
-    def iterations(self) -> int:
-        """Iterations of rollout and update."""
-        return self.steps // self.batch
-
-    def learning_rate_at(self, iteration: int) -> float:
-        """Linear from `learning_rate` to zero over the whole budget."""
-        return self.learning_rate * (1.0 - iteration / self.iterations)
 
     def config(self) -> PPOConfig:
         """What one update needs to know."""

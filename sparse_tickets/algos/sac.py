@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
 from sparse_tickets.algos.evaluation import Evaluation, Result
-from sparse_tickets.algos.off_policy import Budget, ReplayIteration, learn
+from sparse_tickets.algos.off_policy import ReplayBudget, ReplayIteration, learn
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env
@@ -30,7 +30,7 @@ __all__ = ["ALGORITHM", "SAC", "Iteration", "act", "explore", "train"]
 
 
 @dataclass(frozen=True)
-class SAC(Budget):
+class SAC(ReplayBudget):
     """Hyper-parameters of SAC, rl-zoo3's for Pendulum; the learning rate falls to zero."""
 
     steps: int = 20_000
