@@ -15,12 +15,12 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
 from experiments.sweeps import (
-    acrobot_spec,
-    cartpole_spec,
-    deep_spec,
-    dqn_spec,
-    mountain_car_spec,
-    pendulum_spec,
+    acrobot,
+    cartpole,
+    cartpole_deep,
+    dqn,
+    mountain_car,
+    pendulum,
     per_level,
     setting,
 )
@@ -45,21 +45,21 @@ def collect(place: Place) -> pl.DataFrame:
     """The protocol's own sweep from its table, its tickets deeper, brief ones of two tasks."""
     found = []
     sweeps = [
-        (BRIEF, "cartpole", cartpole_spec(place.quick)),
-        (VALUES, "cartpole-dqn", dqn_spec(place.quick)),
-        (ACROBOT, "acrobot", acrobot_spec(place.quick)),
-        (PENDULUM, "pendulum", pendulum_spec(place.quick)),
-        (CAR, "mountaincar", mountain_car_spec(place.quick)),
+        (BRIEF, cartpole),
+        (VALUES, dqn),
+        (ACROBOT, acrobot),
+        (PENDULUM, pendulum),
+        (CAR, mountain_car),
     ]
     if place.quick:
         del sweeps[1:]  # every task and algorithm compiles kernels of its own
     else:
         whole = pl.read_parquet(RESULTS / "cartpole.parquet")
         found.append(whole.with_columns(study=pl.lit(WHOLE), wall_s=pl.lit(None, pl.Float64)))
-        sweeps.insert(0, (DEEP, "cartpole-deep", deep_spec()))
-    for study, name, spec in sweeps:
-        if place.begun(name) or not place.partial:
-            store = place.sweep(name, spec)
+        sweeps.insert(0, (DEEP, cartpole_deep))
+    for study, sweep in sweeps:
+        if place.wants(sweep.name):
+            _, store = sweep(place)
             found.append(load_results(store.path).with_columns(study=pl.lit(study)))
     return pl.concat(found, how="diagonal")
 

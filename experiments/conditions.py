@@ -34,7 +34,7 @@ PAIRED = "ticket"
 
 def collect(place: Place) -> pl.DataFrame:
     found = [_study("CartPole", cartpole(place)[1])]
-    if place.begun("cartpole-dqn") or not place.partial:
+    if place.wants(dqn.name):
         # Cloning at more levels stands beside PPO.
         cells = _study("CartPole, DQN", dqn(place)[1])
         found.append(cells.filter(pl.col("algo") == "dqn"))
@@ -42,7 +42,7 @@ def collect(place: Place) -> pl.DataFrame:
     if not place.quick:
         others |= {"Pendulum": pendulum, "MountainCar": mountain_car}
     for name, sweep in others.items():
-        if place.begun(name.lower()) or not place.partial:
+        if place.wants(sweep.name):
             found.append(_study(name, sweep(place)[1]))
     return pl.concat(found, how="diagonal")
 

@@ -41,10 +41,10 @@ def collect(place: Place) -> pl.DataFrame:
     cells = load_results(cartpole(place)[1].path)
     found = [cells.filter(pl.col("condition").is_in(shown))]
     for states in ("student", "replay"):
-        if place.partial and not place.begun(f"cartpole-{states}"):
-            continue
-        cells = load_results(taught(place, states)[1].path)
-        found.append(cells.with_columns(algo=pl.lit(states)))
+        sweep = taught(states)
+        if place.wants(sweep.name):
+            cells = load_results(sweep(place)[1].path)
+            found.append(cells.with_columns(algo=pl.lit(states)))
     return pl.concat(found, how="diagonal")
 
 

@@ -59,7 +59,7 @@ def collect(place: Place) -> pl.DataFrame:
     sweeps = {"ppo": cartpole} if place.quick else {"ppo": cartpole, "dqn": dqn}
     found = []
     for algo, sweep in sweeps.items():
-        if place.partial and algo == "dqn" and not place.begun("cartpole-dqn"):
+        if algo == "dqn" and not place.wants(sweep.name):
             continue
         spec, store = sweep(place)
         every = 1 if place.quick else EVERY[algo]

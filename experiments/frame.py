@@ -85,13 +85,16 @@ class Place:
 
     def sweep(self, name: str, spec: Sweep) -> Store:
         """The sweep called ``name``, finished unless ``partial``."""
-        if self.partial and self.begun(name):
+        if self.partial and self._begun(name):
             return Store(self.runs / name)
         with SweepProgress(spec, Console()) as progress:
             return run_sweep(spec, self.runs / name, on_progress=progress.advance)
 
-    def begun(self, name: str) -> bool:
-        """Whether anything of a sweep is there."""
+    def wants(self, name: str) -> bool:
+        """Whether a sweep is to be told of: one that has not begun is left where ``partial``."""
+        return not self.partial or self._begun(name)
+
+    def _begun(self, name: str) -> bool:
         return (self.runs / name / "spec.json").exists()
 
     def once(

@@ -40,7 +40,7 @@ def collect(place: Place) -> pl.DataFrame:
     """Rows of tickets, with the inputs they keep, and of dense policies on a subset of inputs."""
     spec, store = cartpole(place)
     stored = [_kept(store, {"ppo": "ppo", "bc": "bc"})]
-    if not place.quick and (place.begun("cartpole-scaled") or not place.partial):
+    if not place.quick and place.wants(scaled.name):
         stored.append(_kept(scaled(place)[1], {"ppo": "scaled"}))
     arena, names = spec.arena("ppo"), INPUTS[spec.env]
     choices = [bits for bits in product([False, True], repeat=len(names)) if any(bits)]

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from experiments.drawing import Line, line_figure
 from experiments.during_training import EVERY
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole_spec, cuts, levels, tickets
+from experiments.sweeps import TICKET, cartpole, cuts, levels, tickets
 from sparse_tickets import Sweep, Ticket, load_results
 from sparse_tickets.envs import env_spec
 from sparse_tickets.envs.noise import split_noise
@@ -46,7 +46,7 @@ def collect(place: Place) -> pl.DataFrame:
     found = []
     for count in COUNTS[-1:] if place.quick else COUNTS:
         spec = replace(
-            cartpole_spec(place.quick),
+            cartpole.spec(place),
             env=f"CartPole-v1+noise={count}",
             algos=("ppo",),
             conditions=(TICKET, RANDOM),
@@ -54,12 +54,12 @@ def collect(place: Place) -> pl.DataFrame:
         )
         if not place.quick:
             spec = replace(spec, rate=0.488, levels=7, seeds=6)
-        if place.partial and not place.begun(f"noise-{count}"):
+        if not place.wants(f"noise-{count}"):
             continue
         found.append(_with_ranks(count, spec, place.sweep(f"noise-{count}", spec)))
         for method in SPARSE[: 1 if place.quick else None] if count in DURING else ():
             name = f"noise-{count}-{method}"
-            if place.partial and not place.begun(name):
+            if not place.wants(name):
                 continue
             during = replace(
                 spec,

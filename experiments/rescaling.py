@@ -20,7 +20,6 @@ from experiments.sweeps import (
     INPUTS,
     TICKET,
     cartpole,
-    cartpole_spec,
     kept_inputs,
     levels,
     per_level,
@@ -45,9 +44,9 @@ def collect(place: Place) -> pl.DataFrame:
     spec, store = cartpole(place)
     found = {PLAIN: (spec, store)}
     for init in INITIALISATIONS:
-        if init != PLAIN and (place.begun(f"cartpole-{init}") or not place.partial):
+        if init != PLAIN and place.wants(f"cartpole-{init}"):
             other = replace(
-                cartpole_spec(place.quick),
+                cartpole.spec(place),
                 init=init,
                 algos=("ppo",),
                 conditions=(TICKET,),

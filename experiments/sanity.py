@@ -64,7 +64,7 @@ def collect(place: Place) -> pl.DataFrame:
         & pl.col("condition").is_in(["dense", TICKET])
     )
     found.append(stored.with_columns(variant=pl.lit(SWEEP)))
-    if not place.quick and (place.begun("cartpole-dqn") or not place.partial):
+    if not place.quick and place.wants(dqn.name):
         found += _dqn(place)
     columns = [name for name in found[0].columns if all(name in each.columns for each in found)]
     return pl.concat([each.select(columns) for each in found])

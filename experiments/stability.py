@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cartpole_spec, cuts, levels
+from experiments.sweeps import TICKET, cartpole, cuts, levels
 from sparse_tickets import Population, Sweep
 from sparse_tickets.algos.evaluation import Result
 from sparse_tickets.envs import open_env
@@ -63,9 +63,9 @@ def collect(place: Place) -> pl.DataFrame:
 def _sweeps(place: Place) -> Iterator[tuple[float, Sweep, Store]]:
     """The tickets of CartPole as they are, and the same rewound to later."""
     yield (0.0, *cartpole(place))
-    if place.partial and not place.begun("stability"):
+    if not place.wants("stability"):
         return
-    spec = cartpole_spec(place.quick)
+    spec = cartpole.spec(place)
     iterations = max(1, round(LATER * spec.ppo.iterations))
     later = replace(
         spec,

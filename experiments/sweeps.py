@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import polars as pl
@@ -26,27 +26,22 @@ __all__ = [
     "INPUTS",
     "LEVEL",
     "SCALED",
+    "Shared",
     "acrobot",
-    "acrobot_spec",
+    "budgets",
     "cartpole",
-    "cartpole_spec",
+    "cartpole_deep",
     "cuts",
-    "deep_spec",
     "dqn",
-    "dqn_spec",
     "kept_inputs",
     "levels",
     "mountain_car",
-    "mountain_car_spec",
     "pendulum",
-    "pendulum_spec",
     "per_level",
     "quickly",
     "scaled",
-    "scaled_spec",
     "setting",
     "taught",
-    "taught_spec",
     "tickets",
     "train",
 ]
@@ -67,13 +62,29 @@ INPUTS = dict.fromkeys(
 )
 
 
-def cartpole_spec(quick: bool = False) -> Sweep:
+@dataclass(frozen=True)
+class Shared:
+    """A sweep by the name of its folder; called, it is trained where it is not yet."""
+
+    name: str
+    full: Callable[[], Sweep]
+
+    def spec(self, place: Place) -> Sweep:
+        return quickly(self.full()) if place.quick else self.full()
+
+    def __call__(self, place: Place) -> tuple[Sweep, Store]:
+        spec = self.spec(place)
+        return spec, place.sweep(self.name, spec)
+
+
+@partial(Shared, "cartpole")
+def cartpole() -> Sweep:
     """CartPole with both kinds of controls, down to where tickets themselves degrade.
 
     Two of the protocol's levels at a time (0.64 is 0.8 squared), at two fifths of its budget.
     """
     spec = protocol("CartPole-v1")
-    spec = replace(
+    return replace(
         spec,
         controls=("own", "ticket"),
         seeds=6,
@@ -82,16 +93,16 @@ def cartpole_spec(quick: bool = False) -> Sweep:
         ppo=replace(spec.ppo, steps=204_800),
         evaluation=Evaluation(points=10, episodes=16, final_episodes=50),
     )
-    return quickly(spec) if quick else spec
 
 
-def acrobot_spec(quick: bool = False) -> Sweep:
+@partial(Shared, "acrobot")
+def acrobot() -> Sweep:
     """Acrobot, with seeds enough for Holm's test over its conditions, and controls of one kind.
 
     Dense PPO is there after a seventh of the protocol's steps; a quarter is trained here.
     """
     spec = protocol("Acrobot-v1")
-    spec = replace(
+    return replace(
         spec,
         controls=("ticket",),
         seeds=8,
@@ -100,23 +111,22 @@ def acrobot_spec(quick: bool = False) -> Sweep:
         ppo=replace(spec.ppo, steps=122_880),
         evaluation=Evaluation(points=10, episodes=8, final_episodes=32),
     )
-    return quickly(spec) if quick else spec
 
 
-def pendulum_spec(quick: bool = False) -> Sweep:
+@partial(Shared, "pendulum")
+def pendulum() -> Sweep:
     """Pendulum by PPO and cloning, at few levels; experts by the protocol's whole budget."""
     spec = protocol("Pendulum-v1")
     spec = _few_levels(replace(spec, bc=replace(spec.bc, expert_steps=spec.ppo.steps)), "ppo")
-    spec = replace(spec, ppo=replace(spec.ppo, steps=204_800))
-    return quickly(spec) if quick else spec
+    return replace(spec, ppo=replace(spec.ppo, steps=204_800))
 
 
-def mountain_car_spec(quick: bool = False) -> Sweep:
+@partial(Shared, "mountaincar")
+def mountain_car() -> Sweep:
     """MountainCar by DQN and cloning, at few levels; experts by PPO's whole budget."""
     spec = protocol("MountainCar-v0")
     spec = _few_levels(replace(spec, bc=replace(spec.bc, expert_steps=spec.ppo.steps)), "dqn")
-    spec = replace(spec, ppo=replace(spec.ppo, steps=204_800))
-    return quickly(spec) if quick else spec
+    return replace(spec, ppo=replace(spec.ppo, steps=204_800))
 
 
 def _few_levels(spec: Sweep, algo: str) -> Sweep:
@@ -134,13 +144,14 @@ def _few_levels(spec: Sweep, algo: str) -> Sweep:
     )
 
 
-def dqn_spec(quick: bool = False) -> Sweep:
-    """DQN and cloning on CartPole from `cartpole_spec`'s initial networks, at half of its levels.
+@partial(Shared, "cartpole-dqn")
+def dqn() -> Sweep:
+    """DQN and cloning on CartPole from `cartpole`'s initial networks, at half of its levels.
 
     DQN has the protocol's whole budget, since half of it leaves dense seeds below the gate.
     """
-    spec = cartpole_spec()
-    spec = replace(
+    spec = cartpole.full()
+    return replace(
         spec,
         algos=("dqn", "bc"),
         conditions=(TICKET, "mask/permuted", "permuted/permuted"),
@@ -149,37 +160,40 @@ def dqn_spec(quick: bool = False) -> Sweep:
         levels=6,
         chunk=9,
     )
-    return quickly(spec) if quick else spec
 
 
-def taught_spec(states: str, quick: bool = False) -> Sweep:
+def taught(states: str) -> Shared:
     """Cloning on CartPole in other states than a frozen data set's; tickets and random masks."""
-    spec = cartpole_spec()
-    spec = replace(
-        spec,
-        algos=("bc",),
-        conditions=(TICKET, "random/re-init"),
-        controls=("own",),
-        levels=11,
-        bc=replace(spec.bc, states=states),
-    )
-    return quickly(spec) if quick else spec
+
+    def full() -> Sweep:
+        spec = cartpole.full()
+        return replace(
+            spec,
+            algos=("bc",),
+            conditions=(TICKET, "random/re-init"),
+            controls=("own",),
+            levels=11,
+            bc=replace(spec.bc, states=states),
+        )
+
+    return Shared(f"cartpole-{states}", full)
 
 
-def scaled_spec(quick: bool = False) -> Sweep:
+@partial(Shared, "cartpole-scaled")
+def scaled() -> Sweep:
     """PPO's tickets of CartPole by scaled observations."""
-    spec = replace(
-        cartpole_spec(),
+    return replace(
+        cartpole.full(),
         env=SCALED,
         algos=("ppo",),
         conditions=(TICKET,),
         controls=("own",),
         levels=11,
     )
-    return quickly(spec) if quick else spec
 
 
-def deep_spec() -> Sweep:
+@partial(Shared, "cartpole-deep")
+def cartpole_deep() -> Sweep:
     """CartPole's tickets alone, by the protocol's budget, to its last level and fewer weights."""
     return replace(
         protocol("CartPole-v1"),
@@ -202,41 +216,6 @@ def quickly(spec: Sweep) -> Sweep:
         bc=replace(spec.bc, experts=1, expert_gate=-1e9, expert_steps=None),
         evaluation=Evaluation(points=2, episodes=4, final_episodes=4),
     )
-
-
-def cartpole(place: Place) -> tuple[Sweep, Store]:
-    spec = cartpole_spec(place.quick)
-    return spec, place.sweep("cartpole", spec)
-
-
-def acrobot(place: Place) -> tuple[Sweep, Store]:
-    spec = acrobot_spec(place.quick)
-    return spec, place.sweep("acrobot", spec)
-
-
-def dqn(place: Place) -> tuple[Sweep, Store]:
-    spec = dqn_spec(place.quick)
-    return spec, place.sweep("cartpole-dqn", spec)
-
-
-def pendulum(place: Place) -> tuple[Sweep, Store]:
-    spec = pendulum_spec(place.quick)
-    return spec, place.sweep("pendulum", spec)
-
-
-def mountain_car(place: Place) -> tuple[Sweep, Store]:
-    spec = mountain_car_spec(place.quick)
-    return spec, place.sweep("mountaincar", spec)
-
-
-def scaled(place: Place) -> tuple[Sweep, Store]:
-    spec = scaled_spec(place.quick)
-    return spec, place.sweep("cartpole-scaled", spec)
-
-
-def taught(place: Place, states: str) -> tuple[Sweep, Store]:
-    spec = taught_spec(states, place.quick)
-    return spec, place.sweep(f"cartpole-{states}", spec)
 
 
 def per_level(cells: pl.DataFrame) -> float:
