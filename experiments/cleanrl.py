@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
@@ -70,7 +71,7 @@ def collect(place: Place) -> pl.DataFrame:
         cells = place.once(
             f"cleanrl-{algo}-{spec.init}",
             (algo, spec),
-            lambda algo=algo, spec=spec: dense(algo, spec),
+            partial(dense, algo, spec),
         )
         found.append(cells.with_columns(who=pl.lit(name)))
     return pl.concat(found, how="diagonal")

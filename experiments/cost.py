@@ -9,6 +9,7 @@ three widths, with a dense critic and with one that is pruned too. Nothing is tr
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -109,7 +110,7 @@ def collect(place: Place) -> pl.DataFrame:
     threads = torch.get_num_threads()
     return pl.concat(
         place.once(
-            f"cost-{index}", (group, rounds, threads), lambda group=group: measure(group, rounds)
+            f"cost-{index}", (group, rounds, threads), partial(measure, group, rounds)
         ).with_columns(varied=pl.lit("density" if group is not groups[-1] else "tickets"))
         for index, group in enumerate(groups)
     )

@@ -49,6 +49,8 @@ def run_gate(gate: Gate) -> tuple[pl.DataFrame, float]:
     spec = replace(spec, bc=replace(spec.bc, expert_gate=gate.ppo))
     store = run_sweep(spec, out)
     experts = read_data(store, "experts")
+    if experts is None:
+        raise FileNotFoundError(f"{out} has no experts: run again to train them")
     return load_results(out), float(experts["returns"].mean())
 
 
@@ -84,7 +86,8 @@ def main() -> None:
         frame, expert = run_gate(gate)
         frames[gate.env], experts[gate.env] = frame, expert
         ppo, bc = (
-            frame.filter(pl.col("algo") == algo)["return_final"].mean() for algo in ("ppo", "bc")
+            frame.filter(pl.col("algo") == algo)["return_final"].to_numpy().mean()
+            for algo in ("ppo", "bc")
         )
         share = share_reached(bc, expert, frame["random_return"][0])
         passed = ppo >= gate.ppo and share >= CLONING_SHARE

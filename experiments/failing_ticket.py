@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -22,7 +23,7 @@ from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import cartpole, cuts, levels, tickets
 from sparse_tickets import Population, Sweep, Ticket
-from sparse_tickets.algos.evaluation import Evaluator
+from sparse_tickets.algos.evaluation import Evaluator, Result
 from sparse_tickets.algos.ppo import PPO, Iteration
 from sparse_tickets.envs import open_env
 from sparse_tickets.kernels.random import derive_key
@@ -59,7 +60,7 @@ def _shuffled(row: Tensor, ticket: Ticket, dense: Ticket) -> Tensor:
 
 def _trained_critic(row: Tensor, ticket: Ticket, dense: Ticket) -> Tensor:
     """The critic that its dense network ended with."""
-    critic = ticket.arena.critic
+    _, critic = ticket.arena.nets
     for old, new in zip(critic.layers(row[None]), critic.layers(dense.final[None]), strict=True):
         for mine, trained in zip(old, new, strict=True):
             mine.copy_(trained)
@@ -91,7 +92,7 @@ def collect(place: Place) -> pl.DataFrame:
         place.once(
             f"failing-{name.replace(' ', '-')}",
             (spec, budget, chosen, KEYS, FIRST),
-            lambda name=name: train(spec, budget, store, chosen, name),
+            partial(train, spec, budget, store, chosen, name),
         )
         for name in VARIANTS
     )
@@ -141,7 +142,9 @@ def train(spec: Sweep, budget: PPO, store: Store, chosen: list[int], name: str) 
     return pl.concat(found)
 
 
-def _trained(settings: PPO, spec: Sweep, population: Population, key: Tensor):
+def _trained(
+    settings: PPO, spec: Sweep, population: Population, key: Tensor
+) -> tuple[Result, Tensor]:
     """The result, and `STATISTICS` of the updates ``[P, points, statistics]`` along the way."""
     points = spec.evaluation.points
     iterations = max(points, round(FIRST * settings.iterations))
@@ -247,7 +250,7 @@ def draw(cells: pl.DataFrame) -> Figure:
         return np.array([values[seeds == seed].mean(0) for seed in np.unique(seeds)])
 
     points = len(cells["curve"][0])
-    x = cells["train_steps"].max() * (1 + np.arange(points)) / points / 1000
+    x = max(cells["train_steps"]) * (1 + np.arange(points)) / points / 1000
     panels = {
         title: [Line(name, x, over(name, column)) for name in variants(cells)]
         for title, column in (("greedy return", "curve"), ("entropy of the policy", "entropy"))

@@ -243,7 +243,7 @@ def _with_claim(text: str, experiment: Experiment, finding: Finding, cells: pl.D
     picture = next(iter(finding.figures))
     rows[experiment.name] = (
         f"| {experiment.claim} | {finding.ran} | {finding.effect} | **{finding.verdict}** "
-        f"| `python -m experiments.{experiment.name}` | {_clock(cells['wall_s'].sum())} "
+        f"| `python -m experiments.{experiment.name}` | {_clock(float(cells['wall_s'].sum()))} "
         f"| [{picture}](figures/{picture}.png) |"
     )
     ordered = [rows[name] for name in NAMES if name in rows]
@@ -264,7 +264,8 @@ def _with_section(text: str, experiment: Experiment, finding: Finding, cells: pl
 
 def _origin(cells: pl.DataFrame) -> str:
     """The commits that a table's cells were trained at."""
-    stored = cells["commit"].drop_nulls().unique().sort() if "commit" in cells.columns else []
+    there = "commit" in cells.columns
+    stored: list[str] = cells["commit"].drop_nulls().unique().sort().to_list() if there else []
     clean = [f"`{commit}`" for commit in stored if not commit.endswith("-dirty")]
     changed = [f"`{c.removesuffix('-dirty')}`, changed" for c in stored if c.endswith("-dirty")]
     commits = "; ".join(clean + changed) or "not stored"

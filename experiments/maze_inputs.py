@@ -108,7 +108,7 @@ def densities(cells: pl.DataFrame) -> np.ndarray:
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
-    last = cells["level"].max()
+    last = max(cells["level"])
     rank = ranks(cells, ENEMY)[:, last]
     kept, useless = paths(cells, ENEMY, last)
     middle, low, high = effect(rank)
@@ -150,7 +150,7 @@ to an action.
 @styled
 def draw(cells: pl.DataFrame) -> Figure:
     """Levels below one another, the four pictures beside one another."""
-    last = cells["level"].max()
+    last = max(cells["level"])
     chosen = np.unique(np.linspace(1, last, SHOWN).round().astype(int))
     share = pictures(cells, "inputs").mean(0)
     figure = Figure(figsize=(6.0, 0.8 + 1.45 * len(chosen)), dpi=DPI, layout="constrained")

@@ -144,7 +144,7 @@ def text(cells: pl.DataFrame, levels: dict[str, np.ndarray], last: int) -> str:
     rows = []
     for init in initialisations(cells):
         here = cells.filter(pl.col("init") == init)
-        end = min(last, here["level"].max())
+        end = min(last, max(here["level"]))
         dense, low, high = effect(matrix(cells, init, "return_final")[:, 0])
         degraded = "-"
         if init in levels:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -47,11 +48,10 @@ def collect(place: Place) -> pl.DataFrame:
     if place.quick:
         chosen = levels(store, "ppo")[:2]
     jobs = {
-        name: lambda change=change: changed(spec, store, chosen, change)
-        for name, change in SETTINGS.items()
+        name: partial(changed, spec, store, chosen, change) for name, change in SETTINGS.items()
     }
-    jobs[OTHER_KEY] = lambda: again(spec, store, "ppo")
-    jobs[NARROW] = lambda: narrow(spec, store, chosen[1:])
+    jobs[OTHER_KEY] = partial(again, spec, store, "ppo")
+    jobs[NARROW] = partial(narrow, spec, store, chosen[1:])
     found = [
         place.once(f"sanity-{_file(name)}", (spec, chosen, AGAIN), compute).with_columns(
             variant=pl.lit(name)

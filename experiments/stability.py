@@ -9,8 +9,9 @@ and algorithm::
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -50,9 +51,7 @@ def collect(place: Place) -> pl.DataFrame:
         place.once(
             f"stability-{share:g}-{algo}-{level:02d}",
             (spec, POINTS, EPISODES, VISITED, COPIES),
-            lambda spec=spec, store=store, algo=algo, level=level: siblings(
-                spec, store, algo, level
-            ),
+            partial(siblings, spec, store, algo, level),
         ).with_columns(rewind=pl.lit(share))
         for share, spec, store in _sweeps(place)
         for algo in ALGORITHMS
@@ -117,11 +116,13 @@ def _start(spec: Sweep, store: Store, algo: str, level: int, tracks: list[Track]
     population, _ = cell_population(spec, store, algo, level, tracks)
     if level == 0 and spec.rewind_step:
         stored = store.read_rewind(Unit(algo, 0, 0))
+        if stored is None:
+            raise FileNotFoundError(f"{store.path} has no rewind points: run again to train them")
         return replace(population, parameters=Parameters(**stored))
     return population
 
 
-def _of_both(results: list[Result], of) -> list[float]:
+def _of_both(results: list[Result], of: Callable[[Result], Tensor]) -> list[float]:
     return torch.stack([of(result).double() for result in results]).mean(0).tolist()
 
 

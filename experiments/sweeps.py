@@ -326,8 +326,9 @@ def train(
         derive_key("experiment", what, spec.env, algo, seed, level, i)
         for i, seed in enumerate(seeds)
     ]
-    imitates = store is not None and algo in spec.imitating
-    dataset = stored_demonstrations(spec, store, algo) if imitates else None
+    dataset = None
+    if store is not None and algo in spec.imitating:
+        dataset = stored_demonstrations(spec, store, algo)
     tracks = [Track(seed, TICKET, "own") for seed in seeds]
     key = torch.tensor(names, dtype=torch.int64, device="cpu")
     result = train_population(spec, algo, population, key, level, tracks, dataset)

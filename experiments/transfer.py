@@ -8,14 +8,19 @@ from the same weights, and under the mask the same algorithm found from another 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import polars as pl
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import TICKET, cartpole, cuts, levels, tickets, train
-from sparse_tickets import load_results
+from sparse_tickets import Sweep, load_results
+from sparse_tickets.sweep.store import Store
 
 ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
 OTHER = {"ppo": "bc", "bc": "ppo"}
@@ -55,17 +60,20 @@ def collect(place: Place) -> pl.DataFrame:
                 for name in (algo, OTHER[algo])
             )
             masks = torch.cat([other, own.roll(1, 0)])
-            seeds = list(range(spec.seeds)) * 2
-
-            def compute(algo=algo, level=level, masks=masks, dense=dense, seeds=seeds):
-                rows = torch.cat([dense, dense])
-                return train(spec, store, algo, level, masks, rows, seeds, "transfer").with_columns(
-                    mask=pl.Series([ALGORITHM] * spec.seeds + [SEED] * spec.seeds)
-                )
-
+            compute = partial(_crossed, spec, store, algo, level, masks, dense)
             new.append(place.once(f"transfer-{algo}-{level:02d}", spec, compute))
     fresh = pl.concat(new)
     return pl.concat([fresh, stored.select(fresh.columns)])
+
+
+def _crossed(
+    spec: Sweep, store: Store, algo: str, level: int, masks: Tensor, dense: Tensor
+) -> pl.DataFrame:
+    """Dense starts trained under the other algorithm's masks, then under another seed's."""
+    seeds, rows = list(range(spec.seeds)) * 2, torch.cat([dense, dense])
+    return train(spec, store, algo, level, masks, rows, seeds, "transfer").with_columns(
+        mask=pl.Series([ALGORITHM] * spec.seeds + [SEED] * spec.seeds)
+    )
 
 
 def matrix(cells: pl.DataFrame, algo: str, mask: str, metric: str) -> np.ndarray:
@@ -136,7 +144,7 @@ the same number of weights in each layer, elsewhere.
 """ + markdown(["mask, trained by", *METRICS.values()], rows)
 
 
-def draw(cells: pl.DataFrame):
+def draw(cells: pl.DataFrame) -> Figure:
     panels = {}
     for algo, name in ALGORITHMS.items():
         here = cells.filter((pl.col("algo") == algo) & (pl.col("level") > 0))
