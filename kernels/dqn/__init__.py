@@ -16,15 +16,16 @@ from ..mlp.checks import check_counts, check_optimiser, check_parameters
 from ..registration import eager
 from ..training import plan_update
 from ..transitions import Transitions, check_replay
+from .reference import LOSSES
 
-__all__ = ["DQNConfig", "DQNStats", "dqn_update_", "plan"]
+__all__ = ["DQNConfig", "DQNStats", "check_loss", "dqn_update_", "plan"]
 
 
 class DQNStats(NamedTuple):
     """Means over the updates of a call, each ``[P]``.
 
     Attributes:
-        loss: Huber's.
+        loss: the configuration's, before each update.
         value: of the actions taken.
         grad_norm: norm of the ticket's gradient before clipping.
     """
@@ -43,6 +44,9 @@ class DQNConfig:
         batch: transitions per step, drawn with replacement.
         double: the network chooses the next action and the target network values it (van Hasselt
             et al., 2016); otherwise the target network does both.
+        loss: mean over the batch, by the error e of the value of the action taken: ``huber``, of
+            threshold 1, e^2 / 2 up to |e| = 1 and |e| - 1/2 beyond; or ``squared``, e^2 and no half
+            of it, as `torch.nn.functional.mse_loss`.
         max_norm: largest gradient norm of a ticket, or None.
         beta1: Adam's decay of the first moment.
         beta2: Adam's decay of the second moment.
@@ -52,6 +56,7 @@ class DQNConfig:
     updates: int
     batch: int
     double: bool = False
+    loss: str = "huber"
     max_norm: float | None = 10.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -59,6 +64,7 @@ class DQNConfig:
 
     def __post_init__(self) -> None:
         check_counts(updates=self.updates, batch=self.batch)
+        check_loss("loss", self.loss)
         check_optimiser(self.max_norm, self.beta1, self.beta2, self.eps)
 
 
@@ -80,8 +86,8 @@ def dqn_update_(
     """Consecutive DQN updates of every ticket on its own transitions, in place (Mnih et al., 2015).
 
     Update u, counted over the whole training, takes the transitions
-    ``integers(key, batch, stored, stream=MINIBATCH, step=u)`` of the ticket. The loss is the mean
-    Huber loss, of threshold 1, of the value of the action taken against
+    ``integers(key, batch, stored, stream=MINIBATCH, step=u)`` of the ticket. The loss (see
+    `DQNConfig`) is that of the value of the action taken against
     ``reward + discount * max_a target(next_obs)_a``. A ticket's result depends on its own rows
     alone.
 
@@ -125,6 +131,12 @@ def dqn_update_(
     )
     mark_written(weight, m, v, step)
     return DQNStats(*statistics.unbind())
+
+
+def check_loss(name: str, loss: str) -> None:
+    """Raise ``ValueError`` unless DQN knows the loss."""
+    if loss not in LOSSES:
+        raise ValueError(f"{name} must be one of {', '.join(LOSSES)}, got {loss!r}")
 
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:

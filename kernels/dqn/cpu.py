@@ -1,4 +1,4 @@
-"""DQN's head of the training step in Numba: Huber's loss of the value of the action taken.
+"""DQN's head of the training step in Numba: the loss of the value of the action taken.
 
 The transitions of many updates are gathered at once, and the target networks run over them in one
 call; only which action a double DQN would take next has to wait for its update.
@@ -29,13 +29,19 @@ _TARGET, _ACTION, _DISCOUNT, _VALUES = range(4)
 _LOSS, _VALUE, _NORM, _STATISTICS = range(4)
 
 _ZERO = np.float32(0.0)
-_ONE = np.float32(1.0)
+# Threshold and factor of each: the squared error is twice Huber's loss without a threshold.
+_LOSSES = {
+    "huber": (np.float32(1.0), np.float32(1.0)),
+    "squared": (np.float32(np.inf), np.float32(2.0)),
+}
 
 
 class TargetConfig(NamedTuple):
     """What the head takes of `DQNConfig`."""
 
     double: bool
+    threshold: np.float32
+    factor: np.float32
 
 
 @njit(cache=True)
@@ -75,23 +81,20 @@ def _loss(layout, packed, columns, width, size, prepared, config, measured):
     space, delta, head = packed.space, layout.delta, layout.head
     last = layout.layers[-1]
     values, actions = last[Y], last[OUT]
-    scale = np.float32(1.0 / size)
+    scale = np.float32(config.factor / size)
     for a in range(actions):
         space[delta + a * PANEL : delta + a * PANEL + width] = _ZERO
     loss, value = 0.0, 0.0
     for c in range(columns):
         action = int(space[head + _ACTION * PANEL + c]) * PANEL + c
         error = space[values + action] - space[head + _TARGET * PANEL + c]
-        distance = abs(error)
-        # A NaN is not above 1, so that it reaches the gradient.
-        if distance > _ONE:
-            space[delta + action] = scale if error > _ZERO else -scale
-            loss += distance - 0.5
-        else:
-            space[delta + action] = error * scale
-            loss += 0.5 * error * error
+        # A NaN is beyond neither threshold, so that it reaches the gradient.
+        clipped = config.threshold if error > config.threshold else error
+        clipped = -config.threshold if error < -config.threshold else clipped
+        space[delta + action] = clipped * scale
+        loss += clipped * (error - 0.5 * clipped)
         value += space[values + action]
-    measured[_LOSS] += loss / size
+    measured[_LOSS] += config.factor * loss / size
     measured[_VALUE] += value / size
 
 
@@ -129,7 +132,7 @@ def dqn_update_(
             key,
             lr,
             config,
-            TargetConfig(bool(config.double)),
+            TargetConfig(bool(config.double), *_LOSSES[config.loss]),
             first=0,
             draws=updates,
             drawn=config.batch,

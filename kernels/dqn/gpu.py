@@ -10,12 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn.functional import smooth_l1_loss
 
 from ..arena import Arena, Parameters
 from ..mlp import mlp
 from ..training.gpu import Outputs, adam_, gradient
-from .reference import bootstrap, draws
+from .reference import LOSSES, bootstrap, draws
 
 if TYPE_CHECKING:
     from ..transitions import Transitions
@@ -49,18 +48,18 @@ def dqn_update_(
                 weight, mask = parameters.weight, parameters.mask
                 judges = mlp(batch.next_obs, weight, arena.actor, mask, density=density)
             wanted = bootstrap(batch, values[:, span], judges)
-            head = partial(_loss, batch.action, wanted, statistics)
+            head = partial(_loss, config.loss, batch.action, wanted, statistics)
             grad = gradient(parameters.weight, arena, (arena.actor,), batch.obs, head)
             adam_(parameters, grad, lr, config, norm=norm)
             statistics[2] += norm
     return statistics / config.updates
 
 
-def _loss(action: Tensor, wanted: Tensor, statistics: Tensor, outputs: Outputs) -> None:
+def _loss(kind: str, action: Tensor, wanted: Tensor, statistics: Tensor, outputs: Outputs) -> None:
     (values,), (d_values,) = outputs.values, outputs.d_values
     value = values.gather(-1, action[..., None]).squeeze(-1)
     error = value - wanted
-    statistics[0] += smooth_l1_loss(value, wanted, reduction="none").mean(1)
+    statistics[0] += LOSSES[kind](value, wanted, reduction="none").mean(1)
     statistics[1] += value.mean(1)
-    slope = error.clamp(-1.0, 1.0) / action.shape[1]
+    slope = (error.clamp(-1.0, 1.0) if kind == "huber" else 2 * error) / action.shape[1]
     d_values.zero_().scatter_(-1, action[..., None], slope[..., None])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import smooth_l1_loss
+from torch.nn.functional import mse_loss, smooth_l1_loss
 
 from ..arena import Arena, Parameters
 from ..mlp.reference import mlp
@@ -17,7 +17,9 @@ from ..transitions import Transitions, runs, take
 if TYPE_CHECKING:
     from . import DQNConfig
 
-__all__ = ["bootstrap", "dqn_update_", "draw", "draws", "loss", "wanted"]
+__all__ = ["LOSSES", "bootstrap", "dqn_update_", "draw", "draws", "loss", "wanted"]
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"huber": smooth_l1_loss, "squared": mse_loss}
 
 
 def draw(
@@ -73,12 +75,18 @@ def wanted(
 
 
 def loss(
-    weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, action: Tensor, target: Tensor
+    weight: Tensor,
+    mask: Tensor,
+    arena: Arena,
+    obs: Tensor,
+    action: Tensor,
+    target: Tensor,
+    kind: str,
 ) -> tuple[Tensor, Tensor]:
-    """Huber loss ``[P]``; and that with the mean value of the actions taken, ``[2, P]``."""
+    """Loss ``[P]`` of a kind; and that with the mean value of the actions taken, ``[2, P]``."""
     values = mlp(obs, weight, arena.actor, mask)
     value = values.gather(-1, action[..., None]).squeeze(-1)
-    total = smooth_l1_loss(value, target, reduction="none").mean(1)
+    total = LOSSES[kind](value, target, reduction="none").mean(1)
     return total, torch.stack([total, value.mean(1)]).detach()
 
 
@@ -100,6 +108,6 @@ def dqn_update_(
         batch = draw(replay, stored, key, update, 1, config.batch, arena)
         weight, mask = parameters.weight, parameters.mask
         values = wanted(batch, arena, weight, mask, target, config.double)
-        arguments = (arena, batch.obs, batch.action, values)
+        arguments = (arena, batch.obs, batch.action, values, config.loss)
         statistics.append(step_(parameters, loss, arguments, lr, config))
     return torch.stack(statistics).mean(0)

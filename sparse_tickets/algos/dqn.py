@@ -17,7 +17,7 @@ from sparse_tickets.envs import Env
 from sparse_tickets.kernels import dqn
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import Plan
-from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_
+from sparse_tickets.kernels.dqn import DQNConfig, check_loss, dqn_update_
 from sparse_tickets.kernels.dqn.reference import draw, loss, wanted
 from sparse_tickets.kernels.errors import check_shape
 from sparse_tickets.kernels.random import Stream, integers, uniform
@@ -58,6 +58,8 @@ class DQN(ReplayBudget):
     """Probability of a random action from then on."""
     double: bool = False
     """Let the network choose the next action that the target network values."""
+    loss: str = "huber"
+    """Of the error: huber, as Stable-Baselines3's, or squared, without a half, as CleanRL's."""
     n_step: int = 1
     """Steps whose rewards a transition adds up."""
     max_norm: float = 10.0
@@ -73,6 +75,7 @@ class DQN(ReplayBudget):
             | {"max_norm": above(0)},
             prefix="dqn.",
         )
+        check_loss("dqn.loss", self.loss)
         self.check_budget("dqn.")
 
     def epsilon_at(self, iteration: int) -> float:
@@ -85,7 +88,7 @@ class DQN(ReplayBudget):
 
     def config(self) -> DQNConfig:
         """What one run of updates needs to know."""
-        return DQNConfig(self.updates, self.minibatch, self.double, self.max_norm)
+        return DQNConfig(self.updates, self.minibatch, self.double, self.loss, self.max_norm)
 
 
 def train(
@@ -220,7 +223,7 @@ class Iteration(ReplayIteration):
         )
         weight, mask = self._population.parameters.weight, self._population.parameters.mask
         values = wanted(batch, arena, weight, mask, self._target, settings.double)
-        arguments = (arena, batch.obs, batch.action, values)
+        arguments = (arena, batch.obs, batch.action, values, settings.loss)
         dense, _ = gradient(weight, torch.ones_like(mask), loss, arguments)
         return dense[:, : arena.prunable]
 

@@ -40,6 +40,7 @@ _LATER: dict[str, Any] = {"during": "none", "during_every": None}
 _OWN_SETTINGS: dict[str, type] = {"dqn": DQN, "sac": SAC}
 _EXPERTS_CHOICE = {"expert": "ppo", "temperature": 1.0}
 _EXPERTS_STATES = {"states": "expert"}
+_DQN_LOSS = {"loss": "huber"}
 
 
 @dataclass(frozen=True)
@@ -326,6 +327,8 @@ class Sweep:
                 del content["bc"][name]
         if self.bc.states == "expert":
             del content["bc"]["states"]
+        if "dqn" in content and self.dqn.loss == _DQN_LOSS["loss"]:
+            del content["dqn"]["loss"]
         if trained := {name: own[name] for name in self.algos if name in own}:
             content["settings"] = trained
         # Sweeps of experts are what they were before there was a choice.
@@ -354,6 +357,8 @@ class Sweep:
         if isinstance(given.get("bc"), dict):
             choice = {} if "expert" in given["bc"] else _EXPERTS_CHOICE
             given["bc"] = {"dataset": ()} | choice | _EXPERTS_STATES | given["bc"]
+        if isinstance(given.get("dqn"), dict):
+            given["dqn"] = _DQN_LOSS | given["dqn"]
         trained = {*given.get("algos", ()), (given.get("bc") or {}).get("expert")}
         for name in _OWN_SETTINGS.keys() - trained:
             given.setdefault(name, asdict(_OWN_SETTINGS[name]()))

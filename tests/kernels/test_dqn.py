@@ -13,12 +13,16 @@ from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_, plan
+from sparse_tickets.kernels.dqn.reference import LOSSES
 from sparse_tickets.kernels.mlp import layout
 from sparse_tickets.kernels.random import Stream, integers
 from sparse_tickets.kernels.transitions import Transitions
 
 LR = 1e-3
 EPS = torch.finfo(torch.float32).eps
+KINDS = pytest.mark.parametrize(
+    ("double_dqn", "loss"), [(False, "huber"), (True, "huber"), (False, "squared")]
+)
 CAPACITY, STORED = 300, 257
 
 
@@ -97,11 +101,11 @@ def compare(density, config, backend="cpu", **options):
         assert (row[:, : arena.prunable][~parameters.mask] == 0).all()
 
 
-@pytest.mark.parametrize("double_dqn", [False, True])
+@KINDS
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.0])
-def test_updates_equal_float64(density, double_dqn, poisoned):
-    compare(density, DQNConfig(updates=1, batch=133, double=double_dqn))
-    compare(density, DQNConfig(updates=5, batch=32, double=double_dqn))
+def test_updates_equal_float64(density, double_dqn, loss, poisoned):
+    compare(density, DQNConfig(updates=1, batch=133, double=double_dqn, loss=loss))
+    compare(density, DQNConfig(updates=5, batch=32, double=double_dqn, loss=loss))
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
@@ -113,19 +117,22 @@ def test_updates_equal_float64(density, double_dqn, poisoned):
     double_dqn=st.booleans(),
     activation=st.sampled_from(KNOWN),
     actions=st.integers(1, 9),
+    loss=st.sampled_from(list(LOSSES)),
 )
-def test_any_network_and_batch(hidden, tickets, batch, density, double_dqn, activation, actions):
-    config = DQNConfig(updates=1, batch=batch, double=double_dqn, max_norm=None)
+def test_any_network_and_batch(
+    hidden, tickets, batch, density, double_dqn, activation, actions, loss
+):
+    config = DQNConfig(updates=1, batch=batch, double=double_dqn, loss=loss, max_norm=None)
     shape = {"hidden": hidden, "tickets": tickets, "activation": activation, "actions": actions}
     compare(density, config, **shape)
 
 
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 @pytest.mark.usefixtures("tensors_on_a_gpu")
-@pytest.mark.parametrize("double_dqn", [False, True])
-def test_updates_of_the_gpu(double_dqn):
-    small = {"tickets": 2, "hidden": (8,)}
-    compare(0.5, DQNConfig(updates=2, batch=20, double=double_dqn), "triton", **small)
+@pytest.mark.parametrize(("double_dqn", "loss"), [(False, "squared"), (True, "huber")])
+def test_updates_of_the_gpu(double_dqn, loss):
+    config = DQNConfig(updates=2, batch=20, double=double_dqn, loss=loss)
+    compare(0.5, config, "triton", tickets=2, hidden=(8,))
 
 
 @pytest.mark.parametrize("double_dqn", [False, True])
@@ -150,8 +157,8 @@ def test_a_ticket_does_not_see_its_batch_and_calls_may_be_cut(double_dqn, monkey
     assert run(slice(0, 0), [(0, 1)]).weight.shape == (0, arena.size)
 
 
-@pytest.mark.parametrize("double_dqn", [False, True])
-def test_one_update_is_what_torch_alone_makes_of_it(double_dqn):
+@KINDS
+def test_one_update_is_what_torch_alone_makes_of_it(double_dqn, loss):
     """A ticket as modules of torch, with its loss, its clipping and its Adam."""
     arena, parameters, target, replay, key, lr = problem(1.0, tickets=1, hidden=(16,))
 
@@ -170,7 +177,11 @@ def test_one_update_is_what_torch_alone_makes_of_it(double_dqn):
     online, slow = module(parameters.weight), module(target)
     optimiser = torch.optim.Adam(online.parameters(), LR, eps=1e-8)
     stepped = copy.deepcopy(parameters)
-    config = DQNConfig(updates=2, batch=50, double=double_dqn, max_norm=0.5)
+    config = DQNConfig(updates=2, batch=50, double=double_dqn, loss=loss, max_norm=0.5)
+    of_torch = {
+        "huber": torch.nn.functional.smooth_l1_loss,
+        "squared": torch.nn.functional.mse_loss,
+    }
     dqn_update_(stepped, arena, target, replay, STORED, key, 3, lr, config)
     for step in (3, 4):
         index = integers(key, 50, STORED, stream=Stream.MINIBATCH, step=step)[0]
@@ -181,7 +192,7 @@ def test_one_update_is_what_torch_alone_makes_of_it(double_dqn):
             wanted = torch.where(discount == 0, reward, reward + discount * following)
         value = online(obs).gather(1, action[:, None]).squeeze(1)
         optimiser.zero_grad()
-        torch.nn.functional.smooth_l1_loss(value, wanted).backward()
+        of_torch[loss](value, wanted).backward()
         torch.nn.utils.clip_grad_norm_(online.parameters(), 0.5)
         optimiser.step()
     layers = [part for layer in arena.actor.layers(stepped.weight) for part in layer]
@@ -234,6 +245,8 @@ def test_refuses_what_it_cannot_do():
     for name in ("updates", "batch"):
         with pytest.raises(ValueError, match=f"{name} must be >= 1"):
             DQNConfig(**{"updates": 1, "batch": 1, name: 0})
+    with pytest.raises(ValueError, match="loss must be one of huber, squared, got 'mse'"):
+        DQNConfig(1, 1, loss="mse")
 
 
 def test_plan_is_honest():

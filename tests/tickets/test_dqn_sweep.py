@@ -71,12 +71,14 @@ def test_the_command_line_trains_estimates_and_verifies(tmp_path, capsys):
     options = ["--algos", "dqn", "--seeds", "1", "--levels", "2", "--hidden", "8"]
     options += ["--dqn.steps", "128", "--dqn.copies", "2", "--dqn.horizon", "16"]
     options += ["--dqn.updates", "2", "--dqn.warmup", "32", "--dqn.no-double"]
+    options += ["--dqn.loss", "squared"]
     options += ["--evaluation.points", "1", "--evaluation.episodes", "2"]
     arguments = ["sweep", *options, "--evaluation.final-episodes", "2", "--out", str(tmp_path)]
     assert main([*arguments, "--dry-run"]) == 0
     assert "dqn" in capsys.readouterr().out
     assert main(arguments) == 0
     assert Store(tmp_path).spec["dqn"]["double"] is False
+    assert Store(tmp_path).spec["dqn"]["loss"] == "squared"
     assert main(["verify", str(tmp_path), "--cells", "2"]) == 0
 
 
@@ -86,6 +88,13 @@ def test_other_sweeps_are_what_they_were():
     assert spec_hash(Sweep(algos=("ppo",), dqn=DQN(gamma=0.5)).to_dict()) == spec_hash(plain)
     assert Sweep.from_dict(plain) == Sweep(algos=("ppo",))
     assert Sweep.from_dict(SPEC.to_dict()) == SPEC
+    # As they were stored before there was a choice of losses.
+    assert "loss" not in SPEC.to_dict()["dqn"]
+    squared = replace(SPEC, dqn=replace(SPEC.dqn, loss="squared"))
+    assert spec_hash(squared.to_dict()) != spec_hash(SPEC.to_dict())
+    assert Sweep.from_dict(squared.to_dict()) == squared
+    with pytest.raises(ValueError, match=r"dqn\.loss must be one of huber, squared, got 'mse'"):
+        DQN(loss="mse")
     damaged = SPEC.to_dict()
     del damaged["dqn"]
     with pytest.raises(ValueError, match=r"Sweep lacks \['dqn'\]"):
