@@ -37,6 +37,7 @@ __all__ = [
     "levels",
     "mountain_car",
     "pendulum",
+    "pendulum_sac",
     "per_level",
     "quickly",
     "scaled",
@@ -121,22 +122,36 @@ def pendulum() -> Sweep:
     return replace(spec, ppo=replace(spec.ppo, steps=204_800))
 
 
+@partial(Shared, "pendulum-sac")
+def pendulum_sac() -> Sweep:
+    """Pendulum by SAC and by cloning what SAC's whole budget gives, at `pendulum`'s levels.
+
+    Dense SAC is there after a fifth of the protocol's steps; three fifths are trained here.
+    """
+    spec = protocol("Pendulum-v1")
+    bc = replace(spec.bc, expert="sac", expert_steps=spec.sac.steps)
+    spec = _few_levels(replace(spec, bc=bc), "sac", seeds=8)
+    ppo, sac = replace(spec.ppo, steps=204_800), replace(spec.sac, steps=12_000)
+    return replace(spec, ppo=ppo, sac=sac)
+
+
 @partial(Shared, "mountaincar")
 def mountain_car() -> Sweep:
-    """MountainCar by DQN and cloning, at few levels; experts by PPO's whole budget."""
+    """MountainCar by DQN's whole budget and by cloning, at few levels; experts by PPO's."""
     spec = protocol("MountainCar-v0")
-    spec = _few_levels(replace(spec, bc=replace(spec.bc, expert_steps=spec.ppo.steps)), "dqn")
+    bc = replace(spec.bc, expert_steps=spec.ppo.steps)
+    spec = _few_levels(replace(spec, bc=bc), "dqn", seeds=10)
     return replace(spec, ppo=replace(spec.ppo, steps=204_800))
 
 
-def _few_levels(spec: Sweep, algo: str) -> Sweep:
-    """Four of the protocol's levels at a time: an algorithm and cloning, six seeds."""
+def _few_levels(spec: Sweep, algo: str, seeds: int = 6) -> Sweep:
+    """Four of the protocol's levels at a time: an algorithm and cloning."""
     return replace(
         spec,
         algos=(algo, "bc"),
         conditions=(TICKET, "mask/permuted", "permuted/permuted"),
         controls=("ticket",),
-        seeds=6,
+        seeds=seeds,
         levels=5,
         rate=1 - (1 - LEVEL) ** 4,
         chunk=9,
@@ -213,6 +228,7 @@ def quickly(spec: Sweep) -> Sweep:
         levels=3,
         ppo=replace(spec.ppo, copies=4, horizon=32, minibatches=2, steps=8 * 128),
         dqn=replace(spec.dqn, steps=1024, warmup=64, updates=4),
+        sac=replace(spec.sac, steps=512, warmup=64, updates=2),
         bc=replace(spec.bc, experts=1, expert_gate=-1e9, expert_steps=None),
         evaluation=Evaluation(points=2, episodes=4, final_episodes=4),
     )
