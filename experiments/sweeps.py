@@ -33,8 +33,10 @@ __all__ = [
     "cartpole_deep",
     "cuts",
     "dqn",
+    "hopper",
     "kept_inputs",
     "levels",
+    "lunar_lander",
     "mountain_car",
     "pendulum",
     "pendulum_sac",
@@ -156,6 +158,41 @@ def _few_levels(spec: Sweep, algo: str, seeds: int = 6) -> Sweep:
         rate=1 - (1 - LEVEL) ** 4,
         chunk=9,
         evaluation=Evaluation(points=10, episodes=8, final_episodes=32),
+    )
+
+
+@partial(Shared, "lunarlander")
+def lunar_lander() -> Sweep:
+    """LunarLander by PPO and cloning, three of its protocol's levels at a time, in half its steps.
+
+    Three experts have the whole budget, and must solve the task.
+    """
+    spec = protocol("LunarLander-v3")
+    return replace(
+        spec,
+        controls=("ticket",),
+        seeds=6,
+        levels=4,
+        rate=1 - (1 - spec.rate) ** 3,
+        ppo=replace(spec.ppo, steps=491_520),
+        bc=replace(spec.bc, experts=3, expert_steps=spec.ppo.steps),
+        evaluation=Evaluation(points=10, episodes=4, final_episodes=20),
+    )
+
+
+@partial(Shared, "hopper")
+def hopper() -> Sweep:
+    """Hopper by PPO, four of its protocol's levels at a time, in a fifth of its steps."""
+    spec = protocol("Hopper-v5")
+    return replace(
+        spec,
+        algos=("ppo",),
+        controls=("ticket",),
+        seeds=3,
+        levels=3,
+        rate=1 - (1 - spec.rate) ** 4,
+        ppo=replace(spec.ppo, steps=200_704),
+        evaluation=Evaluation(points=10, episodes=2, final_episodes=10),
     )
 
 
