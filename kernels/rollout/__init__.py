@@ -42,7 +42,7 @@ from ..threads import WORTH_A_THREAD, one_thread
 from . import reference
 from .reference import Rollout
 
-__all__ = ["Rollout", "demonstrate", "evaluate", "plan", "rollout"]
+__all__ = ["Rollout", "demonstrate", "evaluate", "plan", "rollout", "takes_turns"]
 
 
 @eager
@@ -227,6 +227,11 @@ def plan(arena: Arena, env: Any, device: torch.device, *, density: float = 1.0) 
     return Plan("rollout", "cpu", "/".join("csr" if s else "dense" for s in sparse), reason)
 
 
+def takes_turns(env: Any, device: torch.device) -> bool:
+    """Whether simulators in processes have the cores to themselves between a policy's steps."""
+    return getattr(env, "workers", None) is not None and device.type == "cpu"
+
+
 @contextmanager
 def _in_turn(
     parameters: Parameters, arena: Arena, env: Any, density: float
@@ -237,7 +242,7 @@ def _in_turn(
     which then spin where simulators wait, and its products may differ with their number. A larger
     one is worth `mlp`'s kernels, which no number of threads changes.
     """
-    if getattr(env, "workers", None) is None or parameters.weight.device.type != "cpu":
+    if not takes_turns(env, parameters.weight.device):
         yield None
         return
     weights = sum(a * b for net in arena.nets for a, b in pairwise(net.sizes))

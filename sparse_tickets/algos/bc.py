@@ -19,7 +19,8 @@ from sparse_tickets.algos.algorithm import (
     Schedule,
     Taught,
 )
-from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.algos.evaluation import Evaluation, Result
+from sparse_tickets.algos.loop import TrainingIteration, run
 from sparse_tickets.algos.replay import can_replay_cloning, replayed
 from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env, open_env
@@ -172,42 +173,29 @@ def train(
             own = open_env(env_name, len(population), budget.copies, device=key.device)
             env = stack.enter_context(own)
         iterate = Iteration(budget, population, key, dataset, assignment, first_iteration, env)
-        updates, pruner = budget.epochs * budget.minibatches, None
-        if pruning is not None:
-            steps = updates * (budget.iterations - first_iteration)
-            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
-        evaluator = stack.enter_context(
-            Evaluator(
-                evaluation or Evaluation(),
-                env_name,
-                population,
-                key,
-                first_iteration,
-                budget.iterations,
-                rewind_iteration,
-            )
-        )
-        advance: Callable[[], None] = iterate
+        advance: Callable[[], object] = iterate
         # A graph replays the kernels of the density it was captured at, on the same transitions.
         frozen = isinstance(dataset, Dataset)
-        if pruner is None and frozen and can_replay_cloning(population):
+        if pruning is None and frozen and can_replay_cloning(population):
             iterate.keep_count_on_device()
             advance = replayed(iterate)
-        for iteration in range(first_iteration, budget.iterations):
-            evaluator.before(iteration)
-            iterate.learning_rate.fill_(budget.learning_rate_at(iteration))
-            advance()
-            if pruner is not None:
-                pruner.step(updates)
-            evaluator.after(iteration)
-            if on_iteration is not None:
-                on_iteration(len(population) * budget.batch)
-        if env is not None:
-            evaluator.note(env)
-        return evaluator.result((budget.iterations - first_iteration) * budget.batch)
+        return run(
+            iterate,
+            budget,
+            env_name,
+            population,
+            key,
+            advance=advance,
+            env=env,
+            evaluation=evaluation,
+            first_iteration=first_iteration,
+            rewind_iteration=rewind_iteration,
+            on_iteration=on_iteration,
+            pruning=pruning,
+        )
 
 
-class Iteration:
+class Iteration(TrainingIteration):
     """As many updates as PPO makes of a rollout; each call goes on from the last.
 
     Args:
@@ -234,6 +222,7 @@ class Iteration:
         env: Env | None = None,
     ) -> None:
         updates = budget.epochs * budget.minibatches
+        super().__init__(budget, population, updates, first)
         self._config = CloneConfig(
             updates=updates, batch=budget.batch // budget.minibatches, max_norm=budget.max_norm
         )
@@ -261,7 +250,6 @@ class Iteration:
                 )
             self._teachers = weight[assignment]
             self._env, self._obs = env, env.reset(key)
-        self.learning_rate = population.parameters.weight.new_zeros(len(population))
 
     def keep_count_on_device(self) -> None:
         """Count updates in a tensor, so that a captured CUDA graph counts on."""

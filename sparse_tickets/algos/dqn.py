@@ -180,7 +180,7 @@ class Iteration(ReplayIteration):
 
     def schedule(self, iteration: int) -> None:
         self.epsilon.fill_(self._settings.epsilon_at(iteration))
-        self.learning_rate.fill_(self._settings.learning_rate_at(iteration))
+        super().schedule(iteration)
 
     def __call__(self) -> None:
         settings, population, buffer = self._settings, self._population, self.buffer
@@ -193,7 +193,7 @@ class Iteration(ReplayIteration):
         taken = self._number * settings.batch
         if (taken + settings.batch) // settings.target_interval > taken // settings.target_interval:
             self._target.copy_(population.parameters.weight)
-        if self._number >= self._learns_from:
+        if self._number >= self.learns_from:
             dqn_update_(
                 population.parameters,
                 population.arena,

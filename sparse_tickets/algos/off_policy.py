@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparse_tickets.algos.budget import IterationBudget
 from sparse_tickets.algos.buffer import ReplayBuffer
-from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.algos.evaluation import Evaluation, Result
+from sparse_tickets.algos.loop import TrainingIteration, run
 from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env, open_env
+from sparse_tickets.kernels.rollout import takes_turns
 from sparse_tickets.kernels.threads import one_thread
 from sparse_tickets.population import Population
 
@@ -45,7 +45,7 @@ class ReplayBudget(IterationBudget):
         return -(-filled // self.horizon) - 1
 
 
-class ReplayIteration(ABC):
+class ReplayIteration(TrainingIteration):
     """Act, store, update; each call goes on from the last.
 
     Args:
@@ -63,13 +63,12 @@ class ReplayIteration(ABC):
     def __init__(
         self, settings: ReplayBudget, env: Env, population: Population, key: Tensor, first: int
     ) -> None:
+        super().__init__(settings, population, settings.updates, first + settings.waiting)
         arena = population.arena
         self._env, self._population, self._key = env, population, key
         self._obs = env.reset(key)
-        self._number, self._learns_from = first, first + settings.waiting
-        weight = population.parameters.weight
-        self._target = weight.clone()
-        self.learning_rate = torch.zeros_like(weight[:, 0])
+        self._number = first
+        self._target = population.parameters.weight.clone()
         self.buffer = ReplayBuffer(
             len(population),
             env.copies,
@@ -81,26 +80,11 @@ class ReplayIteration(ABC):
             numbers=arena.actions if arena.squashed else None,
         )
 
-    @abstractmethod
-    def __call__(self) -> None:
-        """One iteration."""
-
     def _acting(self) -> AbstractContextManager[None]:
-        """Simulators in processes have the cores to themselves between updates."""
-        workers = getattr(self._env, "workers", None)
-        return nullcontext() if workers is None or self._key.is_cuda else one_thread()
+        return one_thread() if takes_turns(self._env, self._key.device) else nullcontext()
 
-    @abstractmethod
-    def schedule(self, iteration: int) -> None:
-        """Set what changes with the number of the iteration that comes next."""
-
-    @abstractmethod
-    def dense_gradient(self) -> Tensor:
-        """Gradient ``[P, prunable]`` of the loss of all transitions that the last call's updates
-        drew, by pruned weights too."""
-
-    def mask_target_(self) -> None:
-        """Zero the target networks' weights off the masks, after these have changed."""
+    def follow_masks_(self) -> None:
+        """Zero the target networks' weights off the masks."""
         pruned = ~self._population.parameters.mask
         self._target[:, : self._population.arena.prunable].masked_fill_(pruned, 0.0)
 
@@ -140,38 +124,26 @@ def learn(
     Raises:
         ValueError: an unknown environment, or pruning where no update is made.
     """
-    with (
-        open_env(env_name, len(population), settings.copies, device=key.device) as env,
-        Evaluator(
-            evaluation or Evaluation(),
+    learns_from = first_iteration + settings.waiting
+    if pruning is not None and learns_from >= settings.iterations:
+        raise ValueError(
+            "pruning while training needs updates, which begin after "
+            f"{learns_from * settings.batch} steps: {prefix}steps must be more, "
+            f"got {settings.steps}"
+        )
+    with open_env(env_name, len(population), settings.copies, device=key.device) as env:
+        iterate = iteration(settings, env, population, key, first_iteration)
+        return run(
+            iterate,
+            settings,
             env_name,
             population,
             key,
-            first_iteration,
-            settings.iterations,
-            rewind_iteration,
-        ) as evaluator,
-    ):
-        iterate = iteration(settings, env, population, key, first_iteration)
-        learns_from, pruner = first_iteration + settings.waiting, None
-        if pruning is not None:
-            if learns_from >= settings.iterations:
-                raise ValueError(
-                    "pruning while training needs updates, which begin after "
-                    f"{learns_from * settings.batch} steps: {prefix}steps must be more, "
-                    f"got {settings.steps}"
-                )
-            steps = settings.updates * (settings.iterations - learns_from)
-            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
-            iterate.mask_target_()
-        for number in range(first_iteration, settings.iterations):
-            evaluator.before(number)
-            iterate.schedule(number)
-            iterate()
-            if pruner is not None and number >= learns_from and pruner.step(settings.updates):
-                iterate.mask_target_()
-            evaluator.after(number)
-            if on_iteration is not None:
-                on_iteration(len(population) * settings.batch)
-        evaluator.note(env)
-        return evaluator.result((settings.iterations - first_iteration) * settings.batch)
+            advance=iterate,
+            env=env,
+            evaluation=evaluation,
+            first_iteration=first_iteration,
+            rewind_iteration=rewind_iteration,
+            on_iteration=on_iteration,
+            pruning=pruning,
+        )

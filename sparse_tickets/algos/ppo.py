@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from sparse_tickets.algos.algorithm import Algorithm, Demonstrations, Schedule
 from sparse_tickets.algos.budget import IterationBudget
-from sparse_tickets.algos.evaluation import Evaluation, Evaluator, Result
+from sparse_tickets.algos.evaluation import Evaluation, Result
+from sparse_tickets.algos.loop import TrainingIteration, run
 from sparse_tickets.algos.replay import can_replay, replayed
 from sparse_tickets.dynamic import Pruning
 from sparse_tickets.envs import Env, open_env
@@ -122,46 +122,31 @@ def train(
         ValueError: an unknown environment, or a key that does not fit the population.
     """
     check_shape("key", key, (len(population),))
-    with ExitStack() as stack:
-        env = stack.enter_context(
-            open_env(env_name, len(population), settings.copies, device=key.device)
-        )
+    with open_env(env_name, len(population), settings.copies, device=key.device) as env:
         iterate = Iteration(settings, env, population, key, first_iteration)
-        updates, pruner = settings.epochs * settings.minibatches, None
-        if pruning is not None:
-            steps = updates * (settings.iterations - first_iteration)
-            pruner = pruning.pruner(population, steps, key, iterate.dense_gradient)
-        evaluator = stack.enter_context(
-            Evaluator(
-                evaluation or Evaluation(),
-                env_name,
-                population,
-                key,
-                first_iteration,
-                settings.iterations,
-                rewind_iteration,
-            )
-        )
         advance: Callable[[], object] = iterate
         # A graph replays the kernels of the density it was captured at.
-        if pruner is None and can_replay(env, population):
+        if pruning is None and can_replay(env, population):
             env.keep_clock_on_device()
             iterate.keep_count_on_device()
             advance = replayed(iterate)
-        for iteration in range(first_iteration, settings.iterations):
-            evaluator.before(iteration)
-            iterate.learning_rate.fill_(settings.learning_rate_at(iteration))
-            advance()
-            if pruner is not None:
-                pruner.step(updates)
-            evaluator.after(iteration)
-            if on_iteration is not None:
-                on_iteration(len(population) * settings.batch)
-        evaluator.note(env)
-        return evaluator.result((settings.iterations - first_iteration) * settings.batch)
+        return run(
+            iterate,
+            settings,
+            env_name,
+            population,
+            key,
+            advance=advance,
+            env=env,
+            evaluation=evaluation,
+            first_iteration=first_iteration,
+            rewind_iteration=rewind_iteration,
+            on_iteration=on_iteration,
+            pruning=pruning,
+        )
 
 
-class Iteration:
+class Iteration(TrainingIteration):
     """Rollout, advantages and update; each call goes on from the last.
 
     Args:
@@ -178,12 +163,12 @@ class Iteration:
     def __init__(
         self, settings: PPO, env: Env, population: Population, key: Tensor, first: int
     ) -> None:
+        super().__init__(settings, population, settings.epochs * settings.minibatches, first)
         self._settings, self._config = settings, settings.config()
         self._env, self._population, self._key = env, population, key
         self._obs = env.reset(key)
         self._number: int | Tensor = first
         self._batch: Batch | None = None
-        self.learning_rate = population.parameters.weight.new_zeros(len(population))
 
     def keep_count_on_device(self) -> None:
         """Count iterations in a tensor, so that a captured CUDA graph counts on."""

@@ -161,9 +161,6 @@ class Iteration(ReplayIteration):
         self._settings = settings
         self._config = settings.config(population.arena.actions)
 
-    def schedule(self, iteration: int) -> None:
-        self.learning_rate.fill_(self._settings.learning_rate_at(iteration))
-
     def __call__(self) -> None:
         settings, population = self._settings, self._population
         env, buffer = self._env, self.buffer
@@ -178,7 +175,7 @@ class Iteration(ReplayIteration):
                 step = env.step(squashed.within_bounds(action, *bounds))
                 buffer.add(self._obs, action, step)
                 self._obs = step.obs
-        if self._number >= self._learns_from:
+        if self._number >= self.learns_from:
             sac_update_(
                 population.parameters,
                 population.arena,

@@ -194,7 +194,7 @@ def test_the_gradient_by_pruned_weights_is_that_of_the_last_updates_transitions(
     tickets, key = population(2, prune_critic=True)
     iterate = Iteration(SHORT, make_env(PENDULUM, 2, SHORT.copies), tickets, key, 0)
     iterate._target.add_(1.0)
-    iterate.mask_target_()
+    iterate.follow_masks_()
     iterate.learning_rate.fill_(1e-3)
     for _ in range(4):
         iterate()
