@@ -19,10 +19,13 @@ from experiments.sweeps import (
     cartpole,
     cartpole_deep,
     dqn,
+    lunar_lander,
     mountain_car,
     pendulum,
+    pendulum_sac,
     per_level,
     setting,
+    solved,
 )
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
@@ -35,21 +38,23 @@ RIVALS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC"}
 """What learns by reinforcement, in the order of tables and panels."""
 NAMES = RIVALS | {"bc": "cloning"}
 TICKET = "mask/weights"
-WHOLE, DEEP, BRIEF, VALUES, ACROBOT, PENDULUM, CAR = (
+WHOLE, DEEP, BRIEF, VALUES, ACROBOT, PENDULUM, SAC, CAR, LANDER = (
     "the whole protocol", "deeper, tickets alone", "a smaller budget", "learning values", "Acrobot",
-    "Pendulum", "MountainCar",
+    "Pendulum", "Pendulum by SAC", "MountainCar", "LunarLander",
 )  # fmt: skip
 
 
 def collect(place: Place) -> pl.DataFrame:
-    """The protocol's own sweep from its table, its tickets deeper, brief ones of two tasks."""
+    """The protocol's own sweep from its table, its tickets deeper, brief ones of other tasks."""
     found = []
     sweeps = [
         (BRIEF, cartpole),
         (VALUES, dqn),
         (ACROBOT, acrobot),
         (PENDULUM, pendulum),
+        (SAC, pendulum_sac),
         (CAR, mountain_car),
+        (LANDER, lunar_lander),
     ]
     if place.quick:
         del sweeps[1:]  # every task and algorithm compiles kernels of its own
@@ -118,8 +123,19 @@ def conclude(cells: pl.DataFrame) -> Finding:
         effect="levels by which cloned tickets outlast others: " + "; ".join(effects),
         verdict="; ".join(f"{RIVALS[rival]}: {verdict(tickets, rival)}" for rival in against),
         text=text(cells, table),
-        figures={"bc_vs_rl": draw(table, cells)},
+        figures={
+            name: draw(table.filter(pl.col("study").is_in(list(part["study"]))), part)
+            for name, part in pictured(cells).items()
+        },
     )
+
+
+def pictured(cells: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """What each figure shows: CartPole alone, and the other tasks."""
+    cartpole_alone = pl.col("env") == "CartPole-v1"
+    parts = {"bc_vs_rl": cartpole_alone, "bc_vs_rl_tasks": ~cartpole_alone}
+    shown = {name: cells.filter(those) for name, those in parts.items()}
+    return {name: part for name, part in shown.items() if contests(part)}
 
 
 def verdict(tickets: pl.DataFrame, rival: str) -> str:
@@ -170,19 +186,31 @@ HEADER = ("cloning at", "difference", "p", "Holm")
 
 
 def budget(cells: pl.DataFrame) -> str:
-    """The protocol's check: dense policies reach 95% of their final return by half the budget."""
-    found = []
+    """The protocol's checks of dense policies: when they are there, and where they end.
+
+    Budgets are adequate where they reach 95% of it by half; the line is for what is pruned.
+    """
+    first, ends = [], []
     for algo, name in NAMES.items():
         dense = cells.filter((pl.col("algo") == algo) & (pl.col("level") == 0))
         if dense.is_empty():
             continue
         curve = np.array(dense["curve"].to_list()).mean(0)
-        random = dense["random_return"].mean()
+        random, final = dense["random_return"].mean(), dense["return_final"]
         reached = np.flatnonzero(curve - random >= 0.95 * (curve[-1] - random))
         when = f"{(reached[0] + 1) / len(curve):.0%}" if curve[-1] > random else "no point"
-        found.append(f"{when} ({name})")
-    points = f"{', '.join(found[:-1])} and {found[-1]}" if len(found) > 1 else found[0]
-    return f"Dense policies first come within 5% of their last return at {points}."
+        first.append(f"{when} ({name})")
+        below = (final - random < 0.95 * (final.median() - random)).sum()
+        ends.append(f"{final.mean():.0f} ({name}, {below} of {len(final)} below 0.95)")
+    enough = solved(cells["env"][0])
+    return (
+        f"Dense policies first come within 5% of their last return at {_listed(first)}; they end "
+        f"at {_listed(ends)}, where {enough:g} counts as solved."
+    )
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def rows(cells: pl.DataFrame, table: pl.DataFrame, rival: str) -> list[list[str]]:

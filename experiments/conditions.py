@@ -15,7 +15,17 @@ import numpy as np
 import polars as pl
 
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import acrobot, cartpole, dqn, mountain_car, pendulum, setting
+from experiments.sweeps import (
+    acrobot,
+    cartpole,
+    dqn,
+    hopper,
+    lunar_lander,
+    mountain_car,
+    pendulum,
+    pendulum_sac,
+    setting,
+)
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
@@ -27,7 +37,7 @@ METRICS = {
     "return_auc": "learning curve",
     "return_final": "final return",
 }
-ALGORITHMS = {"ppo": "PPO", "dqn": "DQN", "bc": "cloning"}
+ALGORITHMS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC", "bc": "cloning"}
 PAIRED = "ticket"
 """The controls that change one thing at a time."""
 
@@ -40,7 +50,13 @@ def collect(place: Place) -> pl.DataFrame:
         found.append(cells.filter(pl.col("algo") == "dqn"))
     others = {"Acrobot": acrobot}
     if not place.quick:
-        others |= {"Pendulum": pendulum, "MountainCar": mountain_car}
+        others |= {
+            "Pendulum": pendulum,
+            "Pendulum, SAC": pendulum_sac,
+            "MountainCar": mountain_car,
+            "LunarLander": lunar_lander,
+            "Hopper": hopper,
+        }
     for name, sweep in others.items():
         if place.wants(sweep.name):
             found.append(_study(name, sweep(place)[1]))

@@ -1,7 +1,8 @@
 """Which inputs does pruning keep, and which does the task need?
 
 The inputs that tickets keep at every level, of raw observations and of scaled ones, beside dense
-policies trained on every subset of the inputs: what the task needs, by exhaustion::
+policies trained on every subset of the inputs: what the task needs, by exhaustion. On other tasks
+what tickets keep beside what their masks keep once shuffled within each layer::
 
     python -m experiments.input_masks [--quick]
 """
@@ -13,16 +14,33 @@ from itertools import product
 import numpy as np
 import polars as pl
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.frame import Experiment, Finding, Place, effect, main, markdown
+from experiments.frame import (
+    Experiment,
+    Finding,
+    Place,
+    direction,
+    effect,
+    main,
+    markdown,
+    signed,
+)
 from experiments.sweeps import (
     INPUTS,
     TICKET,
+    Shared,
+    acrobot,
     cartpole,
     cuts,
+    hopper,
     kept_inputs,
     levels,
+    lunar_lander,
+    mountain_car,
+    pendulum,
+    pendulum_sac,
     scaled,
     tickets,
     train,
@@ -31,17 +49,39 @@ from sparse_tickets import load_results
 from sparse_tickets.analysis.style import DPI, GREY, INK, head, styled
 from sparse_tickets.sweep.store import Store
 
-ALGORITHMS = {"ppo": "PPO", "bc": "cloning", "scaled": "PPO, scaled observations"}
+ALGORITHMS = {
+    "ppo": "PPO",
+    "dqn": "DQN",
+    "sac": "SAC",
+    "bc": "cloning",
+    "scaled": "PPO, scaled observations",
+}
 SEEDS = 3
 SUBSETS = "subsets"
+SHUFFLED = "permuted/permuted"
+TASKS: dict[Shared, tuple[str, ...]] = {
+    acrobot: ("ppo", "bc"),
+    pendulum: ("ppo", "bc"),
+    pendulum_sac: ("sac",),
+    mountain_car: ("dqn", "bc"),
+    lunar_lander: ("ppo", "bc"),
+    hopper: ("ppo",),
+}
+"""Sweeps of other tasks than CartPole, and whose tickets of theirs are looked at."""
 
 
 def collect(place: Place) -> pl.DataFrame:
     """Rows of tickets, with the inputs they keep, and of dense policies on a subset of inputs."""
     spec, store = cartpole(place)
     stored = [_kept(store, {"ppo": "ppo", "bc": "bc"})]
-    if not place.quick and place.wants(scaled.name):
-        stored.append(_kept(scaled(place)[1], {"ppo": "scaled"}))
+    if not place.quick:
+        if place.wants(scaled.name):
+            stored.append(_kept(scaled(place)[1], {"ppo": "scaled"}))
+        for sweep, algos in TASKS.items():
+            if place.wants(sweep.name):
+                of_task = sweep(place)[1]
+                same = {algo: algo for algo in algos}
+                stored += [_kept(of_task, same), _kept(of_task, same, SHUFFLED, "ticket")]
     arena, names = spec.arena("ppo"), INPUTS[spec.env]
     choices = [bits for bits in product([False, True], repeat=len(names)) if any(bits)]
     seeds = min(SEEDS, spec.seeds)
@@ -69,14 +109,22 @@ def collect(place: Place) -> pl.DataFrame:
     return pl.concat([each.select(columns) for each in (*stored, trained)])
 
 
-def _kept(store: Store, names: dict[str, str]) -> pl.DataFrame:
-    """Rows of a sweep's tickets with the inputs they keep; algorithms by the names given."""
-    rows = load_results(store.path).filter(pl.col("condition").is_in([TICKET, "dense"]))
+def _kept(
+    store: Store, names: dict[str, str], condition: str = TICKET, controls: str = "own"
+) -> pl.DataFrame:
+    """Rows of a sweep's tickets with the inputs they keep; algorithms by the names given.
+
+    Dense ones are counted to the tickets alone.
+    """
+    rows = load_results(store.path).filter(
+        (pl.col("condition") == condition) & (pl.col("controls") == controls)
+        | (pl.col("condition") == "dense") & (condition == TICKET)
+    )
     kept = [
         {"algo": algo, "seed": ticket.seed, "level": level, "inputs": kept_inputs(ticket)}
         for algo in names
         for level in levels(store, algo)
-        for ticket in tickets(store, algo, level)
+        for ticket in tickets(store, algo, level, condition, controls)
     ]
     joined = rows.join(pl.DataFrame(kept), on=["algo", "seed", "level"])
     return joined.with_columns(pl.col("algo").replace(names))
@@ -86,9 +134,14 @@ def algorithms(cells: pl.DataFrame) -> dict[str, str]:
     return {algo: name for algo, name in ALGORITHMS.items() if algo in set(cells["algo"])}
 
 
+def tickets_of(cells: pl.DataFrame, algo: str) -> pl.DataFrame:
+    """An algorithm's tickets with the dense policies that they begin as."""
+    return cells.filter((pl.col("algo") == algo) & pl.col("condition").is_in([TICKET, "dense"]))
+
+
 def survival(cells: pl.DataFrame, algo: str) -> tuple[np.ndarray, np.ndarray]:
     """Densities, and the share of seeds ``[inputs, levels]`` that keep each input."""
-    rows = cells.filter((pl.col("algo") == algo) & (pl.col("condition") != SUBSETS))
+    rows = tickets_of(cells, algo)
     density = rows.group_by("level").agg(pl.col("density").max()).sort("level")["density"]
     kept = [
         np.array(rows.filter(pl.col("level") == level)["inputs"].to_list()).mean(0)
@@ -120,7 +173,7 @@ def needed(cells: pl.DataFrame) -> pl.DataFrame:
 
 def order(cells: pl.DataFrame, algo: str) -> dict[str, tuple[float, float, float]]:
     """Levels until each input is gone, mean over seeds; the last level where it never is."""
-    rows = cells.filter((pl.col("algo") == algo) & (pl.col("condition") != SUBSETS))
+    rows = tickets_of(cells, algo)
     names = INPUTS[cells["env"][0]]
     seeds = sorted(rows["seed"].unique())
     gone = np.array(
@@ -154,36 +207,104 @@ def collapsed(cells: pl.DataFrame, algo: str) -> dict[int, tuple[int, int]]:
     return {each: (int(low[enough == each].sum()), int((enough == each).sum())) for each in (0, 1)}
 
 
+def tasks(cells: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """The tasks that stand beside CartPole."""
+    others = cells.filter(~pl.col("env").str.starts_with("CartPole"))
+    return {env: part for (env,), part in others.group_by("env", maintain_order=True)}
+
+
+def removed(cells: pl.DataFrame) -> list[tuple[str, str, float, np.ndarray]]:
+    """By task and algorithm, how many inputs tickets and shuffled masks keep at the last level.
+
+    Of tickets the mean; of what a shuffled mask keeps more, each seed's.
+    """
+    found = []
+    for env, part in tasks(cells).items():
+        for algo in algorithms(part):
+            last = part.filter((pl.col("algo") == algo) & (pl.col("level") == part["level"].max()))
+            ticket, shuffled = (
+                np.array(
+                    last.filter(pl.col("condition") == kind).sort("seed")["inputs"].to_list()
+                ).sum(1)
+                for kind in (TICKET, SHUFFLED)
+            )
+            found.append((env, algo, float(ticket.mean()), shuffled - ticket))
+    return found
+
+
 def conclude(cells: pl.DataFrame) -> Finding:
-    table = needed(cells)
+    cartpole_alone = cells.filter(pl.col("env").str.starts_with("CartPole"))
+    table = needed(cartpole_alone)
     solving = table.filter(pl.col("solved") == pl.col("seeds"))
     fewest = solving.sort("count").head(1)
-    sparsest = {
-        algo: cells.filter(
-            (pl.col("algo") == algo)
-            & (pl.col("condition") == TICKET)
-            & (pl.col("level") == cells["level"].max())
-        )
-        for algo in algorithms(cells)
-    }
     kept = {
-        algo: float(np.mean([sum(x) for x in rows["inputs"].to_list()]))
-        for algo, rows in sparsest.items()
+        algo: float(
+            np.mean(
+                [
+                    sum(inputs)
+                    for inputs in tickets_of(cartpole_alone, algo)
+                    .filter(pl.col("level") == cartpole_alone["level"].max())["inputs"]
+                    .to_list()
+                ]
+            )
+        )
+        for algo in algorithms(cartpole_alone)
     }
-    inputs = len(INPUTS[cells["env"][0]])
+    inputs = len(INPUTS["CartPole-v1"])
     need = fewest["sees"][0] if len(fewest) else "all and more"
     left = " and ".join(f"{value:.1f} ({ALGORITHMS[algo]})" for algo, value in kept.items())
-    removed = any(value < inputs - 0.5 for value in kept.values())
-    return Finding(
-        ran=f"{cells['env'][0]}, the tickets of bc_vs_rl; dense PPO on all {len(table)} subsets of "
-        f"the inputs, {table['seeds'].max()} seeds each, {cells['train_steps'].max():,} steps "
-        f"(cut: {cuts(cells)}{'' if 'scaled' in kept else ', no scaled observations'})",
-        effect=f"{left} of {inputs} inputs left at {cells['density'].min():.2%} of the weights; "
-        f"the smallest set that every dense seed solves the task with: {need}",
-        verdict="agrees: whole inputs go" if removed else "disagrees: inputs stay",
-        text=text(cells, table),
-        figures={"input_masks": draw(cells, table)},
+    goes = any(value < inputs - 0.5 for value in kept.values())
+    words = "agrees: whole inputs go" if goes else "disagrees: inputs stay"
+    figures = {"input_masks": draw(cartpole_alone)}
+    ran = (
+        f"{cartpole_alone['env'][0]}, the tickets of bc_vs_rl; dense PPO on all {len(table)} "
+        f"subsets of the inputs, {table['seeds'].max()} seeds each, "
+        f"{cartpole_alone['train_steps'].max():,} steps "
+        f"(cut: {cuts(cartpole_alone)}{'' if 'scaled' in kept else ', no scaled observations'})"
     )
+    beside = removed(cells)
+    if beside:
+        ran += f"; the tickets of conditions on {', '.join(tasks(cells))}"
+        fewer = sum(direction(more) == 1 for *_, more in beside)
+        words += f"; fewer stay than of shuffled masks in {fewer} of {len(beside)} on other tasks"
+        figures["input_masks_tasks"] = draw_tasks(cells)
+    return Finding(
+        ran=ran,
+        effect=f"{left} of {inputs} inputs left at {cartpole_alone['density'].min():.2%} of the "
+        f"weights; the smallest set that every dense seed solves the task with: {need}",
+        verdict=words,
+        text="\n\n".join([text(cartpole_alone, table), *text_of_tasks(beside, cells)]),
+        figures=figures,
+    )
+
+
+def text_of_tasks(
+    beside: list[tuple[str, str, float, np.ndarray]], cells: pl.DataFrame
+) -> list[str]:
+    """What is said of tasks beside CartPole; nothing where there are none."""
+    if not beside:
+        return []
+    rows = []
+    for env, algo, kept, more in beside:
+        part = tasks(cells)[env]
+        density, share = survival(part, algo)
+        names = INPUTS[env]
+        gone = [name for name, there in zip(names, share[:, -1], strict=True) if there <= 0.5]
+        rows.append(
+            [
+                f"{env}, {ALGORITHMS[algo]}",
+                f"{density[-1]:.1%}",
+                f"{kept:.1f} of {len(names)}",
+                signed(*effect(more)),
+                ", ".join(gone) or "-",
+            ]
+        )
+    return [
+        """On other tasks, at the last level: inputs that tickets keep, and how many more their
+masks keep once shuffled within each layer, which leaves as many weights on the inputs. Gone are
+those that half of the seeds or more have lost.""",
+        markdown(["tickets", "density", "inputs kept", "more, shuffled", "gone"], rows),
+    ]
 
 
 def text(cells: pl.DataFrame, table: pl.DataFrame) -> str:
@@ -220,38 +341,67 @@ inputs that every dense seed solves the task with:
 
 
 @styled
-def draw(cells: pl.DataFrame, table: pl.DataFrame) -> Figure:
-    """Shares of seeds by input and density, a row of pictures; single inputs' worth beside them."""
+def draw(cells: pl.DataFrame) -> Figure:
+    """Shares of seeds by input and density, a row of pictures."""
     names = INPUTS[cells["env"][0]]
     shown = algorithms(cells)
     size = (1.0 + 2.5 * len(shown), 0.9 + 0.3 * len(names))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, len(shown), sharey=True)
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, (algo, title) in zip(panels, shown.items(), strict=True):
-        density, share = survival(cells, algo)
-        panel.imshow(share, cmap="Greys", vmin=0, vmax=1.4, aspect="auto")
-        for row, column in np.ndindex(*share.shape):
-            value = share[row, column]
-            if 0 < value < 1:
-                panel.text(
-                    column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=5.5,
-                    color="white" if value > 0.6 else INK,
-                )  # fmt: skip
+        picture(panel, cells, algo)
         panel.set_title(title)
-        ticks = range(0, len(density), 3)
-        panel.set_xticks(list(ticks), [f"{100 * density[k]:.3g}%" for k in ticks])
         panel.set_xlabel("density")
-        panel.tick_params(length=0)
-        panel.spines[["left", "bottom"]].set_color(GREY)
     panels[0].set_yticks(range(len(names)), names)
     seeds = cells.filter(pl.col("condition") == TICKET)["seed"].n_unique()
-    head(
-        figure,
-        f"{cells['env'][0]}: inputs that tickets keep",
-        f"{seeds} seeds, mask/weights; dark: kept by all, white: by none, else percent of seeds",
-        None,
-    )
+    head(figure, f"{cells['env'][0]}: inputs that tickets keep", f"{seeds} seeds, {_LEGEND}", None)
     return figure
+
+
+_LEGEND = "mask/weights; dark: kept by all, white: by none, else percent of seeds"
+
+
+@styled
+def draw_tasks(cells: pl.DataFrame) -> Figure:
+    """A row of pictures for each task, as high as it has inputs."""
+    parts = tasks(cells)
+    columns = max(len(algorithms(part)) for part in parts.values())
+    counts = [len(INPUTS[env]) for env in parts]
+    figure = Figure(
+        figsize=(1.5 + 1.9 * columns, 0.6 + 0.75 * len(parts) + 0.19 * sum(counts)),
+        dpi=DPI,
+        layout="constrained",
+    )
+    grid = figure.subplots(len(parts), columns, squeeze=False, height_ratios=counts)
+    for row, (env, part) in zip(grid, parts.items(), strict=True):
+        for panel, algo in zip(row, algorithms(part), strict=False):
+            picture(panel, part, algo)
+            seeds = tickets_of(part, algo)["seed"].n_unique()
+            panel.set_title(f"{env.partition('-v')[0]}, {ALGORITHMS[algo]}, {seeds} seeds")
+            panel.set_yticks(range(len(INPUTS[env])), INPUTS[env])
+        for panel in row[1:]:
+            panel.set_yticks([])
+        for panel in row[len(algorithms(part)) :]:
+            panel.set_axis_off()
+    head(figure, "Inputs that tickets keep, by density", _LEGEND, None)
+    return figure
+
+
+def picture(panel: Axes, cells: pl.DataFrame, algo: str) -> None:
+    """Shares of seeds that keep an input, by density."""
+    density, share = survival(cells, algo)
+    panel.imshow(share, cmap="Greys", vmin=0, vmax=1.4, aspect="auto")
+    for row, column in np.ndindex(*share.shape):
+        value = share[row, column]
+        if 0 < value < 1:
+            panel.text(
+                column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=5.5,
+                color="white" if value > 0.6 else INK,
+            )  # fmt: skip
+    ticks = range(0, len(density), 3 if len(density) > 7 else 1)
+    panel.set_xticks(list(ticks), [f"{100 * density[k]:.3g}%" for k in ticks])
+    panel.tick_params(length=0)
+    panel.spines[["left", "bottom"]].set_color(GREY)
 
 
 EXPERIMENT = Experiment(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import gymnasium
 import polars as pl
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ __all__ = [
     "quickly",
     "scaled",
     "setting",
+    "solved",
     "taught",
     "tickets",
     "train",
@@ -62,7 +64,21 @@ register_env(
 )
 INPUTS = dict.fromkeys(
     ("CartPole-v1", SCALED), ("cart position", "cart velocity", "pole angle", "pole velocity")
-)
+) | {
+    "Acrobot-v1": (
+        "cosine 1", "sine 1", "cosine 2", "sine 2", "velocity 1", "velocity 2",
+    ),
+    "Pendulum-v1": ("cosine", "sine", "velocity"),
+    "MountainCar-v0": ("position", "velocity"),
+    "LunarLander-v3": (
+        "x", "y", "x velocity", "y velocity", "angle", "angular velocity", "left leg", "right leg",
+    ),
+    "Hopper-v5": (
+        "height", "torso angle", "thigh angle", "leg angle", "foot angle", "x velocity",
+        "z velocity", "torso velocity", "thigh velocity", "leg velocity", "foot velocity",
+    ),
+}  # fmt: skip
+"""What the numbers of an observation are."""
 
 
 @dataclass(frozen=True)
@@ -271,10 +287,16 @@ def quickly(spec: Sweep) -> Sweep:
     )
 
 
-def per_level(cells: pl.DataFrame) -> float:
-    """How many of the protocol's levels one level of these cells is."""
+def per_level(cells: pl.DataFrame, rate: float = LEVEL) -> float:
+    """How many levels of a rate, else of the protocol's own, one level of these cells is."""
     first = cells.filter(pl.col("level") == 1)["density"][0]
-    return math.log(first) / math.log(1 - LEVEL)
+    return math.log(first) / math.log(1 - rate)
+
+
+def solved(env: str) -> float | None:
+    """The return at which a task counts as solved; known without what simulates it."""
+    threshold = gymnasium.spec(env).reward_threshold
+    return env_spec(env).solved if threshold is None else threshold
 
 
 def setting(cells: pl.DataFrame) -> str:
@@ -286,7 +308,8 @@ def setting(cells: pl.DataFrame) -> str:
         f"{pruned:.0%} down to {cells['density'].min():.2%}, {budgets(cells)}, "
         f"{len(cells):,} trainings"
     )
-    apart = f"{per_level(cells):.2g} of its levels at a time" if per_level(cells) > 1.1 else ""
+    at_once = per_level(cells, protocol(cells["env"][0]).rate)
+    apart = f"{at_once:.2g} of its levels at a time" if at_once > 1.1 else ""
     cut = ", ".join(filter(None, [cuts(cells), apart]))
     return f"{words} (cut: {cut})" if cut else words
 
@@ -325,14 +348,16 @@ def levels(store: Store, algo: str) -> list[int]:
     return sorted({unit.level for unit in store.units() if unit.algo == algo and store.has(unit)})
 
 
-def tickets(store: Store, algo: str, level: int, condition: str = TICKET) -> list[Ticket]:
+def tickets(
+    store: Store, algo: str, level: int, condition: str = TICKET, controls: str = "own"
+) -> list[Ticket]:
     """A sweep's tickets of one level by seed; level 0 has the dense ones."""
     found = [
         ticket
         for unit in store.units()
         if (unit.algo, unit.level) == (algo, level) and store.has(unit)
         for ticket in store.read_tickets(unit)
-        if level == 0 or (ticket.condition == condition and ticket.controls == "own")
+        if level == 0 or (ticket.condition, ticket.controls) == (condition, controls)
     ]
     return sorted(found, key=lambda ticket: ticket.seed)
 
