@@ -100,11 +100,12 @@ def collect(place: Place) -> pl.DataFrame:
         )
 
     trained = place.once("input-subsets", spec, compute).with_columns(
-        condition=pl.lit(SUBSETS), algo=pl.lit("ppo")
+        condition=pl.lit(SUBSETS), algo=pl.lit("ppo"), weighted=pl.col("inputs")
     )
     columns = [
-        "env", "algo", "condition", "seed", "level", "density", "inputs", "return_final",
-        "return_auc", "random_return", "train_steps", "wall_s", "commit", "processor",
+        "env", "algo", "condition", "seed", "level", "density", "inputs", "weighted",
+        "return_final", "return_auc", "random_return", "train_steps", "wall_s", "commit",
+        "processor",
     ]  # fmt: skip
     return pl.concat([each.select(columns) for each in (*stored, trained)])
 
@@ -121,7 +122,13 @@ def _kept(
         | (pl.col("condition") == "dense") & (condition == TICKET)
     )
     kept = [
-        {"algo": algo, "seed": ticket.seed, "level": level, "inputs": kept_inputs(ticket)}
+        {
+            "algo": algo,
+            "seed": ticket.seed,
+            "level": level,
+            "inputs": kept_inputs(ticket),
+            "weighted": ticket.arena.actor.weight(ticket.mask[None], 0)[0].any(0).tolist(),
+        }
         for algo in names
         for level in levels(store, algo)
         for ticket in tickets(store, algo, level, condition, controls)
@@ -214,9 +221,10 @@ def tasks(cells: pl.DataFrame) -> dict[str, pl.DataFrame]:
 
 
 def removed(cells: pl.DataFrame) -> list[tuple[str, str, float, np.ndarray]]:
-    """By task and algorithm, how many inputs tickets and shuffled masks keep at the last level.
+    """By task and algorithm, how many inputs have weights at the last level.
 
-    Of tickets the mean; of what a shuffled mask keeps more, each seed's.
+    Of tickets the mean; of shuffled masks each seed's surplus. Those lose paths elsewhere, so that
+    paths would not tell what becomes of the input layer.
     """
     found = []
     for env, part in tasks(cells).items():
@@ -224,7 +232,7 @@ def removed(cells: pl.DataFrame) -> list[tuple[str, str, float, np.ndarray]]:
             last = part.filter((pl.col("algo") == algo) & (pl.col("level") == part["level"].max()))
             ticket, shuffled = (
                 np.array(
-                    last.filter(pl.col("condition") == kind).sort("seed")["inputs"].to_list()
+                    last.filter(pl.col("condition") == kind).sort("seed")["weighted"].to_list()
                 ).sum(1)
                 for kind in (TICKET, SHUFFLED)
             )
@@ -266,7 +274,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
     if beside:
         ran += f"; the tickets of conditions on {', '.join(tasks(cells))}"
         fewer = sum(direction(more) == 1 for *_, more in beside)
-        words += f"; fewer stay than of shuffled masks in {fewer} of {len(beside)} on other tasks"
+        words += f"; more than by chance in {fewer} of {len(beside)} on other tasks"
         figures["input_masks_tasks"] = draw_tasks(cells)
     return Finding(
         ran=ran,
@@ -294,16 +302,19 @@ def text_of_tasks(
             [
                 f"{env}, {ALGORITHMS[algo]}",
                 f"{density[-1]:.1%}",
-                f"{kept:.1f} of {len(names)}",
+                f"{share[:, -1].sum():.1f} of {len(names)}",
+                f"{kept:.1f}",
                 signed(*effect(more)),
                 ", ".join(gone) or "-",
             ]
         )
     return [
-        """On other tasks, at the last level: inputs that tickets keep, and how many more their
-masks keep once shuffled within each layer, which leaves as many weights on the inputs. Gone are
-those that half of the seeds or more have lost.""",
-        markdown(["tickets", "density", "inputs kept", "more, shuffled", "gone"], rows),
+        """On other tasks, at the last level: inputs that tickets keep, inputs with any weight at
+all, and how many more of these there are once the masks are shuffled within each layer, which
+leaves as many weights in it. Gone are those that half of the seeds or more do not keep.""",
+        markdown(
+            ["tickets", "density", "inputs kept", "with weights", "more, shuffled", "gone"], rows
+        ),
     ]
 
 
@@ -398,8 +409,8 @@ def picture(panel: Axes, cells: pl.DataFrame, algo: str) -> None:
                 column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=5.5,
                 color="white" if value > 0.6 else INK,
             )  # fmt: skip
-    ticks = range(0, len(density), 3 if len(density) > 7 else 1)
-    panel.set_xticks(list(ticks), [f"{100 * density[k]:.3g}%" for k in ticks])
+    ticks = range(0, len(density), -(-len(density) // 5))
+    panel.set_xticks(list(ticks), [f"{density[k]:.{int(density[k] < 0.1)}%}" for k in ticks])
     panel.tick_params(length=0)
     panel.spines[["left", "bottom"]].set_color(GREY)
 
