@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, exp
 from torch.nn import functional
 
-__all__ = ["ACTIVATIONS", "FORMULAS", "KNOWN", "LAYERNORM", "TorchActivation", "check_known"]
+__all__ = ["ACTIVATIONS", "FORMULAS", "KNOWN", "LAYERNORM", "TorchActivation"]
 
 
 class TorchActivation(NamedTuple):
@@ -83,12 +83,6 @@ def _after_layernorm(function: Callable[[Tensor], Tensor]) -> TorchActivation:
 
 
 ACTIVATIONS |= {LAYERNORM + name: _after_layernorm(ACTIVATIONS[name].function) for name in KNOWN}
-
-
-def check_known(name: str, place: str) -> None:
-    """Raise ``ValueError`` unless the kernels that run on ``place`` have this activation."""
-    if name not in KNOWN:
-        raise ValueError(f"activation must be one of {', '.join(KNOWN)} on {place}, got {name!r}")
 
 
 def fma(a, b, c):

@@ -18,41 +18,88 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, KNOWN, LAYERNORM
 
-__all__ = ["Arena", "Net", "Parameters"]
+__all__ = ["ARCHITECTURES", "Arena", "Net", "Parameters", "chain"]
+
+ARCHITECTURES = ("mlp", "residual")
+"""How layers follow each other; see `chain`."""
+
+
+def chain(architecture: str, inputs: int, hidden: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+    """The features of a network from input to output, as `Arena.build` takes them.
+
+    ``mlp``: layer after layer, with the activation after each but the last. ``residual``, SimBa's
+    network (Lee et al., 2024): a linear layer to a stream h of ``w = hidden[0]`` features; a block
+    ``h + W2 act(W1 LN(h) + b1) + b2`` for every further size d, W1 ``[d, w]`` and W2 ``[w, d]``;
+    and a linear head of LN(h). LN brings the features of a sample to mean 0 and variance 1. It has
+    no factors and offsets: only linear layers read it, and their weights and biases say the same.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        inputs: features of the input.
+        hidden: sizes.
+        outputs: features of the output.
+
+    Raises:
+        ValueError: an unknown architecture, or a residual one without hidden sizes.
+    """
+    _check_architecture(architecture)
+    if architecture == "mlp":
+        return (inputs, *hidden, outputs)
+    if not hidden:
+        raise ValueError(
+            "hidden must name a width, and the inner size of every block, for the architecture "
+            f"residual, got {hidden}"
+        )
+    width, *inner = hidden
+    blocks = (size for each in inner for size in (each, width))
+    return (inputs, width, *blocks, outputs)
+
+
+def _check_architecture(name: str) -> None:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
 
 
 @dataclass(frozen=True)
 class Net:
-    """Where one multi-layer perceptron lies in a row of the arena.
+    """Where one network lies in a row of the arena, and what each of its layers does.
+
+    Layer l reads the output of layer l - 1, through LayerNorm where it `normalises`, adds to its
+    product the output of an earlier layer where there is one that it `adds`, and hands the sum
+    through the activation where it `activates`.
 
     Attributes:
         sizes: features from input to output, e.g. ``(4, 64, 64, 2)``.
         activation: between the layers, one of `ACTIVATIONS`; the output layer is linear.
         weights: offset of each weight matrix ``[out, in]``, row-major.
         biases: offset of each bias vector ``[out]``.
+        architecture: one of `ARCHITECTURES`; see `chain`.
     """
 
     sizes: tuple[int, ...]
     activation: str
     weights: tuple[int, ...]
     biases: tuple[int, ...]
+    architecture: str = "mlp"
 
     @property
     def code(self) -> tuple[int, ...]:
         """These attributes as integers, the form in which a registered op takes a network."""
         kind = list(ACTIVATIONS).index(self.activation)
-        return kind, *self.sizes, *self.weights, *self.biases
+        architecture = ARCHITECTURES.index(self.architecture)
+        return kind, architecture, *self.sizes, *self.weights, *self.biases
 
     @staticmethod
     @cache
     def decode(code: tuple[int, ...]) -> Net:
         """The network of a `code`."""
-        activation, *numbers = code
+        kind, architecture, *numbers = code
         depth = len(numbers) // 3
         sizes, offsets = tuple(numbers[: depth + 1]), tuple(numbers[depth + 1 :])
-        return Net(sizes, list(ACTIVATIONS)[activation], offsets[:depth], offsets[depth:])
+        activation, name = list(ACTIVATIONS)[kind], ARCHITECTURES[architecture]
+        return Net(sizes, activation, offsets[:depth], offsets[depth:], name)
 
     @property
     def depth(self) -> int:
@@ -68,6 +115,39 @@ class Net:
         """
         hidden = sum(self.sizes[1:-1])
         return hidden if ACTIVATIONS[self.activation].by_output else 2 * hidden
+
+    def normalises(self, layer: int) -> bool:
+        """Whether LayerNorm stands before a layer: the blocks' first ones, and the head."""
+        return self.architecture == "residual" and layer % 2 == 1
+
+    def adds(self, layer: int) -> int | None:
+        """The earlier layer whose output joins a layer's own: a block's second adds the stream."""
+        ends_block = self.architecture == "residual" and layer > 0 and layer % 2 == 0
+        return layer - 2 if ends_block else None
+
+    def activates(self, layer: int) -> bool:
+        """Whether the activation follows a layer: the blocks' first, or all but the last."""
+        inside = self.architecture == "mlp" or layer % 2 == 1
+        return inside and layer < self.depth - 1
+
+    @property
+    def has_layernorm(self) -> bool:
+        """Whether units depend on each other through LayerNorm, those without weights too."""
+        return self.architecture == "residual" or self.activation.startswith(LAYERNORM)
+
+    def obstacle(self, place: str) -> str | None:
+        """What kernels on ``place``, a CPU or a GPU, lack of it, as an error says it; or None."""
+        if self.activation not in KNOWN:
+            names = ", ".join(KNOWN)
+            return f"activation must be one of {names} on {place}, got {self.activation!r}"
+        if self.architecture != "mlp":
+            return f"architecture must be mlp on {place}, got {self.architecture!r}"
+        return None
+
+    def check_kernels(self, place: str) -> None:
+        """Raise ``ValueError`` of an `obstacle`."""
+        if obstacle := self.obstacle(place):
+            raise ValueError(obstacle)
 
     def shape(self, layer: int) -> tuple[int, int]:
         """``(out, in)`` of a layer's weight."""
@@ -124,6 +204,7 @@ class Arena:
         critic: tuple[int, ...] | None = None,
         *,
         activation: str = "tanh",
+        architecture: str = "mlp",
         continuous: bool = False,
         prune_critic: bool = False,
         squashed: bool = False,
@@ -131,10 +212,11 @@ class Arena:
         """Lay out a policy.
 
         Args:
-            actor: features from observation to action head.
+            actor: features from observation to action head, a `chain`.
             critic: features from observation (a squashed policy's: and action) to value, or None
                 for no critic.
             activation: one of `ACTIVATIONS`: tanh, relu, elu, silu or gelu.
+            architecture: one of `ARCHITECTURES`: mlp or residual.
             continuous: reserve ``actor[-1]`` entries for ``log_std``.
             prune_critic: count the critic's weights among the prunable ones.
             squashed: the actor's outputs are means, then as many log standard deviations, and a
@@ -142,9 +224,11 @@ class Arena:
 
         Raises:
             TypeError: a size that is no integer.
-            ValueError: fewer than two sizes, a size below 1, an unknown activation, `prune_critic`
-                without a critic, or `squashed` with `continuous` or an odd number of outputs.
+            ValueError: fewer than two sizes, a size below 1, sizes that are no residual network's,
+                an unknown activation or architecture, `prune_critic` without a critic, or
+                `squashed` with `continuous` or an odd number of outputs.
         """
+        _check_architecture(architecture)
         if activation not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation must be one of {names}, got {activation!r}")
@@ -155,6 +239,12 @@ class Arena:
                 raise TypeError(f"{name} must be sizes that are integers, got {sizes}")
             if len(sizes) < 2 or min(sizes) < 1:
                 raise ValueError(f"{name} must be at least two sizes >= 1, got {sizes}")
+            stream = sizes[1:-1:2]
+            if architecture == "residual" and (len(sizes) % 2 == 0 or len(set(stream)) > 1):
+                raise ValueError(
+                    f"{name} must be inputs, width, then (inner, width) for every block, and "
+                    f"outputs, for the architecture residual, got {sizes}"
+                )
         if prune_critic and critic is None:
             raise ValueError("prune_critic needs a critic, got critic=None")
 
@@ -181,11 +271,11 @@ class Arena:
         actor_weights = take_weights(actor)
         weights = [take_weights(sizes) for sizes in critics if prune_critic]
         prunable = cursor
-        actor_net = Net(actor, activation, actor_weights, take_biases(actor))
+        actor_net = Net(actor, activation, actor_weights, take_biases(actor), architecture)
         nets = []
         for index, sizes in enumerate(critics):
             own = weights[index] if prune_critic else take_weights(sizes)
-            nets.append(Net(sizes, activation, own, take_biases(sizes)))
+            nets.append(Net(sizes, activation, own, take_biases(sizes), architecture))
         first, twin, *_ = *nets, None, None
         log_std = take(actor[-1]) if continuous else None
         temperature = take(1) if twin is not None else None

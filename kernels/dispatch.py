@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from .activations import KNOWN
+from .arena import Net
 
 __all__ = [
     "BACKENDS",
@@ -131,13 +131,13 @@ def differentiating() -> Iterator[None]:
         yield
 
 
-def resolve_backend(device: torch.device, *activations: str) -> Backend:
+def resolve_backend(device: torch.device, *nets: Net) -> Backend:
     """The backend an op uses for tensors on ``device``.
 
     Args:
         device: of the tensors.
-        *activations: of its networks. Unless a backend is chosen, one that the kernels do not have
-            makes it the reference; those that are chosen refuse it by name.
+        *nets: its networks. Unless a backend is chosen, one that the kernels do not have makes it
+            the reference; those that are chosen refuse it by name.
 
     Raises:
         ValueError: the chosen backend cannot run on ``device``; the message says what can.
@@ -146,11 +146,11 @@ def resolve_backend(device: torch.device, *activations: str) -> Backend:
     if name is None:
         name = _check(os.environ.get("SPARSE_TICKETS_BACKEND", "auto"), "SPARSE_TICKETS_BACKEND")
     if name == "auto":
-        if not set(activations) <= set(KNOWN):
-            return "reference"
-        if device.type == "cpu":
-            return "cpu"
-        return "triton" if device.type == "cuda" and has_triton() else "reference"
+        backend: Backend = "cpu"
+        if device.type != "cpu":
+            backend = "triton" if device.type == "cuda" and has_triton() else "reference"
+        place = "a CPU" if backend == "cpu" else "a GPU"
+        return "reference" if any(net.obstacle(place) for net in nets) else backend
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device}")
     if name == "triton":
@@ -164,13 +164,13 @@ def resolve_backend(device: torch.device, *activations: str) -> Backend:
     return name  # type: ignore[return-value]
 
 
-def implementation(package: str, device: torch.device, *activations: str) -> ModuleType:
+def implementation(package: str, device: torch.device, *nets: Net) -> ModuleType:
     """The module of an op's package that computes on ``device``: `reference`, `cpu` or `gpu`.
 
     Raises:
         ValueError: see `resolve_backend`.
     """
-    return _module(package, resolve_backend(device, *activations))
+    return _module(package, resolve_backend(device, *nets))
 
 
 @cache

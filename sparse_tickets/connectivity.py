@@ -41,6 +41,9 @@ class Connectivity(NamedTuple):
 def connectivity(mask: Tensor, arena: Arena) -> Connectivity:
     """Follow the actor's masks forwards from the inputs and backwards from the actions.
 
+    Where a residual network adds a block's input to its output, a path goes around the block. That
+    LayerNorm lets every unit of a layer tell on all others makes no path.
+
     Args:
         mask: ``[P, N]`` bool.
         arena: the layout; a critic under the mask is left out.
@@ -55,12 +58,20 @@ def connectivity(mask: Tensor, arena: Arena) -> Connectivity:
     # float32 products of zeros and ones: a positive sum means reachable, rounding cannot undo it.
     edges = [actor.weight(mask, layer).float() for layer in range(actor.depth)]
 
+    def found(paths: Tensor, skip: Tensor | None) -> Tensor:
+        return (paths if skip is None else paths + skip).gt(0).float()
+
+    # Before layer 0, then after each.
     reached = [torch.ones(tickets, actor.sizes[0], 1, dtype=torch.float32, device=mask.device)]
-    for edge in edges:
-        reached.append((edge @ reached[-1] > 0).float())
+    for layer, edge in enumerate(edges):
+        skipped = actor.adds(layer)
+        reached.append(found(edge @ reached[-1], None if skipped is None else reached[skipped + 1]))
     useful = [torch.ones(tickets, actor.sizes[-1], 1, dtype=torch.float32, device=mask.device)]
-    for edge in reversed(edges):
-        useful.insert(0, (edge.mT @ useful[0] > 0).float())
+    readers = {actor.adds(layer): layer for layer in range(actor.depth)}
+    for layer, edge in reversed(list(enumerate(edges))):
+        reader = readers.get(layer - 1)
+        skip = None if reader is None else useful[reader - layer]
+        useful.insert(0, found(edge.mT @ useful[0], skip))
 
     alive = [(a * b).squeeze(2) > 0 for a, b in zip(reached, useful, strict=True)]
     on_path = torch.zeros(tickets, dtype=torch.int64, device=mask.device)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .envs import EnvFactory, EnvSpec, open_env
 from .envs.registry import find_env
-from .kernels.activations import ACTIVATIONS
 from .kernels.arena import Net
 from .kernels.dispatch import use_backend
 from .kernels.errors import check_tensor
+from .kernels.mlp.reference import walk
 from .kernels.random import Stream, derive_key, integers, uniform
 
 __all__ = [
@@ -90,12 +90,13 @@ def hidden_features(weight: Tensor, net: Net, obs: Tensor) -> list[Tensor]:
         TypeError: another dtype.
     """
     check_tensor("obs", obs, ("B", net.sizes[0]), weight.dtype, like=weight)
-    x = obs.expand(len(weight), *obs.shape)
-    features = []
-    for layer, bias in list(net.layers(weight))[:-1]:
-        x = ACTIVATIONS[net.activation].function(torch.baddbmm(bias[:, None], x, layer.mT))
-        features.append(x)
-    return features
+
+    def product(layer: int, x: Tensor) -> Tensor:
+        matrix, bias = net.weight(weight, layer), net.bias(weight, layer)
+        return torch.baddbmm(bias[:, None], x, matrix.mT)
+
+    _, outputs = walk(obs.expand(len(weight), *obs.shape), net, product)
+    return outputs[:-1]
 
 
 def dormant_share(features: Sequence[Tensor], tau: float = 0.1) -> Tensor:

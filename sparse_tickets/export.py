@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sparse_tickets.compaction import compact
 from sparse_tickets.files import write_atomic
-from sparse_tickets.kernels.activations import LAYERNORM
-from sparse_tickets.ticket import Normalise, Ticket
+from sparse_tickets.ticket import Normalise, Ticket, to_modules
 
 __all__ = ["check_suffix", "export_ticket", "ticket_tensors"]
 
@@ -45,7 +44,16 @@ def export_ticket(ticket: Ticket, path: str | Path, which: str = "final") -> Non
     suffix = check_suffix(path)
     about = {
         name: str(getattr(ticket, name))
-        for name in ("env", "algo", "condition", "controls", "seed", "level", "activation")
+        for name in (
+            "env",
+            "algo",
+            "condition",
+            "controls",
+            "seed",
+            "level",
+            "activation",
+            "architecture",
+        )
     } | {"weights": which}
     if suffix == ".onnx":
         data = _onnx(ticket, which, about)
@@ -84,12 +92,13 @@ def ticket_tensors(ticket: Ticket, which: str = "final") -> dict[str, Tensor]:
 
     Returns:
         ``0.weight``, ``0.bias``, ``2.weight``, ... as in the ``state_dict`` of an ``nn.Sequential``
-        of linear layers with activations between them, float32, pruned weights zero; ``0.mask``,
-        ``2.mask``, ... bool like the weights; ``offset`` and ``scale``, one value for each feature:
-        the network was trained on ``(observation - offset) / scale``; and ``log_std`` of each
-        action where the actor was trained as a Gaussian's mean. A squashed policy's outputs are
-        means, then log standard deviations: its greedy action is the hyperbolic tangent of a mean,
-        stretched to the bounds of the action.
+        of linear layers with activations between them, float32, pruned weights zero (a residual
+        network's are ``0.weight``, ``1.layers.1.weight``, ``1.layers.3.weight``, ..., as in
+        `Ticket.to_sequential`); ``0.mask``, ``2.mask``, ... bool like the weights; ``offset`` and
+        ``scale``, one value for each feature: the network was trained on ``(observation - offset) /
+        scale``; and ``log_std`` of each action where the actor was trained as a Gaussian's mean. A
+        squashed policy's outputs are means, then log standard deviations: its greedy action is the
+        hyperbolic tangent of a mean, stretched to the bounds of the action.
 
     Raises:
         ValueError: no such weights.
@@ -97,10 +106,12 @@ def ticket_tensors(ticket: Ticket, which: str = "final") -> dict[str, Tensor]:
     arena, row = ticket.arena, ticket.row(which)
     net = arena.actor
     tensors = {}
-    for layer, (weight, bias) in enumerate(net.layers(row[None])):
-        tensors[f"{2 * layer}.weight"] = weight[0].clone()
-        tensors[f"{2 * layer}.bias"] = bias[0].clone()
-        tensors[f"{2 * layer}.mask"] = net.weight(ticket.mask[None], layer)[0].clone()
+    modules = to_modules(net, row).named_modules()
+    linears = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+    for layer, (name, linear) in enumerate(linears):
+        tensors[f"{name}.weight"] = linear.weight.detach()
+        tensors[f"{name}.bias"] = linear.bias.detach()
+        tensors[f"{name}.mask"] = net.weight(ticket.mask[None], layer)[0].clone()
     width = ticket.sizes[0]
     tensors["offset"] = row.new_tensor(ticket.offset or [0.0] * width)
     tensors["scale"] = row.new_tensor(ticket.scale or [1.0] * width)
@@ -114,7 +125,7 @@ def _onnx(ticket: Ticket, which: str, about: dict[str, str]) -> bytes:
     first = int(isinstance(modules[0], Normalise))
     network = nn.Sequential(*modules[first:])
     # LayerNorm looks at units without inputs or readers, too.
-    whole = ticket.activation.startswith(LAYERNORM)
+    whole = ticket.arena.actor.has_layernorm
     small = nn.Sequential(*modules[:first], network if whole else compact(network))
     program: Any = torch.onnx.export(
         small.eval(),

@@ -119,7 +119,7 @@ def _redraw_policy_(
     """Draw masks and weights of the actors of a condition's own tickets anew."""
     parameters = population.parameters
     net = population.arena.actor
-    actor = Arena.build(net.sizes, activation=net.activation)
+    actor = Arena.build(net.sizes, activation=net.activation, architecture=net.architecture)
     # The actor's weights come first in the arena.
     policy = slice(0, actor.prunable)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.envs import EnvSpec
-from sparse_tickets.kernels.arena import Arena, Net, Parameters
+from sparse_tickets.kernels.arena import Arena, Net, Parameters, chain
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.random import Stream, normal
 
@@ -23,25 +23,30 @@ def policy_arena(
     hidden: tuple[int, ...] = (64, 64),
     *,
     activation: str = "tanh",
+    architecture: str = "mlp",
     critic: bool = True,
     prune_critic: bool = False,
     squashed: bool = False,
 ) -> Arena:
     """The arena of an actor (and critic) of equal hidden sizes for an environment's spaces.
 
+    What hidden sizes are of an architecture, `kernels.arena.chain` says.
+
     Raises:
-        ValueError: an unknown activation, a hidden size below 1, or a squashed policy for actions
-            that are discrete or have no bounds.
+        ValueError: an unknown activation or architecture, a hidden size below 1 or none where the
+            architecture needs one, or a squashed policy for actions that are discrete or have no
+            bounds.
     """
     if squashed:
         _check_bounded(env)
     inputs, outputs = env.observation_dim, env.action_dim
-    actor_sizes = (inputs, *hidden, 2 * outputs if squashed else outputs)
-    critic_sizes = (inputs + outputs if squashed else inputs, *hidden, 1)
+    actor_sizes = chain(architecture, inputs, hidden, 2 * outputs if squashed else outputs)
+    critic_sizes = chain(architecture, inputs + outputs if squashed else inputs, hidden, 1)
     return Arena.build(
         actor_sizes,
         critic_sizes if critic else None,
         activation=activation,
+        architecture=architecture,
         continuous=not (env.discrete or squashed),
         prune_critic=prune_critic,
         squashed=squashed,
@@ -76,8 +81,10 @@ def initialise(arena: Arena, key: Tensor, scheme: str = "lecun", log_std: float 
     deviation s, so magnitudes are drawn from one distribution and a global ranking of them keeps
     the same share of each, 0.8^k at level k, where lecun's favours layers of few inputs. The
     product of the c_l is 1: biases being zero, a relu network computes what it did, and a tanh
-    network does to first order. (Vischer et al., 2022, propose to rescale, without a formula that
-    we could read; this one is ours.)
+    network does to first order. LayerNorm undoes the factors before it: there the layers still
+    prune alike, but a network computes c_L times what it did, L being its head, and in a residual
+    one each block adds c_1 c_2 / c_0 of what it did to the stream. (Vischer et al., 2022, propose
+    to rescale, without a formula that we could read; this one is ours.)
 
     Args:
         arena: the layout.

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,18 @@ from torch import Tensor, nn
 
 from .files import StoreError, write_atomic
 from .kernels.activations import LAYERNORM
-from .kernels.arena import Arena
+from .kernels.arena import Arena, Net
 from .kernels.errors import check_dtype, check_shape
 
-__all__ = ["Normalise", "Ticket", "dump_tickets", "load_tickets", "save_tickets"]
+__all__ = [
+    "Normalise",
+    "ResidualBlock",
+    "Ticket",
+    "dump_tickets",
+    "load_tickets",
+    "save_tickets",
+    "to_modules",
+]
 
 ROWS = ("initial", "rewind", "final", "best")
 
@@ -38,7 +45,17 @@ _ACTIVATIONS = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
 }
-_LAYOUT = ("sizes", "activation", "critic", "continuous", "prune_critic", "squashed")
+_LAYOUT = (
+    "sizes",
+    "activation",
+    "critic",
+    "continuous",
+    "prune_critic",
+    "squashed",
+    "architecture",
+)
+# Fields that came later, left out where they say nothing: earlier versions read such tickets.
+_LATER = {"squashed": False, "architecture": "mlp"}
 _ORIGIN = ("env", "algo", "seed", "condition", "controls", "level", "offset", "scale", "metadata")
 
 
@@ -64,7 +81,53 @@ def _between(activation: str, width: int) -> nn.Module:
     module = _ACTIVATIONS[name]()
     if name == activation:
         return module
-    return nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), module)
+    return nn.Sequential(_layernorm(width), module)
+
+
+def _layernorm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False)
+
+
+class ResidualBlock(nn.Module):
+    """``h + layers(h)``, the layers being LayerNorm, linear, activation, linear."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Add to ``h [..., features]`` what the layers make of it."""
+        return h + self.layers(h)
+
+
+def to_modules(net: Net, row: Tensor) -> nn.Sequential:
+    """A network of a row ``[T]`` of the arena as plain torch modules; pruned weights are zeros.
+
+    Its `nn.Linear`s come in the order of the network's layers.
+    """
+    linears = []
+    for weight, bias in net.layers(row[None]):
+        out, inp = weight.shape[1:]
+        linear = nn.utils.skip_init(nn.Linear, inp, out, dtype=row.dtype, device=row.device)
+        linear.weight.data.copy_(weight[0])
+        linear.bias.data.copy_(bias[0])
+        linears.append(linear)
+    if net.architecture == "residual":
+        stem, *inner, head = linears
+        blocks = [
+            ResidualBlock(
+                _layernorm(stem.out_features),
+                first,
+                _between(net.activation, first.out_features),
+                second,
+            )
+            for first, second in zip(inner[::2], inner[1::2], strict=True)
+        ]
+        return nn.Sequential(stem, *blocks, _layernorm(stem.out_features), head)
+    modules: list[nn.Module] = []
+    for linear in linears:
+        modules += [linear, _between(net.activation, linear.out_features)]
+    return nn.Sequential(*modules[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +153,7 @@ class Ticket:
         prune_critic: whether the mask covers the critics' weights too.
         squashed: whether the actor's outputs are means and log standard deviations of a squashed
             Gaussian.
+        architecture: one of `kernels.arena.ARCHITECTURES`.
         offset: subtracted from observations; empty for none.
         scale: divides observations; empty for none.
         metadata: anything else worth keeping, as JSON.
@@ -118,6 +182,7 @@ class Ticket:
     continuous: bool = False
     prune_critic: bool = False
     squashed: bool = False
+    architecture: str = "mlp"
     offset: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +223,7 @@ class Ticket:
             continuous=arena.log_std is not None,
             prune_critic=critic is not None and critic.weights[0] < arena.prunable,
             squashed=arena.squashed,
+            architecture=arena.actor.architecture,
             **fields,
         )
 
@@ -168,6 +234,7 @@ class Ticket:
             self.sizes,
             self.critic,
             activation=self.activation,
+            architecture=self.architecture,
             continuous=self.continuous,
             prune_critic=self.prune_critic,
             squashed=self.squashed,
@@ -196,8 +263,9 @@ class Ticket:
 
         Returns:
             `Normalise` first where observations are normalised, then `nn.Linear` layers with the
-            activation between them, or `nn.Sequential` of `nn.LayerNorm` and the activation; pruned
-            weights are zeros.
+            activation between them, or `nn.Sequential` of `nn.LayerNorm` and the activation; of a
+            residual network a linear layer, a `ResidualBlock` each, `nn.LayerNorm` and the head.
+            Pruned weights are zeros.
 
         Raises:
             ValueError: no such row.
@@ -207,14 +275,7 @@ class Ticket:
         if any(self.offset) or any(value != 1 for value in self.scale):
             width = self.sizes[0]
             modules.append(Normalise(self.offset or [0.0] * width, self.scale or [1.0] * width))
-        for (inp, out), (weight, bias) in zip(
-            pairwise(self.sizes), self.arena.actor.layers(row[None]), strict=True
-        ):
-            linear = nn.utils.skip_init(nn.Linear, inp, out, dtype=row.dtype, device=row.device)
-            linear.weight.data.copy_(weight[0])
-            linear.bias.data.copy_(bias[0])
-            modules += [linear, _between(self.activation, out)]
-        return nn.Sequential(*modules[:-1])
+        return nn.Sequential(*modules, *to_modules(self.arena.actor, row))
 
     def save(self, path: str | Path) -> None:
         """Write this ticket to a file of its own, atomically.
@@ -271,8 +332,9 @@ def dump_tickets(tickets: Sequence[Ticket]) -> bytes:
         tensors[f"{name}.support"] = rows[:, :prunable][mask]
         tensors[f"{name}.rest"] = rows[:, prunable:].contiguous()
     layout = {name: getattr(tickets[0], name) for name in _LAYOUT}
-    # Earlier versions read policies that are not squashed as they wrote them.
-    layout = {name: value for name, value in layout.items() if name != "squashed" or value}
+    for name, unset in _LATER.items():
+        if layout[name] == unset:
+            del layout[name]
     body = json.dumps(
         {
             "format": _FORMAT,
@@ -316,9 +378,8 @@ def load_tickets(path: str | Path) -> list[Ticket]:
 
 
 def _unpack(content: dict[str, Any], tensors: dict[str, Tensor]) -> list[Ticket]:
-    layout, origins = content["layout"], content["tickets"]
-    rest = {name: layout[name] for name in ("activation", "continuous", "prune_critic")}
-    rest["squashed"] = layout.get("squashed", False)
+    layout, origins = _LATER | content["layout"], content["tickets"]
+    rest = {name: layout[name] for name in _LAYOUT if name not in ("sizes", "critic")}
     prunable = Arena.build(layout["sizes"], layout["critic"], **rest).prunable
     packed = tensors["mask"].numpy()
     mask = torch.from_numpy(np.unpackbits(packed, axis=1, count=prunable).astype(bool))

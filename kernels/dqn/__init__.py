@@ -117,7 +117,7 @@ def dqn_update_(
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
     first_update = check_integer("first_update", first_update, 0, 1 << 62)
     _check(parameters, arena, target, replay, stored, key, lr, density)
-    statistics = implementation(__name__, weight.device, arena.actor.activation).dqn_update_(
+    statistics = implementation(__name__, weight.device, arena.actor).dqn_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
         arena,
         target.detach().contiguous(),
@@ -161,7 +161,7 @@ def _check(
             + ("continuous actions" if arena.continuous else "a critic")
         )
     weight = parameters.weight
-    reference = resolve_backend(weight.device, arena.actor.activation) == "reference"
+    reference = resolve_backend(weight.device, arena.actor) == "reference"
     floats = (torch.float32, torch.float64) if reference else (torch.float32,)
     check_density(density)
     data = {"target": target, **replay._asdict()}

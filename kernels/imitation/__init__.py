@@ -93,7 +93,7 @@ def clone_update_(
     check_untransformed("clone_update_", *parameters, lr, obs, target)
     first_update = check_counter("first_update", first_update, 1 << 62, weight)
     _check(parameters, arena, obs, target, dataset, key, lr, density)
-    loss = implementation(__name__, weight.device, arena.actor.activation).clone_update_(
+    loss = implementation(__name__, weight.device, arena.actor).clone_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
         arena,
         obs.detach().contiguous(),
@@ -127,7 +127,7 @@ def _check(
     density: float,
 ) -> None:
     weight = parameters.weight
-    backend = resolve_backend(weight.device, arena.actor.activation)
+    backend = resolve_backend(weight.device, arena.actor)
     floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
     check_density(density)
     data = {"obs": obs, "target": target, "dataset": dataset}

@@ -58,7 +58,7 @@ def mlp(
     if torch.compiler.is_compiling():
         # A compiler sees no backend: the op asks for it whenever it runs.
         return registration.call(*arguments)
-    backend = resolve_backend(x.device, net.activation)
+    backend = resolve_backend(x.device, net)
     check_floats(backend, weight=weight, x=x)
     if backend == "reference":
         return reference.mlp(x, weight, net, mask)
@@ -90,7 +90,7 @@ def plan(
     """
     check_density(density)
     check_precision(precision)
-    backend = resolve_backend(device, net.activation)
+    backend = resolve_backend(device, net)
     if backend == "triton":
         from . import gpu
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, check_known
+from ..activations import ACTIVATIONS
 from ..arena import Arena, Net
 from ..examples import Example, meta
 from . import passes_gpu, split_gpu
@@ -43,7 +43,7 @@ def choose(net: Net, precision: str, *, to_input: bool = False) -> Route:
     Raises:
         ValueError: the kernels do not know the network's activation.
     """
-    check_known(net.activation, "a GPU")
+    net.check_kernels("a GPU")
     if max(net.sizes) > WIDTH:
         return Route("layers", "layers")
     if precision != "ieee" or not _is_narrow(net):

@@ -117,6 +117,9 @@ def lay_out(
         density: nominal density of the layers under the mask.
         log_std: offset of `log_std`, or None.
         head_rows: rows of scratch the loss needs.
+
+    Raises:
+        ValueError: the kernels do not have a network; the message says what of it.
     """
     cursor = 0
 
@@ -129,6 +132,8 @@ def lay_out(
         # Transposing reads whole registers of features.
         return take(_ceil(features, LANES) * PANEL)
 
+    for net in nets:
+        net.check_kernels("a CPU")
     widest = max(max(net.sizes) for net in nets)
     observation = take_panel(nets[0].sizes[0])
     delta, other = take_panel(widest), take_panel(widest)

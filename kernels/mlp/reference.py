@@ -2,39 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..activations import ACTIVATIONS
 from ..arena import Net
 
-__all__ = ["hidden_layers", "mlp"]
+__all__ = ["hidden_layers", "mlp", "walk"]
+
+
+def walk(
+    x: Tensor, net: Net, product: Callable[[int, Tensor], Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A network layer by layer, whoever computes the products.
+
+    Args:
+        x: ``[..., I]``.
+        net: which layers normalise, add and activate.
+        product: ``product(layer, x)`` is ``x w^T + b`` of a layer.
+
+    Returns:
+        What every layer sums up, and what the activation, if one follows, makes of that.
+    """
+    activation = ACTIVATIONS[net.activation].function
+    sums: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for layer in range(net.depth):
+        total = product(
+            layer, functional.layer_norm(x, x.shape[-1:]) if net.normalises(layer) else x
+        )
+        skipped = net.adds(layer)
+        if skipped is not None:
+            total = total + outputs[skipped]
+        x = activation(total) if net.activates(layer) else total
+        sums.append(total)
+        outputs.append(x)
+    return sums, outputs
 
 
 def mlp(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> Tensor:
-    sums, _ = _layers(x, weight, net, mask)
-    return sums[-1]
+    _, outputs = _layers(x, weight, net, mask)
+    return outputs[-1]
 
 
 def hidden_layers(x: Tensor, weight: Tensor, net: Net, mask: Tensor | None) -> Tensor:
     """``[P, B, net.kept]``, layer by layer in a row."""
     sums, outputs = _layers(x, weight, net, mask)
     sums = [] if ACTIVATIONS[net.activation].by_output else sums[:-1]
-    return torch.cat([x[..., :0], *outputs, *sums], 2)
+    return torch.cat([x[..., :0], *outputs[:-1], *sums], 2)
 
 
 def _layers(
     x: Tensor, weight: Tensor, net: Net, mask: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What every layer sums up, and what activations make of that in the hidden ones."""
     if mask is not None:
         prunable = mask.shape[1]
         weight = torch.cat([torch.where(mask, weight[:, :prunable], 0), weight[:, prunable:]], 1)
-    activation = ACTIVATIONS[net.activation].function
-    sums, outputs = [], []
-    for layer, (matrix, bias) in enumerate(net.layers(weight)):
-        sums.append(torch.baddbmm(bias[:, None], x, matrix.mT))
-        if layer < net.depth - 1:
-            x = activation(sums[-1])
-            outputs.append(x)
-    return sums, outputs
+
+    def product(layer: int, x: Tensor) -> Tensor:
+        matrix, bias = net.weight(weight, layer), net.bias(weight, layer)
+        return torch.baddbmm(bias[:, None], x, matrix.mT)
+
+    return walk(x, net, product)

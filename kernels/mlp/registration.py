@@ -219,7 +219,7 @@ def _check_backward(
 
 
 def _choose_backend(x: Tensor, weight: Tensor, net: Net) -> Backend:
-    backend = resolve_backend(x.device, net.activation)
+    backend = resolve_backend(x.device, net)
     check_floats(backend, weight=weight, x=x)
     return backend
 
@@ -297,7 +297,7 @@ def _differentiable(
     # `requires_grad` is False on dual tensors: asking it would lose their tangents silently.
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         net = Net.decode(tuple(net_code))
-        call = _MlpCall(resolve_backend(x.device, net.activation), False, net, density, precision)
+        call = _MlpCall(resolve_backend(x.device, net), False, net, density, precision)
         return _Mlp.apply(x, weight, mask, call)
     return _dispatch(False, x, weight, mask, net_code, density, precision)[0]
 

@@ -144,7 +144,7 @@ def ppo_update_(
     _check(parameters, arena, batch, key, lr, config, density)
     arguments = (parameters, arena, batch, key, iteration, lr.detach(), config)
     weight = parameters.weight
-    backend = resolve_backend(weight.device, arena.actor.activation)
+    backend = resolve_backend(weight.device, arena.actor)
     if backend == "cpu":
         from . import cpu
 
@@ -186,7 +186,7 @@ def _check(
             f"actor and critic must read the same observation, got {arena.actor.sizes[0]} and "
             f"{arena.critic.sizes[0]} features"
         )
-    backend = resolve_backend(parameters.weight.device, arena.actor.activation)
+    backend = resolve_backend(parameters.weight.device, arena.actor)
     floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
     check_density(density)
     check_parameters(parameters, arena, key, lr, floats, batch._asdict())

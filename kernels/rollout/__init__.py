@@ -263,7 +263,7 @@ def _without_critics(arena: Arena) -> Arena:
 
 def _choose(arena: Arena, env: Any, device: torch.device) -> tuple[Backend, str]:
     """Backend of a rollout, and why: what is not fused runs as the reference's loop."""
-    backend = resolve_backend(device, arena.actor.activation)
+    backend = resolve_backend(device, arena.actor)
     if backend == "reference":
         return backend, PLAIN_TORCH
     if env.task is None:

@@ -98,7 +98,12 @@ def prefers_sparse(sizes: tuple[int, ...], density: float, copies: int) -> bool:
 
 
 def network(net: Net, arena: Arena, density: float, copies: int) -> RolloutNet:
-    """The record of ``net`` for a population of nominal ``density`` and ``copies`` environments."""
+    """The record of ``net`` for a population of nominal ``density`` and ``copies`` environments.
+
+    Raises:
+        ValueError: the kernels do not have it; the message says what of it.
+    """
+    net.check_kernels("a CPU")
     prunable = net.weights[0] < arena.prunable
     return RolloutNet(
         np.array(net.sizes, np.int64),

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import check_known
 from ..activations_gpu import activate
 from ..arena import Net
 from ..jit import jit_kernel
@@ -189,7 +188,7 @@ def misfit(nets: tuple[Net, ...]) -> str | None:
 
 def describe(net: Net) -> dict[str, Any]:
     """What a kernel knows of a network while it compiles."""
-    check_known(net.activation, "a GPU")
+    net.check_kernels("a GPU")
     return {
         "NET": (net.sizes, net.weights, net.biases, net.activation),
         "WIDTH": _width(net),

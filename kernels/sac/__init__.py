@@ -127,7 +127,7 @@ def sac_update_(
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
     first_update = check_integer("first_update", first_update, 0, 1 << 62)
     _check(parameters, arena, target, replay, stored, key, lr, density)
-    statistics = implementation(__name__, weight.device, arena.actor.activation).sac_update_(
+    statistics = implementation(__name__, weight.device, arena.actor).sac_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
         arena,
         target,
@@ -171,7 +171,7 @@ def _check(
             f"got {arena.critic.sizes}"
         )
     weight = parameters.weight
-    reference = resolve_backend(weight.device, arena.actor.activation) == "reference"
+    reference = resolve_backend(weight.device, arena.actor) == "reference"
     floats = (torch.float32, torch.float64) if reference else (torch.float32,)
     check_density(density)
     check_parameters(parameters, arena, key, lr, floats, replay._asdict())

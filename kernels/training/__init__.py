@@ -38,7 +38,7 @@ def plan_update(
         on_gpu: says what Triton's backend does.
     """
     check_density(density)
-    backend = resolve_backend(device, arena.actor.activation)
+    backend = resolve_backend(device, arena.actor)
     if backend == "triton":
         return Plan(op, backend, "dense+mask", on_gpu())
     if backend == "reference":

@@ -116,6 +116,7 @@ def actor_alone(arena: Arena) -> Arena:
     return Arena.build(
         arena.actor.sizes,
         activation=arena.actor.activation,
+        architecture=arena.actor.architecture,
         continuous=arena.log_std is not None,
         squashed=arena.squashed,
     )

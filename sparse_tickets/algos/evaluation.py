@@ -218,10 +218,11 @@ class Evaluator:
         better = greedy > self._best_return
         self._best_return = torch.where(better, greedy, self._best_return)
         self._best[better] = parameters.weight[better]
-        features = self._features()
-        if features:
-            self._dormant_curve[:, point] = dormant_share(features)
         actor = self._population.arena.actor
+        # Of units; sums in a residual network's stream are none.
+        units = [each for layer, each in enumerate(self._features()) if actor.activates(layer)]
+        if units:
+            self._dormant_curve[:, point] = dormant_share(units)
         self._norm_curve[:, point] = parameter_norm(parameters.weight.cpu(), actor)
         for notify in _listeners:
             notify(iteration, greedy, sampled)

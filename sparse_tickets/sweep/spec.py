@@ -20,7 +20,7 @@ from sparse_tickets.conditions import find_condition
 from sparse_tickets.dynamic import METHODS, Pruning
 from sparse_tickets.envs import EnvSpec, env_spec
 from sparse_tickets.kernels.activations import ACTIVATIONS
-from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.arena import ARCHITECTURES, Arena
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.population import INITIALISATIONS, policy_arena
 from sparse_tickets.prune import CRITERIA, kept
@@ -34,7 +34,7 @@ TICKET = "mask/weights"
 # conditions pruned it in one shot. 2: every condition prunes it iteratively.
 _CRITIC_LAYOUT = 2
 # Fields that came later, left out of the hash where they ask for nothing.
-_LATER: dict[str, Any] = {"during": "none", "during_every": None}
+_LATER: dict[str, Any] = {"architecture": "mlp", "during": "none", "during_every": None}
 # Settings that came later: no part of a sweep that does not train by them, so that what was stored
 # before keeps its name.
 _OWN_SETTINGS: dict[str, type] = {"dqn": DQN, "sac": SAC}
@@ -96,7 +96,10 @@ class Sweep:
     rewind_step: int = 0
     """Step of dense training to rewind to, a multiple of copies x horizon; 0: initialisation."""
     hidden: tuple[int, ...] = (64, 64)
-    """Hidden sizes of actor, critic, Q-network and student."""
+    """Hidden sizes of actor, critic, Q-network and student; of residual networks the stream's
+    width, then each block's inner size, as in 64 256 256."""
+    architecture: str = "mlp"
+    """mlp, or residual: h + W2 act(W1 LN(h) + b1) + b2, block after block (SimBa)."""
     activation: str = "tanh"
     """Between layers: tanh, relu, elu, silu or gelu; layernorm-relu (or another of them) normalises
     a sample's units first, in plain torch: no kernel does."""
@@ -144,6 +147,7 @@ class Sweep:
         for name, given, known in (
             ("init", self.init, INITIALISATIONS),
             ("activation", self.activation, ACTIVATIONS),
+            ("architecture", self.architecture, ARCHITECTURES),
             ("criterion", self.criterion, CRITERIA),
             ("during", self.during, ("none", *METHODS)),
         ):
@@ -153,6 +157,11 @@ class Sweep:
             raise ValueError(
                 f"rewind_step must be 0 where networks are pruned during training, got "
                 f"{self.rewind_step}"
+            )
+        if self.architecture == "residual" and not self.hidden:
+            raise ValueError(
+                "hidden must name the width of residual networks, and each block's inner size, got "
+                f"{self.hidden}"
             )
         if "ticket" in self.controls and TICKET not in self.conditions:
             raise ValueError(f"controls 'ticket' need the condition {TICKET!r} in conditions")
@@ -211,6 +220,7 @@ class Sweep:
             self.env_spec,
             self.hidden,
             activation=self.activation,
+            architecture=self.architecture,
             critic=critic,
             prune_critic=prune_critic and critic,
             squashed=getattr(acts_like, "squashed", False),

@@ -193,6 +193,20 @@ def test_report_on_an_unfinished_run(levels, finished, tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_residual_networks_in_a_sweep(tmp_path, capsys):
+    out = tmp_path / "run"
+    sizes = ["--architecture", "residual", "--hidden", "8", "16", "--seeds", "1", "--levels", "2"]
+    assert main(["sweep", *sizes, *BUDGET, *FEW, *STUDENTS, "--out", str(out)]) == 0
+    frame = load_results(out)
+    assert set(frame["algo"]) == {"ppo", "bc"}
+    assert frame["dormant_share"].is_between(0, 1).all()
+    ticket = Store(out).read_tickets(Store(out).units()[0])[0]
+    assert (ticket.architecture, ticket.sizes) == ("residual", (4, 8, 16, 8, 2))
+    assert main(["show", str(out)]) == 0
+    assert main(["sweep", "--architecture", "residual", "--hidden", "--out", "x"]) == 2
+    assert "hidden must name the width of residual networks" in "".join(capsys.readouterr())
+
+
 def test_report_metrics_and_missing_runs(finished, tmp_path, capsys):
     assert main(["report", str(finished), "--metric", "return_best"]) == 0
     assert "return_best" in capsys.readouterr().out

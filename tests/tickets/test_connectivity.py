@@ -22,11 +22,15 @@ def search(mask, arena):
         layer, unit = node
         if layer < net.depth:
             yield from ((layer + 1, o) for o, row in enumerate(edges[layer]) if row[unit])
+        # Around a block of a residual network.
+        yield from ((n + 1, unit) for n in range(net.depth) if net.adds(n) == layer - 1)
 
     def backwards(node):
         layer, unit = node
         if layer > 0:
             yield from ((layer - 1, i) for i, kept in enumerate(edges[layer - 1][unit]) if kept)
+            if net.adds(layer - 1) is not None:
+                yield net.adds(layer - 1) + 1, unit
 
     reached, useful = set(), set()
     for unit in range(net.sizes[0]):
@@ -52,10 +56,20 @@ def search(mask, arena):
     )
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (1, 1, 1), (4, 5, 3, 2), (2, 7, 1, 6, 3)])
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("mlp", (3, 2)),
+        ("mlp", (1, 1, 1)),
+        ("mlp", (4, 5, 3, 2)),
+        ("mlp", (2, 7, 1, 6, 3)),
+        ("residual", (4, 5, 2)),
+        ("residual", (4, 5, 9, 5, 3, 5, 2)),
+    ],
+)
 @pytest.mark.parametrize("density", [0.0, 0.15, 0.4, 1.0])
-def test_agrees_with_a_search(sizes, density, generator):
-    arena = Arena.build(sizes)
+def test_agrees_with_a_search(architecture, sizes, density, generator):
+    arena = Arena.build(sizes, architecture=architecture)
     mask = torch.rand(12, arena.prunable, generator=generator) < density
     expected = [search(row, arena) for row in mask]
     result = connectivity(mask, arena)
@@ -74,6 +88,16 @@ def test_dense_and_empty_masks():
     assert result.dead_inputs.tolist() == [0, 4]
     assert result.dead_units.tolist() == [0, 128]
     assert result.reachable_actions.tolist() == [2, 0]
+
+
+def test_paths_lead_around_a_block_without_weights():
+    arena = Arena.build((2, 3, 4, 3, 2), architecture="residual")
+    mask = torch.ones(1, arena.prunable, dtype=torch.bool)
+    arena.actor.weight(mask, 1)[:] = arena.actor.weight(mask, 2)[:] = False
+    result = connectivity(mask, arena)
+    assert result.has_path.all()
+    assert (result.dead_inputs.item(), result.dead_units.item()) == (0, 4)
+    assert result.effective_density.item() == (2 * 3 + 3 * 2) / (2 * 3 + 2 * 3 * 4 + 3 * 2)
 
 
 def test_a_critic_under_the_mask_does_not_count(generator):

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from sparse_tickets import SparseLinear
+from sparse_tickets import SparseLinear, sparsify_
 from sparse_tickets.export import export_ticket, ticket_tensors
 from sparse_tickets.kernels.activations import KNOWN
-from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.arena import Arena, chain
 from sparse_tickets.ticket import ROWS, Ticket
 
 EXPORTER = ("onnx", "onnxscript")
@@ -23,8 +23,10 @@ needs_onnx = pytest.mark.skipif(
 SCALED = {"offset": (0.5, -1.0, 0.0), "scale": (2.0, 1.0, 0.1)}
 
 
-def make(density=0.3, activation="tanh", continuous=False, **fields):
-    arena = Arena.build((3, 16, 16, 2), (3, 5, 1), activation=activation, continuous=continuous)
+def make(density=0.3, activation="tanh", continuous=False, architecture="mlp", **fields):
+    sizes = chain(architecture, 3, (16, 16), 2)
+    layout = {"activation": activation, "architecture": architecture, "continuous": continuous}
+    arena = Arena.build(sizes, (3, 5, 1), **layout)
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(arena.prunable, generator=generator) < density
     rows = {name: torch.randn(arena.size, generator=generator) for name in ROWS}
@@ -104,16 +106,35 @@ def test_tensors_are_a_sparse_networks_state(which):
     assert "log_std" not in ticket_tensors(make())
 
 
+def test_a_residual_networks_tensors_are_its_modules_state():
+    ticket = make(architecture="residual")
+    network, tensors = ticket.to_sequential(), ticket_tensors(ticket)
+    state = network.state_dict()
+    assert list(state) == [
+        f"{name}.{kind}"
+        for name in ("0", "1.layers.1", "1.layers.3", "3")
+        for kind in ("weight", "bias")
+    ]
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in state.items())
+    sparse, x = sparsify_(ticket.to_sequential("initial"), density=1.0), torch.randn(5, 3)
+    sparse.load_state_dict({name: tensors[name] for name in sparse.state_dict()})
+    assert sparse[1].layers[1].mask.sum() == ticket.arena.actor.weight(ticket.mask[None], 1).sum()
+    torch.testing.assert_close(sparse(x), network(x))
+
+
 @needs_onnx
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("fields", [SCALED, {}], ids=["scaled", "as it is"])
-@pytest.mark.parametrize("activation", [*KNOWN, "layernorm-relu"])
+@pytest.mark.parametrize("activation", [*KNOWN, "layernorm-relu", "residual"])
 @pytest.mark.parametrize("density", [0.3, 0.03, 0.0])
 def test_onnxruntime_computes_the_ticket(density, activation, fields, tmp_path):
     import onnx
     import onnxruntime
 
-    ticket, file = make(density, activation, **fields), tmp_path / "ticket.onnx"
+    kind = {"activation": activation}
+    if activation == "residual":
+        kind = {"architecture": activation}
+    ticket, file = make(density, **kind, **fields), tmp_path / "ticket.onnx"
     export_ticket(ticket, file)
     assert list(tmp_path.iterdir()) == [file]
     model = onnx.load(file)

@@ -112,9 +112,12 @@ def test_ppo_reaches_the_known_values(name, density):
 
 @pytest.mark.long
 @pytest.mark.parametrize("train", ["ppo", pytest.param("dqn", marks=pytest.mark.slow)])
-def test_networks_with_layernorm_reach_them(train):
+@pytest.mark.parametrize(
+    "kind", [{"activation": "layernorm-relu"}, {"activation": "relu", "architecture": "residual"}]
+)
+def test_networks_with_layernorm_reach_them(kind, train):
     name = "choice by the observation"
-    population, key = fresh(name, 0.5, critic=train == "ppo", activation="layernorm-relu")
+    population, key = fresh(name, 0.5, critic=train == "ppo", **kind)
     if train == "ppo":
         settings = replace(SETTINGS, steps=4_000)
         result = ppo.train(settings, name, population, key, evaluation=ONCE)

@@ -1,10 +1,12 @@
 """Tickets: export to plain torch, the file format, and files that were damaged."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from sparse_tickets.files import StoreError
 from sparse_tickets.kernels.activations import ACTIVATIONS
@@ -12,6 +14,7 @@ from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.ticket import (
     ROWS,
     Normalise,
+    ResidualBlock,
     Ticket,
     dump_tickets,
     load_tickets,
@@ -24,6 +27,7 @@ ARENAS = {
     "continuous": Arena.build((3, 5, 1), (3, 5, 1), continuous=True),
     "pruned critic": Arena.build((3, 5, 2), (3, 5, 1), prune_critic=True),
     "layernorm": Arena.build((3, 5, 4, 2), activation="layernorm-relu"),
+    "residual": Arena.build((3, 5, 8, 5, 2), (3, 5, 1), activation="silu", architecture="residual"),
     "one weight": Arena.build((1, 1)),
 }
 
@@ -107,21 +111,29 @@ def test_rows_are_copied_and_restricted_to_the_support():
     assert copy.initial[arena.prunable :].eq(1).all()
 
 
-@pytest.mark.parametrize("name", ["continuous", "critic", "layernorm", "one weight"])
+@pytest.mark.parametrize("name", ["continuous", "critic", "layernorm", "residual", "one weight"])
 @pytest.mark.parametrize("which", ROWS)
 def test_to_sequential_computes_the_actor(name, which):
     arena = ARENAS[name]
     ticket = make(arena)
     x = torch.randn(9, arena.actor.sizes[0])
-    expected = x
-    for layer, (weight, bias) in enumerate(arena.actor.layers(getattr(ticket, which)[None])):
-        if layer:
-            activation = ACTIVATIONS[arena.actor.activation].function
-            expected = activation(expected)
-        expected = expected @ weight[0].T + bias[0]
+    layers = [
+        partial(functional.linear, weight=weight[0], bias=bias[0])
+        for weight, bias in arena.actor.layers(getattr(ticket, which)[None])
+    ]
+    if name == "residual":
+        stem, first, second, head = layers
+        h = stem(x)
+        h = h + second(functional.silu(first(functional.layer_norm(h, (5,)))))
+        expected = head(functional.layer_norm(h, (5,)))
+    else:
+        expected = layers[0](x)
+        for layer in layers[1:]:
+            expected = layer(ACTIVATIONS[arena.actor.activation].function(expected))
     model = ticket.to_sequential(which)
     torch.testing.assert_close(model(x), expected)
-    assert {type(module) for module in model} <= {nn.Linear, nn.Tanh, nn.ReLU, nn.Sequential}
+    plain = {nn.Linear, nn.Tanh, nn.ReLU, nn.Sequential, nn.LayerNorm, ResidualBlock}
+    assert {type(module) for module in model} <= plain
     model[0].weight.data.zero_()
     assert make(arena).initial.equal(ticket.initial)
 
