@@ -54,7 +54,7 @@ OTHERS := build/works_with
 works-with: $(INSTALLED)
 	$(BIN)/pip install --quiet --editable '.[test,sb3,torchrl,ray,minari,tensorboard,wandb,trackio]' \
 		'stable-baselines3[extra]' sb3-contrib
-	$(BIN)/python -m pytest tests/integrations tests/tickets/test_tracking.py
+	$(BIN)/python -m pytest tests/integrations tests/tickets/test_tracking.py tests/test_docs.py
 	$(BIN)/python -m pytest -m slow tests/tickets/test_ray.py
 	rm -rf $(OTHERS) && mkdir -p $(OTHERS)
 	for name in stable-baselines3 sb3-contrib; do \

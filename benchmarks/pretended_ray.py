@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 __all__ = ["Lost", "PretendedRay"]
 
@@ -64,8 +63,15 @@ class PretendedRay:
     @contextmanager
     def installed(self) -> Iterator[PretendedRay]:
         """Be what ``import ray`` gives."""
-        with mock.patch.dict(sys.modules, {"ray": self}):  # type: ignore[dict-item]
+        before = sys.modules.pop("ray", None)
+        sys.modules["ray"] = self  # type: ignore[assignment]
+        try:
             yield self
+        finally:
+            # Not `mock.patch.dict`, which would unload whatever was imported meanwhile.
+            del sys.modules["ray"]
+            if before is not None:
+                sys.modules["ray"] = before
 
     def is_initialized(self) -> bool:
         return True
