@@ -124,61 +124,47 @@ def forward(layout, packed, first, last, width):
 
 
 @njit(cache=True)
-def backward(layout, packed, first, last, columns, width, to_input):
-    """Add the gradient of layers ``[first, last)``, given that of the output in `Layout.delta`.
+def _add_gradient(layout, packed, layer, delta, columns, width):
+    """Add the gradient of a layer's weight and bias, given that of its output in a panel."""
+    layers, space, grad = layout.layers, packed.space, packed.grad
+    out, inp, x = layers[layer, OUT], layers[layer, IN], layers[layer, X]
+    _, bias = places(layout, packed, layer)
+    rows, live = packed.rows[layers[layer, ROWS] :], packed.live[layer]
+    for k in range(live):
+        row = delta + rows[k] * PANEL
+        total = load(space, row)
+        for c in range(LANES, width, LANES):
+            total = total + load(space, row + c)
+        grad[bias + rows[k]] += sum_lanes(total)
+    if layers[layer, SPARSE]:
+        row_begin, turned = packed.row_begin[layers[layer, ROWS] :], layout.turned
+        sparse_gradient(grad, packed.column, row_begin, rows, live, space, delta, x, width, turned)
+        return
+    stride, sums, turned = layers[layer, STRIDE], layers[layer, SUMS], layout.turned
+    for i in range(0, inp, LANES):
+        for c in range(0, width, LANES):
+            transpose(space, x + i * PANEL + c, PANEL, space, turned + c * stride + i, stride)
+    add_product(
+        space, delta, PANEL, _UNIT, space, turned, stride, sums, stride, out, columns, stride,
+        space, sums,
+    )  # fmt: skip
+
+
+@njit(cache=True)
+def backward(layout, packed, first, last, columns, width, to_input, to_weight):
+    """Backward through layers ``[first, last)``, given the output's gradient in `Layout.delta`.
 
     Columns from ``columns`` to ``width`` of that panel must be zero, and those of the activations
-    finite. Returns the offset of the panel with the input's gradient, if ``to_input``.
+    finite. Adds the gradients of weights and biases, if ``to_weight``; returns the offset of the
+    panel with the input's, if ``to_input``.
     """
-    layers, space, grad = layout.layers, packed.space, packed.grad
+    layers, space = layout.layers, packed.space
     here, there = layout.delta, layout.other
     for layer in range(last - 1, first - 1, -1):
         out, inp, x = layers[layer, OUT], layers[layer, IN], layers[layer, X]
-        begin, bias = places(layout, packed, layer)
-        rows, live = packed.rows[layers[layer, ROWS] :], packed.live[layer]
-        for k in range(live):
-            row = here + rows[k] * PANEL
-            total = load(space, row)
-            for c in range(LANES, width, LANES):
-                total = total + load(space, row + c)
-            grad[bias + rows[k]] += sum_lanes(total)
-        if layers[layer, SPARSE]:
-            row_begin = packed.row_begin[layers[layer, ROWS] :]
-            sparse_gradient(
-                grad,
-                packed.column,
-                row_begin,
-                rows,
-                live,
-                space,
-                here,
-                x,
-                width,
-                layout.turned,
-            )
-        else:
-            stride, sums, turned = layers[layer, STRIDE], layers[layer, SUMS], layout.turned
-            for i in range(0, inp, LANES):
-                for c in range(0, width, LANES):
-                    transpose(
-                        space, x + i * PANEL + c, PANEL, space, turned + c * stride + i, stride
-                    )
-            add_product(
-                space,
-                here,
-                PANEL,
-                _UNIT,
-                space,
-                turned,
-                stride,
-                sums,
-                stride,
-                out,
-                columns,
-                stride,
-                space,
-                sums,
-            )
+        begin, _ = places(layout, packed, layer)
+        if to_weight:
+            _add_gradient(layout, packed, layer, here, columns, width)
         if layer > first or to_input:
             zeros = layout.zeros
             wanted, number = inputs(layout, packed, layer)
@@ -222,12 +208,10 @@ def backward(layout, packed, first, last, columns, width, to_input):
 
 @njit(cache=True)
 def clear_gradient(layout, packed, count):
-    """Zero what `backward` adds to, and the zeros it reads."""
+    """Zero what `backward` adds to."""
     packed.grad[:count] = _ZERO
     layers = layout.layers
     for layer in range(layers.shape[0]):
-        begin = layout.zeros
-        packed.space[begin : begin + layers[layer, IN]] = _ZERO
         if not layers[layer, SPARSE]:
             begin = layers[layer, SUMS]
             packed.space[begin : begin + layers[layer, OUT] * layers[layer, STRIDE]] = _ZERO
@@ -307,7 +291,7 @@ def _forward(threads, layout, floats, integers, x, weight, mask, y):
 
 @njit(cache=True)
 def _backward_ticket(
-    thread, ticket, layout, floats, integers, x, weight, mask, dy, to_input, dx, dweight
+    thread, ticket, layout, floats, integers, x, weight, mask, dy, to_input, to_weight, dx, dweight
 ):
     depth = layout.layers.shape[0]
     packed = open_scratch(layout, floats[thread], integers[thread])
@@ -315,25 +299,27 @@ def _backward_ticket(
     turn(layout, packed, to_input)
     read_row(layout, packed, mask[ticket], weight[ticket], packed.weight)
     turn_values(layout, packed, to_input)
-    clear_gradient(layout, packed, count)
+    if to_weight:
+        clear_gradient(layout, packed, count)
     for begin in range(0, x.shape[1], PANEL):
         columns = min(PANEL, x.shape[1] - begin)
         width = (columns + LANES - 1) // LANES * LANES
         _read_panel(packed.space, layout.x, x[ticket], begin, columns, width)
-        forward(layout, packed, FIRST, depth, width)
+        # Nobody reads the output.
+        forward(layout, packed, FIRST, depth - 1, width)
         _read_panel(packed.space, layout.delta, dy[ticket], begin, columns, width)
-        panel = backward(layout, packed, FIRST, depth, columns, width, to_input)
+        panel = backward(layout, packed, FIRST, depth, columns, width, to_input, to_weight)
         if to_input:
             _write_panel(packed.space, panel, dx[ticket], begin, columns)
-    collect_gradient(layout, packed, mask[ticket])
-    dweight[ticket, mask.shape[1] :] = _ZERO
-    write_row(layout, packed, mask[ticket], packed.grad, dweight[ticket])
+    if to_weight:
+        collect_gradient(layout, packed, mask[ticket])
+        dweight[ticket, mask.shape[1] :] = _ZERO
+        write_row(layout, packed, mask[ticket], packed.grad, dweight[ticket])
 
 
 @njit(cache=True, nogil=True)
-def _backward(threads, layout, floats, integers, x, weight, mask, dy, to_input, dx, dweight):
-    arguments = (layout, floats, integers, x, weight, mask, dy, to_input, dx, dweight)
-    share(_backward_ticket, threads, x.shape[0], arguments)
+def _backward(threads, tickets, arguments):
+    share(_backward_ticket, threads, tickets, arguments)
 
 
 def _arguments(
@@ -361,17 +347,15 @@ def mlp_backward(
     mask: Tensor | None,
     density: float,
     dy: Tensor,
-    to_input: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of `x` (if asked) and `weight`; the forward pass is recomputed, panel by panel."""
+    *,
+    to_input: bool = True,
+    to_weight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `x` and `weight`, those asked for; the forward pass is recomputed by panels."""
     dx = x.new_empty(x.shape if to_input else (len(x), 0, 0))
     # Filled by the kernel: torch's threads would spin on after filling it.
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    _backward(
-        *_arguments(x, weight, net, mask, density, 4),
-        dy.contiguous().numpy(),
-        to_input,
-        dx.numpy(),
-        dweight.numpy(),
-    )
-    return (dx if to_input else None), dweight
+    dweight = weight.new_empty(weight.shape if to_weight else (len(weight), 0))
+    threads, *arguments = _arguments(x, weight, net, mask, density, 4 if to_weight else 3)
+    arrays = dy.contiguous().numpy(), to_input, to_weight, dx.numpy(), dweight.numpy()
+    _backward(threads, len(x), (*arguments, *arrays))
+    return (dx if to_input else None), (dweight if to_weight else None)

@@ -120,9 +120,10 @@ def backward(
     *,
     hidden: Tensor | None = None,
     to_input: bool = False,
+    to_weight: bool = True,
     into: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of `x`, if asked for, and of `weight`; see `mlp`.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `x` and of `weight`, those asked for; see `mlp`.
 
     Args:
         dy: ``[P, B, O]``, gradient of the output.
@@ -133,16 +134,21 @@ def backward(
         precision: as in `forward`.
         hidden: what `forward` kept; recomputed if it is needed and None.
         to_input: whether the input's gradient is asked for.
+        to_weight: whether the weight's gradient is; one of the two.
         into: ``[P, size]``, contiguous: takes the weight's gradient where `net` has parameters.
 
     Returns:
-        ``[P, B, I]`` or None, and ``[P, size]``, zero off the mask and, unless it is ``into``,
-        where `net` has no parameters.
+        ``[P, B, I]`` or None, and ``[P, size]`` or None, zero off the mask and, unless it is
+        ``into``, where `net` has no parameters.
     """
     weights = Weights.of(weight, net, mask)
     tickets, samples, _ = x.shape
     route = choose(net, precision, to_input=to_input).backward
     dx = x.new_empty(x.shape) if to_input else None
+    if not to_weight:
+        if dx is not None and dx.numel():
+            passes_gpu.backward(weights, dy, x, route, precision, hidden, dx)
+        return dx, None
     alone = into is None
     if into is None:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -73,20 +73,22 @@ class Packed(NamedTuple):
 
 @njit(cache=True)
 def open_scratch(layout, floats, integers):
-    """Name the parts of one thread's scratch."""
+    """Name the parts of one thread's scratch, and fill those that are the same for all tickets."""
     n, pointers, depth = layout.parameters, layout.pointers, layout.layers.shape[0]
     lists = integers[4 * n :]
     counts = lists[3 * pointers + layout.widest :]
     every = lists[3 * pointers : 3 * pointers + layout.widest]
     for i in range(layout.widest):
         every[i] = i
+    space = floats[5 * n :]
+    space[layout.zeros : layout.zeros + layout.widest] = _ZERO
     return Packed(
         floats[0:n],
         floats[n : 2 * n],
         floats[2 * n : 3 * n],
         floats[3 * n : 4 * n],
         floats[4 * n : 5 * n],
-        floats[5 * n :],
+        space,
         integers[0:n],
         integers[n : 2 * n],
         integers[2 * n : 3 * n],

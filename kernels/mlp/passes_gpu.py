@@ -145,10 +145,10 @@ def backward(
     precision: str,
     hidden: Tensor | None,
     dx: Tensor | None,
-    target: Tensor,
-    stretches: tuple[int, int],
+    target: Tensor | None = None,
+    stretches: tuple[int, int] = (1, 0),
 ) -> None:
-    """Write ``dx``, unless None, and a row of the parameters' gradients per ticket and stretch.
+    """Write ``dx`` and a row of the parameters' gradients per ticket and stretch, unless None.
 
     Args:
         weights: of the network.
@@ -159,12 +159,12 @@ def backward(
         hidden: what `forward` kept; recomputed if it is needed and None.
         dx: ``[P, B, I]``, contiguous; the fused pass has none.
         target: contiguous rows laid out like ``weights.weight``, of which the network's entries
-            are written.
+            are written; the fused pass has nothing else to write.
         stretches: how many there are, and the samples of all but the last; see `cut`.
     """
     dy, x = with_rows(dy), with_rows(x)
     with torch.cuda.device_of(x):
-        if route == "fused":
+        if route == "fused" and target is not None:
             _backward_fused(weights, dy, x, target, stretches)
             return
         if hidden is None:
@@ -173,7 +173,8 @@ def backward(
         deltas = hidden.new_empty(*hidden.shape[:2], weights.geometry.hidden)
         down = _deltas_walk if route == "split" else _deltas_layers
         down(weights, dy, precision, hidden, deltas, dx)
-        _gradient(weights, dy, x, precision, hidden, deltas, target, stretches)
+        if target is not None:
+            _gradient(weights, dy, x, precision, hidden, deltas, target, stretches)
 
 
 def _forward_fused(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:

@@ -84,21 +84,30 @@ def _backward(
     density: float,
     precision: str,
     to_input: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the input, if asked for, and of the weight."""
+    to_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the input and of the weight, those asked for."""
+    if not (to_input or to_weight):
+        return None, None
     if backend == "triton":
         from . import gpu
 
-        return gpu.backward(dy, x, weight, net, mask, precision, hidden=hidden, to_input=to_input)
+        return gpu.backward(
+            dy, x, weight, net, mask, precision,
+            hidden=hidden, to_input=to_input, to_weight=to_weight,
+        )  # fmt: skip
     if backend == "cpu":
         from . import cpu
 
-        return cpu.mlp_backward(x, weight, net, mask, density, dy, to_input)
-    x, weight = x.detach().requires_grad_(to_input), weight.detach().requires_grad_()
+        return cpu.mlp_backward(
+            x, weight, net, mask, density, dy, to_input=to_input, to_weight=to_weight
+        )
+    leaves = x.detach().requires_grad_(to_input), weight.detach().requires_grad_(to_weight)
     with differentiating():
-        y = reference.mlp(x, weight, net, mask)
-        found = torch.autograd.grad(y, (weight, x) if to_input else (weight,), dy)
-    return found[1].contiguous() if to_input else None, found[0].contiguous()
+        y = reference.mlp(*leaves, net, mask)
+        found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], dy))
+    dx, dweight = (next(found).contiguous() if leaf.requires_grad else None for leaf in leaves)
+    return dx, dweight
 
 
 def _keeps(backend: Backend, net: Net, precision: str, to_input: bool) -> bool:
@@ -170,13 +179,13 @@ class _Mlp(torch.autograd.Function):
             return *_differentiably(x, weight, mask, ctx.call, needed, dy), None, None
         if direct and not is_watched() and is_plain(dy):
             tensors = dy.detach(), x.detach(), weight.detach(), mask, hidden
-            dx, dweight = _backward(backend, *tensors, net, density, precision, to_input)
+            found = _backward(backend, *tensors, net, density, precision, to_input, to_weight)
         else:
             with resume(backend, dy.device), torch._C._AutoDispatchBelowAutograd():
-                dx, dweight = _OPS.mlp_backward.default(
-                    dy, x, weight, mask, hidden, net.code, density, precision, to_input
+                found = _OPS.mlp_backward.default(
+                    dy, x, weight, mask, hidden, net.code, density, precision, to_input, to_weight
                 )
-        return dx if to_input else None, dweight if to_weight else None, None, None
+        return found[0] if to_input else None, found[1] if to_weight else None, None, None
 
 
 def _dispatch(keep: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -268,6 +277,7 @@ def _compute_backward(
     density: float,
     precision: str,
     to_input: bool,
+    to_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     net = _check_backward(dy, x, weight, mask, hidden, net_code, density, precision)
     backend = _choose_backend(x, weight, net)
@@ -282,8 +292,9 @@ def _compute_backward(
         density,
         precision,
         to_input,
+        to_weight,
     )
-    return x.new_empty(0) if dx is None else dx, dweight
+    return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dweight is None else dweight
 
 
 def _differentiable(
@@ -312,9 +323,10 @@ def _fake_keeping(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    *rest, to_input = others
+    *rest, to_input, to_weight = others
     _check_backward(dy, x, weight, *rest)
-    return x.new_empty(x.shape if to_input else 0), weight.new_empty(weight.shape)
+    shapes = x.shape if to_input else 0, weight.shape if to_weight else 0
+    return x.new_empty(shapes[0]), weight.new_empty(shapes[1])
 
 
 declare("mlp", _compute, _fake)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arena import Arena, Parameters
+from ..arena import Arena, Net, Parameters
 from ..compiling import njit
 from ..mlp.cpu import mlp, mlp_backward
 from ..squashed.cpu import sample, scale_of
@@ -177,7 +177,7 @@ def _gradient(
     )
     errors, leanings = (part.unsqueeze(-1) for part in slopes.split(size, -1))
     pull = [
-        mlp_backward(own, weight, net, mask, density, leaning, True)[0]
+        mlp_backward(own, weight, net, mask, density, leaning, to_weight=False)[0]
         for net, leaning in zip(arena.critics, leanings, strict=True)
     ]
     d_head, surplus = weight.new_empty((tickets, size, head.shape[-1])), weight.new_empty(tickets)
@@ -196,9 +196,14 @@ def _gradient(
             measured,
         ),
     )
-    _, grad = mlp_backward(batch.obs, weight, arena.actor, mask, density, d_head, False)
+
+    def by_weight(net: Net, x: Tensor, dy: Tensor) -> Tensor:
+        found = mlp_backward(x, weight, net, mask, density, dy, to_input=False)[1]
+        return cast("Tensor", found)
+
+    grad = by_weight(arena.actor, batch.obs, d_head)
     for net, error in zip(arena.critics, errors, strict=True):
-        grad += mlp_backward(taken, weight, net, mask, density, error, False)[1]
+        grad += by_weight(net, taken, error)
     grad[:, begin] = surplus
     return grad
 

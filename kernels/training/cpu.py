@@ -84,11 +84,11 @@ def bind(head: Head) -> Any:
 
             forward(layout, packed, FIRST, actor, width)
             policy_loss(layout, packed, columns, width, size, prepared, config, measured)
-            backward(layout, packed, FIRST, actor, columns, width, False)
+            backward(layout, packed, FIRST, actor, columns, width, False, True)
             if actor < depth:
                 forward(layout, packed, actor, depth, width)
                 value_loss(layout, packed, columns, width, size, prepared, config, measured)
-                backward(layout, packed, actor, depth, columns, width, False)
+                backward(layout, packed, actor, depth, columns, width, False, True)
 
     @njit
     def update_ticket(

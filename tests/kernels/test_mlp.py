@@ -77,6 +77,12 @@ def test_forward_and_gradients_equal_float64(sizes, activation, density, samples
     for one, other in zip(actual, expected, strict=True):
         assert_near(one, other)
     assert (actual[2][:, : arena.prunable][~mask] == 0).all()
+    for leaf in (0, 1):
+        alone = [x.clone(), weight.clone()]
+        alone[leaf].requires_grad_()
+        y = mlp(*alone, arena.actor, mask, density=density)
+        (found,) = torch.autograd.grad(y, alone[leaf], dy)
+        assert torch.equal(found, actual[1 + leaf])
 
 
 @pytest.mark.parametrize("density", [1.0, 0.1])

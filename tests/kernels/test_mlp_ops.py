@@ -95,6 +95,23 @@ def test_the_op_and_the_function_agree(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_a_gradient_alone_is_what_it_is_beside_the_other(backend, precision):
+    given = Population(backend, precision=precision)
+
+    def gradients(*asked):
+        arguments = given.arguments(*asked)
+        leaves = [leaf for leaf, wanted in zip(arguments, asked, strict=False) if wanted]
+        return torch.autograd.grad(OPS.mlp.default(*arguments), leaves, given.dy)
+
+    with use_backend(backend):
+        both = gradients(True, True)
+        alone = *gradients(True, False), *gradients(False, True)
+    for one, other in zip(alone, both, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_is_differentiable_in_reverse_mode(backend):
     given, op = Population(backend), OPS.mlp.default
     arguments = given.arguments(True, True)

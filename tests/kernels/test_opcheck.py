@@ -109,8 +109,8 @@ def mlp_backward() -> Iterator[Arguments]:
     tensors = draw(TICKETS, BATCH, 4), *weights_of(STUDENT)
     form = NET.code, DENSITY, PRECISION
     hidden = draw(TICKETS, BATCH, NET.sizes[1]).tanh()
-    for kept, to_input in ((hidden, True), (None, False)):
-        yield draw(TICKETS, BATCH, 2), *tensors, kept, *form, to_input
+    for kept, *asked in ((hidden, True, True), (None, False, True), (None, True, False)):
+        yield draw(TICKETS, BATCH, 2), *tensors, kept, *form, *asked
 
 
 # Rows of seven weights, five of them prunable.
