@@ -193,7 +193,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         effect=f"ours minus the script's return: {'; '.join(shown)}",
         verdict="; ".join(told),
         text=text(cells),
-        figures={"cleanrl": draw(cells)},
+        figures={"cleanrl": partial(draw, cells)},
     )
 
 

@@ -9,10 +9,13 @@ alone hides where training began and how fast it went::
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import numpy as np
 import polars as pl
+from matplotlib.figure import Figure
 
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import (
@@ -30,6 +33,7 @@ from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
 from sparse_tickets.analysis.figures import contribution_figure, return_figure
+from sparse_tickets.analysis.style import DPI, GREY, INK, PALE, head, styled
 from sparse_tickets.sweep.store import Store
 
 METRICS = {
@@ -120,14 +124,12 @@ def conclude(cells: pl.DataFrame) -> Finding:
     ]
     trained = [gap for (*_, metric), gap in gaps.items() if metric != "return_initial"]
     before = [gap for (*_, metric), gap in gaps.items() if metric == "return_initial"]
-    figures = {}
+    figures: dict[str, Callable[[], Figure]] = {"conditions": partial(draw, cells)}
     for study, part in studies(cells):
-        words = re.findall(r"\w+", study.lower().removeprefix("cartpole"))
-        name = "_".join(["conditions", *words])
-        figures[f"{name}_returns"] = return_figure(
-            part, controls=PAIRED, metric=("return_final", "return_auc", "return_initial")
-        )
-        figures[name] = contribution_figure(paired(part), metric=tuple(METRICS))
+        name = "_".join(["conditions", *re.findall(r"\w+", study.lower())])
+        returns = ("return_final", "return_auc", "return_initial")
+        figures[f"{name}_returns"] = partial(return_figure, part, controls=PAIRED, metric=returns)
+        figures[name] = partial(contribution_figure, paired(part), metric=tuple(METRICS))
     return Finding(
         ran="; ".join(setting(part) for _, part in studies(cells)),
         effect=f"mask minus values, of the dense return: {'; '.join(shown)}",
@@ -175,6 +177,47 @@ policy to the dense one. `ticket` controls take masks and values from the same s
             markdown(["contribution, algorithm, controls", *METRICS.values()], rows),
         ]
     return "\n\n".join(paragraphs)
+
+
+# Filled and hollow, one above the other: colour is not needed to tell them apart.
+_LOOKS = {
+    "mask": (0.16, {"color": "#0072B2", "marker": "o"}),
+    "initialisation": (-0.16, {"color": "#D55E00", "marker": "s", "markerfacecolor": "white"}),
+}
+
+
+@styled
+def draw(cells: pl.DataFrame) -> Figure:
+    """Mask and values by return: a panel for each return, a row for each task and algorithm."""
+    rows = [(study, part, algo) for study, part in studies(cells) for algo in algorithms(part)]
+    figure = Figure(figsize=(9.2, 1.0 + 0.3 * len(rows)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(METRICS), sharey=True)
+    for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
+        panel.axvline(0, color=GREY, linewidth=0.8)
+        for place, (_, part, algo) in enumerate(rows):
+            for contribution, (shift, look) in _LOOKS.items():
+                if _has(part, algo, contribution):
+                    middle, low, high = effect(by_seed(part, algo, PAIRED, contribution, metric))
+                    height = shift - place
+                    panel.plot([low, high], [height] * 2, color=look["color"], linewidth=1.2)
+                    panel.plot([middle], [height], linestyle="", markersize=4.5, **look)
+        panel.set_title(title)
+        panel.set_xlabel("share of random to dense")
+        panel.grid(axis="x", color=PALE, linewidth=0.4)
+        panel.set_axisbelow(True)
+        panel.tick_params(axis="y", length=0, labelcolor=INK)
+        panel.spines["left"].set_visible(False)
+    panels[0].set_yticks(
+        [-place for place in range(len(rows))],
+        [f"{study.partition(',')[0]}, {ALGORITHMS[algo]}" for study, _, algo in rows],
+    )
+    panels[0].set_ylim(0.5 - len(rows), 0.5)
+    detail = (
+        "mean over seeds and pruned levels, 95% interval, ticket controls; "
+        "filled: the mask, hollow: the initial values"
+    )
+    head(figure, "What mask and initial values contribute", detail, None)
+    return figure
 
 
 EXPERIMENT = Experiment(

@@ -167,7 +167,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         effect=f"dense over 90% pruned, whole iteration: {shown}",
         verdict="agrees" if low <= 1.3 <= high else f"{'more' if low > 1.3 else 'less'} than 1.3x",
         text=text(cells),
-        figures={"cost": draw(cells)},
+        figures={"cost": partial(draw, cells)},
     )
 
 

@@ -9,6 +9,7 @@ the distribution without its exploration. Experts, initial values and budget are
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -86,7 +87,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
             f"by {METRICS[metric]} actions {verdict(cells, metric)}" for metric in METRICS
         ),
         text=text(cells),
-        figures={"distribution_shift": draw(cells)},
+        figures={"distribution_shift": partial(draw, cells)},
     )
 
 

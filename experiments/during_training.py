@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -195,9 +196,9 @@ def conclude(cells: pl.DataFrame) -> Finding:
     every = " and ".join(f"{EVERY[algo]:,} ({name})" for algo, name in algorithms(cells).items())
     missing = [name for algo, name in ALGORITHMS.items() if algo not in algorithms(cells)]
     missing += ["networks four times as wide"] if methods(cells, WIDER) else ["wider networks"]
-    figures = {"during_training": draw(cells)}
+    figures = {"during_training": partial(draw, cells)}
     if methods(cells, WIDER):
-        figures["during_training_width"] = draw_widths(cells)
+        figures["during_training_width"] = partial(draw_widths, cells)
     return Finding(
         ran=f"{', '.join(names)}; {cells['env'][0]}, {cells['seed'].n_unique()} seeds, "
         f"{on} of the weights, "

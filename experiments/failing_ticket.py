@@ -193,7 +193,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         f"critic the return on the way changes by {signed(*effect(suspect), digits=0)}",
         verdict=verdict(lost, suspect),
         text=text(cells, change),
-        figures={"failing_ticket": draw(cells)},
+        figures={"failing_ticket": partial(draw, cells)},
     )
 
 

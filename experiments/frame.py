@@ -12,7 +12,7 @@ import io
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,14 +128,14 @@ class Finding:
         effect: the main effect with its interval.
         verdict: whether that agrees with the claim.
         text: the section in the README, Markdown; figures come after it.
-        figures: by name; the first stands in the table.
+        figures: by name, to be drawn; the first stands in the table.
     """
 
     ran: str
     effect: str
     verdict: str
     text: str
-    figures: dict[str, Figure]
+    figures: Mapping[str, Callable[[], Figure]]
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def run(experiment: Experiment, home: Path, place: Place, *, train: bool = True)
         write_parquet(experiment.collect(place), table)
     cells = pl.read_parquet(table)
     finding = experiment.conclude(cells)
-    for name, figure in finding.figures.items():
-        save(figure, home / "figures" / f"{name}.png")
+    for name, draw in finding.figures.items():
+        save(draw(), home / "figures" / f"{name}.png")
     readme = home / "README.md"
     text = readme.read_text() if readme.exists() else "# Experiments\n"
     write_atomic(readme, reported(text, experiment, finding, cells).encode())

@@ -9,6 +9,7 @@ what tickets keep beside what their masks keep once shuffled within each layer::
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -263,7 +264,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
     left = " and ".join(f"{value:.1f} ({ALGORITHMS[algo]})" for algo, value in kept.items())
     goes = any(value < inputs - 0.5 for value in kept.values())
     words = "agrees: whole inputs go" if goes else "disagrees: inputs stay"
-    figures = {"input_masks": draw(cartpole_alone)}
+    figures = {"input_masks": partial(draw, cartpole_alone)}
     ran = (
         f"{cartpole_alone['env'][0]}, the tickets of bc_vs_rl; dense PPO on all {len(table)} "
         f"subsets of the inputs, {table['seeds'].max()} seeds each, "
@@ -275,7 +276,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         ran += f"; the tickets of conditions on {', '.join(tasks(cells))}"
         fewer = sum(direction(more) == 1 for *_, more in beside)
         words += f"; more than by chance in {fewer} of {len(beside)} on other tasks"
-        figures["input_masks_tasks"] = draw_tasks(cells)
+        figures["input_masks_tasks"] = partial(draw_tasks, cells)
     return Finding(
         ran=ran,
         effect=f"{left} of {inputs} inputs left at {cartpole_alone['density'].min():.2%} of the "

@@ -9,6 +9,7 @@ tickets of PPO keep, against the cells that ever show anything::
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -120,7 +121,10 @@ def conclude(cells: pl.DataFrame) -> Finding:
         f"former keeps more weights: {middle:.2f} [{low:.2f}, {high:.2f}]",
         verdict=found + ("" if useless < 0.05 else ", yet inputs that show nothing stay"),
         text=text(cells),
-        figures={"maze_inputs": draw(cells), "maze_inputs_ranks": draw_ranks(cells)},
+        figures={
+            "maze_inputs": partial(draw, cells),
+            "maze_inputs_ranks": partial(draw_ranks, cells),
+        },
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -145,7 +146,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         + f"{'; '.join(found)}; final return, tickets minus dense: {', '.join(gains)}",
         verdict="; ".join(f"{METHODS[name]}: {verdict(d)}" for name, d in directions.items()),
         text=text(cells),
-        figures={"noise": draw(cells)},
+        figures={"noise": partial(draw, cells)},
     )
 
 

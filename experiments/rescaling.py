@@ -9,6 +9,7 @@ one distribution, so that no layer is favoured by a ranking of magnitudes::
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -112,7 +113,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         "later",
         verdict=VERDICTS[direction(kept)],
         text=text(cells, levels, last),
-        figures={"rescaling": draw(cells)},
+        figures={"rescaling": partial(draw, cells)},
     )
 
 

@@ -176,7 +176,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         f"dense policies trained again that end below 0.95: {again}",
         verdict=f"tickets {word} small dense networks; by settings: {moved or 'none told apart'}",
         text=text(cells, change),
-        figures={"sanity": draw(cells)},
+        figures={"sanity": partial(draw, cells)},
     )
 
 

@@ -230,7 +230,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         effect=found,
         verdict="; ".join(verdict),
         text=text(cells),
-        figures={"stability": draw(cells), "stability_lines": draw_lines(cells)},
+        figures={"stability": partial(draw, cells), "stability_lines": partial(draw_lines, cells)},
     )
 
 

@@ -107,7 +107,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         effect="learning curve, of the dense return, mean over densities: " + "; ".join(shown),
         verdict="; ".join(verdicts),
         text=text(cells),
-        figures={"transfer": draw(cells)},
+        figures={"transfer": partial(draw, cells)},
     )
 
 

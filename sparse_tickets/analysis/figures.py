@@ -267,6 +267,7 @@ def _label_ends(panel: Axes, ends: list[_End]) -> None:
                 "arrowstyle": "-",
                 "color": colour_of(condition),
                 "linewidth": 0.7,
+                "relpos": (0, 0.5),  # from the name's left end, not through its letters
                 "shrinkA": 1,
                 "shrinkB": 2,
             },

@@ -256,7 +256,7 @@ def _cells(frame: pl.DataFrame, env: str, algo: str, condition: str, controls: s
 
 
 def _floats(frame: pl.DataFrame, name: str) -> Array:
-    return frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+    return frame[name].cast(pl.Float64).to_numpy()  # null is NaN there
 
 
 def _finite(values: Array, statistic: Any) -> float:
