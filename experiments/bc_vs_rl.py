@@ -181,7 +181,8 @@ def text(cells: pl.DataFrame, table: pl.DataFrame) -> str:
         least = 2 / 2**pairs if pairs else 1.0
         name = study[0].upper() + study[1:]
         paragraphs.append(
-            f"**{name}**: {setting(part)}. {budget(part)} {pairs} pairs give no p below {least:.1g}."
+            f"**{name}**: {setting(part)}. {budget(part)} {pairs} pairs give no p "
+            f"below {least:.1g}."
         )
         paragraphs += [
             markdown(
