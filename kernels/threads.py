@@ -38,7 +38,14 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
-__all__ = ["WORTH_A_THREAD", "count_threads", "end_idle_threads", "one_thread", "share"]
+__all__ = [
+    "WORTH_A_THREAD",
+    "count_threads",
+    "end_idle_threads",
+    "one_thread",
+    "share",
+    "used_threads",
+]
 
 WORTH_A_THREAD = 1 << 19
 """Multiply-adds (or floats moved) per thread below which waking one costs more than it saves."""
@@ -85,12 +92,13 @@ def _address(function: Any) -> int | None:
 _CELL = "sparse_tickets_fork"
 _fork = ctypes.c_void_p(_address(_find_fork()))
 llvm.add_symbol(_CELL, ctypes.addressof(_fork))
-_used = False
+used_threads = ctypes.c_bool(False)
+"""Whether a launch had more than one thread in this process."""
 
 
 def _after_fork() -> None:
     _fork.value = _address(_run_alone)
-    if _used:
+    if used_threads.value:
         torch.set_num_threads(1)
 
 
@@ -105,11 +113,11 @@ def count_threads(items: int, work: float) -> int:
         items: what can be done at the same time.
         work: multiply-adds, or floats moved, of all items together.
     """
-    global _used
     if items <= 1 or work < 2 * WORTH_A_THREAD:
         return 1
     threads = int(min(torch.get_num_threads(), items, work / WORTH_A_THREAD))
-    _used = _used or threads > 1
+    if threads > 1:
+        used_threads.value = True
     return threads
 
 

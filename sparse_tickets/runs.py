@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from sparse_tickets.kernels.dispatch import Plan, is_chosen
 from sparse_tickets.kernels.linear.masking import are_equal
 from sparse_tickets.kernels.linear.patterns import take_snapshot
-from sparse_tickets.kernels.policy import Layer, Network, find_activation
+from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
 from sparse_tickets.linear import SparseLinear
 
 __all__ = ["HOOKS", "Run", "find_runs"]
@@ -69,9 +69,13 @@ class _Ready:
     """A run made ready: the network for the present masks, and what must not have changed.
 
     Nobody need announce that a mask was written: `has_masks` compares each with its snapshot.
+
+    Attributes:
+        compiled: all that in one call, or None while that is not there; of an input ``[B, I]`` it
+            gives the output, or None where anything is not as it was or needs a closer look.
     """
 
-    __slots__ = ("_snapshots", "inp", "linears", "masks", "network", "tensors")
+    __slots__ = ("_snapshots", "compiled", "inp", "linears", "masks", "network", "tensors")
 
     def __init__(self, layers: Sequence[tuple[nn.Linear, nn.Module | None]]) -> None:
         self.linears = [_Seen(layer) for layer, _ in layers]
@@ -92,6 +96,23 @@ class _Ready:
             if linear.snapshot is not None:
                 snapshot_at = linear.snapshot.data_ptr()
                 self._snapshots.extend((linear.mask_at, snapshot_at, linear.weight_size))
+        self.compiled: Any = None
+        native.start()
+
+    def compile(self) -> None:
+        """Have `compiled`, now that there is what it takes."""
+        layers = [
+            (
+                *(linear.parameters, linear.buffers, linear.weight, linear.bias, linear.mask),
+                linear.mask_at,
+                0 if linear.snapshot is None else linear.snapshot.data_ptr(),
+                known.mask is not None,
+                *(known.out, known.inp),
+            )
+            for linear, known in zip(self.linears, self.network.layers, strict=True)
+        ]
+        # It borrows these tensors and dictionaries, which live as long as `linears`.
+        self.compiled = native.module.Network(layers, self.network.form, self.inp)
 
     def has_masks(self) -> bool:
         """Whether the masks, where they lie, hold what they held."""
@@ -142,6 +163,7 @@ class Run:
             or _is_watched()
             or not input.is_cpu
             or input.dtype is not _float32
+            or input.is_neg()
             or list(map(type, self.modules)) != self._classes
         ):
             return None
@@ -158,6 +180,12 @@ class Run:
             ready = self._prepare()
             if ready is None:
                 return None
+        if ready.compiled is None and native.module is not None:
+            ready.compile()
+        if ready.compiled is not None:
+            output = ready.compiled(input)
+            if output is not None:
+                return output
         recorded = _grads_are_recorded()
         trained = recorded and input.requires_grad
         addresses: list[int] = []
@@ -183,6 +211,7 @@ class Run:
                 weight.dtype is not _float32
                 or not weight.is_cpu
                 or not weight.is_contiguous()
+                or weight.is_neg()
                 or weight.numel() != linear.weight_size
             ):
                 return None
@@ -194,6 +223,7 @@ class Run:
                 bias.dtype is not _float32
                 or not bias.is_cpu
                 or not bias.is_contiguous()
+                or bias.is_neg()
                 or bias.numel() != linear.bias_size
             ):
                 return None
@@ -262,7 +292,7 @@ class Run:
             why = f"kernels want contiguous float32 Parameters of a CPU, in {names}"
             return Plan("policy", "reference", "layers", why)
         format, reason = ready.network.describe(batch, training)
-        return Plan("policy", "cpu", format, f"{names} in one call: {reason}")
+        return Plan("policy", "cpu", format, f"{names} in one call {native.status()}: {reason}")
 
 
 def find_runs(modules: Iterable[nn.Module]) -> list[nn.Module | Run]:

@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
     # Must be in place before any @triton.jit function is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Policies run as users' do once all is compiled.
+os.environ.setdefault("SPARSE_TICKETS_NATIVE", "wait")
+
 # The same formats on every machine, and nothing written to the user's cache.
 os.environ.setdefault("SPARSE_TICKETS_CROSSOVER", "fixed")
 

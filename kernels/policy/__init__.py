@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from . import native
 from .activations import Activation, find_activation
 from .layout import Layer
 from .network import Network
 from .squashed import can_squash, squash
 
-__all__ = ["Activation", "Layer", "Network", "can_squash", "find_activation", "squash"]
+__all__ = ["Activation", "Layer", "Network", "can_squash", "find_activation", "native", "squash"]

@@ -442,3 +442,12 @@ def kernels() -> tuple[Callable[[int, int, int], None], ...]:
         function.compile(_SIGNATURE)
     # Numba's own dispatch on the types of arguments takes as long as a small network.
     return tuple(function.get_overload(_SIGNATURE) for function in functions)
+
+
+def addresses() -> tuple[int, ...]:
+    """Where the machine code of ``(act, forward, backward)`` begins, of Numba's own convention."""
+    kernels()
+    compiled = (function.overloads[_SIGNATURE] for function in (act, _forward, _backward))
+    return tuple(
+        each.library.get_pointer_to_function(each.fndesc.llvm_func_name) for each in compiled
+    )

@@ -55,6 +55,12 @@ _DENSE_ROWS, _SPARSE_ROWS, _MOST_PARTS = 128, 64, 8
 _DENSE_FROM = 0.42
 """Density from which `sgemm` is faster: 0.38 at batch 64, 0.47 at 2048, layers of 256 x 256."""
 
+FEW = 3
+"""Up to so many rows without a gradient are taken one by one."""
+
+LONG = 1 << 22
+"""Work from which a kernel gives back the GIL."""
+
 ACT_FROM = 8
 """A few rows go nonzero by nonzero where at most one weight of so many is left."""
 
@@ -153,6 +159,10 @@ class Support:
         )
 
 
+# What it costs to move a feature, in multiply-adds.
+_MOVING = 4
+
+
 class Form:
     """A network made ready for batches of one size.
 
@@ -160,9 +170,11 @@ class Form:
         layers: the network.
         supports: one for each layer.
         batch: rows.
-        training: whether gradients are wanted.
 
     Attributes:
+        layers: the network.
+        out: features of the output.
+        work: multiply-adds of a row of the batch, and what moves each feature from layer to layer.
         address: of the form.
         tile: rows of a tile.
         parts: in how many parts threads may share the batch.
@@ -173,6 +185,9 @@ class Form:
     """
 
     def __init__(self, layers: Sequence[Layer], supports: Sequence[Support], batch: int) -> None:
+        self.layers, self.out = layers, layers[-1].out
+        self.work = sum(support.nonzeros for support in supports)
+        self.work += _MOVING * sum(layer.out for layer in layers)
         self.dense = tuple(
             runs_dense(layer.out, layer.inp, support.nonzeros, batch)
             for layer, support in zip(layers, supports, strict=True)

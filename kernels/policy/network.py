@@ -19,16 +19,10 @@ from ..linear import is_watched, recycling
 from ..threads import count_threads
 from ..vector import aligned_empty
 from . import cpu, reference
-from .layout import ACT_FROM, CALL_FIRST, CALL_LAYER, Form, Layer, Support
+from .layout import ACT_FROM, CALL_FIRST, CALL_LAYER, FEW, LONG, Form, Layer, Support
 
 __all__ = ["Network"]
 
-# Up to so many rows without a gradient are taken one by one.
-_FEW = 3
-# What it costs to move a feature, in multiply-adds.
-_MOVING = 4
-# Work from which a kernel gives back the GIL.
-_LONG = 1 << 22
 # How many sizes of batches a network keeps its forms for.
 _FORMS = 64
 
@@ -86,9 +80,6 @@ class Network:
         self.layers = tuple(layers)
         self.out = self.layers[-1].out
         self._supports = [Support(layer) for layer in self.layers]
-        # Of a row of the batch: its multiply-adds, and what moves each feature from layer to layer.
-        self._work = sum(support.nonzeros for support in self._supports)
-        self._work += _MOVING * sum(layer.out for layer in self.layers)
         self._small = [
             recycling.is_small(size)
             for layer in self.layers
@@ -120,7 +111,7 @@ class Network:
             addresses: of each layer's weight, a zero, its bias (or a zero), and a zero.
         """
         y = _empty(batch, self.out)
-        if batch <= _FEW:
+        if batch <= FEW:
             call = _take(self._numbers, self._few.scratch)
             self._pack(
                 call.numbers, 0, batch, 0, 1, 0, call.scratch_at, x.data_ptr(), y.data_ptr(), 0, 0,
@@ -132,12 +123,12 @@ class Network:
             size = form.values + form.parts * form.record
             call = _take(self._numbers, form.scratch + size)
             saved_at = call.scratch_at + 4 * form.scratch
-            work = self._work * batch
+            work = form.work * batch
             self._pack(
                 call.numbers, 0, batch, 0, count_threads(form.parts, work), saved_at,
                 call.scratch_at, x.data_ptr(), y.data_ptr(), 0, 0, *addresses,
             )  # fmt: skip
-            kernel = self._long if work > _LONG else self._short
+            kernel = self._long if work > LONG else self._short
             kernel[0](0, form.address, call.address)
         _calls.append(call)
         return y
@@ -167,12 +158,12 @@ class Network:
         y = _empty(batch, self.out)
         saved = recycling.empty(form.values + -(-batch // form.tile) * form.record)
         call = _take(self._numbers, form.scratch)
-        work = self._work * batch
+        work = form.work * batch
         self._pack(
             call.numbers, 0, batch, form.record, count_threads(form.parts, work), saved.data_ptr(),
             call.scratch_at, x.data_ptr(), y.data_ptr(), 0, 0, *addresses,
         )  # fmt: skip
-        kernel = self._long if work > _LONG else self._short
+        kernel = self._long if work > LONG else self._short
         kernel[0](0, form.address, call.address)
         _calls.append(call)
         return y, saved
@@ -200,22 +191,21 @@ class Network:
             grad = _empty_like(parameter) if small else recycling.empty(*parameter.shape)
             found.append(grad)
             addresses += (parameter.data_ptr(), grad.data_ptr())
-        if not dy.is_contiguous():
-            dy = dy.contiguous()
+        dy = dy.resolve_neg().contiguous()
         call = _take(self._numbers, form.scratch)
-        work = 2 * self._work * batch
+        work = 2 * form.work * batch
         self._pack(
             call.numbers, 0, batch, form.record, count_threads(form.parts, work), saved.data_ptr(),
             call.scratch_at, 0, 0, 0 if dx is None else dx.data_ptr(), dy.data_ptr(), *addresses,
         )  # fmt: skip
-        kernel = self._long if work > _LONG else self._short
+        kernel = self._long if work > LONG else self._short
         kernel[1](0, form.address, call.address)
         _calls.append(call)
         return found
 
     def describe(self, batch: int, training: bool) -> tuple[str, str]:
         """The layers' formats for a batch of this many rows, and why."""
-        if batch <= _FEW and not training:
+        if batch <= FEW and not training:
             formats = "/".join(
                 "csr" if ACT_FROM * support.nonzeros < layer.out * layer.inp else "dense+mask"
                 for layer, support in zip(self.layers, self._supports, strict=True)

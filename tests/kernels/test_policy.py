@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_tickets.kernels.policy import Layer, Network, find_activation
+from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
 from sparse_tickets.kernels.policy import network as module
 
 ACTIVATIONS = [
@@ -51,6 +51,21 @@ class Problem:
     def addresses(self) -> list[int]:
         return [at for p in self.parameters for at in (0 if p is None else p.data_ptr(), 0)]
 
+    def compiled(self):
+        """The same network as C++ calls it, on modules' dictionaries of the same tensors."""
+        native.start()
+        assert native.module is not None, native.status()
+        self.owned = []
+        for i, (layer, mask) in enumerate(zip(self.network.layers, self.masks, strict=True)):
+            weight, bias = self.parameters[2 * i : 2 * i + 2]
+            parameters, buffers = {"weight": weight, "bias": bias}, {"mask": mask}
+            at = 0 if mask is None else mask.data_ptr()
+            self.owned.append(
+                (parameters, buffers, weight, bias, mask, at, at, mask is not None, *layer[:2])
+            )
+        inp = self.network.layers[0].inp
+        return native.module.Network(self.owned, self.network.form, inp)
+
     def truth(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """The output in float64, and the leaves that it was made of."""
         leaves = [
@@ -76,11 +91,18 @@ def check(problem: Problem, batch: int) -> None:
     exact = x.double().requires_grad_()
     truth, leaves = problem.truth(exact)
     x.requires_grad_()
-    assert_equal(problem.infer(x.detach()), truth)
+    seen = problem.infer(x.detach())
+    assert_equal(seen, truth)
     output = problem.train(x)
     assert_equal(output, truth)
     present = [p for p in (x, *problem.parameters) if p is not None]
     found = torch.autograd.grad(output, present, dy)
+    compiled = problem.compiled()
+    with torch.no_grad():
+        assert torch.equal(compiled(x), seen)
+    again = compiled(x)
+    assert torch.equal(again, output)
+    assert all(map(torch.equal, torch.autograd.grad(again, present, dy), found))
     wanted = torch.autograd.grad(truth, [e for e in (exact, *leaves) if e is not None], dy.double())
     for gradient, expected in zip(found, wanted, strict=True):
         assert_equal(gradient, expected)

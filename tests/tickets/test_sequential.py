@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparse_tickets import densify_, sparsify_
+from sparse_tickets.kernels.policy import native
 from sparse_tickets.runs import Run
 from sparse_tickets.sequential import Chain, SparseSequential
 
@@ -30,6 +31,14 @@ def truth(policy: nn.Module, x: torch.Tensor) -> torch.Tensor:
         else:
             x = module(x)
     return x
+
+
+@pytest.fixture(autouse=True, params=["C++", "Python"])
+def node(request, monkeypatch):
+    """Calls go by either node of autograd."""
+    native.start()
+    if request.param == "Python":
+        monkeypatch.setattr(native, "module", None)
 
 
 @pytest.fixture
@@ -73,6 +82,21 @@ def test_one_call_for_any_batch(fused, shape, grad):
     assert fused == [shape]
     torch.testing.assert_close(output.double(), truth(policy, x), atol=1e-6, rtol=1e-5)
     assert output.requires_grad == grad
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_negative_views(grad):
+    policy, x = make(), torch.randn(5, 4)
+    with torch.set_grad_enabled(grad):
+        policy(x)
+        output = policy(torch._neg_view(x))
+    torch.testing.assert_close(output.double(), truth(policy, -x), atol=1e-6, rtol=1e-5)
+    ones = torch.ones(5, 2)
+    found = torch.autograd.grad(policy(x), list(policy.parameters()), torch._neg_view(ones))
+    expected = torch.autograd.grad(policy(x), list(policy.parameters()), -ones)
+    assert all(map(torch.equal, found, expected))
+    policy[0].weight.data = torch._neg_view(policy[0].weight.data)
+    torch.testing.assert_close(policy(x).double(), truth(policy, x), atol=1e-6, rtol=1e-5)
 
 
 def test_strided_inputs(fused):

@@ -1,0 +1,526 @@
+// A network as one node of autograd: what `network.py` does around the kernels, without Python.
+//
+// The kernels are Numba's, the same that Python calls, so results are the same bits. Compiled by
+// `native.py` for the torch at hand, since autograd's C++ interface differs between versions.
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+constexpr int64_t kAlignment = 64;
+
+int64_t address_of(const Tensor& tensor) {
+  return tensor.defined() ? reinterpret_cast<int64_t>(tensor.const_data_ptr()) : 0;
+}
+
+void* allocate(int64_t elements) {
+  int64_t bytes = elements * static_cast<int64_t>(sizeof(float));
+  return std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+}
+
+// Memory of large results, used again once nobody holds them: see `linear/recycling.py`.
+class Recycled {
+ public:
+  static Tensor empty(at::IntArrayRef shape) {
+    int64_t elements = c10::multiply_integers(shape);
+    if (elements < kLarge || elements > kMostElements) {
+      return at::detail::empty_cpu(shape, at::kFloat);
+    }
+    int64_t bytes = elements * static_cast<int64_t>(sizeof(float));
+    at::DataPtr data(take(elements), new Block{elements}, nullptr, at::kCPU);
+    auto* block = static_cast<Block*>(data.get_context());
+    block->at = data.get();
+    TORCH_CHECK(data.compare_exchange_deleter(data.get_deleter(), &give_back));
+    auto storage = c10::make_intrusive<at::StorageImpl>(
+        at::StorageImpl::use_byte_size_t(), bytes, std::move(data), nullptr, false);
+    auto tensor = at::detail::make_tensor<at::TensorImpl>(
+        std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU),
+        caffe2::TypeMeta::Make<float>());
+    tensor.unsafeGetTensorImpl()->set_sizes_contiguous(shape);
+    return tensor;
+  }
+
+ private:
+  static constexpr int64_t kLarge = 1 << 16, kMostElements = 1 << 24;
+  static constexpr size_t kMostBuffers = 16;
+
+  struct Block {
+    int64_t elements;
+    void* at = nullptr;
+  };
+
+  struct Pool {
+    std::mutex lock;
+    std::vector<Block> blocks;
+    int64_t elements = 0;
+  };
+
+  // Never destroyed: tensors may outlive what is static.
+  static Pool& pool() {
+    static Pool& pool = *new Pool;
+    return pool;
+  }
+
+  static void* take(int64_t elements) {
+    Pool& kept = pool();
+    {
+      std::lock_guard<std::mutex> guard(kept.lock);
+      for (auto block = kept.blocks.rbegin(); block != kept.blocks.rend(); ++block) {
+        if (block->elements == elements) {
+          void* at = block->at;
+          kept.elements -= elements;
+          kept.blocks.erase(std::next(block).base());
+          return at;
+        }
+      }
+    }
+    return allocate(elements);
+  }
+
+  static void give_back(void* context) {
+    std::unique_ptr<Block> block(static_cast<Block*>(context));
+    Pool& kept = pool();
+    std::lock_guard<std::mutex> guard(kept.lock);
+    kept.blocks.push_back(*block);
+    kept.elements += block->elements;
+    while (kept.blocks.size() > kMostBuffers || kept.elements > kMostElements) {
+      kept.elements -= kept.blocks.front().elements;
+      std::free(kept.blocks.front().at);
+      kept.blocks.erase(kept.blocks.begin());
+    }
+  }
+};
+
+// Of the calling thread, for one call at a time.
+int64_t scratch(int64_t elements) {
+  thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
+  thread_local int64_t held = 0;
+  if (elements > held) {
+    memory.reset(allocate(elements));
+    held = elements;
+  }
+  return reinterpret_cast<int64_t>(memory.get());
+}
+
+// Numba's own calling convention: where the result and what was raised go, then the arguments.
+using Kernel = int (*)(void**, void**, int64_t, int64_t, int64_t);
+
+// What `set_up` was given.
+struct {
+  Kernel act, forward, backward;
+  int64_t few, long_work, worth_a_thread;
+  bool* used_threads;
+  py::object* differentiate;
+} setup;
+
+int64_t count_threads(int64_t parts, int64_t work) {
+  if (parts <= 1 || work < 2 * setup.worth_a_thread) {
+    return 1;
+  }
+  int64_t threads =
+      std::min<int64_t>({at::get_num_threads(), parts, work / setup.worth_a_thread});
+  *setup.used_threads |= threads > 1;
+  return threads;
+}
+
+// A `layout.Form`, and what it takes to call the kernels with it.
+struct Form {
+  int64_t address, tile, parts, record, values, scratch, work, out, layers;
+  // The Python object, whose memory the kernels read, and its network's layers.
+  py::object form, network_layers;
+
+  ~Form() {
+    if (Py_IsInitialized()) {
+      py::gil_scoped_acquire gil;
+      form = network_layers = py::object();
+    } else {
+      form.release();
+      network_layers.release();
+    }
+  }
+};
+
+// A call as `layout.CALL_FIRST` describes it.
+class Call {
+ public:
+  Call(const Form& form, int64_t batch, bool saved, int64_t work)
+      : form_(form), work_(work), numbers_(kFirst + kLayer * form.layers) {
+    numbers_[kBatch] = batch;
+    numbers_[kStep] = saved ? form.record : 0;
+    numbers_[kThreads] = count_threads(form.parts, work);
+  }
+
+  int64_t& operator[](int64_t place) { return numbers_[place]; }
+
+  // The weight, its gradient, the bias and its gradient, layer by layer.
+  void set(int64_t parameter, const Tensor& value, const Tensor& gradient) {
+    numbers_[kFirst + 2 * parameter] = address_of(value);
+    numbers_[kFirst + 2 * parameter + 1] = address_of(gradient);
+  }
+
+  void run(Kernel kernel) {
+    void *result = nullptr, *raised = nullptr;
+    auto at = reinterpret_cast<int64_t>(numbers_.data());
+    int status = 0;
+    // Worth it where another thread may do much meanwhile; a backward pass holds no GIL.
+    if (work_ > setup.long_work && PyGILState_Check()) {
+      py::gil_scoped_release release;
+      status = kernel(&result, &raised, 0, form_.address, at);
+    } else {
+      status = kernel(&result, &raised, 0, form_.address, at);
+    }
+    TORCH_CHECK(status == 0, "a kernel of a policy failed with status ", status);
+  }
+
+  enum { kBatch, kStep, kThreads, kSaved, kScratch, kX, kY, kDx, kDy, kFirst };
+  static constexpr int64_t kLayer = 4;
+
+ private:
+  const Form& form_;
+  int64_t work_;
+  std::vector<int64_t> numbers_;
+};
+
+// What a backward pass needs; of each layer the weight and the bias, undefined where it has none.
+struct Saved {
+  Tensor panels, x;
+  variable_list parameters, masks;
+};
+
+bool is_watched(const Tensor& dy) {
+  return at::GradMode::is_enabled() || at::isTensorSubclassLike(dy) ||
+         at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing() ||
+         dy._fw_grad(0).defined() || !dy.is_cpu() || dy.scalar_type() != at::kFloat;
+}
+
+// By torch's own operations, which autograd, a mode or a transform sees.
+variable_list differentiate(const Form& form, const Tensor& dy, const Saved& saved,
+                            const std::vector<bool>& needed) {
+  py::gil_scoped_acquire gil;
+  py::list parameters, wanted;
+  wanted.append(py::bool_(needed[0]));
+  size_t edge = 1;
+  for (const Tensor& parameter : saved.parameters) {
+    parameters.append(parameter.defined() ? py::cast(parameter) : py::none());
+    wanted.append(py::bool_(parameter.defined() && needed[edge++]));
+  }
+  py::list found = (*setup.differentiate)(form.network_layers, py::cast(saved.masks),
+                                          py::cast(saved.x), parameters, wanted, py::cast(dy));
+  auto tensor_of = [](py::handle value) { return value.is_none() ? Tensor() : value.cast<Tensor>(); };
+  variable_list gradients{tensor_of(found[0])};
+  for (size_t i = 0; i < saved.parameters.size(); ++i) {
+    if (saved.parameters[i].defined()) {
+      gradients.push_back(tensor_of(found[i + 1]));
+    }
+  }
+  return gradients;
+}
+
+// The gradient of x, then of each parameter there is; undefined where none is needed.
+variable_list backward(const Form& form, const Tensor& given, const Saved& saved,
+                       const std::vector<bool>& needed) {
+  if (is_watched(given)) {
+    return differentiate(form, given, saved, needed);
+  }
+  Tensor dy = given.resolve_neg().contiguous();
+  int64_t batch = saved.x.size(0);
+  Call call(form, batch, true, 2 * form.work * batch);
+  variable_list gradients{needed[0] ? Recycled::empty(saved.x.sizes()) : Tensor()};
+  for (size_t i = 0; i < saved.parameters.size(); ++i) {
+    const Tensor& parameter = saved.parameters[i];
+    if (parameter.defined()) {
+      bool need = needed[gradients.size()];
+      gradients.push_back(need ? Recycled::empty(parameter.sizes()) : Tensor());
+      call.set(i, parameter, gradients.back());
+    }
+  }
+  call[Call::kSaved] = address_of(saved.panels);
+  call[Call::kScratch] = scratch(form.scratch);
+  call[Call::kDx] = address_of(gradients[0]);
+  call[Call::kDy] = address_of(dy);
+  call.run(setup.backward);
+  return gradients;
+}
+
+struct NetworkBackward : Node {
+  std::shared_ptr<Form> form;
+  SavedVariable panels, x;
+  std::vector<SavedVariable> parameters, masks;
+  std::vector<bool> has;
+
+  std::string name() const override { return "NetworkBackward"; }
+
+  variable_list apply(variable_list&& gradients) override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    if (!gradients[0].defined()) {
+      return variable_list(num_outputs());
+    }
+    return backward(*form, gradients[0], unpack(), needed());
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    panels.reset_data();
+    x.reset_data();
+    for (auto& each : parameters) each.reset_data();
+    for (auto& each : masks) each.reset_data();
+  }
+
+  // For compiled autograd, which calls the same as a whole.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(reinterpret_cast<uint64_t>(form.get()));
+    args.collect(panels, false);
+    args.collect(x, false);
+    args.collect(parameters, false);
+    args.collect(masks, false);
+    args.collect(has);
+  }
+
+  variable_list apply_with_saved(const variable_list& inputs,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    swap.before(panels);
+    swap.before(x);
+    swap.before(parameters);
+    swap.before(masks);
+    Saved saved = unpack();
+    variable_list tensors{saved.panels, saved.x};
+    for (const Tensor& parameter : saved.parameters) {
+      if (parameter.defined()) tensors.push_back(parameter);
+    }
+    tensors.insert(tensors.end(), saved.masks.begin(), saved.masks.end());
+    std::vector<at::IValue> arguments{at::IValue(tensors)};
+    std::vector<at::TypePtr> schema{arguments[0].type()};
+    auto call = [form = form, has = has, needed = needed()](
+                    const variable_list& inputs, const std::vector<at::IValue>& arguments) {
+      auto tensors = arguments[0].toTensorVector();
+      Saved saved{tensors[0], tensors[1], {}, {}};
+      size_t next = 2;
+      for (bool there : has) {
+        saved.parameters.push_back(there ? tensors[next++] : Tensor());
+      }
+      saved.masks.assign(tensors.begin() + next, tensors.end());
+      return backward(*form, inputs[0], saved, needed);
+    };
+    auto metadata = torch::dynamo::autograd::IValuePacker<
+        std::vector<std::optional<torch::autograd::InputMetadata>>>::
+        pack(torch::dynamo::autograd::get_input_metadata(next_edges()));
+    const auto& interface = torch::dynamo::autograd::getPyCompilerInterface();
+    auto bound =
+        interface->bind_function(swap.get_py_compiler(), name(), call, schema, true, false);
+    auto gradients = interface->call_function(
+        swap.get_py_compiler(), "apply_functional", bound, inputs, arguments, metadata);
+    swap.after(panels);
+    swap.after(x);
+    swap.after(parameters);
+    swap.after(masks);
+    return gradients;
+  }
+
+ private:
+  Saved unpack() const {
+    Saved saved{panels.unpack(), x.unpack(), {}, {}};
+    for (const auto& each : parameters) saved.parameters.push_back(each.unpack());
+    for (const auto& each : masks) saved.masks.push_back(each.unpack());
+    return saved;
+  }
+
+  std::vector<bool> needed() const {
+    std::vector<bool> found;
+    for (size_t edge = 0; edge < num_outputs(); ++edge) {
+      found.push_back(task_should_compute_output(edge));
+    }
+    return found;
+  }
+};
+
+Tensor infer(const Form& form, const Tensor& x, const variable_list& parameters) {
+  int64_t batch = x.size(0);
+  Tensor y = at::detail::empty_cpu({batch, form.out}, at::kFloat);
+  Call call(form, batch, false, form.work * batch);
+  for (size_t i = 0; i < parameters.size(); ++i) call.set(i, parameters[i], Tensor());
+  int64_t at = scratch(form.scratch + form.values + form.parts * form.record);
+  call[Call::kScratch] = at;
+  call[Call::kSaved] = at + form.scratch * static_cast<int64_t>(sizeof(float));
+  call[Call::kX] = address_of(x);
+  call[Call::kY] = address_of(y);
+  call.run(batch <= setup.few ? setup.act : setup.forward);
+  return y;
+}
+
+Tensor train(const std::shared_ptr<Form>& form, const Tensor& x, const variable_list& parameters,
+             const variable_list& masks) {
+  int64_t batch = x.size(0);
+  Tensor y = at::detail::empty_cpu({batch, form->out}, at::kFloat);
+  int64_t tiles = (batch + form->tile - 1) / form->tile;
+  Tensor panels = Recycled::empty({form->values + tiles * form->record});
+  Call call(*form, batch, true, form->work * batch);
+  for (size_t i = 0; i < parameters.size(); ++i) call.set(i, parameters[i], Tensor());
+  call[Call::kSaved] = address_of(panels);
+  call[Call::kScratch] = scratch(form->scratch);
+  call[Call::kX] = address_of(x);
+  call[Call::kY] = address_of(y);
+  call.run(setup.forward);
+
+  auto node = c10::make_intrusive<NetworkBackward>();
+  node->form = form;
+  node->panels = SavedVariable(panels, false);
+  node->x = SavedVariable(x, false);
+  node->add_next_edge(torch::autograd::impl::gradient_edge(x));
+  for (const Tensor& parameter : parameters) {
+    node->has.push_back(parameter.defined());
+    node->parameters.emplace_back(parameter, false);
+    if (parameter.defined()) {
+      node->add_next_edge(torch::autograd::impl::gradient_edge(parameter));
+    }
+  }
+  // Autograd then raises if one is changed before the backward pass.
+  for (const Tensor& mask : masks) node->masks.emplace_back(mask, false);
+  torch::autograd::set_history(y, node);
+  return y;
+}
+
+// A run of layers as it was when it was made ready; borrows what its owner holds.
+class Network {
+ public:
+  Network(const py::list& layers, py::function form_of, int64_t inp)
+      : form_of_(std::move(form_of)), inp_(inp) {
+    for (py::handle each : layers) {
+      auto layer = each.cast<py::tuple>();
+      layers_.push_back({layer[0].ptr(), layer[1].ptr(), layer[2].ptr(), layer[3].ptr(),
+                         layer[4].ptr(), layer[5].cast<int64_t>(), layer[6].cast<int64_t>(),
+                         layer[7].cast<bool>(), layer[8].cast<int64_t>(), layer[9].cast<int64_t>()});
+    }
+  }
+
+  // ``[B, I] -> [B, O]``, or None where anything is not as it was, or needs more than this.
+  py::object call(const Tensor& x) {
+    if (x.dim() != 2 || x.size(1) != inp_ || !is_plain(x, x.numel())) {
+      return py::none();
+    }
+    bool recorded = at::GradMode::is_enabled(), trained = recorded && x.requires_grad();
+    variable_list parameters, masks;
+    parameters.reserve(2 * layers_.size());
+    for (const Layer& layer : layers_) {
+      if (PyDict_GetItem(layer.parameters, names().weight) != layer.weight ||
+          PyDict_GetItem(layer.parameters, names().bias) != layer.bias) {
+        return py::none();
+      }
+      for (auto [object, size] : {std::pair{layer.weight, layer.out * layer.inp},
+                                  std::pair{layer.bias, layer.out}}) {
+        parameters.push_back(object == Py_None ? Tensor() : THPVariable_Unpack(object));
+        const Tensor& parameter = parameters.back();
+        if (parameter.defined()) {
+          if (!is_plain(parameter, size)) {
+            return py::none();
+          }
+          trained = trained || (recorded && parameter.requires_grad());
+        }
+      }
+      if (layer.mask != Py_None) {
+        if (PyDict_GetItem(layer.buffers, names().mask) != layer.mask) {
+          return py::none();
+        }
+        const Tensor& mask = THPVariable_Unpack(layer.mask);
+        if (address_of(mask) != layer.mask_at || !mask.is_contiguous() ||
+            std::memcmp(reinterpret_cast<void*>(layer.mask_at),
+                        reinterpret_cast<void*>(layer.snapshot_at), layer.out * layer.inp) != 0) {
+          return py::none();
+        }
+        if (layer.pruned) {
+          masks.push_back(mask);
+        }
+      }
+    }
+    const auto& form = form_for(trained || x.size(0) > setup.few ? x.size(0) : 1);
+    return py::cast(trained ? train(form, x, parameters, masks) : infer(*form, x, parameters));
+  }
+
+ private:
+  struct Layer {
+    PyObject *parameters, *buffers, *weight, *bias, *mask;
+    int64_t mask_at, snapshot_at;
+    bool pruned;
+    int64_t out, inp;
+  };
+
+  struct Names {
+    PyObject* weight = PyUnicode_InternFromString("weight");
+    PyObject* bias = PyUnicode_InternFromString("bias");
+    PyObject* mask = PyUnicode_InternFromString("mask");
+  };
+
+  static const Names& names() {
+    static const Names names;
+    return names;
+  }
+
+  static bool is_plain(const Tensor& tensor, int64_t size) {
+    return tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous() &&
+           !tensor.is_neg() && tensor.numel() == size;
+  }
+
+  const std::shared_ptr<Form>& form_for(int64_t batch) {
+    auto found = forms_.find(batch);
+    if (found == forms_.end()) {
+      if (forms_.size() >= kForms) {
+        forms_.clear();
+      }
+      py::object form = form_of_(batch);
+      auto number = [&form](const char* name) { return form.attr(name).cast<int64_t>(); };
+      auto made = std::make_shared<Form>(
+          Form{number("address"), number("tile"), number("parts"), number("record"),
+               number("values"), number("scratch"), number("work"), number("out"),
+               static_cast<int64_t>(py::len(form.attr("layers"))), form, form.attr("layers")});
+      found = forms_.emplace(batch, std::move(made)).first;
+    }
+    return found->second;
+  }
+
+  // How many sizes of batches a network keeps its forms for.
+  static constexpr size_t kForms = 64;
+
+  std::vector<Layer> layers_;
+  std::unordered_map<int64_t, std::shared_ptr<Form>> forms_;
+  py::function form_of_;
+  int64_t inp_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("set_up", [](int64_t act, int64_t forward, int64_t backward, int64_t few,
+                          int64_t long_work, int64_t worth_a_thread, int64_t used_threads,
+                          py::object differentiate) {
+    setup = {reinterpret_cast<Kernel>(act), reinterpret_cast<Kernel>(forward),
+             reinterpret_cast<Kernel>(backward), few, long_work, worth_a_thread,
+             reinterpret_cast<bool*>(used_threads), new py::object(std::move(differentiate))};
+  });
+  py::class_<Network>(module, "Network")
+      .def(py::init<const py::list&, py::function, int64_t>())
+      .def("__call__", &Network::call);
+}
