@@ -80,6 +80,10 @@ def algorithms(cells: pl.DataFrame) -> dict[str, str]:
     return {algo: name for algo, name in ALGORITHMS.items() if algo in set(cells["algo"])}
 
 
+def named(study: str, algo: str) -> str:
+    return f"{study.partition(',')[0]}, {ALGORITHMS[algo]}"
+
+
 def _has(cells: pl.DataFrame, algo: str, contribution: str) -> bool:
     run = set(cells.filter(pl.col("algo") == algo)["condition"])
     return run.issuperset(CONTRIBUTIONS[contribution])
@@ -114,13 +118,13 @@ def conclude(cells: pl.DataFrame) -> Finding:
         for algo in algorithms(part)
     }
     shown = [
-        f"{study}, {word}: "
+        f"{METRICS[metric]}: "
         + ", ".join(
-            f"{signed(*effect(gaps[study, algo, metric]), digits=2)} ({name})"
-            for algo, name in algorithms(part).items()
+            f"{named(study, algo)} {signed(*effect(gap), digits=2)}"
+            for (study, algo, other), gap in gaps.items()
+            if other == metric
         )
-        for study, part in studies(cells)
-        for metric, word in METRICS.items()
+        for metric in ("return_initial", "return_final")
     ]
     trained = [gap for (*_, metric), gap in gaps.items() if metric != "return_initial"]
     before = [gap for (*_, metric), gap in gaps.items() if metric == "return_initial"]
@@ -132,7 +136,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         figures[name] = partial(contribution_figure, paired(part), metric=tuple(METRICS))
     return Finding(
         ran="; ".join(setting(part) for _, part in studies(cells)),
-        effect=f"mask minus values, of the dense return: {'; '.join(shown)}",
+        effect=f"mask minus values, of the dense return; {'; '.join(shown)}",
         verdict=f"once trained: {verdict(trained)}; before: {verdict(before)}",
         text=text(cells),
         figures=figures,
@@ -209,7 +213,7 @@ def draw(cells: pl.DataFrame) -> Figure:
         panel.spines["left"].set_visible(False)
     panels[0].set_yticks(
         [-place for place in range(len(rows))],
-        [f"{study.partition(',')[0]}, {ALGORITHMS[algo]}" for study, _, algo in rows],
+        [named(study, algo) for study, _, algo in rows],
     )
     panels[0].set_ylim(0.5 - len(rows), 0.5)
     detail = (

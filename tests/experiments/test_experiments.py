@@ -32,6 +32,19 @@ def test_the_readme_says_what_the_stored_cells_say(name):
     assert reported(text, experiment, experiment.conclude(cells), cells) == text
 
 
+def test_every_shared_sweep_is_tiny_where_quick():
+    shared = [each for each in vars(sweeps).values() if isinstance(each, sweeps.Shared)]
+    shared += [sweeps.taught("student"), sweeps.taught("replay")]
+    assert {each.full().env for each in shared} >= {"LunarLander-v3", "Hopper-v5"}
+    assert len({each.name for each in shared}) == len(shared)
+    for each in shared:
+        full, quick = each.full(), each.spec(Place(ROOT, quick=True))
+        assert quick.seeds * quick.levels <= 6 < full.seeds * full.levels
+        for algo in quick.algos:
+            assert quick.train_steps(algo, 1) <= 1024 < full.train_steps(algo, 1)
+        assert not quick.imitating or quick.expert_budget.steps <= 1024
+
+
 # As many figures and sweeps as the others together; kernels compile in whichever comes first.
 SLOW = ("cleanrl", "conditions", "distribution_shift", "rescaling", "stability")
 
