@@ -81,7 +81,9 @@ def algorithms(cells: pl.DataFrame) -> dict[str, str]:
 
 
 def named(study: str, algo: str) -> str:
-    return f"{study.partition(',')[0]}, {ALGORITHMS[algo]}"
+    """An algorithm in a study; of clones whom they imitate where that is not PPO."""
+    task, _, other = study.partition(", ")
+    return f"{task}, {ALGORITHMS[algo]}{f' {other}' if other and algo == 'bc' else ''}"
 
 
 def _has(cells: pl.DataFrame, algo: str, contribution: str) -> bool:
