@@ -66,7 +66,7 @@ def check_replay(
 
 
 def take(
-    replay: Transitions, stored: int, key: Tensor, first: int, updates: int, batch: int
+    replay: Transitions, stored: int, key: Tensor, first: int | Tensor, updates: int, batch: int
 ) -> Transitions:
     """The transitions ``[P, updates * batch]`` of updates ``first, first + 1, ...``, contiguous."""
     tickets, capacity = replay.reward.shape

@@ -12,7 +12,7 @@ from ..arena import Arena, Parameters
 from ..dispatch import Plan, implementation, resolve_backend
 from ..errors import check_density, check_integer, check_tensor, check_untransformed
 from ..memory import mark_written
-from ..mlp.checks import check_counts, check_optimiser, check_parameters
+from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
 from ..registration import eager
 from ..training import plan_update
 from ..transitions import Transitions, check_replay
@@ -77,7 +77,7 @@ def dqn_update_(
     replay: Transitions,
     stored: int,
     key: Tensor,
-    first_update: int,
+    first_update: int | Tensor,
     lr: Tensor,
     config: DQNConfig,
     *,
@@ -98,7 +98,8 @@ def dqn_update_(
         replay: see `Transitions`.
         stored: how many of each ticket's C transitions, the first ones, are there.
         key: ``[P]`` int64.
-        first_update: number of the first update of this call.
+        first_update: number of the first update of this call; on a GPU also a 0-dim int64 tensor,
+            so that a captured CUDA graph counts on.
         lr: ``[P]`` float32 learning rates.
         config: see `DQNConfig`.
         density: nominal density of the level: chooses each layer's format, never its meaning.
@@ -115,7 +116,7 @@ def dqn_update_(
     weight, mask, m, v, step = (tensor.detach() for tensor in parameters)
     check_untransformed("dqn_update_", *parameters, target, lr, *replay)
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
-    first_update = check_integer("first_update", first_update, 0, 1 << 62)
+    first_update = check_counter("first_update", first_update, 1 << 62, weight)
     _check(parameters, arena, target, replay, stored, key, lr, density)
     statistics = implementation(__name__, weight.device, arena.actor).dqn_update_(
         Parameters(weight, mask.contiguous(), m, v, step),

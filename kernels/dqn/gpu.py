@@ -30,7 +30,7 @@ def dqn_update_(
     replay: Transitions,
     stored: int,
     key: Tensor,
-    first_update: int,
+    first_update: int | Tensor,
     lr: Tensor,
     config: DQNConfig,
     density: float,

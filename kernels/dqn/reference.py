@@ -26,7 +26,7 @@ def draw(
     replay: Transitions,
     stored: int,
     key: Tensor,
-    first: int,
+    first: int | Tensor,
     updates: int,
     batch: int,
     arena: Arena,
@@ -45,7 +45,12 @@ def draw(
 
 
 def draws(
-    replay: Transitions, stored: int, key: Tensor, first: int, config: DQNConfig, arena: Arena
+    replay: Transitions,
+    stored: int,
+    key: Tensor,
+    first: int | Tensor,
+    config: DQNConfig,
+    arena: Arena,
 ) -> Iterator[tuple[int, Transitions]]:
     """All updates of a call in runs: how many, and their transitions; see `draw`."""
     for begin, updates in runs(config.updates, config.batch):
@@ -97,15 +102,15 @@ def dqn_update_(
     replay: Transitions,
     stored: int,
     key: Tensor,
-    first_update: int,
+    first_update: int | Tensor,
     lr: Tensor,
     config: DQNConfig,
     density: float,
 ) -> Tensor:
     """Statistics ``[3, P]``; see the op."""
     statistics = []
-    for update in range(first_update, first_update + config.updates):
-        batch = draw(replay, stored, key, update, 1, config.batch, arena)
+    for update in range(config.updates):
+        batch = draw(replay, stored, key, first_update + update, 1, config.batch, arena)
         weight, mask = parameters.weight, parameters.mask
         values = wanted(batch, arena, weight, mask, target, config.double)
         arguments = (arena, batch.obs, batch.action, values, config.loss)

@@ -12,7 +12,7 @@ from ..arena import Arena, Parameters
 from ..dispatch import Plan, implementation, resolve_backend
 from ..errors import check_density, check_integer, check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
-from ..mlp.checks import check_counts, check_optimiser, check_parameters
+from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
 from ..registration import eager
 from ..training import plan_update
 from ..transitions import Transitions, check_replay
@@ -78,7 +78,7 @@ def sac_update_(
     replay: Transitions,
     stored: int,
     key: Tensor,
-    first_update: int,
+    first_update: int | Tensor,
     lr: Tensor,
     config: SACConfig,
     *,
@@ -108,7 +108,8 @@ def sac_update_(
         replay: see `Transitions`; actions are ``[P, C, A]`` in [-1, 1].
         stored: how many of each ticket's C transitions, the first ones, are there.
         key: ``[P]`` int64.
-        first_update: number of the first update of this call.
+        first_update: number of the first update of this call; on a GPU also a 0-dim int64 tensor,
+            so that a captured CUDA graph counts on.
         lr: ``[P]`` float32 learning rates.
         config: see `SACConfig`.
         density: nominal density of the level: chooses each layer's format, never its meaning.
@@ -125,7 +126,7 @@ def sac_update_(
     check_untransformed("sac_update_", *parameters, target, lr, *replay)
     target = target.detach()
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
-    first_update = check_integer("first_update", first_update, 0, 1 << 62)
+    first_update = check_counter("first_update", first_update, 1 << 62, weight)
     _check(parameters, arena, target, replay, stored, key, lr, density)
     statistics = implementation(__name__, weight.device, arena.actor).sac_update_(
         Parameters(weight, mask.contiguous(), m, v, step),

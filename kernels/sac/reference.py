@@ -24,9 +24,11 @@ Network = Callable[[Tensor, Tensor, Net, Tensor], Tensor]
 """`mlp` of input, weights, network and mask."""
 
 
-def draw_noise(key: Tensor, first: int, config: SACConfig, updates: int, actions: int) -> Tensor:
+def draw_noise(
+    key: Tensor, first: int | Tensor, config: SACConfig, updates: int, actions: int
+) -> Tensor:
     """Of updates ``first, first + 1, ...``: ``[P, updates, 2, batch, A]`` float32."""
-    number = torch.arange(first, first + updates, device=key.device).repeat(len(key))
+    number = (first + torch.arange(updates, device=key.device)).repeat(len(key))
     drawn = normal(
         key.repeat_interleave(updates),
         2 * config.batch * actions,
@@ -94,7 +96,7 @@ def sac_update_(
     replay: Transitions,
     stored: int,
     key: Tensor,
-    first_update: int,
+    first_update: int | Tensor,
     lr: Tensor,
     config: SACConfig,
     density: float,
@@ -103,7 +105,8 @@ def sac_update_(
 ) -> Tensor:
     """Statistics ``[5, P]``; see the op."""
     statistics = []
-    for update in range(first_update, first_update + config.updates):
+    for number in range(config.updates):
+        update = first_update + number
         batch = take(replay, stored, key, update, 1, config.batch)
         noise = draw_noise(key, update, config, 1, arena.actions)[:, 0].to(target.dtype)
         arguments = (arena, batch, noise, target, config, network)

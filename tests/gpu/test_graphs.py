@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from replays import check_actions, check_draws
+from replays import check_actions, check_dqn, check_draws, check_sac
 
 from sparse_tickets.kernels import adam_, gae, uniform, use_backend
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked
@@ -67,7 +67,7 @@ def test_a_layer_is_captured_and_replays_bit_for_bit(layer, kind):
         assert torch.equal(replayed, direct)
 
 
-@pytest.mark.parametrize("check", [check_draws, check_actions])
+@pytest.mark.parametrize("check", [check_draws, check_actions, check_dqn, check_sac])
 def test_every_replay_draws_fresh_numbers(check):
     check("cuda")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from replays import check_actions, check_draws
+from replays import check_actions, check_dqn, check_draws, check_sac
 
 from sparse_tickets import SparseLinear
 from sparse_tickets.algos import bc, ppo
@@ -70,7 +70,7 @@ def test_a_capture_computes_nothing_and_replays_what_it_saw():
         total.sum().item()
 
 
-@pytest.mark.parametrize("check", [check_draws, check_actions])
+@pytest.mark.parametrize("check", [check_draws, check_actions, check_dqn, check_sac])
 def test_every_replay_draws_fresh_numbers(check):
     check("cuda")
 
