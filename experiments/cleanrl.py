@@ -1,7 +1,8 @@
 """Do dense policies learn as CleanRL's own scripts make them learn?
 
 PPO by the same settings and initialisation, and from the initialisation used elsewhere here; DQN by
-the same settings as far as ours has them. The scripts' side is stored by `cleanrl_scripts.py`::
+the same settings, schedules and initialisation, with the script's loss and with Huber's. The
+scripts' side is stored by `cleanrl_scripts.py`::
 
     python -m experiments.cleanrl [--quick]
 """
@@ -11,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import polars as pl
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
@@ -24,25 +26,48 @@ from experiments.sweeps import quickly, train
 from sparse_tickets import Sweep
 from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.kernels.arena import Arena
+from sparse_tickets.kernels.random import Stream, uniform
 from sparse_tickets.population import initialise
 from sparse_tickets.sweep.protocols import protocol
 
 SEEDS = 5
 THEIRS, HUBER = "CleanRL's script", "the script with Huber's loss"
-SAME, LECUN = "ours", "ours, LeCun"
+SAME, LECUN, SAME_HUBER = "ours", "ours, LeCun", "ours with Huber's loss"
+PAIRS = ((SAME, THEIRS), (LECUN, THEIRS), (SAME_HUBER, HUBER))
 TITLES = {"ppo": "PPO", "dqn": "DQN"}
 RESAMPLES = 10_000
 
 
-def specs(quick: bool) -> Iterator[tuple[str, str, Sweep]]:
-    """Algorithm, name and settings of what is trained here; the scripts' but for the name."""
+class AsScripted(DQN):
+    """Our DQN by the script's schedules: a constant rate, epsilon falls from the first step on."""
+
+    def learning_rate_at(self, iteration: int) -> float:
+        return self.learning_rate
+
+    def epsilon_at(self, iteration: int) -> float:
+        share = min(iteration * self.batch / (self.exploration * self.steps), 1.0)
+        return 1.0 + share * (self.epsilon - 1.0)
+
+
+def like_torch(arena: Arena, key: Tensor) -> Tensor:
+    """Initial weights ``[P, size]`` as `torch.nn.Linear`'s: uniform, biases too."""
+    weight = 2 * uniform(key, arena.size, stream=Stream.INIT, step=0) - 1
+    for matrix, bias in arena.actor.layers(weight):
+        for part in (matrix, bias):
+            part.mul_(matrix.shape[-1] ** -0.5)
+    return weight
+
+
+def specs(quick: bool) -> Iterator[tuple[str, str, str, Sweep]]:
+    """Algorithm, name, initialisation and settings of what is trained here."""
     spec = replace(
         protocol("CartPole-v1"),
         seeds=SEEDS,
         evaluation=Evaluation(points=20, episodes=32, final_episodes=100),
     )
     spec = replace(spec, ppo=replace(spec.ppo, steps=100_000))
-    dqn = DQN(
+    dqn = AsScripted(
         steps=100_000,
         copies=1,
         horizon=10,
@@ -54,40 +79,45 @@ def specs(quick: bool) -> Iterator[tuple[str, str, Sweep]]:
         target_interval=500,
         exploration=0.5,
         epsilon=0.05,
+        loss="squared",
+        max_norm=1e9,  # none
     )
-    for algo, name, each in (
-        ("ppo", SAME, replace(spec, init="orthogonal")),
-        ("ppo", LECUN, spec),
-        ("dqn", SAME, replace(spec, hidden=(120, 84), activation="relu", dqn=dqn)),
+    network = replace(spec, algos=("dqn",), hidden=(120, 84), activation="relu", dqn=dqn)
+    for algo, name, start, each in (
+        ("ppo", SAME, "orthogonal", replace(spec, init="orthogonal")),
+        ("ppo", LECUN, "lecun", spec),
+        ("dqn", SAME, "torch", network),
+        ("dqn", SAME_HUBER, "torch", replace(network, dqn=replace(dqn, loss="huber"))),
     ):
-        yield algo, name, quickly(each) if quick else each
+        yield algo, name, start, quickly(each) if quick else each
 
 
 def collect(place: Place) -> pl.DataFrame:
     scripts = pl.read_parquet(RESULTS / "cleanrl_scripts.parquet")
     plain = pl.col("change") == ""
     found = [scripts.with_columns(who=pl.when(plain).then(pl.lit(THEIRS)).otherwise(pl.lit(HUBER)))]
-    for algo, name, spec in specs(place.quick):
+    for algo, name, start, spec in specs(place.quick):
         cells = place.once(
-            f"cleanrl-{algo}-{spec.init}",
-            (algo, spec),
-            partial(dense, algo, spec),
+            f"cleanrl-{algo}-{start}", (algo, spec), partial(dense, algo, start, spec)
         )
         found.append(cells.with_columns(who=pl.lit(name)))
     return pl.concat(found, how="diagonal")
 
 
-def dense(algo: str, spec: Sweep) -> pl.DataFrame:
+def dense(algo: str, start: str, spec: Sweep) -> pl.DataFrame:
     arena, seeds = spec.arena(algo), list(range(spec.seeds))
     keys = torch.tensor([spec.initial_key(seed) for seed in seeds])
-    initial = initialise(arena, keys, spec.init, spec.log_std)
+    if start == "torch":
+        initial = like_torch(arena, keys)
+    else:
+        initial = initialise(arena, keys, start, spec.log_std)
     mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
-    return train(spec, None, algo, 0, mask, initial, seeds, f"cleanrl {spec.init}")
+    return train(spec, None, algo, 0, mask, initial, seeds, f"cleanrl {start}")
 
 
 def who(cells: pl.DataFrame, algo: str) -> list[str]:
     there = set(cells.filter(pl.col("algo") == algo)["who"])
-    return [name for name in (THEIRS, HUBER, SAME, LECUN) if name in there]
+    return [name for name in (THEIRS, HUBER, SAME, LECUN, SAME_HUBER) if name in there]
 
 
 def finals(cells: pl.DataFrame, algo: str, name: str, metric: str) -> np.ndarray:
@@ -156,7 +186,7 @@ class Comparison:
 def comparisons(cells: pl.DataFrame) -> Iterator[Comparison]:
     for algo in TITLES:
         there = who(cells, algo)
-        for name, script in product((SAME, LECUN), (THEIRS, HUBER)):
+        for name, script in PAIRS:
             if not {name, script} <= set(there):
                 continue
             if algo == "ppo":
@@ -215,9 +245,11 @@ permutation. The scripts' curves are means of the episodes that end in a twentie
 ours lie between evaluations at its ends.
 
 PPO has the script's settings and initialisation; "LeCun" is what tickets here start from. Our DQN
-has the script's settings, but Huber's loss for its squared error, clips gradients, lets its rate
-fall to zero and starts from LeCun's normals. Its curve is greedy, while the script's episodes act
-at random in 5% of the steps at the end and in more before, so that only final returns are compared.
+has the script's settings, loss (or Huber's, where the script has it), schedules and initialisation:
+unlike DQN elsewhere here, a constant rate, no clipping, no steps that are random altogether. It
+copies its target just before an update where the script does so just after. Its curve is greedy,
+while the script's episodes act at random in 5% of the steps at the end and in more before, so that
+only final returns are compared.
 
 """ + markdown(["algorithm, return, policies", "script", "ours", "difference", "p"], rows)
 
