@@ -7,9 +7,8 @@ python -m benchmarks steps                 whole training steps in plain loops
 python -m benchmarks jobs                  whole programs of Stable-Baselines3
 python -m benchmarks report                results -> README.md and figures
 python -m benchmarks compare OLD NEW       regressions beyond noise
-python -m benchmarks instructions          instructions per call, free of noise
 python -m benchmarks.gpu                   what `make gpu` does: tests, tuning, targets, a sweep
-pytest benchmarks -m bench                 every op, one by one, under pytest-benchmark
+pytest benchmarks -m bench                 every case and op, one by one, by pytest-benchmark
 
 From a question to a number, on a CPU and on a GPU alike:
 

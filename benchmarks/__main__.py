@@ -16,7 +16,6 @@ from . import steps
 from .compare import compare
 from .console import show_comparison, warn_if_busy
 from .first_screen import rewrite
-from .instructions import count_instructions
 from .job_returns import run_returns
 from .jobs import run_jobs
 from .report import write_report
@@ -109,11 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     units.add_argument("--folder", type=Path, help="where stores are written and deleted again")
     units.add_argument("--out", type=Path, help="default: results/scheduling/<device>-<date>.json")
 
-    count = commands.add_parser("instructions", help="instructions per call under valgrind")
-    count.set_defaults(command=_instructions)
-    count.add_argument(
-        "--out", type=Path, help="default: results/<device>-<date>-instructions.json"
-    )
     return parser
 
 
@@ -174,10 +168,6 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
     found = compare(pairs)
     show_comparison(console, pairs, found)
     return 1 if found.slower else 0
-
-
-def _instructions(options: argparse.Namespace, console: Console) -> int:
-    return count_instructions(console, options.out)
 
 
 if __name__ == "__main__":

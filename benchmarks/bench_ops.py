@@ -1,25 +1,17 @@
-"""Every op and whole jobs, one by one, by backend, population and sparsity; see `conftest.py`.
+"""What no case of the suites is about, by backend, population and sparsity; see `conftest.py`.
 
-    pytest benchmarks/bench_ops.py -m bench -k "prune and cpu"
-    pytest benchmarks/bench_ops.py -m bench -k update --benchmark-timer time.process_time
-
-No speed-up comes from here: nobody takes turns. That is what `python -m benchmarks run` does.
+pytest benchmarks/bench_ops.py -m bench -k "rows and cpu"
+pytest benchmarks/bench_ops.py -m bench -k update --benchmark-timer time.process_time
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
-from benchmarks import ours
-from benchmarks.level_job import LevelJob, level_contender, sparsity_of
 from benchmarks.ours import BACKENDS, device_of, on_backend, swept
-from benchmarks.peers import jax_ppo, sb3, torch_topk
 from benchmarks.ppo_job import PPOJob, ppo_contender
-from benchmarks.problems import SPARSITIES, PruneProblem, density_of, random_masks
-from sparse_tickets.algos.ppo import PPO
+from benchmarks.problems import SPARSITIES, random_masks
 from sparse_tickets.kernels import adam_, gae, rewind_, use_backend
 from sparse_tickets.kernels.random import normal, permutation, uniform
 from sparse_tickets.timing import Contender, mismatch
@@ -29,8 +21,6 @@ pytestmark = [pytest.mark.bench, pytest.mark.benchmark(max_time=0.3, min_rounds=
 POPULATIONS = pytest.mark.parametrize("tickets", [1, 60, 1024])
 EVERYWHERE = pytest.mark.parametrize("backend", BACKENDS)
 SWEPT = pytest.mark.parametrize(("backend", "sparsity"), swept(SPARSITIES))
-# Levels of iterative pruning next to 50, 80, 90, 95, 98 and 99% pruned, and the first.
-LEVELS = [1, 3, 7, 10, 13, 18, 21]
 WEIGHTS = {  # P, N, size
     "one": (1, 4480, 8900),
     "population": (60, 4480, 8900),
@@ -48,22 +38,6 @@ def _job(backend, tickets, sparsity, **options):
 
 @SWEPT
 @POPULATIONS
-def bench_iteration(timed, backend, tickets, sparsity):
-    """A whole PPO iteration."""
-    timed(lambda: ppo_contender(_job(backend, tickets, sparsity), backend), sparsity=sparsity)
-
-
-@POPULATIONS
-def bench_iteration_jax(timed, tickets):
-    timed(lambda: jax_ppo.ppo(PPOJob(tickets, 90.0)), sparsity=90.0)
-
-
-def bench_iteration_sb3(timed):
-    timed(lambda: sb3.ppo(PPO(), "CartPole-v1"))
-
-
-@SWEPT
-@POPULATIONS
 @pytest.mark.parametrize("env_name", ["CartPole-v1", "Acrobot-v1"])
 def bench_rollout(timed, backend, env_name, tickets, sparsity):
     """Acting: 128 steps of every ticket in four copies of the environment."""
@@ -72,7 +46,7 @@ def bench_rollout(timed, backend, env_name, tickets, sparsity):
         job = _job(backend, tickets, sparsity, env_name=env_name)
         return Contender(backend, *(on_backend(backend, f) for f in (job.act, job.acting_error)))
 
-    timed(build, sparsity=sparsity)
+    timed(build, device_of(backend), sparsity=sparsity)
 
 
 @SWEPT
@@ -88,17 +62,7 @@ def bench_ppo_update(timed, backend, tickets, sparsity):
         update = on_backend(backend, lambda: job.update(batch))
         return Contender(backend, update, contender.error, plan=contender.plan)
 
-    timed(build, sparsity=sparsity)
-
-
-@pytest.mark.parametrize(("backend", "level"), swept(LEVELS))
-@pytest.mark.parametrize("tickets", [1, 8, 60])
-@pytest.mark.parametrize("iterations", [0, 4], ids=["prune+rewind", "whole"])
-def bench_level(timed, backend, iterations, tickets, level):
-    """One level of iterative magnitude pruning: prune and rewind, then train."""
-    here = {"backend": backend, "device": device_of(backend)}
-    job = partial(LevelJob, tickets, level, iterations=iterations, **here)
-    timed(lambda: level_contender(job()), sparsity=sparsity_of(level))
+    timed(build, device_of(backend), sparsity=sparsity)
 
 
 @EVERYWHERE
@@ -114,21 +78,7 @@ def bench_gae(timed, backend, tickets):
         with use_backend("reference"):
             return mismatch(run(), gae(*values.double(), *ended, 0.99, 0.95), 128)
 
-    timed(lambda: Contender(backend, run, error))
-
-
-@pytest.mark.parametrize(("name", "sparsity"), swept(SPARSITIES, [*BACKENDS, "topk"]))
-@SHAPES
-def bench_prune(timed, name, shape, sparsity):
-    """The next level's masks from trained weights, against `torch.topk`."""
-    tickets, prunable, _ = shape
-
-    def build():
-        kept = int(0.8 * density_of(sparsity) * prunable)
-        problem = PruneProblem(tickets, prunable, sparsity, kept, device_of(name))
-        return torch_topk.prune(problem) if name == "topk" else ours.prune_to(problem, name)
-
-    timed(build, sparsity=sparsity)
+    timed(lambda: Contender(backend, run, error), device_of(backend))
 
 
 @EVERYWHERE
@@ -146,7 +96,7 @@ def bench_draw(timed, backend, name, tickets):
         drawn = drawn if drawn.is_floating_point() else drawn.double()
         return mismatch([drawn], [wanted.double()], 1)
 
-    timed(lambda: Contender(backend, run, error))
+    timed(lambda: Contender(backend, run, error), device_of(backend))
 
 
 @POPULATIONS
@@ -154,7 +104,7 @@ def bench_draw_torch(timed, tickets):
     timed(lambda: Contender("torch.randn", torch.empty(tickets, DRAWN).normal_, None))
 
 
-class _Rows:
+class _Step:
     """Weights, gradient and moments of P tickets."""
 
     def __init__(self, shape, sparsity, dtype=torch.float32, device="cpu"):
@@ -185,16 +135,16 @@ def bench_rows(timed, op, backend, shape, sparsity):
     device = device_of(backend)
 
     def error():
-        fast, exact = (_Rows(shape, sparsity, t, device) for t in (torch.float32, torch.float64))
+        fast, exact = (_Step(shape, sparsity, t, device) for t in (torch.float32, torch.float64))
         got = on_backend(backend, getattr(fast, op))()
         with use_backend("reference"):
             return mismatch([got], [getattr(exact, op)()], shape[2])
 
     def build():
-        rows = _Rows(shape, sparsity, device=device)
+        rows = _Step(shape, sparsity, device=device)
         return Contender(backend, on_backend(backend, getattr(rows, op)), error)
 
-    timed(build, sparsity=sparsity)
+    timed(build, device_of(backend), sparsity=sparsity)
 
 
 @SHAPES
@@ -202,7 +152,7 @@ def bench_rows_torch_adam(timed, shape):
     """Fused Adam and one global clip: fewer norms than ours, and the mask only at the end."""
 
     def build():
-        rows = _Rows(shape, 90.0)
+        rows = _Step(shape, 90.0)
         weight = rows.weight.requires_grad_()
         weight.grad = rows.grad
         optimiser = torch.optim.Adam([weight], lr=1e-3, eps=1e-5, fused=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from statistics import NormalDist, fmean, median
 from typing import Literal
 
@@ -20,12 +19,10 @@ from .cases import is_ours
 from .measure import Record
 from .results import Run
 
-__all__ = ["COUNT_THRESHOLD", "THRESHOLD", "Change", "Comparison", "Count", "compare"]
+__all__ = ["THRESHOLD", "Change", "Comparison", "compare"]
 
 THRESHOLD = 0.05
 """Changes of times below this share are not reported, however quiet the machine was."""
-COUNT_THRESHOLD = 0.01
-"""The same for counts, which two runs of the same code repeat to half a percent."""
 FALSE_ALARMS = 0.05
 """How often two runs of the same code may raise an alarm among ops, and among configurations."""
 
@@ -66,36 +63,23 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Count:
-    """Instructions per call in both runs."""
-
-    label: str
-    old: float
-    new: float
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
 class Comparison:
     """What `compare` found.
 
     Attributes:
         ops: every op at its sizes, all levels together: the sharper test.
         configurations: every configuration by itself: sees a single level that broke.
-        counts: of instructions.
         left_out: configurations in which nobody ran beside us: times alone say nothing.
     """
 
     ops: tuple[Change, ...]
     configurations: tuple[Change, ...]
-    counts: tuple[Count, ...]
     left_out: tuple[str, ...] = ()
 
     @property
-    def slower(self) -> list[Change | Count]:
+    def slower(self) -> list[Change]:
         """Every regression."""
-        every = chain(self.ops, self.configurations, self.counts)
-        return [change for change in every if change.verdict == "slower"]
+        return [each for each in (*self.ops, *self.configurations) if each.verdict == "slower"]
 
 
 @dataclass(frozen=True)
@@ -133,13 +117,11 @@ def compare(pairs: Sequence[tuple[Run, Run]]) -> Comparison:
     """
     shared = [both for pair in pairs for both in _shared(*pair)]
     samples = [sample for both in shared for sample in _samples(*both)]
-    counts = [count for pair in pairs for count in _counts(*pair)]
-    if not shared and not counts:
+    if not shared:
         raise ValueError("the two runs must share a configuration, they have none in common")
     return Comparison(
         tuple(_judge(samples, lambda sample: sample.op, alone=False)),
         tuple(_judge(samples, lambda sample: sample.label, alone=True)),
-        tuple(counts),
         tuple(sorted({new.label for _, new in shared} - {sample.label for sample in samples})),
     )
 
@@ -239,14 +221,3 @@ def _limit(known: Sequence[float], own: Sequence[float], z: float) -> float:
     average = fmean(x * x for x in known)
     variance = (_PRIOR * average + sum(x * x for x in own)) / (_PRIOR + len(own))
     return max(z * math.sqrt(variance), max(map(abs, known)))
-
-
-def _counts(old: Run, new: Run) -> Iterable[Count]:
-    for name, now in new.counts.items():
-        if name not in old.counts:
-            continue
-        change = now / old.counts[name] - 1
-        verdict: Verdict = "same"
-        if abs(change) > COUNT_THRESHOLD:
-            verdict = "slower" if change > 0 else "faster"
-        yield Count(name, old.counts[name], now, verdict)

@@ -74,7 +74,7 @@ def show_table(console: Console, table: Table) -> None:
 
 
 def show_comparison(console: Console, pairs: Sequence[tuple[Run, Run]], found: Comparison) -> None:
-    """Ops, then single configurations and counts that changed, and what could have been seen."""
+    """Ops, then single configurations that changed, and what could have been seen."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -94,12 +94,6 @@ def show_comparison(console: Console, pairs: Sequence[tuple[Run, Run]], found: C
             say(
                 f"{_coloured(change.verdict)} {change.label}, {change.kind}: "
                 f"{_percent(change.ours)} beyond what {change.against} changed by"
-            )
-    for count in found.counts:
-        if count.verdict != "same":
-            say(
-                f"{_coloured(count.verdict)} {count.label}: {count.old:,.0f} -> {count.new:,.0f} "
-                "instructions"
             )
     for text in _limits(found):
         say(text)
@@ -149,12 +143,6 @@ def _limits(found: Comparison) -> list[str]:
         said.append(
             "[yellow]unknown: too few peers ran in both, so noise cannot be told from change."
             "[/yellow]"
-        )
-    if found.counts:
-        largest = max((count.new / count.old for count in found.counts), key=lambda x: abs(x - 1))
-        said.append(
-            f"Instructions: {len(found.counts)} counted, changed by at most "
-            f"{100 * (largest - 1):+.1f}%."
         )
     if found.left_out:
         said.append(f"Nobody ran beside us, not compared: {', '.join(found.left_out)}.")

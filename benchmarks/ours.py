@@ -1,10 +1,10 @@
-"""Our own ops as contenders, on a named backend and, where one is named, in that format."""
+"""Our own ops as contenders, on a named backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.dispatch import has_triton, resolve_backend
 from sparse_tickets.kernels.linear import block_pattern, linear, linear_blocked, plan_for
 from sparse_tickets.kernels.linear import plan as linear_plan
-from sparse_tickets.kernels.linear.crossover import forced_format
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.mlp import plan as mlp_plan
 from sparse_tickets.kernels.prune import prune
@@ -25,7 +24,6 @@ from .problems import LinearProblem, PolicyProblem, PruneProblem, difference
 __all__ = [
     "BACKENDS",
     "OURS",
-    "Format",
     "backward_blocked",
     "device_of",
     "layer_inside",
@@ -38,8 +36,6 @@ __all__ = [
 ]
 
 OURS = "sparse_tickets"
-Format = Literal["dense", "sparse"]
-"""``sparse``: compressed rows, or blocks where the mask is made of full ones."""
 Result = TypeVar("Result")
 
 BACKENDS = ("reference", "cpu", *(["triton"] if torch.cuda.is_available() and has_triton() else []))
@@ -77,14 +73,9 @@ def on_backend(name: str, run: Callable[[], Result]) -> Callable[[], Result]:
     return chosen
 
 
-def linear_forward(
-    problem: LinearProblem, backend: str = "auto", name: str = OURS, format: Format | None = None
-) -> Contender:
-    """`SparseLinear` for one ticket, `kernels.linear.linear` for several; row-major in and out.
-
-    ``format`` forces the CPU kernels, and calls the op itself.
-    """
-    layer = None if format else _module(problem, trained=False)
+def linear_forward(problem: LinearProblem, backend: str = "auto", name: str = OURS) -> Contender:
+    """`SparseLinear` for one ticket, `kernels.linear.linear` for several; row-major in and out."""
+    layer = _module(problem, trained=False)
     row, precision = problem.x[0], problem.precision
 
     def run() -> Tensor:
@@ -92,17 +83,14 @@ def linear_forward(
             return layer(row)
         return linear(problem.x, problem.weight, problem.mask, problem.bias, precision=precision)
 
-    timed = _in_format(format, on_backend(backend, run))
-    plan = _linear_plan(problem, backend, layer, format, training=False)
-    return problem.contender(name, timed, plan=plan)
+    plan = _linear_plan(problem, backend, layer, training=False)
+    return problem.contender(name, on_backend(backend, run), plan=plan)
 
 
-def linear_backward(
-    problem: LinearProblem, backend: str = "auto", name: str = OURS, format: Format | None = None
-) -> Contender:
+def linear_backward(problem: LinearProblem, backend: str = "auto", name: str = OURS) -> Contender:
     """The same and its gradients for x, weight and bias."""
     x, weight, bias = problem.leaves()
-    layer = None if format else _module(problem, trained=True)
+    layer = _module(problem, trained=True)
     row, row_dy = problem.x[0].clone().requires_grad_(), problem.dy[0]
 
     def run() -> tuple[Tensor, ...]:
@@ -112,9 +100,8 @@ def linear_backward(
         y = linear(x, weight, problem.mask, bias, precision=problem.precision)
         return y, *torch.autograd.grad(y, (x, weight, bias), problem.dy)
 
-    timed = _in_format(format, on_backend(backend, run))
-    plan = _linear_plan(problem, backend, layer, format, training=True)
-    return problem.contender(name, timed, plan=plan)
+    plan = _linear_plan(problem, backend, layer, training=True)
+    return problem.contender(name, on_backend(backend, run), plan=plan)
 
 
 def backward_blocked(problem: LinearProblem, block: int) -> Contender:
@@ -136,17 +123,6 @@ def prune_to(problem: PruneProblem, backend: str = "auto", name: str = OURS) -> 
         return prune(problem.scores, problem.mask, problem.k, check=False)
 
     return problem.contender(name, on_backend(backend, run), plan="prune")
-
-
-def _in_format(format: Format | None, run: Callable[[], Result]) -> Callable[[], Result]:
-    if format is None:
-        return run
-
-    def forced() -> Result:
-        with forced_format(format):
-            return run()
-
-    return forced
 
 
 def _module(problem: LinearProblem, trained: bool) -> SparseLinear | None:
@@ -201,11 +177,10 @@ def _linear_plan(
     problem: LinearProblem,
     backend: str,
     layer: SparseLinear | None,
-    format: Format | None,
     training: bool,
 ) -> str:
     batch, device = problem.x.shape[1], problem.x.device
-    with use_backend(backend), forced_format(format):
+    with use_backend(backend):
         if layer is not None:
             return str(layer.plan(batch, training=training))
         if device.type == "cpu":

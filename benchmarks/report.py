@@ -10,7 +10,7 @@ from sparse_tickets.files import write_atomic
 from .figures import draw
 from .gpu.report import gpu_tables
 from .results import BUSY, Run, share_out
-from .tables import Table, grid, instructions, tables
+from .tables import Table, grid, tables
 
 __all__ = ["markdown", "write_report"]
 
@@ -66,8 +66,8 @@ How a number below comes about:
 - All of this again: `make bench`, or `python -m benchmarks run --suite curves` for the scaling
   curves, `--suite full` for everything. A run that was stopped goes on with the same command.
 - A layer of your size: `sparse-tickets bench --width 256 --batch 2048`.
-- One op, on every backend and in every format, on other sizes: `pytest benchmarks/bench_linear.py
-  -m bench -k "cpu and act"`. Speed-ups come from the former alone: here nobody takes turns.
+- One case and one contender under pytest-benchmark: `pytest benchmarks -m bench -k "policy and 90"
+  --contender "torch w*mask"`. Speed-ups come from the former alone: here nobody takes turns.
 - Two versions of the code: `python -m benchmarks compare OLD.json NEW.json`; peers are its control
   group, and it says which changes it cannot see. On one machine, take runs in turn and give several
   pairs: `compare OLD1 NEW1 OLD2 NEW2`.
@@ -91,7 +91,6 @@ def markdown(runs: Mapping[str, Sequence[Run]], figures: Mapping[str, list[Path]
             parts.append(_origin(run))
             parts += [_grid(table) for table in gpu_tables(run)]
             parts += [_grid(table) for table in tables(run)]
-            parts += [_grid(table) for table in instructions(run)]
     if not any(device.startswith("nvidia") for device in runs):
         parts.append(
             "## GPU\n\nNot yet measured. On a machine with one: `make gpu`, then "

@@ -64,7 +64,7 @@ class Run:
 
     Attributes:
         device: a name for the hardware, e.g. ``cpu-amd-epyc-2c``.
-        suite: see `suites.SUITES`; ``instructions`` for a run of counts alone.
+        suite: see `suites.SUITES`.
         date: when it began, ISO 8601, UTC.
         threads: of torch and our kernels alike.
         hardware: model and cores, or GPU.
@@ -79,7 +79,6 @@ class Run:
         copies: bytes per second of copies, by the bytes each moves; empty in the first layout.
         rounds: samples per contender that were asked for; 0 in the first layout.
         complete: whether every configuration of the suite was measured.
-        counts: instructions per call, by configuration.
         parts: what else `benchmarks.gpu` did, by part: see `gpu.report`.
         products: on a GPU, as `sgemm`, of a large product by precision.
     """
@@ -99,7 +98,6 @@ class Run:
     copies: dict[int, Spread] = field(default_factory=dict)
     rounds: int = 0
     complete: bool = True
-    counts: dict[str, float] = field(default_factory=dict)
     parts: dict[str, dict] = field(default_factory=dict)
     products: dict[str, Spread] = field(default_factory=dict)
 
@@ -184,6 +182,7 @@ def load(path: Path) -> Run:
             raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}")
         records = [Record.from_dict(item) for item in data.pop("records")]
         refused = [Refusal(**item) for item in data.pop("refused")]
+        data.pop("counts", None)  # of instructions: older runs have them
         stored = data.pop("sgemm")
         sgemm = None if stored is None else Spread(**stored)
         copies = {int(size): Spread(**item) for size, item in data.pop("copies", {}).items()}
@@ -228,7 +227,7 @@ def share_out(runs: Sequence[Run]) -> list[Run]:
     shared = []
     for index, run in enumerate(runs):
         kept = [record for record in run.records if owner[record.table][-1] == index]
-        if kept or run.refused or run.counts or run.parts:
+        if kept or run.refused or run.parts:
             shared.append(replace(run, records=kept))
     return shared
 

@@ -277,9 +277,7 @@ def run_steps(
             peer.close()
     order = [problem.label for problem in PROBLEMS]
     records.sort(key=lambda record: order.index(record["label"]))
-    header = {
-        k: v for k, v in asdict(run).items() if k not in ("records", "refused", "counts", "parts")
-    }
+    header = {k: v for k, v in asdict(run).items() if k not in ("records", "refused", "parts")}
     path.parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps({"run": header, "records": records}, indent=1) + "\n"
     write_atomic(path, data.encode())

@@ -23,7 +23,6 @@ __all__ = [
     "grid",
     "groups",
     "in_words",
-    "instructions",
     "shape_of",
     "significant",
     "speedup_of",
@@ -119,18 +118,6 @@ def _joined(found: Sequence[list[Record]]) -> list[list[Record]]:
         single = len(records) == 1 and records[0].op != STAGES
         joined.setdefault(records[0].op if single else records[0].table, []).extend(records)
     return list(joined.values())
-
-
-def instructions(run: Run) -> list[Table]:
-    """Instructions per call, if the run counted any."""
-    if not run.counts:
-        return []
-    table = Table("instructions per call", ["configuration", "instructions"])
-    table.rows = [[name, f"{count:,.0f}"] for name, count in run.counts.items()]
-    table.notes.append(
-        "Counted by valgrind on one thread, kernels compiled for AVX2: free of noise, no times."
-    )
-    return [table]
 
 
 def groups(run: Run) -> list[list[Record]]:
