@@ -19,7 +19,7 @@ from .cases import is_ours
 from .measure import Record
 from .results import Run
 
-__all__ = ["THRESHOLD", "Change", "Comparison", "compare"]
+__all__ = ["THRESHOLD", "Change", "RunComparison", "compare"]
 
 THRESHOLD = 0.05
 """Changes of times below this share are not reported, however quiet the machine was."""
@@ -63,7 +63,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """What `compare` found.
 
     Attributes:
@@ -101,7 +101,7 @@ class _Sample:
     apart: bool
 
 
-def compare(pairs: Sequence[tuple[Run, Run]]) -> Comparison:
+def compare(pairs: Sequence[tuple[Run, Run]]) -> RunComparison:
     """Every configuration that both runs of each pair share.
 
     An op is flagged if its mean deviation exceeds what noise explains: z times the placebos'
@@ -119,7 +119,7 @@ def compare(pairs: Sequence[tuple[Run, Run]]) -> Comparison:
     samples = [sample for both in shared for sample in _samples(*both)]
     if not shared:
         raise ValueError("the two runs must share a configuration, they have none in common")
-    return Comparison(
+    return RunComparison(
         tuple(_judge(samples, lambda sample: sample.op, alone=False)),
         tuple(_judge(samples, lambda sample: sample.label, alone=True)),
         tuple(sorted({new.label for _, new in shared} - {sample.label for sample in samples})),

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from .compare import FALSE_ALARMS, Change, Comparison
+from .compare import FALSE_ALARMS, Change, RunComparison
 from .measure import Record, Refusal
 from .results import BUSY, Run
 from .tables import NOISY, Table, duration, tables
@@ -73,7 +73,9 @@ def show_table(console: Console, table: Table) -> None:
     console.print()
 
 
-def show_comparison(console: Console, pairs: Sequence[tuple[Run, Run]], found: Comparison) -> None:
+def show_comparison(
+    console: Console, pairs: Sequence[tuple[Run, Run]], found: RunComparison
+) -> None:
     """Ops, then single configurations that changed, and what could have been seen."""
 
     def say(text: str) -> None:
@@ -122,7 +124,7 @@ def _ops(changes: Sequence[Change]) -> RichTable:
     return grid
 
 
-def _limits(found: Comparison) -> list[str]:
+def _limits(found: RunComparison) -> list[str]:
     """How to read the table, and what these runs cannot tell."""
     said = []
     alone = sorted(c.visible for c in found.configurations if not math.isinf(c.visible))

@@ -33,13 +33,13 @@ from sparse_tickets.timing import pinned_threads
 
 from .results import RESULTS, available_cores, provenance
 
-__all__ = ["TASKS", "Task", "run_simulators", "table"]
+__all__ = ["TASKS", "SimulatorTask", "run_simulators", "table"]
 
 TICKETS = 16
 
 
 @dataclass(frozen=True)
-class Task:
+class SimulatorTask:
     """An environment, and settings by which PPO trains there: of rl-zoo3, with a shorter horizon.
 
     Args:
@@ -75,13 +75,13 @@ class Task:
 
 
 TASKS = (
-    Task("Hopper-v5", 1, 512, 10, (1, 3), 8_000),
-    Task("LunarLander-v3", 16, 64, 4, (1, 3), 20_000),
+    SimulatorTask("Hopper-v5", 1, 512, 10, (1, 3), 8_000),
+    SimulatorTask("LunarLander-v3", 16, 64, 4, (1, 3), 20_000),
 )
 
 
 @contextmanager
-def _ours(task: Task, workers: int) -> Iterator[Callable[[], int]]:
+def _ours(task: SimulatorTask, workers: int) -> Iterator[Callable[[], int]]:
     """Trains the population for a slice; returns its agent-steps."""
     settings, key = task.settings, torch.arange(TICKETS)
     arena = policy_arena(env_spec(task.env))
@@ -99,7 +99,7 @@ def _ours(task: Task, workers: int) -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def _theirs(task: Task) -> Iterator[Callable[[], int]]:
+def _theirs(task: SimulatorTask) -> Iterator[Callable[[], int]]:
     """The same of one agent of Stable-Baselines3."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -126,7 +126,7 @@ def _theirs(task: Task) -> Iterator[Callable[[], int]]:
 
 
 @contextmanager
-def _bare(task: Task, processes: int) -> Iterator[Callable[[], int]]:
+def _bare(task: SimulatorTask, processes: int) -> Iterator[Callable[[], int]]:
     """Random actions in an environment per process, all at once."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn) as pool:
@@ -153,7 +153,7 @@ def _act(name: str, steps: int) -> int:
     return steps
 
 
-def _measure(task: Task, rounds: int) -> dict[str, list[float]]:
+def _measure(task: SimulatorTask, rounds: int) -> dict[str, list[float]]:
     """Steps per second of each program, by rounds."""
     cores = available_cores()
     programs = {

@@ -127,10 +127,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     works = hasattr(config, "workerinput")
-    config.pluginmanager.register(_Worker() if works else _Writer(config.getoption("outcomes")))
+    config.pluginmanager.register(_TestWorker() if works else _Writer(config.getoption("outcomes")))
 
 
-class _Worker:
+class _TestWorker:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self) -> Iterator[None]:
         faulthandler.dump_traceback_later(TEST_S, exit=True, file=_STDERR)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Algorithm",
-    "Budget",
     "Dataset",
     "Demonstrations",
     "History",
@@ -28,6 +27,7 @@ __all__ = [
     "PruningSchedule",
     "Schedule",
     "Taught",
+    "TrainingBudget",
 ]
 
 
@@ -97,7 +97,7 @@ class PruningSchedule(Schedule, total=False):
 
 
 @runtime_checkable
-class Budget(Protocol):
+class TrainingBudget(Protocol):
     """How long an algorithm trains, of settings that say so themselves.
 
     Attributes:
@@ -120,14 +120,14 @@ class Budget(Protocol):
 class Algorithm(Protocol):
     """One object per algorithm, in its own file; `register_algorithm` makes it known.
 
-    An algorithm whose settings are a `Budget` trains for that; every other for the budget of PPO's
-    settings, as many iterations of as many samples, so that sweeps compare like with like.
+    An algorithm whose settings are a `TrainingBudget` trains for that; every other for the budget
+    of PPO's settings, as many iterations of as many samples, so that sweeps compare like with like.
 
     Attributes:
         name: what specifications, results and the command line call it.
         title: what figures call it.
         settings: a frozen dataclass of its own hyper-parameters, each with a default; PPO's are a
-            `Budget`.
+            `TrainingBudget`.
         has_critic: whether its tickets carry a critic.
         imitates: whether it learns from experts' demonstrations, which a sweep then makes.
 

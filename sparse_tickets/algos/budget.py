@@ -6,7 +6,7 @@ __all__ = ["IterationBudget"]
 
 
 class IterationBudget:
-    """A `Budget` (algorithm.py) from settings of these names."""
+    """A `TrainingBudget` (algorithm.py) from settings of these names."""
 
     steps: int
     copies: int

@@ -19,7 +19,7 @@ from sparse_tickets.kernels.errors import check_dtype, check_shape
 from sparse_tickets.kernels.random import Stream, bits
 
 from .spec import EnvSpec, Step
-from .stepping import Layout, Stepper, describe, flatten
+from .stepping import ArrayLayout, Stepper, describe, flatten
 from .workers import Shared, workers_for
 
 __all__ = ["GymEnv", "gym_spec", "maker"]
@@ -139,7 +139,7 @@ class GymEnv:
         self._middle = np.clip(sum(0.5 * end for end in ends), self._low, self._high)
         count, name = tickets * copies, self.spec.name
         shape, dtype = self._action_space.shape, self._action_space.dtype
-        layout = Layout(count, read.observation_dim, shape, np.dtype(dtype).str)  # type: ignore[arg-type]
+        layout = ArrayLayout(count, read.observation_dim, shape, np.dtype(dtype).str)  # type: ignore[arg-type]
         self.workers = workers_for(workers, count, isinstance(make_one, _Registered))
         if self.workers > 1:
             self._stepper: Shared | Stepper = Shared(make_one, layout, self.workers, name, copies)

@@ -22,12 +22,12 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Discrete, Space
 
-__all__ = ["Arrays", "Layout", "Stepper", "describe", "flatten"]
+__all__ = ["ArrayLayout", "Arrays", "Stepper", "describe", "flatten"]
 
 _ALIGNMENT = 64
 
 
-class Layout(NamedTuple):
+class ArrayLayout(NamedTuple):
     """Which arrays N copies need.
 
     Attributes:
@@ -242,7 +242,7 @@ def _open(
     name: str,
     copies: int,
 ) -> Stepper:
-    memory, layout = recv_handle(channel), Layout(*fields)
+    memory, layout = recv_handle(channel), ArrayLayout(*fields)
     try:
         shared = mmap.mmap(memory, layout.size)
     finally:

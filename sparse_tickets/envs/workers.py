@@ -33,7 +33,7 @@ import torch
 from sparse_tickets.kernels.threads import end_idle_threads
 
 from . import stepping
-from .stepping import Layout
+from .stepping import ArrayLayout
 
 __all__ = ["Shared", "use_workers", "workers_for"]
 
@@ -109,7 +109,7 @@ class Shared:
     def __init__(
         self,
         make: Callable[[], gymnasium.Env],
-        layout: Layout,
+        layout: ArrayLayout,
         workers: int,
         name: str,
         copies: int,

@@ -31,7 +31,7 @@ from sparse_tickets.sweep.plugins import load_source, places_told
 from sparse_tickets.sweep.progress import expert_steps
 from sparse_tickets.sweep.rows import from_parquet
 from sparse_tickets.sweep.run import Progress, Runner, begin, find_device
-from sparse_tickets.sweep.schedule import Schedule
+from sparse_tickets.sweep.schedule import UnitSchedule
 from sparse_tickets.sweep.shown import Shown
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store
@@ -124,7 +124,7 @@ class _Job:
         self.name, self.spec, self.store = name, spec, store
         self.sent_spec = spec.to_dict()
         self.runner = Runner(spec, store, torch.device("cpu"), lambda description, steps: None)
-        self.schedule = Schedule(spec)
+        self.schedule = UnitSchedule(spec)
         self.shown = Shown(spec, tracker)
         # What other processes work on.
         self.elsewhere: list[Unit] = []

@@ -10,10 +10,10 @@ from sparse_tickets.sweep.experts import EXPERTS
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.unit import Unit
 
-__all__ = ["Schedule"]
+__all__ = ["UnitSchedule"]
 
 
-class Schedule:
+class UnitSchedule:
     """The units of a sweep, each handed out once what it is trained from is finished.
 
     A level waits for the level before in chains alone: random masks need level 0 and nothing else.

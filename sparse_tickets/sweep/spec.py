@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from sparse_tickets.algos.algorithm import Budget
+from sparse_tickets.algos.algorithm import TrainingBudget
 from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.evaluation import Evaluation
@@ -169,7 +169,7 @@ class Sweep:
         for algo in self.algos:
             self._check_rewind(self.budget(algo))
 
-    def _check_rewind(self, budget: Budget) -> None:
+    def _check_rewind(self, budget: TrainingBudget) -> None:
         steps = budget.iterations * budget.batch
         if not 0 <= self.rewind_step < steps:
             raise ValueError(
@@ -186,10 +186,10 @@ class Sweep:
         """Spaces and observation scale of the environment."""
         return env_spec(self.env)
 
-    def budget(self, algo: str) -> Budget:
+    def budget(self, algo: str) -> TrainingBudget:
         """How long an algorithm trains: its own settings where they say, else PPO's."""
         own = self.settings_of(algo)
-        return own if isinstance(own, Budget) else self.ppo
+        return own if isinstance(own, TrainingBudget) else self.ppo
 
     def rewind_iteration(self, algo: str) -> int:
         """The iteration of an algorithm's training that `rewind_step` falls on."""

@@ -20,7 +20,7 @@ from sparse_tickets.sweep.plugins import load_plugins
 from sparse_tickets.sweep.progress import total_steps
 from sparse_tickets.sweep.ray import _connected
 from sparse_tickets.sweep.run import run
-from sparse_tickets.sweep.schedule import Schedule
+from sparse_tickets.sweep.schedule import UnitSchedule
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store
 from sparse_tickets.sweep.unit import Unit
@@ -33,7 +33,7 @@ def popped(schedule):
 
 
 def test_every_unit_comes_once_and_after_those_before_it():
-    schedule = Schedule(CHAINS)
+    schedule = UnitSchedule(CHAINS)
     finished = set()
     waves = []
     while wave := popped(schedule):
@@ -56,7 +56,7 @@ def test_every_unit_comes_once_and_after_those_before_it():
 
 
 def test_what_most_wait_for_comes_first():
-    schedule = Schedule(CHAINS)
+    schedule = UnitSchedule(CHAINS)
     for unit in popped(schedule):
         schedule.finish(unit)
     wave = popped(schedule)
@@ -68,7 +68,7 @@ def test_what_most_wait_for_comes_first():
 
 
 def test_what_is_put_back_comes_again_and_what_nobody_needs_is_told():
-    schedule = Schedule(replace(CHAINS, algos=("ppo",), seeds=1))
+    schedule = UnitSchedule(replace(CHAINS, algos=("ppo",), seeds=1))
     first = schedule.pop()
     assert schedule.pop() is None
     schedule.put_back([first])
