@@ -31,7 +31,7 @@ from experiments.frame import (
 from experiments.sweeps import (
     INPUTS,
     TICKET,
-    Shared,
+    SharedSweep,
     acrobot,
     cartpole,
     cuts,
@@ -60,7 +60,7 @@ ALGORITHMS = {
 SEEDS = 3
 SUBSETS = "subsets"
 SHUFFLED = "permuted/permuted"
-TASKS: dict[Shared, tuple[str, ...]] = {
+TASKS: dict[SharedSweep, tuple[str, ...]] = {
     acrobot: ("ppo", "bc"),
     pendulum: ("ppo", "bc"),
     pendulum_sac: ("sac",),

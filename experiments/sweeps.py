@@ -27,7 +27,7 @@ __all__ = [
     "INPUTS",
     "LEVEL",
     "SCALED",
-    "Shared",
+    "SharedSweep",
     "acrobot",
     "budgets",
     "cartpole",
@@ -82,7 +82,7 @@ INPUTS = dict.fromkeys(
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedSweep:
     """A sweep by the name of its folder; called, it is trained where it is not yet."""
 
     name: str
@@ -96,7 +96,7 @@ class Shared:
         return spec, place.sweep(self.name, spec)
 
 
-@partial(Shared, "cartpole")
+@partial(SharedSweep, "cartpole")
 def cartpole() -> Sweep:
     """CartPole with both kinds of controls, down to where tickets themselves degrade.
 
@@ -114,7 +114,7 @@ def cartpole() -> Sweep:
     )
 
 
-@partial(Shared, "acrobot")
+@partial(SharedSweep, "acrobot")
 def acrobot() -> Sweep:
     """Acrobot, with seeds enough for Holm's test over its conditions, and controls of one kind.
 
@@ -132,7 +132,7 @@ def acrobot() -> Sweep:
     )
 
 
-@partial(Shared, "pendulum")
+@partial(SharedSweep, "pendulum")
 def pendulum() -> Sweep:
     """Pendulum by PPO and cloning, at few levels; experts by the protocol's whole budget."""
     spec = protocol("Pendulum-v1")
@@ -140,7 +140,7 @@ def pendulum() -> Sweep:
     return replace(spec, ppo=replace(spec.ppo, steps=204_800))
 
 
-@partial(Shared, "pendulum-sac")
+@partial(SharedSweep, "pendulum-sac")
 def pendulum_sac() -> Sweep:
     """Pendulum by SAC and by cloning what SAC's whole budget gives, at `pendulum`'s levels.
 
@@ -153,7 +153,7 @@ def pendulum_sac() -> Sweep:
     return replace(spec, ppo=ppo, sac=sac)
 
 
-@partial(Shared, "mountaincar")
+@partial(SharedSweep, "mountaincar")
 def mountain_car() -> Sweep:
     """MountainCar by DQN's whole budget and by cloning, at few levels; experts by PPO's."""
     spec = protocol("MountainCar-v0")
@@ -177,7 +177,7 @@ def _few_levels(spec: Sweep, algo: str, seeds: int = 6) -> Sweep:
     )
 
 
-@partial(Shared, "lunarlander")
+@partial(SharedSweep, "lunarlander")
 def lunar_lander() -> Sweep:
     """LunarLander by PPO and cloning, three of its protocol's levels at a time, in half its steps.
 
@@ -196,7 +196,7 @@ def lunar_lander() -> Sweep:
     )
 
 
-@partial(Shared, "hopper")
+@partial(SharedSweep, "hopper")
 def hopper() -> Sweep:
     """Hopper by PPO, four of its protocol's levels at a time, in a fifth of its steps."""
     spec = protocol("Hopper-v5")
@@ -212,7 +212,7 @@ def hopper() -> Sweep:
     )
 
 
-@partial(Shared, "cartpole-dqn")
+@partial(SharedSweep, "cartpole-dqn")
 def dqn() -> Sweep:
     """DQN and cloning on CartPole from `cartpole`'s initial networks, at half of its levels.
 
@@ -230,7 +230,7 @@ def dqn() -> Sweep:
     )
 
 
-def taught(states: str) -> Shared:
+def taught(states: str) -> SharedSweep:
     """Cloning on CartPole in other states than a frozen data set's; tickets and random masks."""
 
     def full() -> Sweep:
@@ -244,10 +244,10 @@ def taught(states: str) -> Shared:
             bc=replace(spec.bc, states=states),
         )
 
-    return Shared(f"cartpole-{states}", full)
+    return SharedSweep(f"cartpole-{states}", full)
 
 
-@partial(Shared, "cartpole-scaled")
+@partial(SharedSweep, "cartpole-scaled")
 def scaled() -> Sweep:
     """PPO's tickets of CartPole by scaled observations."""
     return replace(
@@ -260,7 +260,7 @@ def scaled() -> Sweep:
     )
 
 
-@partial(Shared, "cartpole-deep")
+@partial(SharedSweep, "cartpole-deep")
 def cartpole_deep() -> Sweep:
     """CartPole's tickets alone, by the protocol's budget, to its last level and fewer weights."""
     return replace(

@@ -33,7 +33,7 @@ def test_the_readme_says_what_the_stored_cells_say(name):
 
 
 def test_every_shared_sweep_is_tiny_where_quick():
-    shared = [each for each in vars(sweeps).values() if isinstance(each, sweeps.Shared)]
+    shared = [each for each in vars(sweeps).values() if isinstance(each, sweeps.SharedSweep)]
     shared += [sweeps.taught("student"), sweeps.taught("replay")]
     assert {each.full().env for each in shared} >= {"LunarLander-v3", "Hopper-v5"}
     assert len({each.name for each in shared}) == len(shared)
