@@ -131,16 +131,28 @@ class Net:
         return inside and layer < self.depth - 1
 
     @property
+    def function(self) -> str:
+        """The activation alone, without the LayerNorm before it."""
+        return self.activation.removeprefix(LAYERNORM)
+
+    def is_normalised(self, layer: int) -> bool:
+        """Whether LayerNorm follows a layer: before its activation, or as the next one's input."""
+        if self.activates(layer):
+            return self.activation != self.function
+        return layer < self.depth - 1 and self.normalises(layer + 1)
+
+    @property
     def has_layernorm(self) -> bool:
         """Whether units depend on each other through LayerNorm, those without weights too."""
-        return self.architecture == "residual" or self.activation.startswith(LAYERNORM)
+        return any(map(self.is_normalised, range(self.depth)))
 
     def obstacle(self, place: str) -> str | None:
         """What kernels on ``place``, a CPU or a GPU, lack of it, as an error says it; or None."""
-        if self.activation not in KNOWN:
+        on_cpu = place == "a CPU"
+        if (self.function if on_cpu else self.activation) not in KNOWN:
             names = ", ".join(KNOWN)
             return f"activation must be one of {names} on {place}, got {self.activation!r}"
-        if self.architecture != "mlp":
+        if self.architecture != "mlp" and not on_cpu:
             return f"architecture must be mlp on {place}, got {self.architecture!r}"
         return None
 

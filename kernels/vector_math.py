@@ -1,4 +1,4 @@
-"""Functions of SIMD registers: hyperbolic tangent, exponential, logarithm."""
+"""Functions of SIMD registers: hyperbolic tangent, exponential, logarithm, reciprocal root."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from numba.core.extending import intrinsic
 
 from .vector import INT_VECTOR, LANES, VECTOR, call, clamp, constant, integers, multiply_add, vector
 
-__all__ = ["exp", "log", "tanh"]
+__all__ = ["exp", "log", "rsqrt", "tanh"]
 
 
 def _horner(builder, coefficients, x):
@@ -94,5 +94,16 @@ def log(typingctx, a):
         value = multiply_add(builder, square, constant(-0.5), value)
         value = builder.fadd(rest, value)
         return multiply_add(builder, whole, constant(0.693359375), value)
+
+    return vector(vector), generate
+
+
+@intrinsic
+def rsqrt(typingctx, a):
+    """Reciprocal square root, of two roundings."""
+
+    def generate(context, builder, signature, arguments):
+        root = call(builder, f"llvm.sqrt.v{LANES}f32", VECTOR, [arguments[0]])
+        return builder.fdiv(constant(1.0), root)
 
     return vector(vector), generate

@@ -19,14 +19,19 @@ from ..threads import share
 from ..vector import (
     LANES,
     load,
+    store,
     sum_lanes,
     transpose,
 )
+from .layernorm import denormalise, normalise
 from .layout import (
+    ACTIVE,
+    ADDED,
     COLUMNS,
-    HIDDEN,
+    DEVIATION,
     IN,
     KEPT,
+    NORMAL,
     OUT,
     PANEL,
     ROWS,
@@ -91,6 +96,22 @@ def _deactivate(space, delta, y, kept, rows, count, width, activation):
 
 
 @njit(cache=True)
+def _add(space, y, x, count, width):
+    """Add the first ``count`` rows of panel x to those of panel y."""
+    for row in range(0, count * PANEL, PANEL):
+        for c in range(row, row + width, LANES):
+            store(space, y + c, load(space, y + c) + load(space, x + c))
+
+
+@njit(cache=True)
+def _copy(space, x, y, count, width):
+    """Copy the first ``count`` rows of panel x to panel y."""
+    for row in range(0, count * PANEL, PANEL):
+        for c in range(row, row + width, LANES):
+            store(space, y + c, load(space, x + c))
+
+
+@njit(cache=True)
 def places(layout, packed, layer):
     """Where a layer's weight and bias begin in packed order."""
     bias = layout.layers.shape[0] + layer
@@ -119,7 +140,13 @@ def forward(layout, packed, first, last, width):
             product(
                 weight, begin, inp, _UNIT, space, x, PANEL, y, PANEL, out, inp, width, weight, bias
             )
-        if layers[layer, HIDDEN]:
+        if layers[layer, ADDED]:
+            _add(space, y, layers[layer, ADDED], out, width)
+        active, normal = layers[layer, ACTIVE], layers[layer, NORMAL]
+        if normal:
+            also, deviation = y if active else normal, layers[layer, DEVIATION]
+            normalise(space, y, normal, also, deviation, out, width, layout.turned)
+        if active:
             _activate(space, y, layers[layer, KEPT], rows, live, width, layout.activation)
 
 
@@ -161,8 +188,10 @@ def backward(layout, packed, first, last, columns, width, to_input, to_weight):
     layers, space = layout.layers, packed.space
     here, there = layout.delta, layout.other
     for layer in range(last - 1, first - 1, -1):
-        out, inp, x = layers[layer, OUT], layers[layer, IN], layers[layer, X]
+        out, inp = layers[layer, OUT], layers[layer, IN]
         begin, _ = places(layout, packed, layer)
+        if layers[layer, ADDED]:
+            _copy(space, here, layout.stream, out, width)
         if to_weight:
             _add_gradient(layout, packed, layer, here, columns, width)
         if layer > first or to_input:
@@ -200,10 +229,24 @@ def backward(layout, packed, first, last, columns, width, to_input, to_weight):
                     zeros,
                 )
             if layer > first:
-                kept = layers[layer - 1, KEPT]
-                _deactivate(space, there, x, kept, wanted, number, width, layout.activation)
+                _pass_back(layout, packed, layer, last, there, width)
             here, there = there, here
     return here
+
+
+@njit(cache=True)
+def _pass_back(layout, packed, layer, last, delta, width):
+    """Turn the gradient by a layer's input into that by the sums of the layer below."""
+    layers, space, below = layout.layers, packed.space, layer - 1
+    if layers[below, ACTIVE]:
+        wanted, number = inputs(layout, packed, layer)
+        x, kept = layers[layer, X], layers[below, KEPT]
+        _deactivate(space, delta, x, kept, wanted, number, width, layout.activation)
+    if layers[below, NORMAL]:
+        normal, deviation = layers[below, NORMAL], layers[below, DEVIATION]
+        denormalise(space, delta, normal, deviation, layers[below, OUT], width, layout.turned)
+    if layer + 1 < last and layers[layer + 1, ADDED]:
+        _add(space, delta, layout.stream, layers[below, OUT], width)
 
 
 @njit(cache=True)

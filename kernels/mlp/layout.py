@@ -8,7 +8,10 @@ matrix and its gradient is masked.
 
 Activations are panels ``[features][PANEL]``: eight registers of batch per feature, so that a sparse
 row streams eight independent chains of fused multiply-adds per nonzero. Where a derivative cannot
-be read off the output, a hidden layer has a second panel for it (KEPT).
+be read off the output, a hidden layer has a second panel for it (KEPT); where LayerNorm follows,
+one of normalised features and a row of reciprocal deviations (NORMAL, DEVIATION). X of the next
+layer is the panel that it reads of these. ADDED is the Y that the end of a residual network's block
+adds to its own. None of these panels lies at 0, which says that there is none.
 """
 
 from __future__ import annotations
@@ -44,7 +47,10 @@ CACHED_WIDTH = 128
 _PACKING = 32
 
 # Columns of `Layout.layers`.
-OUT, IN, WEIGHT, BIAS, SPARSE, HIDDEN, X, Y, KEPT, SUMS, STRIDE, ROWS, COLUMNS, FIELDS = range(14)
+(
+    OUT, IN, WEIGHT, BIAS, SPARSE, HIDDEN, ACTIVE, X, Y, ADDED, NORMAL, DEVIATION, KEPT, SUMS,
+    STRIDE, ROWS, COLUMNS, FIELDS,
+) = range(18)  # fmt: skip
 
 
 class Layout(NamedTuple):
@@ -62,6 +68,7 @@ class Layout(NamedTuple):
         x: panel of observations.
         delta: panel of output gradients; the backward pass alternates it with `other`.
         other: see `delta`.
+        stream: panel of the gradient that passes a block of a residual network by, or 0.
         turned: a transposed panel ``[PANEL][features]``.
         zeros: as many zeros as the widest layer has features, the bias of an input gradient.
         head: a free panel of `head_rows` rows for the loss.
@@ -79,6 +86,7 @@ class Layout(NamedTuple):
     x: int
     delta: int
     other: int
+    stream: int
     turned: int
     zeros: int
     head: int
@@ -137,6 +145,8 @@ def lay_out(
     widest = max(max(net.sizes) for net in nets)
     observation = take_panel(nets[0].sizes[0])
     delta, other = take_panel(widest), take_panel(widest)
+    residual = any(net.adds(layer) is not None for net in nets for layer in range(net.depth))
+    stream = take_panel(widest) if residual else 0
     turned = take(_ceil(widest, LANES) * PANEL)
     zeros, head = take(widest), take(head_rows * PANEL)
     # The networks take turns, so they share the panels of their activations.
@@ -144,11 +154,16 @@ def lay_out(
     widths = [
         max(net.sizes[layer + 1] for net in nets if layer < net.depth) for layer in range(depth)
     ]
-    panels, activation = [take_panel(width) for width in widths], nets[0].activation
+    panels, activation = [take_panel(width) for width in widths], nets[0].function
     code, keeps = code_of(activation), not ACTIVATIONS[activation].by_output
     kept = [take_panel(width) if keeps else 0 for width in widths[:-1]]
+    normal, deviation = [0] * depth, [0] * depth
+    for layer, width in enumerate(widths):
+        if any(layer < net.depth and net.is_normalised(layer) for net in nets):
+            normal[layer], deviation[layer] = take_panel(width), take(PANEL)
     rows, parameters, pointers = [], 0, 0
     for net in nets:
+        read = observation
         for layer in range(net.depth):
             out, inp = net.shape(layer)
             masked = net.weights[layer] < prunable
@@ -157,8 +172,13 @@ def lay_out(
             row[OUT], row[IN] = out, inp
             row[WEIGHT], row[BIAS] = net.weights[layer], net.biases[layer]
             row[SPARSE], row[HIDDEN] = sparse, layer < net.depth - 1
-            row[X], row[Y] = panels[layer - 1] if layer else observation, panels[layer]
-            row[KEPT] = kept[layer] if row[HIDDEN] else 0
+            row[ACTIVE], row[X], row[Y] = net.activates(layer), read, panels[layer]
+            skipped = net.adds(layer)
+            row[ADDED] = 0 if skipped is None else panels[skipped]
+            if net.is_normalised(layer):
+                row[NORMAL], row[DEVIATION] = normal[layer], deviation[layer]
+            row[KEPT] = kept[layer] if row[ACTIVE] else 0
+            read = panels[layer] if row[ACTIVE] else row[NORMAL]
             row[STRIDE] = _ceil(inp, LANES)
             row[SUMS] = 0 if sparse else take(out * row[STRIDE])
             row[ROWS] = row[COLUMNS] = pointers
@@ -179,6 +199,7 @@ def lay_out(
         x=observation,
         delta=delta,
         other=other,
+        stream=stream,
         turned=turned,
         zeros=zeros,
         head=head,

@@ -1,9 +1,9 @@
 """A ticket packed on its support: index the mask, gather an arena row, scatter it back.
 
-A hidden unit none of whose outputs is left cannot reach the network's output: it is *dead*, its
-activation is read by nobody and its gradient is zero. `pack` finds out from the output down, for
-one OR per row, and the products run over the rows that live. In the mask of a 4-64-64-2 policy,
-pruned at random, 36% of the last hidden layer lives at 80% and 10% at 95%.
+A hidden unit none of whose outputs is left, and that no LayerNorm reads, cannot reach the network's
+output: it is *dead*, its activation is read by nobody and its gradient is zero. `pack` finds out
+from the output down, for one OR per row, and the products run over the rows that live. In the mask
+of a 4-64-64-2 policy, pruned at random, 36% of the last hidden layer lives at 80% and 10% at 95%.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..compiling import njit
 from .bits import WORD, mask_word, trailing_zeros
-from .layout import BIAS, COLUMNS, HIDDEN, IN, OUT, ROWS, SPARSE, WEIGHT
+from .layout import BIAS, COLUMNS, HIDDEN, IN, NORMAL, OUT, ROWS, SPARSE, WEIGHT
 
 __all__ = [
     "Packed",
@@ -151,8 +151,8 @@ def _list_rows(layout, packed, layer):
     layers = layout.layers
     rows, used = packed.rows[layers[layer, ROWS] :], packed.used
     live, dead = 0, layers[layer, OUT]
-    # Tiles compute and read every row.
-    whole = not (layers[layer, SPARSE] and layers[layer + 1, SPARSE])
+    # Tiles compute and read every row, and each tells on the mean and the variance of all.
+    whole = not (layers[layer, SPARSE] and layers[layer + 1, SPARSE]) or layers[layer, NORMAL]
     for o in range(layers[layer, OUT]):
         if whole or used[o // WORD] >> np.uint64(o % WORD) & _ONE != _NONE:
             rows[live] = o

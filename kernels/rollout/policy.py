@@ -24,8 +24,10 @@ from ..activations_cpu import activate, code_of
 from ..arena import Arena, Net
 from ..compiling import njit
 from ..mlp.cpu import build_rows
+from ..mlp.layernorm import EPSILON
 from ..tiles_cpu import make_sparse_tile, make_tile
-from ..vector import LANES, load, store
+from ..vector import LANES, fma, load, splat, store
+from ..vector_math import rsqrt
 
 __all__ = ["RolloutNet", "forward", "network", "prefers_sparse", "prepare"]
 
@@ -41,6 +43,7 @@ _sparse_narrow = make_sparse_tile(1)
 
 # No panel of derivatives; and ELU's parameter.
 _NOWHERE, _ALPHA = np.int64(0), np.float32(1.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 # What a sparse row costs before its first nonzero (its loop ends at an unpredictable length), in
 # fused multiply-adds of the dense tile; a nonzero costs one per register.
@@ -56,6 +59,9 @@ class RolloutNet(NamedTuple):
         biases: offset of each layer's bias.
         stride: the largest size, rounded up to whole registers.
         activation: see `activations_cpu.code_of`.
+        active: whether an activation follows each layer.
+        normalised: whether LayerNorm follows it; before the activation, or into the next layer.
+        adds: whether it adds what went into the LayerNorm before the layer below.
         sparse: run the sparse plan.
     """
 
@@ -64,6 +70,9 @@ class RolloutNet(NamedTuple):
     biases: np.ndarray
     stride: int
     activation: int
+    active: np.ndarray
+    normalised: np.ndarray
+    adds: np.ndarray
     sparse: bool
 
 
@@ -77,6 +86,8 @@ class PreparedNet(NamedTuple):
         bias: biases of all layers, padded like the outputs if dense.
         x: activations of the current layer.
         y: activations of the next one.
+        stream: what a block of a residual network adds to its output.
+        scratch: for the sums of LayerNorm.
     """
 
     values: np.ndarray
@@ -85,6 +96,8 @@ class PreparedNet(NamedTuple):
     bias: np.ndarray
     x: np.ndarray
     y: np.ndarray
+    stream: np.ndarray
+    scratch: np.ndarray
 
 
 def prefers_sparse(sizes: tuple[int, ...], density: float, copies: int) -> bool:
@@ -104,13 +117,16 @@ def network(net: Net, arena: Arena, density: float, copies: int) -> RolloutNet:
         ValueError: the kernels do not have it; the message says what of it.
     """
     net.check_kernels("a CPU")
-    prunable = net.weights[0] < arena.prunable
+    prunable, layers = net.weights[0] < arena.prunable, range(net.depth)
     return RolloutNet(
         np.array(net.sizes, np.int64),
         np.array(net.weights, np.int64),
         np.array(net.biases, np.int64),
         -(-max(net.sizes) // LANES) * LANES,
-        code_of(net.activation),
+        code_of(net.function),
+        np.array([net.activates(layer) for layer in layers]),
+        np.array([net.is_normalised(layer) for layer in layers]),
+        np.array([net.adds(layer) is not None for layer in layers]),
         prunable and prefers_sparse(net.sizes, density, copies),
     )
 
@@ -136,13 +152,16 @@ def prepare(row, mask, net, copies):
     # Room for the last row's surplus lanes; zeros, because surplus lanes are computed with.
     room = net.stride * _round_up(copies, _ROWS) + 2 * LANES
     x, y = np.zeros(room, np.float32), np.zeros(room, np.float32)
+    stream = np.zeros(room if net.adds.any() else 0, np.float32)
+    sums = LANES * LANES + 2 * _round_up(copies, LANES)
+    scratch = np.zeros(sums if net.normalised.any() else 0, np.float32)
     if net.sparse:
-        return _prepare_sparse(row, mask, net, x, y)
-    return _prepare_dense(row, net, x, y)
+        return _prepare_sparse(row, mask, net, x, y, stream, scratch)
+    return _prepare_dense(row, net, x, y, stream, scratch)
 
 
 @njit(cache=True)
-def _prepare_dense(row, net, x, y):
+def _prepare_dense(row, net, x, y, stream, scratch):
     sizes = net.sizes
     values_size, bias_size = 0, 0
     for layer in range(sizes.size - 1):
@@ -161,11 +180,12 @@ def _prepare_dense(row, net, x, y):
                 values[v0 + i * width + o] = weight[o * inp + i]
         v0 += inp * width
         b0 += width
-    return PreparedNet(values, np.empty(0, np.int32), np.empty(0, np.int64), bias, x, y)
+    column, begin = np.empty(0, np.int32), np.empty(0, np.int64)
+    return PreparedNet(values, column, begin, bias, x, y, stream, scratch)
 
 
 @njit(cache=True)
-def _prepare_sparse(row, mask, net, x, y):
+def _prepare_sparse(row, mask, net, x, y, stream, scratch):
     sizes = net.sizes
     rows, entries = 0, 0
     for layer in range(sizes.size - 1):
@@ -184,7 +204,7 @@ def _prepare_sparse(row, mask, net, x, y):
     values = np.empty(count, np.float32)
     for j in range(count):
         values[j] = row[positions[j]]
-    return PreparedNet(values, column, begin, bias, x, y)
+    return PreparedNet(values, column, begin, bias, x, y, stream, scratch)
 
 
 @njit(cache=True)
@@ -197,6 +217,86 @@ def forward(net, prepared, obs, count, out):
 
 
 @njit(cache=True)
+def _keep_stream(net, prepared, layer, y, size):
+    """Add the stream of a residual network to ``y[:size]``, and keep it where blocks leave it."""
+    stream = prepared.stream
+    if net.adds[layer]:
+        for i in range(0, size, LANES):
+            store(y, i, load(y, i) + load(stream, i))
+    if stream.size and net.normalised[layer] and not net.active[layer]:
+        for i in range(0, size, LANES):
+            store(stream, i, load(y, i))
+
+
+# LayerNorm adds up a copy's features o by o % LANES, ascending, then the LANES sums: the one order
+# that both plans can have.
+
+
+@njit(cache=True)
+def _add_up(scratch, sums):
+    store(scratch, 0, sums)
+    total = _ZERO
+    for lane in range(LANES):
+        total += scratch[lane]
+    return splat(total)
+
+
+@njit(cache=True)
+def _normalise_copies(y, count, stride, features, scratch):
+    """LayerNorm of every copy's row of ``y``, in place; beyond the features it has zeros."""
+    share = splat(_ONE / np.float32(features))
+    end = _round_up(features, LANES)
+    for begin in range(0, count * stride, stride):
+        sums = splat(_ZERO)
+        for o in range(begin, begin + end, LANES):
+            sums = sums + load(y, o)
+        mean = _add_up(scratch, sums) * share
+        store(scratch, 0, mean)
+        y[begin + features : begin + end] = scratch[0]
+        squares = splat(_ZERO)
+        for o in range(begin, begin + end, LANES):
+            distance = load(y, o) - mean
+            store(y, o, distance)
+            squares = fma(distance, distance, squares)
+        scale = rsqrt(fma(_add_up(scratch, squares), share, splat(EPSILON)))
+        for o in range(begin, begin + end, LANES):
+            store(y, o, load(y, o) * scale)
+
+
+@njit(cache=True)
+def _normalise_features(y, z, features, count, scratch):
+    """LayerNorm of ``y [features][count]``, into z."""
+    share = splat(_ONE / np.float32(features))
+    means = LANES * LANES
+    scales = means + _round_up(count, LANES)
+    for c in range(0, count, LANES):
+        scratch[:means] = _ZERO
+        for o in range(features):
+            place = o % LANES * LANES
+            store(scratch, place, load(scratch, place) + load(y, o * count + c))
+        mean = _add_rows(scratch) * share
+        store(scratch, means + c, mean)
+        scratch[:means] = _ZERO
+        for o in range(features):
+            distance, place = load(y, o * count + c) - mean, o % LANES * LANES
+            store(scratch, place, fma(distance, distance, load(scratch, place)))
+        store(scratch, scales + c, rsqrt(fma(_add_rows(scratch), share, splat(EPSILON))))
+    # Row by row: surplus lanes spill into the next row, which is written after.
+    for o in range(features):
+        for c in range(0, count, LANES):
+            distance = load(y, o * count + c) - load(scratch, means + c)
+            store(z, o * count + c, distance * load(scratch, scales + c))
+
+
+@njit(cache=True)
+def _add_rows(scratch):
+    total = splat(_ZERO)
+    for lane in range(LANES):
+        total = total + load(scratch, lane * LANES)
+    return total
+
+
+@njit(cache=True)
 def _forward_dense(net, prepared, obs, count, out):
     sizes, values, bias = net.sizes, prepared.values, prepared.bias
     x, y = prepared.x, prepared.y
@@ -205,7 +305,6 @@ def _forward_dense(net, prepared, obs, count, out):
         for i in range(sizes[0]):
             x[e * stride + i] = obs[e, i]
     v0, b0 = 0, 0
-    last = sizes.size - 2
     for layer in range(sizes.size - 1):
         inp, width = sizes[layer], _round_up(sizes[layer + 1], LANES)
         for first in range(0, count, _ROWS):
@@ -224,7 +323,10 @@ def _forward_dense(net, prepared, obs, count, out):
                     x, x0, stride, 1, values, v0 + o, width, y, y0 + o, stride, inp, bias, 0
                 )
                 o += LANES
-        if layer < last:
+        _keep_stream(net, prepared, layer, y, count * stride)
+        if net.normalised[layer]:
+            _normalise_copies(y, count, stride, sizes[layer + 1], prepared.scratch)
+        if net.active[layer]:
             for e in range(count):
                 activate(y, e * stride, _NOWHERE, width, net.activation, _ALPHA)
         v0 += inp * width
@@ -244,7 +346,6 @@ def _forward_sparse(net, prepared, obs, count, out):
         for e in range(count):
             x[i * count + e] = obs[e, i]
     r = 0
-    last = sizes.size - 2
     for layer in range(sizes.size - 1):
         rows = sizes[layer + 1]
         for o in range(rows):
@@ -256,7 +357,11 @@ def _forward_sparse(net, prepared, obs, count, out):
             if e < count:
                 _sparse_narrow(values, j, column, j, size, x, e, count, y, y0 + e, bias[r])
             r += 1
-        if layer < last:
+        _keep_stream(net, prepared, layer, y, rows * count)
+        if net.normalised[layer]:
+            _normalise_features(y, x, rows, count, prepared.scratch)
+            x, y = y, x
+        if net.active[layer]:
             activate(y, _NOWHERE, _NOWHERE, rows * count, net.activation, _ALPHA)
         x, y = y, x
     for e in range(count):

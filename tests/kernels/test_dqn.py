@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import KINDS, any_chain
 
 from sparse_tickets.kernels import transitions
-from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import has_triton, use_backend
 from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_, plan
@@ -20,19 +20,22 @@ from sparse_tickets.kernels.transitions import Transitions
 
 LR = 1e-3
 EPS = torch.finfo(torch.float32).eps
-KINDS = pytest.mark.parametrize(
+LOSSES_AND_DOUBLE = pytest.mark.parametrize(
     ("double_dqn", "loss"), [(False, "huber"), (True, "huber"), (False, "squared")]
 )
 CAPACITY, STORED = 300, 257
 
 
-def problem(density, *, tickets=4, hidden=(40, 24), activation="relu", actions=3):
+def problem(
+    density, *, tickets=4, hidden=(40, 24), activation="relu", architecture="mlp", actions=3
+):
     generator = torch.Generator().manual_seed(tickets)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    arena = Arena.build((5, *hidden, actions), activation=activation)
+    sizes = any_chain(architecture, 5, hidden, actions)
+    arena = Arena.build(sizes, activation=activation, architecture=architecture)
     mask = torch.rand(tickets, arena.prunable, generator=generator) < density
     weight, target = 0.2 * normal(tickets, arena.size), 0.2 * normal(tickets, arena.size)
     m, v = 0.01 * normal(tickets, arena.size), 1e-3 * normal(tickets, arena.size) ** 2 + 1e-6
@@ -101,7 +104,7 @@ def compare(density, config, backend="cpu", **options):
         assert (row[:, : arena.prunable][~parameters.mask] == 0).all()
 
 
-@KINDS
+@LOSSES_AND_DOUBLE
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.0])
 def test_updates_equal_float64(density, double_dqn, loss, poisoned):
     compare(density, DQNConfig(updates=1, batch=133, double=double_dqn, loss=loss))
@@ -115,15 +118,12 @@ def test_updates_equal_float64(density, double_dqn, loss, poisoned):
     batch=st.integers(1, 140),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     double_dqn=st.booleans(),
-    activation=st.sampled_from(KNOWN),
     actions=st.integers(1, 9),
     loss=st.sampled_from(list(LOSSES)),
+    **KINDS,
 )
-def test_any_network_and_batch(
-    hidden, tickets, batch, density, double_dqn, activation, actions, loss
-):
+def test_any_network_and_batch(batch, density, double_dqn, loss, **shape):
     config = DQNConfig(updates=1, batch=batch, double=double_dqn, loss=loss, max_norm=None)
-    shape = {"hidden": hidden, "tickets": tickets, "activation": activation, "actions": actions}
     compare(density, config, **shape)
 
 
@@ -157,7 +157,7 @@ def test_a_ticket_does_not_see_its_batch_and_calls_may_be_cut(double_dqn, monkey
     assert run(slice(0, 0), [(0, 1)]).weight.shape == (0, arena.size)
 
 
-@KINDS
+@LOSSES_AND_DOUBLE
 def test_one_update_is_what_torch_alone_makes_of_it(double_dqn, loss):
     """A ticket as modules of torch, with its loss, its clipping and its Adam."""
     arena, parameters, target, replay, key, lr = problem(1.0, tickets=1, hidden=(16,))

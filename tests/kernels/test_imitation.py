@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import KINDS, any_chain
 
-from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_, plan, reference
@@ -25,15 +25,20 @@ def problem(
     hidden=(40, 24),
     critic=(5, 8, 1),
     activation="tanh",
+    architecture="mlp",
 ):
     generator = torch.Generator().manual_seed(tickets)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    sizes = (5, *hidden, 6 if squashed else 3)
     arena = Arena.build(
-        sizes, critic, continuous=continuous, squashed=squashed, activation=activation
+        any_chain(architecture, 5, hidden, 6 if squashed else 3),
+        critic,
+        continuous=continuous,
+        squashed=squashed,
+        activation=activation,
+        architecture=architecture,
     )
     mask = torch.rand(tickets, arena.prunable, generator=generator) < density
     weight = 0.2 * normal(tickets, arena.size)
@@ -135,12 +140,10 @@ def test_without_a_critic_and_with_relu(poisoned):
     batch=st.integers(1, 140),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     continuous=st.booleans(),
-    activation=st.sampled_from(KNOWN),
+    **KINDS,
 )
-def test_any_network_and_batch(hidden, tickets, batch, density, continuous, activation):
-    config = CloneConfig(updates=1, batch=batch)
-    shape = {"hidden": hidden, "tickets": tickets, "activation": activation}
-    compare(density, config, continuous=continuous, **shape)
+def test_any_network_and_batch(batch, density, **shape):
+    compare(density, CloneConfig(updates=1, batch=batch), critic=None, **shape)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.1])

@@ -13,9 +13,9 @@ from sparse_tickets.kernels.vector import LANES
 TOLERANCE = 32 * torch.finfo(torch.float32).eps
 
 
-def population(sizes, density, tickets=3, samples=20, activation="tanh", critic=None):
+def population(sizes, density, tickets=3, samples=20, critic=None, **kind):
     generator = torch.Generator().manual_seed(sum(sizes) + samples)
-    arena = Arena.build(sizes, critic, activation=activation)
+    arena = Arena.build(sizes, critic, **kind)
     weight = 0.3 * torch.randn(tickets, arena.size, generator=generator)
     mask = torch.rand(tickets, arena.prunable, generator=generator) < density
     x = torch.randn(tickets, samples, sizes[0], generator=generator)
@@ -63,10 +63,16 @@ def poisoned(monkeypatch):
         ((4, 64, 64, 2), "gelu"),
         ((5, 40, 24, 3), "silu"),
         ((5, 40, 24, 3), "elu"),
+        ((5, 40, 24, 3), "layernorm-relu"),
+        ((5, 40, 24, 3), "layernorm-silu"),
+        ((5, 24, 70, 24, 9, 24, 3), "residual"),
     ],
 )
 def test_forward_and_gradients_equal_float64(sizes, activation, density, samples, poisoned):
-    arena, weight, mask, x, dy = population(sizes, density, samples=samples, activation=activation)
+    kind = {"activation": activation}
+    if activation == "residual":
+        kind = {"activation": "relu", "architecture": activation}
+    arena, weight, mask, x, dy = population(sizes, density, samples=samples, **kind)
     actual = gradients(lambda x, w: mlp(x, w, arena.actor, mask, density=density), x, weight, dy)
     expected = gradients(
         lambda x, w: reference.mlp(x, w, arena.actor, mask),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import KINDS, any_chain
 
 from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena
@@ -20,10 +23,12 @@ in_registers = st.lists(st.integers(1, 64), min_size=4, max_size=5).map(tuple)
 
 
 def _assert_equals_float64(
-    backend, sizes, activation, tickets, samples, density, seed, to_input=True
+    backend, sizes, tickets, samples, density, seed, to_input=True, **kind
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    arena = Arena.build(sizes, activation=activation)
+    inputs, *hidden, outputs = sizes
+    sizes = any_chain(kind.get("architecture", "mlp"), inputs, hidden, outputs)
+    arena = Arena.build(sizes, **kind)
     weight = torch.randn(tickets, arena.size, generator=generator) / max(sizes) ** 0.5
     mask = torch.rand(tickets, arena.prunable, generator=generator) < density
     x = torch.randn(tickets, samples, sizes[0], generator=generator)
@@ -41,27 +46,35 @@ def _assert_equals_float64(
         found = differentiate(
             lambda weight, x: mlp(x, weight, arena.actor, mask, density=density), *leaves, dy=dy
         )
-    exact = weight.double().requires_grad_(), x.double().requires_grad_(to_input)
-    expected = differentiate(
-        lambda weight, x: reference.mlp(x, weight, arena.actor, mask), *exact, dy=dy.double()
-    )
-    for ours, theirs in zip(found, (tensor.detach() for tensor in expected), strict=True):
-        scale = float(theirs.abs().max()) if theirs.numel() else 1.0
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCE * max(scale, 1e-2))
+
+    def in_torch(dtype):
+        leaves = weight.to(dtype).requires_grad_(), x.to(dtype).requires_grad_(to_input)
+        network = partial(reference.mlp, net=arena.actor, mask=mask)
+        found = differentiate(lambda weight, x: network(x, weight), *leaves, dy=dy.to(dtype))
+        return [tensor.detach() for tensor in found]
+
+    expected, rounded = in_torch(torch.float64), in_torch(torch.float32)
+    # Where an output cancels, the gradients still tell how large its terms were; and LayerNorm of
+    # two units that are nearly equal is as steep as a step.
+    scale = max((float(each.abs().max()) for each in expected if each.numel()), default=1.0)
+    errors = [(one - other).abs() for one, other in zip(expected, rounded, strict=True)]
+    steep = 4 * max((float(error.max()) for error in errors if error.numel()), default=0.0)
+    atol = max(TOLERANCE * max(scale, 1e-2), steep)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
     assert not found[1][:, : arena.prunable][~mask].any()
 
 
 others = {
-    "activation": st.sampled_from(KNOWN),
     "tickets": st.integers(0, 3),
     "samples": st.sampled_from([0, 1, 5, 33]),
     "density": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     "seed": st.integers(0, 99),
 }
-drawn = given(sizes=networks, **others)
+in_triton = {"activation": st.sampled_from(KNOWN), **others}
 
 
-@drawn
+@given(sizes=networks, **others, **KINDS)
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_on_the_cpu(**shape) -> None:
     _assert_equals_float64("cpu", **shape)
@@ -69,7 +82,7 @@ def test_on_the_cpu(**shape) -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
-@drawn
+@given(sizes=networks, **in_triton)
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_in_triton(**shape) -> None:
     _assert_equals_float64("triton", **shape)
@@ -77,7 +90,7 @@ def test_in_triton(**shape) -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
-@given(sizes=in_registers, **others)
+@given(sizes=in_registers, **in_triton)
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_in_registers_in_triton(**shape) -> None:
     """Without the input's gradient, in one launch."""

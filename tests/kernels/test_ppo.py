@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import KINDS, any_chain
 
-from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.mlp import layout
@@ -21,6 +21,7 @@ def problem(
     *,
     continuous=False,
     activation="tanh",
+    architecture="mlp",
     tickets=3,
     samples=148,
     hidden=(40, 24),
@@ -33,9 +34,10 @@ def problem(
         return torch.randn(*shape, generator=generator)
 
     arena = Arena.build(
-        (5, *hidden, 3),
-        (5, *critic, 1),
+        any_chain(architecture, 5, hidden, 3),
+        any_chain(architecture, 5, critic, 1),
         activation=activation,
+        architecture=architecture,
         continuous=continuous,
         prune_critic=prune_critic,
     )
@@ -155,8 +157,8 @@ def test_batches_of_any_size(samples, poisoned):
     minibatch=st.integers(2, 70),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     continuous=st.booleans(),
-    activation=st.sampled_from(KNOWN),
     prune_critic=st.booleans(),
+    **KINDS,
 )
 def test_any_networks_and_minibatch(minibatch, density, **shape):
     config = PPOConfig(epochs=1, minibatches=2)

@@ -75,20 +75,21 @@ def test_it_is_the_networks_of_the_paper(create_graph, generator):
             )
 
 
-def test_kernels_that_lack_it_refuse_it_and_plans_say_so():
+def test_it_is_plain_torch_on_a_gpu_and_plans_say_so():
     arena = Arena.build(SIZES, (3, 6, 1), architecture="residual")
-    device = torch.device("cpu")
-    plans = mlp_plan(arena.actor, device), ppo.plan(arena, device), imitation.plan(arena, device)
-    for plan in plans:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (mlp_plan(arena.actor, cpu).backend, ppo.plan(arena, cpu).backend) == ("cpu", "cpu")
+    for plan in mlp_plan(arena.actor, gpu), ppo.plan(arena, gpu), imitation.plan(arena, gpu):
         assert plan.backend == "reference"
         assert "stands between the layers" in plan.reason
-    weight, x = torch.zeros(1, arena.size), torch.zeros(1, 2, 3)
-    for backend, place in (("cpu", "a CPU"), ("triton", "a GPU")):
-        if backend == "triton" and not has_triton():
-            continue
-        message = f"architecture must be mlp on {place}, got 'residual'"
-        with use_backend(backend), pytest.raises(ValueError, match=message):
-            mlp(x, weight, arena.actor)
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+def test_triton_refuses_it_by_name():
+    arena = Arena.build(SIZES, architecture="residual")
+    message = "architecture must be mlp on a GPU, got 'residual'"
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        mlp(torch.zeros(1, 2, 3), torch.zeros(1, arena.size), arena.actor)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import KINDS, any_chain
 
 from sparse_tickets.envs.classic import ClassicEnv
 from sparse_tickets.envs.gym_adapter import GymEnv
 from sparse_tickets.envs.spec import Step
-from sparse_tickets.kernels.activations import KNOWN
 from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.random import Stream, normal
@@ -37,14 +37,15 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def make_arena(name: str, hidden=(16, 16), critic=True, activation="tanh") -> Arena:
+def make_arena(name: str, hidden=(16, 16), critic=True, **kind) -> Arena:
     spec = ClassicEnv(name, 1, 1).spec
     inp, out = spec.observation_dim, spec.action_dim
+    architecture = kind.get("architecture", "mlp")
     return Arena.build(
-        (inp, *hidden, out),
-        (inp, *hidden, 1) if critic else None,
-        activation=activation,
+        any_chain(architecture, inp, hidden, out),
+        any_chain(architecture, inp, hidden, 1) if critic else None,
         continuous=not spec.discrete,
+        **kind,
     )
 
 
@@ -96,14 +97,14 @@ def test_fused_follows_the_reference(name):
 @given(
     name=st.sampled_from(TASKS),
     hidden=st.lists(st.integers(1, 40), max_size=3),
-    activation=st.sampled_from(KNOWN),
     critic=st.booleans(),
     tickets=st.integers(1, 3),
     copies=st.integers(1, 20),
     density=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+    **KINDS,
 )
-def test_any_policy(name, hidden, activation, critic, tickets, copies, density):
-    arena = make_arena(name, hidden, critic, activation)
+def test_any_policy(name, hidden, critic, tickets, copies, density, **kind):
+    arena = make_arena(name, hidden, critic, **kind)
     parameters = make_parameters(arena, tickets, density)
     results = []
     for backend in ("cpu", "reference"):
@@ -224,11 +225,16 @@ def test_bits_depend_neither_on_population_nor_plan_nor_threads(copies):
         assert torch.equal(got_returns, want_returns[:tickets])
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+@pytest.mark.parametrize("kind", ["tanh", "relu", "gelu", "layernorm-elu", "residual"])
 @pytest.mark.parametrize("sizes", [(4, 2), (3, 70, 1), (5, 1, 17, 3), (6, 64, 64, 129)])
 @pytest.mark.parametrize("copies", [1, 4, 17, 40])
-def test_both_plans_equal_a_dense_network(sizes, copies, activation):
-    arena = Arena.build(sizes, activation=activation)
+def test_both_plans_equal_a_dense_network(sizes, copies, kind):
+    if kind == "residual":
+        inputs, *hidden, outputs = sizes
+        chained = any_chain(kind, inputs, hidden, outputs)
+        arena = Arena.build(chained, activation="layernorm-silu", architecture=kind)
+    else:
+        arena = Arena.build(sizes, activation=kind)
     parameters = make_parameters(arena, 1, density=0.3)
     row, mask = parameters.weight[0].numpy(), parameters.mask[0].numpy()
     obs = torch.randn(copies, sizes[0], generator=torch.Generator().manual_seed(1))

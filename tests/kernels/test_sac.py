@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import KINDS, any_chain
 
 from sparse_tickets.kernels import squashed, transitions
 from sparse_tickets.kernels.arena import Arena, Parameters
@@ -20,16 +21,26 @@ EPS = torch.finfo(torch.float32).eps
 CAPACITY, STORED, FEATURES = 90, 77, 5
 
 
-def problem(density, *, tickets=3, hidden=(24, 16), activation="relu", actions=2, pruned=False):
+def problem(
+    density,
+    *,
+    tickets=3,
+    hidden=(24, 16),
+    activation="relu",
+    architecture="mlp",
+    actions=2,
+    pruned=False,
+):
     generator = torch.Generator().manual_seed(tickets)
 
     def normals(*shape):
         return torch.randn(*shape, generator=generator)
 
     arena = Arena.build(
-        (FEATURES, *hidden, 2 * actions),
-        (FEATURES + actions, *hidden, 1),
+        any_chain(architecture, FEATURES, hidden, 2 * actions),
+        any_chain(architecture, FEATURES + actions, hidden, 1),
         activation=activation,
+        architecture=architecture,
         squashed=True,
         prune_critic=pruned,
     )
@@ -103,11 +114,10 @@ def test_updates_equal_float64(density, pruned):
     tickets=st.integers(0, 3),
     batch=st.integers(1, 140),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    activation=st.sampled_from(["tanh", "relu"]),
     actions=st.integers(1, 7),
+    **KINDS,
 )
-def test_any_network_and_batch(hidden, tickets, batch, density, activation, actions):
-    shape = {"hidden": hidden, "tickets": tickets, "activation": activation, "actions": actions}
+def test_any_network_and_batch(batch, density, **shape):
     compare(density, configured(1, batch), **shape)
 
 
