@@ -102,7 +102,7 @@ class Sweep:
     """mlp, or residual: h + W2 act(W1 LN(h) + b1) + b2, block after block (SimBa)."""
     activation: str = "tanh"
     """Between layers: tanh, relu, elu, silu or gelu; layernorm-relu (or another of them) normalises
-    a sample's units first, in plain torch: no kernel does."""
+    a sample's units first, in plain torch on a GPU."""
     init: str = "lecun"
     """Initialisation: lecun, kaiming, orthogonal or rescaled (every layer prunes alike)."""
     during: str = "none"
