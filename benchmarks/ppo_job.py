@@ -8,8 +8,9 @@ log-probabilities and values in float64, advantages in float64, and the weights 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class PPOJob:
         env_name: a built-in environment.
         backend: of every op.
         nominal: density the kernels are told, if not the true one: 1 runs dense.
+        network: what `policy_arena` takes beside the environment.
     """
 
     tickets: int = 60
@@ -64,9 +66,10 @@ class PPOJob:
     backend: str = "auto"
     device: str = "cpu"
     nominal: float | None = None
+    network: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.arena = policy_arena(env_spec(self.env_name))
+        self.arena = policy_arena(env_spec(self.env_name), **self.network)
         self.key = torch.arange(self.tickets).to(self.device)
         generator = torch.Generator().manual_seed(0)
         mask = random_masks(self.tickets, self.arena.prunable, self.sparsity, generator)
