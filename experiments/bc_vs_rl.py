@@ -28,6 +28,7 @@ from experiments.sweeps import (
     per_level,
     setting,
     solved,
+    unsolved,
 )
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
@@ -130,7 +131,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
     ]
     against = dict.fromkeys(rival for _, rival in contests(cells))
     return Finding(
-        ran="; ".join(setting(part) for part in studies(cells).values()),
+        ran="; ".join(setting(part) + unsolved(part) for part in studies(cells).values()),
         effect="levels by which cloned tickets outlast others: " + "; ".join(effects),
         verdict="; ".join(f"{RIVALS[rival]}: {verdict(tickets, rival)}" for rival in against),
         text=text(cells, table),

@@ -28,6 +28,7 @@ from experiments.sweeps import (
     pendulum,
     pendulum_sac,
     setting,
+    unsolved,
 )
 from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
@@ -137,7 +138,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         figures[f"{name}_returns"] = partial(return_figure, part, controls=PAIRED, metric=returns)
         figures[name] = partial(contribution_figure, paired(part), metric=tuple(METRICS))
     return Finding(
-        ran="; ".join(setting(part) for _, part in studies(cells)),
+        ran="; ".join(setting(part) + unsolved(part) for _, part in studies(cells)),
         effect=f"mask minus values, of the dense return; {'; '.join(shown)}",
         verdict=f"once trained: {verdict(trained)}; before: {verdict(before)}",
         text=text(cells),
@@ -179,7 +180,7 @@ policy to the dense one. `ticket` controls take masks and values from the same s
             for kind in results.controls_kinds(part.filter(pl.col("algo") == algo))
         ]
         paragraphs += [
-            f"{setting(part)}.",
+            f"{setting(part)}{unsolved(part)}.",
             markdown(["contribution, algorithm, controls", *METRICS.values()], rows),
         ]
     return "\n\n".join(paragraphs)

@@ -49,6 +49,7 @@ __all__ = [
     "taught",
     "tickets",
     "train",
+    "unsolved",
 ]
 
 TICKET = "mask/weights"
@@ -312,6 +313,16 @@ def setting(cells: pl.DataFrame) -> str:
     apart = f"{at_once:.2g} of its levels at a time" if at_once > 1.1 else ""
     cut = ", ".join(filter(None, [cuts(cells), apart]))
     return f"{words} (cut: {cut})" if cut else words
+
+
+def unsolved(cells: pl.DataFrame) -> str:
+    """A remark where dense policies that learn by reinforcement end below what counts as solved."""
+    enough = solved(cells["env"][0])
+    dense = cells.filter((pl.col("level") == 0) & (pl.col("algo") != "bc"))
+    end = dense["return_final"].to_numpy().mean() if len(dense) else math.inf
+    if enough is None or end >= enough:
+        return ""
+    return f" (dense policies end at {end:.0f}, not at the {enough:g} that counts as solved)"
 
 
 OFF_POLICY = {"dqn": "DQN", "sac": "SAC"}
