@@ -45,6 +45,10 @@ def _is_watched() -> bool:
     )
 
 
+def _address_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 class _Seen:
     """A layer's tensors as they were when its run was made ready."""
 
@@ -60,7 +64,7 @@ class _Seen:
         self.bias: Any = self.parameters.get("bias")
         self.mask: Any = self.buffers.get("mask") if isinstance(layer, SparseLinear) else None
         self.snapshot = None if self.mask is None else take_snapshot(self.mask)
-        self.mask_at = 0 if self.mask is None else self.mask.data_ptr()
+        self.mask_at = _address_of(self.mask)
         self.weight_size = layer.out_features * layer.in_features
         self.bias_size = layer.out_features
 
@@ -101,18 +105,16 @@ class _Ready:
 
     def compile(self) -> None:
         """Have `compiled`, now that there is what it takes."""
-        layers = [
-            (
-                *(linear.parameters, linear.buffers, linear.weight, linear.bias, linear.mask),
-                linear.mask_at,
-                0 if linear.snapshot is None else linear.snapshot.data_ptr(),
-                known.mask is not None,
-                *(known.out, known.inp),
-            )
-            for linear, known in zip(self.linears, self.network.layers, strict=True)
+        seen = self.linears
+        places = [
+            (each.parameters, each.buffers, each.weight, each.bias, each.mask) for each in seen
         ]
-        # It borrows these tensors and dictionaries, which live as long as `linears`.
-        self.compiled = native.module.Network(layers, self.network.form, self.inp)
+        layers = [
+            (known.out, known.inp, each.mask_at, _address_of(each.snapshot), known.mask is not None)
+            for each, known in zip(seen, self.network.layers, strict=True)
+        ]
+        # It borrows tensors and dictionaries, which live as long as `linears`.
+        self.compiled = native.module.Run(layers, self.network.form, places)
 
     def has_masks(self) -> bool:
         """Whether the masks, where they lie, hold what they held."""

@@ -198,10 +198,9 @@ def plan_for(mask: Tensor, batch: int, dtype: torch.dtype, training: bool = Fals
         ValueError: the chosen backend cannot run on the device.
     """
     if choose_backend(mask.device, dtype) == "cpu":
-        from . import cpu
-        from .patterns import find_pattern
+        from .layer import Prepared
 
-        return cpu.plan_for(find_pattern(mask[None]), batch, dtype, training)
+        return Prepared(mask).plan(batch, dtype, training)
     density = int(mask.sum()) / max(mask.numel(), 1)
     out, inp = mask.shape
     blocks = find_blocks(mask[None])

@@ -1,9 +1,8 @@
 """The linear layer on the CPU: each ticket in the format of its own mask.
 
 `compressed` rows for unstructured masks, `blocked` tiles where the mask is made of full blocks,
-`single` for a single row without gradients, torch's own product where `crossover` says that
-nothing beats it. A ticket's format does not depend on its batch-mates, and so neither do its
-results.
+torch's own product where `crossover` says that nothing beats it. A ticket's format does not depend
+on its batch-mates, and so neither do its results.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .compressed import flat
 from .crossover import Choice, Pass, bucket, choose, is_forced
 from .patterns import Pattern, find_pattern
 
-__all__ = ["backward", "dw", "dx", "forward", "plan", "plan_for", "wins_single"]
+__all__ = ["backward", "dw", "dx", "forward", "plan"]
 
 _Groups = dict[str, np.ndarray]
 """Tickets, ascending, by the format they run in: ``dense``, ``csr`` or ``blocked``."""
@@ -49,12 +48,6 @@ def plan(
     choice = _choose(out, inp, batch, density, training, block)
     format_ = f"blocked-{block}" if block else "csr"
     return Plan("linear", "cpu", format_ if choice.sparse else "dense+mask", choice.reason)
-
-
-def plan_for(pattern: Pattern, batch: int, dtype: torch.dtype, training: bool = False) -> Plan:
-    """`plan` for the mask of one layer, whose blocks count."""
-    density, block = float(pattern.density[0]), int(pattern.block[0])
-    return plan(pattern.out, pattern.inp, batch, density, dtype, training, block)
 
 
 def _choose(out: int, inp: int, batch: int, density: float, training: bool, block: int) -> Choice:
@@ -174,9 +167,3 @@ def _add_formats(
         compressed.backward(dy_, x_, weight_, pattern, dx_, dw_, db_, groups["csr"], batch)
     if "blocked" in groups:
         blocked.backward(dy_, x_, weight_, pattern, dx_, dw_, db_, groups["blocked"], batch)
-
-
-def wins_single(pattern: Pattern) -> bool:
-    """Whether `single` beats torch's product on one row, for the mask of one layer."""
-    density = float(pattern.density[0])
-    return density < 1 and choose("csr", "forward", pattern.out, pattern.inp, 1, density).sparse

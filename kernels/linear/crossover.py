@@ -274,21 +274,14 @@ def _sparse_layer(
     format: Format, out: int, inp: int, batch: int, density: float, generator: torch.Generator
 ) -> tuple[Callable[..., Tensor], Tensor]:
     from . import linear
-    from .patterns import build_pattern
-    from .single import SingleRow
 
     size = 16 if format == "blocked" else 1
     shape = (out // size, inp // size)
     draw = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     mask = draw < density
     mask = mask.repeat_interleave(size, 0).repeat_interleave(size, 1)
-    single = SingleRow(build_pattern(mask[None]))
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if batch == 1 and not torch.is_grad_enabled():
-            row = single(x, weight, mask, bias)
-            if row is not None:
-                return row
         with forced_format("sparse"):
             return linear(x[None], weight[None], mask[None], bias[None])[0]
 

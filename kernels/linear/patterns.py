@@ -136,9 +136,14 @@ def build_pattern(snapshot: Tensor) -> Pattern:
     rows = Compressed(*_compress(flat, tickets, out, inp, inp, 1))
     columns = Compressed(*_compress(flat, tickets, inp, out, 1, inp))
     counts = np.diff(rows.begin[:: max(out, 1)]) if tickets and out else np.zeros(tickets)
-    size = out * inp
-    block = np.zeros(tickets, np.int64)
-    for p in range(tickets):
-        fitting = (s for s in BLOCKS if size and _is_blocked(flat, p * size, out, inp, s))
-        block[p] = next(fitting, 0)
-    return Pattern(out, inp, counts / max(size, 1), block, rows, columns, snapshot)
+    block = np.array([find_block(each) for each in snapshot], np.int64)
+    return Pattern(out, inp, counts / max(out * inp, 1), block, rows, columns, snapshot)
+
+
+def find_block(snapshot: Tensor) -> int:
+    """The largest of `BLOCKS` in whose full blocks a mask ``[O, I]`` of `take_snapshot` is made, or
+    0."""
+    out, inp = snapshot.shape
+    flat = snapshot.numpy().view(np.uint8).reshape(-1)
+    fitting = (size for size in BLOCKS if flat.size and _is_blocked(flat, 0, out, inp, size))
+    return next(fitting, 0)

@@ -55,6 +55,9 @@ _DENSE_ROWS, _SPARSE_ROWS, _MOST_PARTS = 128, 64, 8
 _DENSE_FROM = 0.42
 """Density from which `sgemm` is faster: 0.38 at batch 64, 0.47 at 2048, layers of 256 x 256."""
 
+_LONE_DENSE = 1 << 23
+"""Multiply-adds up to which one dense layer is worth a call of its own."""
+
 FEW = 3
 """Up to so many rows without a gradient are taken one by one."""
 
@@ -182,6 +185,8 @@ class Form:
         values: elements of the packed values.
         scratch: elements of scratch that forward and backward need.
         dense: of each layer, whether it runs dense.
+        pays: whether it is worth it: torch's own product is faster for one large layer that runs
+            dense, having no panels to fill and empty.
     """
 
     def __init__(self, layers: Sequence[Layer], supports: Sequence[Support], batch: int) -> None:
@@ -194,6 +199,8 @@ class Form:
         )
         widths = [layers[0].inp, *(layer.out for layer in layers)]
         every = all(self.dense)
+        size = batch * layers[0].out * layers[0].inp
+        self.pays = len(layers) > 1 or not every or size <= _LONE_DENSE
         self.parts = choose_parts(batch, every)
         self.tile = choose_tile(widths, batch, every, self.parts)
         values, features, shared = 0, widths[0], 0

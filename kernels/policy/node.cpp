@@ -7,6 +7,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -151,6 +153,7 @@ int64_t count_threads(int64_t parts, int64_t work) {
 // A `layout.Form`, and what it takes to call the kernels with it.
 struct Form {
   int64_t address, tile, parts, record, values, scratch, work, out, layers;
+  bool pays;
   // The Python object, whose memory the kernels read, and its network's layers.
   py::object form, network_layers;
 
@@ -404,68 +407,149 @@ Tensor train(const std::shared_ptr<Form>& form, const Tensor& x, const variable_
   return y;
 }
 
-// A run of layers as it was when it was made ready; borrows what its owner holds.
+bool is_plain(const Tensor& tensor, int64_t size) {
+  return tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous() &&
+         !tensor.is_neg() && tensor.numel() == size;
+}
+
+// Layers with the masks they had when they were made ready; borrows what its owner holds. Its calls
+// give None where anything is not as it was, or needs a closer look.
 class Network {
  public:
-  Network(const py::list& layers, py::function form_of, int64_t inp)
-      : form_of_(std::move(form_of)), inp_(inp) {
+  // Of each layer the mask's address then (0 without one), that of a copy, and whether it prunes.
+  struct Layer {
+    int64_t out, inp, mask_at, snapshot_at;
+    bool pruned;
+  };
+
+  Network(const py::list& layers, py::function form_of) : form_of_(std::move(form_of)) {
     for (py::handle each : layers) {
       auto layer = each.cast<py::tuple>();
-      layers_.push_back({layer[0].ptr(), layer[1].ptr(), layer[2].ptr(), layer[3].ptr(),
-                         layer[4].ptr(), layer[5].cast<int64_t>(), layer[6].cast<int64_t>(),
-                         layer[7].cast<bool>(), layer[8].cast<int64_t>(), layer[9].cast<int64_t>()});
+      layers_.push_back({layer[0].cast<int64_t>(), layer[1].cast<int64_t>(),
+                         layer[2].cast<int64_t>(), layer[3].cast<int64_t>(),
+                         layer[4].cast<bool>()});
     }
   }
 
-  // ``[B, I] -> [B, O]``, or None where anything is not as it was, or needs more than this.
-  py::object call(const Tensor& x) {
-    if (x.dim() != 2 || x.size(1) != inp_ || !is_plain(x, x.numel())) {
+  // One layer on these tensors: ``[B, I] -> [B, O]``.
+  py::object layer(py::handle x, py::handle weight, py::handle bias, py::handle mask) {
+    for (py::handle each : {x, weight, mask}) {
+      if (!THPVariable_CheckExact(each.ptr())) return py::none();
+    }
+    if (!(bias.is_none() || THPVariable_CheckExact(bias.ptr())) ||
+        at::impl::torch_function_mode_enabled() || c10::impl::dispatch_mode_enabled() ||
+        at::autocast::is_autocast_enabled(at::kCPU)) {
       return py::none();
     }
-    bool recorded = at::GradMode::is_enabled(), trained = recorded && x.requires_grad();
     variable_list parameters, masks;
-    parameters.reserve(2 * layers_.size());
-    for (const Layer& layer : layers_) {
-      if (PyDict_GetItem(layer.parameters, names().weight) != layer.weight ||
-          PyDict_GetItem(layer.parameters, names().bias) != layer.bias) {
-        return py::none();
-      }
-      for (auto [object, size] : {std::pair{layer.weight, layer.out * layer.inp},
-                                  std::pair{layer.bias, layer.out}}) {
-        parameters.push_back(object == Py_None ? Tensor() : THPVariable_Unpack(object));
-        const Tensor& parameter = parameters.back();
-        if (parameter.defined()) {
-          if (!is_plain(parameter, size)) {
-            return py::none();
-          }
-          trained = trained || (recorded && parameter.requires_grad());
-        }
-      }
-      if (layer.mask != Py_None) {
-        if (PyDict_GetItem(layer.buffers, names().mask) != layer.mask) {
-          return py::none();
-        }
-        const Tensor& mask = THPVariable_Unpack(layer.mask);
-        if (address_of(mask) != layer.mask_at || !mask.is_contiguous() ||
-            std::memcmp(reinterpret_cast<void*>(layer.mask_at),
-                        reinterpret_cast<void*>(layer.snapshot_at), layer.out * layer.inp) != 0) {
-          return py::none();
-        }
-        if (layer.pruned) {
-          masks.push_back(mask);
-        }
+    if (!take(layers_[0], weight.ptr(), bias.ptr(), mask.ptr(), parameters, masks)) {
+      return py::none();
+    }
+    return call(THPVariable_Unpack(x.ptr()), parameters, masks);
+  }
+
+ protected:
+  // Add a layer's tensors; false where they are not as they were.
+  static bool take(const Layer& layer, PyObject* weight, PyObject* bias, PyObject* mask,
+                   variable_list& parameters, variable_list& masks) {
+    for (auto [object, size] : {std::pair{weight, layer.out * layer.inp}, {bias, layer.out}}) {
+      parameters.push_back(object == Py_None ? Tensor() : THPVariable_Unpack(object));
+      if (parameters.back().defined() && !is_plain(parameters.back(), size)) {
+        return false;
       }
     }
+    if (mask == Py_None) {
+      return true;
+    }
+    const Tensor& kept = THPVariable_Unpack(mask);
+    if (layer.pruned) {
+      masks.push_back(kept);
+    }
+    return kept.is_cpu() && kept.scalar_type() == at::kBool && kept.is_contiguous() &&
+           kept.numel() == layer.out * layer.inp &&
+           std::memcmp(kept.const_data_ptr(), reinterpret_cast<void*>(layer.snapshot_at),
+                       layer.out * layer.inp) == 0;
+  }
+
+  py::object call(const Tensor& x, const variable_list& parameters, const variable_list& masks) {
+    if (x.dim() != 2 || x.size(1) != layers_[0].inp || !is_plain(x, x.numel())) {
+      return py::none();
+    }
+    bool trained = at::GradMode::is_enabled() &&
+                   (x.requires_grad() ||
+                    std::any_of(parameters.begin(), parameters.end(), [](const Tensor& each) {
+                      return each.defined() && each.requires_grad();
+                    }));
     const auto& form = form_for(trained || x.size(0) > setup.few ? x.size(0) : 1);
+    if (!form->pays) {
+      return py::none();
+    }
     return py::cast(trained ? train(form, x, parameters, masks) : infer(*form, x, parameters));
   }
 
+  std::vector<Layer> layers_;
+
  private:
-  struct Layer {
+  const std::shared_ptr<Form>& form_for(int64_t batch) {
+    auto found = forms_.find(batch);
+    if (found == forms_.end()) {
+      if (forms_.size() >= kForms) {
+        forms_.clear();
+      }
+      py::object form = form_of_(batch);
+      auto number = [&form](const char* name) { return form.attr(name).cast<int64_t>(); };
+      auto made = std::make_shared<Form>(
+          Form{number("address"), number("tile"), number("parts"), number("record"),
+               number("values"), number("scratch"), number("work"), number("out"),
+               static_cast<int64_t>(py::len(form.attr("layers"))), number("pays") != 0, form,
+               form.attr("layers")});
+      found = forms_.emplace(batch, std::move(made)).first;
+    }
+    return found->second;
+  }
+
+  // How many sizes of batches a network keeps its forms for.
+  static constexpr size_t kForms = 64;
+
+  std::unordered_map<int64_t, std::shared_ptr<Form>> forms_;
+  py::function form_of_;
+};
+
+// A network that looks up its tensors in the modules' dictionaries, where they must be those it
+// was made ready for.
+class Run : public Network {
+ public:
+  Run(const py::list& layers, py::function form_of, const py::list& places)
+      : Network(layers, std::move(form_of)) {
+    for (py::handle each : places) {
+      auto place = each.cast<py::tuple>();
+      places_.push_back(
+          {place[0].ptr(), place[1].ptr(), place[2].ptr(), place[3].ptr(), place[4].ptr()});
+    }
+  }
+
+  // ``[B, I] -> [B, O]``.
+  py::object operator()(const Tensor& x) {
+    variable_list parameters, masks;
+    parameters.reserve(2 * layers_.size());
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const Place& at = places_[i];
+      bool same = PyDict_GetItem(at.parameters, names().weight) == at.weight &&
+                  PyDict_GetItem(at.parameters, names().bias) == at.bias;
+      if (at.mask != Py_None) {
+        same = same && PyDict_GetItem(at.buffers, names().mask) == at.mask &&
+               address_of(THPVariable_Unpack(at.mask)) == layers_[i].mask_at;
+      }
+      if (!same || !take(layers_[i], at.weight, at.bias, at.mask, parameters, masks)) {
+        return py::none();
+      }
+    }
+    return call(x, parameters, masks);
+  }
+
+ private:
+  struct Place {
     PyObject *parameters, *buffers, *weight, *bias, *mask;
-    int64_t mask_at, snapshot_at;
-    bool pruned;
-    int64_t out, inp;
   };
 
   struct Names {
@@ -479,35 +563,7 @@ class Network {
     return names;
   }
 
-  static bool is_plain(const Tensor& tensor, int64_t size) {
-    return tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.is_contiguous() &&
-           !tensor.is_neg() && tensor.numel() == size;
-  }
-
-  const std::shared_ptr<Form>& form_for(int64_t batch) {
-    auto found = forms_.find(batch);
-    if (found == forms_.end()) {
-      if (forms_.size() >= kForms) {
-        forms_.clear();
-      }
-      py::object form = form_of_(batch);
-      auto number = [&form](const char* name) { return form.attr(name).cast<int64_t>(); };
-      auto made = std::make_shared<Form>(
-          Form{number("address"), number("tile"), number("parts"), number("record"),
-               number("values"), number("scratch"), number("work"), number("out"),
-               static_cast<int64_t>(py::len(form.attr("layers"))), form, form.attr("layers")});
-      found = forms_.emplace(batch, std::move(made)).first;
-    }
-    return found->second;
-  }
-
-  // How many sizes of batches a network keeps its forms for.
-  static constexpr size_t kForms = 64;
-
-  std::vector<Layer> layers_;
-  std::unordered_map<int64_t, std::shared_ptr<Form>> forms_;
-  py::function form_of_;
-  int64_t inp_;
+  std::vector<Place> places_;
 };
 
 }  // namespace
@@ -521,6 +577,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              reinterpret_cast<bool*>(used_threads), new py::object(std::move(differentiate))};
   });
   py::class_<Network>(module, "Network")
-      .def(py::init<const py::list&, py::function, int64_t>())
-      .def("__call__", &Network::call);
+      .def(py::init<const py::list&, py::function>())
+      .def("layer", &Network::layer);
+  py::class_<Run, Network>(module, "Run")
+      .def(py::init<const py::list&, py::function, const py::list&>())
+      .def("__call__", &Run::operator());
 }

@@ -7,7 +7,6 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ from sparse_tickets.kernels.linear import (
     patterns,
     plan_for,
     reference,
-    single,
 )
 from sparse_tickets.kernels.linear.panels import PANEL
 from sparse_tickets.kernels.vector import LANES
@@ -142,58 +140,6 @@ def test_blocked(tickets, batch, block, rows, columns, density, bias, together, 
     check(x, weight, mask, offset if bias else None, dy, together)
 
 
-@pytest.mark.long
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    out=sizes,
-    inp=sizes,
-    density=st.sampled_from([0.0, 0.03, 0.3, 0.9]),
-    bias=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_single_row(out, inp, density, bias, seed) -> None:
-    x, weight, mask, offset, _ = inputs(1, 1, out, inp, density, 1, seed)
-    x, weight, mask, offset = x[0], weight[0], mask[0], offset[0] if bias else None
-    y = single.SingleRow(patterns.find_pattern(mask[None]))(x, weight, mask, offset)
-    wide = [None if t is None else t.double() for t in (x, weight, offset)]
-    size = [None if t is None else t.abs() for t in wide]
-    assert_close(y, F.linear(*wide), F.linear(*size), inp + 1)
-
-
-@pytest.mark.parametrize("form", ["_WHOLE", "_LISTED", "_SINGLE"])
-@pytest.mark.parametrize("block", [1, 16])
-def test_forms_of_a_single_row(form: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each on masks that would not choose it, with columns that no register covers."""
-    for name in ("_WHOLE", "_LISTED", "_SINGLE", "_ROW"):
-        monkeypatch.setattr(single, name, 0 if name in (form, "_ROW") else 1000)
-    for out, inp, density in product((1, 5, 70), (7, 16, 37, 150), (0.1, 0.5, 1.0)):
-        x, weight, mask, bias, _ = inputs(1, 1, out, inp, density, block, out + inp)
-        row, memory = single.SingleRow(patterns.find_pattern(mask)), torch.full((out + 2,), -7.0)
-        y = memory[1:-1].fill_(torch.nan)
-        for offset in (None, bias[0]):
-            at = row.no_bias if offset is None else offset.data_ptr()
-            addresses = x.data_ptr(), weight.data_ptr(), mask.data_ptr(), at, y.data_ptr()
-            assert row.multiply(*addresses, row.form)
-            wide = [None if t is None else t.double() for t in (x[0], weight[0], offset)]
-            size = [None if t is None else t.abs() for t in wide]
-            assert_close(y[None], F.linear(*wide), F.linear(*size), inp + 1)
-            assert memory[0] == memory[-1] == -7
-
-
-def test_a_single_row_takes_the_form_of_its_mask() -> None:
-    def form(mask: Tensor) -> str:
-        row = single.SingleRow(patterns.find_pattern(mask[None]))
-        whole, registers, singles = (bool(row._memory[-1][i]) for i in (2, 3, 7))
-        return "whole" * whole + "registers" * registers + "singles" * singles
-
-    unstructured, blocks = torch.rand(256, 256), torch.rand(16, 16)
-    blocks = (blocks < 0.1).repeat_interleave(16, 0).repeat_interleave(16, 1)
-    assert form(unstructured < 0.5) == "whole"
-    assert form(blocks) == "registers"
-    assert form(unstructured < 0.01) == "singles"
-    assert form(torch.rand(64, 250) < 0.5) == "wholesingles"
-
-
 @pytest.mark.parametrize("shape", [(0, 4, 3, 2), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
 def test_empty(shape: tuple[int, int, int, int]) -> None:
     check(*inputs(*shape, 0.5, 1, 0), together=True)
@@ -217,7 +163,7 @@ def test_formats_mixed_in_one_population(monkeypatch: pytest.MonkeyPatch) -> Non
         for whole, part in zip(together, alone, strict=True):
             assert torch.equal(whole[one], part)
     formats = [plan_for(mask[p], 80, torch.float32).format for p in range(3)]
-    assert formats == ["dense+mask", "blocked-16", "csr"]
+    assert formats == ["dense", "blocked-16", "csr"]
 
 
 @pytest.mark.parametrize("block", [1, 16])
@@ -320,13 +266,12 @@ def test_spawned_process(monkeypatch: pytest.MonkeyPatch) -> None:
 # One row
 
 
-def test_acting_reads_the_weight_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
+def test_acting_reads_the_weight_where_it_lies() -> None:
     layer = SparseLinear(64, 48).prune_(0.2)
     x = torch.randn(1, 64)
     with torch.no_grad():
         layer(x)
-        assert isinstance(layer._prepared._find_way(1, False), single.SingleRow)
+        assert layer._prepared._compiled is not None
         # As soft target updates do, which no version counter sees.
         layer.weight.data.mul_(0.5)
         layer.bias.data.add_(1)
@@ -360,15 +305,14 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_little_work_is_dense_unmeasured(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "measure")
-    plan = SparseLinear(64, 48).prune_(0.1).plan(batch=100)
-    assert plan.format == "dense+mask"
-    assert "too little work" in plan.reason
+    choice = crossover.choose("csr", "forward", 48, 64, 100, 0.1)
+    assert not choice.sparse
+    assert "too little work" in choice.reason
 
 
 def test_measured_once_and_kept(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = SparseLinear(64, 48).prune_(0.1)
-    plan = layer.plan(batch=100)
-    assert "measured at this shape" in plan.reason
+    choice = crossover.choose("csr", "forward", 48, 64, 100, 0.1)
+    assert "measured at this shape" in choice.reason
     stored = json.loads(table.read_text())
     assert list(stored["seconds"]) == ["csr 48x64 batch 128"]
 
@@ -376,9 +320,9 @@ def test_measured_once_and_kept(table: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("measured again")
 
     monkeypatch.setattr(crossover, "_measure", refuse)
-    assert layer.plan(batch=128) == plan
+    assert crossover.choose("csr", "forward", 48, 64, 128, 0.1) == choice
     crossover._table.clear()
-    assert layer.plan(batch=65).format == plan.format
+    assert crossover.choose("csr", "forward", 48, 64, 65, 0.1).sparse == choice.sparse
 
 
 def test_measuring_leaves_the_caller_alone(table: Path) -> None:

@@ -55,16 +55,14 @@ class Problem:
         """The same network as C++ calls it, on modules' dictionaries of the same tensors."""
         native.start()
         assert native.module is not None, native.status()
-        self.owned = []
+        layers, self.places = [], []
         for i, (layer, mask) in enumerate(zip(self.network.layers, self.masks, strict=True)):
             weight, bias = self.parameters[2 * i : 2 * i + 2]
-            parameters, buffers = {"weight": weight, "bias": bias}, {"mask": mask}
             at = 0 if mask is None else mask.data_ptr()
-            self.owned.append(
-                (parameters, buffers, weight, bias, mask, at, at, mask is not None, *layer[:2])
-            )
-        inp = self.network.layers[0].inp
-        return native.module.Network(self.owned, self.network.form, inp)
+            layers.append((layer.out, layer.inp, at, at, mask is not None))
+            owned = {"weight": weight, "bias": bias}, {"mask": mask}
+            self.places.append((*owned, weight, bias, mask))
+        return native.module.Run(layers, self.network.form, self.places)
 
     def truth(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """The output in float64, and the leaves that it was made of."""

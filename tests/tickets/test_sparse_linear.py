@@ -1,7 +1,6 @@
 """SparseLinear keeps its contract: zero off the mask whatever trains it, an nn.Linear otherwise."""
 
 import copy
-import functools
 import gc
 import inspect
 import io
@@ -24,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparse_tickets.kernels.linear.layer as implementation
 from sparse_tickets import hooks
 from sparse_tickets.kernels.dispatch import Plan, use_backend
-from sparse_tickets.kernels.linear.single import SingleRow
 from sparse_tickets.kernels.linear.unpruned import Unpruned
+from sparse_tickets.kernels.policy import layout
 from sparse_tickets.linear import SparseLinear, count_kept
 
 OPTIMIZERS = {
@@ -438,24 +437,18 @@ def test_forward_notices(how):
 
 
 def test_clean_forward_takes_the_weight_itself(monkeypatch):
-    """In a training loop no masked copy is made, and kernels run only where they are sparse."""
-    seen = []
-    kernel = implementation.multiply_rows
-
-    def spy(rows, x, weight, *rest):
-        seen.append(weight is layer.weight)
-        return kernel(rows, x, weight, *rest)
-
-    monkeypatch.setattr(implementation, "multiply_rows", spy)
-    for name, calls in (("dense", 0), ("masked", 0), ("sparse", 3)):
-        inputs, outputs, density = PATHS[name]
-        layer = SparseLinear(inputs, outputs).prune_(density)
-        optimizer = torch.optim.Adam(layer.parameters())
-        seen.clear()
-        for _ in range(3):
-            layer(torch.randn(32, inputs)).sum().backward()
-            optimizer.step()
-        assert seen == [True] * calls
+    """In a training loop no masked copy is made, by whatever way."""
+    copies = []
+    monkeypatch.setattr(implementation, "keep", lambda *addresses: copies.append(addresses))
+    for inputs, outputs, density in PATHS.values():
+        for most in (layout._LONE_DENSE, 0):
+            monkeypatch.setattr(layout, "_LONE_DENSE", most)
+            layer = SparseLinear(inputs, outputs).prune_(density)
+            optimizer = torch.optim.Adam(layer.parameters())
+            for _ in range(3):
+                layer(torch.randn(32, inputs)).sum().backward()
+                optimizer.step()
+    assert not copies
 
 
 def copy_t(layer):
@@ -979,7 +972,7 @@ def test_plan_names_the_dense_path_and_the_reason():
     assert isinstance(dense, Plan)
     assert dense.format == "dense"
     assert "nothing is pruned" in dense.reason
-    assert pruned_layer().plan(batch=8).format == "dense+mask"
+    assert pruned_layer(0.9).double().plan(batch=8).format == "dense+mask"
     inputs, outputs, density = PATHS["sparse"]
     assert SparseLinear(inputs, outputs).prune_(density).plan(batch=32).format == "csr"
     with pytest.raises(ValueError, match="batch must be >= 0, got -1"):
@@ -1022,38 +1015,29 @@ def test_a_frozen_row_with_gradients_enabled(shape, monkeypatch):
     torch.testing.assert_close(wanted.grad, gradient, rtol=1e-5, atol=1e-5)
 
 
-# Acting: one row without gradients, by its own compiled way
-
-
-class Refuses:
-    """Stands for the compiled row: whoever multiplies by it did not look."""
-
-    @staticmethod
-    def multiply(compiled, *addresses):
-        if compiled(*addresses):
-            raise AssertionError("multiplied without a look")
-        return False
-
-
-def way(layer: SparseLinear):
-    return layer._prepared._find_way(1, trains=False)
+# Acting: one row without gradients, in one call
 
 
 @pytest.fixture
-def acting(monkeypatch) -> SparseLinear:
-    """A frozen layer that has acted, in a sparse way."""
-    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
+def acting() -> SparseLinear:
+    """A frozen layer that has acted, in one call."""
     torch.manual_seed(0)
     layer = SparseLinear(48, 40, mask=torch.rand(40, 48) > 0.8).requires_grad_(False)
     layer(torch.randn(1, 48))
-    assert isinstance(way(layer), SingleRow)
+    assert layer._prepared._compiled is not None
     return layer
 
 
 @pytest.fixture
 def ready(acting) -> SparseLinear:
     """One that will fail where it acts again by the shortest way."""
-    way(acting).multiply = functools.partial(Refuses.multiply, way(acting).multiply)
+    compiled = acting._prepared._compiled
+
+    def refuse(*tensors):
+        if compiled(*tensors) is not None:
+            raise AssertionError("multiplied without a look")
+
+    acting._prepared._compiled = refuse
     return acting
 
 
@@ -1116,14 +1100,14 @@ def test_acting_under_transforms_and_tracers(ready):
 
 
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
-def test_acting_with_a_gradient_wanted(ready, name):
+def test_acting_with_a_gradient_wanted(acting, name):
     x = torch.randn(1, 48)
-    tensors = {"input": x, "weight": ready.weight, "bias": ready.bias}
+    tensors = {"input": x, "weight": acting.weight, "bias": acting.bias}
     tensors[name].requires_grad_()
-    ready(x).sum().backward()
+    acting(x).sum().backward()
     assert tensors[name].grad is not None
-    with torch.no_grad(), pytest.raises(AssertionError, match="without a look"):
-        ready(x)
+    with torch.no_grad():
+        assert not acting(x).requires_grad
 
 
 def unmasked(layer: SparseLinear) -> nn.Parameter:
@@ -1171,11 +1155,12 @@ def test_acting_unpruned_sees_every_change(change):
         assert_looks(layer, x)
 
 
-def test_acting_by_the_dense_product_sees_a_written_weight(monkeypatch):
-    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "0")
-    layer, x = SparseLinear(48, 40).prune_(0.1).requires_grad_(False), torch.randn(1, 48)
+def test_the_dense_product_sees_a_written_weight(monkeypatch):
+    monkeypatch.setattr(layout, "_LONE_DENSE", 0)
+    layer, x = SparseLinear(48, 40).prune_(0.9).requires_grad_(False), torch.randn(5, 48)
     assert_looks(layer, x)
-    assert way(layer) == "dense"
+    assert "torch's product" in layer.plan(5).reason
+    assert layer._prepared._compiled is None
     layer.weight.normal_()
     for _ in range(2):
         assert_looks(layer, x)
@@ -1223,8 +1208,7 @@ def test_copies_act_by_themselves(ready, clone):
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
 @pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_acting_returns_fresh_tensors(monkeypatch, density, inside):
-    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
+def test_acting_returns_fresh_tensors(density, inside):
     layer = SparseLinear(48, 40).prune_(density).requires_grad_(False)
     x = torch.randn(2, 1, 48)
     with inside():
