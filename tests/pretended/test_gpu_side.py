@@ -7,7 +7,7 @@ import torch
 from replays import check_actions, check_dqn, check_draws, check_sac
 
 from sparse_tickets import SparseLinear
-from sparse_tickets.algos import bc, ppo
+from sparse_tickets.algos import bc, loop, ppo
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.conditions import CONDITIONS
 from sparse_tickets.envs import env_spec
@@ -40,8 +40,7 @@ def no_episodes(monkeypatch):
 
         before = after = note = result = lambda self, _: None
 
-    monkeypatch.setattr(ppo, "Evaluator", NoEvaluator)
-    monkeypatch.setattr(bc, "Evaluator", NoEvaluator)
+    monkeypatch.setattr(loop, "Evaluator", NoEvaluator)
 
 
 def test_devices_do_not_mix():
