@@ -59,7 +59,8 @@ def _loss(kind: str, action: Tensor, wanted: Tensor, statistics: Tensor, outputs
     (values,), (d_values,) = outputs.values, outputs.d_values
     value = values.gather(-1, action[..., None]).squeeze(-1)
     error = value - wanted
-    statistics[0] += LOSSES[kind](value, wanted, reduction="none").mean(1)
+    loss_of = LOSSES[kind]
+    statistics[0] += loss_of(value, wanted, reduction="none").mean(1)
     statistics[1] += value.mean(1)
     slope = (error.clamp(-1.0, 1.0) if kind == "huber" else 2 * error) / action.shape[1]
     d_values.zero_().scatter_(-1, action[..., None], slope[..., None])
