@@ -21,6 +21,7 @@ from ..dispatch import Plan, is_chosen
 from ..policy import Layer, Network, native
 from . import is_plain, is_watched
 from .cpu import plan
+from .crossover import bucket
 from .masking import is_equal, is_zero_off, keep, keep_in_place
 from .patterns import find_block, take_snapshot
 
@@ -46,8 +47,8 @@ class Prepared:
     """
 
     __slots__ = (
-        "_block", "_compiled", "_count", "_inp", "_mask_at", "_network", "_out", "_shape",
-        "kept", "mask",
+        "_block", "_blocked", "_compiled", "_count", "_inp", "_mask_at", "_network", "_out",
+        "_shape", "kept", "mask",
     )  # fmt: skip
 
     def __init__(self, mask: Tensor) -> None:
@@ -59,6 +60,7 @@ class Prepared:
         self._network: Network | None = None
         self._compiled: Any = None
         self._block = find_block(self.mask)
+        self._blocked: dict[tuple[bool, int], bool] = {}
         if self._count:
             pruned = self.mask if self.kept < self._count else None
             self._network = Network([Layer(self._out, self._inp, pruned, None)])
@@ -129,12 +131,15 @@ class Prepared:
         """Whether the mask's full blocks are worth the op that knows them."""
         if not self._block:
             return False
-        chosen = plan(self._out, self._inp, batch, self._density, _float32, trains, self._block)
-        return chosen.format != "dense+mask"
+        key = trains, bucket(batch)
+        if key not in self._blocked:
+            self._blocked[key] = self._plan(batch, _float32, trains).format != "dense+mask"
+        return self._blocked[key]
 
-    @property
-    def _density(self) -> float:
-        return self.kept / self._count
+    def _plan(self, batch: int, dtype: torch.dtype, training: bool) -> Plan:
+        """The plan of the op `linear`."""
+        density = self.kept / max(self._count, 1)
+        return plan(self._out, self._inp, batch, density, dtype, training, self._block)
 
     def fits(self, mask: Tensor) -> bool:
         """Whether a mask is the one that was prepared."""
@@ -147,7 +152,7 @@ class Prepared:
     def plan(self, batch: int, dtype: torch.dtype, training: bool) -> Plan:
         """What runs for a batch of so many rows, and why."""
         if dtype is not _float32 or self._runs_blocked(batch, training):
-            return plan(self._out, self._inp, batch, self._density, dtype, training, self._block)
+            return self._plan(batch, dtype, training)
         if self._network is None or not self._network.form(batch).pays:
             reason = "torch's product: one large layer of which so much is left gains by no other"
             return Plan("linear", "cpu", "dense+mask", reason)

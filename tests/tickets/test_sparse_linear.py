@@ -480,12 +480,15 @@ UNANNOUNCED = {
 }
 
 
-@pytest.mark.parametrize("crossover", ["0", "1"])
+@pytest.mark.parametrize("way", ["torch's product", "one call"])
 @pytest.mark.parametrize("write", UNANNOUNCED)
-def test_a_write_that_nobody_announces(write, crossover, monkeypatch):
-    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", crossover)
+def test_a_write_that_nobody_announces(write, way, monkeypatch):
+    if way == "torch's product":
+        monkeypatch.setattr(layout, "_DENSE_FROM", -1)
+        monkeypatch.setattr(layout, "_LONE_DENSE", 0)
     torch.manual_seed(0)
     layer = SparseLinear(40, 40).prune_(0.2)
+    assert way in layer.plan(batch=8).reason
     for after in (UNANNOUNCED[write], SparseLinear.apply_mask_):
         for batch in (1, 8, 64):
             layer(torch.randn(batch, 40))
