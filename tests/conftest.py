@@ -73,3 +73,20 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def generator() -> torch.Generator:
     """A fixed source of random inputs."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A loop of tiny parallel launches would mostly wait for its threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned_memory(one_thread: None) -> Iterator[None]:
+    """torch fills what it allocates with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

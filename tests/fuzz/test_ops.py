@@ -1,20 +1,13 @@
 """Every op on drawn sizes with several things wrong at once: right, or refused by name."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import bad_input
 import pytest
 import torch
 from fuzzing import drawn
 from hypothesis import given
 from hypothesis import strategies as st
 
-_path = Path(__file__).parents[1] / "kernels" / "test_bad_input.py"
-_module = importlib.util.spec_from_file_location("bad_input", _path)
-bad_input = sys.modules["bad_input"] = importlib.util.module_from_spec(_module)
-_module.loader.exec_module(bad_input)
-poisoned = bad_input._one_thread_and_poisoned_memory
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def other_dtype(tensor, draw):

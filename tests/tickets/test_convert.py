@@ -15,6 +15,10 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
+from converting import (
+    sparse_layers,
+    train,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,55 +27,15 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import sparse_tickets.convert as convert
 import sparse_tickets.linear as linear
 import sparse_tickets.selection as selection
-from sparse_tickets.compaction import Compact, compact
 from sparse_tickets.convert import (
     SparsifyWarning,
     densify_,
     from_torch_prune,
     sparsify_,
-    to_semi_structured,
 )
 from sparse_tickets.coverage import summary
 from sparse_tickets.linear import SparseLinear
-from sparse_tickets.prune import erk_counts
 from sparse_tickets.selection import keep_largest
-from sparse_tickets.structure import n_m_mask
-
-
-class ActorCritic(nn.Module):
-    """As libraries build it: two bodies from a helper, two heads, orthogonal initialisation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.actor = create_mlp(4, 2, [16, 16])
-        self.critic = create_mlp(4, 1, [16])
-
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.actor(obs), self.critic(obs)
-
-    def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.orthogonal_(module.weight, gain=math.sqrt(2))
-                module.bias.data.fill_(0.0)
-
-
-def create_mlp(inputs: int, outputs: int, hidden: list[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width in hidden:
-        layers += [nn.Linear(inputs, width), nn.Tanh()]
-        inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
-
-
-@pytest.fixture
-def policy() -> ActorCritic:
-    torch.manual_seed(0)
-    return ActorCritic()
-
-
-def sparse_layers(module: nn.Module) -> list[SparseLinear]:
-    return [layer for layer in module.modules() if isinstance(layer, SparseLinear)]
 
 
 def kept(module: nn.Module) -> int:
@@ -88,9 +52,6 @@ def test_docstring_examples(module):
     torch.manual_seed(0)
     names = {"torch": torch, "nn": nn, **vars(convert)}
     assert doctest.testmod(module, extraglobs=names).failed == 0
-
-
-# sparsify_
 
 
 @pytest.mark.parametrize("density", [0.0, 0.013, 0.2, 0.5, 1.0])
@@ -152,18 +113,6 @@ def test_optimizer_and_hooks_of_the_dense_policy_stay_valid(policy):
         for moment in ("exp_avg", "exp_avg_sq"):
             assert not optimizer.state[layer.weight][moment][~layer.mask].any()
             assert optimizer.state[layer.weight][moment].any() or not layer.mask.any()
-
-
-def train(policy: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> float:
-    obs = torch.linspace(-1, 1, 32).reshape(8, 4)
-    for _ in range(steps):
-        logits, value = policy(obs)
-        loss = nn.functional.cross_entropy(logits, torch.arange(8) % 2) + value.square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
-        optimizer.step()
-    return loss.item()
 
 
 def test_orthogonal_init_after_sparsify_and_training(policy):
@@ -251,81 +200,6 @@ def test_sparsify_needs_a_linear_layer_that_owns_its_weight():
     with pytest.raises(ValueError, match="layer '1' must own its weight"):
         sparsify_(module, 0.5)
     assert type(module[0]) is nn.Linear
-
-
-# what a fresh policy keeps, and what a user is told
-
-
-def fresh_policy(inputs: int = 4, outputs: int = 2) -> nn.Module:
-    """As PPO implementations initialise it: orthogonal, the action head 100 times smaller."""
-    torch.manual_seed(0)
-    policy = nn.Module()
-    policy.body = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
-    policy.head = nn.Linear(64, outputs)
-    for layer in (policy.body[0], policy.body[2]):
-        nn.init.orthogonal_(layer.weight, 2**0.5)
-    nn.init.orthogonal_(policy.head.weight, 0.01)
-    return policy
-
-
-@pytest.mark.parametrize("density", [0.5, 0.2, 0.1, 0.05])
-def test_the_default_keeps_every_action_of_a_fresh_policy(density):
-    policy = sparsify_(fresh_policy(), density)
-    assert kept(policy) == math.floor(density * 4480 + 0.5)
-    assert policy.head.mask.any(1).all()
-    assert policy.head.density >= density
-
-
-@pytest.mark.parametrize("density", [0.013, 0.1, 0.33, 0.8, 1.0])
-def test_erk_is_exact_and_nested_and_keeps_the_largest_of_each_layer(density):
-    policy = fresh_policy()
-    sizes = [(0, 64, 4), (0, 64, 64), (0, 2, 64)]
-    before = [layer.weight.detach().abs() for layer in (*policy.body[::2], policy.head)]
-    sparsify_(policy, 0.9)
-    first = [layer.mask.clone() for layer in sparse_layers(policy)]
-    sparsify_(policy, density, exclude=[])
-    k = math.floor(min(density, 0.9) * 4480 + 0.5)
-    assert kept(policy) == k
-    for layer, weight, mask, count in zip(
-        sparse_layers(policy), before, first, erk_counts(sizes, k), strict=True
-    ):
-        assert not (layer.mask & ~mask).any()
-        assert abs(int(layer.mask.sum()) - count) <= 1
-        out = weight[~layer.mask]
-        assert not layer.mask.any() or not len(out) or weight[layer.mask].min() >= out.max()
-
-
-def test_global_scope_names_the_head_that_it_prunes_away():
-    with pytest.warns(SparsifyWarning, match="layer 'head' keeps none of its weights.*scope='erk'"):
-        sparsify_(fresh_policy(), 0.1, scope="global")
-
-
-def test_a_dead_row_of_an_output_layer_and_a_broken_path_are_named():
-    policy = fresh_policy(outputs=3)
-    with torch.no_grad():
-        policy.head.weight[1] *= 1e-3
-    message = r"rows 1 of output layer 'head' depend on no input"
-    with pytest.warns(SparsifyWarning, match=message):
-        sparsify_(policy, 0.3, scope="layer")
-    chain = nn.Sequential(nn.Linear(2, 2, False), nn.ReLU(), nn.Linear(2, 2, False))
-    with torch.no_grad():
-        chain[0].weight.copy_(torch.tensor([[1.0, 0.9], [0.0, 0.0]]))
-        chain[2].weight.copy_(torch.tensor([[0.0, 0.9], [0.0, 1.0]]))
-    with pytest.warns(SparsifyWarning, match="no path reaches through layer '2'"):
-        sparsify_(chain, 0.5, scope="layer")
-
-
-def test_a_residual_block_and_hidden_rows_are_no_cut():
-    """Nothing is said of a layer whose inputs are not known, nor of hidden units without inputs."""
-    module = nn.Module()
-    module.a = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6))
-    module.b = nn.Linear(6, 1)
-    with torch.no_grad():
-        module.a[0].weight[:5] *= 1e-3
-        module.a[2].weight[:5] *= 1e-3
-        module.b.weight[0, 5] = 1
-    sparsify_(module, 0.17, scope="layer")
-    assert not module.a[2].mask[:5].any()
 
 
 @pytest.mark.filterwarnings("ignore::sparse_tickets.convert.SparsifyWarning")
@@ -566,348 +440,6 @@ def test_memory_at_the_peak_is_at_most_twice_the_parameters(width, layers, scope
         command, capture_output=True, text=True, check=True, timeout=120, env=environment
     )
     assert 1.2 < float(run.stdout) < 2.0
-
-
-# densify_, from_torch_prune
-
-
-def test_densify_is_plain_and_equal(policy):
-    parameters = list(policy.parameters())
-    obs = torch.randn(5, 4)
-    sparsify_(policy, 0.3)
-    policy.init_weights()
-    want = policy(obs)
-    assert densify_(policy) is policy
-    assert not sparse_layers(policy)
-    assert type(policy.actor[0]) is nn.Linear
-    assert all(a is b for a, b in zip(parameters, policy.parameters(), strict=True))
-    assert set(policy.state_dict()) == set(ActorCritic().state_dict())
-    torch.testing.assert_close(policy(obs), want)
-    assert kept_nonzero(policy) == math.floor(0.3 * 432 + 0.5)
-    train(policy, torch.optim.Adam(policy.parameters()))
-    assert kept_nonzero(policy) > math.floor(0.3 * 432 + 0.5)
-
-
-def kept_nonzero(policy: nn.Module) -> int:
-    return sum(int(p.count_nonzero()) for p in policy.parameters() if p.dim() == 2)
-
-
-def test_from_torch_prune(policy):
-    weight = policy.actor[0].weight
-    targets = [(policy.actor[0], "weight"), (policy.actor[2], "weight")]
-    torch_prune.global_unstructured(targets, torch_prune.L1Unstructured, amount=0.6)
-    torch_prune.random_unstructured(policy.actor[2], "weight", amount=0.5)
-    obs = torch.randn(5, 4)
-    want = policy(obs)
-    masks = [layer.weight_mask.bool() for layer, _ in targets]
-    assert from_torch_prune(policy) is policy
-    assert policy.actor[0].weight is weight
-    for (layer, _), mask in zip(targets, masks, strict=True):
-        assert type(layer) is SparseLinear
-        assert torch.equal(layer.mask, mask)
-        assert not layer._forward_pre_hooks
-    assert type(policy.actor[4]) is nn.Linear
-    torch.testing.assert_close(policy(obs), want)
-    copy.deepcopy(policy)
-
-
-def test_from_torch_prune_errors():
-    with pytest.raises(ValueError, match=r"torch\.nn\.utils\.prune has pruned"):
-        from_torch_prune(nn.Sequential(nn.Linear(4, 4)))
-    module = nn.Sequential(nn.Linear(4, 4))
-    torch_prune.l1_unstructured(module[0], "weight", amount=0.5)
-    torch_prune.l1_unstructured(module[0], "bias", amount=0.5)
-    with pytest.raises(ValueError, match="layer '0' must have an unpruned bias"):
-        from_torch_prune(module)
-    module = nn.Sequential(torch_prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5))
-    with torch.inference_mode():
-        module.append(torch_prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5))
-    with pytest.raises(ValueError, match="layer '1' must have a weight that can be written"):
-        from_torch_prune(module)
-    assert type(module[0]) is nn.Linear
-
-
-# compact
-
-
-ACTIVATIONS = [
-    nn.Tanh(),
-    nn.ReLU(inplace=True),
-    nn.Sigmoid(),
-    nn.Softplus(),
-    nn.ELU(),
-    nn.GELU(),
-    nn.PReLU(),
-    nn.Identity(),
-]
-
-
-def random_stack(seed: int, density: float, bias: bool, sparse: bool = True) -> nn.Sequential:
-    """A stack with weights so rare that dead inputs, dead units and constants all occur."""
-    torch.manual_seed(seed)
-    activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
-    module = nn.Sequential(
-        nn.Linear(9, 12, bias=bias),
-        activation,
-        nn.Sequential(nn.Linear(12, 11, bias=bias), nn.Tanh(), activation),
-        nn.Linear(11, 7, bias=bias),
-        nn.Linear(7, 3, bias=bias),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SparsifyWarning)
-        sparsify_(module, density, scope="global")
-    return module if sparse else densify_(module)
-
-
-def assert_minimal(small: Compact) -> None:
-    """Every unit has a path of weights in and out; every kept input a path out."""
-    layers = [layer for layer in small.net if isinstance(layer, nn.Linear)]
-    for index, layer in enumerate(layers):
-        assert type(layer) is nn.Linear
-        support = layer.weight != 0
-        if layer.weight.shape[1]:
-            assert support.any(0).all()
-            assert index == len(layers) - 1 or support.any(1).all()
-    assert layers[0].in_features == small.kept_inputs.numel()
-
-
-@pytest.mark.long
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 10_000),
-    density=st.sampled_from([0.0, 0.01, 0.03, 0.08, 0.15, 0.4, 1.0]),
-    bias=st.booleans(),
-    sparse=st.booleans(),
-)
-def test_compact_equals_the_original(seed, density, bias, sparse):
-    module = random_stack(seed, density, bias, sparse)
-    small = compact(module)
-    for shape in [(9,), (5, 9), (2, 3, 9), (0, 9)]:
-        x = torch.randn(shape)
-        torch.testing.assert_close(small(x), module(x), rtol=1e-5, atol=1e-5)
-    assert_minimal(small)
-    if density == 1:
-        assert small.kept_inputs.tolist() == list(range(9))
-
-
-def test_compact_folds_constants_and_drops_what_is_dead():
-    """Input 1 is dead, unit 0 constant, unit 1 has no reader: unit 2 alone remains."""
-    module = nn.Sequential(
-        SparseLinear(3, 3, mask=torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1]]).bool()),
-        nn.Tanh(),
-        SparseLinear(3, 2, mask=torch.tensor([[1, 0, 1], [1, 0, 0]]).bool()),
-    )
-    small = compact(module)
-    assert small.kept_inputs.tolist() == [0, 2]
-    assert [tuple(p.shape) for p in small.net.parameters()] == [(1, 2), (1,), (2, 1), (2,)]
-    constant = module[0].bias[0].tanh()
-    want = module[2].bias + module[2].weight[:, 0] * constant
-    torch.testing.assert_close(small.net[2].bias, want)
-    assert "kept_inputs=2/3" in repr(small)
-
-
-def test_compact_cascades():
-    """A unit whose only source is a constant is one too; so is an input read by a dead unit."""
-    first = torch.tensor([[1, 0], [0, 0]]).bool()
-    second = torch.tensor([[0, 1], [1, 0]]).bool()
-    third = torch.tensor([[1, 0]]).bool()
-    module = nn.Sequential(
-        SparseLinear(2, 2, mask=first),
-        nn.Tanh(),
-        SparseLinear(2, 2, mask=second),
-        nn.Tanh(),
-        SparseLinear(2, 1, mask=third),
-        nn.Softmax(-1),
-    )
-    small = compact(module)
-    assert small.kept_inputs.numel() == 0
-    assert [type(layer) for layer in small.net] == [nn.Linear, nn.Softmax]
-    x = torch.randn(4, 2)
-    torch.testing.assert_close(small(x), module(x))
-
-
-def test_compact_with_everything_pruned_without_biases():
-    module = sparsify_(nn.Sequential(nn.Linear(4, 8, bias=False), nn.Sigmoid()), 0.0)
-    torch.testing.assert_close(compact(module)(torch.ones(2, 4)), torch.full((2, 8), 0.5))
-    module = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Sigmoid(), nn.Linear(8, 2, bias=False))
-    module[0].weight.data.zero_()
-    x = torch.randn(3, 4)
-    small = compact(module)
-    torch.testing.assert_close(small(x), module(x))
-    assert small.net[-1].bias is not None
-
-
-def test_compact_keeps_a_zero_weight_under_the_mask():
-    module = nn.Sequential(SparseLinear(3, 2))
-    nn.init.zeros_(module[0].weight)
-    assert compact(module).kept_inputs.tolist() == [0, 1, 2]
-    assert compact(densify_(module)).kept_inputs.numel() == 0
-
-
-def test_compact_is_a_copy_that_trains_saves_and_compiles():
-    module = random_stack(0, 0.2, bias=True)
-    before = copy.deepcopy(module.state_dict())
-    small = compact(module)
-    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
-    small(torch.randn(5, 9)).sum().backward()
-    optimizer.step()
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
-    twin = copy.deepcopy(small)
-    twin.load_state_dict(small.state_dict())
-    x = torch.randn(5, 9)
-    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), small(x))
-    with pytest.raises(ValueError, match=r"input must have shape \[\.\.\., 9\]"):
-        small(torch.ones(8))
-
-
-def test_compact_activation_before_the_first_layer_and_own_activation():
-    class Sine(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.sin()
-
-    module = nn.Sequential(nn.Tanh(), nn.Linear(6, 6), Sine(), nn.Linear(6, 2))
-    sparsify_(module, 0.15)
-    with pytest.raises(TypeError, match="got Sine"):
-        compact(module)
-    x = torch.randn(5, 6)
-    torch.testing.assert_close(compact(module, elementwise=(Sine,))(x), module(x))
-
-
-def test_compact_errors():
-    with pytest.raises(TypeError, match=r"must be an nn\.Sequential, got Linear"):
-        compact(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="must hold a linear layer"):
-        compact(nn.Sequential(nn.Tanh()))
-    for module in (nn.LayerNorm(2), nn.Softmax(-1), nn.PReLU(2), nn.Dropout()):
-        with pytest.raises(TypeError, match=f"got {type(module).__name__}"):
-            compact(nn.Sequential(nn.Linear(2, 2), module, nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="matching widths"):
-        compact(nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 2)))
-
-
-def test_compact_stays_on_its_device():
-    """Whatever it makes, it makes where the module is: nothing lands on the default device."""
-    module = random_stack(0, 0.2, True)
-    x = torch.randn(5, module[0].in_features)
-    with torch.device("meta"):
-        small = compact(module)
-    assert {t.device.type for t in (*small.parameters(), *small.buffers())} == {"cpu"}
-    torch.testing.assert_close(small(x), module(x))
-
-
-# to_semi_structured
-
-
-def two_of_four(inputs: int, outputs: int, seed: int = 0) -> SparseLinear:
-    torch.manual_seed(seed)
-    layer = SparseLinear(inputs, outputs)
-    return layer.set_mask_(n_m_mask(layer.weight.detach().abs(), 2, 4))
-
-
-@pytest.fixture
-def packing(monkeypatch):
-    """As on a GPU: torch's CUTLASS packing and unpacking, which are plain torch operations."""
-    from torch.sparse._semi_structured_conversions import (
-        sparse_semi_structured_from_dense_cutlass,
-        sparse_semi_structured_to_dense_cutlass,
-    )
-
-    packed = []
-
-    def pack(weight: torch.Tensor) -> torch.Tensor:
-        values, places = sparse_semi_structured_from_dense_cutlass(weight)
-        assert values.numel() == weight.numel() // 2
-        packed.append(values)
-        return sparse_semi_structured_to_dense_cutlass(values, places)
-
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", pack)
-    check = convert._check_semi_structured
-
-    def check_elsewhere(name: str, layer: SparseLinear, dtype: torch.dtype) -> None:
-        with pytest.raises(ValueError, match="must be on a CUDA device"):
-            check(name, layer, dtype)
-
-    monkeypatch.setattr(convert, "_check_semi_structured", check_elsewhere)
-    return packed
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_semi_structured_packs_what_the_mask_keeps(packing, dtype):
-    first, second = two_of_four(64, 32), two_of_four(32, 64)
-    module = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), SparseLinear(64, 2))
-    result = to_semi_structured(module, dtype=dtype, exclude=["4"])
-    assert [type(layer) for layer in result] == [
-        nn.Linear,
-        nn.Tanh,
-        nn.Linear,
-        nn.Tanh,
-        SparseLinear,
-    ]
-    assert len(packing) == 2
-    for new, old in zip(result[::2], module[::2], strict=True):
-        assert torch.equal(new.weight, old.weight.to(dtype))
-        assert torch.equal(new.bias, old.bias.to(dtype))
-    assert not any(p.requires_grad or p.dtype != dtype for p in result.parameters())
-    # The module itself is as it was.
-    assert isinstance(module[0], SparseLinear)
-    assert module[0].weight.requires_grad
-    assert module[0].weight.dtype == torch.float32
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(result(x.to(dtype)).float(), module(x), rtol=0.05, atol=0.05)
-
-
-def test_semi_structured_takes_a_layer_and_packs_a_shared_weight_once(packing):
-    layer = two_of_four(32, 32)
-    assert type(to_semi_structured(layer)) is nn.Linear
-    other = SparseLinear.from_linear(layer)
-    result = to_semi_structured(nn.Sequential(layer, other))
-    assert len(packing) == 2
-    assert result[0].weight is result[1].weight
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "message"),
-    [
-        (lambda: two_of_four(64, 32), {"dtype": torch.float32}, "dtype must be torch.float16 or"),
-        (lambda: nn.Linear(4, 4), {}, "module must hold a SparseLinear to convert, got none"),
-        (lambda: two_of_four(64, 32), {}, r"layer '' must be on a CUDA device, got cpu"),
-        (lambda: two_of_four(64, 30), {}, r"positive multiple of \d+ x \d+ \(out x in\).*30 x 64"),
-        (lambda: two_of_four(4, 32), {}, "got 32 x 4; exclude it to leave it as it is"),
-        (lambda: SparseLinear(64, 32), {}, "at most 2 of every 4 neighbouring inputs, got 4"),
-        (
-            lambda: nn.Sequential(two_of_four(64, 32), SparseLinear(64, 32).prune_(0.5)),
-            {"exclude": ["0"]},
-            "layer '1' must keep at most 2 of every 4",
-        ),
-        (
-            lambda: nn.Sequential(two_of_four(64, 32)),
-            {"exclude": ["1"]},
-            "exclude must name modules among",
-        ),
-    ],
-)
-def test_semi_structured_errors(module, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        to_semi_structured(module(), **arguments)
-
-
-def test_a_layer_in_several_places_is_converted():
-    """Used twice by a sequence, or registered before the layer that it reads."""
-    shared = nn.Linear(8, 8)
-    twice = sparsify_(nn.Sequential(shared, nn.Tanh(), shared), 0.5)
-    assert twice[0] is twice[2]
-    assert twice[0].density == 0.5
-
-    class Policy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(8, 2)
-            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), self.head)
-
-    policy = sparsify_(Policy(), 0.5)
-    assert policy.head is policy.net[2]
-    assert isinstance(policy.head, SparseLinear)
 
 
 def test_the_default_scope_is_what_the_experiment_says():

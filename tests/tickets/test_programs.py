@@ -4,7 +4,6 @@ What is refused stands in `REFUSED`. A program whose library is not installed is
 """
 
 import copy
-import io
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,45 +11,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from programs import assert_zero, draw, make, sparse_layers, truth
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparse_tickets import densify_, optim, sparsify_
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.targets import tie_masks_
-
-
-def make(density: float = 0.3, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    policy = nn.Sequential(
-        nn.Linear(17, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 6)
-    )
-    return sparsify_(policy, density)
-
-
-def draw(batch: int = 5) -> torch.Tensor:
-    return torch.randn(batch, 17)
-
-
-def sparse_layers(module: nn.Module) -> list[SparseLinear]:
-    return [layer for layer in module.modules() if isinstance(layer, SparseLinear)]
-
-
-def truth(module: nn.Module) -> nn.Module:
-    """A dense copy whose pruned weights are zero."""
-    return densify_(copy.deepcopy(module))
-
-
-def assert_zero(module: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
-    for layer in sparse_layers(module):
-        tensors = [layer.weight.detach()]
-        for optimizer in optimizers:
-            tensors += optimizer.state.get(layer.weight, {}).values()
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and tensor.shape == layer.mask.shape:
-                assert not tensor[~layer.mask].count_nonzero()
 
 
 def learn(policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -61,116 +29,6 @@ def learn(policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
         if step == 1:
             sparsify_(policy, 0.1)
-
-
-# Tracers and exporters. Each takes the policy and an input, and returns what it made of it.
-
-
-def trace(policy, x):
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.trace(policy, (x,)), buffer)
-    buffer.seek(0)
-    return torch.jit.load(buffer)
-
-
-def script_a_dense_copy(policy, x):
-    return torch.jit.script(truth(policy))
-
-
-def trace_symbolically(policy, x):
-    return torch.fx.symbolic_trace(policy)
-
-
-def make_graph(policy, x):
-    return make_fx(policy)(x)
-
-
-def export(policy, x):
-    return torch.export.export(policy, (x,)).module()
-
-
-def export_to_onnx(policy, x, tmp_path, **options):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    path = str(tmp_path / "policy.onnx")
-    torch.onnx.export(policy, (x,), path, **options)
-    session = runtime.InferenceSession(path)
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "take", [trace, script_a_dense_copy, trace_symbolically, make_graph, export]
-)
-def test_what_takes_a_policy_computes_it(take):
-    policy = make()
-    made = take(policy, draw())
-    for _ in range(2):
-        x = draw()
-        torch.testing.assert_close(made(x), truth(policy)(x))
-
-
-@pytest.mark.slow
-# Warnings of torch's about itself.
-@pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
-@pytest.mark.parametrize("options", [{"dynamo": True}, {"dynamo": False}], ids=str)
-def test_onnx_exporters(options, tmp_path):
-    policy = make().eval()
-    made = export_to_onnx(policy, draw(), tmp_path, **options)
-    x = draw()
-    torch.testing.assert_close(made(x), truth(policy)(x))
-
-
-def test_a_symbolic_trace_follows_masks_and_weights():
-    policy = make()
-    traced = torch.fx.symbolic_trace(policy)
-    sparsify_(policy, 0.1)
-    nn.init.orthogonal_(policy[2].weight.data)
-    x = draw()
-    torch.testing.assert_close(traced(x), truth(policy)(x))
-
-
-def test_a_graph_of_gradients():
-    policy, x = make(), draw()
-    parameters = list(policy.parameters())
-
-    def gradients(x):
-        return torch.autograd.grad(policy(x).square().sum(), parameters)
-
-    torch.testing.assert_close(list(make_fx(gradients)(x)(x)), list(gradients(x)))
-
-
-def test_shapes_alone():
-    policy = make()
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        assert policy(torch.randn(3, 17)).shape == (3, 6)
-        layer = SparseLinear(4, 4)
-        layer(torch.randn(2, 4)).sum().backward()
-        assert layer.weight.grad.shape == (4, 4)
-        assert "kept" not in repr(layer)
-    policy.to("meta")
-    assert policy(draw().to("meta")).is_meta
-    torch.set_default_device("meta")
-    try:
-        policy = make_on_cpu()
-        x = torch.randn(5, 17, device="cpu")
-        policy(x).square().sum().backward()
-        with torch.no_grad():
-            assert not policy(x[:1]).is_meta
-        torch.optim.Adam(policy.parameters()).step()
-    finally:
-        torch.set_default_device(None)
-    assert_zero(policy)
-
-
-def make_on_cpu() -> nn.Sequential:
-    return sparsify_(nn.Sequential(nn.Linear(17, 64, device="cpu"), nn.Tanh()), 0.3)
-
-
-# Averages of policies
 
 
 @pytest.mark.parametrize(
@@ -257,9 +115,6 @@ def test_targets_of_a_tensordict():
     torch.testing.assert_close(follower(x), truth(follower)(x))
 
 
-# Optimisers
-
-
 def test_optimisers_in_the_backward_pass():
     policy = make()
     optimizers = {p: torch.optim.Adam([p], lr=0.1) for p in policy.parameters()}
@@ -330,9 +185,6 @@ def test_compiled_autograd(batch):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-# Weights that are recomputed
-
-
 NORMS = {
     "weight_norm, old": nn.utils.weight_norm,
     "spectral_norm, old": nn.utils.spectral_norm,
@@ -364,9 +216,6 @@ def test_a_recomputed_weight_is_masked_last(name):
     assert torch.equal(layer.mask, mask)
 
 
-# Attention
-
-
 def test_encoders_read_through_the_mask():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(
@@ -380,9 +229,6 @@ def test_encoders_read_through_the_mask():
             for layer in sparse_layers(encoder):
                 layer.weight.data.masked_fill_(~layer.mask, 7.0)
             torch.testing.assert_close(encoder(x, **options), before)
-
-
-# State
 
 
 def test_a_sparse_state_in_a_dense_model():
@@ -403,9 +249,6 @@ def test_a_dense_state_in_a_sparse_model_without_strictness():
     assert_zero(policy)
     densify_(policy).load_state_dict(dense)
     torch.testing.assert_close(policy[2].weight, dense["2.weight"])
-
-
-# Sharded over processes
 
 
 @pytest.fixture
@@ -441,9 +284,6 @@ def test_sharded_parameters(one_process, foreach):
         sparsify_(policy, 0.05)
 
 
-# Other numbers
-
-
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_layers(dtype):
     torch.manual_seed(0)
@@ -463,9 +303,6 @@ def test_float64_is_ranked_as_such_by_sparsify():
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64))
     assert sparsify_(nn.Sequential(layer), 0.5)[0].mask.tolist() == [[False, True]]
-
-
-# Refusals
 
 
 def script():
@@ -507,6 +344,8 @@ def sparsify_complex():
 
 
 META = {"device": "meta"}
+
+
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "torch.jit.script": (script, TypeError, "torch.jit.trace.*densify_"),
     "vmap of parameters": (map_over_parameters_alone, ValueError, "pass the buffers too"),
