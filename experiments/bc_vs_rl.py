@@ -30,7 +30,6 @@ from experiments.sweeps import (
     solved,
     unsolved,
 )
-from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.frame import CONDITIONS
 from sparse_tickets.analysis.style import DPI, GREY, INK, PALE, head, styled
@@ -66,9 +65,8 @@ def collect(place: Place) -> pl.DataFrame:
         found.append(whole.with_columns(study=pl.lit(WHOLE), wall_s=pl.lit(None, pl.Float64)))
         sweeps.insert(0, (DEEP, cartpole_deep))
     for study, sweep in sweeps:
-        if place.wants(sweep.name):
-            _, store = sweep(place)
-            found.append(load_results(store.path).with_columns(study=pl.lit(study)))
+        if sweep.wanted(place):
+            found.append(sweep.cells(place).with_columns(study=pl.lit(study)))
     return pl.concat(found, how="diagonal")
 
 

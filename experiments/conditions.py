@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import (
+    SharedSweep,
     acrobot,
     cartpole,
     dqn,
@@ -30,12 +31,10 @@ from experiments.sweeps import (
     setting,
     unsolved,
 )
-from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
 from sparse_tickets.analysis.figures import contribution_figure, return_figure
 from sparse_tickets.analysis.style import DPI, GREY, INK, PALE, head, styled
-from sparse_tickets.sweep.store import Store
 
 METRICS = {
     "return_initial": "before training",
@@ -48,10 +47,10 @@ PAIRED = "ticket"
 
 
 def collect(place: Place) -> pl.DataFrame:
-    found = [_study("CartPole", cartpole(place)[1])]
-    if place.wants(dqn.name):
+    found = [_study("CartPole", cartpole, place)]
+    if dqn.wanted(place):
         # Cloning at more levels stands beside PPO.
-        cells = _study("CartPole, DQN", dqn(place)[1])
+        cells = _study("CartPole, DQN", dqn, place)
         found.append(cells.filter(pl.col("algo") == "dqn"))
     others = {"Acrobot": acrobot}
     if not place.quick:
@@ -63,13 +62,13 @@ def collect(place: Place) -> pl.DataFrame:
             "Hopper": hopper,
         }
     for name, sweep in others.items():
-        if place.wants(sweep.name):
-            found.append(_study(name, sweep(place)[1]))
+        if sweep.wanted(place):
+            found.append(_study(name, sweep, place))
     return pl.concat(found, how="diagonal")
 
 
-def _study(name: str, store: Store) -> pl.DataFrame:
-    return load_results(store.path).with_columns(study=pl.lit(name))
+def _study(name: str, sweep: SharedSweep, place: Place) -> pl.DataFrame:
+    return sweep.cells(place).with_columns(study=pl.lit(name))
 
 
 def studies(cells: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:

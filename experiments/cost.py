@@ -27,6 +27,7 @@ from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.returns import gae
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import initialise, policy_arena
+from sparse_tickets.provenance import processor
 
 ENV = "CartPole-v1"
 WIDTHS = {64: 32, 256: 8, 512: 4}
@@ -110,7 +111,7 @@ def collect(place: Place) -> pl.DataFrame:
     threads = torch.get_num_threads()
     return pl.concat(
         place.once(
-            f"cost-{index}", (group, rounds, threads), partial(measure, group, rounds)
+            f"cost-{index}", (group, rounds, threads, processor()), partial(measure, group, rounds)
         ).with_columns(varied=pl.lit("density" if group is not groups[-1] else "tickets"))
         for index, group in enumerate(groups)
     )

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import TICKET, cartpole, per_level, setting, taught
-from sparse_tickets import load_results
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.statistics import sign_flip
 from sparse_tickets.analysis.table import degradation
@@ -39,13 +38,12 @@ PAIRS = (("bc", "ppo"), ("student", "bc"), ("replay", "bc"), ("replay", "ppo"))
 
 def collect(place: Place) -> pl.DataFrame:
     shown = ("dense", *CONDITIONS)
-    cells = load_results(cartpole(place)[1].path)
+    cells = cartpole.cells(place)
     found = [cells.filter(pl.col("condition").is_in(shown))]
     for states in ("student", "replay"):
         sweep = taught(states)
-        if place.wants(sweep.name):
-            cells = load_results(sweep(place)[1].path)
-            found.append(cells.with_columns(algo=pl.lit(states)))
+        if sweep.wanted(place):
+            found.append(sweep.cells(place).with_columns(states=pl.lit(states)))
     return pl.concat(found, how="diagonal")
 
 
@@ -71,6 +69,8 @@ def gap(cells: pl.DataFrame, one: str, other: str, condition: str, metric: str) 
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
+    # Clones in other states are told from the others by their states alone.
+    cells = cells.with_columns(algo=pl.coalesce([*({"states"} & set(cells.columns)), "algo"]))
     shown = [
         f"{word}: "
         + ", ".join(

@@ -29,11 +29,10 @@ from experiments.frame import (
     markdown,
     signed,
 )
-from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels, train
-from sparse_tickets import Sweep, load_results
+from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels_of, train
+from sparse_tickets import Sweep
 from sparse_tickets.analysis.statistics import sign_flip
 from sparse_tickets.population import initialise
-from sparse_tickets.sweep.store import Store
 
 METHODS = {
     "gradual": "gradual pruning",
@@ -60,24 +59,22 @@ def collect(place: Place) -> pl.DataFrame:
     sweeps = {"ppo": cartpole} if place.quick else {"ppo": cartpole, "dqn": dqn}
     found = []
     for algo, sweep in sweeps.items():
-        if algo == "dqn" and not place.wants(sweep.name):
+        if not sweep.wanted(place):
             continue
-        spec, store = sweep(place)
+        spec, swept = sweep.spec(place), sweep.cells(place)
         every = 1 if place.quick else EVERY[algo]
-        there = levels(store, algo)
+        there = levels_of(swept, algo)
         chosen = there if place.quick else [level for level in LEVELS[algo] if level in there]
-        mine = [stored(store, algo, chosen)]
+        mine = [stored(swept, algo, chosen)]
         for method, width in jobs:
             at = _levels(method, width, chosen)
             job = f"during-{algo}-{method}-{width}", (spec, at, every)
             if place.partial and not place.kept(*job):
                 continue
-            cells = place.once(*job, _trainer(spec, store, algo, method, width, at, every))
+            cells = place.once(*job, _trainer(spec, algo, method, width, at, every))
             name = METHODS.get(method, method)
             mine.append(cells.with_columns(method=pl.lit(name), width=pl.lit(width, pl.Int64)))
-        place_of = {level: index for index, level in enumerate(chosen)}
-        cells = pl.concat(mine, how="diagonal")
-        found.append(cells.with_columns(level=pl.col("level").replace_strict(place_of)))
+        found += mine
     return pl.concat(found, how="diagonal")
 
 
@@ -94,12 +91,11 @@ def _levels(method: str, width: int, chosen: list[int]) -> list[int]:
     return chosen if width > 1 else chosen[1:]
 
 
-def stored(store: Store, algo: str, chosen: list[int]) -> pl.DataFrame:
+def stored(cells: pl.DataFrame, algo: str, chosen: list[int]) -> pl.DataFrame:
     """Dense policies, tickets and random masks of a sweep."""
     names = {TICKET: TICKETS, "random/re-init": GLOBAL, "dense": DENSE}
     return (
-        load_results(store.path)
-        .filter((pl.col("algo") == algo) & pl.col("level").is_in(chosen))
+        cells.filter((pl.col("algo") == algo) & pl.col("level").is_in(chosen))
         .with_columns(
             method=pl.col("condition").replace_strict(names, default=None),
             width=pl.lit(1, pl.Int64),
@@ -109,18 +105,16 @@ def stored(store: Store, algo: str, chosen: list[int]) -> pl.DataFrame:
 
 
 def _trainer(
-    spec: Sweep, store: Store, algo: str, method: str, width: int, chosen: list[int], every: int
+    spec: Sweep, algo: str, method: str, width: int, chosen: list[int], every: int
 ) -> Callable[[], pl.DataFrame]:
     def compute() -> pl.DataFrame:
-        return pl.concat(
-            trained(spec, store, algo, method, width, level, every) for level in chosen
-        )
+        return pl.concat(trained(spec, algo, method, width, level, every) for level in chosen)
 
     return compute
 
 
 def trained(
-    spec: Sweep, store: Store, algo: str, method: str, width: int, level: int, every: int
+    spec: Sweep, algo: str, method: str, width: int, level: int, every: int
 ) -> pl.DataFrame:
     """Policies of some width, pruned while they train to as many weights as a level keeps."""
     other = replace(spec, hidden=tuple(width * units for units in spec.hidden))
@@ -131,11 +125,11 @@ def trained(
     mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
     what = f"{method} x{width} {kept}"
     if method == DENSE:
-        return train(other, store, algo, 0, mask, initial, seeds, what)
+        return train(other, None, algo, 0, mask, initial, seeds, what)
     # A sweep whose first level keeps so many.
     rate = 1 - kept / arena.prunable
     other = replace(other, rate=rate, during=method, during_every=every)
-    cells = train(other, store, algo, 1, mask, initial, seeds, what)
+    cells = train(other, None, algo, 1, mask, initial, seeds, what)
     return cells.with_columns(level=pl.lit(level, pl.Int64))
 
 

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import cartpole, cuts, levels, tickets
+from experiments.sweeps import cartpole, cuts, levels_of, tickets
 from sparse_tickets import Population, Sweep, Ticket
 from sparse_tickets.algos.evaluation import Evaluator, Result
 from sparse_tickets.algos.ppo import PPO, Iteration
 from sparse_tickets.envs import open_env
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.sweep.protocols import protocol
-from sparse_tickets.sweep.store import Store
 
 LEVELS = (1, 2, 3, 4)
 KEYS = 2
@@ -85,20 +84,21 @@ VARIANTS: dict[str, tuple[Change, dict]] = {
 
 
 def collect(place: Place) -> pl.DataFrame:
-    spec, store = cartpole(place)
+    spec = cartpole.spec(place)
     budget = spec.ppo if place.quick else protocol(spec.env).ppo
-    chosen = sorted(set(levels(store, "ppo")) & set(LEVELS))
+    chosen = sorted(set(levels_of(cartpole.cells(place), "ppo")) & set(LEVELS))
     return pl.concat(
         place.once(
             f"failing-{name.replace(' ', '-')}",
             (spec, budget, chosen, KEYS, FIRST),
-            partial(train, spec, budget, store, chosen, name),
+            partial(train, place, budget, chosen, name),
         )
         for name in VARIANTS
     )
 
 
-def train(spec: Sweep, budget: PPO, store: Store, chosen: list[int], name: str) -> pl.DataFrame:
+def train(place: Place, budget: PPO, chosen: list[int], name: str) -> pl.DataFrame:
+    spec, store = cartpole(place)
     change, settings = VARIANTS[name]
     dense = {ticket.seed: ticket for ticket in tickets(store, "ppo", 0)}
     found = []

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +22,19 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from rich.console import Console
 
-from sparse_tickets import Sweep, run_sweep
+from sparse_tickets import Sweep, load_results, run_sweep
 from sparse_tickets.analysis.figures import save
 from sparse_tickets.analysis.statistics import bootstrap_interval, mean, sign_flip
 from sparse_tickets.files import write_atomic
 from sparse_tickets.provenance import commit, processor
 from sparse_tickets.sweep.progress import SweepProgress
-from sparse_tickets.sweep.store import Store
+from sparse_tickets.sweep.rows import COLUMNS, OPTIONAL
+from sparse_tickets.sweep.store import Store, spec_hash
 
 __all__ = [
     "NAMES",
     "RESULTS",
+    "SOURCE",
     "Experiment",
     "Finding",
     "Place",
@@ -66,6 +68,8 @@ NAMES = (
     "cost",
 )
 """All experiments, in the order of the README."""
+SOURCE = "source"
+"""Column that names the sweep or job a cell is of, with a hash of all its settings."""
 _COLUMNS = ("claim", "what we ran", "effect [95% interval]", "verdict", "command", "time", "figure")
 
 
@@ -77,11 +81,13 @@ class Place:
         runs: a folder; experiments that need the same sweep share it there.
         quick: whether everything is to be cut down to about a minute.
         partial: whether sweeps are taken as far as they are.
+        stored: tables whose cells are taken in place of training, the first that has them.
     """
 
     runs: Path
     quick: bool = False
     partial: bool = False
+    stored: tuple[Path, ...] = ()
 
     def sweep(self, name: str, spec: Sweep) -> Store:
         """The sweep called ``name``, finished unless ``partial``."""
@@ -90,9 +96,22 @@ class Place:
         with SweepProgress(spec, Console()) as progress:
             return run_sweep(spec, self.runs / name, on_progress=progress.advance)
 
-    def wants(self, name: str) -> bool:
-        """Whether a sweep is to be told of: one that has not begun is left where ``partial``."""
-        return not self.partial or self._begun(name)
+    def cells(self, name: str, spec: Sweep) -> pl.DataFrame:
+        """A sweep's cells alone: of a stored table that has every one, else of `sweep`."""
+        found = self._stored_sweep(name, spec)
+        if found is None:
+            found = load_results(self.sweep(name, spec).path)
+            found = found.with_columns(pl.lit(_sweep_source(name, spec)).alias(SOURCE))
+        return found
+
+    def wants(self, name: str, spec: Sweep | None = None) -> bool:
+        """Whether a sweep is to be told of: one that has not begun is left where ``partial``.
+
+        Given its spec, one whose cells are stored is told of, too.
+        """
+        if not self.partial or self._begun(name):
+            return True
+        return spec is not None and self._stored_sweep(name, spec) is not None
 
     def _begun(self, name: str) -> bool:
         return (self.runs / name / "spec.json").exists()
@@ -100,23 +119,60 @@ class Place:
     def once(
         self, name: str, settings: object, compute: Callable[[], pl.DataFrame]
     ) -> pl.DataFrame:
-        """What ``compute`` gives, from a file where it was computed with these settings before."""
+        """What ``compute`` gives, stored where it was computed with these settings before."""
         file = self._file(name, settings)
+        for stored in self._of(file.stem):
+            return stored
         if not file.exists():
             print(name, flush=True)
             origin = {"commit": commit(), "processor": processor()}
             table = compute().with_columns(**{k: pl.lit(v, pl.String) for k, v in origin.items()})
             file.parent.mkdir(parents=True, exist_ok=True)
             write_parquet(table, file)
-        return pl.read_parquet(file)
+        return pl.read_parquet(file).with_columns(pl.lit(file.stem).alias(SOURCE))
 
     def kept(self, name: str, settings: object) -> bool:
         """Whether `once` has it."""
-        return self._file(name, settings).exists()
+        file = self._file(name, settings)
+        return file.exists() or any(True for _ in self._of(file.stem))
+
+    def _stored_sweep(self, name: str, spec: Sweep) -> pl.DataFrame | None:
+        for found in self._of(_sweep_source(name, spec)):
+            cells = found.select([each for each in found.columns if each in _OF_A_SWEEP])
+            if set(COLUMNS) <= set(cells.columns) and _is_whole(cells, spec):
+                return cells
+        return None
+
+    def _of(self, source: str) -> Iterator[pl.DataFrame]:
+        """The stored cells of a source, by table."""
+        for file in self.stored:
+            if file.exists() and SOURCE in pl.read_parquet_schema(file):
+                found = pl.read_parquet(file).filter(pl.col(SOURCE) == source)
+                if len(found):
+                    yield found
 
     def _file(self, name: str, settings: object) -> Path:
         digest = hashlib.sha256(repr(_plain(settings)).encode()).hexdigest()[:12]
         return self.runs / f"{name}-{digest}.parquet"
+
+
+_OF_A_SWEEP = (*COLUMNS, *OPTIONAL, SOURCE)
+
+
+def _sweep_source(name: str, spec: Sweep) -> str:
+    return f"{name}-{spec_hash(spec.to_dict())}"
+
+
+def _is_whole(cells: pl.DataFrame, spec: Sweep) -> bool:
+    """Whether these are all cells of a sweep, each once, and nothing else."""
+    wanted = {
+        (algo, level, track.seed, track.condition, track.controls)
+        for algo in spec.algos
+        for level in range(spec.levels)
+        for track in spec.tracks(level)
+    }
+    found = cells.select("algo", "level", "seed", "condition", "controls").rows()
+    return len(found) == len(wanted) and set(found) == wanted
 
 
 @dataclass(frozen=True)
@@ -164,6 +220,7 @@ def main(experiment: Experiment) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny; writes to build/experiments")
     parser.add_argument("--partial", action="store_true", help="finish no sweep that has begun")
+    parser.add_argument("--again", action="store_true", help="train what results/ has already")
     parser.add_argument("--report", action="store_true", help="from the stored table, no training")
     options = parser.parse_args()
     home = ROOT / "build" / "experiments" if options.quick else HERE
@@ -171,7 +228,9 @@ def main(experiment: Experiment) -> None:
     table = home / "results" / f"{experiment.name}.parquet"
     if options.report and not table.exists():
         parser.error(f"there is no {table} to report on: run without --report first")
-    place = Place(runs, options.quick, options.partial)
+    others = sorted(table.parent.glob("*.parquet"))
+    stored = () if options.again else (table, *others)
+    place = Place(runs, options.quick, options.partial, stored)
     run(experiment, home, place, train=not options.report)
 
 

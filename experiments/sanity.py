@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cuts, dqn, levels, tickets, train
-from sparse_tickets import Sweep, load_results
+from experiments.sweeps import TICKET, cartpole, cuts, dqn, levels_of, tickets, train
+from sparse_tickets import Sweep
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.population import initialise
 from sparse_tickets.sweep.store import Store
@@ -43,28 +43,28 @@ METRICS = {"return_auc": "learning curve", "return_final": "final return"}
 
 
 def collect(place: Place) -> pl.DataFrame:
-    spec, store = cartpole(place)
-    chosen = [level for level in LEVELS if level in levels(store, "ppo")]
-    if place.quick:
-        chosen = levels(store, "ppo")[:2]
-    jobs = {
-        name: partial(changed, spec, store, chosen, change) for name, change in SETTINGS.items()
+    spec, swept = cartpole.spec(place), cartpole.cells(place)
+    there = levels_of(swept, "ppo")
+    chosen = there[:2] if place.quick else [level for level in LEVELS if level in there]
+    jobs: dict[str, Callable[[], pl.DataFrame]] = {
+        name: lambda change=change: changed(*cartpole(place), chosen, change)  # type: ignore[misc]
+        for name, change in SETTINGS.items()
     }
-    jobs[OTHER_KEY] = partial(again, spec, store, "ppo")
-    jobs[NARROW] = partial(narrow, spec, store, chosen[1:])
+    jobs[OTHER_KEY] = partial(again, spec, "ppo")
+    jobs[NARROW] = partial(narrow, spec, chosen[1:])
     found = [
         place.once(f"sanity-{_file(name)}", (spec, chosen, AGAIN), compute).with_columns(
             variant=pl.lit(name)
         )
         for name, compute in jobs.items()
     ]
-    stored = load_results(store.path).filter(
+    stored = swept.filter(
         (pl.col("algo") == "ppo")
         & pl.col("level").is_in(chosen)
         & pl.col("condition").is_in(["dense", TICKET])
     )
     found.append(stored.with_columns(variant=pl.lit(SWEEP)))
-    if not place.quick and place.wants(dqn.name):
+    if not place.quick and dqn.wanted(place):
         found += _dqn(place)
     columns = [name for name in found[0].columns if all(name in each.columns for each in found)]
     return pl.concat([each.select(columns) for each in found])
@@ -72,9 +72,9 @@ def collect(place: Place) -> pl.DataFrame:
 
 def _dqn(place: Place) -> list[pl.DataFrame]:
     """Dense policies of DQN: the sweep's, and trained again."""
-    spec, store = dqn(place)
-    floor = place.once("sanity-other-keys-dqn", (spec, AGAIN), lambda: again(spec, store, "dqn"))
-    dense = load_results(store.path).filter(pl.col("level") == 0)
+    spec = dqn.spec(place)
+    floor = place.once("sanity-other-keys-dqn", (spec, AGAIN), partial(again, spec, "dqn"))
+    dense = dqn.cells(place).filter(pl.col("level") == 0)
     return [
         floor.with_columns(variant=pl.lit(OTHER_KEY)),
         dense.with_columns(variant=pl.lit(SWEEP)),
@@ -101,29 +101,33 @@ def _initial(mine: list) -> list[torch.Tensor]:
     return [ticket.initial for ticket in mine]
 
 
-def again(spec: Sweep, store: Store, algo: str) -> pl.DataFrame:
+def again(spec: Sweep, algo: str) -> pl.DataFrame:
     """Each seed's dense policy from the same values with other training keys."""
-    mine = tickets(store, algo, 0) * AGAIN
-    masks, initial = (torch.stack(rows) for rows in ([t.mask for t in mine], _initial(mine)))
-    return train(spec, store, algo, 0, masks, initial, [t.seed for t in mine], "again")
+    seeds = [*range(spec.seeds)] * AGAIN
+    return train(spec, None, algo, 0, *_dense(spec, algo, seeds), seeds, "again")
 
 
-def narrow(spec: Sweep, store: Store, chosen: list[int]) -> pl.DataFrame:
+def _dense(spec: Sweep, algo: str, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks that keep all, and what the sweep's dense policies start from."""
+    arena = spec.arena(algo)
+    keys = torch.tensor([spec.initial_key(seed) for seed in seeds])
+    masks = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
+    return masks, initialise(arena, keys, spec.init, spec.log_std)
+
+
+def narrow(spec: Sweep, chosen: list[int]) -> pl.DataFrame:
     """Dense networks of two equal layers, with as near to a level's weights as widths allow."""
     ends = spec.arena("ppo").actor.sizes
     outer = ends[0] + ends[-1]
     seeds = list(range(spec.seeds))
-    key = torch.tensor([spec.initial_key(seed) for seed in seeds])
     found = []
     for level in chosen:
         kept = spec.kept("ppo", level)
         width = max(1, round(math.sqrt(outer**2 / 4 + kept) - outer / 2))
         small = replace(spec, hidden=(width, width))
-        arena = small.arena("ppo")
-        masks = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
-        initial = initialise(arena, key, spec.init, spec.log_std)
-        cells = train(small, store, "ppo", 0, masks, initial, seeds, f"narrow {width}")
-        share = arena.prunable / spec.arena("ppo").prunable
+        masks, initial = _dense(small, "ppo", seeds)
+        cells = train(small, None, "ppo", 0, masks, initial, seeds, f"narrow {width}")
+        share = masks.shape[1] / spec.arena("ppo").prunable
         found.append(cells.with_columns(level=pl.lit(level, pl.Int64), density=pl.lit(share)))
     return pl.concat(found)
 

@@ -9,7 +9,7 @@ and algorithm::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -47,39 +47,49 @@ EPISODES, VISITED, COPIES = 50, 64, 8
 
 
 def collect(place: Place) -> pl.DataFrame:
-    return pl.concat(
-        place.once(
-            f"stability-{share:g}-{algo}-{level:02d}",
-            (spec, POINTS, EPISODES, VISITED, COPIES),
-            partial(siblings, spec, store, algo, level),
-        ).with_columns(rewind=pl.lit(share))
-        for share, spec, store in _sweeps(place)
-        for algo in ALGORITHMS
-        for level in sorted(set(LEVELS) & set(levels(store, algo)))
-    )
+    found = []
+    for share in (0.0, LATER):
+        name, spec = _sweep(place, share)
+        settings = (spec, POINTS, EPISODES, VISITED, COPIES)
+        jobs = {
+            (algo, level): f"stability-{share:g}-{algo}-{level:02d}"
+            for algo in ALGORITHMS
+            for level in LEVELS
+            if level < spec.levels
+        }
+        there = {cell for cell, job in jobs.items() if place.kept(job, settings)}
+        if len(there) < len(jobs) and place.wants(name, spec):
+            store = place.sweep(name, spec)
+            there |= {(algo, level) for algo in ALGORITHMS for level in levels(store, algo)}
+        found += [
+            place.once(job, settings, partial(siblings, place, share, *cell)).with_columns(
+                rewind=pl.lit(share)
+            )
+            for cell, job in jobs.items()
+            if cell in there
+        ]
+    return pl.concat(found)
 
 
-def _sweeps(place: Place) -> Iterator[tuple[float, Sweep, Store]]:
-    """The tickets of CartPole as they are, and the same rewound to later."""
-    yield (0.0, *cartpole(place))
-    if not place.wants("stability"):
-        return
+def _sweep(place: Place, share: float) -> tuple[str, Sweep]:
+    """The tickets of CartPole as they are, or the same rewound to a share of training."""
     spec = cartpole.spec(place)
-    iterations = max(1, round(LATER * spec.ppo.iterations))
-    later = replace(
+    if not share:
+        return cartpole.name, spec
+    iterations = max(1, round(share * spec.ppo.iterations))
+    return "stability", replace(
         spec,
         conditions=(TICKET,),
         controls=("own",),
         levels=min(spec.levels, max(LEVELS) + 1),
         rewind_step=iterations * spec.ppo.batch,
     )
-    store = place.sweep("stability", later)
-    if all(later.levels == len(levels(store, algo)) for algo in ALGORITHMS):
-        yield LATER, later, store
 
 
-def siblings(spec: Sweep, store: Store, algo: str, level: int) -> pl.DataFrame:
+def siblings(place: Place, share: float, algo: str, level: int) -> pl.DataFrame:
     """Train two children of each seed's ticket; a row per seed."""
+    name, spec = _sweep(place, share)
+    store = place.sweep(name, spec)
     tracks = [Track(seed, TICKET, "own") for seed in range(spec.seeds)]
     dataset = stored_demonstrations(spec, store, algo) if algo in spec.imitating else None
     results = []

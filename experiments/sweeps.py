@@ -37,6 +37,7 @@ __all__ = [
     "hopper",
     "kept_inputs",
     "levels",
+    "levels_of",
     "lunar_lander",
     "mountain_car",
     "pendulum",
@@ -84,7 +85,10 @@ INPUTS = dict.fromkeys(
 
 @dataclass(frozen=True)
 class SharedSweep:
-    """A sweep by the name of its folder; called, it is trained where it is not yet."""
+    """A sweep by the name of its folder; called, it is trained where it is not yet.
+
+    `cells` trains only what is not stored either: for those who need no weights and no masks.
+    """
 
     name: str
     full: Callable[[], Sweep]
@@ -95,6 +99,12 @@ class SharedSweep:
     def __call__(self, place: Place) -> tuple[Sweep, Store]:
         spec = self.spec(place)
         return spec, place.sweep(self.name, spec)
+
+    def cells(self, place: Place) -> pl.DataFrame:
+        return place.cells(self.name, self.spec(place))
+
+    def wanted(self, place: Place) -> bool:
+        return place.wants(self.name, self.spec(place))
 
 
 @partial(SharedSweep, "cartpole")
@@ -108,7 +118,7 @@ def cartpole() -> Sweep:
         spec,
         controls=("own", "ticket"),
         seeds=6,
-        levels=14,
+        levels=11,
         rate=0.36,
         ppo=replace(spec.ppo, steps=204_800),
         evaluation=Evaluation(points=10, episodes=16, final_episodes=50),
@@ -241,7 +251,6 @@ def taught(states: str) -> SharedSweep:
             algos=("bc",),
             conditions=(TICKET, "random/re-init"),
             controls=("own",),
-            levels=11,
             bc=replace(spec.bc, states=states),
         )
 
@@ -257,7 +266,6 @@ def scaled() -> Sweep:
         algos=("ppo",),
         conditions=(TICKET,),
         controls=("own",),
-        levels=11,
     )
 
 
@@ -352,6 +360,11 @@ def cuts(cells: pl.DataFrame) -> str:
     if seeds < 15:
         found.append(f"{seeds} of 15 seeds")
     return ", ".join(found)
+
+
+def levels_of(cells: pl.DataFrame, algo: str) -> list[int]:
+    """The levels an algorithm has in these cells."""
+    return cells.filter(pl.col("algo") == algo)["level"].unique().sort().to_list()
 
 
 def levels(store: Store, algo: str) -> list[int]:

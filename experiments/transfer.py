@@ -14,13 +14,10 @@ import numpy as np
 import polars as pl
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cuts, levels, tickets, train
-from sparse_tickets import Sweep, load_results
-from sparse_tickets.sweep.store import Store
+from experiments.sweeps import TICKET, cartpole, cuts, levels_of, tickets, train
 
 ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
 OTHER = {"ppo": "bc", "bc": "ppo"}
@@ -35,12 +32,11 @@ OWN, ALGORITHM, SEED, SHUFFLED = "own mask", "other algorithm's", "other seed's"
 
 
 def collect(place: Place) -> pl.DataFrame:
-    spec, store = cartpole(place)
-    there = set(levels(store, "ppo")) & set(levels(store, "bc"))
+    spec, swept = cartpole.spec(place), cartpole.cells(place)
+    there = set(levels_of(swept, "ppo")) & set(levels_of(swept, "bc"))
     chosen = sorted(there & set(LEVELS)) or [max(there)]
     stored = (
-        load_results(store.path)
-        .filter(pl.col("level").is_in([0, *chosen]))
+        swept.filter(pl.col("level").is_in([0, *chosen]))
         .with_columns(
             mask=pl.when(pl.col("level") == 0)
             .then(pl.lit("dense"))
@@ -51,25 +47,23 @@ def collect(place: Place) -> pl.DataFrame:
         )
         .drop_nulls("mask")
     )
-    new = []
-    for algo in ALGORITHMS:
-        dense = torch.stack([ticket.initial for ticket in tickets(store, algo, 0)])
-        for level in chosen:
-            own, other = (
-                torch.stack([ticket.mask for ticket in tickets(store, name, level)])
-                for name in (algo, OTHER[algo])
-            )
-            masks = torch.cat([other, own.roll(1, 0)])
-            compute = partial(_crossed, spec, store, algo, level, masks, dense)
-            new.append(place.once(f"transfer-{algo}-{level:02d}", spec, compute))
-    fresh = pl.concat(new)
+    fresh = pl.concat(
+        place.once(f"transfer-{algo}-{level:02d}", spec, partial(_crossed, place, algo, level))
+        for algo in ALGORITHMS
+        for level in chosen
+    )
     return pl.concat([fresh, stored.select(fresh.columns)])
 
 
-def _crossed(
-    spec: Sweep, store: Store, algo: str, level: int, masks: Tensor, dense: Tensor
-) -> pl.DataFrame:
+def _crossed(place: Place, algo: str, level: int) -> pl.DataFrame:
     """Dense starts trained under the other algorithm's masks, then under another seed's."""
+    spec, store = cartpole(place)
+    dense = torch.stack([ticket.initial for ticket in tickets(store, algo, 0)])
+    own, other = (
+        torch.stack([ticket.mask for ticket in tickets(store, name, level)])
+        for name in (algo, OTHER[algo])
+    )
+    masks = torch.cat([other, own.roll(1, 0)])
     seeds, rows = list(range(spec.seeds)) * 2, torch.cat([dense, dense])
     return train(spec, store, algo, level, masks, rows, seeds, "transfer").with_columns(
         mask=pl.Series([ALGORITHM] * spec.seeds + [SEED] * spec.seeds)

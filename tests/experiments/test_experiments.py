@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from experiments import sweeps  # noqa: E402
-from experiments.frame import NAMES, RESULTS, Place, reported, run  # noqa: E402
+from experiments.frame import NAMES, RESULTS, Place, reported, run, write_parquet  # noqa: E402
+from sparse_tickets.sweep.protocols import protocol  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,75 @@ def test_every_shared_sweep_is_tiny_where_quick():
         assert not quick.imitating or quick.expert_budget.steps <= 1024
 
 
+def refuse(*_, **__):
+    raise AssertionError("trained again")
+
+
+@pytest.fixture
+def brief():
+    """A sweep of seconds."""
+    spec = sweeps.quickly(protocol("CartPole-v1"))
+    return replace(spec, algos=("ppo",), conditions=("mask/weights",), levels=2)
+
+
+def test_stored_cells_of_a_sweep_are_taken_in_place_of_training(tmp_path, brief, monkeypatch):
+    table = tmp_path / "table.parquet"
+    cells = Place(tmp_path / "first").cells("brief", brief)
+    # Beside another sweep's, in a table with columns of its own.
+    write_parquet(pl.concat([cells, cells.with_columns(source=pl.lit("other"))]), table)
+    study = pl.read_parquet(table).with_columns(study=pl.lit("brief"))
+    write_parquet(study, table)
+
+    monkeypatch.setattr("sparse_tickets.sweep.run.train_population", refuse)
+    place = Place(tmp_path / "second", stored=(tmp_path / "none.parquet", table))
+    assert_frame_equal(place.cells("brief", brief), cells, check_column_order=False)
+    assert not (tmp_path / "second").exists()
+    assert replace(place, partial=True).wants("brief", brief)
+    assert not replace(place, partial=True).wants("brief")
+
+    again, other = replace(place, stored=()), replace(place, runs=tmp_path / "third")
+    for refused, spec in ((again, brief), (other, replace(brief, rate=0.3))):
+        with pytest.raises(AssertionError, match="trained again"):
+            refused.cells("brief", spec)
+    assert not replace(place, partial=True).wants("other", replace(brief, rate=0.3))
+    for part in (study[1:], pl.concat([study, study[:1]]), study.drop("source")):
+        write_parquet(part, table)
+        with pytest.raises(AssertionError, match="trained again"):
+            place.cells("brief", brief)
+
+
+def test_stored_tables_are_taken_in_their_order(tmp_path, brief):
+    cells = Place(tmp_path).cells("brief", brief)
+    for name in ("own", "other"):
+        write_parquet(cells.with_columns(commit=pl.lit(name)), tmp_path / f"{name}.parquet")
+    stored = tuple(tmp_path / f"{name}.parquet" for name in ("own", "other"))
+    for tables in (stored, stored[::-1]):
+        found = Place(tmp_path, stored=tables).cells("brief", brief)
+        assert set(found["commit"]) == {tables[0].stem}
+
+
+def test_what_is_computed_once_is_taken_from_a_stored_table(tmp_path):
+    table = tmp_path / "table.parquet"
+    first = Place(tmp_path / "first").once("job", 1, lambda: pl.DataFrame({"seed": [0, 1]}))
+    write_parquet(first, table)
+    place = Place(tmp_path / "second", stored=(table,))
+    assert place.kept("job", 1)
+    assert place.once("job", 1, refuse).equals(first)
+    assert not place.kept("job", 2)
+    assert not replace(place, stored=()).kept("job", 1)
+
+
+def test_stored_cells_of_the_shared_sweeps_are_whole():
+    """So that an experiment on them trains none again."""
+    place = Place(ROOT / "nowhere", partial=True, stored=tuple(RESULTS.glob("*.parquet")))
+    swept = ("cartpole", "acrobot", "pendulum", "pendulum_sac", "mountain_car", "lunar_lander")
+    for name in (*swept, "hopper", "dqn"):
+        assert getattr(sweeps, name).wanted(place), name
+    assert all(sweeps.taught(states).wanted(place) for states in ("student", "replay"))
+
+
+# Tables lack the masks that these read inputs and layers from.
+OF_MASKS = ("input_masks", "maze_inputs", "noise", "rescaling")
 # As many figures and sweeps as the others together; kernels compile in whichever comes first.
 SLOW = ("cleanrl", "conditions", "distribution_shift", "rescaling", "stability")
 
@@ -70,10 +142,12 @@ def test_an_experiment_fills_its_part_of_the_readme(name, home, monkeypatch):
     assert finding.effect in readme
     assert "nan" not in readme
 
-    # What is trained stays trained.
-    def refuse(*_, **__):
-        raise AssertionError("trained again")
-
+    # What is trained stays trained, and what is stored too, without its weights.
     monkeypatch.setattr(sweeps, "train_population", refuse)
     monkeypatch.setattr("sparse_tickets.sweep.run.train_population", refuse)
     assert experiment.collect(place).equals(cells)
+    if name not in OF_MASKS:
+        table = home / "results" / f"{name}.parquet"
+        stored = experiment.collect(Place(home / "none", quick=True, stored=(table,)))
+        assert_frame_equal(stored, cells, check_column_order=False, check_row_order=False)
+        assert not (home / "none").exists()
