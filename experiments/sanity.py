@@ -1,7 +1,8 @@
 """Would other keys, another learning rate, another budget or a small dense network say the same?
 
-Dense policies of PPO and DQN trained again with other keys, tickets of PPO with a third and three
-times the learning rate and with half and twice the steps, and dense networks as small as those::
+Dense policies of every task that shared sweeps cheaply allow, trained again with other keys; on
+CartPole tickets of PPO with a third and three times the learning rate and with half and twice the
+steps, and dense networks as small as those::
 
     python -m experiments.sanity [--quick]
 """
@@ -20,16 +21,38 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cuts, dqn, levels_of, tickets, train
+from experiments.sweeps import (
+    TICKET,
+    SharedSweep,
+    acrobot,
+    cartpole,
+    cuts,
+    dqn,
+    levels_of,
+    mountain_car,
+    pendulum,
+    pendulum_sac,
+    tickets,
+    train,
+)
 from sparse_tickets import Sweep
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.population import initialise
 from sparse_tickets.sweep.store import Store
 
+TASK = "CartPole-v1"
 LEVELS = (0, 4, 6, 8)
 AGAIN = 3
 """Trainings of each dense policy with other keys, beside the sweep's own."""
-ALGORITHMS = {"ppo": "PPO", "dqn": "DQN"}
+ALGORITHMS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC"}
+FLOORS = {
+    "dqn": (dqn, "dqn"),
+    "acrobot": (acrobot, "ppo"),
+    "mountaincar": (mountain_car, "dqn"),
+    "pendulum": (pendulum, "ppo"),
+    "pendulum-sac": (pendulum_sac, "sac"),
+}
+"""Sweeps whose dense policies are trained again, beside `cartpole`'s."""
 AS_IS, NARROW, OTHER_KEY, SWEEP = "as it is", "narrow dense", "other keys", "the sweep"
 Change = Callable[[PPO], PPO]
 SETTINGS: dict[str, Change] = {
@@ -64,17 +87,19 @@ def collect(place: Place) -> pl.DataFrame:
         & pl.col("condition").is_in(["dense", TICKET])
     )
     found.append(stored.with_columns(variant=pl.lit(SWEEP)))
-    if not place.quick and dqn.wanted(place):
-        found += _dqn(place)
+    if not place.quick:  # every task and algorithm compiles kernels of its own
+        for name, (sweep, algo) in FLOORS.items():
+            if sweep.wanted(place):
+                found += _floor_of(place, name, sweep, algo)
     columns = [name for name in found[0].columns if all(name in each.columns for each in found)]
     return pl.concat([each.select(columns) for each in found])
 
 
-def _dqn(place: Place) -> list[pl.DataFrame]:
-    """Dense policies of DQN: the sweep's, and trained again."""
-    spec = dqn.spec(place)
-    floor = place.once("sanity-other-keys-dqn", (spec, AGAIN), partial(again, spec, "dqn"))
-    dense = dqn.cells(place).filter(pl.col("level") == 0)
+def _floor_of(place: Place, name: str, sweep: SharedSweep, algo: str) -> list[pl.DataFrame]:
+    """Dense policies: the sweep's, and trained again."""
+    spec = sweep.spec(place)
+    floor = place.once(f"sanity-other-keys-{name}", (spec, AGAIN), partial(again, spec, algo))
+    dense = sweep.cells(place).filter((pl.col("level") == 0) & (pl.col("algo") == algo))
     return [
         floor.with_columns(variant=pl.lit(OTHER_KEY)),
         dense.with_columns(variant=pl.lit(SWEEP)),
@@ -132,9 +157,11 @@ def narrow(spec: Sweep, chosen: list[int]) -> pl.DataFrame:
     return pl.concat(found)
 
 
-def matrix(cells: pl.DataFrame, variant: str, metric: str, algo: str = "ppo") -> np.ndarray:
+def matrix(
+    cells: pl.DataFrame, variant: str, metric: str, algo: str = "ppo", env: str = TASK
+) -> np.ndarray:
     """``[seeds, levels]``, as a share of random to the sweep's dense."""
-    cells = cells.filter(pl.col("algo") == algo)
+    cells = cells.filter((pl.col("algo") == algo) & (pl.col("env") == env))
     random = cells["random_return"][0]
     whole = cells.filter((pl.col("variant") == SWEEP) & (pl.col("level") == 0))
     dense = whole["return_final"].median()
@@ -144,7 +171,7 @@ def matrix(cells: pl.DataFrame, variant: str, metric: str, algo: str = "ppo") ->
 
 
 def densities(cells: pl.DataFrame, variant: str = AS_IS) -> np.ndarray:
-    rows = cells.filter(pl.col("variant") == variant)
+    rows = cells.filter((pl.col("variant") == variant) & (pl.col("env") == TASK))
     return rows.group_by("level").agg(pl.col("density").max()).sort("level")["density"].to_numpy()
 
 
@@ -165,17 +192,18 @@ def conclude(cells: pl.DataFrame) -> Finding:
         if (found := direction(gap))
     )
     word = {1: "above", 0: "not told from", -1: "below"}[direction(small["return_final"])]
-    floors = {algo: matrix(cells, OTHER_KEY, "return_final", algo) for algo in _there(cells)}
     again = ", ".join(
-        f"{(floor < 0.95).mean():.0%} of {floor.size} ({ALGORITHMS[algo]})"
-        for algo, floor in floors.items()
+        f"{(floor < 0.95).mean():.0%} of {floor.size} ({named})"
+        for named, floor in floors(cells).items()
     )
-    missing = "no tickets of DQN" if "dqn" in floors else "no DQN"
+    here = cells.filter((pl.col("env") == TASK) & (pl.col("algo") == "ppo"))
+    others = cells.filter(pl.col("env") != TASK)["env"].unique(maintain_order=True).to_list()
+    also = f"; dense policies again on {', '.join([TASK, *others])}" if others else ""
     return Finding(
-        ran=f"{cells['env'][0]}, PPO, {cells['seed'].n_unique()} seeds at "
-        f"{', '.join(f'{d:.1%}' for d in densities(cells))} of the weights, "
+        ran=f"{TASK}, PPO, {here['seed'].n_unique()} seeds at "
+        f"{', '.join(f'{d:.1%}' for d in densities(cells))} of the weights{also}; "
         f"{len(cells.filter(pl.col('variant') != SWEEP))} trainings (cut: "
-        f"{cuts(cells.filter(pl.col('variant') == SWEEP))}, {missing}, no Acrobot)",
+        f"{cuts(here.filter(pl.col('variant') == SWEEP))}, tickets of PPO on CartPole alone)",
         effect=f"tickets minus dense networks as small, of the dense return: {shown}; "
         f"dense policies trained again that end below 0.95: {again}",
         verdict=f"tickets {word} small dense networks; by settings: {moved or 'none told apart'}",
@@ -184,8 +212,15 @@ def conclude(cells: pl.DataFrame) -> Finding:
     )
 
 
-def _there(cells: pl.DataFrame) -> list[str]:
-    return [algo for algo in ALGORITHMS if algo in set(cells["algo"])]
+def floors(cells: pl.DataFrame) -> dict[str, np.ndarray]:
+    """Final returns ``[seeds, keys]`` of dense policies trained again, by task and algorithm."""
+    rows = cells.filter(pl.col("variant") == OTHER_KEY)
+    return {
+        f"{env.partition('-')[0]}, {ALGORITHMS[algo]}": matrix(
+            cells, OTHER_KEY, "return_final", algo, env
+        )
+        for env, algo in rows.select("env", "algo").unique(maintain_order=True).rows()
+    }
 
 
 def text(cells: pl.DataFrame, change: dict[str, np.ndarray]) -> str:
@@ -201,24 +236,37 @@ def text(cells: pl.DataFrame, change: dict[str, np.ndarray]) -> str:
                 [f"{name}, {word}", *first, *fields, gap if metric == "return_final" else "-"]
             )
     header = ["variant", *(f"{each:.1%}" for each in shown), "final change, pruned"]
-    floors = " ".join(_floor(cells, algo) for algo in _there(cells))
+    floor = markdown(FLOOR_HEADER, [_floor(*each) for each in floors(cells).items()])
     return f"""Shares of the range from the random policy to the median dense one. **Noise floor**:
-dense policies trained again from the same values with other keys. {floors} One level below 0.95 is
-no degradation, two in a row are.
+dense policies trained again from the same values with other keys, by the budgets of the task's
+sweep. One level below 0.95 counts as no degradation, two in a row do: where keys of a seed alone
+bring a dense policy below 0.95, a degradation level says little.
 
-Tickets keep their masks; keys are the same in all rows but the last two, whose networks are dense
-with two equal hidden layers and as near to a ticket's number of weights as that allows:
+{floor}
+
+On CartPole tickets keep their masks; keys are the same in all rows but the last two, whose networks
+are dense with two equal hidden layers and as near to a ticket's number of weights as that allows:
 {", ".join(f"{each:.1%}" for each in densities(cells, NARROW))}.
 
 """ + markdown(header, rows)
 
 
-def _floor(cells: pl.DataFrame, algo: str) -> str:
-    floor = matrix(cells, OTHER_KEY, "return_final", algo)
-    return f"""{ALGORITHMS[algo]}'s end at {floor.mean():.3f} on average, the worst of {floor.size}
-at {floor.min():.2f}, {(floor < 0.95).mean():.0%} below the 0.95 that counts as degraded; the
-standard deviation is {floor.mean(1).std():.3f} between seeds and {floor.std(1).mean():.3f} between
-keys of a seed."""
+FLOOR_HEADER = (
+    "dense policies", "trained again", "mean", "worst", "below 0.95", "deviation of seeds",
+    "of keys in a seed",
+)  # fmt: skip
+
+
+def _floor(named: str, floor: np.ndarray) -> list[str]:
+    return [
+        named,
+        f"{floor.size}",
+        f"{floor.mean():.3f}",
+        f"{floor.min():.2f}",
+        f"{(floor < 0.95).mean():.0%}",
+        f"{floor.mean(1).std():.3f}",
+        f"{floor.std(1).mean():.3f}",
+    ]
 
 
 def draw(cells: pl.DataFrame) -> Figure:
@@ -231,8 +279,8 @@ def draw(cells: pl.DataFrame) -> Figure:
         panels[title] = [*lines, small]
     return line_figure(
         panels,
-        f"{cells['env'][0]}: tickets of PPO under other settings",
-        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
+        f"{TASK}: tickets of PPO under other settings",
+        f"mean of {len(matrix(cells, AS_IS, 'return_final'))} seeds, 95% interval",
         "density",
         "share of the dense return",
     )

@@ -16,6 +16,7 @@ from experiments.frame import Place
 from sparse_tickets import Population, Sweep, Ticket
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.envs import ClassicEnv, env_spec, register_env
+from sparse_tickets.envs.maze import MAZE
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.sweep.experts import stored_demonstrations
 from sparse_tickets.sweep.protocols import protocol
@@ -39,6 +40,7 @@ __all__ = [
     "levels",
     "levels_of",
     "lunar_lander",
+    "maze",
     "mountain_car",
     "pendulum",
     "pendulum_sac",
@@ -162,6 +164,12 @@ def pendulum_sac() -> Sweep:
     spec = _few_levels(replace(spec, bc=bc), "sac", seeds=8)
     ppo, sac = replace(spec.ppo, steps=204_800), replace(spec.sac, steps=12_000)
     return replace(spec, ppo=ppo, sac=sac)
+
+
+@partial(SharedSweep, "maze-tracks")
+def maze() -> Sweep:
+    """The maze by PPO's whole budget and by cloning, at few levels."""
+    return _few_levels(protocol(MAZE), "ppo", seeds=10)
 
 
 @partial(SharedSweep, "mountaincar")
