@@ -1,8 +1,10 @@
 """Shared set-up: without a GPU, Triton kernels run in the interpreter on CPU tensors."""
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 # Read when torch is loaded: idle threads of one worker must not spin on the other's core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,6 +18,9 @@ if not torch.cuda.is_available():
 
 # Policies run as users' do once all is compiled.
 os.environ.setdefault("SPARSE_TICKETS_NATIVE", "wait")
+
+# For benchmarks and experiments; at the end, so that `kernels` shadows no package of that name.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # The same formats on every machine, and nothing written to the user's cache.
 os.environ.setdefault("SPARSE_TICKETS_CROSSOVER", "fixed")

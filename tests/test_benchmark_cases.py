@@ -1,29 +1,22 @@
 """What the benchmarks time: suites, problems, and contenders that are held to the reference."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import (
+    suites,
+)
+from benchmarks.costs import policy_cost
+from benchmarks.peers import Unavailable
+from benchmarks.problems import SPARSITIES, LinearProblem, PolicyProblem
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.timing import (
     Budget,
     Unverified,
     verified_ratio,
 )
-
-ROOT = Path(__file__).resolve().parents[1]
-# At the end, so that the folder `kernels` shadows no installed package of that name.
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-from benchmarks import (  # noqa: E402
-    suites,
-)
-from benchmarks.costs import policy_cost  # noqa: E402
-from benchmarks.peers import Unavailable  # noqa: E402
-from benchmarks.problems import SPARSITIES, LinearProblem, PolicyProblem  # noqa: E402
 
 BUDGET = Budget(6, 0.0, 0.0, limit_seconds=math.inf, settle_seconds=0.0)
 

@@ -3,27 +3,14 @@
 import io
 import json
 import math
-import sys
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from sparse_tickets.ceilings import Ceilings, Cost
-from sparse_tickets.timing import (
-    Budget,
-    Contender,
-    Spread,
-)
-
-ROOT = Path(__file__).resolve().parents[1]
-# At the end, so that the folder `kernels` shadows no installed package of that name.
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     figures,
     first_screen,
     results,
@@ -31,10 +18,16 @@ from benchmarks import (  # noqa: E402
     scaling,
     tables,
 )
-from benchmarks.console import bar, show_run  # noqa: E402
-from benchmarks.measure import Case, Contest, Measured, Record, Refusal, measure  # noqa: E402
-from benchmarks.peers import Unavailable  # noqa: E402
-from benchmarks.report import markdown, write_report  # noqa: E402
+from benchmarks.console import bar, show_run
+from benchmarks.measure import Case, Contest, Measured, Record, Refusal, measure
+from benchmarks.peers import Unavailable
+from benchmarks.report import markdown, write_report
+from sparse_tickets.ceilings import Ceilings, Cost
+from sparse_tickets.timing import (
+    Budget,
+    Contender,
+    Spread,
+)
 
 BUDGET = Budget(6, 0.0, 0.0, limit_seconds=math.inf, settle_seconds=0.0)
 

@@ -2,25 +2,17 @@
 
 import math
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from benchmarks import results
+from benchmarks.__main__ import main
+from benchmarks.cases import FUSED_DENSE, is_ours
+from benchmarks.compare import compare
+from benchmarks.measure import Measured, Record
+from benchmarks.ours import OURS
 from sparse_tickets.timing import Spread
-
-ROOT = Path(__file__).resolve().parents[1]
-# At the end, so that the folder `kernels` shadows no installed package of that name.
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks import results  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.cases import FUSED_DENSE, is_ours  # noqa: E402
-from benchmarks.compare import compare  # noqa: E402
-from benchmarks.measure import Measured, Record  # noqa: E402
-from benchmarks.ours import OURS  # noqa: E402
 
 OPS = ("linear forward", "linear backward", "policy", "prune", "rollout")
 LEVELS = (0.0, 50.0, 80.0, 90.0, 95.0, 99.0)

@@ -9,6 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import first_screen, results
+from benchmarks.__main__ import main
+from benchmarks.cases import FUSED_DENSE
+from benchmarks.measure import Measured, Record
+from benchmarks.peers import (
+    Unavailable,
+    jax_ppo,
+    sb3,
+    sparseprop,
+    torch_bsr,
+    torch_semi_structured,
+)
+from benchmarks.ppo_job import PPOJob
+from benchmarks.problems import LinearProblem, random_masks
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.envs import env_spec
 from sparse_tickets.kernels import Batch, gae, use_backend
@@ -19,24 +33,6 @@ from sparse_tickets.population import initialise, policy_arena
 from sparse_tickets.timing import Spread
 
 ROOT = Path(__file__).resolve().parents[1]
-# At the end, so that the folder `kernels` shadows no installed package of that name.
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks import first_screen, results  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.cases import FUSED_DENSE  # noqa: E402
-from benchmarks.measure import Measured, Record  # noqa: E402
-from benchmarks.peers import (  # noqa: E402
-    Unavailable,
-    jax_ppo,
-    sb3,
-    sparseprop,
-    torch_bsr,
-    torch_semi_structured,
-)
-from benchmarks.ppo_job import PPOJob  # noqa: E402
-from benchmarks.problems import LinearProblem, random_masks  # noqa: E402
 
 SETTINGS = PPO(copies=3, horizon=16, minibatches=2, epochs=2)
 

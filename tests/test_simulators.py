@@ -1,16 +1,9 @@
 """The benchmark of PPO on slow simulators: its table, and what it refuses."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from rich.console import Console
 
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks import simulators  # noqa: E402
+from benchmarks import simulators
 
 
 def test_ratios_are_of_the_same_round_and_of_the_fastest_simulator():

@@ -1,21 +1,14 @@
 """Gates of trainers: a row per seed, in place of those of the same task."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import polars as pl
 import pytest
 
+from experiments import gates
 from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.sac import SAC
 from sparse_tickets.sweep.protocols import protocol
-
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from experiments import gates  # noqa: E402
 
 
 def small(env):
