@@ -22,6 +22,7 @@ from experiments.sweeps import (
     cartpole_deep,
     dqn,
     lunar_lander,
+    maze,
     mountain_car,
     pendulum,
     pendulum_sac,
@@ -40,9 +41,9 @@ RIVALS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC"}
 """What learns by reinforcement, in the order of tables and panels."""
 NAMES = RIVALS | {"bc": "cloning"}
 TICKET = "mask/weights"
-WHOLE, DEEP, BRIEF, VALUES, ACROBOT, PENDULUM, SAC, CAR, LANDER = (
+WHOLE, DEEP, BRIEF, VALUES, ACROBOT, PENDULUM, SAC, CAR, LANDER, MAZE = (
     "the whole protocol", "deeper, tickets alone", "a smaller budget", "learning values", "Acrobot",
-    "Pendulum", "Pendulum by SAC", "MountainCar", "LunarLander",
+    "Pendulum", "Pendulum by SAC", "MountainCar", "LunarLander", "the maze",
 )  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def collect(place: Place) -> pl.DataFrame:
         (SAC, pendulum_sac),
         (CAR, mountain_car),
         (LANDER, lunar_lander),
+        (MAZE, maze),
     ]
     if place.quick:
         del sweeps[1:]  # every task and algorithm compiles kernels of its own

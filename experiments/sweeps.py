@@ -129,7 +129,7 @@ def cartpole() -> Sweep:
 
 @partial(SharedSweep, "acrobot")
 def acrobot() -> Sweep:
-    """Acrobot, with seeds enough for Holm's test over its conditions, and controls of one kind.
+    """Acrobot by the protocol's seeds, with controls of one kind.
 
     Dense PPO is there after a seventh of the protocol's steps; a quarter is trained here.
     """
@@ -137,7 +137,6 @@ def acrobot() -> Sweep:
     return replace(
         spec,
         controls=("ticket",),
-        seeds=8,
         levels=7,
         rate=0.488,
         ppo=replace(spec.ppo, steps=122_880),
@@ -283,8 +282,7 @@ def cartpole_deep() -> Sweep:
     return replace(
         protocol("CartPole-v1"),
         conditions=(TICKET,),
-        seeds=8,
-        levels=13,
+        levels=16,
         rate=0.36,
         evaluation=Evaluation(points=10, episodes=16, final_episodes=50),
     )
