@@ -1,8 +1,8 @@
 """Is a ticket better than a network that becomes sparse while it trains?
 
-PPO and DQN pruned gradually, once, by SET, by RigL or from the start, to densities at which tickets
-and random masks of the same seeds were trained; equal steps, the same initial weights. Networks
-twice as wide are pruned to as many weights::
+PPO, DQN and SAC pruned gradually, once, by SET, by RigL or from the start, to densities at which
+tickets and, on CartPole, random masks of the same seeds were trained; equal steps, the same initial
+weights. Networks of PPO and DQN twice as wide are pruned to as many weights::
 
     python -m experiments.during_training [--quick]
 """
@@ -29,7 +29,7 @@ from experiments.frame import (
     markdown,
     signed,
 )
-from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels_of, train
+from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels_of, pendulum_sac, train
 from sparse_tickets import Sweep
 from sparse_tickets.analysis.statistics import sign_flip
 from sparse_tickets.population import initialise
@@ -45,20 +45,22 @@ WIDENED = ("gradual", "static")
 """The methods that prune wider networks, too."""
 WIDER = 2
 DENSE, TICKETS, GLOBAL = "dense", "ticket", "static random (global)"
-ALGORITHMS = {"ppo": "PPO", "dqn": "DQN"}
-EVERY = {"ppo": 250, "dqn": 1000}
-"""Gradient steps between two updates of the masks: 6,400 and 50,000 are all of a training."""
-LEVELS = {"ppo": (0, 3, 6, 9), "dqn": (0, 2, 3, 4)}
-"""Of the sweeps; DQN's has half as many."""
+ALGORITHMS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC on Pendulum"}
+SWEEPS = {"ppo": cartpole, "dqn": dqn, "sac": pendulum_sac}
+EVERY = {"ppo": 250, "dqn": 1000, "sac": 300}
+"""Gradient steps between two updates of the masks: 6,400, 50,000 and 12,000 are a training."""
+LEVELS = {"ppo": (0, 3, 6, 9), "dqn": (0, 2, 3, 4), "sac": (0, 2, 4)}
+"""Of the sweeps, PPO's the finest."""
 METRICS = {"return_auc": "learning curve", "return_final": "final return"}
 
 
 def collect(place: Place) -> pl.DataFrame:
-    # Every algorithm and width compiles kernels of its own.
-    jobs = [("gradual", 1)] if place.quick else _jobs()
-    sweeps = {"ppo": cartpole} if place.quick else {"ppo": cartpole, "dqn": dqn}
     found = []
-    for algo, sweep in sweeps.items():
+    for algo, sweep in SWEEPS.items():
+        # Every algorithm and width compiles kernels of its own.
+        if place.quick and algo != "ppo":
+            continue
+        jobs = [("gradual", 1)] if place.quick else _jobs(algo)
         if not sweep.wanted(place):
             continue
         spec, swept = sweep.spec(place), sweep.cells(place)
@@ -78,8 +80,10 @@ def collect(place: Place) -> pl.DataFrame:
     return pl.concat(found, how="diagonal")
 
 
-def _jobs() -> list[tuple[str, int]]:
+def _jobs(algo: str) -> list[tuple[str, int]]:
     """Methods with the widths of networks that they prune."""
+    if algo == "sac":
+        return [(method, 1) for method in METHODS]
     wider = [(method, WIDER) for method in (DENSE, *WIDENED)]
     return [*((method, 1) for method in METHODS), *wider]
 
@@ -183,27 +187,36 @@ def conclude(cells: pl.DataFrame) -> Finding:
         told = [f"{name} {words[direction(gap)]}" for name, gap in above.items()]
         verdicts.append(f"{title}: {', '.join(told)}")
     names = [*methods(cells), *(f"{name} of twice the width" for name in methods(cells, WIDER))]
-    on = " and ".join(
+    on = ", ".join(
         f"{title} at {', '.join(f'{each:.1%}' for each in densities(cells, algo)[1:])}"
         for algo, title in algorithms(cells).items()
     )
     every = " and ".join(f"{EVERY[algo]:,} ({name})" for algo, name in algorithms(cells).items())
+    cut = "; ".join(
+        f"{name}: {cuts(cells.filter(pl.col('algo') == algo))}"
+        for algo, name in algorithms(cells).items()
+    )
     missing = [name for algo, name in ALGORITHMS.items() if algo not in algorithms(cells)]
     missing += ["networks four times as wide"] if methods(cells, WIDER) else ["wider networks"]
     figures = {"during_training": partial(draw, cells)}
     if methods(cells, WIDER):
         figures["during_training_width"] = partial(draw_widths, cells)
     return Finding(
-        ran=f"{', '.join(names)}; {cells['env'][0]}, {cells['seed'].n_unique()} seeds, "
+        ran=f"{', '.join(names)}; {cells['env'][0]}, {_seeds(cells)}, "
         f"{on} of the weights, "
         f"{budgets(cells)}, masks updated every {every} gradient steps, "
-        f"{len(cells)} trainings (cut: {cuts(cells)}, "
-        f"no {', no '.join(missing)})",
+        f"{len(cells)} trainings (cut: {cut}; no {', no '.join(missing)})",
         effect=f"final return minus dense, of the dense return: {'; '.join(shown)}",
         verdict="; ".join(verdicts),
         text=text(cells),
         figures=figures,
     )
+
+
+def _seeds(cells: pl.DataFrame) -> str:
+    """``6 seeds``, or the fewest and the most."""
+    counts = cells.group_by("algo").agg(pl.col("seed").n_unique())["seed"].unique().sort()
+    return f"{' to '.join(map(str, counts))} seeds"
 
 
 def text(cells: pl.DataFrame) -> str:
@@ -293,8 +306,8 @@ def draw(cells: pl.DataFrame) -> Figure:
     }
     return line_figure(
         panels,
-        f"{cells['env'][0]}: sparse while it trains",
-        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
+        "Sparse while it trains, on CartPole where no other task is named",
+        f"mean of {_seeds(cells)}, 95% interval",
         "density",
         "share of the dense return",
     )
@@ -317,7 +330,7 @@ def draw_widths(cells: pl.DataFrame) -> Figure:
     return line_figure(
         panels,
         f"{cells['env'][0]}: as many weights in networks twice as wide",
-        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
+        f"mean of {_seeds(cells.filter(pl.col('width') == WIDER))}, 95% interval",
         "weights, of the ordinary dense network's",
         "final return, of the dense one",
     )
