@@ -17,6 +17,10 @@ __all__ = ["NAME", "follow_torch", "layer"]
 
 NAME = "SparseLab"
 
+# It remembers transposed matrices by `id`, so that one made in the place of one that is gone gets
+# the other's (its `ops._cached_transpose` says so): whatever was made stays.
+_made: list[object] = []
+
 
 def layer(linear: nn.Linear, mask: Tensor) -> nn.Module:
     """A layer of its own on the weights on the mask, without room for others to grow.
@@ -34,6 +38,7 @@ def layer(linear: nn.Linear, mask: Tensor) -> nn.Module:
         warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
         twin = sparselab.SparseLinear(linear.in_features, linear.out_features)
         twin._csr = sparselab.layout.from_dense(weight, padding_ratio=0.0)
+    _made.append(twin._csr)
     # The layer's own way to share the values with torch.
     twin._values = nn.Parameter(torch.from_numpy(np.asarray(twin._csr.values)))
     twin.bias = nn.Parameter(linear.bias.detach().clone())

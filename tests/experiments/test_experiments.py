@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -11,13 +10,11 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+from experiments import sweeps
+from experiments.frame import NAMES, RESULTS, Place, reported, run, write_parquet
+from sparse_tickets.sweep.protocols import protocol
 
-from experiments import sweeps  # noqa: E402
-from experiments.frame import NAMES, RESULTS, Place, reported, run, write_parquet  # noqa: E402
-from sparse_tickets.sweep.protocols import protocol  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
