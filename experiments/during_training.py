@@ -76,7 +76,8 @@ def collect(place: Place) -> pl.DataFrame:
             cells = place.once(*job, _trainer(spec, algo, method, width, at, every))
             name = METHODS.get(method, method)
             mine.append(cells.with_columns(method=pl.lit(name), width=pl.lit(width, pl.Int64)))
-        found += mine
+        if len(mine) > 1:  # else there is nothing to compare tickets with
+            found += mine
     return pl.concat(found, how="diagonal")
 
 
