@@ -15,7 +15,7 @@ from numba.core.extending import intrinsic
 
 from .vector import INDEX, LANES, VECTOR, broadcast, data_of, load_at, multiply_add, store_at
 
-__all__ = ["make_block_tile", "make_sparse_tile", "make_tile"]
+__all__ = ["make_sparse_tile", "make_tile"]
 
 
 class _Sums:
@@ -106,46 +106,6 @@ def make_tile(rows: int, columns: int, accumulate: bool = False):
         return types.void(a, i, i, i, x, i, i, y, i, i, i, bias, i), generate
 
     return tile
-
-
-def make_block_tile(rows: int, columns: int):
-    """``rows`` dense rows times the kept rows of ``columns * LANES`` columns, held in registers.
-
-    The returned function computes, over the depths d = index[j], j in ``[begin, end)``,
-
-        y[y0 + r*ys + l] = bias[b0 + l] + sum_j a[a0 + r*ar + index[j]] * x[x0 + index[j]*xd + l]
-
-    for every row r and l < columns * LANES. With activations row-major and weights that are zero
-    but for full blocks, a block column shares one index: no activation is transposed. Per j: rows
-    broadcasts and columns loads for rows * columns fused multiply-adds.
-    """
-
-    @intrinsic
-    def block_tile(typingctx, a, a0, ar, index, begin, end, x, x0, xd, y, y0, ys, bias, b0):
-        def generate(context, builder, signature, arguments):
-            a, a0, ar, index, begin, end, x, x0, xd, y, y0, ys, bias, b0 = arguments
-            a, index, x, y, bias = (
-                data_of(context, builder, signature.args[i], array)
-                for i, array in ((0, a), (3, index), (6, x), (9, y), (12, bias))
-            )
-            row_a, row_y = _rows(builder, a0, ar, rows), _rows(builder, y0, ys, rows)
-            starts = list(_registers(builder, bias, b0, columns))
-            sums = _Sums(builder, rows, columns, lambda _, c: starts[c])
-            with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
-                j = builder.add(begin, loop.index)
-                depth = builder.zext(_element(builder, index, j), INDEX)
-                x_row = builder.add(x0, builder.mul(depth, xd))
-                xs = list(_registers(builder, x, x_row, columns))
-                for r in range(rows):
-                    value = _element(builder, a, builder.add(row_a[r], depth))
-                    sums.add(r, broadcast(builder, value), xs)
-            sums.store(y, row_y)
-            return context.get_dummy_value()
-
-        i = types.int64
-        return types.void(a, i, i, index, i, i, x, i, i, y, i, i, bias, i), generate
-
-    return block_tile
 
 
 def make_sparse_tile(columns: int, chains: int = 1):

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from sparse_tickets.kernels.dispatch import Plan, is_chosen
+from sparse_tickets.kernels.linear.known import take_snapshot
 from sparse_tickets.kernels.linear.masking import are_equal
-from sparse_tickets.kernels.linear.patterns import take_snapshot
 from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
 from sparse_tickets.linear import SparseLinear
 

@@ -22,9 +22,6 @@ os.environ.setdefault("SPARSE_TICKETS_NATIVE", "wait")
 # For benchmarks and experiments; at the end, so that `kernels` shadows no package of that name.
 sys.path.append(str(Path(__file__).parents[1]))
 
-# The same formats on every machine, and nothing written to the user's cache.
-os.environ.setdefault("SPARSE_TICKETS_CROSSOVER", "fixed")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

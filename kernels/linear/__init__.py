@@ -4,7 +4,7 @@ Three ops, each the derivative of the other two, are registered with torch (`reg
 ``linear``, ``linear_dx`` and ``linear_dw``. The weight is zero off the mask already, so the first
 two never look at the mask on a backend that stores zeros; ``linear_dw`` computes the gradient on
 the mask alone. Without a mask nothing of this runs: it is one ``torch.baddbmm``. On a GPU a mask
-made of full blocks runs blocked once `block_pattern` was asked for it; on a CPU it is seen unasked.
+made of full blocks runs blocked once `block_pattern` was asked for it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def linear_blocked(
 ) -> Tensor:
     """`linear` under a mask made of full blocks, of which a GPU reads and computes the kept ones.
 
-    On any other backend it is `linear`; the CPU's looks for blocks by itself.
+    On any other backend it is `linear`.
 
     Args:
         x: ``[P, B, I]`` float32, float64, float16 or bfloat16.
@@ -172,7 +172,7 @@ def plan(
     if backend == "cpu":
         from . import cpu
 
-        return cpu.plan(out, inp, batch, density, dtype, block=block)
+        return cpu.plan(out, inp, batch, density, dtype)
     if backend == "triton" and block:
         reason = "block_pattern was asked for this mask: only its kept blocks are computed"
         return Plan("linear", backend, f"blocked-{block}", reason)

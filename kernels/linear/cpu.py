@@ -1,37 +1,46 @@
-"""The linear layer on the CPU: each ticket in the format of its own mask.
+"""The linear layer on the CPU: each ticket by what its own mask leaves.
 
-`compressed` rows for unstructured masks, `blocked` tiles where the mask is made of full blocks,
-torch's own product where `crossover` says that nothing beats it. A ticket's format does not depend
-on its batch-mates, and so neither do its results.
+Where much is pruned a ticket runs as a network of one layer (`policy.Network`), which reads the
+weight on the mask alone; where that gains nothing, torch's own product does. A ticket's format does
+not depend on its batch-mates, and so neither do its results.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor
 
 from ..dispatch import Plan
-from . import blocked, compressed, recycling, reference
-from .compressed import flat
-from .crossover import Choice, Pass, bucket, choose, is_forced
-from .patterns import Pattern, find_pattern
+from ..policy import Layer, Network
+from ..policy.layout import DENSE_FROM
+from . import reference
+from .known import KnownMasks, take_snapshot
+from .masking import is_equal
 
 __all__ = ["backward", "dw", "dx", "forward", "plan"]
 
-_Groups = dict[str, np.ndarray]
-"""Tickets, ascending, by the format they run in: ``dense``, ``csr`` or ``blocked``."""
+_LEAST_WORK = 1 << 22
+"""Multiply-adds of a ticket below which the Python around it costs what a sparse product saves."""
 
 
-def plan(
-    out: int,
-    inp: int,
-    batch: int,
-    density: float,
-    dtype: torch.dtype,
-    training: bool = False,
-    block: int = 0,
-) -> Plan:
+class _Networks(NamedTuple):
+    """What the tickets of a population run as.
+
+    Attributes:
+        snapshot: ``[P, O, I]`` bool, the masks of which they were made; never written.
+        tickets: of each ticket its network, None where torch's product is faster.
+    """
+
+    snapshot: Tensor
+    tickets: tuple[Network | None, ...]
+
+
+_known: KnownMasks[_Networks] = KnownMasks()
+
+
+def plan(out: int, inp: int, batch: int, density: float, dtype: torch.dtype) -> Plan:
     """What runs for a ticket of this shape and density.
 
     Args:
@@ -40,43 +49,143 @@ def plan(
         batch: B.
         density: share of nonzeros.
         dtype: of the weight.
-        training: forward and backward, rather than forward alone.
-        block: size of the full blocks that make up the mask; 0 if it is unstructured.
     """
     if dtype != torch.float32:
         return Plan("linear", "cpu", "dense+mask", "torch's product: sparse formats are float32")
-    choice = _choose(out, inp, batch, density, training, block)
-    format_ = f"blocked-{block}" if block else "csr"
-    return Plan("linear", "cpu", format_ if choice.sparse else "dense+mask", choice.reason)
+    if _pays(out, inp, batch) and _is_sparse(density):
+        return Plan("linear", "cpu", "csr", f"density {density:.3g} is below {DENSE_FROM}")
+    reason = "torch's product: nothing else is faster for so little work or so much that is left"
+    return Plan("linear", "cpu", "dense+mask", reason)
 
 
-def _choose(out: int, inp: int, batch: int, density: float, training: bool, block: int) -> Choice:
-    pass_: Pass = "training" if training else "forward"
-    if not block:
-        return choose("csr", pass_, out, inp, batch, density)
-    return choose("blocked", pass_, out, inp, batch, density)
+def _pays(out: int, inp: int, batch: int) -> bool:
+    return batch * out * inp >= _LEAST_WORK
 
 
-def _group(
-    mask: Tensor, batch: int, dtype: torch.dtype, training: bool
-) -> tuple[Pattern, _Groups] | None:
-    """The pattern and the tickets by format; None if all of them are dense."""
-    tickets, out, inp = mask.shape
-    if dtype != torch.float32 or not batch or not mask.numel():
+def _is_sparse(density: float) -> bool:
+    return density < DENSE_FROM
+
+
+def _find_networks(mask: Tensor, batch: int, dtype: torch.dtype) -> _Networks | None:
+    """Of ``mask [P, O, I]``; None if all tickets are dense."""
+    _, out, inp = mask.shape
+    if dtype != torch.float32 or not mask.numel() or not batch or not _pays(out, inp, batch):
         return None
-    pattern = find_pattern(mask)
-    key = (bucket(batch), training)
-    groups = None if is_forced() else pattern.choices.get(key)
-    if groups is None:
-        names = []
-        for density, block in zip(pattern.density.tolist(), pattern.block.tolist(), strict=True):
-            sparse = _choose(out, inp, batch, density, training, block).sparse
-            names.append(("blocked" if block else "csr") if sparse else "dense")
-        formats = np.array(names)
-        groups = {name: np.flatnonzero(formats == name) for name in sorted(set(names))}
-        if not is_forced():
-            pattern.choices[key] = groups
-    return None if len(groups.get("dense", ())) == tickets else (pattern, groups)
+    found = None if mask.is_inference() else _known.find(mask)
+    # Nobody need announce a write.
+    networks = found[0] if found is not None and _are_equal(found[0].snapshot, mask) else None
+    if networks is None:
+        snapshot = take_snapshot(mask)
+        sparse = (_is_sparse(float(each.sum()) / each.numel()) for each in snapshot)
+        networks = _Networks(
+            snapshot,
+            tuple(
+                Network([Layer(out, inp, each, None)]) if is_sparse else None
+                for each, is_sparse in zip(snapshot, sparse, strict=True)
+            ),
+        )
+        if not mask.is_inference():
+            _known.keep(mask, mask._version, networks)
+    return networks if any(each is not None for each in networks.tickets) else None
+
+
+def _are_equal(snapshot: Tensor, mask: Tensor) -> bool:
+    if mask.is_contiguous():
+        return bool(is_equal(snapshot.data_ptr(), mask.data_ptr(), mask.numel()))
+    return torch.equal(snapshot, mask)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """As networks take it: contiguous memory that holds the values themselves."""
+    return tensor.detach().resolve_neg().contiguous()
+
+
+def _addresses(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """Of what `policy.Network` asks for: no gradients of these are."""
+    return weight.data_ptr(), 0, 0 if bias is None else bias.data_ptr(), 0
+
+
+def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """See `reference.linear`."""
+    networks = _find_networks(mask, x.shape[1], x.dtype)
+    if networks is None:
+        return reference.linear(x, weight, mask, bias)
+    x, weight, bias = _flat(x), _flat(weight), None if bias is None else _flat(bias)
+    found = []
+    for p, network in enumerate(networks.tickets):
+        one, row = slice(p, p + 1), None if bias is None else bias[p]
+        if network is None:
+            own = None if row is None else row[None]
+            found.append(reference.linear(x[one], weight[one], mask[one], own)[0])
+        else:
+            found.append(network.infer(x[p], x.shape[1], _addresses(weight[p], row)))
+    return _stack(found)
+
+
+def dx(dy: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """See `reference.linear_dx`."""
+    networks = _find_networks(mask, dy.shape[1], dy.dtype)
+    if networks is None:
+        return reference.linear_dx(dy, weight, mask)
+    found = _backward(networks, dy, None, weight, mask, (True, False, False))
+    return cast(Tensor, found[0])
+
+
+def dw(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """See `reference.linear_dw`."""
+    networks = _find_networks(mask, x.shape[1], x.dtype)
+    if networks is None:
+        return _dense_dw(dy, x, mask)
+    return cast(Tensor, _backward(networks, dy, x, None, mask, (False, True, False))[1])
+
+
+def backward(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias at once."""
+    networks = _find_networks(mask, x.shape[1], x.dtype)
+    if networks is None:
+        return reference.linear_dx(dy, weight, mask), _dense_dw(dy, x, mask), dy.sum(1)
+    found = _backward(networks, dy, x, weight, mask, (True, True, True))
+    return cast(tuple[Tensor, Tensor, Tensor], found)
+
+
+def _backward(
+    networks: _Networks,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, None where they are not needed.
+
+    That of x needs no x, and that of the weight no weight.
+    """
+    batch, (_, out, inp) = dy.shape[1], mask.shape
+    dy, weight = _flat(dy), dy.new_zeros(mask.shape) if weight is None else _flat(weight)
+    bias = dy.new_empty(out)
+    # What a pass forward leaves behind is the packed weight and panels of its rows.
+    x, rows = (dy.new_empty(1).expand(len(dy), batch, inp), 0) if x is None else (_flat(x), batch)
+    found: list[list[Tensor]] = []
+    for p, network in enumerate(networks.tickets):
+        if network is None:
+            one = slice(p, p + 1)
+            found.append([])
+            if needed[0]:
+                found[-1].append(reference.linear_dx(dy[one], weight[one], mask[one])[0])
+            if needed[1]:
+                found[-1].append(_dense_dw(dy[one], x[one], mask[one])[0])
+            if needed[2]:
+                found[-1].append(dy[p].sum(0))
+        else:
+            _, saved = network.forward(x[p, :rows], _addresses(weight[p], None))
+            gradients = network.backward(dy[p], x[p], (weight[p], bias), saved, needed)
+            found.append([each for each in gradients if each is not None])
+    stacked = iter([_stack(list(each)) for each in zip(*found, strict=True)])
+    return tuple(next(stacked) if need else None for need in needed)
+
+
+def _stack(tickets: list[Tensor]) -> Tensor:
+    return tickets[0][None] if len(tickets) == 1 else torch.stack(tickets)
 
 
 def _dense_dw(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
@@ -85,85 +194,3 @@ def _dense_dw(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     integer = torch.int32 if product.dtype == torch.float32 else torch.int64
     product.view(integer).bitwise_and_(mask.to(integer).neg_())
     return product
-
-
-def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`."""
-    found = _group(mask, x.shape[1], x.dtype, training=False)
-    if found is None:
-        return reference.linear(x, weight, mask, bias)
-    pattern, groups = found
-    tickets, batch = x.shape[:2]
-    y = recycling.empty(tickets, batch, weight.shape[1])
-    bias_ = np.zeros(tickets * weight.shape[1], np.float32) if bias is None else flat(bias)
-    arguments = (flat(x), flat(weight), pattern, bias_, flat(y))
-    for name, backend in (("csr", compressed), ("blocked", blocked)):
-        if name in groups:
-            backend.multiply(*arguments, groups[name], batch)
-    if "dense" in groups:
-        i = torch.from_numpy(groups["dense"])
-        chosen = None if bias is None else bias[i]
-        y[i] = reference.linear(x[i], weight[i], mask[i], chosen)
-    return y
-
-
-def dx(dy: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """See `reference.linear_dx`."""
-    found = _group(mask, dy.shape[1], dy.dtype, training=True)
-    if found is None:
-        return reference.linear_dx(dy, weight, mask)
-    result = recycling.empty(*dy.shape[:2], weight.shape[2])
-    _add_formats(*found, dy, None, weight, result, None, None)
-    if "dense" in found[1]:
-        i = torch.from_numpy(found[1]["dense"])
-        result[i] = reference.linear_dx(dy[i], weight[i], mask[i])
-    return result
-
-
-def dw(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """See `reference.linear_dw`."""
-    found = _group(mask, dy.shape[1], dy.dtype, training=True)
-    if found is None:
-        return _dense_dw(dy, x, mask)
-    result = recycling.zeros(*mask.shape)
-    _add_formats(*found, dy, x, None, None, result, dy.new_empty(mask.shape[:2]))
-    if "dense" in found[1]:
-        i = torch.from_numpy(found[1]["dense"])
-        result[i] = _dense_dw(dy[i], x[i], mask[i])
-    return result
-
-
-def backward(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias at once; compressed rows then read dy once."""
-    found = _group(mask, dy.shape[1], dy.dtype, training=True)
-    if found is None:
-        return reference.linear_dx(dy, weight, mask), _dense_dw(dy, x, mask), dy.sum(1)
-    result = recycling.empty(*x.shape), recycling.zeros(*mask.shape), dy.new_empty(mask.shape[:2])
-    _add_formats(*found, dy, x, weight, *result)
-    if "dense" in found[1]:
-        i = torch.from_numpy(found[1]["dense"])
-        result[0][i] = reference.linear_dx(dy[i], weight[i], mask[i])
-        result[1][i] = _dense_dw(dy[i], x[i], mask[i])
-        result[2][i] = dy[i].sum(1)
-    return result
-
-
-def _add_formats(
-    pattern: Pattern,
-    groups: _Groups,
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    dx: Tensor | None,
-    dw: Tensor | None,
-    db: Tensor | None,
-) -> None:
-    """Write the gradients given of the tickets in sparse formats; db comes with dw."""
-    batch, dy_ = dy.shape[1], flat(dy)
-    x_, weight_, dx_, dw_, db_ = (
-        None if tensor is None else flat(tensor) for tensor in (x, weight, dx, dw, db)
-    )
-    if "csr" in groups:
-        compressed.backward(dy_, x_, weight_, pattern, dx_, dw_, db_, groups["csr"], batch)
-    if "blocked" in groups:
-        blocked.backward(dy_, x_, weight_, pattern, dx_, dw_, db_, groups["blocked"], batch)

@@ -6,9 +6,10 @@ import threading
 import weakref
 from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-__all__ = ["KnownMasks"]
+__all__ = ["KnownMasks", "take_snapshot"]
 
 _Found = TypeVar("_Found")
 
@@ -55,6 +56,12 @@ class KnownMasks(Generic[_Found]):
 
         with self._lock:
             self._entries[key] = _Entry(weakref.ref(owner, forget), version, found)
+
+
+def take_snapshot(mask: Tensor) -> Tensor:
+    """A contiguous copy of a mask, which nobody writes any more."""
+    # Not `clone`: memory that nobody initialised holds other bytes than 0 and 1.
+    return mask.detach().contiguous().view(torch.uint8) != 0
 
 
 def _owner(mask: Tensor) -> Tensor:

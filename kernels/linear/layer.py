@@ -21,9 +21,8 @@ from ..dispatch import Plan, is_chosen
 from ..policy import Layer, Network, native
 from . import is_plain, is_watched
 from .cpu import plan
-from .crossover import bucket
+from .known import take_snapshot
 from .masking import is_equal, is_zero_off, keep, keep_in_place
-from .patterns import find_block, take_snapshot
 
 __all__ = ["Prepared"]
 
@@ -47,8 +46,7 @@ class Prepared:
     """
 
     __slots__ = (
-        "_block", "_blocked", "_compiled", "_count", "_inp", "_mask_at", "_network", "_out",
-        "_shape", "kept", "mask",
+        "_compiled", "_count", "_inp", "_mask_at", "_network", "_out", "_shape", "kept", "mask",
     )  # fmt: skip
 
     def __init__(self, mask: Tensor) -> None:
@@ -59,8 +57,6 @@ class Prepared:
         self._out, self._inp = mask.shape
         self._network: Network | None = None
         self._compiled: Any = None
-        self._block = find_block(self.mask)
-        self._blocked: dict[tuple[bool, int], bool] = {}
         if self._count:
             pruned = self.mask if self.kept < self._count else None
             self._network = Network([Layer(self._out, self._inp, pruned, None)])
@@ -102,8 +98,6 @@ class Prepared:
             weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
         )
         batch = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
-        if self._runs_blocked(batch, trains):
-            return None
         network = self._network
         if network is None or not (
             network.form(batch).pays and _may_be_read(input, bias, self._out)
@@ -111,7 +105,7 @@ class Prepared:
             return self._multiply_dense(input, weight, bias, mask)
         if not is_equal(mask.data_ptr(), self._mask_at, self._count):
             return None
-        if self._compiled is None and native.module is not None and not self._block:
+        if self._compiled is None and native.module is not None:
             self._compile(network)
         x = input.view(batch, self._inp)
         addresses = weight.data_ptr(), 0, 0 if bias is None else bias.data_ptr(), 0
@@ -127,20 +121,6 @@ class Prepared:
         layer = (self._out, self._inp, 0, self._mask_at, self.kept < self._count)
         self._compiled = native.module.Network([layer], network.form).layer
 
-    def _runs_blocked(self, batch: int, trains: bool) -> bool:
-        """Whether the mask's full blocks are worth the op that knows them."""
-        if not self._block:
-            return False
-        key = trains, bucket(batch)
-        if key not in self._blocked:
-            self._blocked[key] = self._plan(batch, _float32, trains).format != "dense+mask"
-        return self._blocked[key]
-
-    def _plan(self, batch: int, dtype: torch.dtype, training: bool) -> Plan:
-        """The plan of the op `linear`."""
-        density = self.kept / max(self._count, 1)
-        return plan(self._out, self._inp, batch, density, dtype, training, self._block)
-
     def fits(self, mask: Tensor) -> bool:
         """Whether a mask is the one that was prepared."""
         return torch.equal(self.mask, mask)
@@ -151,8 +131,8 @@ class Prepared:
 
     def plan(self, batch: int, dtype: torch.dtype, training: bool) -> Plan:
         """What runs for a batch of so many rows, and why."""
-        if dtype is not _float32 or self._runs_blocked(batch, training):
-            return self._plan(batch, dtype, training)
+        if dtype is not _float32:
+            return plan(self._out, self._inp, batch, self.kept / max(self._count, 1), dtype)
         if self._network is None or not self._network.form(batch).pays:
             reason = "torch's product: one large layer of which so much is left gains by no other"
             return Plan("linear", "cpu", "dense+mask", reason)

@@ -52,7 +52,7 @@ WEIGHT, DWEIGHT, BIAS, DBIAS, CALL_LAYER = range(5)
 _DENSE_ROWS, _SPARSE_ROWS, _MOST_PARTS = 128, 64, 8
 """Rows of the batch that a part has at least, and how many parts there are at most."""
 
-_DENSE_FROM = 0.42
+DENSE_FROM = 0.42
 """Density from which `sgemm` is faster: 0.38 at batch 64, 0.47 at 2048, layers of 256 x 256."""
 
 _LONE_DENSE = 1 << 23
@@ -271,4 +271,4 @@ def choose_tile(widths: Sequence[int], batch: int, dense: bool, parts: int) -> i
 
 def runs_dense(out: int, inp: int, nonzeros: int, batch: int) -> bool:
     """Whether a layer runs dense, by `sgemm`, rather than by compressed rows."""
-    return bool(find_sgemm()) and nonzeros > _DENSE_FROM * out * inp and min(out, inp) >= 16
+    return bool(find_sgemm()) and nonzeros > DENSE_FROM * out * inp and min(out, inp) >= 16

@@ -18,15 +18,12 @@ FEATURES = {
 NEON = """
 import llvmlite.binding as llvm
 import numpy as np
-from sparse_tickets.kernels.linear import compressed
+from sparse_tickets.kernels.mlp import products
 from sparse_tickets.kernels.vector import LANES
 
-panel = np.zeros(4 * compressed.PANEL, np.float32)
-values, index = np.zeros(4, np.float32), np.zeros(5, np.int64)
-compressed._multiply_panel(
-    values, index, values.astype(np.int32), 0, 4, LANES + 1, panel, values, panel
-)
-code = next(iter(compressed._multiply_panel.inspect_llvm().values()))
+space, index = np.zeros(8 * products.PANEL, np.float32), np.zeros(5, np.int32)
+products.sparse_product(space, index, index, index, 4, space, 0, 0, LANES, space, 0)
+code = next(iter(products.sparse_product.inspect_llvm().values()))
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 # Reference counts are already in terms of this processor: any name will do, nothing is run.

@@ -22,9 +22,8 @@ from sparse_tickets.linear import SparseLinear
 
 
 @pytest.mark.parametrize("shape", [(1, 48), (48,), (1, 1, 48), (2, 48)])
-def test_a_frozen_row_with_gradients_enabled(shape, monkeypatch):
+def test_a_frozen_row_with_gradients_enabled(shape):
     """Acting outside `no_grad` is acting still: no gradient is wanted, whatever the mode."""
-    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
     layer = SparseLinear(48, 40, mask=torch.rand(40, 48) > 0.8).requires_grad_(False)
     layer.apply_mask_()
     x = torch.randn(shape)

@@ -277,7 +277,7 @@ UNANNOUNCED = {
 @pytest.mark.parametrize("write", UNANNOUNCED)
 def test_a_write_that_nobody_announces(write, way, monkeypatch):
     if way == "torch's product":
-        monkeypatch.setattr(layout, "_DENSE_FROM", -1)
+        monkeypatch.setattr(layout, "DENSE_FROM", -1)
         monkeypatch.setattr(layout, "_LONE_DENSE", 0)
     torch.manual_seed(0)
     layer = SparseLinear(40, 40).prune_(0.2)
@@ -302,9 +302,8 @@ def test_a_write_that_nobody_announces(write, way, monkeypatch):
             torch.testing.assert_close(ours[1], dw * layer.mask, atol=1e-5, rtol=1e-4)
 
 
-def test_a_mask_written_by_another_thread(monkeypatch):
+def test_a_mask_written_by_another_thread():
     """Each product is of some mask; before, the interpreter crashed."""
-    monkeypatch.setenv("SPARSE_TICKETS_CROSSOVER", "1")
     layer, stop = SparseLinear(64, 64), threading.Event()
 
     def write():
