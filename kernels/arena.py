@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from itertools import pairwise
 from numbers import Integral
@@ -20,10 +21,17 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS, KNOWN, LAYERNORM
 
-__all__ = ["ARCHITECTURES", "Arena", "Net", "Parameters", "chain"]
+__all__ = ["ARCHITECTURES", "Arena", "Net", "Parameters", "Place", "chain"]
 
 ARCHITECTURES = ("mlp", "residual")
 """How layers follow each other; see `chain`."""
+
+
+class Place(Enum):
+    """Where kernels run, which do not have the same networks everywhere; as errors say it."""
+
+    CPU = "a CPU"
+    GPU = "a GPU"
 
 
 def chain(architecture: str, inputs: int, hidden: tuple[int, ...], outputs: int) -> tuple[int, ...]:
@@ -146,17 +154,17 @@ class Net:
         """Whether units depend on each other through LayerNorm, those without weights too."""
         return any(map(self.is_normalised, range(self.depth)))
 
-    def obstacle(self, place: str) -> str | None:
-        """What kernels on ``place``, a CPU or a GPU, lack of it, as an error says it; or None."""
-        on_cpu = place == "a CPU"
+    def obstacle(self, place: Place) -> str | None:
+        """What the kernels of a place lack of it, as an error says it; or None."""
+        on_cpu = place is Place.CPU
         if (self.function if on_cpu else self.activation) not in KNOWN:
             names = ", ".join(KNOWN)
-            return f"activation must be one of {names} on {place}, got {self.activation!r}"
+            return f"activation must be one of {names} on {place.value}, got {self.activation!r}"
         if self.architecture != "mlp" and not on_cpu:
-            return f"architecture must be mlp on {place}, got {self.architecture!r}"
+            return f"architecture must be mlp on {place.value}, got {self.architecture!r}"
         return None
 
-    def check_kernels(self, place: str) -> None:
+    def check_kernels(self, place: Place) -> None:
         """Raise ``ValueError`` of an `obstacle`."""
         if obstacle := self.obstacle(place):
             raise ValueError(obstacle)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from .arena import Net
+from .arena import Net, Place
 
 __all__ = [
     "BACKENDS",
@@ -149,7 +149,7 @@ def resolve_backend(device: torch.device, *nets: Net) -> Backend:
         backend: Backend = "cpu"
         if device.type != "cpu":
             backend = "triton" if device.type == "cuda" and has_triton() else "reference"
-        place = "a CPU" if backend == "cpu" else "a GPU"
+        place = Place.CPU if backend == "cpu" else Place.GPU
         return "reference" if any(net.obstacle(place) for net in nets) else backend
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device}")

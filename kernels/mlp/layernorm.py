@@ -29,7 +29,7 @@ def normalise(space, y, z, also, deviation, count, width, scratch):
         space: the thread's scratch, which all others are offsets in.
         y: panel of the features.
         z: panel that takes the normalised ones.
-        also: another one, which may be y, or z again.
+        also: another one that takes them, y or z itself.
         deviation: row that takes the reciprocal standard deviations.
         count: features.
         width: columns, a multiple of LANES.
@@ -56,7 +56,8 @@ def normalise(space, y, z, also, deviation, count, width, scratch):
         for c in range(0, width, LANES):
             value = load(space, z + row + c) * load(space, deviation + c)
             store(space, z + row + c, value)
-            store(space, also + row + c, value)
+            if also != z:
+                store(space, also + row + c, value)
 
 
 @njit(cache=True)
