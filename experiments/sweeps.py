@@ -234,12 +234,14 @@ def hopper() -> Sweep:
 def dqn() -> Sweep:
     """DQN and cloning on CartPole from `cartpole`'s initial networks, at half of its levels.
 
-    DQN has the protocol's whole budget, since half of it leaves dense seeds below the gate.
+    DQN has the protocol's whole budget, since half of it leaves dense seeds below the gate. Its
+    loss is Huber's, the protocol's when this was trained.
     """
     spec = cartpole.full()
     return replace(
         spec,
         algos=("dqn", "bc"),
+        dqn=replace(spec.dqn, loss="huber", epsilon=0.04),
         conditions=(TICKET, "mask/permuted", "permuted/permuted"),
         controls=("ticket",),
         rate=1 - (1 - spec.rate) ** 2,
