@@ -215,7 +215,7 @@ def budget(cells: pl.DataFrame) -> str:
         when = f"{(reached[0] + 1) / len(curve):.0%}" if curve[-1] > random else "no point"
         first.append(f"{when} ({name})")
         below = (final - random < 0.95 * (final.median() - random)).sum()
-        ends.append(f"{final.mean():.0f} ({name}, {below} of {len(final)} below 0.95)")
+        ends.append(f"{final.mean():.3g} ({name}, {below} of {len(final)} below 0.95)")
     enough = solved(cells["env"][0])
     return (
         f"Dense policies first come within 5% of their last return at {_listed(first)}; they end "

@@ -338,7 +338,7 @@ def unsolved(cells: pl.DataFrame) -> str:
     end = dense["return_final"].to_numpy().mean() if len(dense) else math.inf
     if enough is None or end >= enough:
         return ""
-    return f" (dense policies end at {end:.0f}, not at the {enough:g} that counts as solved)"
+    return f" (dense policies end at {end:.3g}, not at the {enough:g} that counts as solved)"
 
 
 OFF_POLICY = {"dqn": "DQN", "sac": "SAC"}
