@@ -55,6 +55,9 @@ _DENSE_ROWS, _SPARSE_ROWS, _MOST_PARTS = 128, 64, 8
 DENSE_FROM = 0.42
 """Density from which `sgemm` is faster: 0.38 at batch 64, 0.47 at 2048, layers of 256 x 256."""
 
+_NARROW, _NARROW_DENSE_FROM = 32, 0.5
+"""The same of a layer with fewer inputs or outputs: 0.52 for 256 -> 24, above 0.7 for 17 -> 256."""
+
 _LONE_DENSE = 1 << 23
 """Multiply-adds up to which one dense layer is worth a call of its own."""
 
@@ -194,7 +197,7 @@ class Form:
         self.work = sum(support.nonzeros for support in supports)
         self.work += _MOVING * sum(layer.out for layer in layers)
         self.dense = tuple(
-            runs_dense(layer.out, layer.inp, support.nonzeros, batch)
+            runs_dense(layer.out, layer.inp, support.nonzeros, len(layers) == 1)
             for layer, support in zip(layers, supports, strict=True)
         )
         widths = [layers[0].inp, *(layer.out for layer in layers)]
@@ -269,6 +272,11 @@ def choose_tile(widths: Sequence[int], batch: int, dense: bool, parts: int) -> i
     return min(max(_whole(-(-batch // parts)), LANES), most)
 
 
-def runs_dense(out: int, inp: int, nonzeros: int, batch: int) -> bool:
-    """Whether a layer runs dense, by `sgemm`, rather than by compressed rows."""
-    return bool(find_sgemm()) and nonzeros > DENSE_FROM * out * inp and min(out, inp) >= 16
+def runs_dense(out: int, inp: int, nonzeros: int, alone: bool) -> bool:
+    """Whether a layer runs dense, by `sgemm`, rather than by compressed rows.
+
+    A layer alone is measured against torch's own product, which is faster on large batches.
+    """
+    narrow = min(out, inp)
+    least = _NARROW_DENSE_FROM if narrow < _NARROW and not alone else DENSE_FROM
+    return bool(find_sgemm()) and nonzeros > least * out * inp and narrow >= 16

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
 from sparse_tickets.kernels.policy import network as module
+from sparse_tickets.kernels.policy.blas import find_sgemm
 
 ACTIVATIONS = [
     nn.Tanh(), nn.ReLU(), nn.Sigmoid(), nn.ELU(), nn.ELU(-0.5), nn.LeakyReLU(), nn.LeakyReLU(-0.1),
@@ -278,3 +279,14 @@ def test_results_depend_neither_on_other_calls_nor_on_threads(density):
         torch.set_num_threads(before)
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not find_sgemm(), reason="torch has no sgemm to call")
+def test_a_narrow_layer_runs_dense_from_a_higher_density_than_a_wide_one():
+    """sgemm is slow on few features, unless torch's own product takes a layer that is alone."""
+    some = Problem((17, 64, 64, 6), 0.46, nn.ReLU())
+    assert some.network.describe(64, training=True)[0] == "csr/dense+mask/csr"
+    most = Problem((17, 64, 64, 6), 0.8, nn.ReLU())
+    assert most.network.describe(64, training=True)[0] == "dense+mask/dense+mask/csr"
+    alone = Problem((17, 64), 0.46, nn.ReLU())
+    assert alone.network.describe(64, training=True)[0] == "dense+mask"
