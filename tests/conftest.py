@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,11 +80,27 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """A loop of tiny parallel launches would mostly wait for its threads."""
+    """Work this small is slower on two threads, much slower beside others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def plain_torch() -> Iterator[None]:
+    """Ops run by their references."""
+    from sparse_tickets.kernels import use_backend
+
+    with use_backend("reference"):
+        yield
+
+
+@pytest.fixture
+def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test leaves in the temporary folder, by other processes too, goes with it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 @pytest.fixture

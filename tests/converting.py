@@ -11,7 +11,6 @@ from sparse_tickets.convert import (
     densify_,
     sparsify_,
 )
-from sparse_tickets.linear import SparseLinear
 
 
 class ActorCritic(nn.Module):
@@ -38,10 +37,6 @@ def create_mlp(inputs: int, outputs: int, hidden: list[int]) -> nn.Sequential:
         layers += [nn.Linear(inputs, width), nn.Tanh()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
-
-
-def sparse_layers(module: nn.Module) -> list[SparseLinear]:
-    return [layer for layer in module.modules() if isinstance(layer, SparseLinear)]
 
 
 def train(policy: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> float:

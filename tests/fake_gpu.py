@@ -7,8 +7,6 @@ import torch
 from sparse_tickets.timing import Contender
 
 CPU = torch.device("cpu")
-
-
 LATER = math.inf
 
 

@@ -7,13 +7,9 @@ import itertools
 import numpy as np
 import polars as pl
 
-from sparse_tickets.analysis import (
-    CONDITIONS,
-)
+from sparse_tickets.analysis import CONDITIONS
 
 FOUR = CONDITIONS[:4]
-
-
 COLLAPSE = dict(zip(CONDITIONS, (0.02, 0.035, 0.11, 0.2, 0.03, 0.13, 0.08), strict=True))
 
 

@@ -3,10 +3,10 @@
 import copy
 
 import torch
+from sparse_layers import sparse_layers
 from torch import nn
 
 from sparse_tickets import densify_, sparsify_
-from sparse_tickets.linear import SparseLinear
 
 
 def make(density: float = 0.3, seed: int = 0) -> nn.Sequential:
@@ -19,10 +19,6 @@ def make(density: float = 0.3, seed: int = 0) -> nn.Sequential:
 
 def draw(batch: int = 5) -> torch.Tensor:
     return torch.randn(batch, 17)
-
-
-def sparse_layers(module: nn.Module) -> list[SparseLinear]:
-    return [layer for layer in module.modules() if isinstance(layer, SparseLinear)]
 
 
 def truth(module: nn.Module) -> nn.Module:

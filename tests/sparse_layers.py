@@ -1,6 +1,9 @@
 """Layers to test, and what training them and watching their masks takes."""
 
 import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -35,6 +38,14 @@ def pruned_layer(density: float = 0.4, seed: int = 0, **kwargs) -> SparseLinear:
     return SparseLinear(6, 5, **kwargs).prune_(density)
 
 
+def sparse_layers(module: nn.Module) -> list[SparseLinear]:
+    return [layer for layer in module.modules() if isinstance(layer, SparseLinear)]
+
+
+def kept(module: nn.Module) -> int:
+    return sum(int(layer.mask.sum()) for layer in sparse_layers(module))
+
+
 def assert_zero_off_mask(layer: SparseLinear, *optimizers: torch.optim.Optimizer) -> None:
     tensors = [layer._parameters["weight"].detach()]
     if layer.weight.grad is not None:
@@ -51,6 +62,24 @@ def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
         optimizer.zero_grad()
         layer(torch.randn(7, 6)).square().sum().backward()
         optimizer.step()
+
+
+@contextmanager
+def written_meanwhile(mask: torch.Tensor) -> Iterator[None]:
+    """Another thread writes the mask again and again."""
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            mask.bernoulli_(0.3)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def dense_twin(layer: SparseLinear) -> nn.Linear:

@@ -7,11 +7,7 @@ from sparse_tickets.sweep.unit import Unit
 from sparse_tickets.ticket import ROWS, Ticket
 
 SPEC = {"env": "CartPole-v1", "levels": 3, "ppo": {"lr": 2.5e-4, "sizes": (64, 64)}}
-
-
 UNIT = Unit("ppo", 3, 0)
-
-
 ARENA = Arena.build((4, 5, 2))
 
 

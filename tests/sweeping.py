@@ -18,8 +18,6 @@ SPEC = Sweep(
     bc=BC(experts=2, expert_gate=0.0),
     evaluation=Evaluation(points=2, episodes=3, final_episodes=4),
 )
-
-
 TIMES = ("wall_s", "train_s")
 
 

@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import (
-    suites,
-)
+from benchmarks import suites
 from benchmarks.costs import policy_cost
 from benchmarks.peers import Unavailable
 from benchmarks.problems import SPARSITIES, LinearProblem, PolicyProblem

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
@@ -29,14 +28,9 @@ from sparse_tickets.kernels import tuning
 from sparse_tickets.kernels.dispatch import has_triton
 from sparse_tickets.timing import Budget, Contender, Unverified
 
+pytestmark = pytest.mark.usefixtures("temporary_files")
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def temporary_files(tmp_path, monkeypatch):
-    """What a run leaves in the temporary folder, of other processes too, goes with the test."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 def budget(rounds, limit=LATER):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 import time
 from argparse import Namespace
 
@@ -25,12 +24,7 @@ from sparse_tickets.kernels import tuning
 from sparse_tickets.kernels.launch import Launch
 from sparse_tickets.timing import Contender, Spread
 
-
-@pytest.fixture(autouse=True)
-def temporary_files(tmp_path, monkeypatch):
-    """What a run leaves in the temporary folder, of other processes too, goes with the test."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+pytestmark = pytest.mark.usefixtures("temporary_files")
 
 
 def contest(timer, *, error=0.0, peer=2e-3, subject="sparse_tickets"):

@@ -27,9 +27,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "sparse_tickets/Maze-v0")
 
 
-EXACT = ("obs", "action", "reward", "terminated", "truncated")
-
-
 def assert_same(a: Rollout, b: Rollout) -> None:
     for name, x, y in zip(Rollout._fields, a, b, strict=True):
         assert x.dtype == y.dtype, name

@@ -5,10 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_layers import (
-    clone_by_torch_save,
-    dense_twin,
-)
+from sparse_layers import clone_by_torch_save, dense_twin
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize

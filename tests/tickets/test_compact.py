@@ -4,18 +4,13 @@ import copy
 
 import pytest
 import torch
-from converting import (
-    random_stack,
-)
+from converting import random_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from sparse_tickets.compaction import Compact, compact
-from sparse_tickets.convert import (
-    densify_,
-    sparsify_,
-)
+from sparse_tickets.convert import densify_, sparsify_
 from sparse_tickets.linear import SparseLinear
 
 

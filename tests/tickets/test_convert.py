@@ -15,12 +15,10 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
-from converting import (
-    sparse_layers,
-    train,
-)
+from converting import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_layers import kept, sparse_layers
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
@@ -36,10 +34,6 @@ from sparse_tickets.convert import (
 from sparse_tickets.coverage import summary
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.selection import keep_largest
-
-
-def kept(module: nn.Module) -> int:
-    return sum(int(layer.mask.sum()) for layer in sparse_layers(module))
 
 
 def assert_zero_off_masks(module: nn.Module) -> None:

@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 import torch
 from rich.console import Console
+from sparse_layers import sparse_layers
 from torch import nn
 
 from sparse_tickets import (
-    SparseLinear,
     Sweep,
     Ticket,
     compact,
@@ -137,7 +137,3 @@ def test_layers_have_the_default_dtype(dtype: torch.dtype) -> None:
         close = dict.fromkeys(("rtol", "atol"), 4 * torch.finfo(dtype).eps)
         torch.testing.assert_close(compact(net)(x), net(x), **close)
         torch.testing.assert_close(densify_(net)(x), net(x), **close)
-
-
-def sparse_layers(net: nn.Module) -> list[SparseLinear]:
-    return [layer for layer in net.modules() if isinstance(layer, SparseLinear)]

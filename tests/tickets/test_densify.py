@@ -9,9 +9,9 @@ import torch.nn.utils.prune as torch_prune
 from converting import (
     ActorCritic,
     random_stack,
-    sparse_layers,
     train,
 )
+from sparse_layers import sparse_layers
 from torch import nn
 
 import sparse_tickets.convert as convert

@@ -14,29 +14,17 @@ from sparse_tickets.population import initialise
 from sparse_tickets.prune import CRITERIA
 from sparse_tickets.structure import NOfM, Structure
 
+pytestmark = pytest.mark.usefixtures("plain_torch")
+
 BUILT_IN = tuple(CONDITIONS)
 
 
 ARENA = Arena.build((6, 16, 12, 3), (6, 16, 12, 1), continuous=True)
-
-
 BOTH = Arena.build((6, 16, 12, 3), (6, 16, 12, 1), continuous=True, prune_critic=True)
-
-
 ACTOR = Arena.build((6, 16, 12, 3))
-
-
 # Every criterion has a mask here, groups of four inputs included.
 EVEN = Arena.build((8, 16, 12, 3), (8, 16, 12, 1), continuous=True)
-
-
 EVEN_BOTH = Arena.build((8, 16, 12, 3), (8, 16, 12, 1), continuous=True, prune_critic=True)
-
-
-@pytest.fixture(autouse=True)
-def _plain_torch():
-    with use_backend("reference"):
-        yield
 
 
 def keys(*parts, count):

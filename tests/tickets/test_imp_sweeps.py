@@ -5,31 +5,10 @@ import torch
 
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
-from sparse_tickets.imp import Trained, next_population
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.arena import Arena
-from sparse_tickets.kernels.random import derive_key
 
-
-@pytest.fixture(autouse=True)
-def _plain_torch():
-    with use_backend("reference"):
-        yield
-
-
-def trained_under(mask, generator):
-    return Trained(torch.randn(mask.shape, generator=generator) * mask, mask)
-
-
-def level(arena, conditions, point, generator, *, mask=None, kept=90, number=1, **settings):
-    if mask is None:
-        mask = torch.ones(len(conditions), arena.prunable, dtype=torch.bool)
-    trained = trained_under(mask, generator)
-    key = torch.tensor([derive_key(name, i, number) for i, name in enumerate(conditions)])
-    population = next_population(
-        arena, conditions, trained, point, key, kept=kept, density=0.4, **settings
-    )
-    return population.parameters, trained
+pytestmark = pytest.mark.usefixtures("plain_torch")
 
 
 def swept(folder, **settings):

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import assert_zero, draw, make, sparse_layers, truth
+from programs import assert_zero, draw, make, truth
+from sparse_layers import sparse_layers
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -4,20 +4,11 @@ import math
 
 import pytest
 import torch
-from converting import (
-    sparse_layers,
-)
+from sparse_layers import kept, sparse_layers
 from torch import nn
 
-from sparse_tickets.convert import (
-    SparsifyWarning,
-    sparsify_,
-)
+from sparse_tickets.convert import SparsifyWarning, sparsify_
 from sparse_tickets.prune import erk_counts
-
-
-def kept(module: nn.Module) -> int:
-    return sum(int(layer.mask.sum()) for layer in sparse_layers(module))
 
 
 def fresh_policy(inputs: int = 4, outputs: int = 2) -> nn.Module:

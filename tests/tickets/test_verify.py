@@ -20,6 +20,8 @@ from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, StoreError, load_results
 from sparse_tickets.sweep.unit import Unit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPEC = Sweep(
     conditions=("mask/weights", "permuted/permuted"),
     seeds=1,
@@ -33,25 +35,11 @@ SPEC = Sweep(
 CELLS = 6
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Plain torch on tensors this small is slower on two threads, much slower beside others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("verify") / "run"
     run(SPEC, out)
     return out
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def tamper(out, unit, change, *, rows=None):
