@@ -121,7 +121,8 @@ class Place:
     ) -> pl.DataFrame:
         """What ``compute`` gives, stored where it was computed with these settings before."""
         file = self._file(name, settings)
-        for stored in self._of(file.stem):
+        stored = next(self._of(file.stem), None)
+        if stored is not None:
             return stored
         if not file.exists():
             print(name, flush=True)
@@ -134,7 +135,7 @@ class Place:
     def kept(self, name: str, settings: object) -> bool:
         """Whether `once` has it."""
         file = self._file(name, settings)
-        return file.exists() or any(True for _ in self._of(file.stem))
+        return file.exists() or next(self._of(file.stem), None) is not None
 
     def _stored_sweep(self, name: str, spec: Sweep) -> pl.DataFrame | None:
         for found in self._of(_sweep_source(name, spec)):

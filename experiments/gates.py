@@ -17,6 +17,7 @@ from pathlib import Path
 import polars as pl
 import torch
 
+from experiments.frame import write_parquet
 from sparse_tickets.algos.evaluation import Evaluation, on_evaluation
 from sparse_tickets.algos.registry import find_algorithm
 from sparse_tickets.imp import dense_population
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> int:
                 rows, on=["algo", "env", "seed", "loss"], how="anti", nulls_equal=True
             )
             rows = pl.concat([kept, rows])
-        rows.write_parquet(RESULTS)
+        write_parquet(rows, RESULTS)
     return int(failed > 0)
 
 

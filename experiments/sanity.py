@@ -38,7 +38,6 @@ from experiments.sweeps import (
 from sparse_tickets import Sweep
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.population import initialise
-from sparse_tickets.sweep.store import Store
 
 TASK = "CartPole-v1"
 LEVELS = (0, 4, 6, 8)
@@ -69,10 +68,7 @@ def collect(place: Place) -> pl.DataFrame:
     spec, swept = cartpole.spec(place), cartpole.cells(place)
     there = levels_of(swept, "ppo")
     chosen = there[:2] if place.quick else [level for level in LEVELS if level in there]
-    jobs: dict[str, Callable[[], pl.DataFrame]] = {
-        name: lambda change=change: changed(*cartpole(place), chosen, change)  # type: ignore[misc]
-        for name, change in SETTINGS.items()
-    }
+    jobs = {name: partial(changed, place, chosen, change) for name, change in SETTINGS.items()}
     jobs[OTHER_KEY] = partial(again, spec, "ppo")
     jobs[NARROW] = partial(narrow, spec, chosen[1:])
     found = [
@@ -110,8 +106,9 @@ def _file(name: str) -> str:
     return name.replace(" ", "-").replace("/", "")
 
 
-def changed(spec: Sweep, store: Store, chosen: list[int], change: Change) -> pl.DataFrame:
+def changed(place: Place, chosen: list[int], change: Change) -> pl.DataFrame:
     """The sweep's tickets trained with other settings; keys are the same for all settings."""
+    spec, store = cartpole(place)
     other = replace(spec, ppo=change(spec.ppo))
     found = []
     for level in chosen:

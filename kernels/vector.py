@@ -41,7 +41,6 @@ __all__ = [
     "load_at",
     "load_bits",
     "load_bits_tail",
-    "load_kept",
     "maximum",
     "minimum",
     "multiply_add",
@@ -164,22 +163,6 @@ def load(typingctx, array, index):
         return load_at(builder, data, arguments[1])
 
     return vector(array, types.int64), generate
-
-
-@intrinsic
-def load_kept(typingctx, array, mask, index):
-    """`load`, with zero in the lanes whose byte of ``mask`` is zero, whatever lies there."""
-
-    def generate(context, builder, signature, arguments):
-        array, mask, index = arguments
-        data = data_of(context, builder, signature.args[0], array)
-        bytes_at = builder.gep(data_of(context, builder, signature.args[1], mask), [index])
-        byte = ir.VectorType(ir.IntType(8), LANES)
-        kept = builder.load(builder.bitcast(bytes_at, byte.as_pointer()), align=1)
-        is_kept = builder.icmp_unsigned("!=", kept, ir.Constant(byte, None))
-        return builder.select(is_kept, load_at(builder, data, index), ir.Constant(VECTOR, None))
-
-    return vector(array, mask, types.int64), generate
 
 
 @intrinsic

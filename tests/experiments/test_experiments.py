@@ -106,17 +106,11 @@ def test_what_is_computed_once_is_taken_from_a_stored_table(tmp_path):
 def test_stored_cells_of_the_shared_sweeps_are_whole():
     """So that an experiment on them trains none again."""
     place = Place(ROOT / "nowhere", partial=True, stored=tuple(RESULTS.glob("*.parquet")))
-    swept = (
-        "cartpole",
-        "cartpole_deep",
-        "maze",
-        "acrobot",
-        "pendulum",
-        "pendulum_sac",
-        "mountain_car",
-        "lunar_lander",
-    )
-    for name in (*swept, "hopper", "dqn"):
+    names = (
+        "cartpole", "cartpole_deep", "maze", "acrobot", "pendulum", "pendulum_sac", "mountain_car",
+        "lunar_lander", "hopper", "dqn",
+    )  # fmt: skip
+    for name in names:
         assert getattr(sweeps, name).wanted(place), name
     assert all(sweeps.taught(states).wanted(place) for states in ("student", "replay"))
 
