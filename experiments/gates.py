@@ -41,6 +41,8 @@ GATES = {
 }
 BUDGETS = {("ppo", "Hopper-v5"): 499_712, ("sac", "Hopper-v5"): 100_000}
 """Steps, where they are fewer than the protocol's."""
+KEY = ("algo", "env", "seed", "loss")
+"""What a stored row is of: a new one takes its place."""
 
 
 def run(algo: str, env: str, seeds: range, loss: str | None = None) -> pl.DataFrame:
@@ -103,9 +105,9 @@ def main(arguments: list[str]) -> int:
         returns = ", ".join(f"{value:.1f}" for value in rows["return_final"])
         print(f"{algo} on {env}: {returns}; {passed} of {rows.height} reach {gates[env]:g}")
         if RESULTS.exists():
-            kept = pl.read_parquet(RESULTS).join(
-                rows, on=["algo", "env", "seed", "loss"], how="anti", nulls_equal=True
-            )
+            kept = pl.read_parquet(RESULTS)
+            new = set(rows.select(KEY).rows())
+            kept = kept.filter([each not in new for each in kept.select(KEY).rows()])
             rows = pl.concat([kept, rows])
         write_parquet(rows, RESULTS)
     return int(failed > 0)

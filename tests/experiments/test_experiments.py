@@ -161,5 +161,7 @@ def test_an_experiment_fills_its_part_of_the_readme(name, home, monkeypatch):
             *(home / f"{s.name}.parquet" for s in whole),
         )
         stored = experiment.collect(Place(home / "none", quick=True, stored=tables))
-        assert_frame_equal(stored, cells, check_column_order=False, check_row_order=False)
+        assert dict(stored.schema) == dict(cells.schema)
+        rows = [sorted(map(repr, table.select(cells.columns).rows())) for table in (stored, cells)]
+        assert rows[0] == rows[1]
         assert not (home / "none").exists()
