@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from .spec import EnvSpec, Step
 from .stepping import ArrayLayout, Stepper, describe, flatten
 from .workers import Shared, workers_for
 
-__all__ = ["GymEnv", "gym_spec", "maker"]
+__all__ = ["GymEnv", "find_registered", "gym_spec", "maker"]
 
 Maker = Callable[[], gymnasium.Env]
 
@@ -39,7 +40,8 @@ def gym_spec(make: Maker | str, name: str | None = None, *, pilot_steps: int = 1
     see all that a good one sees: give numbers of your own with ``dataclasses.replace``.
 
     Args:
-        make: a gymnasium id, or a function without arguments that makes the environment.
+        make: a gymnasium id, ``module:id`` too, or a function without arguments that makes the
+            environment.
         name: name of the spec; by default the id.
         pilot_steps: steps of the pilot. The random return is None where no episode ends within
             them; with 0 nothing is played, and offset and scale are 0 and 1.
@@ -280,6 +282,19 @@ class _Registered:
 def maker(make: Maker | str) -> Maker:
     """A function that makes an environment, also of its gymnasium id."""
     return _Registered(make) if isinstance(make, str) else make
+
+
+def find_registered(name: str) -> gymnasium.envs.registration.EnvSpec:
+    """What gymnasium has registered by an id; of ``module:id`` the module is imported first.
+
+    Raises:
+        gymnasium.error.Error: it has none.
+        ImportError, ValueError: the module cannot be imported.
+    """
+    module, colon, own = name.rpartition(":")
+    if colon:
+        importlib.import_module(module)
+    return gymnasium.spec(own)
 
 
 def _finite(values: np.ndarray) -> Any:

@@ -14,7 +14,7 @@ import torch
 from sparse_tickets.kernels.random import Stream
 
 from .classic import CLASSIC_SPECS, ClassicEnv
-from .gym_adapter import GymEnv, gym_spec, maker
+from .gym_adapter import GymEnv, find_registered, gym_spec, maker
 from .noise import Noise, NoiseFeatures, split_noise
 from .spec import Env, EnvSpec
 
@@ -135,8 +135,8 @@ def find_env(name: str) -> tuple[EnvFactory, EnvSpec]:
     if name.startswith("MinAtar/"):
         _register_minatar()
     try:
-        gymnasium.spec(name)
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        find_registered(name)
+    except (gymnasium.error.Error, ImportError, ValueError) as error:
         raise ValueError(
             f"env must be one of {', '.join(sorted(_registry))}, one registered with "
             f"register_env, or any gymnasium id, each with +noise=N or without, got "
@@ -192,7 +192,7 @@ def _make_gym(name: str) -> EnvFactory:
 @cache
 def _read_spec_once(name: str) -> EnvSpec:
     """Of a gymnasium id; to read it an environment has to be made, to scale it played."""
-    spec = gym_spec(name)
+    spec = gym_spec(name, name)
     if set(spec.scale) == {255.0}:
         warnings.warn(
             f"{name} shows images of bytes: the policy sees them flattened and divided by 255. "

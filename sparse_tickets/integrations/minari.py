@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.envs import Env, EnvSpec, Step, open_env
+from sparse_tickets.envs.gym_adapter import find_registered
 from sparse_tickets.kernels.random import Stream
 from sparse_tickets.kernels.rollout import rollout
 from sparse_tickets.population import Population
@@ -170,8 +171,8 @@ def write(
 def _gymnasium_spec(env_name: str) -> Any:
     """What Minari can make the environment from again; None where gymnasium does not know it."""
     try:
-        return gymnasium.spec(env_name)
-    except gymnasium.error.Error:
+        return find_registered(env_name)
+    except (gymnasium.error.Error, ImportError, ValueError):
         return None
 
 

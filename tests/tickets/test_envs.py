@@ -275,6 +275,25 @@ def test_unknown_names_list_the_known_ones():
             call("Nowhere-v0")
 
 
+def test_the_module_of_an_id_is_imported_first(tmp_path, monkeypatch):
+    (tmp_path / "registers_one.py").write_text(
+        "import gymnasium\n"
+        "entry = 'gymnasium.envs.classic_control:CartPoleEnv'\n"
+        "gymnasium.register('Registered-v0', entry_point=entry, max_episode_steps=9)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="got 'Registered-v0'"):
+        env_spec("Registered-v0")
+    spec = env_spec("registers_one:Registered-v0")
+    assert (spec.name, spec.time_limit) == ("registers_one:Registered-v0", 9)
+    assert env_spec("registers_one:Registered-v0+noise=2").observation_dim == 6
+    # gymnasium's own, through the adapter, where a fused one bears the plain id.
+    assert isinstance(make_env("gymnasium:CartPole-v1", 1, 1), GymEnv)
+    for unknown in ("not_installed_here:Registered-v0", "gymnasium:Nowhere-v0", ":Registered-v0"):
+        with pytest.raises(ValueError, match=f"any gymnasium id, .*got '{unknown}'"):
+            env_spec(unknown)
+
+
 def test_any_gymnasium_id_falls_back_to_the_adapter():
     spec = env_spec("MountainCarContinuous-v0")
     # It starts in [-0.6, -0.4] and rocks under random pushes; each costs 0.1 * action^2.
