@@ -141,7 +141,7 @@ def find_ticket(store: Store, spec: Sweep, algo: str, track: Track, level: int |
         f"no finished {algo} ticket of {track.condition} ({track.controls} controls), seed "
         f"{track.seed}, level {'any' if level is None else level} in {store.path} "
         f"(finished algos: {algos}; conditions: {', '.join(spec.conditions)}; "
-        f"seeds 0 to {spec.seeds - 1})"
+        f"seeds {spec.first_seed} to {spec.first_seed + spec.seeds - 1})"
     )
 
 

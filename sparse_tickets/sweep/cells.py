@@ -175,7 +175,7 @@ def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track])
     units: dict[Unit, dict[str, Tensor]] = {}
     rows = []
     for track in tracks:
-        chunk, index = divmod(track.seed, spec.chunk)
+        chunk, index = spec.place(Track(track.seed, "dense", "shared"), 0)
         unit = Unit(algo, 0, chunk)
         if unit not in units:
             stored = store.read_rewind(unit)

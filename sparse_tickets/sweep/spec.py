@@ -34,7 +34,12 @@ TICKET = "mask/weights"
 # conditions pruned it in one shot. 2: every condition prunes it iteratively.
 _CRITIC_LAYOUT = 2
 # Fields that came later, left out of the hash where they ask for nothing.
-_LATER: dict[str, Any] = {"architecture": "mlp", "during": "none", "during_every": None}
+_LATER: dict[str, Any] = {
+    "architecture": "mlp",
+    "during": "none",
+    "during_every": None,
+    "first_seed": 0,
+}
 # Settings that came later: no part of a sweep that does not train by them, so that what was stored
 # before keeps its name.
 _OWN_SETTINGS: dict[str, type] = {"dqn": DQN, "sac": SAC}
@@ -85,7 +90,10 @@ class Sweep:
     controls: tuple[str, ...] = ("own",)
     """own: each condition prunes by its own trained network; ticket: by mask/weights'."""
     seeds: int = 15
-    """Repetitions, numbered from 0."""
+    """Repetitions, numbered from first_seed."""
+    first_seed: int = 0
+    """Number of the first repetition. What is trained does not depend on how many there are: 5 seeds
+    from 10 on are those that a finished sweep of 10 lacks to 15."""
     levels: int = 20
     """Trainings per track, the dense one included."""
     rate: float = 0.2
@@ -132,6 +140,7 @@ class Sweep:
             {"seeds": within(1, FIRST_EXPERT_SEED), "rate": inside(0, 1)}
             | dict.fromkeys(("levels", "chunk", "hidden", "during_every"), at_least(1)),
         )
+        check_fields(self, {"first_seed": within(0, FIRST_EXPERT_SEED - self.seeds)})
         for name, chosen, allowed in (
             ("algos", self.algos, tuple(ALGORITHMS)),
             ("controls", self.controls, CONTROLS),
@@ -269,7 +278,7 @@ class Sweep:
 
     def tracks(self, level: int) -> list[Track]:
         """All tracks trained at a level, in a fixed order."""
-        seeds = range(self.seeds)
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
         if level == 0:
             return [Track(seed, "dense", "shared") for seed in seeds]
         if self.during != "none":

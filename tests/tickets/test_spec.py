@@ -78,6 +78,16 @@ def test_level_zero_is_trained_once_per_seed():
     assert spec.tracks(0) == [Track(seed, "dense", "shared") for seed in range(3)]
 
 
+def test_seeds_are_counted_from_the_first():
+    spec = Sweep(seeds=3, first_seed=5)
+    assert [track.seed for track in spec.tracks(0)] == [5, 6, 7]
+    assert {track.seed for track in spec.tracks(1)} == {5, 6, 7}
+    stored = json.loads(json.dumps(spec.to_dict()))
+    assert Sweep.from_dict(stored) == spec
+    # The sweep that it was before there was a choice.
+    assert "first_seed" not in Sweep(seeds=3).to_dict()
+
+
 def test_tracks_of_both_kinds_of_controls():
     conditions = (TICKET, "mask/permuted", "random/re-init", "erk-random/re-init")
     own = [(name, "own") for name in conditions]
@@ -190,6 +200,8 @@ def test_steps_shrink_by_the_rewind_step():
         ({"rate": 0.0}, r"rate must be in \(0, 1\)"),
         ({"rate": 1.0}, r"rate must be in \(0, 1\)"),
         ({"seeds": 0}, r"seeds must be in \[1, 1,000,000\]"),
+        ({"first_seed": -1, "seeds": 5}, r"first_seed must be in \[0, 999,995\], got -1"),
+        ({"first_seed": 999_996, "seeds": 5}, r"first_seed must be in \[0, 999,995\]"),
         ({"levels": 0}, "levels must be at least 1"),
         ({"chunk": 0}, "chunk must be at least 1"),
         ({"rewind_step": -512}, "rewind_step must be in"),

@@ -175,6 +175,11 @@ def test_initial_weights_are_shared_by_algorithms_conditions_and_levels(finished
 
 
 @pytest.mark.long
+def test_a_sweep_of_other_seeds_trains_what_one_of_all_seeds_does(finished, tmp_path):
+    run(replace(SPEC, seeds=1, first_seed=1), tmp_path / "second")
+    assert table(tmp_path / "second").equals(table(finished).filter(seed=1))
+
+
 def test_the_same_spec_twice_and_in_other_chunks_gives_the_same_table(finished, tmp_path):
     for chunk in (1, 64):
         run(replace(SPEC, chunk=chunk), tmp_path / str(chunk))
