@@ -4,8 +4,9 @@
 
 ``CLONE`` is a clone of CleanRL, ``PYTHON`` an interpreter with what its scripts import (gymnasium
 0.29.1, numpy below 2, tensorboard, tyro) and polars; nothing of this library is imported. Each seed
-of ``ppo.py`` and ``dqn.py`` trains with the script's defaults but for the number of steps, and of
-``dqn.py`` once more with the loss that ours has, Huber's, in place of the squared error. Kept are
+of ``ppo.py`` (on CartPole and Acrobot) and ``dqn.py`` (on CartPole) trains with the script's
+defaults but for the number of steps, and of ``dqn.py`` some once more with Huber's loss in place of
+the squared error. Kept are
 the mean return of the episodes that ended in each of twenty windows of the training, and of 100
 fresh episodes of the final weights, by greedy and by sampled actions. Rows go to
 ``results/cleanrl_scripts.parquet``, seed by seed; those that are there are not trained again.
@@ -35,11 +36,17 @@ NETWORKS = {"ppo": "agent", "dqn": "q_network"}
 HUBER = "Huber loss"
 CHANGES = {"": ("", ""), HUBER: ("F.mse_loss", "F.smooth_l1_loss")}
 """What is replaced in a script, and by what."""
-RUNS = (("ppo", ""), ("dqn", ""), ("dqn", HUBER))
-ENV, SEEDS, STEPS, WINDOWS, EPISODES = "CartPole-v1", 5, 100_000, 20, 100
+RUNS = (
+    ("CartPole-v1", "ppo", "", 15),
+    ("Acrobot-v1", "ppo", "", 15),
+    ("CartPole-v1", "dqn", HUBER, 5),
+    ("CartPole-v1", "dqn", "", 15),
+)
+"""Task, script, change and seeds."""
+STEPS, WINDOWS, EPISODES = 100_000, 20, 100
 
 
-def train(clone: Path, algo: str, change: str, seed: int) -> dict:
+def train(clone: Path, env: str, algo: str, change: str, seed: int) -> dict:
     """Run a script to its end; what its episodes returned, and what its network returns."""
     text = (clone / "cleanrl" / f"{algo}.py").read_text()
     old, new = CHANGES[change]
@@ -47,7 +54,7 @@ def train(clone: Path, algo: str, change: str, seed: int) -> dict:
         raise ValueError(f"{algo}.py must have {old!r} for {change}, got a script without")
     script = Path(f"{algo}.py")
     script.write_text(text.replace(old, new) if change else text)
-    sys.argv = [script.name, f"--seed={seed}", f"--env-id={ENV}", f"--total-timesteps={STEPS}"]
+    sys.argv = [script.name, f"--seed={seed}", f"--env-id={env}", f"--total-timesteps={STEPS}"]
     said, begun = io.StringIO(), time.perf_counter()
     with redirect_stdout(said):
         names = runpy.run_path(str(script), run_name="__main__")
@@ -59,20 +66,20 @@ def train(clone: Path, algo: str, change: str, seed: int) -> dict:
     return {
         "algo": algo,
         "change": change,
-        "env": ENV,
+        "env": env,
         "seed": seed,
         "curve": [returns[window == each].mean() for each in range(WINDOWS)],
-        "return_final": play(network, algo, seed, greedy=True),
-        "return_final_sampled": play(network, algo, seed, greedy=False),
+        "return_final": play(network, env, algo, seed, greedy=True),
+        "return_final_sampled": play(network, env, algo, seed, greedy=False),
         "train_steps": STEPS,
         "wall_s": wall,
     }
 
 
 @torch.no_grad()
-def play(network: torch.nn.Module, algo: str, seed: int, *, greedy: bool) -> float:
+def play(network: torch.nn.Module, env: str, algo: str, seed: int, *, greedy: bool) -> float:
     """Mean return of fresh episodes; values are sampled by their softmax."""
-    envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(ENV)] * EPISODES)
+    envs = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(env)] * EPISODES)
     logits = network.actor if algo == "ppo" else network
     obs, _ = envs.reset(seed=10_000 * (seed + 1))
     total, alive = np.zeros(EPISODES), np.ones(EPISODES, dtype=bool)
@@ -94,12 +101,12 @@ def main(clone: Path) -> None:
     commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     used = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy"))
     table = pl.read_parquet(RESULTS) if RESULTS.exists() else None
-    for algo, change in RUNS:
-        for seed in range(1, SEEDS + 1):
-            if table is not None and len(table.filter(algo=algo, change=change, seed=seed)):
+    for env, algo, change, seeds in RUNS:
+        for seed in range(1, seeds + 1):
+            if table is not None and len(table.filter(env=env, algo=algo, change=change, seed=seed)):
                 continue
-            row = train(clone, algo, change, seed) | {"cleanrl": commit, "versions": used}
-            print(algo, change, seed, row["return_final"], row["wall_s"], flush=True)
+            row = train(clone, env, algo, change, seed) | {"cleanrl": commit, "versions": used}
+            print(env, algo, change, seed, row["return_final"], row["wall_s"], flush=True)
             new = pl.DataFrame([row])
             table = new if table is None else pl.concat([table, new])
             table.write_parquet(RESULTS)

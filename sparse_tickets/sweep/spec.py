@@ -92,8 +92,8 @@ class Sweep:
     seeds: int = 15
     """Repetitions, numbered from first_seed."""
     first_seed: int = 0
-    """Number of the first repetition. What is trained does not depend on how many there are: 5 seeds
-    from 10 on are those that a finished sweep of 10 lacks to 15."""
+    """Number of the first repetition. None depends on the others: 5 seeds from 10 on are those that
+    a finished sweep of 10 lacks to 15."""
     levels: int = 20
     """Trainings per track, the dense one included."""
     rate: float = 0.2
