@@ -19,7 +19,7 @@ from .first_screen import rewrite
 from .job_returns import run_returns
 from .jobs import run_jobs
 from .report import write_report
-from .results import RESULTS, load, newest
+from .results import RESULTS, load, newest, newest_table
 from .runner import run_suite
 from .scheduling import SIZES, run_scheduling
 from .simulators import run_simulators
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--readme",
         type=Path,
         default=Path(__file__).parents[1] / "README.md",
-        help="whose steps, measured and losses markers are filled in",
+        help="whose markers are filled in",
     )
 
     two = commands.add_parser(
@@ -152,8 +152,8 @@ def _scheduling(options: argparse.Namespace, console: Console) -> int:
 
 def _report(options: argparse.Namespace, console: Console) -> int:
     runs = newest(options.results)
-    loops = steps.newest(options.results / "steps")
-    pages = rewrite(options.readme, runs, loops), write_report(options.out, runs)
+    tables = (newest_table(options.results / name) for name in ("steps", "jobs"))
+    pages = rewrite(options.readme, runs, *tables), write_report(options.out, runs)
     console.print(f"written to {pages[0]} and {pages[1]}", highlight=False, soft_wrap=True)
     return 0
 

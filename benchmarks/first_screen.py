@@ -1,92 +1,44 @@
-"""The numbers in the top README, between markers: what is gained, and every measured loss.
-
-The last two come from one run, so the reader sees one machine, one commit and one date.
-"""
+"""The numbers in the top README, between markers: programs as they run, no isolated calls."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparse_tickets.files import write_atomic
-from sparse_tickets.timing import Spread
 
-from . import steps
-from .cases import FUSED_DENSE
-from .measure import Record
-from .peers import (
-    jax_ppo,
-    masked_bmm,
-    sb3,
-    scipy_csr,
-    sparseprop,
-    torch_bsr,
-    torch_csr,
-    torch_dense,
-)
-from .results import BUSY, Run
-from .tables import NOISY, grid, groups, shape_of
+from . import brief, jobs, steps
+from .results import Run
 
-__all__ = ["losses", "measured", "rewrite", "widest"]
-
-_COLUMNS = (50.0, 80.0, 90.0, 95.0, 99.0)
-_LAYER = {"P": 1, "B": 2048, "I": 256, "O": 256}
-_POLICY = {"P": 60, "B": 128, "width": 64}
-_JOB = {"P": 60}
-_OVER_DENSE = (f"vs {torch_dense.NAME}", (torch_dense.NAME,))
-_OVER_SPARSE = (
-    "vs fastest sparse peer",
-    (torch_csr.NAME, torch_bsr.NAME, scipy_csr.NAME, sparseprop.NAME),
-)
-_OVER_MASKED = (f"vs {masked_bmm.NAME}", (masked_bmm.NAME,))
-_OVER_ITSELF = ("vs itself dense", (FUSED_DENSE,))
-_ROWS = (
-    ("layer 256 x 256, batch 2048, forward", "linear forward", _LAYER, _OVER_DENSE),
-    ("layer 256 x 256, batch 2048, forward", "linear forward", _LAYER, _OVER_SPARSE),
-    ("the layer, forward+backward", "linear forward+backward", _LAYER, _OVER_DENSE),
-    ("the layer, forward+backward", "linear forward+backward", _LAYER, _OVER_SPARSE),
-    ("the layer inside a policy, forward", "layer inside a policy, forward", {}, _OVER_DENSE),
-    ("60 policies 4-64-64-2, forward+backward", "policy forward+backward", _POLICY, _OVER_MASKED),
-    ("60 policies 4-64-64-2, forward+backward", "policy forward+backward", _POLICY, _OVER_ITSELF),
-)
-# Cold calls are in the tables of benchmarks/README.md: nearly all of a small layer's is waking up.
-_KINDS = {
-    "speedup": "",
-    "replay_speedup": ", CUDA graph",
-}
-_NO_STEPS = "Not measured yet: `python -m benchmarks steps`, then `python -m benchmarks report`."
-_NOTHING = "Not measured yet: `python -m benchmarks run`, then `python -m benchmarks report`."
+__all__ = ["rewrite"]
 
 
-def widest(runs: Mapping[str, Sequence[Run]]) -> Run | None:
-    """The run that fills most cells of `measured`, of two the longer, then newer; None without."""
-
-    def filled(run: Run) -> tuple[int, int, str]:
-        cells = sum(1 for _, op, shape, _ in _ROWS for _ in _matching(run, op, shape))
-        return cells, len(run.records), run.date
-
-    timed = (run for several in runs.values() for run in several if run.records)
-    return max(timed, key=filled, default=None)
-
-
-def rewrite(page: Path, runs: Mapping[str, Sequence[Run]], loops: Path | None = None) -> Path:
+def rewrite(
+    page: Path,
+    runs: Mapping[str, Sequence[Run]],
+    loops: Path | None = None,
+    whole: Path | None = None,
+) -> Path:
     """Write all texts between their markers in ``page``; the rest stays as it is.
 
     Args:
         page: to rewrite.
         runs: newest runs by device.
         loops: the file of whole steps, if there is one.
+        whole: the file of whole jobs, if there is one.
 
     Raises:
         ValueError: the page lacks a pair of markers, or has it twice.
     """
-    text, run = page.read_text(encoding="utf-8"), widest(runs)
+    text, run = page.read_text(encoding="utf-8"), brief.widest(runs)
     bodies = {
-        "steps": _NO_STEPS if loops is None else steps.measured(loops),
-        "measured": _NOTHING if run is None else measured(run),
-        "losses": _NOTHING if run is None else losses(run),
+        "steps": _not_yet("steps") if loops is None else steps.measured(loops),
+        "jobs": _not_yet("jobs") if whole is None else jobs.measured(whole),
+        "population": _not_yet("run")
+        if run is None
+        else f"{brief.population(run)}\n\n{brief.origin(run)}",
+        "losses": _not_yet("steps") if loops is None else steps.lost(loops),
     }
     for name, body in bodies.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -99,113 +51,7 @@ def rewrite(page: Path, runs: Mapping[str, Sequence[Run]], loops: Path | None = 
     return page
 
 
-def measured(run: Run) -> str:
-    """Speed-ups by sparsity, throughput of the whole job, and where they come from."""
-    rows = []
-    for title, op, shape, (said, peers) in _ROWS:
-        records = {record.sparsity: record for record in _matching(run, op, shape)}
-        cells = [_closest(records.get(sparsity), peers) for sparsity in _COLUMNS]
-        rows.append([f"{title}, {said}", *cells])
-    speedups = grid(["speed-up, weights pruned", *(f"{s:g}%" for s in _COLUMNS)], rows)
-    return f"{speedups}\n\n{_throughput(run)}\n\n{_origin(run)}"
-
-
-def losses(run: Run) -> str:
-    """Every configuration in which a peer was faster, warm and beyond noise, by op and sizes."""
-    rows, configurations = [], set()
-    for records in groups(run):
-        for kind, title in _KINDS.items():
-            known = {record.sparsity: getattr(record, kind) for record in records}
-            peers = dict.fromkeys(peer for speedup in known.values() for peer in speedup)
-            lost = {peer: _lost(known, peer) for peer in peers}
-            said = [f"{peer} {text}" for peer, text in lost.items() if text]
-            if said:
-                rows.append([f"{records[0].op}{title}, {shape_of(records[0])}", "; ".join(said)])
-        configurations |= {
-            record.key
-            for record in records
-            if any(_is_lost(s) for kind in _KINDS for s in getattr(record, kind).values())
-        }
-    if not rows:
-        return f"No peer was faster in any of the {len(run.records)} configurations measured."
-    heads = ["configuration", "faster than we are: our speed-up over it, weights pruned"]
+def _not_yet(command: str) -> str:
     return (
-        f"In {len(configurations)} of the {len(run.records)} configurations measured at least one "
-        "peer was faster on warm caches, by more than the spread (p20-p80). For the others and for "
-        "cold caches see [benchmarks/README.md](benchmarks/README.md).\n\n"
-        f"{grid(heads, rows, text=2)}"
+        f"Not measured yet: `python -m benchmarks {command}`, then `python -m benchmarks report`."
     )
-
-
-def _lost(speedups: Mapping[float, Mapping[str, Spread]], peer: str) -> str:
-    """``0.61-0.93x at 0-50%``: runs of neighbouring levels at which the peer was faster."""
-    known = [(sparsity, spreads[peer]) for sparsity, spreads in speedups.items() if peer in spreads]
-
-    parts = []
-    for lost, items in groupby(known, lambda item: _is_lost(item[1])):
-        if lost:
-            levels, spreads = zip(*items, strict=True)
-            ratios = _range([spread.median for spread in spreads], ".2f")
-            parts.append(f"{ratios}x at {_range(levels, 'g')}%")
-    return " and ".join(parts)
-
-
-def _is_lost(spread: Spread) -> bool:
-    return spread.p80 < 1
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    low, high = (format(value, form) for value in (min(values), max(values)))
-    return low if low == high else f"{low}-{high}"
-
-
-def _throughput(run: Run) -> str:
-    heads = ["PPO on CartPole, 60 tickets", "agent-steps/s", "vs itself dense"]
-    peers = {"vs JAX, w*mask": jax_ppo.NAME, "vs SB3, one agent": sb3.NAME}
-    jobs = {r.sparsity: r for r in _matching(run, "PPO iteration", _JOB)}
-    rows = []
-    for title, sparsity in (("level 0, dense", 0.0), ("actor at 10% density", 90.0)):
-        record = jobs.get(sparsity)
-        rate = "not measured" if record is None else f"{record.per_second:,.0f}"
-        itself = _closest(record, (FUSED_DENSE,))
-        rows.append([title, rate, itself, *(_closest(record, (name,)) for name in peers.values())])
-    return grid([*heads, *peers], rows)
-
-
-def _origin(run: Run) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    absent = {
-        f" Not run - {name}: {why}."
-        for record in run.records
-        for name, why in record.skipped.items()
-        if name in (jax_ppo.NAME, sb3.NAME, sparseprop.NAME)
-    }
-    load = ""
-    if run.busy > BUSY:
-        load = (
-            f" **Other processes used {run.busy:.0%} of the cores: neither times nor ratios can be "
-            "trusted.**"
-        )
-    return (
-        f"Measured on {run.hardware}, {run.threads} threads; {versions}; commit {run.commit}; "
-        f"{run.date[:10]}. A ratio is the peer's time over ours, median of paired rounds; ~ marks "
-        f"a spread (p20-p80) above {NOISY:.0%}. Sparse peers: {', '.join(_OVER_SPARSE[1])}."
-        f"{''.join(sorted(absent))}{load}"
-    )
-
-
-def _matching(run: Run, op: str, shape: Mapping[str, int]) -> Iterable[Record]:
-    """Of an op at these sizes, on the threads of the run."""
-    for record in run.records:
-        fits = record.op == op and shape.items() <= record.shape.items()
-        if fits and "threads" not in record.shape:
-            yield record
-
-
-def _closest(record: Record | None, names: Iterable[str]) -> str:
-    """The smallest speed-up over any of the peers: over the fastest of them."""
-    ratios = [] if record is None else [record.speedup[n] for n in names if n in record.speedup]
-    if not ratios:
-        return "-"
-    closest = min(ratios, key=lambda spread: spread.median)
-    return f"{'~' if closest.noise > NOISY else ''}{closest.median:.2f}x"

@@ -27,7 +27,7 @@ from sparse_tickets.timing import pinned_threads
 from .results import RESULTS, header, keep, provenance
 from .tables import grid
 
-__all__ = ["JOBS", "Job", "build", "check", "choose", "run_jobs", "table"]
+__all__ = ["JOBS", "Job", "build", "check", "choose", "measured", "run_jobs", "table"]
 
 DENSITY = 0.1
 """What is left in the models that are timed."""
@@ -227,3 +227,23 @@ def table(records: list[dict]) -> str:
         gain = f"{mark}{dense / sparse:.2f}x"
         rows.append([record["label"], f"{dense:,.0f}", f"{sparse:,.0f}", gain, *each])
     return grid(heads, rows) + "\n"
+
+
+def measured(path: Path) -> str:
+    """The table of a file, and where it comes from."""
+    records = json.loads(path.read_text())
+    runs = [record["run"] for record in records]
+    machines = "; ".join(
+        dict.fromkeys(
+            f"{run['hardware']}; "
+            + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+            for run in runs
+        )
+    )
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
+    dates = ", ".join(dict.fromkeys(run["date"][:10] for run in runs))
+    return (
+        f"{table(records)}\nMeasured on {machines}; commit {commits}; {dates}. Each side with one "
+        "thread or two, whichever is faster; ~: other processes used more than "
+        f"{BUSY:.0%} of the cores."
+    )

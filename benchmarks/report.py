@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparse_tickets.files import write_atomic
 
+from .brief import losses, origin, speedups, widest
 from .figures import draw
 from .gpu.report import gpu_tables
 from .results import BUSY, Run, share_out
@@ -25,8 +26,8 @@ Which number answers your question?
 - *Does my training program get faster?* Whole steps in plain loops: the first table of the
   [top README](../README.md), every time in `results/steps/`. `python -m benchmarks steps` measures
   them here, `python -m benchmarks jobs` whole programs of Stable-Baselines3.
-- *What can the kernels do?* The tables below: the same call again and again, with pauses, caches
-  warm or cold. A program gains less.
+- *What can the kernels do?* The tables below: the same call again and again, with pauses of 5 ms
+  between turns, caches warm or cold, as no program calls them. A program gains less.
 - *Where is it slower than something else?* In both: below 1 we lose.
 
 How a number below comes about:
@@ -84,6 +85,11 @@ def markdown(runs: Mapping[str, Sequence[Run]], figures: Mapping[str, list[Path]
     parts = [_INTRODUCTION]
     if not runs:
         parts.append("No results yet.\n")
+    if run := widest(runs):
+        parts += [
+            f"## Kernels alone, warm\n\n{speedups(run)}\n\n{origin(run)}\n",
+            f"## Where a peer is faster\n\n{losses(run)}\n",
+        ]
     for device, several in runs.items():
         parts.append(f"## {device}\n")
         parts += [f"![{path.stem}]({path.as_posix()})\n" for path in figures.get(device, [])]

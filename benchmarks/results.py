@@ -153,6 +153,12 @@ def keep(records: list[dict], path: Path, table: str) -> None:
     write_atomic(path.with_suffix(".md"), table.encode())
 
 
+def newest_table(folder: Path) -> Path | None:
+    """The latest of such tables in a folder, by the date at the end of its name."""
+    dated = folder.glob("*-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].json")
+    return max(dated, key=lambda path: path.stem[-10:], default=None)
+
+
 def default_path(run: Run) -> Path:
     """``results/<device>-<date>.json``; suites other than ``quick`` add their name."""
     ending = "" if run.suite == "quick" else f"-{run.suite}"

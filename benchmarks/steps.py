@@ -33,7 +33,7 @@ from .peers import sparselab
 from .results import RESULTS, provenance
 from .tables import grid
 
-__all__ = ["measured", "newest", "run_steps", "table", "times_table"]
+__all__ = ["lost", "measured", "run_steps", "table", "times_table"]
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 CHECKED_STEPS = 5
@@ -320,6 +320,23 @@ def times_table(records: list[dict]) -> str:
     return _grid("microseconds of a step", "of", rows)
 
 
+def lost(path: Path) -> str:
+    """The steps of a file that the fastest peer makes faster, in a sentence."""
+    records = json.loads(path.read_text())["records"]
+    found, steps = [], 0
+    for label, sparsity in dict.fromkeys((r["label"], r["sparsity"]) for r in records):
+        best = _best([r for r in records if (r["label"], r["sparsity"]) == (label, sparsity)])
+        peer = min(value for name, value in best.items() if not name.startswith("ours"))
+        for name in (name for name in best if name.startswith("ours")):
+            steps += 1
+            if best[name] > peer:
+                what = f"{label} at {sparsity:.0%}, {name.removeprefix('ours').strip(', ')}"
+                found.append(f"{what} ({peer / best[name]:.2f}x)")
+    if not found:
+        return f"Of the {steps} kinds of steps above none was slower than the fastest peer's."
+    return f"Of the {steps} kinds of steps above {len(found)} were slower: {'; '.join(found)}."
+
+
 def _grid(what: str, whose: str, rows: list[list[str]]) -> str:
     heads = [f"{what}, weights pruned", whose, *(f"{sparsity:.0%}" for sparsity in SPARSITIES)]
     return grid(heads, rows, text=2) + "\n"
@@ -336,11 +353,6 @@ def measured(path: Path) -> str:
         f"{run['date'][:10]}. Peers: {'; '.join(peers)}; each with one thread or two, whichever is "
         f"faster. Times: [{path.stem}](benchmarks/results/steps/{path.stem}.md)."
     )
-
-
-def newest(folder: Path) -> Path | None:
-    """The latest file of steps in a folder, by the date in its name."""
-    return max(folder.glob("*.json"), key=lambda path: path.stem[-10:], default=None)
 
 
 def _ratio(records: list[dict], ours: str) -> str:

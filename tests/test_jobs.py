@@ -39,6 +39,10 @@ def test_a_run_keeps_what_the_file_has_of_other_jobs(tmp_path, monkeypatch):
     assert [run["threads"] for run in sac["runs"]] == [1, 2]
     assert ppo["run"]["versions"]["torch"] == torch.__version__
     assert len(out.with_suffix(".md").read_text().splitlines()) == 4
+    text = jobs.measured(out)
+    assert text.startswith(jobs.table([ppo, sac]))
+    assert text.count(f"torch {torch.__version__}") == 1
+    assert f"commit {ppo['run']['commit']};" in text
 
 
 def test_a_policy_whose_pruned_weights_moved_is_refused():

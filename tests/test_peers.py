@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import first_screen, results
+from benchmarks import brief, first_screen, results
 from benchmarks.__main__ import main
 from benchmarks.cases import FUSED_DENSE
 from benchmarks.measure import Measured, Record
@@ -230,9 +230,11 @@ PAGE = """\
 <!-- steps:begin -->
 old steps
 <!-- steps:end -->
-<!-- measured:begin -->
+<!-- jobs:begin -->
+<!-- jobs:end -->
+<!-- population:begin -->
 what stood there
-<!-- measured:end -->
+<!-- population:end -->
 between
 <!-- losses:begin -->
 <!-- losses:end -->
@@ -240,7 +242,7 @@ end
 """
 
 
-def test_the_report_fills_in_the_first_screen(run, tmp_path):
+def test_the_report_fills_in_both_pages(run, tmp_path):
     page, folder = tmp_path / "README.md", tmp_path / "results"
     page.write_text(PAGE)
     results.save(run, folder / "wide.json")
@@ -249,24 +251,32 @@ def test_the_report_fills_in_the_first_screen(run, tmp_path):
     paths = {"--results": folder, "--out": tmp_path / "out", "--readme": page}
     command = ["report", *(str(part) for pair in paths.items() for part in pair)]
     assert main(command) == 0
+    origin = (
+        f"Not run - {jax_ppo.NAME}: {jax_ppo.REASON}.",
+        "Measured on Test, 2 cores, 2 threads; torch 2; commit abc; 2026-01-02. A",
+    )
     text = page.read_text()
+    for said in (
+        "| level 0, dense | 100,000 | - | - | 80.00x |",
+        "| actor at 10% density | 100,000 | 1.75x | - | - |",
+        "\nbetween\n",
+        *origin,
+    ):
+        assert said in text, said
+    assert "what stood there" not in text
+    assert "Other" not in text
+    assert "linear forward" not in text, "no isolated calls here"
+    kernels = (tmp_path / "out" / "README.md").read_text()
     for said in (
         "forward, vs torch dense | 0.80x | 1.50x | 4.25x | - | - |",
         "forward, vs fastest sparse peer | 2.00x | 2.00x | 3.00x | - | - |",
-        "| level 0, dense | 100,000 | - | - | 80.00x |",
-        "| actor at 10% density | 100,000 | 1.75x | - | - |",
-        f"Not run - {jax_ppo.NAME}: {jax_ppo.REASON}.",
-        "Measured on Test, 2 cores, 2 threads; torch 2; commit abc; 2026-01-02. A",
         "In 2 of the 7 configurations",
         "| linear forward, P = 1, B = 2048, I = 256, O = 256 | torch dense 0.80-0.90x at 0-50% |",
-        "\nbetween\n",
+        *origin,
     ):
-        assert said in text, said
-    assert "B = 1, I = 256" not in text, "within noise"
-    assert "what stood there" not in text
-    assert "Other" not in text
-    table = text.split("<!-- measured:end -->")[0]
-    assert sum(line.startswith("| ") for line in table.splitlines()) <= 13
+        assert said in kernels, said
+    brief = kernels.split("## cpu-test-2c")[0]
+    assert "B = 1, I = 256" not in brief, "within noise"
     assert main(command) == 0
     assert page.read_text() == text, "a second report changes nothing"
 
@@ -284,13 +294,13 @@ def test_no_results_and_no_losses_are_said(run, tmp_path):
     page = tmp_path / "README.md"
     page.write_text(PAGE)
     first_screen.rewrite(page, {})
-    assert page.read_text().count("Not measured yet") == 3
+    assert page.read_text().count("Not measured yet") == 4
     wins = replace(run, records=run.records[2:4])
-    assert first_screen.losses(wins).startswith("No peer was faster in any of the 2")
-    assert "cores: neither times nor ratios" in first_screen.measured(replace(run, busy=3.0))
+    assert brief.losses(wins).startswith("No peer was faster in any of the 2")
+    assert "cores: neither times nor ratios" in brief.origin(replace(run, busy=3.0))
 
 
 def test_the_top_readme_has_the_markers(run, tmp_path):
     page = tmp_path / "README.md"
     page.write_text((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert "4.25x" in first_screen.rewrite(page, {run.device: [run]}).read_text()
+    assert "80.00x" in first_screen.rewrite(page, {run.device: [run]}).read_text()

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import apart, steps
+from benchmarks.results import newest_table
 
 
 @pytest.mark.long
@@ -64,10 +65,25 @@ def test_a_policy_that_computes_something_else_is_refused():
 
 
 def test_the_newest_file_is_that_of_the_last_date(tmp_path):
-    assert steps.newest(tmp_path) is None
-    for name in ("cpu-z-2026-11-28", "cpu-a-2026-11-29"):
+    assert newest_table(tmp_path) is None
+    for name in ("cpu-z-2026-11-28", "cpu-a-2026-11-29", "cpu-z-returns"):
         (tmp_path / f"{name}.json").touch()
-    assert steps.newest(tmp_path).stem == "cpu-a-2026-11-29"
+    assert newest_table(tmp_path).stem == "cpu-a-2026-11-29"
+
+
+def test_steps_that_a_peer_makes_faster_are_named(tmp_path):
+    path = tmp_path / "steps.json"
+    records = [
+        {"label": "net", "sparsity": s, "seconds": {"dense": [peer], "ours, our Adam": [2.0]}}
+        for s, peer in zip(steps.SPARSITIES, (1.0, 2.0, 3.0, 3.0, 3.0, 3.0), strict=True)
+    ]
+    path.write_text(json.dumps({"records": records}))
+    assert (
+        steps.lost(path)
+        == "Of the 6 kinds of steps above 1 were slower: net at 0%, our Adam (0.50x)."
+    )
+    path.write_text(json.dumps({"records": records[1:2]}))
+    assert steps.lost(path).endswith("none was slower than the fastest peer's.")
 
 
 def test_a_ratio_takes_the_better_peer_and_number_of_threads():
