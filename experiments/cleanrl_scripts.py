@@ -103,7 +103,8 @@ def main(clone: Path) -> None:
     table = pl.read_parquet(RESULTS) if RESULTS.exists() else None
     for env, algo, change, seeds in RUNS:
         for seed in range(1, seeds + 1):
-            if table is not None and len(table.filter(env=env, algo=algo, change=change, seed=seed)):
+            which = {"env": env, "algo": algo, "change": change, "seed": seed}
+            if table is not None and len(table.filter(**which)):
                 continue
             row = train(clone, env, algo, change, seed) | {"cleanrl": commit, "versions": used}
             print(env, algo, change, seed, row["return_final"], row["wall_s"], flush=True)
