@@ -28,6 +28,7 @@ __all__ = [
     "INPUTS",
     "LEVEL",
     "SCALED",
+    "Extended",
     "SharedSweep",
     "acrobot",
     "budgets",
@@ -41,8 +42,13 @@ __all__ = [
     "levels_of",
     "lunar_lander",
     "maze",
+    "maze_extended",
+    "more_seeds",
     "mountain_car",
+    "mountain_car_extended",
+    "own_controls",
     "pendulum",
+    "pendulum_extended",
     "pendulum_sac",
     "per_level",
     "quickly",
@@ -107,6 +113,47 @@ class SharedSweep:
 
     def wanted(self, place: Place) -> bool:
         return place.wants(self.name, self.spec(place))
+
+
+@dataclass(frozen=True)
+class Extended:
+    """A shared sweep and what was trained for it later: its cells together, no weights.
+
+    What comes later is a sweep of its own, so that cells that are stored stay what they are.
+    """
+
+    first: SharedSweep
+    later: tuple[SharedSweep, ...]
+
+    def cells(self, place: Place) -> pl.DataFrame:
+        parts = (self.first, *(() if place.quick else self.later))
+        found = [each.cells(place) for each in parts if each.wanted(place)]
+        # Other controls of the same seeds train the same dense policies again.
+        cell = ("algo", "level", "seed", "condition", "controls")
+        return pl.concat(found, how="diagonal").unique(cell, keep="first", maintain_order=True)
+
+    def wanted(self, place: Place) -> bool:
+        return self.first.wanted(place)
+
+
+def more_seeds(sweep: SharedSweep, seeds: int) -> SharedSweep:
+    """The seeds that a shared sweep lacks to so many."""
+
+    def full() -> Sweep:
+        spec = sweep.full()
+        return replace(spec, first_seed=spec.seeds, seeds=seeds - spec.seeds)
+
+    return SharedSweep(f"{sweep.name}-to-{seeds}-seeds", full)
+
+
+def own_controls(sweep: SharedSweep) -> SharedSweep:
+    """Shuffled policies of a shared sweep that prune by their own training."""
+
+    def full() -> Sweep:
+        shuffled = ("mask/permuted", "permuted/permuted")
+        return replace(sweep.full(), conditions=shuffled, controls=("own",))
+
+    return SharedSweep(f"{sweep.name}-own", full)
 
 
 @partial(SharedSweep, "cartpole")
@@ -288,6 +335,13 @@ def cartpole_deep() -> Sweep:
         rate=0.36,
         evaluation=Evaluation(points=10, episodes=16, final_episodes=50),
     )
+
+
+pendulum_extended = Extended(pendulum, (own_controls(pendulum), more_seeds(pendulum, 15)))
+maze_extended = Extended(maze, (own_controls(maze), more_seeds(maze, 15)))
+mountain_car_extended = Extended(
+    mountain_car, (own_controls(mountain_car), more_seeds(mountain_car, 15))
+)
 
 
 def quickly(spec: Sweep) -> Sweep:
