@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ _CARTPOLE = TASKS["CartPole-v1"]
 _TRACK = 0.24
 
 
-def _narrow_step(x, x_dot, theta, theta_dot, action):
-    *state, reward, terminated = cartpole_step(x, x_dot, theta, theta_dot, action)
+def _narrow_step(*given: Tensor) -> tuple[Tensor, ...]:
+    *state, reward, terminated = cartpole_step(*given)
     return *state, reward, terminated | (state[0].abs() > _TRACK)
 
 
-def _reversed_step(x, x_dot, theta, theta_dot, action):
-    return cartpole_step(x, x_dot, theta, theta_dot, 1.0 - action)
+def _reversed_step(*given: Tensor) -> tuple[Tensor, ...]:
+    *state, action = given
+    return cartpole_step(*state, 1.0 - action)
 
 
 _STEPS = {NARROW: _narrow_step, REVERSED: _reversed_step}
@@ -67,12 +69,14 @@ class PlainEnv:
         self._physics, self._stream = physics, reset_stream
 
     def reset(self, key: Tensor) -> Tensor:
+        """Start every copy afresh."""
         self.clock, self._key = 0, key
         self._state = self._initial()
         self._elapsed = torch.zeros_like(self._state[..., 0], dtype=torch.int32)
         return self._physics.observe(self._state)
 
     def step(self, action: Tensor) -> Step:
+        """Act once in every copy; those whose episode ends restart within the same step."""
         state, reward, terminated = self._physics.step(self._state, action)
         self.clock += 1
         elapsed = self._elapsed + 1
@@ -94,12 +98,9 @@ class PlainEnv:
 
 def _register(name: str) -> None:
     physics = replace(_CARTPOLE, name=name, advance=_STEPS[name])
-
-    def make(tickets, copies, device, *, spec, reset_stream):
-        return PlainEnv(physics, tickets, copies, device, spec=spec, reset_stream=reset_stream)
-
-    # Random policies fall before they leave even the narrow track, as often either way.
-    register_env(name, make, replace(env_spec("CartPole-v1"), name=name))
+    # Random policies fall before they leave even the narrow track, and as soon either way.
+    spec = replace(env_spec("CartPole-v1"), name=name)
+    register_env(name, partial(PlainEnv, physics), spec)
 
 
 for _name in _STEPS:
