@@ -57,6 +57,7 @@ NAMES = (
     "conditions",
     "rescaling",
     "transfer",
+    "task_transfer",
     "input_masks",
     "maze_inputs",
     "noise",

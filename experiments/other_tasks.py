@@ -24,14 +24,17 @@ _CARTPOLE = TASKS["CartPole-v1"]
 _TRACK = 0.24
 
 
-def _narrow_step(*given: Tensor) -> tuple[Tensor, ...]:
-    *state, reward, terminated = cartpole_step(*given)
+def _narrow_step(
+    x: Tensor, x_dot: Tensor, theta: Tensor, theta_dot: Tensor, action: Tensor
+) -> tuple[Tensor, ...]:
+    *state, reward, terminated = cartpole_step(x, x_dot, theta, theta_dot, action)
     return *state, reward, terminated | (state[0].abs() > _TRACK)
 
 
-def _reversed_step(*given: Tensor) -> tuple[Tensor, ...]:
-    *state, action = given
-    return cartpole_step(*state, 1.0 - action)
+def _reversed_step(
+    x: Tensor, x_dot: Tensor, theta: Tensor, theta_dot: Tensor, action: Tensor
+) -> tuple[Tensor, ...]:
+    return cartpole_step(x, x_dot, theta, theta_dot, 1.0 - action)
 
 
 _STEPS = {NARROW: _narrow_step, REVERSED: _reversed_step}

@@ -34,6 +34,7 @@ __all__ = [
     "budgets",
     "cartpole",
     "cartpole_deep",
+    "cartpole_late",
     "cuts",
     "dqn",
     "hopper",
@@ -58,6 +59,7 @@ __all__ = [
     "taught",
     "tickets",
     "train",
+    "train_weights",
     "unsolved",
 ]
 
@@ -344,12 +346,27 @@ mountain_car_extended = Extended(
 )
 
 
+@partial(SharedSweep, "cartpole-late")
+def cartpole_late() -> Sweep:
+    """PPO of `cartpole_deep` rewound to a tenth of the training, at half of its levels."""
+    spec = cartpole_deep.full()
+    return replace(
+        spec,
+        algos=("ppo",),
+        seeds=10,
+        levels=5,
+        rate=1 - (1 - spec.rate) ** 2,
+        rewind_step=round(0.1 * spec.ppo.iterations) * spec.ppo.batch,
+    )
+
+
 def quickly(spec: Sweep) -> Sweep:
     """The same sweep, tiny."""
     return replace(
         spec,
         seeds=2,
         levels=3,
+        rewind_step=128 if spec.rewind_step else 0,
         ppo=replace(spec.ppo, copies=4, horizon=32, minibatches=2, steps=8 * 128),
         dqn=replace(spec.dqn, steps=1024, warmup=64, updates=4),
         sac=replace(spec.sac, steps=512, warmup=64, updates=2),
@@ -467,6 +484,20 @@ def train(
     seeds: Sequence[int],
     what: str,
 ) -> pl.DataFrame:
+    """Rows of `train_weights`."""
+    return train_weights(spec, store, algo, level, mask, initial, seeds, what)[0]
+
+
+def train_weights(
+    spec: Sweep,
+    store: Store | None,
+    algo: str,
+    level: int,
+    mask: Tensor,
+    initial: Tensor,
+    seeds: Sequence[int],
+    what: str,
+) -> tuple[pl.DataFrame, Tensor]:
     """Train policies that no condition of a sweep describes, by the sweep's settings.
 
     Where the sweep prunes while it trains they are pruned to the level's density on the way.
@@ -482,7 +513,7 @@ def train(
         what: makes their random keys.
 
     Returns:
-        A row per policy with the returns of a sweep's rows.
+        A row per policy with the returns of a sweep's rows, and the final weights ``[P, size]``.
     """
     begins = spec.density(level) if spec.during == "none" else 1.0
     population = Population.create(spec.arena(algo), initial, mask, begins)
@@ -496,7 +527,7 @@ def train(
     tracks = [Track(seed, TICKET, "own") for seed in seeds]
     key = torch.tensor(names, dtype=torch.int64, device="cpu")
     result = train_population(spec, algo, population, key, level, tracks, dataset)
-    return pl.DataFrame(
+    rows = pl.DataFrame(
         {
             "env": spec.env,
             "algo": algo,
@@ -515,3 +546,4 @@ def train(
             "wall_s": result.wall_s / len(seeds),
         }
     )
+    return rows, result.final

@@ -1,0 +1,286 @@
+"""Does a mask serve another task of the same shape, and is it better rewound to later?
+
+Tickets of PPO on CartPole, rewound to the start or to a tenth of the training, trained on CartPole
+with a narrow track and with reversed pushes, beside the tickets that those tasks give from the same
+initial values, and beside shuffled masks::
+
+    python -m experiments.task_transfer [--quick]
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import polars as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from experiments.drawing import Line, line_figure
+from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
+from experiments.other_tasks import NARROW, REVERSED
+from experiments.sweeps import (
+    SharedSweep,
+    cartpole_deep,
+    cartpole_late,
+    quickly,
+    tickets,
+    train,
+    train_weights,
+)
+from sparse_tickets import Sweep, Ticket
+from sparse_tickets.kernels.prune import prune
+from sparse_tickets.kernels.random import derive_key
+
+TASKS = {NARROW: "narrow track", REVERSED: "reversed pushes"}
+LEVELS = (2, 3, 4)
+"""Of `cartpole_late`, four of the protocol's at a time; `cartpole_deep` has twice as many."""
+SEEDS = 10
+STEPS = 409_600
+METRICS = {
+    "return_initial": "before training",
+    "return_auc": "learning curve",
+    "return_final": "final return",
+}
+DENSE, OWN, CARRIED, LATE, SHUFFLED = (
+    "dense", "the task's own ticket", "CartPole's ticket", "CartPole's, rewound late",
+    "CartPole's mask, shuffled",
+)  # fmt: skip
+MASKS = (OWN, CARRIED, LATE, SHUFFLED)
+
+
+def _spec(place: Place, env: str) -> Sweep:
+    """What trains on a task: the settings of CartPole's tickets, with fewer steps."""
+    spec = replace(cartpole_late.full(), env=env, rewind_step=0, seeds=SEEDS)
+    spec = replace(spec, ppo=replace(spec.ppo, steps=STEPS))
+    return quickly(spec) if place.quick else spec
+
+
+def collect(place: Place) -> pl.DataFrame:
+    found = []
+    for env in TASKS:
+        spec = _spec(place, env)
+        sources = tuple(each.spec(place) for each in (cartpole_deep, cartpole_late))
+        chosen = [level for level in LEVELS if level < spec.levels]
+        for name, compute in (("own", _own), ("carried", _carried)):
+            job = f"task-{env.split()[-1]}-{name}", (spec, *sources, tuple(chosen))
+            if place.partial and not place.kept(*job):
+                continue
+            found.append(place.once(*job, partial(compute, place, spec, chosen)))
+    return pl.concat(found)
+
+
+def _starts(place: Place, spec: Sweep) -> list[Ticket]:
+    """CartPole's dense policies, whose initial values all tasks begin with."""
+    _, store = cartpole_deep(place)
+    return tickets(store, "ppo", 0)[: spec.seeds]
+
+
+def _own(place: Place, spec: Sweep, chosen: list[int]) -> pl.DataFrame:
+    """Dense policies of a task and its tickets, pruned level by level."""
+    initial = torch.stack([ticket.initial for ticket in _starts(place, spec)])
+    arena, seeds = spec.arena("ppo"), list(range(spec.seeds))
+    mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
+    found, final = [], initial
+    for level in range(max(chosen) + 1):
+        if level:
+            kept = torch.full((len(seeds),), spec.kept("ppo", level))
+            mask = prune(final[:, : arena.prunable].abs(), mask, kept)
+        rows, final = train_weights(spec, None, "ppo", level, mask, initial, seeds, "own")
+        found.append(rows.with_columns(mask=pl.lit(OWN if level else DENSE)))
+    return pl.concat(found)
+
+
+def _carried(place: Place, spec: Sweep, chosen: list[int]) -> pl.DataFrame:
+    """CartPole's tickets, rewound to the start and to later, and their masks shuffled."""
+    arena = spec.arena("ppo")
+    found = []
+    for level in chosen:
+        early = _tickets(place, cartpole_deep, 2 * level if not place.quick else level, spec)
+        late = _tickets(place, cartpole_late, level, spec)
+        initial = torch.stack([ticket.initial for ticket in early])
+        mask = torch.stack([ticket.mask for ticket in early])
+        starts = {
+            CARRIED: (mask, initial),
+            LATE: tuple(torch.stack(each) for each in zip(*map(_rewound, late), strict=True)),
+            SHUFFLED: (_shuffled(arena.prunable_layers(), mask, level), initial),
+        }
+        masks, values = (torch.cat(each) for each in zip(*starts.values(), strict=True))
+        seeds = list(range(spec.seeds)) * len(starts)
+        rows = train(spec, None, "ppo", level, masks, values, seeds, "carried")
+        names = [name for name in starts for _ in range(spec.seeds)]
+        found.append(rows.with_columns(mask=pl.Series(names)))
+    return pl.concat(found)
+
+
+def _tickets(place: Place, sweep: SharedSweep, level: int, spec: Sweep) -> list[Ticket]:
+    _, store = sweep(place)
+    return tickets(store, "ppo", level)[: spec.seeds]
+
+
+def _rewound(ticket: Ticket) -> tuple[Tensor, Tensor]:
+    return ticket.mask, ticket.rewind
+
+
+def _shuffled(layers: list[tuple[int, int, int]], mask: Tensor, level: int) -> Tensor:
+    """As many weights in each layer, elsewhere."""
+    shuffled = mask.clone()
+    for seed, row in enumerate(shuffled):
+        drawn = torch.Generator().manual_seed(derive_key("shuffled", seed, level) % 2**63)
+        for begin, out, inp in layers:
+            order = torch.randperm(out * inp, generator=drawn)
+            row[begin : begin + out * inp] = row[begin : begin + out * inp][order]
+    return shuffled
+
+
+def matrix(cells: pl.DataFrame, env: str, mask: str, metric: str) -> np.ndarray:
+    """``[seeds, levels]``, as a share of random to the task's dense return."""
+    here = cells.filter(pl.col("env") == env)
+    random = here["random_return"].mean()
+    dense = here.filter(pl.col("mask") == DENSE)["return_final"].median()
+    rows = here.filter((pl.col("mask") == mask) & pl.col("level").is_in(_levels(here)))
+    rows = rows.sort("seed", "level")
+    values = rows[metric].to_numpy().reshape(rows["seed"].n_unique(), -1)
+    return (values - random) / (dense - random)
+
+
+def _levels(cells: pl.DataFrame) -> list[int]:
+    """Those at which masks were carried over."""
+    return cells.filter(pl.col("mask") == CARRIED)["level"].unique().sort().to_list()
+
+
+def densities(cells: pl.DataFrame) -> np.ndarray:
+    rows = cells.filter(pl.col("mask") == CARRIED).group_by("level")
+    return rows.agg(pl.col("density").max()).sort("level")["density"].to_numpy()
+
+
+def gap(cells: pl.DataFrame, env: str, metric: str, one: str, two: str) -> np.ndarray:
+    """Difference of two masks of each seed, averaged over the densities."""
+    return (matrix(cells, env, one, metric) - matrix(cells, env, two, metric)).mean(1)
+
+
+PAIRS = ((CARRIED, SHUFFLED), (CARRIED, OWN), (LATE, CARRIED), (OWN, SHUFFLED))
+WORDS = {1: "better than", 0: "not told from", -1: "worse than"}
+
+
+def conclude(cells: pl.DataFrame) -> Finding:
+    shown, verdicts = [], []
+    for env, task in _tasks(cells).items():
+        gaps = {
+            pair: gap(cells, env, "return_auc", *pair)
+            for pair in ((CARRIED, SHUFFLED), (CARRIED, OWN), (LATE, CARRIED))
+        }
+        shuffled, own, late = (signed(*effect(found), digits=2) for found in gaps.values())
+        shown.append(
+            f"{task}: CartPole's ticket {shuffled} above its mask shuffled, {own} above the task's "
+            f"own, {late} more where rewound late"
+        )
+        words = [WORDS[direction(found)] for found in gaps.values()]
+        verdicts.append(
+            f"{task}: CartPole's ticket {words[0]} its mask shuffled, {words[1]} the task's own; "
+            f"rewound late {words[2]} rewound to the start"
+        )
+    return Finding(
+        ran=setting_of(cells),
+        effect="learning curve, of the dense return, mean over densities: " + "; ".join(shown),
+        verdict="; ".join(verdicts),
+        text=text(cells),
+        figures={"task_transfer": partial(draw, cells)},
+    )
+
+
+def _tasks(cells: pl.DataFrame) -> dict[str, str]:
+    return {env: task for env, task in TASKS.items() if env in set(cells["env"])}
+
+
+def setting_of(cells: pl.DataFrame) -> str:
+    return (
+        f"CartPole-v1 with {' and with '.join(_tasks(cells).values())}, PPO, "
+        f"{cells['seed'].n_unique()} seeds at "
+        f"{', '.join(f'{each:.1%}' for each in densities(cells))} of the weights, "
+        f"{cells['train_steps'].max():,} steps, {len(cells)} trainings"
+    )
+
+
+def text(cells: pl.DataFrame) -> str:
+    paragraphs = [
+        """Two tasks with CartPole's inputs, actions and physics. On a **narrow track** the cart
+must stay within a tenth of the way that CartPole allows, so that its position and velocity matter,
+which tickets of CartPole often lose. With **reversed pushes** the same inputs matter, and what a
+policy knows of CartPole is wrong. All begin from the initial values of the same seeds. The task's
+own tickets were pruned level by level there; CartPole's, at the whole budget of the protocol, were
+rewound to the start, or to a tenth of the training, which brings along what they had learnt by
+then, critic and all. "Shuffled" keeps CartPole's number of weights in each layer, and the initial
+values of where they are now. Differences within a seed, averaged over the densities, as a share of
+the range from the random policy to the task's dense one."""
+    ]
+    for env, task in _tasks(cells).items():
+        dense = cells.filter((pl.col("env") == env) & (pl.col("mask") == DENSE))["return_final"]
+        rows = [
+            [
+                f"{one} minus {two}",
+                *(
+                    signed(*effect(gap(cells, env, metric, one, two)), digits=2)
+                    for metric in METRICS
+                ),
+            ]
+            for one, two in PAIRS
+        ]
+        means = [
+            [
+                name,
+                *(
+                    f"{value:.2f}"
+                    for metric in ("return_initial", "return_final")
+                    for value in matrix(cells, env, name, metric).mean(0)
+                ),
+            ]
+            for name in MASKS
+        ]
+        header = [
+            "mean share",
+            *(
+                f"{word}, {density:.1%}"
+                for word in ("before training", "final")
+                for density in densities(cells)
+            ),
+        ]
+        paragraphs += [
+            f"**{task.capitalize()}**: dense policies end at {dense.mean():.0f} "
+            f"({dense.min():.0f} to {dense.max():.0f}).",
+            markdown(["difference", *METRICS.values()], rows),
+            markdown(header, means),
+        ]
+    return "\n\n".join(paragraphs)
+
+
+def draw(cells: pl.DataFrame) -> Figure:
+    panels = {
+        f"{task}, {METRICS[metric]}": [
+            Line(name, 100 * densities(cells), matrix(cells, env, name, metric)) for name in MASKS
+        ]
+        for env, task in _tasks(cells).items()
+        for metric in ("return_auc", "return_final")
+    }
+    return line_figure(
+        panels,
+        "CartPole's tickets of PPO on other tasks of its shape",
+        f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
+        "density",
+        "share of the dense return",
+    )
+
+
+EXPERIMENT = Experiment(
+    name="task_transfer",
+    question="Does a mask serve another task, and better when rewound late?",
+    claim="Masks carry over to related tasks (Morcos et al. 2019, between data sets of images; of "
+    "policies no claim that we know of)",
+    collect=collect,
+    conclude=conclude,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
