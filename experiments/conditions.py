@@ -25,6 +25,7 @@ from experiments.sweeps import (
     dqn,
     hopper,
     lunar_lander,
+    maze,
     mountain_car,
     pendulum,
     pendulum_sac,
@@ -58,6 +59,7 @@ def collect(place: Place) -> pl.DataFrame:
             "Pendulum": pendulum,
             "Pendulum, SAC": pendulum_sac,
             "MountainCar": mountain_car,
+            "Maze": maze,
             "LunarLander": lunar_lander,
             "Hopper": hopper,
         }

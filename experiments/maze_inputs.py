@@ -193,7 +193,7 @@ def draw_ranks(cells: pl.DataFrame) -> Figure:
     }
     return line_figure(
         panels,
-        "Maze: does pruning tell cells that never show anything?",
+        "Maze: cells that show something",
         f"mean of {cells['seed'].n_unique()} seeds, 95% interval; 0.5 is chance",
         "density",
         "",

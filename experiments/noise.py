@@ -30,13 +30,14 @@ RANDOM = "random/re-init"
 COUNTS = (4, 16, 76)
 METHODS = {
     TICKET: "tickets",
+    "gradual": "gradual pruning",
     "set": "SET",
     "rigl": "RigL",
     "static": "static random (ERK)",
     RANDOM: "static random (global)",
 }
-JUDGED = (TICKET, "set", "rigl")
-SPARSE = ("set", "rigl", "static")
+JUDGED = (TICKET, "gradual", "set", "rigl")
+SPARSE = ("gradual", "set", "rigl", "static")
 DURING = (76,)
 """Among how much noise networks are made sparse while they train, too."""
 APART = 2
@@ -55,13 +56,8 @@ def collect(place: Place) -> pl.DataFrame:
         )
         if not place.quick:
             spec = replace(spec, rate=0.488, levels=7, seeds=6)
-        if not place.wants(f"noise-{count}"):
-            continue
-        found.append(_with_ranks(count, spec, place.sweep(f"noise-{count}", spec)))
+        found.append(_ranked(place, f"noise-{count}", count, spec))
         for method in SPARSE[: 1 if place.quick else None] if count in DURING else ():
-            name = f"noise-{count}-{method}"
-            if not place.wants(name):
-                continue
             during = replace(
                 spec,
                 conditions=(TICKET,),
@@ -70,10 +66,23 @@ def collect(place: Place) -> pl.DataFrame:
                 during=method,
                 during_every=1 if place.quick else EVERY["ppo"],
             )
-            cells = _with_ranks(count, during, place.sweep(name, during))
-            pruned = cells.filter(pl.col("level") > 0)
-            found.append(pruned.with_columns(level=APART * pl.col("level")))
-    return pl.concat(found, how="diagonal")
+            found.append(_ranked(place, f"noise-{count}-{method}", count, during))
+    return pl.concat([cells for cells in found if cells is not None], how="diagonal")
+
+
+def _ranked(place: Place, name: str, count: int, spec: Sweep) -> pl.DataFrame | None:
+    """A sweep's cells with ranks, stored together, since tables have no masks."""
+
+    def compute() -> pl.DataFrame:
+        cells = _with_ranks(count, spec, place.sweep(name, spec))
+        if spec.during == "none":
+            return cells
+        # By the tickets' levels, which have the dense policies too.
+        return cells.filter(pl.col("level") > 0).with_columns(level=APART * pl.col("level"))
+
+    if place.partial and not place.kept(name, spec):
+        return None
+    return place.once(name, spec, compute)
 
 
 def _with_ranks(count: int, spec: Sweep, store: Store) -> pl.DataFrame:
@@ -133,7 +142,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
     density = cells["density"].min()
     steps = cells["train_steps"].max()
     sparse = methods(cells, SPARSE)
-    among = "among most noise only, no gradual pruning"
+    among = "among most noise only"
     cut = (
         f"networks that train sparse {among}" if sparse else "none that becomes sparse in training"
     )

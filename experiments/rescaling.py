@@ -41,20 +41,33 @@ VERDICTS = {
 LAYERS = ("input", "hidden", "head")
 
 
+SPARSEST = 8
+"""The last level of other initialisations than the sweep's own."""
+
+
 def collect(place: Place) -> pl.DataFrame:
-    spec, store = cartpole(place)
-    found = {PLAIN: (spec, store)}
+    found = []
     for init in INITIALISATIONS:
-        if init != PLAIN and place.wants(f"cartpole-{init}"):
-            other = replace(
-                cartpole.spec(place),
+        spec = cartpole.spec(place)
+        if init != PLAIN:
+            spec = replace(
+                spec,
                 init=init,
                 algos=("ppo",),
                 conditions=(TICKET,),
                 controls=("own",),
+                levels=min(spec.levels, SPARSEST + 1),
             )
-            found[init] = other, place.sweep(f"cartpole-{init}", other)
-    return pl.concat([_with_layers(init, *found[init]) for init in found], how="diagonal")
+        job = f"rescaling-{init}", spec
+        if not place.partial or place.kept(*job):
+            found.append(place.once(*job, partial(_trained, place, init, spec)))
+    return pl.concat(found, how="diagonal")
+
+
+def _trained(place: Place, init: str, spec: Sweep) -> pl.DataFrame:
+    """An initialisation's tickets with layers and inputs, of which tables have no masks."""
+    name = cartpole.name if init == PLAIN else f"cartpole-{init}"
+    return _with_layers(init, spec, place.sweep(name, spec))
 
 
 def _with_layers(init: str, spec: Sweep, store: Store) -> pl.DataFrame:

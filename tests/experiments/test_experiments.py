@@ -121,7 +121,7 @@ def test_stored_cells_of_a_shared_sweep_are_whole(name):
 
 
 # Tables lack the masks that these read inputs and layers from.
-OF_MASKS = ("input_masks", "maze_inputs", "noise", "rescaling")
+OF_MASKS = ("input_masks", "maze_inputs")
 # As many figures and sweeps as the others together; kernels compile in whichever comes first.
 SLOW = ("cleanrl", "conditions", "distribution_shift", "rescaling", "stability")
 
