@@ -17,7 +17,7 @@ from typing import Literal
 
 from .cases import is_ours
 from .measure import Record
-from .results import Run
+from .results import SuiteRun
 
 __all__ = ["THRESHOLD", "Change", "RunComparison", "compare"]
 
@@ -101,7 +101,7 @@ class _Sample:
     apart: bool
 
 
-def compare(pairs: Sequence[tuple[Run, Run]]) -> RunComparison:
+def compare(pairs: Sequence[tuple[SuiteRun, SuiteRun]]) -> RunComparison:
     """Every configuration that both runs of each pair share.
 
     An op is flagged if its mean deviation exceeds what noise explains: z times the placebos'
@@ -126,7 +126,7 @@ def compare(pairs: Sequence[tuple[Run, Run]]) -> RunComparison:
     )
 
 
-def _shared(old: Run, new: Run) -> list[tuple[Record, Record]]:
+def _shared(old: SuiteRun, new: SuiteRun) -> list[tuple[Record, Record]]:
     before = {record.key: record for record in old.records}
     both = [(before[record.key], record) for record in new.records if record.key in before]
     return [(was, now) for was, now in both if was.subject == now.subject]

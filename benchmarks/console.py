@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from .compare import FALSE_ALARMS, Change, RunComparison
 from .measure import Record, Refusal
-from .results import BUSY, Run
+from .results import BUSY, SuiteRun
 from .tables import NOISY, Table, duration, tables
 
 __all__ = ["show_comparison", "show_line", "show_run", "show_table", "warn_if_busy"]
@@ -53,7 +53,7 @@ def show_line(
     console.print(line, highlight=False, soft_wrap=True)
 
 
-def show_run(console: Console, run: Run) -> None:
+def show_run(console: Console, run: SuiteRun) -> None:
     """Every table of the run."""
     for table in tables(run, brief=True):
         show_table(console, table)
@@ -74,7 +74,7 @@ def show_table(console: Console, table: Table) -> None:
 
 
 def show_comparison(
-    console: Console, pairs: Sequence[tuple[Run, Run]], found: RunComparison
+    console: Console, pairs: Sequence[tuple[SuiteRun, SuiteRun]], found: RunComparison
 ) -> None:
     """Ops, then single configurations that changed, and what could have been seen."""
 
@@ -161,7 +161,7 @@ def _percent(factor: float) -> str:
     return f"{100 * (factor - 1):+.0f}%"
 
 
-def warn_if_busy(console: Console, run: Run) -> None:
+def warn_if_busy(console: Console, run: SuiteRun) -> None:
     """Idle threads spin: beside other work, whoever uses more threads loses more."""
     if run.busy > BUSY:
         console.print(

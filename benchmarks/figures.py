@@ -17,7 +17,7 @@ from sparse_tickets.analysis.style import DPI, GREY, INK, PALE, styled
 from sparse_tickets.files import write_atomic
 
 from .measure import Record
-from .results import Run, share_out
+from .results import SuiteRun, share_out
 from .scaling import AXES, Curve, curves
 from .tables import groups, in_words
 
@@ -34,7 +34,7 @@ _ADDED = ("batching", "fusion", "sparsity")
 _PRUNED_WORK = {"PPO iteration": 0.5}
 
 
-def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
+def draw(runs: Sequence[SuiteRun], folder: Path) -> list[Path]:
     """Every picture that the runs of one device have data for, as PNG; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = [records for run in share_out(runs) for records in groups(run)]

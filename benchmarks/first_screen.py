@@ -9,14 +9,14 @@ from pathlib import Path
 from sparse_tickets.files import write_atomic
 
 from . import brief, jobs, steps
-from .results import Run
+from .results import SuiteRun
 
 __all__ = ["rewrite"]
 
 
 def rewrite(
     page: Path,
-    runs: Mapping[str, Sequence[Run]],
+    runs: Mapping[str, Sequence[SuiteRun]],
     loops: Path | None = None,
     whole: Path | None = None,
 ) -> Path:

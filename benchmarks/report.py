@@ -10,7 +10,7 @@ from sparse_tickets.files import write_atomic
 from .brief import losses, origin, speedups, widest
 from .figures import draw
 from .gpu.report import gpu_tables
-from .results import BUSY, Run, share_out
+from .results import BUSY, SuiteRun, share_out
 from .tables import Table, grid, tables
 
 __all__ = ["markdown", "write_report"]
@@ -75,7 +75,7 @@ How a number below comes about:
 """
 
 
-def markdown(runs: Mapping[str, Sequence[Run]], figures: Mapping[str, list[Path]]) -> str:
+def markdown(runs: Mapping[str, Sequence[SuiteRun]], figures: Mapping[str, list[Path]]) -> str:
     """The page.
 
     Args:
@@ -105,7 +105,7 @@ def markdown(runs: Mapping[str, Sequence[Run]], figures: Mapping[str, list[Path]
     return "\n".join(parts)
 
 
-def write_report(folder: Path, runs: Mapping[str, Sequence[Run]]) -> Path:
+def write_report(folder: Path, runs: Mapping[str, Sequence[SuiteRun]]) -> Path:
     """Write ``README.md`` and ``figures/`` into ``folder``; returns the page's path."""
     figures = {
         device: [path.relative_to(folder) for path in draw(several, folder / "figures")]
@@ -116,7 +116,7 @@ def write_report(folder: Path, runs: Mapping[str, Sequence[Run]]) -> Path:
     return page
 
 
-def _origin(run: Run) -> str:
+def _origin(run: SuiteRun) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     load = f"other processes used {run.busy:.0%} of the cores"
     if run.busy > BUSY:

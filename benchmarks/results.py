@@ -1,6 +1,6 @@
 """Results as data: one JSON file per run, and what machine and code it came from.
 
-A file is a `Run`: where and how, then one `measure.Record` per configuration, with a
+A file is a `SuiteRun`: where and how, then one `measure.Record` per configuration, with a
 `measure.Measured` per contender. Warm, cold and graph-replayed times stand side by side there;
 what was not measured is null. Files of the first layout, which lacked some of these, still load.
 """
@@ -32,7 +32,7 @@ __all__ = [
     "PART",
     "RESULTS",
     "Neighbours",
-    "Run",
+    "SuiteRun",
     "available_cores",
     "default_path",
     "device_slug",
@@ -59,7 +59,7 @@ _PACKAGES = (
 
 
 @dataclass
-class Run:
+class SuiteRun:
     """One run of a suite.
 
     Attributes:
@@ -120,12 +120,12 @@ def device_slug(device: str) -> str:
     return _slug(f"cpu {_cpu()} {available_cores()}c")
 
 
-def provenance(suite: str, device: str, ceilings: Ceilings | None, rounds: int = 0) -> Run:
+def provenance(suite: str, device: str, ceilings: Ceilings | None, rounds: int = 0) -> SuiteRun:
     """A run without records yet, with everything about here and now."""
     hardware = f"{_cpu()}, {available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if torch.device(device).type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)}; host {hardware}"
-    return Run(
+    return SuiteRun(
         device=device_slug(device),
         suite=suite,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -140,7 +140,7 @@ def provenance(suite: str, device: str, ceilings: Ceilings | None, rounds: int =
     )
 
 
-def header(run: Run) -> dict[str, object]:
+def header(run: SuiteRun) -> dict[str, object]:
     """What a record in a table of its own keeps of where and when it was measured."""
     kept = ("device", "date", "hardware", "versions", "commit")
     return {name: getattr(run, name) for name in kept}
@@ -159,13 +159,13 @@ def newest_table(folder: Path) -> Path | None:
     return max(dated, key=lambda path: path.stem[-10:], default=None)
 
 
-def default_path(run: Run) -> Path:
+def default_path(run: SuiteRun) -> Path:
     """``results/<device>-<date>.json``; suites other than ``quick`` add their name."""
     ending = "" if run.suite == "quick" else f"-{run.suite}"
     return RESULTS / f"{run.device}-{run.date[:10]}{ending}.json"
 
 
-def save(run: Run, path: Path | None = None) -> Path:
+def save(run: SuiteRun, path: Path | None = None) -> Path:
     """Write a run whole or not at all, by default to `default_path`."""
     path = default_path(run) if path is None else path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def save(run: Run, path: Path | None = None) -> Path:
     return path
 
 
-def load(path: Path) -> Run:
+def load(path: Path) -> SuiteRun:
     """Read a run.
 
     Raises:
@@ -194,12 +194,12 @@ def load(path: Path) -> Run:
         copies = {int(size): Spread(**item) for size, item in data.pop("copies", {}).items()}
         products = {name: Spread(**item) for name, item in data.pop("products", {}).items()}
         rates = {"sgemm": sgemm, "copies": copies, "products": products}
-        return Run(**data, records=records, refused=refused, **rates)
+        return SuiteRun(**data, records=records, refused=refused, **rates)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a benchmark result: {error!r}") from error
 
 
-def newest(folder: Path = RESULTS) -> dict[str, list[Run]]:
+def newest(folder: Path = RESULTS) -> dict[str, list[SuiteRun]]:
     """The latest run of each suite on each device, a stopped one only if none was completed.
 
     Runs of smoke tests and of parts of a suite do not count.
@@ -207,7 +207,7 @@ def newest(folder: Path = RESULTS) -> dict[str, list[Run]]:
     Returns:
         By device its runs, those with most records first, scaling curves behind them.
     """
-    latest: dict[tuple[str, str], Run] = {}
+    latest: dict[tuple[str, str], SuiteRun] = {}
     for path in sorted(folder.glob("*.json")):
         run = load(path)
         key = run.device, run.suite
@@ -215,13 +215,13 @@ def newest(folder: Path = RESULTS) -> dict[str, list[Run]]:
             continue
         if key not in latest or _rank(run) > _rank(latest[key]):
             latest[key] = run
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[SuiteRun]] = {}
     for run in sorted(latest.values(), key=lambda run: (run.suite == "curves", -len(run.records))):
         found.setdefault(run.device, []).append(run)
     return dict(sorted(found.items()))
 
 
-def share_out(runs: Sequence[Run]) -> list[Run]:
+def share_out(runs: Sequence[SuiteRun]) -> list[SuiteRun]:
     """The runs of one device with every table in one of them only: where it is longest, or latest.
 
     Runs that are left with nothing to show are left out.
@@ -238,7 +238,7 @@ def share_out(runs: Sequence[Run]) -> list[Run]:
     return shared
 
 
-def _rank(run: Run) -> tuple[bool, str]:
+def _rank(run: SuiteRun) -> tuple[bool, str]:
     return run.complete, run.date
 
 

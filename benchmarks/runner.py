@@ -20,7 +20,7 @@ from sparse_tickets.timing import Budget, pinned_threads
 from .clock import is_lost, make_timer
 from .console import show_line, show_run, warn_if_busy
 from .measure import Refusal, measure
-from .results import PART, Neighbours, Run, default_path, load, provenance, save
+from .results import PART, Neighbours, SuiteRun, default_path, load, provenance, save
 from .suites import suite
 
 __all__ = ["Remaining", "run_suite"]
@@ -122,7 +122,7 @@ class Remaining:
         return f"{minutes}:{seconds:02} left"
 
 
-def _stopped(run: Run, path: Path, console: Console) -> Run | None:
+def _stopped(run: SuiteRun, path: Path, console: Console) -> SuiteRun | None:
     """The run that was stopped and that this one goes on with."""
     if not path.exists():
         return None

@@ -12,7 +12,7 @@ from sparse_tickets.timing import Spread
 from .cases import FUSED_DENSE
 from .measure import Record
 from .ppo_job import KFLOP_PER_STEP
-from .results import Run
+from .results import SuiteRun
 
 __all__ = [
     "NOISY",
@@ -90,7 +90,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def tables(run: Run, *, brief: bool = False) -> list[Table]:
+def tables(run: SuiteRun, *, brief: bool = False) -> list[Table]:
     """Every group of records as a table; ``brief`` ones have no spreads and no plans.
 
     Sizes measured at one sparsity only, as for curves, share a table per op.
@@ -120,7 +120,7 @@ def _joined(found: Sequence[list[Record]]) -> list[list[Record]]:
     return list(joined.values())
 
 
-def groups(run: Run) -> list[list[Record]]:
+def groups(run: SuiteRun) -> list[list[Record]]:
     """Records of one op and shape, sparsities ascending."""
     found: dict[tuple, list[Record]] = {}
     for record in run.records:
@@ -206,7 +206,7 @@ def _peers(records: Sequence[Record], kind: str = "wall") -> list[str]:
     return list(dict.fromkeys(peer for record in records for peer in speedup_of(record, kind)))
 
 
-def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Table:
+def _latency(records: Sequence[Record], run: SuiteRun, brief: bool, kind: str) -> Table:
     """One kind of time; plans, bounds, crossovers and reasons stand with the warm ones."""
     peers, warm, said = _peers(records, kind), kind == "wall", _KINDS[kind]
     bounds = [run.bound(record) for record in records] if warm else []
@@ -242,7 +242,7 @@ def _latency(records: Sequence[Record], run: Run, brief: bool, kind: str) -> Tab
     return table
 
 
-def _throughput(records: Sequence[Record], run: Run, brief: bool) -> Table:
+def _throughput(records: Sequence[Record], run: SuiteRun, brief: bool) -> Table:
     spread = [] if brief else ["p20-p80"]
     peers = _peers(records)
     title, head, cells = _heads(records)
@@ -262,7 +262,7 @@ def _throughput(records: Sequence[Record], run: Run, brief: bool) -> Table:
     return table
 
 
-def _stages(record: Record, run: Run, brief: bool) -> Table:
+def _stages(record: Record, run: SuiteRun, brief: bool) -> Table:
     """Each stage's gain over the one before; the subject, last and sparse, is the final stage."""
     spread = [] if brief else ["p20-p80"]
     columns = ["stage", "agent-steps/s", *spread, "gain"]
@@ -294,11 +294,11 @@ def _made(records: Sequence[Record], peers: Sequence[str]) -> dict[str, str]:
     return {peer: plan for peer, plan in said.items() if plan}
 
 
-def _efficiency(per_second: float, run: Run) -> float:
+def _efficiency(per_second: float, run: SuiteRun) -> float:
     return per_second * KFLOP_PER_STEP * 1e3 / run.sgemm.median
 
 
-def _yardstick(run: Run) -> str:
+def _yardstick(run: SuiteRun) -> str:
     return (
         f"Measured sgemm of this run: {run.sgemm.median / 1e9:.0f} GFLOP/s "
         f"({run.sgemm.p20 / 1e9:.0f}-{run.sgemm.p80 / 1e9:.0f}). Of sgemm: agent-steps/s x "

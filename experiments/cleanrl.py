@@ -163,7 +163,7 @@ def permutation(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GroupComparison:
     """Of two groups of seeds.
 
     Attributes:
@@ -183,7 +183,7 @@ class Comparison:
     theirs: np.ndarray
 
 
-def comparisons(cells: pl.DataFrame) -> Iterator[Comparison]:
+def comparisons(cells: pl.DataFrame) -> Iterator[GroupComparison]:
     for algo in TITLES:
         there = who(cells, algo)
         for name, script in PAIRS:
@@ -191,13 +191,13 @@ def comparisons(cells: pl.DataFrame) -> Iterator[Comparison]:
                 continue
             if algo == "ppo":
                 values = (curves(cells, algo, each).mean(1) for each in (name, script))
-                yield Comparison(algo, name, script, "learning curve", *values)
+                yield GroupComparison(algo, name, script, "learning curve", *values)
             for metric, word in (
                 ("return_final", "final, greedy"),
                 ("return_final_sampled", "final, sampled"),
             ):
                 values = (finals(cells, algo, each, metric) for each in (name, script))
-                yield Comparison(algo, name, script, word, *values)
+                yield GroupComparison(algo, name, script, word, *values)
 
 
 def conclude(cells: pl.DataFrame) -> Finding:

@@ -40,7 +40,7 @@ HEADER = ("setting", "steps/s", *STAGES, "rollout gains", "update gains", "itera
 CRITICS = {False: "dense critic", True: "critic pruned too"}
 
 
-class Bench:
+class TimedTraining:
     """A population and its environment, to be advanced by one iteration at a time."""
 
     def __init__(self, width: int, tickets: int, density: float, prune_critic: bool) -> None:
@@ -119,11 +119,11 @@ def collect(place: Place) -> pl.DataFrame:
 
 def measure(group: list[tuple[int, int, float, bool]], rounds: int) -> pl.DataFrame:
     """Time the members of a group in turn, round after round, the first to warm up."""
-    benches = [Bench(*each) for each in group]
+    trainings = [TimedTraining(*each) for each in group]
     rows = []
     for turn in range(rounds + 1):
-        for (width, tickets, density, critic), bench in zip(group, benches, strict=True):
-            seconds = bench.iterate()
+        for (width, tickets, density, critic), training in zip(group, trainings, strict=True):
+            seconds = training.iterate()
             if turn:
                 rows.append(
                     {
@@ -133,7 +133,7 @@ def measure(group: list[tuple[int, int, float, bool]], rounds: int) -> pl.DataFr
                         "prune_critic": critic,
                         "round": turn,
                         **seconds,
-                        "steps": tickets * bench.settings.batch,
+                        "steps": tickets * training.settings.batch,
                         "threads": torch.get_num_threads(),
                         "wall_s": sum(seconds.values()),
                     }

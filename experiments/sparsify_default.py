@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -151,10 +151,11 @@ def learn(model: BaseAlgorithm, steps: int, kept: list[tuple[str, float]]) -> Ou
     model.ep_info_buffer = None
     model._stats_window_size = 100_000
     model.learn(steps)
-    final, _ = evaluate_policy(
-        model, make_vec_env(model.env.envs[0].spec.id, 1, seed=10_000), EPISODES
-    )
-    return Outcome([info["r"] for info in model.ep_info_buffer], float(final), kept)
+    trained: Any = model
+    env = make_vec_env(trained.env.envs[0].spec.id, 1, seed=10_000)
+    returns, _ = evaluate_policy(model, env, EPISODES, return_episode_rewards=True)
+    episodes = [info["r"] for info in trained.ep_info_buffer]
+    return Outcome(episodes, float(np.mean(returns)), kept)
 
 
 def sb3_ppo(share: str, density: float, seed: int, steps: int) -> Outcome:
@@ -324,36 +325,36 @@ SEEDS = 5
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     system: str
     share: str
     density: float
     seed: int
 
 
-def grid() -> Iterator[Run]:
+def grid() -> Iterator[Trial]:
     """Program by program what decides, then two seeds of the other shares."""
     for name in SYSTEMS:
         for seed in range(SEEDS):
-            yield Run(name, "dense", 1.0, seed)
+            yield Trial(name, "dense", 1.0, seed)
             yield from _cells(name, seed, FEW)
     for seed in range(2):
         for name, system in SYSTEMS.items():
             yield from _cells(name, seed, tuple(s for s in system.shares if s not in FEW))
 
 
-def _cells(name: str, seed: int, shares: tuple[str, ...]) -> Iterator[Run]:
+def _cells(name: str, seed: int, shares: tuple[str, ...]) -> Iterator[Trial]:
     for density in DENSITIES:
         for share in shares:
-            yield Run(name, share, density, seed)
+            yield Trial(name, share, density, seed)
 
 
-def execute(run: Run, steps: int) -> pl.DataFrame:
+def execute(trial: Trial, steps: int) -> pl.DataFrame:
     started = time.perf_counter()
-    outcome = SYSTEMS[run.system].train(run.share, run.density, run.seed, steps)
+    outcome = SYSTEMS[trial.system].train(trial.share, trial.density, trial.seed, steps)
     last = outcome.episodes[-max(1, len(outcome.episodes) // 5) :]
     row = {
-        **asdict(run),
+        **asdict(trial),
         "steps": steps,
         "return_final": outcome.final,
         "return_last_fifth": float(np.mean(last)),
@@ -424,22 +425,22 @@ def main() -> None:
     if options.quick:
         for system in SYSTEMS:
             for share in ("dense", *SHARES):
-                print(execute(Run(system, share, 0.1, 0), 512).row(0), flush=True)
+                print(execute(Trial(system, share, 0.1, 0), 512).row(0), flush=True)
         return
     TABLE.parent.mkdir(exist_ok=True)
     frame = pl.read_parquet(TABLE) if TABLE.exists() else pl.DataFrame()
     done = (
-        {Run(*row) for row in frame.select("system", "share", "density", "seed").rows()}
+        {Trial(*row) for row in frame.select("system", "share", "density", "seed").rows()}
         if len(frame)
         else set()
     )
     deadline = time.monotonic() + 60 * options.minutes
-    for run in grid():
-        if run in done:
+    for trial in grid():
+        if trial in done:
             continue
         if time.monotonic() > deadline:
             break
-        row = execute(run, SYSTEMS[run.system].steps)
+        row = execute(trial, SYSTEMS[trial.system].steps)
         print(row.drop("kept").row(0), flush=True)
         frame = pl.concat([frame, row])
         write(frame, TABLE)

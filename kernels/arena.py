@@ -21,13 +21,13 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS, KNOWN, LAYERNORM
 
-__all__ = ["ARCHITECTURES", "Arena", "Net", "Parameters", "Place", "chain"]
+__all__ = ["ARCHITECTURES", "Arena", "Net", "Parameters", "Processor", "chain"]
 
 ARCHITECTURES = ("mlp", "residual")
 """How layers follow each other; see `chain`."""
 
 
-class Place(Enum):
+class Processor(Enum):
     """Where kernels run, which do not have the same networks everywhere; as errors say it."""
 
     CPU = "a CPU"
@@ -154,19 +154,21 @@ class Net:
         """Whether units depend on each other through LayerNorm, those without weights too."""
         return any(map(self.is_normalised, range(self.depth)))
 
-    def obstacle(self, place: Place) -> str | None:
-        """What the kernels of a place lack of it, as an error says it; or None."""
-        on_cpu = place is Place.CPU
+    def obstacle(self, processor: Processor) -> str | None:
+        """What the kernels of a processor lack of it, as an error says it; or None."""
+        on_cpu = processor is Processor.CPU
         if (self.function if on_cpu else self.activation) not in KNOWN:
             names = ", ".join(KNOWN)
-            return f"activation must be one of {names} on {place.value}, got {self.activation!r}"
+            return (
+                f"activation must be one of {names} on {processor.value}, got {self.activation!r}"
+            )
         if self.architecture != "mlp" and not on_cpu:
-            return f"architecture must be mlp on {place.value}, got {self.architecture!r}"
+            return f"architecture must be mlp on {processor.value}, got {self.architecture!r}"
         return None
 
-    def check_kernels(self, place: Place) -> None:
+    def check_kernels(self, processor: Processor) -> None:
         """Raise ``ValueError`` of an `obstacle`."""
-        if obstacle := self.obstacle(place):
+        if obstacle := self.obstacle(processor):
             raise ValueError(obstacle)
 
     def shape(self, layer: int) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from .caching import cache_folder
 from .dispatch import interpreting
-from .examples import Case, record
+from .examples import CompileCase, record
 from .jit import options_of
 from .machine_code import (
     CAPABILITIES,
@@ -39,7 +39,7 @@ from .machine_code import (
 
 __all__ = [
     "CAPABILITIES",
-    "Case",
+    "CompileCase",
     "CompileError",
     "Report",
     "cases",
@@ -125,10 +125,10 @@ def cross_compile(
 
     Args:
         kernel: the decorated function.
-        signature: see `Case`.
-        constexprs: see `Case`.
+        signature: see `CompileCase`.
+        constexprs: see `CompileCase`.
         capability: e.g. 80, 90, 100.
-        **options: see `Case`; `jit_kernel` said the rest.
+        **options: see `CompileCase`; `jit_kernel` said the rest.
 
     Raises:
         RuntimeError: Triton was imported for the interpreter; see `compile_ops`.
@@ -235,7 +235,7 @@ def ops_with_kernels() -> list[str]:
     return sorted({path.parent.name for path in _gpu_files("*")})
 
 
-def cases(op: str, *, smoke: bool = False) -> list[Case]:
+def cases(op: str, *, smoke: bool = False) -> list[CompileCase]:
     """The cases of an op.
 
     Args:
@@ -253,7 +253,7 @@ def cases(op: str, *, smoke: bool = False) -> list[Case]:
     found = list(record({id(example): example for example in examples}.values(), op))
     if not smoke:
         return found
-    first: dict[tuple[object, ...], Case] = {}
+    first: dict[tuple[object, ...], CompileCase] = {}
     # Sorting is stable: what is seldom used comes last, and counts where its kernel has no other.
     for case in sorted(found, key=_is_seldom):
         if not _is_seldom(case) or all(case.kernel is not other.kernel for other in first.values()):
@@ -270,7 +270,7 @@ def _gpu_files(op: str) -> list[Path]:
     )
 
 
-def _kind(case: Case) -> tuple[object, ...]:
+def _kind(case: CompileCase) -> tuple[object, ...]:
     """What makes a case unlike another of its kernel, sizes apart."""
     choices = {value for value in case.constexprs.values() if isinstance(value, str)}
     types = " ".join(case.signature.values())
@@ -278,7 +278,7 @@ def _kind(case: Case) -> tuple[object, ...]:
     return case.kernel, matrix, frozenset(choices - {"ieee", "tf32"})
 
 
-def _is_seldom(case: Case) -> bool:
+def _is_seldom(case: CompileCase) -> bool:
     return "tf32x3" in case.constexprs.values() or any("fp64" in t for t in case.signature.values())
 
 
@@ -296,7 +296,7 @@ def _dots(ttir: str) -> tuple[str, ...]:
     return tuple(sorted(kinds))
 
 
-def _compile_case(op: str, case: Case, capability: int) -> Report:
+def _compile_case(op: str, case: CompileCase, capability: int) -> Report:
     """Of the cache, if nothing changed since."""
     path = cache_folder() / "kernels" / f"{_key(case, capability)}.json"
     report = _read(path)
@@ -312,7 +312,7 @@ def _compile_case(op: str, case: Case, capability: int) -> Report:
     return replace(report, op=op, case=case.name)
 
 
-def _key(case: Case, capability: int) -> str:
+def _key(case: CompileCase, capability: int) -> str:
     """A name for everything that goes into a report."""
     import triton
 

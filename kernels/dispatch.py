@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from .arena import Net, Place
+from .arena import Net, Processor
 
 __all__ = [
     "BACKENDS",
@@ -149,8 +149,8 @@ def resolve_backend(device: torch.device, *nets: Net) -> Backend:
         backend: Backend = "cpu"
         if device.type != "cpu":
             backend = "triton" if device.type == "cuda" and has_triton() else "reference"
-        place = Place.CPU if backend == "cpu" else Place.GPU
-        return "reference" if any(net.obstacle(place) for net in nets) else backend
+        processor = Processor.CPU if backend == "cpu" else Processor.GPU
+        return "reference" if any(net.obstacle(processor) for net in nets) else backend
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs CPU tensors, got {device}")
     if name == "triton":

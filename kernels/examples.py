@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import tuning
 
-__all__ = ["Case", "Example", "meta", "record"]
+__all__ = ["CompileCase", "Example", "meta", "record"]
 
 _TYPES = {
     torch.float64: "fp64",
@@ -34,7 +34,7 @@ _TYPES = {
 }
 
 
-class Case(NamedTuple):
+class CompileCase(NamedTuple):
     """One launch of a kernel, as far as the compiler needs to know it.
 
     Attributes:
@@ -75,7 +75,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def record(examples: Iterable[Example], op: str) -> Iterator[Case]:
+def record(examples: Iterable[Example], op: str) -> Iterator[CompileCase]:
     """The launches of an op's own kernels, each once."""
     known: set[tuple[object, ...]] = set()
     names: Counter[str] = Counter()
@@ -92,7 +92,7 @@ def record(examples: Iterable[Example], op: str) -> Iterator[Case]:
             name = f"{short}_{example.name}{suffix}"
             names[name] += 1
             full = name if names[name] == 1 else f"{name}_{names[name]}"
-            yield Case(full, kernel, types, constants, others)
+            yield CompileCase(full, kernel, types, constants, others)
 
 
 def _launches(example: Example) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any], str]]:

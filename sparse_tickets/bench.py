@@ -37,7 +37,7 @@ from sparse_tickets.timing import (
     verified_ratio,
 )
 
-__all__ = ["SPARSITIES", "Bench", "Line", "bench", "bench_table", "crossover"]
+__all__ = ["SPARSITIES", "Bench", "BenchLine", "bench", "bench_table", "crossover"]
 
 SPARSITIES = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
 """Percent of the weights pruned."""
@@ -48,7 +48,7 @@ _BAR = 10
 
 
 @dataclass(frozen=True)
-class Line:
+class BenchLine:
     """One sparsity.
 
     Attributes:
@@ -88,7 +88,7 @@ class Bench:
         what: the layer and the machine, in words.
     """
 
-    lines: tuple[Line, ...]
+    lines: tuple[BenchLine, ...]
     ceilings: Ceilings
     busy: float = 0.0
     what: str = ""
@@ -102,7 +102,7 @@ def bench(
     sparsities: Sequence[float] = SPARSITIES,
     threads: int | None = None,
     budget: Budget | None = None,
-    on_line: Callable[[Line], None] | None = None,
+    on_line: Callable[[BenchLine], None] | None = None,
 ) -> Bench:
     """Time a `SparseLinear` of ``width x width`` beside `nn.Linear`, after verifying both.
 
@@ -153,14 +153,14 @@ def bench(
     return Bench(tuple(lines), ceilings, neighbours.share(), what)
 
 
-def _measure(layer: _Layer, direction: str, budget: Budget, ceilings: Ceilings) -> Line:
+def _measure(layer: _Layer, direction: str, budget: Budget, ceilings: Ceilings) -> BenchLine:
     backward = direction != "forward"
     dense, ours = layer.contender(_DENSE, backward), layer.contender(_OURS, backward)
     clock = device_clock(layer.x.device)
     found = verified_ratio(ours, [dense], budget, clock)
     loop = alternate((dense, ours), budget, clock)
     plan = layer.module.plan(len(layer.x), training=backward)
-    return Line(
+    return BenchLine(
         sparsity=layer.sparsity,
         direction=direction,
         plan=plan,
@@ -245,7 +245,7 @@ def _hanging(*rows: tuple[str, str]) -> Table:
     return table
 
 
-def _table(title: str, lines: Sequence[Line]) -> Table:
+def _table(title: str, lines: Sequence[BenchLine]) -> Table:
     table = Table(
         title=title,
         title_justify="left",
@@ -279,7 +279,7 @@ def _table(title: str, lines: Sequence[Line]) -> Table:
     return table
 
 
-def _said(lines: Sequence[Line]) -> Table:
+def _said(lines: Sequence[BenchLine]) -> Table:
     """From where on sparsity pays, and why each plan was chosen."""
     rows = [("crossover", crossover([(line.sparsity, line.speedup) for line in lines]))]
     for _, several in groupby(lines, lambda line: (line.plan.backend, line.plan.format)):

@@ -38,7 +38,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Case:
+class OpCall:
     """How to call an op.
 
     Attributes:
@@ -282,40 +282,42 @@ TASK = dynamics.TASKS["CartPole-v1"]
 
 
 CASES = {
-    "linear": Case(linear, make_linear, differentiable=True),
-    "linear_blocked": Case(
+    "linear": OpCall(linear, make_linear, differentiable=True),
+    "linear_blocked": OpCall(
         lambda x, weight, mask, bias: linear_blocked(x, weight, block_pattern(mask, 16), bias),
         make_blocked,
         differentiable=True,
     ),
-    "mlp": Case(
+    "mlp": OpCall(
         lambda **tensors: mlp(net=ARENA.actor, **tensors), make_network, differentiable=True
     ),
-    "prune": Case(prune, make_prune),
-    "rewind_": Case(rewind_, make_rewind, ("weight", "m", "v")),
-    "adam_": Case(adam_, make_optimiser, ("weight", "m", "v", "step")),
+    "prune": OpCall(prune, make_prune),
+    "rewind_": OpCall(rewind_, make_rewind, ("weight", "m", "v")),
+    "adam_": OpCall(adam_, make_optimiser, ("weight", "m", "v", "step")),
     **{
-        op.__name__: Case(call_draw(op), make_draw)
+        op.__name__: OpCall(call_draw(op), make_draw)
         for op in (random.bits, random.uniform, random.normal, random.permutation)
     },
-    "integers": Case(lambda key, step: random.integers(key, 5, 9, stream=1, step=step), make_draw),
-    "categorical": Case(random.categorical, make_categorical),
-    "gae": Case(lambda **tensors: gae(**tensors, gamma=0.9, lam=0.8), make_returns),
-    "initial": Case(
+    "integers": OpCall(
+        lambda key, step: random.integers(key, 5, 9, stream=1, step=step), make_draw
+    ),
+    "categorical": OpCall(random.categorical, make_categorical),
+    "gae": OpCall(lambda **tensors: gae(**tensors, gamma=0.9, lam=0.8), make_returns),
+    "initial": OpCall(
         lambda u: dynamics.initial(TASK, u), lambda *sizes: {"u": draw(*sizes[:2], 4).sigmoid()}
     ),
-    "step": Case(lambda **tensors: dynamics.step(TASK, **tensors), make_physics),
-    "observe": Case(
+    "step": OpCall(lambda **tensors: dynamics.step(TASK, **tensors), make_physics),
+    "observe": OpCall(
         lambda state: dynamics.observe(TASK, state),
         lambda *sizes: {"state": make_physics(*sizes)["state"]},
     ),
-    "rollout": Case(call_acting(rollout), make_actors),
-    "demonstrate": Case(call_acting(demonstrate), make_actors),
-    "evaluate": Case(call_evaluate, make_policy),
-    "ppo_update_": Case(call_ppo_update_, make_ppo, ("weight", "m", "v", "step")),
-    "clone_update_": Case(call_clone_update_, make_clone, ("weight", "m", "v", "step")),
-    "dqn_update_": Case(call_dqn_update_, make_dqn, ("weight", "m", "v", "step")),
-    "sac_update_": Case(call_sac_update_, make_sac, ("weight", "m", "v", "step", "target")),
+    "rollout": OpCall(call_acting(rollout), make_actors),
+    "demonstrate": OpCall(call_acting(demonstrate), make_actors),
+    "evaluate": OpCall(call_evaluate, make_policy),
+    "ppo_update_": OpCall(call_ppo_update_, make_ppo, ("weight", "m", "v", "step")),
+    "clone_update_": OpCall(call_clone_update_, make_clone, ("weight", "m", "v", "step")),
+    "dqn_update_": OpCall(call_dqn_update_, make_dqn, ("weight", "m", "v", "step")),
+    "sac_update_": OpCall(call_sac_update_, make_sac, ("weight", "m", "v", "step", "target")),
 }
 
 
@@ -330,7 +332,7 @@ def flatten(result: Any) -> list[Tensor]:
     return [] if result is None else [tensor for part in result for tensor in flatten(part)]
 
 
-def run(case: Case, backend: str, tensors: Tensors) -> list[Tensor]:
+def run(case: OpCall, backend: str, tensors: Tensors) -> list[Tensor]:
     """What comes back, gradients by all that has some, and what was written; on the host."""
     floats = {n: t.detach() for n, t in tensors.items() if t.is_floating_point()}
     with use_backend(backend):

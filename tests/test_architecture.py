@@ -346,14 +346,45 @@ def test_every_op_has_a_reference() -> None:
     )
 
 
-def test_no_two_files_of_the_kernels_share_the_name_of_a_class() -> None:
+LARGEST_FILE, LARGEST_FUNCTION = 500, 100
+# Of one algorithm each, and named alike on purpose: `ppo.Iteration`, `dqn.Iteration`.
+SHARED_CLASSES = {"Iteration"}
+
+
+@cache
+def sources() -> dict[str, str]:
+    """Every Python file of the repository that git knows, by its path."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "*.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not in a checkout")
+    paths = [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+    return {name: (ROOT / name).read_text(encoding="utf-8") for name in paths}
+
+
+def test_no_two_files_share_the_name_of_a_class() -> None:
     homes: dict[str, list[str]] = {}
-    for name, path in modules().items():
-        if FOLDERS["sparse_tickets.kernels"] in path.parents:
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ClassDef):
-                    homes.setdefault(node.name, []).append(name)
+    for path, text in sources().items():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and node.name not in SHARED_CLASSES:
+                homes.setdefault(node.name, []).append(path)
     report(f"{name}: {', '.join(found)}" for name, found in homes.items() if len(found) > 1)
+
+
+def test_files_and_functions_stay_short() -> None:
+    report(
+        f"{path} has {lines} lines"
+        for path, text in sources().items()
+        if (lines := text.count("\n")) > LARGEST_FILE
+    )
+    report(
+        f"{path}:{node.lineno} {node.name} has {lines} lines"
+        for path, text in sources().items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := node.end_lineno - node.lineno + 1) > LARGEST_FUNCTION
+    )
 
 
 def test_folders_of_ops_stay_modules() -> None:

@@ -90,7 +90,7 @@ def run():
         record(90.0, 3.0, "whole job, gains told apart", "agent-step"),
     ]
     refused = [Refusal("linear forward P=2 80%", "off by 3")]
-    return results.Run(
+    return results.SuiteRun(
         "cpu-test-2c", "quick", "2026-01-02T03:04:05+00:00", 2, "Test, 2 cores", {"torch": "2"},
         "abc", spread(1e11), 7.0, 0.01, curve + jobs, refused,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def make_run(seed, slower=None, op_names=OPS, names=(OURS, *PEERS)):
                     ours = contenders[OURS]
                     contenders[OURS] = replace(ours, wall=spread(factor * ours.wall.median))
             records.append(record)
-    return results.Run(
+    return results.SuiteRun(
         "cpu-test-2c", "quick", "2026-01-02T03:04:05+00:00", 2, "Test, 2 cores", {"torch": "2"},
         "abc", spread(1e11), 7.0, 0.01, records,
     )  # fmt: skip

@@ -219,7 +219,7 @@ def run():
         record("PPO iteration", job, 0.0, {sb3.NAME: 80.0}, "agent-step", why),
         record("PPO iteration", job, 90.0, {FUSED_DENSE: 1.75}, "agent-step"),
     ]
-    return results.Run(
+    return results.SuiteRun(
         "cpu-test-2c", "full", "2026-01-02T03:04:05+00:00", 2, "Test, 2 cores", {"torch": "2"},
         "abc", spread(1e11), 7.0, 0.01, layers + small + jobs, [],
     )  # fmt: skip

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..results import RESULTS, Run, load, provenance, save
+from ..results import RESULTS, SuiteRun, load, provenance, save
 from .process import Work, attempt, compilers, read_state, until_done
 
 __all__ = ["PARTS", "main"]
@@ -189,7 +189,7 @@ def _is_wrong(found: dict[str, Any]) -> bool:
     return any(found.get(name) for name in ("stopped", "failures", "failed"))
 
 
-def _merge(run: Run, part: str, found: dict[str, Any]) -> None:
+def _merge(run: SuiteRun, part: str, found: dict[str, Any]) -> None:
     """Add a part to the run; the table's times are records like any other run's."""
     stored = Path(found.pop("run", ""))
     if stored.is_file():
@@ -201,7 +201,7 @@ def _merge(run: Run, part: str, found: dict[str, Any]) -> None:
 
 
 def _write_configurations(
-    run: Run,
+    run: SuiteRun,
     found: dict[str, Any],
     options: argparse.Namespace,
     out: Path | None,
@@ -221,7 +221,7 @@ def _write_configurations(
         console.print(f"launches written to {path}", highlight=False, soft_wrap=True)
 
 
-def _show(console: Console, run: Run) -> None:
+def _show(console: Console, run: SuiteRun) -> None:
     from ..console import show_table
     from ..tables import STAGES, tables
     from .report import gpu_tables, summary

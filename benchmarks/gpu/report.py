@@ -12,20 +12,20 @@ from typing import Any
 
 from ..cases import is_ours
 from ..measure import Record
-from ..results import Run
+from ..results import SuiteRun
 from ..tables import Table, duration, speedup_of, time_of
 from .sweep import ASKED_S
 
 __all__ = ["gpu_tables", "summary"]
 
 
-def gpu_tables(run: Run) -> list[Table]:
+def gpu_tables(run: SuiteRun) -> list[Table]:
     """Every part of a run that there is something to show of."""
     made = (_targets(run), _sweep(run), _tests(run), _tune(run))
     return [table for table in made if table is not None]
 
 
-def summary(run: Run) -> list[str]:
+def summary(run: SuiteRun) -> list[str]:
     """A few lines: what ran, what did not, and how far the rows came."""
     lines = []
     said: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -46,7 +46,7 @@ def _of(part: dict[str, Any], name: str) -> list[str]:
     return [part[name]] if part.get(name) else []
 
 
-def _targets(run: Run) -> Table | None:
+def _targets(run: SuiteRun) -> Table | None:
     part = run.parts.get("table")
     if part is None or not (run.records or part.get("failed")):
         return None
@@ -107,7 +107,7 @@ def _over(record: Record, kind: str, *, name: bool = False) -> str:
     return f"{best[0]:.2f}x" + (f" ({best[1]})" if name else "")
 
 
-def _sweep(run: Run) -> Table | None:
+def _sweep(run: SuiteRun) -> Table | None:
     part = run.parts.get("sweep", {})
     if not part.get("levels"):
         return None
@@ -136,7 +136,7 @@ def _sweep(run: Run) -> Table | None:
     return table
 
 
-def _tests(run: Run) -> Table | None:
+def _tests(run: SuiteRun) -> Table | None:
     part = run.parts.get("tests", {})
     if not part.get("failures"):
         return None
@@ -145,7 +145,7 @@ def _tests(run: Run) -> Table | None:
     return table
 
 
-def _tune(run: Run) -> Table | None:
+def _tune(run: SuiteRun) -> Table | None:
     part = run.parts.get("tune", {})
     if not part.get("configurations"):
         return None

@@ -18,7 +18,7 @@ from sparse_tickets.timing import Budget, Contender, Spread, interleave
 
 from ..clock import GpuTimer, is_lost, make_timer
 from ..measure import Case, Record, Refusal, measure, precision_of_torch
-from ..results import Run, load, provenance, save
+from ..results import SuiteRun, load, provenance, save
 from ..suites import REAL, TINY, targets
 from .process import DIED, Work, say, watched
 
@@ -48,7 +48,7 @@ def part(work: Work) -> bool:
 
 
 def fill(
-    run: Run,
+    run: SuiteRun,
     cases: Sequence[Case],
     device: torch.device,
     deadline: float,
@@ -108,7 +108,7 @@ def fill(
     return False
 
 
-def _keep(run: Run, outcome: Record | Refusal, report: Callable[[str], None]) -> None:
+def _keep(run: SuiteRun, outcome: Record | Refusal, report: Callable[[str], None]) -> None:
     if isinstance(outcome, Refusal):
         run.refused.append(outcome)
         report(f"{outcome.label}: refused: {outcome.reason}")

@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from sparse_tickets.algos.ppo import PPO
 
-__all__ = ["Agent", "Samples", "adam", "advantages", "agent", "loss", "step", "train"]
+__all__ = ["Samples", "TrainState", "adam", "advantages", "loss", "step", "train"]
 
 Layers = tuple[tuple[Array, Array], ...]
 """Per layer the weight ``[I, O]`` and the bias ``[O]``."""
@@ -30,7 +30,7 @@ Params = tuple[Layers, Layers]
 TIME_LIMIT = 500
 
 
-class Agent(NamedTuple):
+class TrainState(NamedTuple):
     """Everything that changes: weights, Adam's moments and count, environments, randomness."""
 
     params: Params
@@ -115,11 +115,11 @@ def loss(params: Params, masks: tuple[Array, ...], batch: Samples, settings: PPO
     return policy_loss - settings.entropy_coef * entropy + settings.value_coef * value_loss
 
 
-def agent(params: Params, seed: Array, copies: int) -> Agent:
+def agent(params: Params, seed: Array, copies: int) -> TrainState:
     """One agent with weights ``params`` before its first step."""
     key, first = jax.random.split(jax.random.key(seed))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    return Agent(
+    return TrainState(
         params,
         zeros,
         zeros,
@@ -132,24 +132,26 @@ def agent(params: Params, seed: Array, copies: int) -> Agent:
 
 def train(
     settings: PPO, iterations: int
-) -> Callable[[Agent, tuple[Array, ...]], tuple[Agent, Array]]:
+) -> Callable[[TrainState, tuple[Array, ...]], tuple[TrainState, Array]]:
     """A function of an agent and its actor's masks, to be vmapped and compiled.
 
     It returns the agent ``iterations`` later and, per iteration, the mean length of the episodes
     that ended in it (NaN if none did).
     """
 
-    def iteration(now: Agent, masks: tuple[Array, ...]) -> tuple[Agent, Array]:
+    def iteration(now: TrainState, masks: tuple[Array, ...]) -> tuple[TrainState, Array]:
         now, batch, length = _rollout(now, masks, settings)
         return _update(now, masks, batch, settings), length
 
-    def run(start: Agent, masks: tuple[Array, ...]) -> tuple[Agent, Array]:
+    def run(start: TrainState, masks: tuple[Array, ...]) -> tuple[TrainState, Array]:
         return lax.scan(lambda now, _: iteration(now, masks), start, length=iterations)
 
     return run
 
 
-def _rollout(now: Agent, masks: tuple[Array, ...], settings: PPO) -> tuple[Agent, Samples, Array]:
+def _rollout(
+    now: TrainState, masks: tuple[Array, ...], settings: PPO
+) -> tuple[TrainState, Samples, Array]:
     actor, critic = masked(now.params[0], masks), now.params[1]
     key, for_actions, for_resets = jax.random.split(now.key, 3)
     shape = (settings.horizon, settings.copies)
@@ -177,14 +179,14 @@ def _rollout(now: Agent, masks: tuple[Array, ...], settings: PPO) -> tuple[Agent
     return now._replace(state=state, age=age, key=key), flat, length
 
 
-def _update(now: Agent, masks: tuple[Array, ...], batch: Samples, settings: PPO) -> Agent:
+def _update(now: TrainState, masks: tuple[Array, ...], batch: Samples, settings: PPO) -> TrainState:
     key, shuffle = jax.random.split(now.key)
     orders = jax.vmap(lambda one: jax.random.permutation(one, settings.batch))(
         jax.random.split(shuffle, settings.epochs)
     )
     orders = orders.reshape(settings.epochs * settings.minibatches, -1)
 
-    def minibatch(now: Agent, order: Array) -> tuple[Agent, None]:
+    def minibatch(now: TrainState, order: Array) -> tuple[TrainState, None]:
         picked = jax.tree.map(lambda field: field[order], batch)
         grad = jax.grad(loss)(now.params, masks, picked, settings)
         return adam(now, grad, settings), None
@@ -192,7 +194,7 @@ def _update(now: Agent, masks: tuple[Array, ...], batch: Samples, settings: PPO)
     return lax.scan(minibatch, now._replace(key=key), orders)[0]
 
 
-def adam(now: Agent, grad: Params, settings: PPO) -> Agent:
+def adam(now: TrainState, grad: Params, settings: PPO) -> TrainState:
     """Adam on the gradient clipped by this agent's own norm; constants as in `PPOConfig`."""
     config = settings.config()
     norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grad)))

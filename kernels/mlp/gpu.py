@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..arena import Arena, Net, Place
+from ..arena import Arena, Net, Processor
 from ..examples import Example, meta
 from . import passes_gpu, split_gpu
 from .geometry import Geometry
@@ -43,7 +43,7 @@ def choose(net: Net, precision: str, *, to_input: bool = False) -> Route:
     Raises:
         ValueError: the kernels do not know the network's activation.
     """
-    net.check_kernels(Place.GPU)
+    net.check_kernels(Processor.GPU)
     if max(net.sizes) > WIDTH:
         return Route("layers", "layers")
     if precision != "ieee" or not _is_narrow(net):

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..activations import ACTIVATIONS
 from ..activations_cpu import code_of
-from ..arena import Net, Place
+from ..arena import Net, Processor
 from ..threads import count_threads
 from ..vector import LANES
 
@@ -141,7 +141,7 @@ def lay_out(
         return take(_ceil(features, LANES) * PANEL)
 
     for net in nets:
-        net.check_kernels(Place.CPU)
+        net.check_kernels(Processor.CPU)
     widest = max(max(net.sizes) for net in nets)
     observation = take_panel(nets[0].sizes[0])
     delta, other = take_panel(widest), take_panel(widest)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..activations_cpu import activate, code_of
-from ..arena import Arena, Net, Place
+from ..arena import Arena, Net, Processor
 from ..compiling import njit
 from ..mlp.cpu import build_rows
 from ..mlp.layernorm import EPSILON
@@ -116,7 +116,7 @@ def network(net: Net, arena: Arena, density: float, copies: int) -> RolloutNet:
     Raises:
         ValueError: the kernels do not have it; the message says what of it.
     """
-    net.check_kernels(Place.CPU)
+    net.check_kernels(Processor.CPU)
     prunable, layers = net.weights[0] < arena.prunable, range(net.depth)
     return RolloutNet(
         np.array(net.sizes, np.int64),

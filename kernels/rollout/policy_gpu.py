@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations_gpu import activate
-from ..arena import Net, Place
+from ..arena import Net, Processor
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
@@ -188,7 +188,7 @@ def misfit(nets: tuple[Net, ...]) -> str | None:
 
 def describe(net: Net) -> dict[str, Any]:
     """What a kernel knows of a network while it compiles."""
-    net.check_kernels(Place.GPU)
+    net.check_kernels(Processor.GPU)
     return {
         "NET": (net.sizes, net.weights, net.biases, net.activation),
         "WIDTH": _width(net),

@@ -106,10 +106,11 @@ class SparsePolicy(BaseModel):
                 part.register_forward_pre_hook(detach_constants)
             # An actor or a critic is a policy too, to be saved and loaded alone.
             if isinstance(part, BaseModel) and part is not self and _has(part, SparseLinear):
-                part.__class__ = sparse_policy(type(part))
+                policy: Any = part
+                policy.__class__ = sparse_policy(type(part))
                 inner = [other for other in self._exclude if other.startswith(f"{name}.")]
-                part._exclude = tuple(other.removeprefix(f"{name}.") for other in inner)
-                part._fuse = fuse
+                policy._exclude = tuple(other.removeprefix(f"{name}.") for other in inner)
+                policy._fuse = fuse
             optimizer = getattr(part, "optimizer", None)
             if fuse and isinstance(optimizer, torch.optim.Optimizer):
                 optim.fuse_(optimizer)
@@ -141,7 +142,7 @@ class SparsePolicy(BaseModel):
         self._tie_targets_()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state without the masks of targets."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")

@@ -12,7 +12,7 @@ CONFIG = CloneConfig(updates=4, batch=130, eps=1e-3)
 KINDS = pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
 
 
-class Problem:
+class CloningProblem:
     """Tickets whose critic has moments, and what they learn from."""
 
     def __init__(self, device: torch.device, continuous: bool) -> None:
@@ -54,7 +54,7 @@ class Problem:
 
 @KINDS
 def test_updates_follow_the_reference(device, continuous):
-    problem = Problem(device, continuous)
+    problem = CloningProblem(device, continuous)
     assert plan(problem.arena, device).backend == "triton"
     ours, theirs = problem.copy(), problem.copy(torch.float64)
     loss = problem.update(ours, 7)
@@ -75,7 +75,7 @@ def test_updates_follow_the_reference(device, continuous):
 @KINDS
 def test_updates_do_not_wait(device, continuous, no_waiting):
     torch.cuda.set_sync_debug_mode("default")
-    problem = Problem(device, continuous)
+    problem = CloningProblem(device, continuous)
     parameters, counter = problem.copy(), torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(2):
         problem.update(parameters, counter)
@@ -85,7 +85,7 @@ def test_updates_do_not_wait(device, continuous, no_waiting):
 
 @KINDS
 def test_a_graph_counts_on(device, continuous):
-    problem = Problem(device, continuous)
+    problem = CloningProblem(device, continuous)
     parameters, counter = problem.copy(), torch.zeros((), dtype=torch.int64, device=device)
 
     def step() -> None:

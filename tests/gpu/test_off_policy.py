@@ -14,7 +14,7 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-class Problem:
+class OffPolicyProblem:
     """Tickets in the middle of their training, and what they remember."""
 
     def __init__(self, device: torch.device, algo: str, width: int) -> None:
@@ -85,7 +85,7 @@ def _copied(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> list[torch
 
 @KINDS
 def test_updates_follow_the_reference(device, algo, width):
-    problem = Problem(device, algo, width)
+    problem = OffPolicyProblem(device, algo, width)
     assert problem.op.plan(problem.arena, device).backend == "triton"
     (ours, target), (theirs, expected_target) = problem.copy(), problem.copy(torch.float64)
     statistics = problem.update(ours, target, 7)
@@ -104,7 +104,7 @@ def test_updates_follow_the_reference(device, algo, width):
 @KINDS
 def test_updates_do_not_wait(device, algo, width, no_waiting):
     torch.cuda.set_sync_debug_mode("default")
-    problem = Problem(device, algo, width)
+    problem = OffPolicyProblem(device, algo, width)
     tickets, counter = problem.copy(), torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(2):
         problem.update(*tickets, counter)

@@ -16,7 +16,7 @@ import pytest
 from sparse_tickets.kernels import compile as compiling
 from sparse_tickets.kernels.compile import (
     CAPABILITIES,
-    Case,
+    CompileCase,
     CompileError,
     Report,
     cases,
@@ -87,9 +87,9 @@ def test_every_kernel_is_among_those_always_compiled(op: str) -> None:
 def test_one_case_per_kernel_with_tensor_cores_and_one_without_is_always_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def case(name: str, number: str, precision: str, block: int) -> Case:
+    def case(name: str, number: str, precision: str, block: int) -> CompileCase:
         constexprs = {"PRECISION": precision, "BLOCK": block}
-        return Case(name, "kernel", {"x": f"*{number}:16", "n": "i32"}, constexprs, {})
+        return CompileCase(name, "kernel", {"x": f"*{number}:16", "n": "i32"}, constexprs, {})
 
     shipped = [
         case("first", "fp32", "ieee", 16),
@@ -168,7 +168,7 @@ def test_reports_are_kept_until_something_changes(
         run = partial(print, enable_fp_fusion=fp_fusion)
         return SimpleNamespace(cache_key=source, run=run)
 
-    case = Case("case", kernel("source"), {"x": "*fp32"}, {"BLOCK": 16}, {})
+    case = CompileCase("case", kernel("source"), {"x": "*fp32"}, {"BLOCK": 16}, {})
     for _ in range(2):
         assert compiling._compile_case("op", case, 90) == report
     assert len(calls) == 1
@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
     monkeypatch.setattr(compiling.tempfile, "tempdir", str(tmp_path / "file"))
     monkeypatch.setattr(compiling, "cross_compile", lambda *_, **__: report)
     kernel = SimpleNamespace(cache_key="", run=partial(print))
-    case = Case("case", kernel, {}, {}, {})
+    case = CompileCase("case", kernel, {}, {}, {})
     with pytest.warns(RuntimeWarning, match="is not kept"):
         assert compiling._compile_case("op", case, 90) == report
 

@@ -35,7 +35,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-class Problem:
+class ImitationProblem:
     """Tickets with moments, and what they learn from, in float64."""
 
     def __init__(self, arena: Arena, tickets: int, *, density: float = 0.4) -> None:
@@ -125,7 +125,7 @@ def test_draws_of_many_updates_are_those_of_each(on_device: int) -> None:
 def test_a_ticket_without_a_dataset_is_nan_and_spares_the_others(continuous: bool) -> None:
     """On a GPU nobody looks whether it is one; nor may anybody read what is not theirs."""
     arena = Arena.build((4, 6, 3), continuous=continuous)
-    problem, config = Problem(arena, 3), CloneConfig(updates=2, batch=5)
+    problem, config = ImitationProblem(arena, 3), CloneConfig(updates=2, batch=5)
     alone, _ = problem.update("triton", config, tickets=slice(1, 2))
     parameters = Parameters(
         *(f.float() if f.is_floating_point() else f for f in problem.parameters)
@@ -220,16 +220,18 @@ ARENAS = {
 
 @pytest.mark.parametrize("name", ARENAS)
 def test_updates_agree_with_the_reference(name: str, poisoned: None) -> None:
-    Problem(ARENAS[name], 3).check(CloneConfig(updates=3, batch=11, eps=1e-3))
+    ImitationProblem(ARENAS[name], 3).check(CloneConfig(updates=3, batch=11, eps=1e-3))
 
 
 @pytest.mark.parametrize("batch", [1, 133])
 def test_minibatches_of_one_and_of_several_programs(batch: int, poisoned: None) -> None:
-    Problem(ARENAS["critic"], 2).check(CloneConfig(updates=1, batch=batch, max_norm=None, eps=1e-3))
+    ImitationProblem(ARENAS["critic"], 2).check(
+        CloneConfig(updates=1, batch=batch, max_norm=None, eps=1e-3)
+    )
 
 
 def test_many_updates_are_drawn_in_parts(monkeypatch) -> None:
-    problem, config = Problem(ARENAS["discrete"], 2), CloneConfig(updates=5, batch=6)
+    problem, config = ImitationProblem(ARENAS["discrete"], 2), CloneConfig(updates=5, batch=6)
     at_once, loss = problem.update("triton", config)
     monkeypatch.setattr(transitions, "MOST_SAMPLES", 13)
     in_parts, same_loss = problem.update("triton", config)
@@ -259,11 +261,11 @@ def test_any_network_and_minibatch(
         prune_critic=critic and density < 1,
     )
     config = CloneConfig(updates=2, batch=batch, eps=1e-3)
-    Problem(arena, tickets, density=density).check(config)
+    ImitationProblem(arena, tickets, density=density).check(config)
 
 
 def test_a_ticket_does_not_depend_on_its_batch_mates() -> None:
-    problem, config = Problem(ARENAS["critic"], 3), CloneConfig(updates=2, batch=9)
+    problem, config = ImitationProblem(ARENAS["critic"], 3), CloneConfig(updates=2, batch=9)
     together, losses = problem.update("triton", config)
     alone, loss = problem.update("triton", config, tickets=slice(1, 2))
     assert torch.equal(together.weight[1:2], alone.weight)
@@ -272,7 +274,7 @@ def test_a_ticket_does_not_depend_on_its_batch_mates() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_the_number_of_updates_may_lie_on_the_device(backend: str) -> None:
-    problem, config = Problem(ARENAS["discrete"], 2), CloneConfig(updates=2, batch=5)
+    problem, config = ImitationProblem(ARENAS["discrete"], 2), CloneConfig(updates=2, batch=5)
     counted, _ = problem.update(backend, config, first_update=2**33)
     read, _ = problem.update(backend, config, first_update=torch.tensor(2**33))
     assert torch.equal(counted.weight, read.weight)
@@ -284,7 +286,7 @@ def test_the_number_of_updates_may_lie_on_the_device(backend: str) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="tensors are on the GPU")
 def test_the_number_of_updates_is_an_integer_on_the_cpu() -> None:
-    problem, config = Problem(ARENAS["discrete"], 2), CloneConfig(updates=2, batch=5)
+    problem, config = ImitationProblem(ARENAS["discrete"], 2), CloneConfig(updates=2, batch=5)
     with pytest.raises(TypeError, match="first_update must be an int on the CPU"):
         problem.update("cpu", config, first_update=torch.tensor(5))
 

@@ -17,7 +17,7 @@ def device_of(backend):
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
-class Population:
+class SmallNetwork:
     """A small network, its input and a gradient."""
 
     def __init__(self, backend, sizes=(3, 5, 2), *, tickets=2, samples=4, precision="ieee"):
@@ -43,7 +43,7 @@ class Population:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_where_activations_are_kept(backend):
     """In tf32, which the interpreter multiplies exactly; `test_opcheck` has the other route."""
-    given = Population(backend, precision="tf32")
+    given = SmallNetwork(backend, precision="tf32")
     with use_backend(backend):
         torch.library.opcheck(OPS.mlp.default, given.arguments(True, True))
 
@@ -51,7 +51,7 @@ def test_opcheck_where_activations_are_kept(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tickets", "samples"), [(0, 3), (2, 0)])
 def test_shapes_are_foretold_of_nothing(backend, tickets, samples):
-    given = Population(backend, tickets=tickets, samples=samples)
+    given = SmallNetwork(backend, tickets=tickets, samples=samples)
     with use_backend(backend):
         for op, arguments in (
             (OPS.mlp.default, given.arguments(True, True)),
@@ -63,7 +63,7 @@ def test_shapes_are_foretold_of_nothing(backend, tickets, samples):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_compiles_to_one_graph(backend, precision):
-    given = Population(backend)
+    given = SmallNetwork(backend)
 
     def function(x, weight):
         return mlp(x, weight, given.net, given.mask, density=0.5, precision=precision).square()
@@ -83,7 +83,7 @@ def test_compiles_to_one_graph(backend, precision):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_and_the_function_agree(backend):
-    given = Population(backend)
+    given = SmallNetwork(backend)
     arguments = given.arguments(True, True)
     with use_backend(backend):
         y = mlp(*arguments[:2], given.net, given.mask)
@@ -97,7 +97,7 @@ def test_the_op_and_the_function_agree(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_a_gradient_alone_is_what_it_is_beside_the_other(backend, precision):
-    given = Population(backend, precision=precision)
+    given = SmallNetwork(backend, precision=precision)
 
     def gradients(*asked):
         arguments = given.arguments(*asked)
@@ -113,7 +113,7 @@ def test_a_gradient_alone_is_what_it_is_beside_the_other(backend, precision):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_is_differentiable_in_reverse_mode(backend):
-    given, op = Population(backend), OPS.mlp.default
+    given, op = SmallNetwork(backend), OPS.mlp.default
     arguments = given.arguments(True, True)
     with use_backend(backend):
         (gradient,) = torch.autograd.grad(
@@ -134,7 +134,7 @@ def test_the_op_is_differentiable_in_reverse_mode(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_triton)])
 def test_the_op_refuses_other_floats(backend):
-    given = Population(backend)
+    given = SmallNetwork(backend)
     with use_backend(backend):
         x, *others = given.arguments()
         with pytest.raises(TypeError, match="x must be float32, got float64"):

@@ -22,7 +22,7 @@ BACKENDS = ["reference", *KERNELS]
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
 
 
-class Population:
+class TwiceDifferentiated:
     """Networks of some sizes beside another one in the row, their input, and directions."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Population:
         self.dy = draw(tickets, samples, sizes[-1])
         self.directions = draw(*self.x.shape), draw(*self.weight.shape)
 
-    def on(self, backend: str) -> Population:
+    def on(self, backend: str) -> TwiceDifferentiated:
         """Where a backend computes."""
         if backend == "triton" and torch.cuda.is_available():
             for name in ("x", "mask", "weight", "dy"):
@@ -90,7 +90,7 @@ def assert_near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
     to_input=st.booleans(),
 )
 def test_any_network(backend, to_input, sizes, density, **shape) -> None:
-    given = Population(sizes, density, **shape).on(backend)
+    given = TwiceDifferentiated(sizes, density, **shape).on(backend)
     found = given.twice(backend, dtype=torch.float32, to_input=to_input)
     exact = given.twice("reference", dtype=torch.float64, to_input=to_input)
     assert_near(found, exact)
@@ -101,14 +101,14 @@ def test_any_network(backend, to_input, sizes, density, **shape) -> None:
 @pytest.mark.parametrize("sizes", [(4, 64, 64, 2), (5, 130, 3), (3, 300, 2)])
 @needs_triton
 def test_every_route_of_a_gpu(sizes) -> None:
-    given = Population(sizes, 0.3, samples=17).on("triton")
+    given = TwiceDifferentiated(sizes, 0.3, samples=17).on("triton")
     found = given.twice("triton", dtype=torch.float32, to_input=True)
     assert_near(found, given.twice("reference", dtype=torch.float64, to_input=True))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_gradient_is_the_same_where_it_may_be_differentiated(backend) -> None:
-    given = Population((6, 9, 7, 2), 0.5).on(backend)
+    given = TwiceDifferentiated((6, 9, 7, 2), 0.5).on(backend)
     x, weight = given.x.requires_grad_(), given.weight.requires_grad_()
     with use_backend(backend):
         found, again = (
@@ -128,7 +128,7 @@ def test_weights_made_from_the_input(backend) -> None:
     """What a weight was made from is not what the network was given."""
 
     def differentiate(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        given = Population((3, 6, 2), 0.7).on(backend)
+        given = TwiceDifferentiated((3, 6, 2), 0.7).on(backend)
         x = given.x.to(dtype).requires_grad_()
         with use_backend(backend):
             weight = given.weight.to(dtype) * x.sum((1, 2))[:, None].sin()
@@ -142,7 +142,7 @@ def test_weights_made_from_the_input(backend) -> None:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_three_times(backend) -> None:
     def differentiate(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        given = Population((3, 6, 2), 0.7).on(backend)
+        given = TwiceDifferentiated((3, 6, 2), 0.7).on(backend)
         weight = given.weight.to(dtype).requires_grad_()
         with use_backend(backend):
             total = mlp(given.x.to(dtype), weight, given.net, given.mask).square().sum()
@@ -160,7 +160,7 @@ def test_three_times(backend) -> None:
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_backward_pass_under_autocast_is_of_the_forward_pass(backend, create_graph) -> None:
-    given = Population((3, 6, 2), 0.7).on(backend)
+    given = TwiceDifferentiated((3, 6, 2), 0.7).on(backend)
     x, weight = given.x.requires_grad_(), given.weight.requires_grad_()
 
     def differentiate(cast: bool) -> tuple[Tensor, ...]:
@@ -175,7 +175,7 @@ def test_a_backward_pass_under_autocast_is_of_the_forward_pass(backend, create_g
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_input_may_change_in_between(backend) -> None:
-    given = Population((3, 6, 2), 0.7).on(backend)
+    given = TwiceDifferentiated((3, 6, 2), 0.7).on(backend)
     with use_backend(backend):
         y = mlp(given.x, given.weight.requires_grad_(), given.net, given.mask)
         given.x.add_(1)

@@ -17,7 +17,7 @@ ACTIVATIONS = [
 ]  # fmt: skip
 
 
-class Problem:
+class NetworkProblem:
     """A network with drawn masks, its tensors, and the truth in float64."""
 
     def __init__(self, widths, density, activation, *, bias=True, last=None, seed=0):
@@ -83,7 +83,7 @@ def assert_equal(found: Tensor, truth: Tensor) -> None:
     torch.testing.assert_close(found.double(), truth, atol=1e-5 * scale, rtol=0)
 
 
-def check(problem: Problem, batch: int) -> None:
+def check(problem: NetworkProblem, batch: int) -> None:
     """Forward by both ways, and all gradients, against float64."""
     x = torch.randn(batch, problem.network.layers[0].inp, generator=problem.draw)
     dy = torch.randn(batch, problem.network.out, generator=problem.draw)
@@ -133,29 +133,29 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 16, 37, 64, 150])
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 0.8, 1.0])
 def test_forward_and_gradients_equal_float64(batch, density):
-    check(Problem((5, 64, 33, 2), density, nn.Tanh()), batch)
+    check(NetworkProblem((5, 64, 33, 2), density, nn.Tanh()), batch)
 
 
 @pytest.mark.parametrize("widths", [(1, 1), (1, 1, 1), (17, 256, 256, 6), (3, 300, 16), (40, 7)])
 @pytest.mark.parametrize("density", [0.1, 0.9, 1.0])
 def test_all_shapes(widths, density):
-    check(Problem(widths, density, nn.ReLU()), 70)
+    check(NetworkProblem(widths, density, nn.ReLU()), 70)
 
 
 @pytest.mark.parametrize("density", [0.3, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_activations_between_layers_and_at_the_end(activation, density):
-    check(Problem((6, 32, 20, 3), density, activation, last=activation), 41)
+    check(NetworkProblem((6, 32, 20, 3), density, activation, last=activation), 41)
 
 
 def test_without_bias():
-    check(Problem((6, 32, 20, 3), 0.3, nn.Tanh(), bias=False), 41)
-    check(Problem((6, 32, 20, 3), 1.0, nn.Tanh(), bias=False), 1)
+    check(NetworkProblem((6, 32, 20, 3), 0.3, nn.Tanh(), bias=False), 41)
+    check(NetworkProblem((6, 32, 20, 3), 1.0, nn.Tanh(), bias=False), 1)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_activations_of_large_and_special_inputs(activation):
-    problem = Problem((1, 1, 1), 1.0, activation)
+    problem = NetworkProblem((1, 1, 1), 1.0, activation)
     with torch.no_grad():
         for p in problem.parameters:
             p.fill_(1.0 if p.dim() == 2 else 0.0)
@@ -173,7 +173,7 @@ def test_activations_of_large_and_special_inputs(activation):
 
 
 def test_a_bias_that_is_not_finite_reaches_no_gradient_of_absent_rows():
-    problem = Problem((4, 16, 1), 0.5, nn.ReLU())
+    problem = NetworkProblem((4, 16, 1), 0.5, nn.ReLU())
     with torch.no_grad():
         problem.parameters[1][0] = torch.inf
     problem.train(torch.randn(3, 4)).backward(torch.zeros(3, 1))
@@ -183,7 +183,7 @@ def test_a_bias_that_is_not_finite_reaches_no_gradient_of_absent_rows():
 
 
 def test_only_what_is_asked_for():
-    problem = Problem((4, 16, 16, 3), 0.4, nn.Tanh())
+    problem = NetworkProblem((4, 16, 16, 3), 0.4, nn.Tanh())
     for i in (0, 1, 3):
         problem.parameters[i].requires_grad_(False)
     x = torch.randn(20, 4)
@@ -198,7 +198,7 @@ def test_only_what_is_asked_for():
 
 
 def test_second_derivatives():
-    problem = Problem((3, 16, 8, 2), 0.5, nn.Tanh())
+    problem = NetworkProblem((3, 16, 8, 2), 0.5, nn.Tanh())
     x = torch.randn(7, 3, requires_grad=True)
     exact = x.detach().double().requires_grad_()
     found = torch.autograd.grad(problem.train(x).pow(2).sum(), x, create_graph=True)[0]
@@ -213,7 +213,7 @@ def test_second_derivatives():
 
 
 def test_backward_twice_gives_the_same():
-    problem = Problem((3, 16, 2), 0.5, nn.Tanh())
+    problem = NetworkProblem((3, 16, 2), 0.5, nn.Tanh())
     x = torch.randn(7, 3)
     loss = problem.train(x).sum()
     first = torch.autograd.grad(loss, problem.parameters, retain_graph=True)
@@ -224,7 +224,7 @@ def test_backward_twice_gives_the_same():
 
 
 def test_a_layer_used_twice_sums_its_gradients():
-    problem = Problem((8, 8, 8), 0.5, nn.Tanh())
+    problem = NetworkProblem((8, 8, 8), 0.5, nn.Tanh())
     problem.parameters[2:] = problem.parameters[:2]
     problem.masks[1] = problem.masks[0]
     layer = problem.network.layers[0]
@@ -241,7 +241,7 @@ def test_a_layer_used_twice_sums_its_gradients():
 
 @pytest.mark.parametrize("which", [0, 1, "mask", "x"])
 def test_writes_between_forward_and_backward_raise(which):
-    problem = Problem((4, 16, 3), 0.4, nn.Tanh())
+    problem = NetworkProblem((4, 16, 3), 0.4, nn.Tanh())
     x = torch.randn(20, 4)
     loss = problem.train(x).sum()
     with torch.no_grad():
@@ -257,12 +257,12 @@ def test_writes_between_forward_and_backward_raise(which):
 
 @pytest.mark.parametrize("density", [0.05, 0.8, 1.0])
 def test_parts_of_the_batch_add_up(density):
-    check(Problem((17, 64, 80, 6), density, nn.SiLU()), 700)
+    check(NetworkProblem((17, 64, 80, 6), density, nn.SiLU()), 700)
 
 
 @pytest.mark.parametrize("density", [0.2, 1.0])
 def test_results_depend_neither_on_other_calls_nor_on_threads(density):
-    problem = Problem((17, 64, 64, 6), density, nn.Tanh())
+    problem = NetworkProblem((17, 64, 64, 6), density, nn.Tanh())
     x = torch.randn(3000, 17)
 
     def gradients() -> list[Tensor]:
@@ -284,9 +284,9 @@ def test_results_depend_neither_on_other_calls_nor_on_threads(density):
 @pytest.mark.skipif(not find_sgemm(), reason="torch has no sgemm to call")
 def test_a_narrow_layer_runs_dense_from_a_higher_density_than_a_wide_one():
     """sgemm is slow on few features, unless torch's own product takes a layer that is alone."""
-    some = Problem((17, 64, 64, 6), 0.46, nn.ReLU())
+    some = NetworkProblem((17, 64, 64, 6), 0.46, nn.ReLU())
     assert some.network.describe(64, training=True)[0] == "csr/dense+mask/csr"
-    most = Problem((17, 64, 64, 6), 0.8, nn.ReLU())
+    most = NetworkProblem((17, 64, 64, 6), 0.8, nn.ReLU())
     assert most.network.describe(64, training=True)[0] == "dense+mask/dense+mask/csr"
-    alone = Problem((17, 64), 0.46, nn.ReLU())
+    alone = NetworkProblem((17, 64), 0.46, nn.ReLU())
     assert alone.network.describe(64, training=True)[0] == "dense+mask"

@@ -26,7 +26,7 @@ _PROPERTIES = SimpleNamespace(
 )
 
 
-class Stream:
+class OnlyStream:
     """The only one there is: everything happens in order."""
 
     cuda_stream = 0
@@ -34,7 +34,7 @@ class Stream:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = torch.device("cuda", host.current_device())
 
-    def wait_stream(self, other: Stream) -> None:
+    def wait_stream(self, other: OnlyStream) -> None:
         """Nothing to wait for."""
 
     def synchronize(self) -> None:
@@ -48,7 +48,7 @@ class Event:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.moment = 0.0
 
-    def record(self, stream: Stream | None = None) -> None:
+    def record(self, stream: OnlyStream | None = None) -> None:
         """Now."""
         self.moment = time.perf_counter()
 
@@ -96,7 +96,7 @@ class CUDAGraph:
 
 
 @contextlib.contextmanager
-def _stream(stream: Stream) -> Iterator[None]:
+def _stream(stream: OnlyStream) -> Iterator[None]:
     yield
 
 
@@ -109,7 +109,7 @@ def _graph(graph: CUDAGraph, *_: Any, **__: Any) -> Iterator[None]:
         graph.capture_end()
 
 
-_only = Stream()
+_only = OnlyStream()
 for _name, _value in {
     "_lazy_init": lambda: None,
     "_exchange_device": host.exchange_device,
@@ -133,7 +133,7 @@ for _name, _value in {
     "synchronize": lambda device=None: wait("synchronize"),
     "CUDAGraph": CUDAGraph,
     "Event": Event,
-    "Stream": Stream,
+    "Stream": OnlyStream,
 }.items():
     setattr(torch.cuda, _name, _value)
 # Asked for by torch.compile, past `torch.cuda`.

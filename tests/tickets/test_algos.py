@@ -204,7 +204,7 @@ def test_results_have_the_protocols_shapes_and_count_their_steps():
     assert torch.equal(result.final, tickets.parameters.weight)
 
 
-class Curve:
+class GivenReturns:
     """An `Evaluator` whose returns are given, in order, instead of measured."""
 
     def __init__(self, monkeypatch, returns, points, first, iterations):
@@ -230,14 +230,14 @@ class Curve:
 
 
 def test_evaluations_are_equally_spaced_and_the_last_follows_the_last_update(monkeypatch):
-    assert Curve(monkeypatch, range(5), 5, 0, 20).due == [3, 7, 11, 15, 19]
-    assert Curve(monkeypatch, range(4), 4, 10, 20).due == [12, 14, 17, 19]
+    assert GivenReturns(monkeypatch, range(5), 5, 0, 20).due == [3, 7, 11, 15, 19]
+    assert GivenReturns(monkeypatch, range(4), 4, 10, 20).due == [12, 14, 17, 19]
     # Fewer iterations than points: one evaluation each.
-    assert Curve(monkeypatch, range(20), 20, 2, 5).due == [2, 3, 4]
+    assert GivenReturns(monkeypatch, range(20), 20, 2, 5).due == [2, 3, 4]
 
 
 def test_the_best_checkpoint_is_chosen_on_the_curve_and_rescored_on_other_episodes(monkeypatch):
-    curve = Curve(monkeypatch, [1.0, 9.0, 9.0, 4.0], 4, 0, 4)
+    curve = GivenReturns(monkeypatch, [1.0, 9.0, 9.0, 4.0], 4, 0, 4)
     # Of equals the first; the final weights whatever the curve says.
     assert (curve.result.best == 1).all()
     assert (curve.result.final == 3).all()

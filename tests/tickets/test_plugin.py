@@ -139,7 +139,7 @@ def test_an_algorithm_of_ones_own(tmp_path, capsys):
     assert main(["verify", str(out), "--cells", "4", "--plugin", str(file)]) == 0
 
 
-class _Again:
+class _CloningAgain:
     """Cloning under another name: what a sweep does for one algorithm that imitates, it does."""
 
     name, title, settings, has_critic, imitates = "again", "again", bc.BC, False, True
@@ -147,7 +147,7 @@ class _Again:
 
 
 def test_an_imitating_algorithm_of_ones_own_shares_the_demonstrations(tmp_path):
-    register_algorithm(_Again())
+    register_algorithm(_CloningAgain())
     out = tmp_path / "run"
     few = ["--algos", "bc", "again", "--levels", "1", "--bc.experts", "1", "--bc.expert-gate", "0"]
     arguments = ["sweep", *TINY, *few, "--out", str(out)]
@@ -163,7 +163,7 @@ def test_an_imitating_algorithm_of_ones_own_shares_the_demonstrations(tmp_path):
 
 def test_an_algorithm_is_new_known_and_has_settings_of_its_kind():
     with pytest.raises(ValueError, match="name must be new, got 'again'; registered: ppo, dqn, s"):
-        register_algorithm(_Again()) and register_algorithm(_Again())
+        register_algorithm(_CloningAgain()) and register_algorithm(_CloningAgain())
     with pytest.raises(ValueError, match="algorithm must be one of ppo, dqn, sac, bc, again, g"):
         find_algorithm("td3")
     with pytest.raises(ValueError, match=r"of your own algorithms \(again\), got 'td3'"):
