@@ -19,7 +19,7 @@ from .peers import (
     torch_csr,
     torch_dense,
 )
-from .results import BUSY, Run
+from .results import BUSY, SuiteRun
 from .tables import NOISY, grid, groups, shape_of
 
 __all__ = ["losses", "origin", "population", "speedups", "widest"]
@@ -51,10 +51,10 @@ _KINDS = {
 }
 
 
-def widest(runs: Mapping[str, Sequence[Run]]) -> Run | None:
+def widest(runs: Mapping[str, Sequence[SuiteRun]]) -> SuiteRun | None:
     """The run that fills most cells of `speedups`, of two the longer, then newer; None without."""
 
-    def filled(run: Run) -> tuple[int, int, str]:
+    def filled(run: SuiteRun) -> tuple[int, int, str]:
         cells = sum(1 for _, op, shape, _ in _ROWS for _ in _matching(run, op, shape))
         return cells, len(run.records), run.date
 
@@ -62,7 +62,7 @@ def widest(runs: Mapping[str, Sequence[Run]]) -> Run | None:
     return max(timed, key=filled, default=None)
 
 
-def speedups(run: Run) -> str:
+def speedups(run: SuiteRun) -> str:
     """By sparsity, as Markdown."""
     rows = []
     for title, op, shape, (said, peers) in _ROWS:
@@ -72,7 +72,7 @@ def speedups(run: Run) -> str:
     return grid(["speed-up, weights pruned", *(f"{s:g}%" for s in _COLUMNS)], rows)
 
 
-def losses(run: Run) -> str:
+def losses(run: SuiteRun) -> str:
     """Every configuration in which a peer was faster, warm and beyond noise, by op and sizes."""
     rows, configurations = [], set()
     for records in groups(run):
@@ -120,7 +120,7 @@ def _range(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def population(run: Run) -> str:
+def population(run: SuiteRun) -> str:
     """Throughput of sixty tickets, and over others, as Markdown."""
     heads = ["PPO on CartPole, 60 tickets", "agent-steps/s", "vs itself dense"]
     peers = {"vs JAX, w*mask": jax_ppo.NAME, "vs SB3, one agent": sb3.NAME}
@@ -134,7 +134,7 @@ def population(run: Run) -> str:
     return grid([*heads, *peers], rows)
 
 
-def origin(run: Run) -> str:
+def origin(run: SuiteRun) -> str:
     """Where a run's numbers come from."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     absent = {
@@ -157,7 +157,7 @@ def origin(run: Run) -> str:
     )
 
 
-def _matching(run: Run, op: str, shape: Mapping[str, int]) -> Iterable[Record]:
+def _matching(run: SuiteRun, op: str, shape: Mapping[str, int]) -> Iterable[Record]:
     """Of an op at these sizes, on the threads of the run."""
     for record in run.records:
         fits = record.op == op and shape.items() <= record.shape.items()
