@@ -22,7 +22,8 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
-from experiments.sweeps import quickly, train
+from experiments.sweeps import quickly
+from experiments.training import train
 from sparse_tickets import Sweep
 from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.evaluation import Evaluation

@@ -29,7 +29,8 @@ from experiments.frame import (
     markdown,
     signed,
 )
-from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels_of, pendulum_sac, train
+from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels_of, pendulum_sac
+from experiments.training import train
 from sparse_tickets import Sweep
 from sparse_tickets.analysis.statistics import sign_flip
 from sparse_tickets.population import initialise

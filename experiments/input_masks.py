@@ -36,7 +36,6 @@ from experiments.sweeps import (
     cartpole,
     cuts,
     hopper,
-    kept_inputs,
     levels,
     lunar_lander,
     mountain_car,
@@ -44,8 +43,8 @@ from experiments.sweeps import (
     pendulum_sac,
     scaled,
     tickets,
-    train,
 )
+from experiments.training import kept_inputs, train
 from sparse_tickets import load_results
 from sparse_tickets.analysis.style import DPI, GREY, INK, head, styled
 from sparse_tickets.sweep.store import Store

@@ -33,8 +33,8 @@ from experiments.sweeps import (
     pendulum,
     pendulum_sac,
     tickets,
-    train,
 )
+from experiments.training import train
 from sparse_tickets import Sweep
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.population import initialise

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import gymnasium
 import polars as pl
-import torch
-from torch import Tensor
 
 from experiments.frame import Place
-from sparse_tickets import Population, Sweep, Ticket
+from sparse_tickets import Sweep, Ticket
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.envs import ClassicEnv, env_spec, register_env
 from sparse_tickets.envs.maze import MAZE
-from sparse_tickets.kernels.random import derive_key
-from sparse_tickets.sweep.experts import stored_demonstrations
 from sparse_tickets.sweep.protocols import protocol
-from sparse_tickets.sweep.run import train_population
-from sparse_tickets.sweep.spec import Track
 from sparse_tickets.sweep.store import Store
 
 __all__ = [
@@ -38,7 +32,6 @@ __all__ = [
     "cuts",
     "dqn",
     "hopper",
-    "kept_inputs",
     "levels",
     "levels_of",
     "lunar_lander",
@@ -58,8 +51,6 @@ __all__ = [
     "solved",
     "taught",
     "tickets",
-    "train",
-    "train_weights",
     "unsolved",
 ]
 
@@ -463,87 +454,3 @@ def tickets(
         if level == 0 or (ticket.condition, ticket.controls) == (condition, controls)
     ]
     return sorted(found, key=lambda ticket: ticket.seed)
-
-
-def kept_inputs(ticket: Ticket) -> list[bool]:
-    """Which inputs have a path to an action."""
-    actor, mask = ticket.arena.actor, ticket.mask[None]
-    useful = torch.ones(1, actor.sizes[-1], dtype=torch.bool)
-    for layer in reversed(range(actor.depth)):
-        useful = (actor.weight(mask, layer) & useful[:, :, None]).any(1)
-    return useful[0].tolist()
-
-
-def train(
-    spec: Sweep,
-    store: Store | None,
-    algo: str,
-    level: int,
-    mask: Tensor,
-    initial: Tensor,
-    seeds: Sequence[int],
-    what: str,
-) -> pl.DataFrame:
-    """Rows of `train_weights`."""
-    return train_weights(spec, store, algo, level, mask, initial, seeds, what)[0]
-
-
-def train_weights(
-    spec: Sweep,
-    store: Store | None,
-    algo: str,
-    level: int,
-    mask: Tensor,
-    initial: Tensor,
-    seeds: Sequence[int],
-    what: str,
-) -> tuple[pl.DataFrame, Tensor]:
-    """Train policies that no condition of a sweep describes, by the sweep's settings.
-
-    Where the sweep prunes while it trains they are pruned to the level's density on the way.
-
-    Args:
-        spec: the sweep.
-        store: where it has its experts' demonstrations, if the algorithm imitates any.
-        algo: what trains them.
-        level: whose nominal density they have.
-        mask: ``[P, N]``.
-        initial: ``[P, size]``.
-        seeds: ``[P]``, whose experts they imitate.
-        what: makes their random keys.
-
-    Returns:
-        A row per policy with the returns of a sweep's rows, and the final weights ``[P, size]``.
-    """
-    begins = spec.density(level) if spec.during == "none" else 1.0
-    population = Population.create(spec.arena(algo), initial, mask, begins)
-    names = [
-        derive_key("experiment", what, spec.env, algo, seed, level, i)
-        for i, seed in enumerate(seeds)
-    ]
-    dataset = None
-    if store is not None and algo in spec.imitating:
-        dataset = stored_demonstrations(spec, store, algo)
-    tracks = [Track(seed, TICKET, "own") for seed in seeds]
-    key = torch.tensor(names, dtype=torch.int64, device="cpu")
-    result = train_population(spec, algo, population, key, level, tracks, dataset)
-    rows = pl.DataFrame(
-        {
-            "env": spec.env,
-            "algo": algo,
-            "seed": list(seeds),
-            "level": [level] * len(seeds),
-            "density": population.parameters.mask.double().mean(1).tolist(),
-            "return_initial": result.return_initial.tolist(),
-            "return_auc": result.curve.mean(1).tolist(),
-            "return_final": result.return_final.tolist(),
-            "return_final_sampled": result.return_final_sampled.tolist(),
-            "return_initial_sampled": result.return_initial_sampled.tolist(),
-            "curve": result.curve.tolist(),
-            "curve_sampled": result.curve_sampled.tolist(),
-            "train_steps": [result.train_steps] * len(seeds),
-            "random_return": spec.env_spec.random_return,
-            "wall_s": result.wall_s / len(seeds),
-        }
-    )
-    return rows, result.final

@@ -21,15 +21,8 @@ from torch import Tensor
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.other_tasks import NARROW, REVERSED
-from experiments.sweeps import (
-    SharedSweep,
-    cartpole_deep,
-    cartpole_late,
-    quickly,
-    tickets,
-    train,
-    train_weights,
-)
+from experiments.sweeps import SharedSweep, cartpole_deep, cartpole_late, quickly, tickets
+from experiments.training import train, train_weights
 from sparse_tickets import Sweep, Ticket
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.random import derive_key
