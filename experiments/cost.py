@@ -1,14 +1,17 @@
 """What does sparsity alone save in a PPO iteration, and where does the rest of the time go?
 
 One iteration of PPO (rollout, advantages, update) of dense and of pruned populations in turn, at
-three widths, with a dense critic and with one that is pruned too. Nothing is trained to the end::
+three widths, with a dense critic and with one that is pruned too. Nothing is trained to the end.
+What all experiments took is read from their tables, what others would from a stored benchmark::
 
     python -m experiments.cost [--quick]
 """
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterable
 from functools import partial
 from itertools import product
 
@@ -18,7 +21,17 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
-from experiments.frame import Experiment, Finding, Place, effect, main, markdown
+from experiments.frame import (
+    NAMES,
+    RESULTS,
+    ROOT,
+    Experiment,
+    Finding,
+    Place,
+    effect,
+    main,
+    markdown,
+)
 from sparse_tickets import Population
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.envs import env_spec, open_env
@@ -38,6 +51,11 @@ ROUNDS = 21
 STAGES = ("rollout", "advantages", "update")
 HEADER = ("setting", "steps/s", *STAGES, "rollout gains", "update gains", "iteration gains")
 CRITICS = {False: "dense critic", True: "critic pruned too"}
+BENCHMARK = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-2c-2026-11-22-full.json"
+OURS = "sparse_tickets"
+PEERS = {"JAX PPO, vmap of w*mask": "JAX, two cores", "SB3 PPO (1 agent, 1 core)": "SB3, one core"}
+DEEP = "cartpole-deep"
+"""The sweep whose levels are told apart: all have as many tickets, trained together."""
 
 
 class TimedTraining:
@@ -109,11 +127,71 @@ def collect(place: Place) -> pl.DataFrame:
     ]
     groups.append([(64, tickets, 1.0, False) for tickets in (SIZES[:2] if place.quick else SIZES)])
     threads = torch.get_num_threads()
-    return pl.concat(
+    timed = [
         place.once(
             f"cost-{index}", (group, rounds, threads, processor()), partial(measure, group, rounds)
         ).with_columns(varied=pl.lit("density" if group is not groups[-1] else "tickets"))
         for index, group in enumerate(groups)
+    ]
+    read = [peers(), stages(("cartpole", *NAMES)), by_level()]
+    # Their time is another's.
+    return pl.concat([*timed, *(each.with_columns(wall_s=0.0) for each in read)], how="diagonal")
+
+
+def peers() -> pl.DataFrame:
+    """Seconds an agent-step of dense PPO takes on CartPole, sixty tickets together or one agent."""
+    stored = json.loads(BENCHMARK.read_text())
+    (record,) = (
+        each
+        for each in stored["records"]
+        if each["op"] == "PPO iteration"
+        and each["shape"] == {"P": 60, "envs": 4, "steps": 128}
+        and each["sparsity"] == 0
+    )
+    seconds = {name: found["wall"]["median"] for name, found in record["contenders"].items()}
+    named = {OURS: OURS} | PEERS
+    return pl.DataFrame(
+        {
+            "varied": "peer",
+            "name": list(named.values()),
+            "seconds": [seconds[name] for name in named],
+            "hardware": stored["hardware"],
+        }
+    )
+
+
+def stages(names: Iterable[str]) -> pl.DataFrame:
+    """What each table's own cells took; cells that an earlier one has are known by their time."""
+    seen = pl.Series("wall_s", [], pl.Float64)
+    rows = []
+    for name in names:
+        file = RESULTS / f"{name}.parquet"
+        if name == "cost" or not file.exists():
+            continue
+        cells = pl.read_parquet(file).filter(pl.col("wall_s").is_not_null())
+        own = cells.filter(~pl.col("wall_s").is_in(seen.implode()))
+        seen = pl.concat([seen, own["wall_s"]])
+        ppo = own.filter(pl.col("env").str.starts_with(ENV))
+        if "algo" in own.columns:
+            ppo = ppo.filter(pl.col("algo") == "ppo")
+        rows.append((name, len(own), float(own["wall_s"].sum()), int(ppo["train_steps"].sum())))
+    schema = ("name", "trainings", "seconds", "ppo_steps")
+    return pl.DataFrame(rows, schema, orient="row").with_columns(varied=pl.lit("stage"))
+
+
+def by_level() -> pl.DataFrame:
+    """Seconds of each level's training, evaluation apart, of one sweep's tickets."""
+    cells = pl.read_parquet(RESULTS / "bc_vs_rl.parquet")
+    return (
+        cells.filter(pl.col("source").str.starts_with(DEEP))
+        .group_by("algo", "level")
+        .agg(
+            seconds=pl.col("train_s").sum(),
+            density=pl.col("density").first(),
+            tickets=pl.len().cast(pl.Int64),
+        )
+        .sort("algo", "level")
+        .with_columns(varied=pl.lit("level"))
     )
 
 
@@ -152,7 +230,8 @@ def gains(cells: pl.DataFrame, width: int, critic: bool, stage: str = "wall_s") 
     return seconds[:, :1] / seconds
 
 
-def conclude(cells: pl.DataFrame) -> Finding:
+def conclude(everything: pl.DataFrame) -> Finding:
+    cells = everything.filter(pl.col("varied").is_in(["density", "tickets"]))
     at = DENSITIES.index(0.1)
     shown = "; ".join(
         f"width {width}: {_ratio(gains(cells, width, False)[:, at])}, "
@@ -167,7 +246,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
         f"{cells['processor'][0]}",
         effect=f"dense over 90% pruned, whole iteration: {shown}",
         verdict="agrees" if low <= 1.3 <= high else f"{'more' if low > 1.3 else 'less'} than 1.3x",
-        text=text(cells),
+        text="\n\n".join([text(cells), study(everything)]),
         figures={"cost": partial(draw, cells)},
     )
 
@@ -214,6 +293,68 @@ interval. What stays dense, the critic and the environment, bounds what a sparse
 Dense policies of width 64, by the number of tickets trained together:
 
 {markdown(["tickets", "agent-steps/s"], growth)}"""
+
+
+def study(cells: pl.DataFrame) -> str:
+    """What all experiments took, what others would, and what a level takes."""
+    parts = {kind: cells.filter(pl.col("varied") == kind) for kind in ("peer", "stage", "level")}
+    rates = dict(parts["peer"].select("name", "seconds").rows())
+    rows, totals = [], np.zeros(3)
+    for name, trainings, seconds, steps in (
+        parts["stage"].select("name", "trainings", "seconds", "ppo_steps").rows()
+    ):
+        totals += (trainings, seconds, steps)
+        rows.append(_stage(name, trainings, seconds, steps, rates))
+    rows.append(_stage("all", totals[0], totals[1], totals[2], rates))
+    speeds = ", ".join(f"{1 / seconds:,.0f} ({name})" for name, seconds in rates.items())
+    return f"""**The whole study**, by the table that has the cells first: wall time as stored, one
+thread on a shared machine, evaluation included, experts not. What others would need is
+**extrapolated**: the agent-steps of PPO on CartPole alone, at the rates that `benchmarks` measured
+for dense PPO there on {parts["peer"]["hardware"][0]}, in agent-steps/s: {speeds}. JAX is sixty agents
+under `vmap`, whose masks save nothing; evaluation, noise inputs and wider networks are not counted.
+
+{markdown(STAGES_HEADER, rows)}
+
+A level of 15 tickets of CartPole trains for so many seconds (`{DEEP}`). Beside the dense level's,
+levels from the second on take {_saved(parts["level"])}; the first compiled PPO's kernels too.
+
+{markdown(("density", *_LEVEL_NAMES.values()), _levels(parts["level"]))}"""
+
+
+def _saved(cells: pl.DataFrame) -> str:
+    """By how much pruned levels are faster than the dense one, on average."""
+    found = []
+    for algo, name in _LEVEL_NAMES.items():
+        seconds = cells.filter(pl.col("algo") == algo).sort("level")["seconds"].to_numpy()
+        found.append(f"1/{seconds[0] / seconds[2:].mean():.1f} ({name.partition(',')[0]})")
+    return " and ".join(found)
+
+
+STAGES_HEADER = (
+    "table", "trainings", "minutes", "million steps of PPO on CartPole",
+    *(f"{name}, hours (extrapolated)" for name in PEERS.values()),
+)  # fmt: skip
+_LEVEL_NAMES = {"ppo": "PPO, seconds", "bc": "cloning, seconds"}
+
+
+def _stage(
+    name: str, trainings: float, seconds: float, steps: float, rates: dict[str, float]
+) -> list[str]:
+    return [
+        name,
+        f"{trainings:,.0f}",
+        f"{seconds / 60:,.1f}",
+        f"{steps / 1e6:,.0f}",
+        *(f"{steps * rates[peer] / 3600:,.1f}" for peer in PEERS.values()),
+    ]
+
+
+def _levels(cells: pl.DataFrame) -> list[list[str]]:
+    table = cells.pivot(on="algo", index=["level", "density"], values="seconds").sort("level")
+    return [
+        [f"{row['density']:.2%}", *(f"{row[algo]:.1f}" for algo in _LEVEL_NAMES)]
+        for row in table.iter_rows(named=True)
+    ]
 
 
 def draw(cells: pl.DataFrame) -> Figure:
