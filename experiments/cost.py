@@ -310,8 +310,9 @@ def study(cells: pl.DataFrame) -> str:
     return f"""**The whole study**, by the table that has the cells first: wall time as stored, one
 thread on a shared machine, evaluation included, experts not. What others would need is
 **extrapolated**: the agent-steps of PPO on CartPole alone, at the rates that `benchmarks` measured
-for dense PPO there on {parts["peer"]["hardware"][0]}, in agent-steps/s: {speeds}. JAX is sixty agents
-under `vmap`, whose masks save nothing; evaluation, noise inputs and wider networks are not counted.
+for dense PPO there on {parts["peer"]["hardware"][0]}, in agent-steps/s: {speeds}. JAX is sixty
+agents under `vmap`, whose masks save nothing; evaluation, noise inputs and wider networks are not
+counted.
 
 {markdown(STAGES_HEADER, rows)}
 

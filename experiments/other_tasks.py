@@ -10,11 +10,10 @@ from torch import Tensor
 
 from sparse_tickets.envs import EnvSpec, env_spec, register_env
 from sparse_tickets.envs.spec import Step
-from sparse_tickets.kernels.dynamics import TASKS, Task
-from sparse_tickets.kernels.dynamics.equations import cartpole_step
+from sparse_tickets.kernels.dynamics import TASKS, initial, observe, step
 from sparse_tickets.kernels.random import Stream, uniform
 
-__all__ = ["NARROW", "REVERSED", "PlainEnv"]
+__all__ = ["NARROW", "REVERSED", "OtherCartPole"]
 
 NARROW = "CartPole-v1 narrow"
 """The cart must stay within a tenth of the track, for which its position has to be seen."""
@@ -24,33 +23,17 @@ _CARTPOLE = TASKS["CartPole-v1"]
 _TRACK = 0.24
 
 
-def _narrow_step(
-    x: Tensor, x_dot: Tensor, theta: Tensor, theta_dot: Tensor, action: Tensor
-) -> tuple[Tensor, ...]:
-    *state, reward, terminated = cartpole_step(x, x_dot, theta, theta_dot, action)
-    return *state, reward, terminated | (state[0].abs() > _TRACK)
-
-
-def _reversed_step(
-    x: Tensor, x_dot: Tensor, theta: Tensor, theta_dot: Tensor, action: Tensor
-) -> tuple[Tensor, ...]:
-    return cartpole_step(x, x_dot, theta, theta_dot, 1.0 - action)
-
-
-_STEPS = {NARROW: _narrow_step, REVERSED: _reversed_step}
-
-
-class PlainEnv:
-    """E copies of a task for each of P tickets in batched torch; no fused kernel knows them.
+class OtherCartPole:
+    """E copies of a CartPole for each of P tickets, stepped outside of the fused kernels.
 
     See `sparse_tickets.envs.Env`; random numbers are drawn as `ClassicEnv` draws them.
 
     Args:
-        physics: what the copies do.
+        name: `NARROW` or `REVERSED`.
         tickets: P.
         copies: E.
         device: where tensors live.
-        spec: its shape and time limit; observations come as they are.
+        spec: observations come as they are.
         reset_stream: stream of the initial states.
     """
 
@@ -58,7 +41,7 @@ class PlainEnv:
 
     def __init__(
         self,
-        physics: Task,
+        name: str,
         tickets: int,
         copies: int,
         device: torch.device | str = "cpu",
@@ -69,42 +52,40 @@ class PlainEnv:
         self.spec, self.tickets, self.copies = spec, tickets, copies
         self.device = torch.device(device)
         self.clock = 0
-        self._physics, self._stream = physics, reset_stream
+        self._name, self._stream = name, reset_stream
 
     def reset(self, key: Tensor) -> Tensor:
         """Start every copy afresh."""
         self.clock, self._key = 0, key
         self._state = self._initial()
         self._elapsed = torch.zeros_like(self._state[..., 0], dtype=torch.int32)
-        return self._physics.observe(self._state)
+        return observe(_CARTPOLE, self._state)
 
     def step(self, action: Tensor) -> Step:
         """Act once in every copy; those whose episode ends restart within the same step."""
-        state, reward, terminated = self._physics.step(self._state, action)
+        if self._name == REVERSED:
+            action = 1 - action
+        state, reward, terminated = step(_CARTPOLE, self._state, action)
+        if self._name == NARROW:
+            terminated = terminated | (state[..., 0].abs() > _TRACK)
         self.clock += 1
         elapsed = self._elapsed + 1
-        truncated = (elapsed >= self._physics.time_limit) & ~terminated
+        truncated = (elapsed >= _CARTPOLE.time_limit) & ~terminated
         done = terminated | truncated
-        obs = final_obs = self._physics.observe(state)
+        obs = final_obs = observe(_CARTPOLE, state)
         if done.any():
             state = torch.where(done[..., None], self._initial(), state)
             elapsed = elapsed.masked_fill(done, 0)
-            obs = self._physics.observe(state)
+            obs = observe(_CARTPOLE, state)
         self._state, self._elapsed = state, elapsed
         return Step(obs, reward, terminated, truncated, final_obs)
 
     def _initial(self) -> Tensor:
-        states = self._physics.state_dim
+        states = _CARTPOLE.state_dim
         drawn = uniform(self._key, self.copies * states, stream=self._stream, step=self.clock)
-        return self._physics.initial(drawn.unflatten(1, (self.copies, states)))
+        return initial(_CARTPOLE, drawn.unflatten(1, (self.copies, states)))
 
 
-def _register(name: str) -> None:
-    physics = replace(_CARTPOLE, name=name, advance=_STEPS[name])
+for _name in (NARROW, REVERSED):
     # Random policies fall before they leave even the narrow track, and as soon either way.
-    spec = replace(env_spec("CartPole-v1"), name=name)
-    register_env(name, partial(PlainEnv, physics), spec)
-
-
-for _name in _STEPS:
-    _register(_name)
+    register_env(_name, partial(OtherCartPole, _name), replace(env_spec("CartPole-v1"), name=_name))

@@ -9,6 +9,7 @@ initial values, and beside shuffled masks::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -31,7 +32,7 @@ TASKS = {NARROW: "narrow track", REVERSED: "reversed pushes"}
 LEVELS = (2, 3, 4)
 """Of `cartpole_late`, four of the protocol's at a time; `cartpole_deep` has twice as many."""
 SEEDS = 10
-STEPS = 409_600
+STEPS = 204_800
 METRICS = {
     "return_initial": "before training",
     "return_auc": "learning curve",
@@ -53,59 +54,63 @@ def _spec(place: Place, env: str) -> Sweep:
 
 def collect(place: Place) -> pl.DataFrame:
     found = []
-    for env in TASKS:
+    for env, task in TASKS.items():
         spec = _spec(place, env)
-        sources = tuple(each.spec(place) for each in (cartpole_deep, cartpole_late))
+        early, late = cartpole_deep.spec(place), cartpole_late.spec(place)
         chosen = [level for level in LEVELS if level < spec.levels]
-        for name, compute in (("own", _own), ("carried", _carried)):
-            job = f"task-{env.split()[-1]}-{name}", (spec, *sources, tuple(chosen))
-            if place.partial and not place.kept(*job):
-                continue
-            found.append(place.once(*job, partial(compute, place, spec, chosen)))
-    return pl.concat(found)
+        jobs: list[tuple[str, object, Callable[[], pl.DataFrame]]] = []
+        for level in range(max(chosen) + 1):
+            name = f"task-{task.split()[0]}-{level}-own"
+            jobs.append((name, (spec, early), partial(_own, place, spec, level)))
+        for level in chosen:
+            name = f"task-{task.split()[0]}-{level}-carried"
+            jobs.append((name, (spec, early, late), partial(_carried, place, spec, level)))
+        found += [
+            place.once(*job) for job in jobs if not place.partial or place.kept(job[0], job[1])
+        ]
+    return pl.concat(found, how="diagonal")
 
 
-def _starts(place: Place, spec: Sweep) -> list[Ticket]:
-    """CartPole's dense policies, whose initial values all tasks begin with."""
+def _own(place: Place, spec: Sweep, level: int) -> pl.DataFrame:
+    """A task's tickets of one level, pruned by those of the level before; level 0 is dense."""
     _, store = cartpole_deep(place)
-    return tickets(store, "ppo", 0)[: spec.seeds]
+    initial = torch.stack([ticket.initial for ticket in tickets(store, "ppo", 0)[: spec.seeds]])
+    prunable, seeds = spec.arena("ppo").prunable, list(range(spec.seeds))
+    mask = torch.ones(len(seeds), prunable, dtype=torch.bool)
+    if level:
+        name = f"task-{TASKS[spec.env].split()[0]}-{level - 1}-own"
+        settings = spec, cartpole_deep.spec(place)
+        before = place.once(name, settings, partial(_own, place, spec, level - 1))
+        mask = torch.stack([_unpacked(row, prunable) for row in before.sort("seed")["next"]])
+    rows, final = train_weights(spec, None, "ppo", level, mask, initial, seeds, "own")
+    kept = torch.full((len(seeds),), spec.kept("ppo", level + 1))
+    following = prune(final[:, :prunable].abs(), mask, kept).numpy()
+    return rows.with_columns(
+        mask=pl.lit(OWN if level else DENSE),
+        next=pl.Series([np.packbits(row).tobytes() for row in following], dtype=pl.Binary),
+    )
 
 
-def _own(place: Place, spec: Sweep, chosen: list[int]) -> pl.DataFrame:
-    """Dense policies of a task and its tickets, pruned level by level."""
-    initial = torch.stack([ticket.initial for ticket in _starts(place, spec)])
-    arena, seeds = spec.arena("ppo"), list(range(spec.seeds))
-    mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
-    found, final = [], initial
-    for level in range(max(chosen) + 1):
-        if level:
-            kept = torch.full((len(seeds),), spec.kept("ppo", level))
-            mask = prune(final[:, : arena.prunable].abs(), mask, kept)
-        rows, final = train_weights(spec, None, "ppo", level, mask, initial, seeds, "own")
-        found.append(rows.with_columns(mask=pl.lit(OWN if level else DENSE)))
-    return pl.concat(found)
+def _unpacked(row: bytes, prunable: int) -> Tensor:
+    bits = np.unpackbits(np.frombuffer(row, dtype=np.uint8), count=prunable)
+    return torch.from_numpy(bits.astype(bool))
 
 
-def _carried(place: Place, spec: Sweep, chosen: list[int]) -> pl.DataFrame:
+def _carried(place: Place, spec: Sweep, level: int) -> pl.DataFrame:
     """CartPole's tickets, rewound to the start and to later, and their masks shuffled."""
-    arena = spec.arena("ppo")
-    found = []
-    for level in chosen:
-        early = _tickets(place, cartpole_deep, 2 * level if not place.quick else level, spec)
-        late = _tickets(place, cartpole_late, level, spec)
-        initial = torch.stack([ticket.initial for ticket in early])
-        mask = torch.stack([ticket.mask for ticket in early])
-        starts = {
-            CARRIED: (mask, initial),
-            LATE: tuple(torch.stack(each) for each in zip(*map(_rewound, late), strict=True)),
-            SHUFFLED: (_shuffled(arena.prunable_layers(), mask, level), initial),
-        }
-        masks, values = (torch.cat(each) for each in zip(*starts.values(), strict=True))
-        seeds = list(range(spec.seeds)) * len(starts)
-        rows = train(spec, None, "ppo", level, masks, values, seeds, "carried")
-        names = [name for name in starts for _ in range(spec.seeds)]
-        found.append(rows.with_columns(mask=pl.Series(names)))
-    return pl.concat(found)
+    early = _tickets(place, cartpole_deep, level if place.quick else 2 * level, spec)
+    late = _tickets(place, cartpole_late, level, spec)
+    initial = torch.stack([ticket.initial for ticket in early])
+    mask = torch.stack([ticket.mask for ticket in early])
+    starts = {
+        CARRIED: (mask, initial),
+        LATE: tuple(torch.stack(each) for each in zip(*map(_rewound, late), strict=True)),
+        SHUFFLED: (_shuffled(spec.arena("ppo").prunable_layers(), mask, level), initial),
+    }
+    masks, values = (torch.cat(each) for each in zip(*starts.values(), strict=True))
+    seeds = list(range(spec.seeds)) * len(starts)
+    rows = train(spec, None, "ppo", level, masks, values, seeds, "carried")
+    return rows.with_columns(mask=pl.Series([name for name in starts for _ in range(spec.seeds)]))
 
 
 def _tickets(place: Place, sweep: SharedSweep, level: int, spec: Sweep) -> list[Ticket]:
