@@ -1,14 +1,15 @@
 """Do dense policies learn as CleanRL's own scripts make them learn?
 
-PPO by the same settings and initialisation, and from the initialisation used elsewhere here; DQN by
-the same settings, schedules and initialisation, with the script's loss and with Huber's. The
-scripts' side is stored by `cleanrl_scripts.py`::
+PPO by the same settings and initialisation on two tasks, and from the initialisation used elsewhere
+here; DQN by the same settings, schedules and initialisation, with the script's loss and with
+Huber's. The scripts' side is stored by `cleanrl_scripts.py`, ours has as many seeds::
 
     python -m experiments.cleanrl [--quick]
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,17 +28,29 @@ from experiments.training import train
 from sparse_tickets import Sweep
 from sparse_tickets.algos.dqn import DQN
 from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.envs import ClassicEnv, env_spec, register_env
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.random import Stream, uniform
 from sparse_tickets.population import initialise
 from sparse_tickets.sweep.protocols import protocol
 
-SEEDS = 5
+CARTPOLE, ACROBOT = "CartPole-v1", "Acrobot-v1"
+RAW = f"{ACROBOT} raw"
+"""Acrobot with observations as they come, as the scripts see them."""
+register_env(RAW, partial(ClassicEnv, ACROBOT), replace(env_spec(ACROBOT).raw(), name=RAW))
 THEIRS, HUBER = "CleanRL's script", "the script with Huber's loss"
 SAME, LECUN, SAME_HUBER = "ours", "ours, LeCun", "ours with Huber's loss"
 PAIRS = ((SAME, THEIRS), (LECUN, THEIRS), (SAME_HUBER, HUBER))
-TITLES = {"ppo": "PPO", "dqn": "DQN"}
+Contest = tuple[str, str]
+TITLES: dict[Contest, str] = {
+    (CARTPOLE, "ppo"): "PPO",
+    (ACROBOT, "ppo"): "PPO on Acrobot",
+    (CARTPOLE, "dqn"): "DQN",
+}
+"""By task and algorithm."""
 RESAMPLES = 10_000
+SPLITS = 100_000
+"""Most splits of all seeds that a p is counted over; of more, so many are drawn."""
 
 
 class AsScripted(DQN):
@@ -60,11 +73,10 @@ def like_torch(arena: Arena, key: Tensor) -> Tensor:
     return weight
 
 
-def specs(quick: bool) -> Iterator[tuple[str, str, str, Sweep]]:
-    """Algorithm, name, initialisation and settings of what is trained here."""
+def specs(scripts: pl.DataFrame, quick: bool) -> Iterator[tuple[Contest, str, str, Sweep]]:
+    """Task and algorithm, name, initialisation and settings of what is trained here."""
     spec = replace(
-        protocol("CartPole-v1"),
-        seeds=SEEDS,
+        protocol(CARTPOLE),
         evaluation=Evaluation(points=20, episodes=32, final_episodes=100),
     )
     spec = replace(spec, ppo=replace(spec.ppo, steps=100_000))
@@ -84,24 +96,36 @@ def specs(quick: bool) -> Iterator[tuple[str, str, str, Sweep]]:
         max_norm=1e9,  # none
     )
     network = replace(spec, algos=("dqn",), hidden=(120, 84), activation="relu", dqn=dqn)
-    for algo, name, start, each in (
-        ("ppo", SAME, "orthogonal", replace(spec, init="orthogonal")),
-        ("ppo", LECUN, "lecun", spec),
-        ("dqn", SAME, "torch", network),
-        ("dqn", SAME_HUBER, "torch", replace(network, dqn=replace(dqn, loss="huber"))),
+    for contest, name, start, change, each in (
+        ((CARTPOLE, "ppo"), SAME, "orthogonal", "", replace(spec, init="orthogonal")),
+        ((CARTPOLE, "ppo"), LECUN, "lecun", "", spec),
+        ((ACROBOT, "ppo"), SAME, "orthogonal", "", replace(spec, env=RAW, init="orthogonal")),
+        ((CARTPOLE, "dqn"), SAME, "torch", "", network),
+        (
+            (CARTPOLE, "dqn"),
+            SAME_HUBER,
+            "torch",
+            "Huber loss",
+            replace(network, dqn=replace(dqn, loss="huber")),
+        ),
     ):
-        yield algo, name, start, quickly(each) if quick else each
+        env, algo = contest
+        seeds = len(scripts.filter(env=env, algo=algo, change=change))
+        if seeds:
+            own = replace(each, seeds=seeds)
+            yield contest, name, start, quickly(own) if quick else own
 
 
 def collect(place: Place) -> pl.DataFrame:
     scripts = pl.read_parquet(RESULTS / "cleanrl_scripts.parquet")
     plain = pl.col("change") == ""
     found = [scripts.with_columns(who=pl.when(plain).then(pl.lit(THEIRS)).otherwise(pl.lit(HUBER)))]
-    for algo, name, start, spec in specs(place.quick):
+    for (env, algo), name, start, spec in specs(scripts, place.quick):
+        task = "" if spec.env == CARTPOLE else "-acrobot"
         cells = place.once(
-            f"cleanrl-{algo}-{start}", (algo, spec), partial(dense, algo, start, spec)
+            f"cleanrl-{algo}-{start}{task}", (algo, spec), partial(dense, algo, start, spec)
         )
-        found.append(cells.with_columns(who=pl.lit(name)))
+        found.append(cells.with_columns(who=pl.lit(name), env=pl.lit(env)))
     return pl.concat(found, how="diagonal")
 
 
@@ -116,28 +140,37 @@ def dense(algo: str, start: str, spec: Sweep) -> pl.DataFrame:
     return train(spec, None, algo, 0, mask, initial, seeds, f"cleanrl {start}")
 
 
-def who(cells: pl.DataFrame, algo: str) -> list[str]:
-    there = set(cells.filter(pl.col("algo") == algo)["who"])
+def of(cells: pl.DataFrame, contest: Contest) -> pl.DataFrame:
+    env, algo = contest
+    return cells.filter((pl.col("env") == env) & (pl.col("algo") == algo))
+
+
+def contests(cells: pl.DataFrame) -> dict[Contest, str]:
+    """Those that were run, with their titles."""
+    return {each: title for each, title in TITLES.items() if len(of(cells, each))}
+
+
+def who(cells: pl.DataFrame, contest: Contest) -> list[str]:
+    there = set(of(cells, contest)["who"])
     return [name for name in (THEIRS, HUBER, SAME, LECUN, SAME_HUBER) if name in there]
 
 
-def finals(cells: pl.DataFrame, algo: str, name: str, metric: str) -> np.ndarray:
-    rows = cells.filter((pl.col("algo") == algo) & (pl.col("who") == name))
-    return rows.sort("seed")[metric].to_numpy()
+def finals(cells: pl.DataFrame, contest: Contest, name: str, metric: str) -> np.ndarray:
+    return of(cells, contest).filter(pl.col("who") == name).sort("seed")[metric].to_numpy()
 
 
-def curves(cells: pl.DataFrame, algo: str, name: str) -> np.ndarray:
+def curves(cells: pl.DataFrame, contest: Contest, name: str) -> np.ndarray:
     """``[seeds, windows]``: the return in each window of the training.
 
     The scripts' are means of the episodes that end there. Ours lie between the evaluations at its
     two ends: by sampled actions for PPO, which acts so, by greedy ones for DQN.
     """
-    rows = cells.filter((pl.col("algo") == algo) & (pl.col("who") == name)).sort("seed")
+    rows = of(cells, contest).filter(pl.col("who") == name).sort("seed")
     if name in (THEIRS, HUBER):
         return np.array(rows["curve"].to_list())
     begin, points = {
         "ppo": ("return_initial_sampled", "curve_sampled"), "dqn": ("return_initial", "curve"),
-    }[algo]  # fmt: skip
+    }[contest[1]]  # fmt: skip
     at = np.hstack([rows[begin].to_numpy()[:, None], np.array(rows[points].to_list())])
     return (at[:, 1:] + at[:, :-1]) / 2
 
@@ -154,13 +187,18 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, floa
 
 
 def permutation(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Exact p of the difference of means: how many splits of all seeds are as far apart."""
+    """p of the difference of means: the share of splits of all seeds that are as far apart."""
     both = np.concatenate([ours, theirs])
-    seen = abs(ours.mean() - theirs.mean())
-    splits = np.array(list(combinations(range(len(both)), len(ours))))
-    first = both[splits].sum(1)
-    apart = np.abs(first / len(ours) - (both.sum() - first) / len(theirs))
-    return float((apart >= seen - 1e-9).mean())
+    seen, count = abs(ours.mean() - theirs.mean()), len(ours)
+    if math.comb(len(both), count) <= SPLITS:
+        first = both[np.array(list(combinations(range(len(both)), count)))].sum(1)
+        drawn = 0
+    else:
+        first = np.random.default_rng(0).permuted(np.tile(both, (SPLITS, 1)), axis=1)
+        first, drawn = first[:, :count].sum(1), 1
+    apart = np.abs(first / count - (both.sum() - first) / len(theirs)) >= seen - 1e-9
+    # What was seen is a split, too.
+    return float((apart.sum() + drawn) / (len(apart) + drawn))
 
 
 @dataclass(frozen=True)
@@ -168,7 +206,7 @@ class GroupComparison:
     """Of two groups of seeds.
 
     Attributes:
-        algo: the algorithm.
+        contest: task and algorithm.
         name: who of ours.
         script: who of theirs.
         word: which return.
@@ -176,7 +214,7 @@ class GroupComparison:
         theirs: ``[seeds]``.
     """
 
-    algo: str
+    contest: Contest
     name: str
     script: str
     word: str
@@ -185,42 +223,41 @@ class GroupComparison:
 
 
 def comparisons(cells: pl.DataFrame) -> Iterator[GroupComparison]:
-    for algo in TITLES:
-        there = who(cells, algo)
+    for contest in contests(cells):
+        there = who(cells, contest)
         for name, script in PAIRS:
             if not {name, script} <= set(there):
                 continue
-            if algo == "ppo":
-                values = (curves(cells, algo, each).mean(1) for each in (name, script))
-                yield GroupComparison(algo, name, script, "learning curve", *values)
+            if contest[1] == "ppo":
+                values = (curves(cells, contest, each).mean(1) for each in (name, script))
+                yield GroupComparison(contest, name, script, "learning curve", *values)
             for metric, word in (
                 ("return_final", "final, greedy"),
                 ("return_final_sampled", "final, sampled"),
             ):
-                values = (finals(cells, algo, each, metric) for each in (name, script))
-                yield GroupComparison(algo, name, script, word, *values)
+                values = (finals(cells, contest, each, metric) for each in (name, script))
+                yield GroupComparison(contest, name, script, word, *values)
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
     same = [each for each in comparisons(cells) if (each.name, each.script) == (SAME, THEIRS)]
     shown = [
-        f"{TITLES[each.algo]}, {each.word} {signed(*difference(each.ours, each.theirs), digits=0)}"
+        f"{TITLES[each.contest]}, {each.word} "
+        f"{signed(*difference(each.ours, each.theirs), digits=0)}"
         for each in same
     ]
     told = []
-    for algo, title in TITLES.items():
+    for contest, title in contests(cells).items():
         apart = [
             f"{each.word} {'higher' if each.ours.mean() > each.theirs.mean() else 'lower'}"
             for each in same
-            if each.algo == algo and permutation(each.ours, each.theirs) < 0.05
+            if each.contest == contest and permutation(each.ours, each.theirs) < 0.05
         ]
         told.append(f"{title}: {', '.join(apart) or 'not told apart'}")
-    seeds = cells.group_by("who", "algo").len()["len"].min()
     return Finding(
-        ran=f"{cells['env'][0]}, dense PPO and DQN, {seeds} seeds each, "
+        ran=f"{CARTPOLE}, dense policies of {_seeds(cells)}, "
         f"{cells['train_steps'].max():,} steps, beside CleanRL's ppo.py and dqn.py at commit "
-        f"{cells['cleanrl'].drop_nulls()[0][:7]} (cut: 20% of the scripts' steps, {seeds} of 15 "
-        "seeds, no Acrobot)",
+        f"{cells['cleanrl'].drop_nulls()[0][:7]} (cut: 20% of the scripts' steps, 15 seeds asked)",
         effect=f"ours minus the script's return: {'; '.join(shown)}",
         verdict="; ".join(told),
         text=text(cells),
@@ -228,10 +265,18 @@ def conclude(cells: pl.DataFrame) -> Finding:
     )
 
 
+def _seeds(cells: pl.DataFrame) -> str:
+    found = []
+    for contest, title in contests(cells).items():
+        counts = of(cells, contest).group_by("who").len()["len"].unique().sort().to_list()
+        found.append(f"{title}, {' to '.join(map(str, counts))} seeds")
+    return ", ".join(found)
+
+
 def text(cells: pl.DataFrame) -> str:
     rows = [
         [
-            f"{TITLES[each.algo]}, {each.word}, {each.name} minus {each.script}",
+            f"{TITLES[each.contest]}, {each.word}, {each.name} minus {each.script}",
             f"{each.theirs.mean():.0f}",
             f"{each.ours.mean():.0f}",
             signed(*difference(each.ours, each.theirs), digits=0),
@@ -241,9 +286,9 @@ def text(cells: pl.DataFrame) -> str:
     ]
     versions = cells["versions"].drop_nulls()[0]
     return f"""The scripts ran as they are, with their defaults but for the number of steps
-({versions}). Seeds are not paired: differences of means with bootstrap intervals, p by exact
-permutation. The scripts' curves are means of the episodes that end in a twentieth of the training,
-ours lie between evaluations at its ends.
+({versions}). Seeds are not paired: differences of means with bootstrap intervals, p by
+permutation, exact where splits of the seeds are few. The scripts' curves are means of the episodes
+that end in a twentieth of the training, ours lie between evaluations at its ends.
 
 PPO has the script's settings and initialisation; "LeCun" is what tickets here start from. Our DQN
 has the script's settings, loss (or Huber's, where the script has it), schedules and initialisation:
@@ -257,21 +302,22 @@ only final returns are compared.
 
 def draw(cells: pl.DataFrame) -> Figure:
     panels = {}
-    for algo, title in TITLES.items():
+    for contest, title in contests(cells).items():
         lines = []
-        for name in who(cells, algo):
-            values = curves(cells, algo, name)
-            steps = cells.filter(pl.col("algo") == algo)["train_steps"].max() / 1000
+        for name in who(cells, contest):
+            values = curves(cells, contest, name)
+            steps = of(cells, contest)["train_steps"].max() / 1000
             middle = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
             lines.append(Line(name, steps * middle, values))
         panels[title] = lines
     return line_figure(
         panels,
-        f"{cells['env'][0]}: dense policies, ours and CleanRL's",
+        "Dense policies, ours and CleanRL's, on CartPole where no other task is named",
         "mean over seeds, 95% interval; DQN: ours greedy, CleanRL's as it explores",
         "thousand steps",
         "return",
         scale="linear",
+        share_y=False,
     )
 
 
