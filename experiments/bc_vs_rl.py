@@ -17,6 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
 from experiments.sweeps import (
+    Extended,
+    SharedSweep,
     acrobot,
     cartpole,
     cartpole_deep,
@@ -24,7 +26,7 @@ from experiments.sweeps import (
     lunar_lander,
     maze,
     mountain_car,
-    pendulum,
+    pendulum_extended,
     pendulum_sac,
     per_level,
     setting,
@@ -50,11 +52,11 @@ WHOLE, DEEP, BRIEF, VALUES, ACROBOT, PENDULUM, SAC, CAR, LANDER, MAZE = (
 def collect(place: Place) -> pl.DataFrame:
     """The protocol's own sweep from its table, its tickets deeper, brief ones of other tasks."""
     found = []
-    sweeps = [
+    sweeps: list[tuple[str, SharedSweep | Extended]] = [
         (BRIEF, cartpole),
         (VALUES, dqn),
         (ACROBOT, acrobot),
-        (PENDULUM, pendulum),
+        (PENDULUM, pendulum_extended),
         (SAC, pendulum_sac),
         (CAR, mountain_car),
         (LANDER, lunar_lander),

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import (
+    Extended,
     SharedSweep,
     acrobot,
     cartpole,
@@ -27,7 +28,7 @@ from experiments.sweeps import (
     lunar_lander,
     maze,
     mountain_car,
-    pendulum,
+    pendulum_extended,
     pendulum_sac,
     setting,
     unsolved,
@@ -53,10 +54,10 @@ def collect(place: Place) -> pl.DataFrame:
         # Cloning at more levels stands beside PPO.
         cells = _study("CartPole, DQN", dqn, place)
         found.append(cells.filter(pl.col("algo") == "dqn"))
-    others = {"Acrobot": acrobot}
+    others: dict[str, SharedSweep | Extended] = {"Acrobot": acrobot}
     if not place.quick:
         others |= {
-            "Pendulum": pendulum,
+            "Pendulum": pendulum_extended,
             "Pendulum, SAC": pendulum_sac,
             "MountainCar": mountain_car,
             "Maze": maze,
@@ -69,7 +70,7 @@ def collect(place: Place) -> pl.DataFrame:
     return pl.concat(found, how="diagonal")
 
 
-def _study(name: str, sweep: SharedSweep, place: Place) -> pl.DataFrame:
+def _study(name: str, sweep: SharedSweep | Extended, place: Place) -> pl.DataFrame:
     return sweep.cells(place).with_columns(study=pl.lit(name))
 
 

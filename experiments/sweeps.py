@@ -36,10 +36,7 @@ __all__ = [
     "levels_of",
     "lunar_lander",
     "maze",
-    "maze_extended",
-    "more_seeds",
     "mountain_car",
-    "mountain_car_extended",
     "own_controls",
     "pendulum",
     "pendulum_extended",
@@ -127,16 +124,6 @@ class Extended:
 
     def wanted(self, place: Place) -> bool:
         return self.first.wanted(place)
-
-
-def more_seeds(sweep: SharedSweep, seeds: int) -> SharedSweep:
-    """The seeds that a shared sweep lacks to so many."""
-
-    def full() -> Sweep:
-        spec = sweep.full()
-        return replace(spec, first_seed=spec.seeds, seeds=seeds - spec.seeds)
-
-    return SharedSweep(f"{sweep.name}-to-{seeds}-seeds", full)
 
 
 def own_controls(sweep: SharedSweep) -> SharedSweep:
@@ -330,11 +317,7 @@ def cartpole_deep() -> Sweep:
     )
 
 
-pendulum_extended = Extended(pendulum, (own_controls(pendulum), more_seeds(pendulum, 15)))
-maze_extended = Extended(maze, (own_controls(maze), more_seeds(maze, 15)))
-mountain_car_extended = Extended(
-    mountain_car, (own_controls(mountain_car), more_seeds(mountain_car, 15))
-)
+pendulum_extended = Extended(pendulum, (own_controls(pendulum),))
 
 
 @partial(SharedSweep, "cartpole-late")
