@@ -19,6 +19,7 @@ from sparse_tickets.ticket import Ticket
 __all__ = [
     "DIVERGED",
     "cell_population",
+    "find_rewind_point",
     "initial_keys",
     "lost_cells",
     "masks_before",
@@ -49,11 +50,11 @@ def lost_cells(
     if not rest:
         return lost
     arena = spec.arena(algo)
-    rewind_point = _rewind_point(spec, store, algo, rest).weight
+    rewind_point = find_rewind_point(spec, store, algo, rest).weight
     valid = rewind_point.isfinite().all(1)
     scored = has_scores(
         spec.criterion,
-        torch.stack([parents[track].final[: arena.prunable] for track in rest]),
+        _ranked([parents[track] for track in rest], spec),
         rewind_point[:, : arena.prunable],
         torch.stack([parents[track].mask for track in rest]),
         spec.kept(algo, level),
@@ -72,6 +73,11 @@ def _parents(
 ) -> list[Ticket]:
     """The trained networks that a level's masks come from."""
     return _finished(spec, store, algo, _parent_cells(spec, level, tracks))
+
+
+def _ranked(parents: Sequence[Ticket], spec: Sweep) -> Tensor:
+    """The trained values ``[P, prunable]`` that a level's masks are chosen by."""
+    return torch.stack([each.row(spec.prune_by)[: len(each.mask)] for each in parents])
 
 
 def _parent_cells(spec: Sweep, level: int, tracks: Sequence[Track]) -> list[tuple[Track, int]]:
@@ -126,10 +132,10 @@ def cell_population(
         return dense.to(device), key
     previous = _parents(spec, store, algo, level, tracks)
     trained = Trained(
-        torch.stack([ticket.final[: arena.prunable] for ticket in previous]).to(device),
+        _ranked(previous, spec).to(device),
         torch.stack([ticket.mask for ticket in previous]).to(device),
     )
-    rewind_point = _rewind_point(spec, store, algo, tracks)
+    rewind_point = find_rewind_point(spec, store, algo, tracks)
     population = next_population(
         arena,
         [track.condition for track in tracks],
@@ -163,7 +169,7 @@ def _finished(
     return tickets
 
 
-def _rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track]) -> Parameters:
+def find_rewind_point(spec: Sweep, store: Store, algo: str, tracks: Sequence[Track]) -> Parameters:
     """What level 0 of each track's seed is rewound to."""
     if spec.rewind_step == 0:
         tickets = _finished(spec, store, algo, [(track, 0) for track in tracks])

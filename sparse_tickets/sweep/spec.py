@@ -29,6 +29,7 @@ from sparse_tickets.settings import at_least, check_fields, inside, within
 __all__ = ["CONTROLS", "Sweep", "Track"]
 
 CONTROLS = ("own", "ticket")
+PRUNE_BY = ("final", "best")
 TICKET = "mask/weights"
 # How conditions treat a critic under the mask, hashed where there is one. 1 (not recorded): random
 # conditions pruned it in one shot. 2: every condition prunes it iteratively.
@@ -39,6 +40,7 @@ _LATER: dict[str, Any] = {
     "during": "none",
     "during_every": None,
     "first_seed": 0,
+    "prune_by": "final",
 }
 # Settings that came later: no part of a sweep that does not train by them, so that what was stored
 # before keeps its name.
@@ -101,6 +103,9 @@ class Sweep:
     criterion: str = "magnitude"
     """Which weights stay: magnitude, layerwise-magnitude, movement, magnitude-increase, yours;
     or a structure's magnitudes: 1:4, 2:4, fan-in, block-16, block-32, block-64."""
+    prune_by: str = "final"
+    """Whose values rank the weights: final, those that training ends with, or best, those of its
+    best evaluation."""
     rewind_step: int = 0
     """Step of dense training to rewind to, a multiple of copies x horizon; 0: initialisation."""
     hidden: tuple[int, ...] = (64, 64)
@@ -158,6 +163,7 @@ class Sweep:
             ("activation", self.activation, ACTIVATIONS),
             ("architecture", self.architecture, ARCHITECTURES),
             ("criterion", self.criterion, CRITERIA),
+            ("prune_by", self.prune_by, PRUNE_BY),
             ("during", self.during, ("none", *METHODS)),
         ):
             if given not in known:
@@ -166,6 +172,11 @@ class Sweep:
             raise ValueError(
                 f"rewind_step must be 0 where networks are pruned during training, got "
                 f"{self.rewind_step}"
+            )
+        if self.during != "none" and self.prune_by != "final":
+            raise ValueError(
+                "prune_by must be final where networks are pruned during training, by the weights "
+                f"of the moment, got {self.prune_by!r}"
             )
         if self.architecture == "residual" and not self.hidden:
             raise ValueError(

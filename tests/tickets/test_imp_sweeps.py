@@ -1,10 +1,15 @@
 """Iterative pruning end to end: tracks, rewinding, controls and critics."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
+from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
+from sparse_tickets.files import StoreError
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.kernels.arena import Arena
 
@@ -77,6 +82,63 @@ def test_each_track_prunes_its_own_final_weights(chain):
             assert after.mask[scores.topk(kept).indices].all()
 
 
+@pytest.fixture(scope="module")
+def by_best(tmp_path_factory):
+    return swept(
+        tmp_path_factory.mktemp("best"),
+        algos=("ppo", "bc"),
+        conditions=("mask/weights",),
+        seeds=4,
+        levels=3,
+        rate=0.6,
+        prune_by="best",
+        ppo=PPO(steps=2048, horizon=32, learning_rate=0.02),
+        bc=BC(experts=1, expert_gate=0.0),
+        evaluation=Evaluation(8, 4, 4),
+    )
+
+
+def test_masks_are_chosen_by_the_best_evaluations_weights_where_asked(by_best):
+    spec, store, _ = by_best
+    differ = 0
+    for algo in spec.algos:
+        found = {
+            (ticket.seed, ticket.level): ticket
+            for unit in store.units()
+            if unit.algo == algo
+            for ticket in store.read_tickets(unit)
+        }
+        for seed in range(4):
+            for number in (1, 2):
+                before, after = found[seed, number - 1], found[seed, number]
+                kept = spec.kept(algo, number)
+                chosen = {
+                    which: before.row(which)[: len(before.mask)].abs().topk(kept).indices
+                    for which in ("best", "final")
+                }
+                assert int(after.mask.sum()) == kept
+                assert after.mask[chosen["best"]].all()
+                differ += not after.mask[chosen["final"]].all()
+    assert differ > 4  # of 16; where training ends at its best, both are the same
+
+
+def test_a_sweep_that_prunes_by_the_best_goes_on_where_it_was(by_best, tmp_path):
+    from sparse_tickets.sweep.run import run
+    from sparse_tickets.sweep.store import load_results
+    from sparse_tickets.sweep.unit import Unit
+
+    spec, store, _ = by_best
+    again = tmp_path / "again"
+    shutil.copytree(store.path, again)
+    shutil.rmtree(again / "units" / Unit("ppo", 2, 0).name)
+    with pytest.raises(StoreError, match="prune_by is 'best' there, absent here"):
+        run(replace(spec, prune_by="final"), again)
+    with use_backend("auto"):
+        run(spec, again)
+    timed = ("wall_s", "train_s")
+    assert load_results(again).drop(timed).equals(load_results(store.path).drop(timed))
+
+
 def test_training_resumes_at_the_rewind_step(chain):
     spec, store, tickets = chain
     from sparse_tickets.sweep.unit import Unit
@@ -123,7 +185,6 @@ def test_the_schedule_goes_on_where_it_was(chain, monkeypatch):
 
 @pytest.mark.parametrize("algo", ["ppo", "bc"])
 def test_disconnected_policies_train_and_are_counted(algo, tmp_path):
-    from sparse_tickets.algos.bc import BC
     from sparse_tickets.sweep.store import load_results
 
     spec, _, tickets = swept(

@@ -37,6 +37,7 @@ def test_hash_is_that_of_the_contents():
         {"bc": BC(experts=4)},
         {"evaluation": Evaluation(points=10)},
         {"rewind_step": 512},
+        {"prune_by": "best"},
     ]
     hashes = {spec_hash(replace(spec, **change).to_dict()) for change in changes}
     assert len(hashes | {spec_hash(spec.to_dict())}) == len(changes) + 1
@@ -48,6 +49,7 @@ def test_json_round_trip_and_the_observation_scale():
         controls=("own", "ticket"),
         hidden=(16,),
         rewind_step=1024,
+        prune_by="best",
         bc=BC(expert_gate=100.0),
     )
     stored = json.loads(json.dumps(spec.to_dict()))
@@ -204,6 +206,8 @@ def test_steps_shrink_by_the_rewind_step():
         ({"first_seed": 999_996, "seeds": 5}, r"first_seed must be in \[0, 999,995\]"),
         ({"levels": 0}, "levels must be at least 1"),
         ({"chunk": 0}, "chunk must be at least 1"),
+        ({"prune_by": "worst"}, "prune_by must be one of final, best, got 'worst'"),
+        ({"prune_by": "best", "during": "set"}, "prune_by must be final where"),
         ({"rewind_step": -512}, "rewind_step must be in"),
         ({"rewind_step": 1000}, "rewind_step must be a multiple of copies"),
         # 1000 steps are one iteration of 512: nothing would be left to train.
