@@ -18,14 +18,12 @@ from matplotlib.patches import Rectangle
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown
-from experiments.sweeps import TICKET, levels, quickly, setting, tickets
+from experiments.sweeps import TICKET, first_maze, levels, quickly, setting, tickets
 from experiments.training import kept_inputs
 from sparse_tickets import load_results
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.analysis.style import DPI, INK, PALE, head, styled
-from sparse_tickets.envs.maze import MAZE
 from sparse_tickets.kernels.dynamics.maze import CELLS, LAYOUTS, SIZE
-from sparse_tickets.sweep.protocols import protocol
 
 CHANNELS = ("walls", "agent", "goal", "enemy")
 ENEMY = "enemy"
@@ -35,7 +33,7 @@ SHOWN = 3
 
 def collect(place: Place) -> pl.DataFrame:
     spec = replace(
-        protocol(MAZE),
+        first_maze(),
         algos=("ppo",),
         conditions=(TICKET,),
         seeds=6,
