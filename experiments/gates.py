@@ -54,7 +54,8 @@ def run(algo: str, env: str, seeds: range, loss: str | None = None) -> pl.DataFr
     """A row for each dense seed, trained together; ``loss``: DQN's, if not the protocol's."""
     spec = protocol(env)
     if find_algorithm(algo).imitates:
-        return _cloned(replace(spec, algos=(algo,), seeds=seeds.stop, levels=1), seeds.start)
+        seeded = replace(spec, first_seed=seeds.start, seeds=len(seeds))
+        return _cloned(replace(seeded, algos=(algo,), levels=1))
     settings, budget = spec.settings_of(algo), spec.ppo
     if (algo, env) in BUDGETS:
         settings = budget = replace(settings, steps=BUDGETS[algo, env])
@@ -94,12 +95,12 @@ def run(algo: str, env: str, seeds: range, loss: str | None = None) -> pl.DataFr
     )
 
 
-def _cloned(spec: Sweep, first: int) -> pl.DataFrame:
+def _cloned(spec: Sweep) -> pl.DataFrame:
     """Rows of students of a sweep's experts, which are held to the task's gate too."""
     (algo,) = spec.algos
     with TemporaryDirectory() as folder:
         run_sweep(spec, folder)
-        cells = load_results(folder).filter(pl.col("seed") >= first)
+        cells = load_results(folder)
     return cells.select(
         "algo",
         "env",

@@ -47,6 +47,7 @@ from experiments.sweeps import (
 from experiments.training import kept_inputs, train
 from sparse_tickets import load_results
 from sparse_tickets.analysis.style import DPI, GREY, INK, head, styled
+from sparse_tickets.analysis.transfer import input_mask
 from sparse_tickets.sweep.store import Store
 
 ALGORITHMS = {
@@ -88,8 +89,7 @@ def collect(place: Place) -> pl.DataFrame:
     dense = torch.stack([ticket.initial for ticket in tickets(store, "ppo", 0)])[:seeds]
 
     def compute() -> pl.DataFrame:
-        mask = torch.ones(len(choices), arena.prunable, dtype=torch.bool)
-        arena.actor.weight(mask, 0).mul_(torch.tensor(choices)[:, None, :])
+        mask = input_mask(torch.tensor(choices), arena)
         masks = mask.repeat_interleave(seeds, 0)
         rows = dense.repeat(len(choices), 1)
         cells = train(

@@ -11,8 +11,9 @@ import gymnasium
 import polars as pl
 
 from experiments.frame import Place
-from sparse_tickets import Sweep, Ticket
+from sparse_tickets import Sweep
 from sparse_tickets.algos.evaluation import Evaluation
+from sparse_tickets.analysis.transfer import stored_tickets as tickets
 from sparse_tickets.envs import ClassicEnv, env_spec, register_env
 from sparse_tickets.envs.maze import MAZE
 from sparse_tickets.sweep.protocols import protocol
@@ -432,15 +433,3 @@ def levels(store: Store, algo: str) -> list[int]:
     return sorted({unit.level for unit in store.units() if unit.algo == algo and store.has(unit)})
 
 
-def tickets(
-    store: Store, algo: str, level: int, condition: str = TICKET, controls: str = "own"
-) -> list[Ticket]:
-    """A sweep's tickets of one level by seed; level 0 has the dense ones."""
-    found = [
-        ticket
-        for unit in store.units()
-        if (unit.algo, unit.level) == (algo, level) and store.has(unit)
-        for ticket in store.read_tickets(unit)
-        if level == 0 or (ticket.condition, ticket.controls) == (condition, controls)
-    ]
-    return sorted(found, key=lambda ticket: ticket.seed)

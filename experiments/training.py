@@ -10,6 +10,8 @@ from torch import Tensor
 
 from experiments.sweeps import TICKET
 from sparse_tickets import Population, Sweep, Ticket
+from sparse_tickets.analysis.transfer import rows_of
+from sparse_tickets.connectivity import live_inputs
 from sparse_tickets.kernels.random import derive_key
 from sparse_tickets.sweep.experts import stored_demonstrations
 from sparse_tickets.sweep.run import train_population
@@ -21,11 +23,7 @@ __all__ = ["kept_inputs", "train", "train_weights"]
 
 def kept_inputs(ticket: Ticket) -> list[bool]:
     """Which inputs have a path to an action."""
-    actor, mask = ticket.arena.actor, ticket.mask[None]
-    useful = torch.ones(1, actor.sizes[-1], dtype=torch.bool)
-    for layer in reversed(range(actor.depth)):
-        useful = (actor.weight(mask, layer) & useful[:, :, None]).any(1)
-    return useful[0].tolist()
+    return live_inputs(ticket.mask[None], ticket.arena)[0].tolist()
 
 
 def train(
@@ -81,23 +79,5 @@ def train_weights(
     tracks = [Track(seed, TICKET, "own") for seed in seeds]
     key = torch.tensor(names, dtype=torch.int64, device="cpu")
     result = train_population(spec, algo, population, key, level, tracks, dataset)
-    rows = pl.DataFrame(
-        {
-            "env": spec.env,
-            "algo": algo,
-            "seed": list(seeds),
-            "level": [level] * len(seeds),
-            "density": population.parameters.mask.double().mean(1).tolist(),
-            "return_initial": result.return_initial.tolist(),
-            "return_auc": result.curve.mean(1).tolist(),
-            "return_final": result.return_final.tolist(),
-            "return_final_sampled": result.return_final_sampled.tolist(),
-            "return_initial_sampled": result.return_initial_sampled.tolist(),
-            "curve": result.curve.tolist(),
-            "curve_sampled": result.curve_sampled.tolist(),
-            "train_steps": [result.train_steps] * len(seeds),
-            "random_return": spec.env_spec.random_return,
-            "wall_s": result.wall_s / len(seeds),
-        }
-    )
+    rows = rows_of(spec, algo, level, seeds, population.parameters.mask, result)
     return rows, result.final

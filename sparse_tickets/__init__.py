@@ -4,8 +4,8 @@ Three ways in, each loaded at first use:
 
 - a layer or model of yours: `SparseLinear`, `sparsify_`, `summary`, `densify_`, `compact`,
   `to_semi_structured`;
-- a study: `Sweep`, `run_sweep`, `load_results`, with `register_env`, `register_criterion`,
-  `register_condition` and `register_algorithm` for what is not built in;
+- a study: `Sweep`, `run_sweep`, `load_results`, `transfer`, with `register_env`,
+  `register_criterion`, `register_condition` and `register_algorithm` for what is not built in;
 - the parts of such a study: `Population`, `Ticket`, `make_env`, `use_backend`.
 
 The ops beneath are in `sparse_tickets.kernels`.
@@ -35,6 +35,7 @@ __all__ = [
     "sparsify_",
     "summary",
     "to_semi_structured",
+    "transfer",
     "use_backend",
 ]
 
@@ -56,11 +57,13 @@ _HOME = {
     "sparsify_": ("convert", "sparsify_"),
     "summary": ("coverage", "summary"),
     "to_semi_structured": ("convert", "to_semi_structured"),
+    "transfer": ("analysis.transfer", "transfer"),
     "use_backend": ("kernels.dispatch", "use_backend"),
 }
 
 if TYPE_CHECKING:
     from sparse_tickets.algos.registry import register_algorithm
+    from sparse_tickets.analysis.transfer import transfer
     from sparse_tickets.compaction import compact
     from sparse_tickets.conditions import register_condition
     from sparse_tickets.convert import densify_, sparsify_, to_semi_structured

@@ -1,4 +1,4 @@
-"""The command line: `sparse-tickets sweep | study | report | show | verify | bench | inspect`."""
+"""The command line: `sparse-tickets sweep`, `report` and so on; `_COMMANDS` has them all."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from sparse_tickets.commands import (
     ShowCommand,
     StudyCommand,
     SweepCommand,
+    TransferCommand,
     VerifyCommand,
 )
 from sparse_tickets.envs import use_workers
@@ -321,6 +322,47 @@ def _show(rest: list[str], console: Console) -> int:
     return 0
 
 
+def _transfer(rest: list[str], console: Console) -> int:
+    from sparse_tickets.analysis.transfer import transfer_into
+
+    command = tyro.cli(TransferCommand, prog="sparse-tickets transfer", args=rest, config=_STYLE)
+    load_plugins(command.plugin)
+    with Console(stderr=True).status("training under transferred masks"):
+        rows = transfer_into(
+            command.out,
+            command.run,
+            command.algo,
+            command.levels,
+            masks=command.masks,
+            found_by=command.found_by,
+            condition=command.condition,
+            controls=command.controls,
+            keep=command.keep,
+            shift=command.shift,
+            device=command.device,
+        )
+    first = rows.row(0, named=True)
+    what = "masks" if command.keep == "mask" else "inputs"
+    table = Table(
+        title=Text(
+            f"{first['env']}: {command.algo} under the {what} of {first['masks_algo']} on "
+            f"{first['masks_env']}, means of {rows['seed'].n_unique()} seeds"
+        )
+    )
+    shown = {
+        "before training": "return_initial",
+        "learning curve": "return_auc",
+        "final": "return_final",
+    }
+    for name in ("level", "density", *shown):
+        table.add_column(name, justify="right")
+    for (level, density), group in rows.group_by("level", "density", maintain_order=True):
+        means = (f"{group[column].to_numpy().mean():.4g}" for column in shown.values())
+        table.add_row(str(level), f"{density:.1%}", *means)
+    _print_table(console, table)
+    return 0
+
+
 def _verify(rest: list[str], console: Console) -> int:
     from sparse_tickets.analysis.verify import verify
 
@@ -409,6 +451,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str], Console], int]]] = {
     "sweep": ("train every seed, condition and level; resumable", _sweep),
     "report": ("print a run's table and draw its figures", _report),
     "show": ("draw a ticket's masks; export its policy", _show),
+    "transfer": ("train under masks that another algorithm or task found", _transfer),
     "verify": ("retrain some cells in plain torch and compare", _verify),
     "study": ("run several sweeps of a TOML file, with one report", _study),
     "bench": ("measure what sparsity gains for a layer of your size", _bench),

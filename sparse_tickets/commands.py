@@ -17,6 +17,7 @@ __all__ = [
     "ShowCommand",
     "StudyCommand",
     "SweepCommand",
+    "TransferCommand",
     "VerifyCommand",
 ]
 
@@ -123,6 +124,36 @@ class VerifyCommand:
     """The folder given to sweep as --out."""
     cells: int = 5
     """How many cells, one of every algorithm and level before a second of any."""
+    plugin: Files = ()
+    """Python files that register your own environments, criteria, conditions or algorithms."""
+
+
+@dataclass(frozen=True)
+class TransferCommand:
+    """Train a run's dense starts under masks that others found."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run whose initial values and settings are used."""
+    out: Path
+    """Folder for rows and tickets of each level."""
+    levels: Annotated[tuple[int, ...], tyro.conf.arg(metavar="LEVEL ...")]
+    """Of the masks, from 1."""
+    algo: str = "ppo"
+    """What trains, one of the run's algorithms."""
+    masks: Path | None = None
+    """Folder of the run that found the masks, of policies with the same layers; default: RUN."""
+    found_by: str | None = None
+    """The algorithm that found them; default: the one that trains."""
+    condition: str = "mask/weights"
+    """Of the track that the masks are from."""
+    controls: str = "own"
+    """Of that track: own or ticket."""
+    keep: str = "mask"
+    """mask, or inputs: all weights but those of inputs without a path to an action, dense."""
+    shift: int = 0
+    """Take the mask of the seed so many further on; 1: every seed another's."""
+    device: str = "cpu"
+    """Where to train: cpu or cuda."""
     plugin: Files = ()
     """Python files that register your own environments, criteria, conditions or algorithms."""
 

@@ -17,7 +17,7 @@ from .kernels.arena import Arena
 from .kernels.errors import check_dtype, check_shape
 from .linear import SparseLinear
 
-__all__ = ["Connectivity", "connectivity", "find_cuts", "flatten"]
+__all__ = ["Connectivity", "connectivity", "find_cuts", "flatten", "live_inputs"]
 
 
 class Connectivity(NamedTuple):
@@ -52,6 +52,39 @@ def connectivity(mask: Tensor, arena: Arena) -> Connectivity:
         ValueError: the mask has a wrong shape.
         TypeError: the mask is not bool.
     """
+    alive, edges = _alive(mask, arena)
+    tickets = mask.shape[0]
+    on_path = torch.zeros(tickets, dtype=torch.int64, device=mask.device)
+    for layer, edge in enumerate(edges):
+        through = (edge > 0) & alive[layer + 1][:, :, None] & alive[layer][:, None, :]
+        on_path += through.sum(dim=(1, 2))
+    dead = [(~units).sum(dim=1) for units in alive]
+    total = sum(edge[0].numel() for edge in edges) if tickets else 1
+    return Connectivity(
+        effective_density=on_path.double() / total,
+        has_path=alive[-1].any(dim=1),
+        dead_inputs=dead[0],
+        dead_units=torch.stack([torch.zeros_like(on_path), *dead[1:-1]]).sum(dim=0),
+        reachable_actions=alive[-1].sum(dim=1),
+    )
+
+
+def live_inputs(mask: Tensor, arena: Arena) -> Tensor:
+    """Which inputs ``[P, features]`` have a path to an action, as `connectivity` follows it.
+
+    Args:
+        mask: ``[P, N]`` bool.
+        arena: the layout.
+
+    Raises:
+        ValueError: the mask has a wrong shape.
+        TypeError: the mask is not bool.
+    """
+    return _alive(mask, arena)[0][0]
+
+
+def _alive(mask: Tensor, arena: Arena) -> tuple[list[Tensor], list[Tensor]]:
+    """Units ``[P, units]`` on a path, inputs first; the layers' masks as float32."""
     check_shape("mask", mask, (mask.shape[0], arena.prunable))
     check_dtype("mask", mask, torch.bool)
     actor, tickets = arena.actor, mask.shape[0]
@@ -74,19 +107,7 @@ def connectivity(mask: Tensor, arena: Arena) -> Connectivity:
         useful.insert(0, found(edge.mT @ useful[0], skip))
 
     alive = [(a * b).squeeze(2) > 0 for a, b in zip(reached, useful, strict=True)]
-    on_path = torch.zeros(tickets, dtype=torch.int64, device=mask.device)
-    for layer, edge in enumerate(edges):
-        through = (edge > 0) & alive[layer + 1][:, :, None] & alive[layer][:, None, :]
-        on_path += through.sum(dim=(1, 2))
-    dead = [(~units).sum(dim=1) for units in alive]
-    total = sum(edge[0].numel() for edge in edges) if tickets else 1
-    return Connectivity(
-        effective_density=on_path.double() / total,
-        has_path=alive[-1].any(dim=1),
-        dead_inputs=dead[0],
-        dead_units=torch.stack([torch.zeros_like(on_path), *dead[1:-1]]).sum(dim=0),
-        reachable_actions=alive[-1].sum(dim=1),
-    )
+    return alive, edges
 
 
 def find_cuts(module: nn.Module, elementwise: Collection[type[nn.Module]]) -> list[str]:

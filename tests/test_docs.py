@@ -9,7 +9,7 @@ import pytest
 from benchmarks.pretended_ray import PretendedRay
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-OTHERS = ("clusters", "gpu", "guarantees", "what_does_not_pay")
+OTHERS = ("clusters", "gpu", "guarantees", "transfer", "what_does_not_pay")
 PAGES = [*sorted((DOCS / "tutorials").glob("*.md")), *(DOCS / f"{name}.md" for name in OTHERS)]
 NEEDS = {"sb3_policy": "stable_baselines3"}
 

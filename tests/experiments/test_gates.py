@@ -41,9 +41,7 @@ def test_what_has_no_gate_is_refused(capsys):
     with pytest.raises(SystemExit):
         gates.main(["td3"])
     assert "invalid choice: 'td3'" in capsys.readouterr().err
-    with pytest.raises(
-        ValueError, match=r"among Hopper-v5, .*Maze-v0, got Pendulum-v1"
-    ):
+    with pytest.raises(ValueError, match=r"among Hopper-v5, .*Maze-v0, got Pendulum-v1"):
         gates.main(["ppo", "Pendulum-v1"])
     with pytest.raises(ValueError, match="loss is for dqn alone, got squared for sac"):
         gates.main(["sac", "--loss", "squared"])
