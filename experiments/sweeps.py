@@ -431,5 +431,3 @@ def levels_of(cells: pl.DataFrame, algo: str) -> list[int]:
 def levels(store: Store, algo: str) -> list[int]:
     """The levels an algorithm has finished."""
     return sorted({unit.level for unit in store.units() if unit.algo == algo and store.has(unit)})
-
-

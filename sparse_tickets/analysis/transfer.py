@@ -146,29 +146,8 @@ def transfer(
         polars.lit(commit(), dtype=polars.String).alias("commit"),
         polars.lit(processor()).alias("processor"),
     )
-    initial = initialise(arena, initial_keys(spec, tracks), spec.init, spec.log_std)
     about = {"masks": str(source.path), "masks_algo": found_by, "keep": keep}
-    tickets = [
-        Ticket.of(
-            arena,
-            env=spec.env,
-            algo=algo,
-            seed=track.seed,
-            condition=condition,
-            controls=controls,
-            level=level,
-            mask=mask[index],
-            initial=initial[index],
-            rewind=result.initial[index],
-            final=_zero_off(result.final[index].cpu(), mask[index]),
-            best=_zero_off(result.best[index].cpu(), mask[index]),
-            offset=tuple(spec.env_spec.offset),
-            scale=tuple(spec.env_spec.scale),
-            metadata=about | {"masks_seed": chosen[index].seed},
-        )
-        for index, track in enumerate(tracks)
-    ]
-    return Transferred(rows, tickets)
+    return Transferred(rows, _tickets(spec, algo, level, tracks, mask, result, about))
 
 
 def transfer_into(
@@ -289,6 +268,39 @@ def _check(spec: Sweep, source: Sweep, algo: str, level: int, found_by: str, kee
         )
     if spec.prune_critic or source.prune_critic:
         raise ValueError("masks must be of actors alone, got a run with prune_critic")
+
+
+def _tickets(
+    spec: Sweep,
+    algo: str,
+    level: int,
+    tracks: Sequence[Track],
+    mask: Tensor,
+    result: Result,
+    about: dict[str, Any],
+) -> list[Ticket]:
+    arena = spec.arena(algo)
+    initial = initialise(arena, initial_keys(spec, tracks), spec.init, spec.log_std)
+    return [
+        Ticket.of(
+            arena,
+            env=spec.env,
+            algo=algo,
+            seed=track.seed,
+            condition=track.condition,
+            controls=track.controls,
+            level=level,
+            mask=mask[index],
+            initial=initial[index],
+            rewind=result.initial[index],
+            final=_zero_off(result.final[index].cpu(), mask[index]),
+            best=_zero_off(result.best[index].cpu(), mask[index]),
+            offset=tuple(spec.env_spec.offset),
+            scale=tuple(spec.env_spec.scale),
+            metadata=about,
+        )
+        for index, track in enumerate(tracks)
+    ]
 
 
 def _started(arena: Arena, start: Parameters, mask: Tensor, density: float) -> Population:
