@@ -1,4 +1,4 @@
-"""The command line: run, steps, jobs, returns, simulators, scheduling, report and others."""
+"""The command line: run, steps, jobs, cleanrl, returns, simulators, report and others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from sparse_tickets.timing import Budget
 
 from . import steps
+from .cleanrl_jobs import run_cleanrl
 from .compare import compare
 from .console import show_comparison, warn_if_busy
 from .first_screen import rewrite
@@ -90,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     jobs.add_argument("--only", default="", help="jobs whose label contains this")
     jobs.add_argument("--out", type=Path, help="default: results/jobs/<device>-<date>.json")
 
+    scripts = commands.add_parser("cleanrl", help="CleanRL's scripts, dense and pruned")
+    scripts.set_defaults(command=_cleanrl)
+    scripts.add_argument("clone", type=Path, help="a clone of CleanRL")
+    scripts.add_argument("--python", default=sys.executable, help="with what the scripts import")
+    scripts.add_argument("--rounds", type=int, default=2)
+    scripts.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    scripts.add_argument("--out", type=Path, help="default: results/jobs/<device>-<date>.json")
+
     returns = commands.add_parser("returns", help="what the same jobs learn, seed by seed")
     returns.set_defaults(command=_returns)
     returns.add_argument("--seeds", type=int, default=5)
@@ -132,6 +141,12 @@ def _steps(options: argparse.Namespace, console: Console) -> int:
 
 def _jobs(options: argparse.Namespace, console: Console) -> int:
     run_jobs(console, options.rounds, tuple(options.threads), options.only, options.out)
+    return 0
+
+
+def _cleanrl(options: argparse.Namespace, console: Console) -> int:
+    threads = tuple(options.threads)
+    run_cleanrl(console, options.clone, options.python, options.rounds, threads, options.out)
     return 0
 
 
