@@ -8,28 +8,31 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparse_tickets.envs import EnvSpec, env_spec, register_env
+from sparse_tickets.envs import ClassicEnv, EnvSpec, env_spec, register_env
 from sparse_tickets.envs.spec import Step
+from sparse_tickets.kernels.arena import Net
 from sparse_tickets.kernels.dynamics import TASKS, initial, observe, step
 from sparse_tickets.kernels.random import Stream, uniform
 
-__all__ = ["NARROW", "REVERSED", "OtherCartPole"]
+__all__ = ["NARROW", "REVERSED", "NarrowCartPole", "turned"]
 
 NARROW = "CartPole-v1 narrow"
 """The cart must stay within a tenth of the track, for which its position has to be seen."""
 REVERSED = "CartPole-v1 reversed"
-"""Pushes go the other way: what is needed stays, what a policy knows is wrong."""
+"""Pushes go the other way: what is needed stays, what a policy knows is wrong.
+
+To a policy whose `turned` network it is CartPole, and it is trained so.
+"""
 _CARTPOLE = TASKS["CartPole-v1"]
 _TRACK = 0.24
 
 
-class OtherCartPole:
-    """E copies of a CartPole for each of P tickets, stepped outside of the fused kernels.
+class NarrowCartPole:
+    """E copies of a narrow CartPole for each of P tickets, stepped outside of the fused kernels.
 
     See `sparse_tickets.envs.Env`; random numbers are drawn as `ClassicEnv` draws them.
 
     Args:
-        name: `NARROW` or `REVERSED`.
         tickets: P.
         copies: E.
         device: where tensors live.
@@ -41,7 +44,6 @@ class OtherCartPole:
 
     def __init__(
         self,
-        name: str,
         tickets: int,
         copies: int,
         device: torch.device | str = "cpu",
@@ -52,7 +54,7 @@ class OtherCartPole:
         self.spec, self.tickets, self.copies = spec, tickets, copies
         self.device = torch.device(device)
         self.clock = 0
-        self._name, self._stream = name, reset_stream
+        self._stream = reset_stream
 
     def reset(self, key: Tensor) -> Tensor:
         """Start every copy afresh."""
@@ -63,11 +65,8 @@ class OtherCartPole:
 
     def step(self, action: Tensor) -> Step:
         """Act once in every copy; those whose episode ends restart within the same step."""
-        if self._name == REVERSED:
-            action = 1 - action
         state, reward, terminated = step(_CARTPOLE, self._state, action)
-        if self._name == NARROW:
-            terminated = terminated | (state[..., 0].abs() > _TRACK)
+        terminated = terminated | (state[..., 0].abs() > _TRACK)
         self.clock += 1
         elapsed = self._elapsed + 1
         truncated = (elapsed >= _CARTPOLE.time_limit) & ~terminated
@@ -86,6 +85,26 @@ class OtherCartPole:
         return initial(_CARTPOLE, drawn.unflatten(1, (self.copies, states)))
 
 
-for _name in (NARROW, REVERSED):
-    # Random policies fall before they leave even the narrow track, and as soon either way.
-    register_env(_name, partial(OtherCartPole, _name), replace(env_spec("CartPole-v1"), name=_name))
+def turned(actor: Net, rows: Tensor) -> Tensor:
+    """Weights or masks of two-action policies ``[P, size]`` with the actions in the other order.
+
+    Args:
+        actor: where rows have the policy.
+        rows: all parameters, or the mask of the prunable ones, which has no biases.
+    """
+    swapped, last = rows.clone(), actor.depth - 1
+    head = actor.weight(swapped, last)
+    head.copy_(head.flip(-2))
+    if rows.dtype != torch.bool:
+        bias = actor.bias(swapped, last)
+        bias.copy_(bias.flip(-1))
+    return swapped
+
+
+# Random policies fall before they leave even the narrow track, and as soon either way.
+register_env(NARROW, NarrowCartPole, replace(env_spec("CartPole-v1"), name=NARROW))
+register_env(
+    REVERSED,
+    partial(ClassicEnv, "CartPole-v1"),
+    replace(env_spec("CartPole-v1"), name=REVERSED),
+)

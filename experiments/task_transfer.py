@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.other_tasks import NARROW, REVERSED
+from experiments.other_tasks import NARROW, REVERSED, turned
 from experiments.sweeps import SharedSweep, cartpole_deep, cartpole_late, quickly, tickets
 from experiments.training import train, train_weights
 from sparse_tickets import Sweep, Ticket
@@ -75,7 +75,10 @@ def _own(place: Place, spec: Sweep, level: int) -> pl.DataFrame:
     """A task's tickets of one level, pruned by those of the level before; level 0 is dense."""
     _, store = cartpole_deep(place)
     initial = torch.stack([ticket.initial for ticket in tickets(store, "ppo", 0)[: spec.seeds]])
-    prunable, seeds = spec.arena("ppo").prunable, list(range(spec.seeds))
+    arena, seeds = spec.arena("ppo"), list(range(spec.seeds))
+    prunable = arena.prunable
+    if spec.env == REVERSED:
+        initial = turned(arena.actor, initial)
     mask = torch.ones(len(seeds), prunable, dtype=torch.bool)
     if level:
         name = f"task-{TASKS[spec.env].split()[0]}-{level - 1}-own"
@@ -108,6 +111,8 @@ def _carried(place: Place, spec: Sweep, level: int) -> pl.DataFrame:
         SHUFFLED: (_shuffled(spec.arena("ppo").prunable_layers(), mask, level), initial),
     }
     masks, values = (torch.cat(each) for each in zip(*starts.values(), strict=True))
+    if spec.env == REVERSED:
+        masks, values = (turned(spec.arena("ppo").actor, each) for each in (masks, values))
     seeds = list(range(spec.seeds)) * len(starts)
     rows = train(spec, None, "ppo", level, masks, values, seeds, "carried")
     return rows.with_columns(mask=pl.Series([name for name in starts for _ in range(spec.seeds)]))
@@ -211,8 +216,9 @@ policy knows of CartPole is wrong. All begin from the initial values of the same
 own tickets were pruned level by level there; CartPole's, at the whole budget of the protocol, were
 rewound to the start, or to a tenth of the training, which brings along what they had learnt by
 then, critic and all. "Shuffled" keeps CartPole's number of weights in each layer, and the initial
-values of where they are now. Differences within a seed, averaged over the densities, as a share of
-the range from the random policy to the task's dense one."""
+values of where they are now. Reversed pushes are trained as CartPole with the order of the two
+actions swapped in whatever is carried, which is the same. Differences within a seed, averaged over
+the densities, as a share of the range from the random policy to the task's dense one."""
     ]
     for env, task in _tasks(cells).items():
         dense = cells.filter((pl.col("env") == env) & (pl.col("mask") == DENSE))["return_final"]

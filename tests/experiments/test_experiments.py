@@ -8,10 +8,14 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 from polars.testing import assert_frame_equal
 
 from experiments import sweeps
 from experiments.frame import NAMES, RESULTS, Place, reported, run, write_parquet
+from experiments.other_tasks import turned
+from sparse_tickets.kernels.mlp.reference import mlp
+from sparse_tickets.population import initialise
 from sparse_tickets.sweep.protocols import protocol
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +47,19 @@ def test_every_shared_sweep_is_tiny_where_quick():
         for algo in quick.algos:
             assert quick.train_steps(algo, 1) <= 1024 < full.train_steps(algo, 1)
         assert not quick.imitating or quick.expert_budget.steps <= 1024
+
+
+def test_turned_policies_act_the_other_way_round():
+    arena = protocol("CartPole-v1").arena("ppo")
+    weight = initialise(arena, torch.arange(2))
+    weight[:, arena.prunable :] = torch.arange(arena.size - arena.prunable) / 100  # biases, too
+    mask = torch.rand(2, arena.prunable, generator=torch.Generator().manual_seed(0)) < 0.5
+    seen = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+
+    as_it_is = mlp(seen, weight, arena.actor, mask)
+    other = mlp(seen, turned(arena.actor, weight), arena.actor, turned(arena.actor, mask))
+    torch.testing.assert_close(other, as_it_is.flip(-1), rtol=0, atol=0)
+    assert not torch.equal(other, as_it_is)
 
 
 def refuse(*_, **__):
