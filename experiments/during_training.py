@@ -2,7 +2,7 @@
 
 PPO, DQN and SAC pruned gradually, once, by SET, by RigL or from the start, to densities at which
 tickets and, on CartPole, random masks of the same seeds were trained; equal steps, the same initial
-weights. Networks of PPO and DQN twice as wide are pruned to as many weights::
+weights. Networks of PPO and DQN twice as wide, and of PPO four times, are pruned to as many::
 
     python -m experiments.during_training [--quick]
 """
@@ -44,7 +44,9 @@ METHODS = {
 }
 WIDENED = ("gradual", "static")
 """The methods that prune wider networks, too."""
-WIDER = 2
+WIDER = {"ppo": (2, 4), "dqn": (2,), "sac": ()}
+"""How many times as wide."""
+TIMES = {2: "twice", 4: "four times"}
 DENSE, TICKETS, GLOBAL = "dense", "ticket", "static random (global)"
 ALGORITHMS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC on Pendulum"}
 SWEEPS = {"ppo": cartpole, "dqn": dqn, "sac": pendulum_sac}
@@ -84,9 +86,7 @@ def collect(place: Place) -> pl.DataFrame:
 
 def _jobs(algo: str) -> list[tuple[str, int]]:
     """Methods with the widths of networks that they prune."""
-    if algo == "sac":
-        return [(method, 1) for method in METHODS]
-    wider = [(method, WIDER) for method in (DENSE, *WIDENED)]
+    wider = [(method, width) for width in WIDER[algo] for method in (DENSE, *WIDENED)]
     return [*((method, 1) for method in METHODS), *wider]
 
 
@@ -166,6 +166,12 @@ def methods(cells: pl.DataFrame, width: int = 1, algo: str | None = None) -> lis
     return [name for name in (TICKETS, *METHODS.values(), GLOBAL) if name in there]
 
 
+def widths(cells: pl.DataFrame, algo: str | None = None) -> list[int]:
+    """Of networks that are wider, an algorithm's or any's."""
+    rows = cells if algo is None else cells.filter(pl.col("algo") == algo)
+    return rows.filter(pl.col("width") > 1)["width"].unique().sort().to_list()
+
+
 def densities(cells: pl.DataFrame, algo: str) -> np.ndarray:
     """Weights kept, of those that a dense network of the sweep has."""
     rows = cells.filter((pl.col("algo") == algo) & (pl.col("width") == 1))
@@ -188,7 +194,9 @@ def conclude(cells: pl.DataFrame) -> Finding:
         shown.append(f"{title} at {density[at]:.1%}: {', '.join(found)}")
         told = [f"{name} {words[direction(gap)]}" for name, gap in above.items()]
         verdicts.append(f"{title}: {', '.join(told)}")
-    names = [*methods(cells), *(f"{name} of twice the width" for name in methods(cells, WIDER))]
+    names = [*methods(cells)]
+    for width in widths(cells):
+        names += [f"{name} of {TIMES[width]} the width" for name in methods(cells, width)]
     on = ", ".join(
         f"{title} at {', '.join(f'{each:.1%}' for each in densities(cells, algo)[1:])}"
         for algo, title in algorithms(cells).items()
@@ -199,9 +207,11 @@ def conclude(cells: pl.DataFrame) -> Finding:
         for algo, name in algorithms(cells).items()
     )
     missing = [name for algo, name in ALGORITHMS.items() if algo not in algorithms(cells)]
-    missing += ["networks four times as wide"] if methods(cells, WIDER) else ["wider networks"]
+    for algo, name in algorithms(cells).items():
+        lacking = [TIMES[each] for each in TIMES if each not in widths(cells, algo)]
+        missing += [f"networks of {name} {' or '.join(lacking)} as wide"] if lacking else []
     figures = {"during_training": partial(draw, cells)}
-    if methods(cells, WIDER):
+    if widths(cells):
         figures["during_training_width"] = partial(draw_widths, cells)
     return Finding(
         ran=f"{', '.join(names)}; {cells['env'][0]}, {_seeds(cells)}, "
@@ -238,19 +248,23 @@ too. Masks that change share a density out by ERK, as published."""
             [name, *_fields(cells, algo, name, len(density))] for name in methods(cells, algo=algo)
         ]
         paragraphs.append(markdown(header, rows))
-    if not methods(cells, WIDER):
+    if not widths(cells):
         return "\n\n".join(paragraphs)
     paragraphs.append(
-        """Networks twice as wide, of as many weights in the end: a density is of the ordinary
-network's weights, so that at 100% of them the wide one is sparse. After the colon the difference
-from the ordinary network under the same method, dense at 100%."""
+        """Wider networks, of as many weights in the end: a density is of the ordinary network's
+weights, so that at 100% of them the wide one is sparse. After the colon the difference from the
+ordinary network under the same method, dense at 100%."""
     )
     for algo, title in algorithms(cells).items():
-        shown = (f"{each:.1%}" for each in densities(cells, algo))
-        wide = methods(cells, WIDER, algo)
-        rows = [[name, *_wide_fields(cells, algo, name)] for name in wide]
-        if rows:
-            paragraphs.append(markdown([f"{title}, final return, twice as wide", *shown], rows))
+        shown = [f"{each:.1%}" for each in densities(cells, algo)]
+        for width in widths(cells, algo):
+            rows = [
+                [name, *_wide_fields(cells, algo, name, width)]
+                for name in methods(cells, width, algo)
+            ]
+            if rows:
+                head = f"{title}, final return, {TIMES[width]} as wide"
+                paragraphs.append(markdown([head, *shown], rows))
     paragraphs += _wide_dense(cells)
     return "\n\n".join(paragraphs)
 
@@ -266,8 +280,8 @@ def _fields(cells: pl.DataFrame, algo: str, name: str, count: int) -> list[str]:
     return fields
 
 
-def _wide_fields(cells: pl.DataFrame, algo: str, name: str) -> list[str]:
-    values = matrix(cells, algo, name, "return_final", WIDER)
+def _wide_fields(cells: pl.DataFrame, algo: str, name: str, width: int) -> list[str]:
+    values = matrix(cells, algo, name, "return_final", width)
     gaps = values - matrix(cells, algo, name, "return_final")
     return [
         f"{column.mean():.2f}: {signed(*effect(gap), digits=2)}"
@@ -279,16 +293,17 @@ def _wide_dense(cells: pl.DataFrame) -> list[str]:
     """What wide networks return dense, and by how much gradual pruning changes that."""
     found = []
     for algo, title in algorithms(cells).items():
-        there = cells.filter((pl.col("width") == WIDER) & (pl.col("algo") == algo))
-        if not {DENSE, METHODS["gradual"]} <= set(there["method"]):
-            continue
-        dense, gradual = (
-            matrix(cells, algo, name, "return_final", WIDER)[:, 0]
-            for name in (DENSE, METHODS["gradual"])
-        )
-        gap = signed(*effect(gradual - dense), digits=2)
-        p = sign_flip(gradual - dense)
-        found.append(f"{dense.mean():.2f}, pruned {gap} (p {p:.2f}) ({title})")
+        for width in widths(cells, algo):
+            there = cells.filter((pl.col("width") == width) & (pl.col("algo") == algo))
+            if not {DENSE, METHODS["gradual"]} <= set(there["method"]):
+                continue
+            dense, gradual = (
+                matrix(cells, algo, name, "return_final", width)[:, 0]
+                for name in (DENSE, METHODS["gradual"])
+            )
+            gap = signed(*effect(gradual - dense), digits=2)
+            p = sign_flip(gradual - dense)
+            found.append(f"{dense.mean():.2f}, pruned {gap} (p {p:.2f}) ({title}, x{width})")
     if not found:
         return []
     return [
@@ -323,16 +338,17 @@ def draw_widths(cells: pl.DataFrame) -> Figure:
                 100 * densities(cells, algo),
                 matrix(cells, algo, name, "return_final", width),
             )
-            for name in methods(cells, WIDER, algo)
-            for width in (1, WIDER)
+            for name in [METHODS[each] for each in WIDENED]
+            for width in (1, *widths(cells, algo))
+            if name in methods(cells, width, algo)
         ]
         for algo, title in algorithms(cells).items()
-        if methods(cells, WIDER, algo)
+        if widths(cells, algo)
     }
     return line_figure(
         panels,
-        f"{cells['env'][0]}: as many weights in networks twice as wide",
-        f"mean of {_seeds(cells.filter(pl.col('width') == WIDER))}, 95% interval",
+        f"{cells['env'][0]}: as many weights in wider networks",
+        f"mean of {_seeds(cells.filter(pl.col('width') > 1))}, 95% interval",
         "weights, of the ordinary dense network's",
         "final return, of the dense one",
     )
