@@ -11,7 +11,7 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from experiments import sweeps
+from experiments import sweeps, training
 from experiments.frame import NAMES, RESULTS, Place, reported, run, write_parquet
 from experiments.other_tasks import turned
 from sparse_tickets.kernels.mlp.reference import mlp
@@ -165,7 +165,7 @@ def test_an_experiment_fills_its_part_of_the_readme(name, home, monkeypatch):
     assert "nan" not in readme
 
     # What is trained stays trained, and what is stored too, without its weights.
-    monkeypatch.setattr(sweeps, "train_population", refuse)
+    monkeypatch.setattr(training, "train_population", refuse)
     monkeypatch.setattr("sparse_tickets.sweep.run.train_population", refuse)
     assert experiment.collect(place).equals(cells)
     if name not in OF_MASKS:
