@@ -1,8 +1,8 @@
 """Would other keys, another learning rate, another budget or a small dense network say the same?
 
 Dense policies of every task that shared sweeps cheaply allow, trained again with other keys; on
-CartPole tickets of PPO with a third and three times the learning rate and with half and twice the
-steps, and dense networks as small as those::
+CartPole and Acrobot tickets of PPO with a third and three times the learning rate and with half and
+twice the steps, and dense networks as small as those::
 
     python -m experiments.sanity [--quick]
 """
@@ -39,8 +39,8 @@ from sparse_tickets import Sweep
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.population import initialise
 
-TASK = "CartPole-v1"
-LEVELS = (0, 4, 6, 8)
+TASK, ACROBOT = "CartPole-v1", "Acrobot-v1"
+LEVELS = {TASK: (0, 4, 6, 8), ACROBOT: (0, 3, 5, 6)}
 AGAIN = 3
 """Trainings of each dense policy with other keys, beside the sweep's own."""
 ALGORITHMS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC"}
@@ -65,30 +65,48 @@ METRICS = {"return_auc": "learning curve", "return_final": "final return"}
 
 
 def collect(place: Place) -> pl.DataFrame:
-    spec, swept = cartpole.spec(place), cartpole.cells(place)
-    there = levels_of(swept, "ppo")
-    chosen = there[:2] if place.quick else [level for level in LEVELS if level in there]
-    jobs = {name: partial(changed, place, chosen, change) for name, change in SETTINGS.items()}
-    jobs[OTHER_KEY] = partial(again, spec, "ppo")
-    jobs[NARROW] = partial(narrow, spec, chosen[1:])
-    found = [
-        place.once(f"sanity-{_file(name)}", (spec, chosen, AGAIN), compute).with_columns(
-            variant=pl.lit(name)
-        )
-        for name, compute in jobs.items()
-    ]
-    stored = swept.filter(
-        (pl.col("algo") == "ppo")
-        & pl.col("level").is_in(chosen)
-        & pl.col("condition").is_in(["dense", TICKET])
+    found = _settings(place, cartpole, TASK, "sanity")
+    spec = cartpole.spec(place)
+    chosen = _chosen(place, cartpole, TASK)
+    job = f"sanity-{_file(OTHER_KEY)}", (spec, chosen, AGAIN)
+    found.append(
+        place.once(*job, partial(again, spec, "ppo")).with_columns(variant=pl.lit(OTHER_KEY))
     )
-    found.append(stored.with_columns(variant=pl.lit(SWEEP)))
     if not place.quick:  # every task and algorithm compiles kernels of its own
+        if acrobot.wanted(place):
+            found += _settings(place, acrobot, ACROBOT, "sanity-acrobot")
         for name, (sweep, algo) in FLOORS.items():
             if sweep.wanted(place):
                 found += _floor_of(place, name, sweep, algo)
     columns = [name for name in found[0].columns if all(name in each.columns for each in found)]
     return pl.concat([each.select(columns) for each in found])
+
+
+def _chosen(place: Place, sweep: SharedSweep, env: str) -> list[int]:
+    there = levels_of(sweep.cells(place), "ppo")
+    return there[:2] if place.quick else [level for level in LEVELS[env] if level in there]
+
+
+def _settings(place: Place, sweep: SharedSweep, env: str, prefix: str) -> list[pl.DataFrame]:
+    """A sweep's tickets of PPO, trained with other settings, and small dense networks."""
+    spec, chosen = sweep.spec(place), _chosen(place, sweep, env)
+    jobs = {
+        name: partial(changed, place, sweep, chosen, change) for name, change in SETTINGS.items()
+    }
+    jobs[NARROW] = partial(narrow, spec, chosen[1:])
+    found = []
+    for name, compute in jobs.items():
+        job = f"{prefix}-{_file(name)}", (spec, chosen, AGAIN)
+        if not place.partial or place.kept(*job):
+            found.append(place.once(*job, compute).with_columns(variant=pl.lit(name)))
+    stored = sweep.cells(place).filter(
+        (pl.col("algo") == "ppo")
+        & pl.col("level").is_in(chosen)
+        & pl.col("condition").is_in(["dense", TICKET])
+    )
+    if env != TASK:  # whose dense policies come with the floor's
+        stored = stored.filter(pl.col("level") > 0)
+    return [*found, stored.with_columns(variant=pl.lit(SWEEP))]
 
 
 def _floor_of(place: Place, name: str, sweep: SharedSweep, algo: str) -> list[pl.DataFrame]:
@@ -106,9 +124,9 @@ def _file(name: str) -> str:
     return name.replace(" ", "-").replace("/", "")
 
 
-def changed(place: Place, chosen: list[int], change: Change) -> pl.DataFrame:
+def changed(place: Place, sweep: SharedSweep, chosen: list[int], change: Change) -> pl.DataFrame:
     """The sweep's tickets trained with other settings; keys are the same for all settings."""
-    spec, store = cartpole(place)
+    spec, store = sweep(place)
     other = replace(spec, ppo=change(spec.ppo))
     found = []
     for level in chosen:
@@ -167,85 +185,116 @@ def matrix(
     return (values - random) / (dense - random)
 
 
-def densities(cells: pl.DataFrame, variant: str = AS_IS) -> np.ndarray:
-    rows = cells.filter((pl.col("variant") == variant) & (pl.col("env") == TASK))
+def densities(cells: pl.DataFrame, variant: str = AS_IS, env: str = TASK) -> np.ndarray:
+    rows = cells.filter((pl.col("variant") == variant) & (pl.col("env") == env))
     return rows.group_by("level").agg(pl.col("density").max()).sort("level")["density"].to_numpy()
 
 
+def tasks(cells: pl.DataFrame) -> list[str]:
+    """Those whose tickets were trained with other settings."""
+    there = set(cells.filter(pl.col("variant") == AS_IS)["env"])
+    return [env for env in LEVELS if env in there]
+
+
+def small(cells: pl.DataFrame, env: str, metric: str) -> np.ndarray:
+    """Each seed's tickets minus dense networks as small, averaged over the densities."""
+    own = matrix(cells, AS_IS, metric, env=env)[:, 1:]
+    return (own - matrix(cells, NARROW, metric, env=env)).mean(1)
+
+
+def change_of(cells: pl.DataFrame, env: str, name: str) -> np.ndarray:
+    """Final returns of each seed's tickets under other settings, minus as it is."""
+    one, other = (matrix(cells, each, "return_final", env=env)[:, 1:] for each in (name, AS_IS))
+    return (one - other).mean(1)
+
+
 def conclude(cells: pl.DataFrame) -> Finding:
-    own = {metric: matrix(cells, AS_IS, metric)[:, 1:] for metric in METRICS}
-    small = {metric: (own[metric] - matrix(cells, NARROW, metric)).mean(1) for metric in METRICS}
-    shown = "; ".join(
-        f"{METRICS[metric]} {signed(*effect(gap), digits=2)}" for metric, gap in small.items()
-    )
-    change = {
-        name: (matrix(cells, name, "return_final")[:, 1:] - own["return_final"]).mean(1)
-        for name in SETTINGS
-        if name != AS_IS
-    }
-    moved = ", ".join(
-        f"{name} {'better' if found > 0 else 'worse'}"
-        for name, gap in change.items()
-        if (found := direction(gap))
-    )
-    word = {1: "above", 0: "not told from", -1: "below"}[direction(small["return_final"])]
+    shown, verdicts, ran = [], [], []
+    for env in tasks(cells):
+        gaps = {metric: small(cells, env, metric) for metric in METRICS}
+        shown.append(
+            f"{_short(env)}, tickets minus dense networks as small, of the dense return: "
+            + "; ".join(
+                f"{METRICS[metric]} {signed(*effect(gap), digits=2)}"
+                for metric, gap in gaps.items()
+            )
+        )
+        moved = ", ".join(
+            f"{name} {'better' if found > 0 else 'worse'}"
+            for name in SETTINGS
+            if name != AS_IS and (found := direction(change_of(cells, env, name)))
+        )
+        word = {1: "above", 0: "not told from", -1: "below"}[direction(gaps["return_final"])]
+        verdicts.append(
+            f"{_short(env)}: tickets {word} small dense networks; by settings: "
+            f"{moved or 'none told apart'}"
+        )
+        here = cells.filter((pl.col("env") == env) & (pl.col("algo") == "ppo"))
+        ran.append(
+            f"{env}, PPO, {here['seed'].n_unique()} seeds at "
+            f"{', '.join(f'{d:.1%}' for d in densities(cells, env=env))} of the weights "
+            f"(cut: {cuts(here.filter(pl.col('variant') == SWEEP))})"
+        )
     again = ", ".join(
         f"{(floor < 0.95).mean():.0%} of {floor.size} ({named})"
         for named, floor in floors(cells).items()
     )
-    here = cells.filter((pl.col("env") == TASK) & (pl.col("algo") == "ppo"))
     others = cells.filter(pl.col("env") != TASK)["env"].unique(maintain_order=True).to_list()
     also = f"; dense policies again on {', '.join([TASK, *others])}" if others else ""
     return Finding(
-        ran=f"{TASK}, PPO, {here['seed'].n_unique()} seeds at "
-        f"{', '.join(f'{d:.1%}' for d in densities(cells))} of the weights{also}; "
-        f"{len(cells.filter(pl.col('variant') != SWEEP))} trainings (cut: "
-        f"{cuts(here.filter(pl.col('variant') == SWEEP))}, tickets of PPO on CartPole alone)",
-        effect=f"tickets minus dense networks as small, of the dense return: {shown}; "
-        f"dense policies trained again that end below 0.95: {again}",
-        verdict=f"tickets {word} small dense networks; by settings: {moved or 'none told apart'}",
-        text=text(cells, change),
+        ran=f"{'; '.join(ran)}{also}; {len(cells.filter(pl.col('variant') != SWEEP))} trainings",
+        effect=f"{'; '.join(shown)}; dense policies trained again that end below 0.95: {again}",
+        verdict="; ".join(verdicts),
+        text=text(cells),
         figures={"sanity": partial(draw, cells)},
     )
+
+
+def _short(env: str) -> str:
+    return env.partition("-")[0]
 
 
 def floors(cells: pl.DataFrame) -> dict[str, np.ndarray]:
     """Final returns ``[seeds, keys]`` of dense policies trained again, by task and algorithm."""
     rows = cells.filter(pl.col("variant") == OTHER_KEY)
     return {
-        f"{env.partition('-')[0]}, {ALGORITHMS[algo]}": matrix(
-            cells, OTHER_KEY, "return_final", algo, env
-        )
+        f"{_short(env)}, {ALGORITHMS[algo]}": matrix(cells, OTHER_KEY, "return_final", algo, env)
         for env, algo in rows.select("env", "algo").unique(maintain_order=True).rows()
     }
 
 
-def text(cells: pl.DataFrame, change: dict[str, np.ndarray]) -> str:
-    shown = densities(cells)
-    rows = []
-    for name in (*SETTINGS, NARROW):
-        for metric, word in METRICS.items():
-            values = matrix(cells, name, metric)
-            fields = [f"{value:.2f}" for value in values.mean(0)]
-            gap = signed(*effect(change[name]), digits=2) if name in change else "-"
-            first = ["-"] if name == NARROW else []
-            rows.append(
-                [f"{name}, {word}", *first, *fields, gap if metric == "return_final" else "-"]
-            )
-    header = ["variant", *(f"{each:.1%}" for each in shown), "final change, pruned"]
+def text(cells: pl.DataFrame) -> str:
     floor = markdown(FLOOR_HEADER, [_floor(*each) for each in floors(cells).items()])
-    return f"""Shares of the range from the random policy to the median dense one. **Noise floor**:
+    paragraphs = [
+        f"""Shares of the range from the random policy to the median dense one. **Noise floor**:
 dense policies trained again from the same values with other keys, by the budgets of the task's
 sweep. One level below 0.95 counts as no degradation, two in a row do: where keys of a seed alone
 bring a dense policy below 0.95, a degradation level says little.
 
-{floor}
+{floor}"""
+    ]
+    for env in tasks(cells):
+        paragraphs += [
+            f"""On {_short(env)} tickets keep their masks; keys are the same in all rows but the
+last two, whose networks are dense with two equal hidden layers and as near to a ticket's number of
+weights as that allows: {", ".join(f"{each:.1%}" for each in densities(cells, NARROW, env))}.""",
+            _table(cells, env),
+        ]
+    return "\n\n".join(paragraphs)
 
-On CartPole tickets keep their masks; keys are the same in all rows but the last two, whose networks
-are dense with two equal hidden layers and as near to a ticket's number of weights as that allows:
-{", ".join(f"{each:.1%}" for each in densities(cells, NARROW))}.
 
-""" + markdown(header, rows)
+def _table(cells: pl.DataFrame, env: str) -> str:
+    rows = []
+    for name in (*SETTINGS, NARROW):
+        for metric, word in METRICS.items():
+            values = matrix(cells, name, metric, env=env)
+            fields = [f"{value:.2f}" for value in values.mean(0)]
+            first, last = ([], "-") if name != NARROW else (["-"], "-")
+            if name in SETTINGS and name != AS_IS and metric == "return_final":
+                last = signed(*effect(change_of(cells, env, name)), digits=2)
+            rows.append([f"{name}, {word}", *first, *fields, last])
+    shown = (f"{each:.1%}" for each in densities(cells, env=env))
+    return markdown(["variant", *shown, "final change, pruned"], rows)
 
 
 FLOOR_HEADER = (
@@ -268,18 +317,23 @@ def _floor(named: str, floor: np.ndarray) -> list[str]:
 
 def draw(cells: pl.DataFrame) -> Figure:
     panels = {}
-    for metric, title in METRICS.items():
-        lines = [
-            Line(name, 100 * densities(cells), matrix(cells, name, metric)) for name in SETTINGS
-        ]
-        small = Line(NARROW, 100 * densities(cells, NARROW), matrix(cells, NARROW, metric))
-        panels[title] = [*lines, small]
+    for env in tasks(cells):
+        for metric, title in METRICS.items():
+            lines = [
+                Line(name, 100 * densities(cells, env=env), matrix(cells, name, metric, env=env))
+                for name in SETTINGS
+            ]
+            x = 100 * densities(cells, NARROW, env)
+            lines.append(Line(NARROW, x, matrix(cells, NARROW, metric, env=env)))
+            panels[f"{_short(env)}, {title}"] = lines
+    seeds = [len(matrix(cells, AS_IS, "return_final", env=env)) for env in tasks(cells)]
     return line_figure(
         panels,
-        f"{TASK}: tickets of PPO under other settings",
-        f"mean of {len(matrix(cells, AS_IS, 'return_final'))} seeds, 95% interval",
+        "Tickets of PPO under other settings",
+        f"mean of {' and '.join(map(str, seeds))} seeds, 95% interval",
         "density",
         "share of the dense return",
+        share_y=False,
     )
 
 
