@@ -76,7 +76,7 @@ class CloneJob:
         rate = torch.full((len(weight),), _RATE, dtype=weight.dtype, device=weight.device)
         return clone_update_(
             parameters, self.arena, *data, 0, rate, self.config, density=self.density
-        )
+        ).loss
 
 
 def clone_contender(job: CloneJob) -> Contender:

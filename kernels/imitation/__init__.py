@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,19 @@ from ..mlp.checks import check_counter, check_counts, check_optimiser, check_par
 from ..registration import eager
 from ..training import plan_update
 
-__all__ = ["CloneConfig", "clone_update_", "plan"]
+__all__ = ["CloneConfig", "CloneStats", "clone_update_", "plan"]
+
+
+class CloneStats(NamedTuple):
+    """Means over the updates of a call, each ``[P]``.
+
+    Attributes:
+        loss: before each update.
+        grad_norm: norm of the ticket's gradient before clipping.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ def clone_update_(
     config: CloneConfig,
     *,
     density: float = 1.0,
-) -> Tensor:
+) -> CloneStats:
     """Consecutive cloning updates of every ticket on its own dataset, in place.
 
     Update u, counted over the whole training, takes the samples
@@ -82,7 +95,7 @@ def clone_update_(
         density: nominal density of the level: chooses each layer's format, never its meaning.
 
     Returns:
-        ``[P]``: each ticket's loss, mean over the updates of this call.
+        Each ticket's loss and norm of its gradient, means over the updates of this call.
 
     Raises:
         ValueError: a shape, a device, an empty dataset, a number out of range, or a tensor that is
@@ -93,7 +106,7 @@ def clone_update_(
     check_untransformed("clone_update_", *parameters, lr, obs, target)
     first_update = check_counter("first_update", first_update, 1 << 62, weight)
     _check(parameters, arena, obs, target, dataset, key, lr, density)
-    loss = implementation(__name__, weight.device, arena.actor).clone_update_(
+    stats = implementation(__name__, weight.device, arena.actor).clone_update_(
         Parameters(weight, mask.contiguous(), m, v, step),
         arena,
         obs.detach().contiguous(),
@@ -106,7 +119,7 @@ def clone_update_(
         float(density),
     )
     mark_written(weight, m, v, step)
-    return loss
+    return CloneStats(*stats)
 
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:

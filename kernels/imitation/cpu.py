@@ -188,8 +188,8 @@ def _update(threads, tickets, arguments):
 
 def clone_update_(
     parameters, arena, obs, target, dataset, key, first_update, lr, config, density
-) -> torch.Tensor:
-    """Mean loss ``[P]``; see the op. All tensors are contiguous."""
+) -> tuple[torch.Tensor, ...]:
+    """Mean loss ``[P]`` and gradient norm; see the op. All tensors are contiguous."""
     rows = _SCRATCH + target.shape[-1]
     measured = train(
         _update,
@@ -208,4 +208,5 @@ def clone_update_(
         size=config.batch,
         statistics=2,
     )
-    return torch.from_numpy((measured[:, 0] / config.updates).astype(np.float32))
+    means = (measured / config.updates).astype(np.float32)
+    return tuple(torch.from_numpy(mean) for mean in np.ascontiguousarray(means.T))

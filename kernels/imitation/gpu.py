@@ -40,9 +40,9 @@ def clone_update_(
     lr: Tensor,
     config: CloneConfig,
     density: float,
-) -> Tensor:
-    """Mean loss ``[P]``; see the op. All tensors are contiguous."""
-    losses = obs.new_zeros(len(key))
+) -> tuple[Tensor, Tensor]:
+    """Mean loss ``[P]`` and gradient norm; see the op. All tensors are contiguous."""
+    losses, norms = obs.new_zeros(len(key)), obs.new_zeros(len(key))
     frozen = tuple(bound for span in critic_spans(arena) for bound in span)
     loss = _squashed_loss if arena.squashed else _loss
     for begin, updates in runs(config.updates, config.batch):
@@ -50,8 +50,8 @@ def clone_update_(
         for update in range(updates):
             head = partial(loss, rows[:, update], target, 1.0 / config.updates, losses)
             grad = gradient(parameters.weight, arena, (arena.actor,), minibatches[:, update], head)
-            adam_(parameters, grad, lr, config, frozen=frozen)
-    return losses
+            norms += adam_(parameters, grad, lr, config, frozen=frozen)
+    return losses, norms / config.updates
 
 
 def _draw(

@@ -57,8 +57,8 @@ def clone_update_(
     lr: Tensor,
     config: CloneConfig,
     density: float,
-) -> Tensor:
-    losses = []
+) -> tuple[Tensor, Tensor]:
+    measured = []
     samples = obs.shape[1]
     rows = dataset[:, None]
     for update in range(config.updates):
@@ -67,12 +67,13 @@ def clone_update_(
         minibatch = obs[rows, index], target[rows, index]
         state = (parameters.weight, parameters.m, parameters.v)
         before = [tensor.clone() for tensor in state]
-        losses.append(step_(parameters, measured_loss, (arena, *minibatch), lr, config)[0])
+        measured.append(step_(parameters, measured_loss, (arena, *minibatch), lr, config))
         # Adam would still move the critic by what its moments remember.
         for tensor, old in zip(state, before, strict=True):
             for begin, end in critic_spans(arena):
                 tensor[:, begin:end] = old[:, begin:end]
-    return torch.stack(losses).mean(0)
+    loss, norm = torch.stack(measured).mean(0)
+    return loss, norm
 
 
 def critic_spans(arena: Arena) -> list[tuple[int, int]]:

@@ -69,9 +69,11 @@ def gradient(
     return grad
 
 
-def adam_(parameters: Parameters, grad: Tensor, lr: Tensor, optimiser: Any, **options: Any) -> None:
-    """Clip by each ticket's norm and step; see `update.gpu.adam_`."""
-    update.adam_(
+def adam_(
+    parameters: Parameters, grad: Tensor, lr: Tensor, optimiser: Any, **options: Any
+) -> Tensor:
+    """Clip by each ticket's norm ``[P]``, which is returned, and step; see `update.gpu.adam_`."""
+    return update.adam_(
         parameters.weight,
         grad,
         parameters.m,

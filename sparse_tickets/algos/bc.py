@@ -258,7 +258,7 @@ class Iteration(TrainingIteration):
 
     def __call__(self) -> None:
         self._lesson = self._next_lesson()
-        clone_update_(
+        stats = clone_update_(
             self._population.parameters,
             self._population.arena,
             *self._lesson,
@@ -268,6 +268,8 @@ class Iteration(TrainingIteration):
             self._config,
             density=self._population.density,
         )
+        # A replay writes it anew, in the same memory.
+        self.gradient_norm = stats.grad_norm
         # In place: a replay looks where the capture did.
         self._update += self._config.updates
         self._number += 1

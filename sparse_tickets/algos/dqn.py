@@ -194,7 +194,7 @@ class Iteration(ReplayIteration):
         if (taken + settings.batch) // settings.target_interval > taken // settings.target_interval:
             self._target.copy_(population.parameters.weight)
         if self._number >= self.learns_from:
-            dqn_update_(
+            self.gradient_norm = dqn_update_(
                 population.parameters,
                 population.arena,
                 self._target,
@@ -205,7 +205,7 @@ class Iteration(ReplayIteration):
                 self.learning_rate,
                 self._config,
                 density=population.density,
-            )
+            ).grad_norm
         self._number += 1
 
     def dense_gradient(self) -> Tensor:

@@ -78,6 +78,8 @@ class Result:
         return_best: ``[P]`` mean greedy return of `best` over other fresh episodes.
         dormant_curve: ``[P, points]`` share of the actor's hidden units that are dormant.
         norm_curve: ``[P, points]`` norm of the actor's weights and biases.
+        gradient_norm_curve: ``[P, points]`` norm of the gradient before clipping, in the updates
+            before each evaluation; NaN where the algorithm does not say, or made none.
         effective_rank: ``[P]`` of the actor's last hidden layer, in `final`.
         train_steps: environment steps (or imitated transitions) each ticket was trained for.
         wall_s: seconds of wall time, evaluation included.
@@ -98,6 +100,7 @@ class Result:
     return_best: Tensor
     dormant_curve: Tensor
     norm_curve: Tensor
+    gradient_norm_curve: Tensor
     effective_rank: Tensor
     train_steps: int
     wall_s: float
@@ -173,6 +176,7 @@ class Evaluator:
         self._best_return = torch.full_like(self._curve[:, 0], -torch.inf)
         self._dormant_curve = torch.full_like(self._curve, torch.nan, device="cpu")
         self._norm_curve = self._dormant_curve.clone()
+        self._gradient_norm_curve = self._dormant_curve.clone()
         self._begin = time.perf_counter()
         self._final_episodes = settings.final_episodes
         # Untrained, a mask that training has chosen is not.
@@ -200,8 +204,13 @@ class Evaluator:
         if iteration == self._rewind_iteration:
             self._rewind = Parameters(*(value.clone() for value in self._population.parameters))
 
-    def after(self, iteration: int) -> None:
-        """To be called after each iteration's updates: evaluates where one is due."""
+    def after(self, iteration: int, gradient_norm: Tensor | None = None) -> None:
+        """To be called after each iteration's updates: evaluates where one is due.
+
+        Args:
+            iteration: its number.
+            gradient_norm: ``[P]`` norm of its gradients, if known.
+        """
         point = self._due.get(iteration)
         if point is None:
             return
@@ -224,6 +233,8 @@ class Evaluator:
         if units:
             self._dormant_curve[:, point] = dormant_share(units)
         self._norm_curve[:, point] = parameter_norm(parameters.weight.cpu(), actor)
+        if gradient_norm is not None:
+            self._gradient_norm_curve[:, point] = gradient_norm
         for notify in _listeners:
             notify(iteration, greedy, sampled)
         self._evaluating_s += time.perf_counter() - begin
@@ -307,6 +318,7 @@ class Evaluator:
             return_best=self._fresh(best, BEST_INDEX, greedy=True),
             dormant_curve=self._dormant_curve,
             norm_curve=self._norm_curve,
+            gradient_norm_curve=self._gradient_norm_curve,
             effective_rank=rank,
             train_steps=train_steps,
             wall_s=time.perf_counter() - self._begin,

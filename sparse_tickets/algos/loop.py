@@ -27,7 +27,11 @@ class TrainingIteration(ABC):
 
     Attributes:
         learning_rate: ``[P]`` of the next call.
+        gradient_norm: ``[P]`` norm of each ticket's gradient before clipping, a mean over updates
+            of the last call; None before one that makes any.
     """
+
+    gradient_norm: Tensor | None = None
 
     def __init__(
         self, budget: IterationBudget, population: Population, updates: int, learns_from: int
@@ -96,7 +100,7 @@ def run(
             learnt = number >= iterate.learns_from
             if pruner is not None and learnt and pruner.step(iterate.updates):
                 iterate.follow_masks_()
-            evaluator.after(number)
+            evaluator.after(number, iterate.gradient_norm)
             if on_iteration is not None:
                 on_iteration(len(population) * budget.batch)
         if env is not None:

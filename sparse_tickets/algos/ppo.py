@@ -210,6 +210,8 @@ class Iteration(TrainingIteration):
             self._config,
             density=density,
         )
+        # A replay writes it anew, in the same memory.
+        self.gradient_norm = stats.grad_norm
         # In place: a replay looks where the capture did.
         self._obs.copy_(obs)
         self._number += 1

@@ -176,7 +176,7 @@ class Iteration(ReplayIteration):
                 buffer.add(self._obs, action, step)
                 self._obs = step.obs
         if self._number >= self.learns_from:
-            sac_update_(
+            self.gradient_norm = sac_update_(
                 population.parameters,
                 population.arena,
                 self._target,
@@ -187,7 +187,7 @@ class Iteration(ReplayIteration):
                 self.learning_rate,
                 self._config,
                 density=population.density,
-            )
+            ).grad_norm
         self._number += 1
 
     def dense_gradient(self) -> Tensor:

@@ -46,6 +46,8 @@ OPTIONAL = {
     "parameter_norm": "double",
     "dormant_curve": "list<double>",
     "norm_curve": "list<double>",
+    "gradient_norm": "double",
+    "gradient_norm_curve": "list<double>",
     "train_s": "double",
     "commit": "string",
     "processor": "string",

@@ -355,6 +355,8 @@ class Runner:
                 "parameter_norm": _known(result.norm_curve[index, -1]),
                 "dormant_curve": result.dormant_curve[index].tolist(),
                 "norm_curve": result.norm_curve[index].tolist(),
+                "gradient_norm": _known(result.gradient_norm_curve[index, -1]),
+                "gradient_norm_curve": result.gradient_norm_curve[index].tolist(),
                 "return_initial": float(result.return_initial[index]),
                 "return_initial_sampled": float(result.return_initial_sampled[index]),
                 "return_final": float(result.return_final[index]),

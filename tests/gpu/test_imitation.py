@@ -44,12 +44,13 @@ class CloningProblem:
         )
 
     def update(self, parameters: Parameters, first_update: int | torch.Tensor) -> torch.Tensor:
-        """The loss of four updates."""
+        """The loss of four updates, and the gradient's norm."""
         dtype = parameters.weight.dtype
         data = (f.to(dtype) if f.is_floating_point() else f for f in self.data)
-        return clone_update_(
+        stats = clone_update_(
             parameters, self.arena, *data, first_update, self.rate.to(dtype), CONFIG
         )
+        return torch.stack(stats)
 
 
 @KINDS

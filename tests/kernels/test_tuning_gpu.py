@@ -106,8 +106,8 @@ def _clone(dtype: torch.dtype) -> list[Tensor]:
     rate = torch.full((2,), 1e-3, dtype=dtype, device=DEVICE)
     key = torch.arange(2, device=DEVICE)
     config = CloneConfig(updates=1, batch=40)
-    loss = clone_update_(parameters, arena, obs, target, key * 0, key, 0, rate, config)
-    return [parameters.m, parameters.v, loss]
+    stats = clone_update_(parameters, arena, obs, target, key * 0, key, 0, rate, config)
+    return [parameters.m, parameters.v, *stats]
 
 
 def _adam(dtype: torch.dtype) -> list[Tensor]:

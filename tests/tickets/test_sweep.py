@@ -95,10 +95,15 @@ def test_the_table_has_a_row_per_cell_and_the_promised_columns(finished):
     assert (results["return_auc"] - areas).abs().max() < 1e-4
     assert set(results["processor"]) == {processor()}
     assert set(results["commit"]) == {commit()}
-    for name, curve in (("dormant_share", "dormant_curve"), ("parameter_norm", "norm_curve")):
+    for name, curve in (
+        ("dormant_share", "dormant_curve"),
+        ("parameter_norm", "norm_curve"),
+        ("gradient_norm", "gradient_norm_curve"),
+    ):
         assert (results[curve].list.len() == 2).all()
         assert (results[curve].list.last() == results[name]).all()
     assert results["dormant_share"].is_between(0, 1).all()
+    assert (results["gradient_norm"] > 0).all()
     assert results["effective_rank"].is_between(1, SPEC.hidden[-1]).all()
     assert results.filter(level=0)["mask_iou"].is_null().all()
     # Magnitudes of a chain give masks within masks; shuffled and drawn ones overlap less.
