@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_tickets import load_results, run_sweep
+from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.envs import env_spec, make_env
 from sparse_tickets.envs.maze import MAZE, Maze
 from sparse_tickets.kernels import dynamics
 from sparse_tickets.kernels.dynamics import TASKS, maze
+from sparse_tickets.sweep.protocols import protocol
 
 TASK = TASKS[MAZE]
 STAY, UP, RIGHT, DOWN, LEFT = range(5)
@@ -162,3 +165,19 @@ def test_the_name_is_the_fast_one_everywhere():
     assert obs.shape == (2, 3, 196)
     assert set(obs.unique().tolist()) == {0.0, 1.0}
     assert replace(env.spec, name="x").time_limit == maze.TIME_LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "bc"])
+def test_the_protocol_solves_it(algo, tmp_path):
+    spec = protocol(MAZE)
+    spec = replace(
+        spec,
+        algos=(algo,),
+        seeds=2,
+        levels=1,
+        bc=replace(spec.bc, experts=1),
+        evaluation=Evaluation(points=4, episodes=32, final_episodes=200),
+    )
+    run_sweep(spec, tmp_path)
+    assert (load_results(tmp_path)["return_final"] >= spec.env_spec.solved).all()
