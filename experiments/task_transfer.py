@@ -22,13 +22,16 @@ from torch import Tensor
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.other_tasks import NARROW, REVERSED, turned
-from experiments.sweeps import SharedSweep, cartpole_deep, cartpole_late, quickly, tickets
-from experiments.training import train, train_weights
+from experiments.sweeps import INPUTS, SharedSweep, cartpole_deep, cartpole_late, quickly, tickets
+from experiments.training import kept_inputs, train, train_weights
 from sparse_tickets import Sweep, Ticket
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.random import derive_key
+from sparse_tickets.sweep.protocols import protocol
 
+ITSELF = "CartPole-v1"
 TASKS = {NARROW: "narrow track", REVERSED: "reversed pushes"}
+TITLES = {ITSELF: "CartPole itself", **TASKS}
 LEVELS = (2, 3, 4)
 """Of `cartpole_late`, four of the protocol's at a time; `cartpole_deep` has twice as many."""
 SEEDS = 10
@@ -68,7 +71,31 @@ def collect(place: Place) -> pl.DataFrame:
         found += [
             place.once(*job) for job in jobs if not place.partial or place.kept(job[0], job[1])
         ]
-    return pl.concat(found, how="diagonal")
+    return pl.concat([_itself(place), *found], how="diagonal")
+
+
+def _itself(place: Place) -> pl.DataFrame:
+    """The tickets on the task that they come from, rewound to the start and to later."""
+    late = cartpole_late.cells(place)
+    step = 1 if place.quick else 2
+    early = cartpole_deep.cells(place).filter(
+        (pl.col("algo") == "ppo")
+        & pl.col("seed").is_in(late["seed"].unique().to_list())
+        & (pl.col("level") % step == 0)
+        & (pl.col("level") // step).is_in(late["level"].unique().to_list())
+    )
+    level = pl.col("level") // step
+    return pl.concat(
+        [
+            early.with_columns(
+                level=level,
+                mask=pl.when(level == 0).then(pl.lit(DENSE)).otherwise(pl.lit(CARRIED)),
+            ),
+            # Dense policies are the same: what they are rewound to lies in their training.
+            late.filter(pl.col("level") > 0).with_columns(mask=pl.lit(LATE)),
+        ],
+        how="diagonal",
+    )
 
 
 def _own(place: Place, spec: Sweep, level: int) -> pl.DataFrame:
@@ -115,7 +142,11 @@ def _carried(place: Place, spec: Sweep, level: int) -> pl.DataFrame:
         masks, values = (turned(spec.arena("ppo").actor, each) for each in (masks, values))
     seeds = list(range(spec.seeds)) * len(starts)
     rows = train(spec, None, "ppo", level, masks, values, seeds, "carried")
-    return rows.with_columns(mask=pl.Series([name for name in starts for _ in range(spec.seeds)]))
+    inputs = [kept_inputs(ticket) for ticket in (*early, *late)]
+    return rows.with_columns(
+        mask=pl.Series([name for name in starts for _ in range(spec.seeds)]),
+        inputs=pl.Series([*inputs, *[None] * spec.seeds], dtype=pl.List(pl.Boolean)),
+    )
 
 
 def _tickets(place: Place, sweep: SharedSweep, level: int, spec: Sweep) -> list[Ticket]:
@@ -154,9 +185,14 @@ def _levels(cells: pl.DataFrame) -> list[int]:
     return cells.filter(pl.col("mask") == CARRIED)["level"].unique().sort().to_list()
 
 
-def densities(cells: pl.DataFrame) -> np.ndarray:
-    rows = cells.filter(pl.col("mask") == CARRIED).group_by("level")
+def densities(cells: pl.DataFrame, env: str) -> np.ndarray:
+    rows = cells.filter((pl.col("env") == env) & (pl.col("mask") == CARRIED)).group_by("level")
     return rows.agg(pl.col("density").max()).sort("level")["density"].to_numpy()
+
+
+def masks(cells: pl.DataFrame, env: str) -> list[str]:
+    there = set(cells.filter(pl.col("env") == env)["mask"])
+    return [name for name in MASKS if name in there]
 
 
 def gap(cells: pl.DataFrame, env: str, metric: str, one: str, two: str) -> np.ndarray:
@@ -169,59 +205,63 @@ WORDS = {1: "better than", 0: "not told from", -1: "worse than"}
 
 
 def conclude(cells: pl.DataFrame) -> Finding:
+    words = {
+        (CARRIED, SHUFFLED): "above its mask shuffled",
+        (CARRIED, OWN): "above the task's own",
+        (LATE, CARRIED): "more where rewound late",
+    }
     shown, verdicts = [], []
     for env, task in _tasks(cells).items():
-        gaps = {
-            pair: gap(cells, env, "return_auc", *pair)
-            for pair in ((CARRIED, SHUFFLED), (CARRIED, OWN), (LATE, CARRIED))
-        }
-        shuffled, own, late = (signed(*effect(found), digits=2) for found in gaps.values())
-        shown.append(
-            f"{task}: CartPole's ticket {shuffled} above its mask shuffled, {own} above the task's "
-            f"own, {late} more where rewound late"
-        )
-        words = [WORDS[direction(found)] for found in gaps.values()]
-        verdicts.append(
-            f"{task}: CartPole's ticket {words[0]} its mask shuffled, {words[1]} the task's own; "
-            f"rewound late {words[2]} rewound to the start"
-        )
+        pairs = [pair for pair in words if set(pair) <= set(masks(cells, env))]
+        gaps = {pair: gap(cells, env, "return_auc", *pair) for pair in pairs}
+        told = (f"{signed(*effect(gaps[pair]), digits=2)} {words[pair]}" for pair in pairs)
+        shown.append(f"{task}: CartPole's ticket {', '.join(told)}")
+        found = {pair: WORDS[direction(gaps[pair])] for pair in pairs}
+        others = {(CARRIED, SHUFFLED): "their masks shuffled", (CARRIED, OWN): "the task's own"}
+        compared = [f"{found[pair]} {other}" for pair, other in others.items() if pair in found]
+        late = f"rewound late {found[LATE, CARRIED]} rewound to the start"
+        verdicts.append(f"{task}: {', '.join([*compared, late])}")
     return Finding(
         ran=setting_of(cells),
         effect="learning curve, of the dense return, mean over densities: " + "; ".join(shown),
-        verdict="; ".join(verdicts),
+        verdict="CartPole's tickets on " + "; ".join(verdicts),
         text=text(cells),
         figures={"task_transfer": partial(draw, cells)},
     )
 
 
 def _tasks(cells: pl.DataFrame) -> dict[str, str]:
-    return {env: task for env, task in TASKS.items() if env in set(cells["env"])}
+    return {env: task for env, task in TITLES.items() if env in set(cells["env"])}
 
 
 def setting_of(cells: pl.DataFrame) -> str:
+    elsewhere = cells.filter(pl.col("env") != ITSELF)
+    others = " and with ".join(task for env, task in _tasks(cells).items() if env != ITSELF)
+    share = elsewhere["train_steps"].max() / protocol(ITSELF).ppo.steps
     return (
-        f"CartPole-v1 with {' and with '.join(_tasks(cells).values())}, PPO, "
-        f"{cells['seed'].n_unique()} seeds at "
-        f"{', '.join(f'{each:.1%}' for each in densities(cells))} of the weights, "
-        f"{cells['train_steps'].max():,} steps, {len(cells)} trainings"
+        f"CartPole-v1, as it is and with {others}, PPO, {cells['seed'].n_unique()} seeds down to "
+        f"{cells['density'].min():.1%} of the weights, {elsewhere['train_steps'].max():,} steps "
+        f"elsewhere, {len(cells)} trainings (cut: elsewhere {share:.0%} of the steps of CartPole's "
+        f"protocol, {cells['seed'].n_unique()} of 15 seeds, 4 of its levels at a time)"
     )
 
 
 def text(cells: pl.DataFrame) -> str:
     paragraphs = [
         """Two tasks with CartPole's inputs, actions and physics. On a **narrow track** the cart
-must stay within a tenth of the way that CartPole allows, so that its position and velocity matter,
-which tickets of CartPole often lose. With **reversed pushes** the same inputs matter, and what a
-policy knows of CartPole is wrong. All begin from the initial values of the same seeds. The task's
-own tickets were pruned level by level there; CartPole's, at the whole budget of the protocol, were
-rewound to the start, or to a tenth of the training, which brings along what they had learnt by
-then, critic and all. "Shuffled" keeps CartPole's number of weights in each layer, and the initial
-values of where they are now. Reversed pushes are trained as CartPole with the order of the two
-actions swapped in whatever is carried, which is the same. Differences within a seed, averaged over
-the densities, as a share of the range from the random policy to the task's dense one."""
+must stay within a tenth of the way that CartPole allows. With **reversed pushes** the same inputs
+matter, and what a policy knows of CartPole is wrong. All begin from the initial values of the same
+seeds. The task's own tickets were pruned level by level there; CartPole's, at the whole budget of
+the protocol, were rewound to the start, or to a tenth of the training, which brings along what they
+had learnt by then, critic and all. "Shuffled" keeps CartPole's number of weights in each layer, and
+the initial values of where they are now. Reversed pushes are trained as CartPole with the order of
+the two actions swapped in whatever is carried, which is the same. Differences within a seed,
+averaged over the densities, as a share of the range from the random policy to the task's dense
+return."""
     ]
     for env, task in _tasks(cells).items():
         dense = cells.filter((pl.col("env") == env) & (pl.col("mask") == DENSE))["return_final"]
+        there = masks(cells, env)
         rows = [
             [
                 f"{one} minus {two}",
@@ -231,46 +271,67 @@ the densities, as a share of the range from the random policy to the task's dens
                 ),
             ]
             for one, two in PAIRS
+            if {one, two} <= set(there)
         ]
+        shown = ("return_initial", "return_final")
         means = [
             [
                 name,
                 *(
                     f"{value:.2f}"
-                    for metric in ("return_initial", "return_final")
+                    for metric in shown
                     for value in matrix(cells, env, name, metric).mean(0)
                 ),
             ]
-            for name in MASKS
+            for name in there
         ]
         header = [
             "mean share",
             *(
-                f"{word}, {density:.1%}"
-                for word in ("before training", "final")
-                for density in densities(cells)
+                f"{METRICS[metric]}, {density:.1%}"
+                for metric in shown
+                for density in densities(cells, env)
             ),
         ]
         paragraphs += [
-            f"**{task.capitalize()}**: dense policies end at {dense.mean():.0f} "
-            f"({dense.min():.0f} to {dense.max():.0f}).",
+            f"**{task[0].upper()}{task[1:]}**: dense policies end at {dense.mean():.0f} "
+            f"({dense.min():.0f} to {dense.max():.0f}).{_positions(cells, env)}",
             markdown(["difference", *METRICS.values()], rows),
             markdown(header, means),
         ]
     return "\n\n".join(paragraphs)
 
 
+def _positions(cells: pl.DataFrame, env: str) -> str:
+    """Whether tickets that have lost the cart's position do worse where it has less room."""
+    carried = cells.filter((pl.col("env") == env) & (pl.col("mask") == CARRIED))
+    last = carried.filter(pl.col("level") == pl.col("level").max())
+    seen = last["inputs"].list.get(INPUTS[ITSELF].index("cart position"))
+    if env != NARROW or not 0 < seen.sum() < len(seen):
+        return ""
+    with_it, without = (
+        last.filter(those).select("return_initial", "return_final").mean().row(0)
+        for those in (seen, ~seen)
+    )
+    return (
+        f" At {last['density'][0]:.1%} CartPole's tickets of {(~seen).sum()} of {len(seen)} seeds "
+        f"see nothing of the cart's position: before training they return {without[0]:.0f} and at "
+        f"the end {without[1]:.0f}, the others {with_it[0]:.0f} and {with_it[1]:.0f}."
+    )
+
+
 def draw(cells: pl.DataFrame) -> Figure:
     panels = {
         f"{task}, {METRICS[metric]}": [
-            Line(name, 100 * densities(cells), matrix(cells, env, name, metric)) for name in MASKS
+            Line(name, 100 * densities(cells, env), matrix(cells, env, name, metric))
+            for name in masks(cells, env)
         ]
         for env, task in _tasks(cells).items()
         for metric in ("return_auc", "return_final")
     }
     return line_figure(
         panels,
-        "CartPole's tickets of PPO on other tasks of its shape",
+        "CartPole's tickets of PPO, there and on other tasks of its shape",
         f"mean of {cells['seed'].n_unique()} seeds, 95% interval",
         "density",
         "share of the dense return",
