@@ -110,8 +110,8 @@ def conclude(cells: pl.DataFrame) -> Finding:
     later = effect(levels[OURS] - levels[PLAIN])
     density = matrix(cells, OURS, "density")[0, last]
     return Finding(
-        ran=f"PPO tickets of {', '.join(initialisations(cells))}; {setting(cells)}; all but {PLAIN} "
-        f"down to {density:.1%} only",
+        ran=f"PPO tickets of {', '.join(initialisations(cells))}; {setting(cells)}; all but "
+        f"{PLAIN} down to {density:.1%} only",
         effect=f"{OURS} minus {PLAIN}: {signed(*effect(kept), digits=2)} inputs kept, mean over "
         f"levels (p = {sign_flip(kept):.2f}); "
         f"{signed(*share, digits=0)} points of the input layer at {density:.1%}, where seeds of "
