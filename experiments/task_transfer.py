@@ -45,6 +45,7 @@ DENSE, OWN, CARRIED, LATE, SHUFFLED = (
     "dense", "the task's own ticket", "CartPole's ticket", "CartPole's, rewound late",
     "CartPole's mask, shuffled",
 )  # fmt: skip
+AGAIN = "dense, trained for later points"
 MASKS = (OWN, CARRIED, LATE, SHUFFLED)
 
 
@@ -91,8 +92,10 @@ def _itself(place: Place) -> pl.DataFrame:
                 level=level,
                 mask=pl.when(level == 0).then(pl.lit(DENSE)).otherwise(pl.lit(CARRIED)),
             ),
-            # Dense policies are the same: what they are rewound to lies in their training.
-            late.filter(pl.col("level") > 0).with_columns(mask=pl.lit(LATE)),
+            # Its dense policies are the same, and stored so that the sweep is there as a whole.
+            late.with_columns(
+                mask=pl.when(pl.col("level") == 0).then(pl.lit(AGAIN)).otherwise(pl.lit(LATE))
+            ),
         ],
         how="diagonal",
     )

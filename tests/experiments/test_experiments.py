@@ -121,8 +121,8 @@ def test_what_is_computed_once_is_taken_from_a_stored_table(tmp_path):
 
 
 STORED = {name: getattr(sweeps, name) for name in (
-    "cartpole", "cartpole_deep", "maze", "acrobot", "pendulum", "pendulum_sac", "mountain_car",
-    "lunar_lander", "hopper", "dqn",
+    "cartpole", "cartpole_deep", "cartpole_late", "maze", "acrobot", "pendulum", "pendulum_sac",
+    "mountain_car", "lunar_lander", "hopper", "dqn",
 )} | {states: sweeps.taught(states) for states in ("student", "replay")}  # fmt: skip
 # A sweep is known by the scale of its observations too, which the environment tells.
 NEEDS = {"lunar_lander": "Box2D", "hopper": "mujoco"}
@@ -170,7 +170,8 @@ def test_an_experiment_fills_its_part_of_the_readme(name, home, monkeypatch):
     assert experiment.collect(place).equals(cells)
     if name not in OF_MASKS:
         # Of these a table may hold a part alone; another experiment's has the rest.
-        whole = [s for s in (sweeps.cartpole, sweeps.dqn) if (place.runs / s.name).exists()]
+        parts = (sweeps.cartpole, sweeps.dqn, sweeps.cartpole_deep, sweeps.cartpole_late)
+        whole = [each for each in parts if (place.runs / each.name).exists()]
         for sweep in whole:
             write_parquet(sweep.cells(place), home / f"{sweep.name}.parquet")
         tables = (
