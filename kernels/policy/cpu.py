@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from ..activations_cpu import activate, deactivate
+from ..activations_cpu import RELU, activate, deactivate
 from ..addresses import bytes_, floats, get, integers, put, shorts
 from ..compiling import njit
 from ..threads import share
@@ -32,6 +32,8 @@ from .layout import (
     BIAS,
     BIAS_GRADIENTS,
     BITS,
+    BY_SGEMM,
+    BY_TILES,
     CALL_BATCH,
     CALL_DX,
     CALL_DY,
@@ -83,6 +85,10 @@ from .products import (
     clear_columns,
     fill,
     from_panel,
+    gated_product,
+    narrow_gradient,
+    narrow_input_gradient,
+    narrow_product,
     sparse_gradient,
     sparse_product,
     sum_rows,
@@ -153,19 +159,22 @@ def _forward_tile(m, n, i64, form, call, saved, panels, ld, count):
         out, inp = get(i64, layer + OUT), get(i64, layer + INP)
         x, y = panels + get(i64, layer + X_PANEL) * ld, panels + get(i64, layer + Y_PANEL) * ld
         bias, values = get(i64, at + BIAS) // 4, _weights(i64, layer, at, saved)
-        if get(i64, layer + DENSE):
+        code, kept, dense = get(i64, layer + CODE), np.int64(0), get(i64, layer + DENSE)
+        if dense:
             for r in range(out):
                 fill(m, y + r * ld, ld, get(m, bias + r) if bias else _ZERO)
+        if dense == BY_SGEMM:
             sgemm(
                 sgemm_at, np.int64(0), np.int64(0), ld, out, inp, m, x, ld, values, inp, _ONE, y, ld
             )
+        elif dense == BY_TILES:
+            narrow_product(m, values, out, inp, x, y, ld)
         else:
             sparse_product(
                 m, n, i64, values, get(i64, layer + BEGIN), get(i64, layer + ROWS),
-                get(i64, layer + INDEX), out, x, y, ld, bias,
+                get(i64, layer + INDEX), out, x, y, ld, bias, code == RELU,
             )  # fmt: skip
-        code, kept = get(i64, layer + CODE), np.int64(0)
-        if code:
+        if code and (dense or code != RELU):
             if get(i64, layer + KEPT):
                 kept = panels + get(i64, layer + KEPT) * ld
             slope = get(m, get(i64, form + SLOPES) + k)
@@ -338,13 +347,14 @@ def _backward_tile(m, n, i64, form, call, saved, panels, part, ld, here, there, 
     """All layers over one tile, from the last; returns where the gradient of the input lies."""
     sgemm_at = get(i64, form + SGEMM)
     shared, scratch = get(i64, call + CALL_SCRATCH) // 4, _private(i64, form, call, part)
+    derived = False
     for k in range(get(i64, form + LAYERS) - 1, lowest - 1, -1):
         layer = form + FORM_FIRST + k * FORM_LAYER
         at = call + CALL_FIRST + k * CALL_LAYER
         out, inp = get(i64, layer + OUT), get(i64, layer + INP)
         x, y = panels + get(i64, layer + X_PANEL) * ld, panels + get(i64, layer + Y_PANEL) * ld
-        code = get(i64, layer + CODE)
-        if code:
+        code, dense = get(i64, layer + CODE), get(i64, layer + DENSE)
+        if code and not derived:
             kept = np.int64(0)
             if get(i64, layer + KEPT):
                 kept = panels + get(i64, layer + KEPT) * ld
@@ -354,7 +364,9 @@ def _backward_tile(m, n, i64, form, call, saved, panels, part, ld, here, there, 
             sum_rows(m, scratch + get(i64, layer + BIAS_GRADIENTS), here, out, ld)
         if get(i64, at + DWEIGHT):
             grad = _gradients(i64, layer, at, part, scratch)
-            if get(i64, layer + DENSE):
+            if dense == BY_TILES:
+                narrow_gradient(m, grad, out, inp, x, here, ld, scratch)
+            elif dense:
                 sgemm(
                     sgemm_at, np.int64(1), np.int64(0), inp, out, ld,
                     m, x, ld, here, ld, _ONE, grad, inp,
@@ -365,18 +377,27 @@ def _backward_tile(m, n, i64, form, call, saved, panels, part, ld, here, there, 
                     get(i64, layer + INDEX), out, x, here, ld, scratch,
                 )  # fmt: skip
         if k > lowest or get(i64, call + CALL_DX):
-            if get(i64, layer + DENSE):
-                values = _weights(i64, layer, at, saved)
+            # The layer's input is the output of ReLU, where that is what comes before.
+            derived = k > 0 and get(i64, layer - FORM_LAYER + CODE) == RELU and dense != BY_SGEMM
+            gate = x if derived else np.int64(0)
+            values = _weights(i64, layer, at, saved)
+            if dense == BY_TILES:
+                narrow_input_gradient(m, values, out, inp, here, there, ld, gate)
+            elif dense:
                 sgemm(
                     sgemm_at, np.int64(0), np.int64(1), ld, inp, out,
                     m, here, ld, values, inp, _ZERO, there, ld,
                 )  # fmt: skip
             else:
-                sparse_product(
-                    m, n, i64, shared + get(i64, layer + TURNED), get(i64, layer + TURNED_BEGIN),
-                    get(i64, layer + TURNED_ROWS), get(i64, layer + TURNED_INDEX), inp,
-                    here, there, ld, np.int64(0),
-                )  # fmt: skip
+                turned, begin = shared + get(i64, layer + TURNED), get(i64, layer + TURNED_BEGIN)
+                rows, index = get(i64, layer + TURNED_ROWS), get(i64, layer + TURNED_INDEX)
+                if derived:
+                    gated_product(m, n, i64, turned, begin, rows, index, inp, here, there, ld, gate)
+                else:
+                    sparse_product(
+                        m, n, i64, turned, begin, rows, index, inp, here, there, ld, np.int64(0),
+                        False,
+                    )  # fmt: skip
             here, there = there, here
     return here
 

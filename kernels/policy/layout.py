@@ -17,6 +17,7 @@ from ..compiling import njit
 from ..vector import LANES, MASK_BYTES
 from .activations import Activation
 from .blas import find_sgemm
+from .products import NARROW_PARTIAL
 
 # Of a form: how many layers; rows of the batch in a tile; `sgemm` or 0; the activations'
 # parameters; elements of all packed values; features of all panels of a tile; the widest layer,
@@ -27,7 +28,7 @@ from .blas import find_sgemm
     PARTS, SHARED, PRIVATE, DELTAS, FORM_FIRST,
 ) = range(12)  # fmt: skip
 
-# Of each layer in a form: its shape; whether it runs dense, and whether it has anything pruned; its
+# Of each layer in a form: its shape; how it runs dense, if so, and whether anything is pruned; its
 # activation; nonzeros by rows (listed by length), and where each lies in the weight; the same by
 # columns, and which of the nonzeros by rows each is; one bit per weight; then where it keeps its
 # values, among what is saved; its panels, in features; where a part sums up the gradients of its
@@ -57,6 +58,11 @@ DENSE_FROM = 0.42
 
 _NARROW, _NARROW_DENSE_FROM = 32, 0.5
 """The same of a layer with fewer inputs or outputs: 0.52 for 256 -> 24, above 0.7 for 17 -> 256."""
+
+SPARSE, BY_SGEMM, BY_TILES = range(3)
+"""How a layer runs: by compressed rows, or dense by either; a few outputs are no work for sgemm."""
+
+_FEW_OUTPUTS = 15
 
 _LONE_DENSE = 1 << 23
 """Multiply-adds up to which one dense layer is worth a call of its own."""
@@ -187,7 +193,7 @@ class Form:
         record: elements of the panels of a whole tile.
         values: elements of the packed values.
         scratch: elements of scratch that forward and backward need.
-        dense: of each layer, whether it runs dense.
+        dense: of each layer, how it runs dense, or `SPARSE`.
         pays: whether it is worth it: torch's own product is faster for one large layer that runs
             dense, having no panels to fill and empty.
     """
@@ -197,18 +203,18 @@ class Form:
         self.work = sum(support.nonzeros for support in supports)
         self.work += _MOVING * sum(layer.out for layer in layers)
         self.dense = tuple(
-            runs_dense(layer.out, layer.inp, support.nonzeros, len(layers) == 1)
+            choose_product(layer.out, layer.inp, support.nonzeros, len(layers) == 1)
             for layer, support in zip(layers, supports, strict=True)
         )
         widths = [layers[0].inp, *(layer.out for layer in layers)]
-        every = all(self.dense)
+        every = all(kind == BY_SGEMM for kind in self.dense)
         size = batch * layers[0].out * layers[0].inp
         self.pays = len(layers) > 1 or not every or size <= _LONE_DENSE
         self.parts = choose_parts(batch, every)
         self.tile = choose_tile(widths, batch, every, self.parts)
         values, features, shared = 0, widths[0], 0
         widest = _whole(max(widths))
-        deltas = LANES * max(widest, LANES)
+        deltas = LANES * max(widest, NARROW_PARTIAL)
         private = deltas + 2 * widest * self.tile
         records: list[list[int]] = []
         x = 0
@@ -272,11 +278,15 @@ def choose_tile(widths: Sequence[int], batch: int, dense: bool, parts: int) -> i
     return min(max(_whole(-(-batch // parts)), LANES), most)
 
 
-def runs_dense(out: int, inp: int, nonzeros: int, alone: bool) -> bool:
-    """Whether a layer runs dense, by `sgemm`, rather than by compressed rows.
+def choose_product(out: int, inp: int, nonzeros: int, alone: bool) -> int:
+    """Whether a layer runs by compressed rows, or dense, and how.
 
     A layer alone is measured against torch's own product, which is faster on large batches.
     """
     narrow = min(out, inp)
     least = _NARROW_DENSE_FROM if narrow < _NARROW and not alone else DENSE_FROM
-    return bool(find_sgemm()) and nonzeros > least * out * inp and narrow >= 16
+    if nonzeros <= least * out * inp:
+        return SPARSE
+    if out <= _FEW_OUTPUTS and inp >= LANES:
+        return BY_TILES
+    return BY_SGEMM if find_sgemm() and narrow >= 16 else SPARSE

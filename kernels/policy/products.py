@@ -11,13 +11,24 @@ import numpy as np
 
 from ..addresses import get, put
 from ..compiling import njit
-from ..tiles_cpu import make_sparse_tile
+from ..tiles_cpu import (
+    make_dots,
+    make_gated_sparse_tile,
+    make_gated_tile,
+    make_sparse_tile,
+    make_tile,
+)
 from ..vector import LANES, fma, load, splat, store, sum_each, sum_lanes, transpose
 
 __all__ = [
+    "NARROW_PARTIAL",
     "clear_columns",
     "fill",
     "from_panel",
+    "gated_product",
+    "narrow_gradient",
+    "narrow_input_gradient",
+    "narrow_product",
     "sparse_gradient",
     "sparse_product",
     "sum_rows",
@@ -27,14 +38,62 @@ __all__ = [
 _ZERO = np.float32(0.0)
 
 
-_tile_8 = make_sparse_tile(8)
-_tile_4 = make_sparse_tile(4, 2)
-_tile_2 = make_sparse_tile(2, 2)
-_tile_1 = make_sparse_tile(1, 4)
+_COLUMNS, _CHAINS = (8, 4, 2, 1), (1, 2, 2, 4)
+_tile_8, _tile_4, _tile_2, _tile_1 = map(make_sparse_tile, _COLUMNS, _CHAINS)
+_relu_8, _relu_4, _relu_2, _relu_1 = (
+    make_sparse_tile(columns, chains, relu=True)
+    for columns, chains in zip(_COLUMNS, _CHAINS, strict=True)
+)
+_gated_8, _gated_4, _gated_2, _gated_1 = map(make_gated_sparse_tile, _COLUMNS, _CHAINS)
+
+# Accumulators, a row of inputs and a broadcast must fit the registers: 32, but 16 on AVX2.
+_WIDE = 2 if LANES == 8 else 4
+_NARROW = 6
+"""Outputs of a narrow layer that are taken together."""
+
+NARROW_PARTIAL = _NARROW * LANES
+"""Registers of scratch that `narrow_gradient` wants."""
+
+
+def _make_sparse_product(tile_8, tile_4, tile_2, tile_1, gated):
+    @njit
+    def product(m, n, i64, values, begin, rows, index, count, x, y, ld, other):
+        c = 0
+        start = _ZERO
+        while c < ld:
+            left = (ld - c) // LANES
+            for k in range(count):
+                j = get(i64, begin + k)
+                size = get(i64, begin + k + 1) - j
+                r = np.int64(get(n, rows + k))
+                at = y + r * ld + c
+                v, i, p = values + j, index + j, x + c
+                if gated:
+                    last = other + r * ld + c
+                else:
+                    if other != 0:
+                        start = get(m, other + r)
+                    last = start
+                if left >= 8:
+                    tile_8(m, v, n, i, size, m, p, ld, m, at, last)
+                elif left >= 4:
+                    tile_4(m, v, n, i, size, m, p, ld, m, at, last)
+                elif left >= 2:
+                    tile_2(m, v, n, i, size, m, p, ld, m, at, last)
+                else:
+                    tile_1(m, v, n, i, size, m, p, ld, m, at, last)
+            c += (8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1) * LANES
+
+    return product
+
+
+_product = _make_sparse_product(_tile_8, _tile_4, _tile_2, _tile_1, False)
+_relu_product = _make_sparse_product(_relu_8, _relu_4, _relu_2, _relu_1, False)
+_gated_product = _make_sparse_product(_gated_8, _gated_4, _gated_2, _gated_1, True)
 
 
 @njit(cache=True)
-def sparse_product(m, n, i64, values, begin, rows, index, count, x, y, ld, bias):
+def sparse_product(m, n, i64, values, begin, rows, index, count, x, y, ld, bias, relu):
     """``y[r] = bias[r] + sum_j values[j] x[index[j]]`` over the nonzeros j of each row r.
 
     Args:
@@ -51,27 +110,142 @@ def sparse_product(m, n, i64, values, begin, rows, index, count, x, y, ld, bias)
         y: the panel to write.
         ld: its columns.
         bias: ``[rows]``, or 0.
+        relu: whether ReLU follows, before anything is written.
+    """
+    if relu:
+        _relu_product(m, n, i64, values, begin, rows, index, count, x, y, ld, bias)
+    else:
+        _product(m, n, i64, values, begin, rows, index, count, x, y, ld, bias)
+
+
+@njit(cache=True)
+def gated_product(m, n, i64, values, begin, rows, index, count, x, y, ld, gate):
+    """`sparse_product` without a bias, and zero where the panel ``gate`` is not positive."""
+    _gated_product(m, n, i64, values, begin, rows, index, count, x, y, ld, gate)
+
+
+_add_wide, _add_slim, _add_wide_1, _add_slim_1 = (
+    make_tile(rows, columns, accumulate=True) for rows in (_NARROW, 1) for columns in (_WIDE, 1)
+)
+
+
+@njit(cache=True)
+def narrow_product(m, values, out, inp, x, y, ld):
+    """``y[r] += sum_f values[r, f] x[f]`` of a layer with few outputs, dense."""
+    c = 0
+    while c < ld:
+        wide = ld - c >= _WIDE * LANES
+        r = 0
+        while r < out:
+            at, w = y + r * ld + c, values + r * inp
+            if r + _NARROW <= out:
+                if wide:
+                    _add_wide(m, w, inp, 1, m, x + c, ld, m, at, ld, inp, m, 0)
+                else:
+                    _add_slim(m, w, inp, 1, m, x + c, ld, m, at, ld, inp, m, 0)
+                r += _NARROW
+            else:
+                if wide:
+                    _add_wide_1(m, w, inp, 1, m, x + c, ld, m, at, ld, inp, m, 0)
+                else:
+                    _add_slim_1(m, w, inp, 1, m, x + c, ld, m, at, ld, inp, m, 0)
+                r += 1
+        c += (_WIDE if wide else 1) * LANES
+
+
+def _make_input_gradient(gated):
+    wide, slim, wide_1, slim_1 = (
+        make_gated_tile(rows, columns, gated) for rows in (_NARROW, 1) for columns in (_WIDE, 1)
+    )
+
+    @njit
+    def product(m, values, out, inp, delta, y, ld, gate):
+        c = 0
+        while c < ld:
+            whole = ld - c >= _WIDE * LANES
+            f = 0
+            while f < inp:
+                at, w, g = y + f * ld + c, values + f, gate + f * ld + c
+                if f + _NARROW <= inp:
+                    if whole:
+                        wide(m, w, 1, inp, m, delta + c, ld, at, ld, g, out)
+                    else:
+                        slim(m, w, 1, inp, m, delta + c, ld, at, ld, g, out)
+                    f += _NARROW
+                else:
+                    if whole:
+                        wide_1(m, w, 1, inp, m, delta + c, ld, at, ld, g, out)
+                    else:
+                        slim_1(m, w, 1, inp, m, delta + c, ld, at, ld, g, out)
+                    f += 1
+            c += (_WIDE if whole else 1) * LANES
+
+    return product
+
+
+_input_gradient, _gated_input_gradient = map(_make_input_gradient, (False, True))
+
+
+@njit(cache=True)
+def narrow_input_gradient(m, values, out, inp, delta, y, ld, gate):
+    """``y[f] = sum_r values[r, f] delta[r]``, zero where the panel ``gate`` is not positive.
+
+    Args:
+        m: memory.
+        values: ``[out, inp]``.
+        out: few.
+        inp: features of y.
+        delta: panel of the gradient by the output.
+        y: the panel to write.
+        ld: columns of both.
+        gate: panel of ReLU's output before the layer, or 0.
+    """
+    if gate != 0:
+        _gated_input_gradient(m, values, out, inp, delta, y, ld, gate)
+    else:
+        _input_gradient(m, values, out, inp, delta, y, ld, gate)
+
+
+_dots_wide, _dots_slim, _dots_wide_1, _dots_slim_1 = (
+    make_dots(rows, columns) for rows in (_NARROW, 1) for columns in (_WIDE, 1)
+)
+
+
+@njit(cache=True)
+def narrow_gradient(m, grad, out, inp, x, delta, ld, partial):
+    """``grad[r, f] += delta[r] . x[f]`` of a layer with few outputs, dense.
+
+    Args:
+        m, out, inp, x, delta, ld: as for `narrow_input_gradient`.
+        grad: ``[out, inp]``.
+        partial: scratch, `NARROW_PARTIAL` registers.
     """
     c = 0
-    start = _ZERO
     while c < ld:
-        left = (ld - c) // LANES
-        for k in range(count):
-            j = get(i64, begin + k)
-            size = get(i64, begin + k + 1) - j
-            r = np.int64(get(n, rows + k))
-            if bias != 0:
-                start = get(m, bias + r)
-            at = y + r * ld + c
-            if left >= 8:
-                _tile_8(m, values + j, n, index + j, size, m, x + c, ld, m, at, start)
-            elif left >= 4:
-                _tile_4(m, values + j, n, index + j, size, m, x + c, ld, m, at, start)
-            elif left >= 2:
-                _tile_2(m, values + j, n, index + j, size, m, x + c, ld, m, at, start)
-            else:
-                _tile_1(m, values + j, n, index + j, size, m, x + c, ld, m, at, start)
-        c += (8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1) * LANES
+        wide = ld - c >= _WIDE * LANES
+        r = 0
+        while r < out:
+            d, rows = delta + r * ld + c, _NARROW if r + _NARROW <= out else 1
+            for f in range(0, inp, LANES):
+                count, at = min(LANES, inp - f), x + f * ld + c
+                if rows > 1:
+                    if wide:
+                        _dots_wide(m, d, ld, at, ld, count, partial)
+                    else:
+                        _dots_slim(m, d, ld, at, ld, count, partial)
+                elif wide:
+                    _dots_wide_1(m, d, ld, at, ld, count, partial)
+                else:
+                    _dots_slim_1(m, d, ld, at, ld, count, partial)
+                for k in range(rows):
+                    g, p = grad + (r + k) * inp + f, partial + k * LANES * LANES
+                    if count == LANES:
+                        _flush(m, g, p)
+                    else:
+                        for i in range(count):
+                            put(m, g + i, get(m, g + i) + sum_lanes(load(m, p + i * LANES)))
+            r += rows
+        c += (_WIDE if wide else 1) * LANES
 
 
 @njit(cache=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
 from sparse_tickets.kernels.policy import network as module
 from sparse_tickets.kernels.policy.blas import find_sgemm
+from sparse_tickets.kernels.vector import LANES
 
 ACTIVATIONS = [
     nn.Tanh(), nn.ReLU(), nn.Sigmoid(), nn.ELU(), nn.ELU(-0.5), nn.LeakyReLU(), nn.LeakyReLU(-0.1),
@@ -146,6 +147,27 @@ def test_all_shapes(widths, density):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_activations_between_layers_and_at_the_end(activation, density):
     check(NetworkProblem((6, 32, 20, 3), density, activation, last=activation), 41)
+
+
+@pytest.mark.parametrize("batch", [5, 64, 150])
+@pytest.mark.parametrize("out", [1, 6, 7, 15, 16])
+@pytest.mark.parametrize("density", [0.6, 1.0])
+def test_few_outputs(out, batch, density):
+    check(NetworkProblem((9, 2 * LANES + 3, out), density, nn.ReLU()), batch)
+    check(NetworkProblem((LANES, out), density, None), batch)
+
+
+def test_relu_lets_through_what_its_output_says():
+    """A NaN as in torch, also where the product after it is of another kind."""
+    for out in (6, 40):
+        problem = NetworkProblem((20, 40, 40, out), 1.0, nn.ReLU())
+        x = torch.randn(70, 20, generator=problem.draw)
+        x[3, 2] = torch.nan
+        x.requires_grad_()
+        exact = x.detach().double().requires_grad_()
+        problem.train(x).sum().backward()
+        problem.truth(exact)[0].sum().backward()
+        torch.testing.assert_close(x.grad.double(), exact.grad, atol=1e-4, rtol=0, equal_nan=True)
 
 
 def test_without_bias():
@@ -287,6 +309,6 @@ def test_a_narrow_layer_runs_dense_from_a_higher_density_than_a_wide_one():
     some = NetworkProblem((17, 64, 64, 6), 0.46, nn.ReLU())
     assert some.network.describe(64, training=True)[0] == "csr/dense+mask/csr"
     most = NetworkProblem((17, 64, 64, 6), 0.8, nn.ReLU())
-    assert most.network.describe(64, training=True)[0] == "dense+mask/dense+mask/csr"
+    assert most.network.describe(64, training=True)[0] == "dense+mask/dense+mask/dense+mask"
     alone = NetworkProblem((17, 64), 0.46, nn.ReLU())
     assert alone.network.describe(64, training=True)[0] == "dense+mask"
