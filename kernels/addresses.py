@@ -14,7 +14,17 @@ from numba.core.extending import intrinsic
 
 from .compiling import njit
 
-__all__ = ["by_address", "bytes_", "floats", "get", "integers", "pointer", "put", "shorts"]
+__all__ = [
+    "by_address",
+    "bytes_",
+    "find_machine_code",
+    "floats",
+    "get",
+    "integers",
+    "pointer",
+    "put",
+    "shorts",
+]
 
 
 @intrinsic
@@ -85,3 +95,10 @@ def by_address(function, arguments: int):
     signature = (types.int64,) * arguments
     function.compile(signature)
     return function.get_overload(signature)
+
+
+def find_machine_code(function, signature) -> int:
+    """Where the machine code begins that Numba compiled for a signature, of its own convention."""
+    function.compile(signature)
+    compiled = function.overloads[signature]
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)

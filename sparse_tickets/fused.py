@@ -7,6 +7,7 @@ from functools import cache
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from sparse_tickets.hooks import count_changes, follow, keep_owned_
 from sparse_tickets.kernels.dispatch import Plan
+from sparse_tickets.kernels.policy import native
 from sparse_tickets.kernels.threads import count_threads
 from sparse_tickets.kernels.update import tensors
 
@@ -26,7 +28,9 @@ __all__ = ["FusedOptimizer"]
 
 # Where fewer of a tensor's entries are kept, they are updated one by one.
 _LISTED = 0.25
-_compiled = cache(tensors.compiled)
+_compiled, _address = cache(tensors.compiled), cache(tensors.address)
+# Work from which a step gives back the GIL: another thread may do much meanwhile.
+_LONG = 1 << 22
 _params_of = itemgetter("params")
 _is_contiguous = Tensor.is_contiguous
 
@@ -90,6 +94,27 @@ class _Table:
             *(places.ctypes.data, n, self.numbers.ctypes.data, len(groups)),
             *(chunks.ctypes.data, len(chunks), self.squares.ctypes.data),
         )
+        self.compiled = None if native.module is None else self._compile(optimizer)
+
+    def _compile(self, optimizer: FusedOptimizer) -> Any:
+        """What looks and runs in C++."""
+        layers = [(ref(each.layer), each.weight, each.mask) for each in self.layers]
+        compiled = native.module.Fused(
+            self.changes, optimizer.param_groups, self.held, layers, True
+        )
+        for p, state in optimizer.state.items():
+            compiled.expect(p, [*state.values()])
+        weights, masks = ([layer[i] for layer in layers] for i in (1, 2))
+        gradients_at = self.gradients.ctypes.data
+        compiled.set_up(
+            *(self.fused, gradients_at, tensors.PLACES, self.without, weights, masks),
+            *(self.groups, optimizer._names),
+        )
+        return compiled
+
+    def is_outdated(self) -> bool:
+        """Whether by now there is C++ that the table was made without."""
+        return self.compiled is None and native.module is not None
 
     def _hold(self, place: np.ndarray, column: int, tensor: Tensor) -> None:
         place[column] = tensor.data_ptr()
@@ -109,6 +134,13 @@ class _Table:
 
     def is_valid(self, optimizer: FusedOptimizer) -> bool:
         """Whether the step may go on with these addresses; takes up the gradients' if so."""
+        if self.compiled is not None:
+            found = self.compiled.look(optimizer.param_groups, optimizer.state, count_changes())
+            if found != 1:
+                return bool(found)
+            taken = self._take_up_numbers(optimizer)
+            self.compiled.took_numbers()
+            return taken
         if (
             self.changes != count_changes()
             or self.params != _params(optimizer.param_groups)
@@ -159,7 +191,11 @@ class _Table:
         """The step of all tensors; returns the norm of their gradients, or 0 without clipping."""
         work, parts = self.threads_work
         limit = -1.0 if optimizer.max_grad_norm is None else optimizer.max_grad_norm
-        norm = _compiled(optimizer._kernel)(count_threads(parts, work), *self.call, limit)
+        threads = count_threads(parts, work)
+        if self.compiled is not None:
+            step = _address(optimizer._kernel)
+            return self.compiled.run(step, threads, self.call, limit, work > _LONG)
+        norm = _compiled(optimizer._kernel)(threads, *self.call, limit)
         torch.autograd.graph.increment_version(self.fused)
         self.versions = [layer.weight._version for layer in self.layers]
         return norm
@@ -224,6 +260,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _table: _Table | None = None
     _norm: float | Tensor = 0.0
     _kernel: str
+    _names: tuple[str, ...]
     _hyper: Callable[[dict[str, Any]], tuple]
 
     def _set_up(self, max_grad_norm: float | None) -> None:
@@ -274,7 +311,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         table = self._table
-        if table is not None and table.is_valid(self):
+        if table is not None and not table.is_outdated() and table.is_valid(self):
             self._norm = table.run(self)
         else:
             self._step_anew()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -123,8 +124,7 @@ def keep_owned_(optimizer: Optimizer) -> None:
         torch.compiler.disable(keep_owned_)(optimizer)
         return
     known = _passes.get(optimizer)
-    if known is not None and known.is_valid(optimizer):
-        known.run()
+    if known is not None and known.run(optimizer):
         return
     changes = _changes
     owned = [
@@ -156,7 +156,7 @@ def _keep_owned_(
                 alone = True
                 if not layer.is_dense():
                     keep_(value, mask)
-    found.run()
+    found.keep()
     with _lock:
         if alone:
             _passes.pop(optimizer, None)
@@ -185,6 +185,7 @@ class _Pass:
         self._places: list[int] = []
         # Rows of value, mask and count.
         self._table = array("q")
+        self._compiled: Any = None
 
     def take(
         self, optimizer: Optimizer, layer: SparseLinear, weight: Tensor, mask: Tensor
@@ -231,12 +232,43 @@ class _Pass:
             and all(map(_is_contiguous, self._tensors))
         )
 
-    def run(self) -> None:
+    def run(self, optimizer: Optimizer) -> bool:
+        """Zero what is not zero off the masks, if all lies where it lay."""
+        native = _native()
+        if self._compiled is None:
+            if not self.is_valid(optimizer):
+                return False
+            if native.module is None:
+                self.keep()
+                return True
+            self._compiled = self._compile(native.module, optimizer)
+        compiled, *table = self._compiled
+        return compiled.run(optimizer.param_groups, optimizer.state, _changes, *table)
+
+    def _compile(self, module: Any, optimizer: Optimizer) -> tuple[Any, int, int, int]:
+        """What looks and runs in C++, and the kernel and its table."""
+        from sparse_tickets.kernels.linear.masking import keep_all_address
+
+        compiled = module.Kept(
+            self._changes, optimizer.param_groups, self._tensors, self._layers, False
+        )
+        for _, weight, _ in self._layers:
+            compiled.expect(weight, [*optimizer.state.get(weight, {}).values()])
+        return compiled, keep_all_address(), self._table.buffer_info()[0], len(self._table) // 3
+
+    def keep(self) -> None:
         """Zero what is not zero off the masks."""
         if self._table:
             from sparse_tickets.kernels.linear.masking import keep_all
 
             keep_all(self._table.buffer_info()[0], len(self._table) // 3)
+
+
+@cache
+def _native() -> Any:
+    from sparse_tickets.kernels.policy import native
+
+    return native
 
 
 _passes: WeakKeyDictionary[Optimizer, _Pass] = WeakKeyDictionary()

@@ -54,11 +54,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     _kernel = "adam"
     _torch: type[torch.optim.Optimizer] = torch.optim.Adam
     _lists = 6
-    _hyper = staticmethod(
-        itemgetter(
-            "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"
-        )
-    )
+    _names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+    _hyper = staticmethod(itemgetter(*_names))
 
     def __init__(
         self,
@@ -128,9 +125,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     _kernel = "sgd"
     _torch: type[torch.optim.Optimizer] = torch.optim.SGD
     _lists = 3
-    _hyper = staticmethod(
-        itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    )
+    _names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    _hyper = staticmethod(itemgetter(*_names))
 
     def __init__(
         self,
@@ -193,9 +189,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     _kernel = "rmsprop"
     _torch: type[torch.optim.Optimizer] = torch.optim.RMSprop
     _lists = 6
-    _hyper = staticmethod(
-        itemgetter("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
-    )
+    _names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
+    _hyper = staticmethod(itemgetter(*_names))
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.core.extending import intrinsic
 
-from ..addresses import by_address, pointer
+from ..addresses import by_address, find_machine_code, pointer
 from ..compiling import njit
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "is_zero_off",
     "keep",
     "keep_all",
+    "keep_all_address",
     "keep_in_place",
     "keeps_all",
 ]
@@ -175,3 +176,8 @@ keep = by_address(_keep, 4)
 keep_in_place = by_address(_keep_in_place, 3)
 keeps_all = by_address(_is_full, 2)
 keep_all = by_address(_keep_all, 2)
+
+
+def keep_all_address() -> int:
+    """Where the machine code of `keep_all` begins."""
+    return find_machine_code(_keep_all, (types.int64,) * 2)

@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 
 from ..activations_cpu import RELU, activate, deactivate
-from ..addresses import bytes_, floats, get, integers, put, shorts
+from ..addresses import bytes_, find_machine_code, floats, get, integers, put, shorts
 from ..compiling import njit
 from ..threads import share
 from ..vector import (
@@ -467,8 +467,4 @@ def kernels() -> tuple[Callable[[int, int, int], None], ...]:
 
 def addresses() -> tuple[int, ...]:
     """Where the machine code of ``(act, forward, backward)`` begins, of Numba's own convention."""
-    kernels()
-    compiled = (function.overloads[_SIGNATURE] for function in (act, _forward, _backward))
-    return tuple(
-        each.library.get_pointer_to_function(each.fndesc.llvm_func_name) for each in compiled
-    )
+    return tuple(find_machine_code(function, _SIGNATURE) for function in (act, _forward, _backward))

@@ -33,7 +33,7 @@ SETTING = "SPARSE_TICKETS_NATIVE"
 
 THREAD = "sparse_tickets compiling"
 
-_SOURCE = Path(__file__).with_name("node.cpp")
+_SOURCE, _HEADER = (Path(__file__).with_name(name) for name in ("node.cpp", "steps.h"))
 _TORCH = Path(torch.__file__).parent
 
 _SCRIPT = 'file="$1"; shift; "$@" && mv "$0" "$file"'
@@ -85,7 +85,8 @@ def _tell(reason: str) -> None:
 def _file() -> Path:
     """Where it is kept; another source, torch, Python or machine has a file of its own."""
     of = (torch.__version__, sys.implementation.cache_tag, platform.machine())
-    digest = hashlib.blake2b(_SOURCE.read_bytes() + " ".join(of).encode(), digest_size=8)
+    sources = _SOURCE.read_bytes() + _HEADER.read_bytes()
+    digest = hashlib.blake2b(sources + " ".join(of).encode(), digest_size=8)
     return cache_folder() / "native" / f"node-{digest.hexdigest()}.so"
 
 

@@ -26,6 +26,8 @@
 #include <utility>
 #include <vector>
 
+#include "steps.h"
+
 namespace {
 
 namespace py = pybind11;
@@ -569,6 +571,7 @@ class Run : public Network {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  steps::bind(module);
   module.def("set_up", [](int64_t act, int64_t forward, int64_t backward, int64_t few,
                           int64_t long_work, int64_t worth_a_thread, int64_t used_threads,
                           py::object differentiate) {

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, types
 
-from ..addresses import pointer
+from ..addresses import find_machine_code, pointer
 from ..compiling import njit
 from ..threads import share
 from .cpu import blend
@@ -38,6 +38,7 @@ __all__ = [
     "SUPPORT",
     "THIRD",
     "WORK",
+    "address",
     "compiled",
     "cut",
     "find_support",
@@ -402,6 +403,11 @@ def compiled(name: str) -> Callable[..., float]:
     """
     _STEPS[name].compile(_SIGNATURE)
     return _STEPS[name].get_overload(_SIGNATURE)
+
+
+def address(name: str) -> int:
+    """Where the machine code of that step begins."""
+    return find_machine_code(_STEPS[name], _SIGNATURE)
 
 
 def cut(lengths: list[int]) -> np.ndarray:
