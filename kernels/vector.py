@@ -36,6 +36,7 @@ __all__ = [
     "constant",
     "data_of",
     "fma",
+    "gather",
     "integers",
     "load",
     "load_at",
@@ -44,6 +45,7 @@ __all__ = [
     "maximum",
     "minimum",
     "multiply_add",
+    "scatter",
     "splat",
     "store",
     "store_at",
@@ -185,6 +187,64 @@ def splat(typingctx, scalar):
         return broadcast(builder, arguments[0])
 
     return vector(types.float32), generate
+
+
+def _listed(context, builder, signature, arguments):
+    """Where an array begins, and the `LANES` positions in it that ``index`` lists from ``at``."""
+    array, index, at = arguments
+    listed = builder.gep(data_of(context, builder, signature.args[1], index), [at])
+    positions = builder.load(builder.bitcast(listed, INT_VECTOR.as_pointer()), align=4)
+    return data_of(context, builder, signature.args[0], array), positions
+
+
+def _lanes(builder, data, positions):
+    """Of each lane its number and where its element is."""
+    for lane in range(LANES):
+        number = ir.Constant(_INT, lane)
+        position = builder.zext(builder.extract_element(positions, number), INDEX)
+        yield number, builder.gep(data, [position])
+
+
+_EVERY = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [ir.Constant(ir.IntType(1), 1)] * LANES)
+_HAS_GATHERS = LANES == 16
+_BYTES = ir.IntType(8).as_pointer()
+
+
+@intrinsic
+def gather(typingctx, array, index, at):
+    """Lane l is ``array[index[at + l]]``; of an int32 index that is not negative."""
+
+    def generate(context, builder, signature, arguments):
+        data, positions = _listed(context, builder, signature, arguments)
+        if _HAS_GATHERS:
+            name = "llvm.x86.avx512.mask.gather.dps.512"
+            base = builder.bitcast(data, _BYTES)
+            return call(builder, name, VECTOR, [constant(0.0), base, positions, _EVERY, _INT(4)])
+        value = constant(0.0)
+        for lane, element in _lanes(builder, data, positions):
+            value = builder.insert_element(value, builder.load(element), lane)
+        return value
+
+    return vector(array, index, types.int64), generate
+
+
+@intrinsic
+def scatter(typingctx, array, index, at, value):
+    """``array[index[at + l]]`` is lane l; likewise."""
+
+    def generate(context, builder, signature, arguments):
+        data, positions = _listed(context, builder, signature, arguments[:3])
+        value = arguments[3]
+        if _HAS_GATHERS:
+            name = "llvm.x86.avx512.mask.scatter.dps.512"
+            base = builder.bitcast(data, _BYTES)
+            call(builder, name, ir.VoidType(), [base, _EVERY, positions, value, _INT(4)])
+        else:
+            for lane, element in _lanes(builder, data, positions):
+                builder.store(builder.extract_element(value, lane), element)
+        return context.get_dummy_value()
+
+    return types.void(array, index, types.int64, vector), generate
 
 
 def as_vector(value):

@@ -42,7 +42,7 @@ class _Listed(NamedTuple):
     weight: Tensor
     mask: Tensor
     version: int
-    support: Any
+    support: tuple[Any, Any]
 
 
 class _Table:
@@ -123,13 +123,15 @@ class _Table:
     def _mask(self, place: np.ndarray, layer: SparseLinear, p: Tensor) -> None:
         layer.apply_mask_()
         mask = layer.mask
-        kept, support = int(mask.count_nonzero()), None
+        kept, support, picked = int(mask.count_nonzero()), None, None
         if kept < _LISTED * mask.numel():
             support = tensors.find_support(mask.numpy().reshape(-1))
+            picked = np.empty(kept, np.float32)
             place[tensors.LENGTH], place[tensors.SUPPORT] = kept, support.ctypes.data
+            place[tensors.PICKED] = picked.ctypes.data
         elif kept < mask.numel():
             self._hold(place, tensors.MASK, mask)
-        self.layers.append(_Listed(layer, p, mask, mask._version, support))
+        self.layers.append(_Listed(layer, p, mask, mask._version, (support, picked)))
         self.versions.append(p._version)
 
     def is_valid(self, optimizer: FusedOptimizer) -> bool:

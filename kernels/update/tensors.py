@@ -19,6 +19,7 @@ from numba import carray, types
 from ..addresses import find_machine_code, pointer
 from ..compiling import njit
 from ..threads import share
+from ..vector import LANES, fma, gather, load, scatter, splat, store
 from .cpu import blend
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MASK",
     "NUMBERS",
     "PARAM",
+    "PICKED",
     "PLACES",
     "SECOND",
     "SIZE",
@@ -45,10 +47,12 @@ __all__ = [
 ]
 
 # Columns of a tensor's row: addresses (0: there is none), the entries it has and updates, the row
-# of its group's numbers, and whether its momentum starts with this step.
+# of its group's numbers, whether its momentum starts with this step, and the address of memory for
+# its gradient on the support: clipping reads it there first.
 (
-    PARAM, GRAD, FIRST, SECOND, THIRD, STEP, SUPPORT, MASK, SIZE, LENGTH, GROUP, FRESH, PLACES,
-) = range(13)  # fmt: skip
+    PARAM, GRAD, FIRST, SECOND, THIRD, STEP, SUPPORT, MASK, SIZE, LENGTH, GROUP, FRESH, PICKED,
+    PLACES,
+) = range(14)  # fmt: skip
 NUMBERS = 8
 """Numbers per group, in the order in which an optimiser's kernel names them."""
 
@@ -80,20 +84,38 @@ def _make_update(entry: Callable, first: bool, second: bool, third: bool) -> Cal
     zero = np.float32(0.0)
 
     @njit(error_model="numpy")
-    def update_listed(w, g, a, b, c, position, k):
+    def update_listed(w, g, is_picked, a, b, c, position, k):
         buffer = np.empty((5, _BLOCK), np.float32)
         w_, g_, a_, b_, c_ = buffer[0], buffer[1], buffer[2], buffer[3], buffer[4]
         for begin in range(0, position.size, _BLOCK):
             at = position[begin : begin + _BLOCK]
-            for j in range(at.size):
+            whole = at.size // LANES * LANES
+            for j in range(0, whole, LANES):
+                store(w_, j, gather(w, at, j))
+                store(g_, j, load(g, begin + j) if is_picked else gather(g, at, j))
+                if first:
+                    store(a_, j, gather(a, at, j))
+                if second:
+                    store(b_, j, gather(b, at, j))
+                if third:
+                    store(c_, j, gather(c, at, j))
+            for j in range(whole, at.size):
                 i = np.uint32(at[j])
-                w_[j], g_[j] = w[i], g[i]
+                w_[j], g_[j] = w[i], g[begin + j] if is_picked else g[i]
                 a_[j] = a[i] if first else zero
                 b_[j] = b[i] if second else zero
                 c_[j] = c[i] if third else zero
             for j in range(at.size):
                 w_[j], a_[j], b_[j], c_[j] = entry(w_[j], g_[j], a_[j], b_[j], c_[j], k)
-            for j in range(at.size):
+            for j in range(0, whole, LANES):
+                scatter(w, at, j, load(w_, j))
+                if first:
+                    scatter(a, at, j, load(a_, j))
+                if second:
+                    scatter(b, at, j, load(b_, j))
+                if third:
+                    scatter(c, at, j, load(c_, j))
+            for j in range(whole, at.size):
                 i = np.uint32(at[j])
                 w[i] = w_[j]
                 if first:
@@ -135,7 +157,7 @@ def _make_update(entry: Callable, first: bool, second: bool, third: bool) -> Cal
                 c[i] = z
 
     @njit(error_model="numpy")
-    def update(place, begin, end, k):
+    def update(place, begin, end, clips, k):
         size = place[SIZE]
         w, g = _floats(place[PARAM], size), _floats(place[GRAD], size)
         a = _floats(place[FIRST], size) if first else w
@@ -143,7 +165,9 @@ def _make_update(entry: Callable, first: bool, second: bool, third: bool) -> Cal
         c = _floats(place[THIRD], size) if third else w
         if place[SUPPORT]:
             position = carray(pointer(place[SUPPORT]), (place[LENGTH],), np.int32)
-            update_listed(w, g, a, b, c, position[begin:end], k)
+            if clips:
+                g = _floats(place[PICKED], place[LENGTH])[begin:end]
+            update_listed(w, g, clips, a, b, c, position[begin:end], k)
         elif place[MASK]:
             mask = carray(pointer(place[MASK]), (size,), np.bool_)
             update_masked(
@@ -185,7 +209,7 @@ _amsgrad_update = _make_update(_amsgrad_entry, True, True, True)
 
 
 @njit(error_model="numpy")
-def _adam_chunk(thread, chunk, chunks, places, numbers, scale):
+def _adam_chunk(thread, chunk, chunks, places, numbers, scale, clips):
     place = places[chunks[chunk, 0]]
     if not place[GRAD]:
         return
@@ -205,9 +229,9 @@ def _adam_chunk(thread, chunk, chunks, places, numbers, scale):
         one(0.0),
     )
     if amsgrad:
-        _amsgrad_update(place, chunks[chunk, 1], chunks[chunk, 2], k)
+        _amsgrad_update(place, chunks[chunk, 1], chunks[chunk, 2], clips, k)
     else:
-        _adam_update(place, chunks[chunk, 1], chunks[chunk, 2], k)
+        _adam_update(place, chunks[chunk, 1], chunks[chunk, 2], clips, k)
 
 
 @njit(error_model="numpy")
@@ -230,7 +254,7 @@ _momentum_update = _make_update(_momentum_entry, True, False, False)
 
 
 @njit(error_model="numpy")
-def _sgd_chunk(thread, chunk, chunks, places, numbers, scale):
+def _sgd_chunk(thread, chunk, chunks, places, numbers, scale, clips):
     place = places[chunks[chunk, 0]]
     if not place[GRAD]:
         return
@@ -249,9 +273,9 @@ def _sgd_chunk(thread, chunk, chunks, places, numbers, scale):
         zero,
     )
     if momentum != 0.0:
-        _momentum_update(place, chunks[chunk, 1], chunks[chunk, 2], k)
+        _momentum_update(place, chunks[chunk, 1], chunks[chunk, 2], clips, k)
     else:
-        _plain_update(place, chunks[chunk, 1], chunks[chunk, 2], k)
+        _plain_update(place, chunks[chunk, 1], chunks[chunk, 2], clips, k)
 
 
 @njit(error_model="numpy")
@@ -280,7 +304,7 @@ _centered_momentum_update = _make_update(_centered_entry, True, True, True)
 
 
 @njit(error_model="numpy")
-def _rmsprop_chunk(thread, chunk, chunks, places, numbers, scale):
+def _rmsprop_chunk(thread, chunk, chunks, places, numbers, scale, clips):
     place = places[chunks[chunk, 0]]
     if not place[GRAD]:
         return
@@ -293,18 +317,18 @@ def _rmsprop_chunk(thread, chunk, chunks, places, numbers, scale):
     begin, end = chunks[chunk, 1], chunks[chunk, 2]
     if centered:
         if momentum > 0.0:
-            _centered_momentum_update(place, begin, end, k)
+            _centered_momentum_update(place, begin, end, clips, k)
         else:
-            _centered_update(place, begin, end, k)
+            _centered_update(place, begin, end, clips, k)
     elif momentum > 0.0:
-        _rms_momentum_update(place, begin, end, k)
+        _rms_momentum_update(place, begin, end, clips, k)
     else:
-        _rms_update(place, begin, end, k)
+        _rms_update(place, begin, end, clips, k)
 
 
 @njit(error_model="numpy")
 def _square_chunk(thread, chunk, chunks, places, squares):
-    """Sum of squares of a chunk's gradient, over the support where there is one."""
+    """Sum of squares of a chunk's gradient, on the support where there is one, picked there."""
     place = places[chunks[chunk, 0]]
     begin, end = chunks[chunk, 1], chunks[chunk, 2]
     zero = np.float32(0.0)
@@ -315,10 +339,17 @@ def _square_chunk(thread, chunk, chunks, places, squares):
     sums = np.zeros(_SUMS, np.float32)
     if place[SUPPORT]:
         position = carray(pointer(place[SUPPORT]), (place[LENGTH],), np.int32)
-        for first in range(begin, end, _SUMS):
-            for j in range(min(_SUMS, end - first)):
-                value = g[np.uint32(position[first + j])]
-                sums[j] += value * value
+        picked = _floats(place[PICKED], place[LENGTH])
+        whole = begin + (end - begin) // LANES * LANES
+        total = splat(zero)
+        for i in range(begin, whole, LANES):
+            value = gather(g, position, i)
+            store(picked, i, value)
+            total = fma(value, value, total)
+        store(sums, 0, total)
+        for i in range(whole, end):
+            value = picked[i] = g[np.uint32(position[i])]
+            sums[LANES + i - whole] = value * value
     elif place[MASK]:
         mask = carray(pointer(place[MASK]), (place[SIZE],), np.bool_)
         for first in range(begin, end, _SUMS):
@@ -360,7 +391,7 @@ def _begin(
         for tensor in range(tensors):
             if places[tensor, STEP]:
                 _floats(places[tensor, STEP], 1)[0] += np.float32(1.0)
-    return (chunks, places, numbers, scale), norm
+    return (chunks, places, numbers, scale, limit >= 0.0), norm
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
