@@ -93,12 +93,9 @@ def _make_update(entry: Callable, first: bool, second: bool, third: bool) -> Cal
             for j in range(0, whole, LANES):
                 store(w_, j, gather(w, at, j))
                 store(g_, j, load(g, begin + j) if is_picked else gather(g, at, j))
-                if first:
-                    store(a_, j, gather(a, at, j))
-                if second:
-                    store(b_, j, gather(b, at, j))
-                if third:
-                    store(c_, j, gather(c, at, j))
+                store(a_, j, gather(a, at, j) if first else splat(zero))
+                store(b_, j, gather(b, at, j) if second else splat(zero))
+                store(c_, j, gather(c, at, j) if third else splat(zero))
             for j in range(whole, at.size):
                 i = np.uint32(at[j])
                 w_[j], g_[j] = w[i], g[begin + j] if is_picked else g[i]

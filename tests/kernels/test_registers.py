@@ -52,7 +52,7 @@ def _run(command: list[str], features: str, cpu: str, tmp_path: Path) -> str:
 @pytest.mark.parametrize("cpu", FEATURES)
 def test_narrow_registers_compute_the_same(cpu, tmp_path) -> None:
     tests = Path(__file__).parent
-    names = "test_linear_cpu.py", "test_mlp.py", "test_residual.py"
+    names = "test_linear_cpu.py", "test_mlp.py", "test_residual.py", "test_policy.py"
     files = [str(tests / name) for name in names]
     out = _run(["-m", "pytest", "-q", "-x", *files], FEATURES[cpu], cpu, tmp_path)
     assert " passed" in out
