@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,7 +22,7 @@ from numba.core.dispatcher import Dispatcher
 
 from .caching import cache_folder, warn_once
 
-__all__ = ["njit", "on_compile"]
+__all__ = ["has_changed", "njit", "on_compile"]
 
 _IMPORT = re.compile(r"^from (\.+)([\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 _NAME = re.compile(r"\w+")
@@ -47,7 +48,7 @@ def njit(function: Callable[..., Any] | None = None, *, cache: bool = False, **o
         held = [cell.cell_contents for cell in function.__closure__ or ()]
         if any(isinstance(value, Dispatcher) for value in held):
             raise TypeError(f"{function.__qualname__} must not be cached: it closes over kernels")
-        # Raised where none can be written; then each process compiles.
+        # Raised where none can be written, and by the stamp; then each process compiles.
         with suppress(RuntimeError):
             dispatcher._cache = _Cache(function)
     return dispatcher
@@ -57,7 +58,9 @@ class _Stamp:
     """Stamps a kernel's file by what it and all it imports relatively say.
 
     Numba's own stamp is of the file alone, and helpers are compiled into their callers: after a
-    ``git pull`` old machine code would meet new layouts.
+    ``git pull`` old machine code would meet new layouts. What changes while a process runs, as by
+    ``pip install --upgrade``, may differ from what the process has imported, so that it neither
+    reads nor writes the cache of a kernel made of it.
     """
 
     _py_file: str
@@ -65,8 +68,20 @@ class _Stamp:
     def get_source_stamp(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(_sources(Path(self._py_file))):
+            if has_changed(path):
+                raise RuntimeError(f"{path} has changed since it may have been imported")
             digest.update(_content(path))
         return digest.hexdigest()
+
+
+_started = time.time_ns()
+
+
+def has_changed(file: Path) -> bool:
+    """Whether a file was written since this process began to import kernels."""
+    found = file.stat()
+    # Of a file that was linked here the second tells. Another machine's clock may be ahead.
+    return any(_started < at <= time.time_ns() for at in (found.st_mtime_ns, found.st_ctime_ns))
 
 
 @cache

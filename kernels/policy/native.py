@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..caching import cache_folder
+from ..compiling import has_changed
 from ..threads import WORTH_A_THREAD, used_threads
 from . import cpu, reference
 from .layout import FEW, LONG
@@ -70,6 +71,8 @@ def start() -> None:
         file = _file()
         if setting == "off":
             _tell(f"{SETTING} is off")
+        elif has_changed(_SOURCE) or has_changed(_HEADER):
+            _tell("its source has changed since this process began")
         elif setting == "wait" or file.exists():
             _provide(file)
         else:

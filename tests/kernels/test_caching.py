@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import ModuleType
 
 import pytest
 
+from sparse_tickets.kernels import compiling
 from sparse_tickets.kernels.caching import cache_folder, keep_triton_cache
 from sparse_tickets.kernels.compiling import njit, on_compile
 
@@ -56,11 +58,12 @@ def barred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[[], ModuleType]:
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], ModuleType]:
     """Import a module with a kernel as a new process would."""
     folder = tmp_path / "module"
     folder.mkdir()
     (folder / "kernel.py").write_text(KERNEL)
+    monkeypatch.setattr(compiling, "_started", time.time_ns())
 
     def load() -> ModuleType:
         spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
@@ -221,6 +224,36 @@ print(result, sum(quadruple.stats.cache_hits.values()))
     assert run() == "4 1"
     (package / "constants.py").write_text("TWO = 3")
     assert run() == "9 0"
+
+
+@pytest.mark.long
+def test_what_changes_under_a_running_process_is_not_kept(tmp_path: Path) -> None:
+    """It has what it imported before, and its files would be taken for those of the new sources."""
+    package = tmp_path / "package"
+    (package / "callers").mkdir(parents=True)
+    for name, text in HELPERS.items():
+        (package / name).write_text(text)
+    code = """
+import sys
+from pathlib import Path
+import package.helper
+if len(sys.argv) > 1:
+    Path("package/constants.py").write_text("TWO = 3")
+from package.callers.caller import quadruple
+result = quadruple(1)
+print(result, sum(quadruple.stats.cache_hits.values()))
+"""
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True, text=True, cwd=tmp_path, check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    assert run("changes a source that it has imported") == "4 0"
+    assert run() == "9 0"
+    assert run() == "9 1"
 
 
 @pytest.mark.parametrize("suffix", [".nbi", ".nbc"])

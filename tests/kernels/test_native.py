@@ -50,6 +50,13 @@ def test_python_steps_in(anew, monkeypatch, setting, compiler, reason):
     assert re.search(f"in one call in Python: .*{reason}", plan.reason)
 
 
+def test_a_source_that_changed_under_the_process_is_not_compiled(anew, monkeypatch):
+    monkeypatch.setattr(native, "has_changed", lambda file: file.name == "steps.h")
+    native.start()
+    assert native.module is None
+    assert native.status() == "in Python: its source has changed since this process began"
+
+
 def test_unknown_setting(anew, monkeypatch):
     monkeypatch.setenv(native.SETTING, "always")
     with pytest.raises(ValueError, match="must be background, wait or off, got 'always'"):
