@@ -190,11 +190,12 @@ def splat(typingctx, scalar):
 
 
 def _listed(context, builder, signature, arguments):
-    """Where an array begins, and the `LANES` positions in it that ``index`` lists from ``at``."""
-    array, index, at = arguments
-    listed = builder.gep(data_of(context, builder, signature.args[1], index), [at])
+    """Where an array's element lies, and the `LANES` positions that ``index`` lists from ``at``."""
+    array, first, index, at = arguments
+    listed = builder.gep(data_of(context, builder, signature.args[2], index), [at])
     positions = builder.load(builder.bitcast(listed, INT_VECTOR.as_pointer()), align=4)
-    return data_of(context, builder, signature.args[0], array), positions
+    data = data_of(context, builder, signature.args[0], array)
+    return builder.gep(data, [first]), positions
 
 
 def _lanes(builder, data, positions):
@@ -211,8 +212,8 @@ _BYTES = ir.IntType(8).as_pointer()
 
 
 @intrinsic
-def gather(typingctx, array, index, at):
-    """Lane l is ``array[index[at + l]]``; of an int32 index that is not negative."""
+def gather(typingctx, array, first, index, at):
+    """Lane l is ``array[first + index[at + l]]``; of an int32 index that is not negative."""
 
     def generate(context, builder, signature, arguments):
         data, positions = _listed(context, builder, signature, arguments)
@@ -225,16 +226,16 @@ def gather(typingctx, array, index, at):
             value = builder.insert_element(value, builder.load(element), lane)
         return value
 
-    return vector(array, index, types.int64), generate
+    return vector(array, types.int64, index, types.int64), generate
 
 
 @intrinsic
-def scatter(typingctx, array, index, at, value):
-    """``array[index[at + l]]`` is lane l; likewise."""
+def scatter(typingctx, array, first, index, at, value):
+    """``array[first + index[at + l]]`` is lane l; likewise."""
 
     def generate(context, builder, signature, arguments):
-        data, positions = _listed(context, builder, signature, arguments[:3])
-        value = arguments[3]
+        data, positions = _listed(context, builder, signature, arguments[:4])
+        value = arguments[4]
         if _HAS_GATHERS:
             name = "llvm.x86.avx512.mask.scatter.dps.512"
             base = builder.bitcast(data, _BYTES)
@@ -244,7 +245,7 @@ def scatter(typingctx, array, index, at, value):
                 builder.store(builder.extract_element(value, lane), element)
         return context.get_dummy_value()
 
-    return types.void(array, index, types.int64, vector), generate
+    return types.void(array, types.int64, index, types.int64, vector), generate
 
 
 def as_vector(value):

@@ -104,11 +104,13 @@ class _Table:
         )
         for p, state in optimizer.state.items():
             compiled.expect(p, [*state.values()])
+        work = self.threads_work[0]
         weights, masks = ([layer[i] for layer in layers] for i in (1, 2))
         gradients_at = self.gradients.ctypes.data
         compiled.set_up(
             *(self.fused, gradients_at, tensors.PLACES, self.without, weights, masks),
-            *(self.groups, optimizer._names),
+            *(self.groups, optimizer._names, _address(optimizer._kernel), self.call),
+            *(len(self.arrays[1]), work, work > _LONG),
         )
         return compiled
 
@@ -192,15 +194,18 @@ class _Table:
     def run(self, optimizer: FusedOptimizer) -> float:
         """The step of all tensors; returns the norm of their gradients, or 0 without clipping."""
         work, parts = self.threads_work
-        limit = -1.0 if optimizer.max_grad_norm is None else optimizer.max_grad_norm
-        threads = count_threads(parts, work)
+        limit = _limit(optimizer)
         if self.compiled is not None:
-            step = _address(optimizer._kernel)
-            return self.compiled.run(step, threads, self.call, limit, work > _LONG)
-        norm = _compiled(optimizer._kernel)(threads, *self.call, limit)
+            return self.compiled.run(limit)
+        norm = _compiled(optimizer._kernel)(count_threads(parts, work), *self.call, limit)
         torch.autograd.graph.increment_version(self.fused)
         self.versions = [layer.weight._version for layer in self.layers]
         return norm
+
+
+def _limit(optimizer: FusedOptimizer) -> float:
+    """The largest norm of all gradients together, as kernels take it."""
+    return -1.0 if optimizer.max_grad_norm is None else optimizer.max_grad_norm
 
 
 def _params(groups: list[dict[str, Any]]) -> list[int]:
@@ -312,8 +317,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        table = self._table
-        if table is not None and not table.is_outdated() and table.is_valid(self):
+        table, norm = self._table, None
+        if table is not None and table.compiled is not None:
+            limit = _limit(self)
+            norm = table.compiled.step(self.param_groups, self.state, count_changes(), limit)
+        if norm is not None:
+            self._norm = norm
+        elif table is not None and not table.is_outdated() and table.is_valid(self):
             self._norm = table.run(self)
         else:
             self._step_anew()

@@ -86,6 +86,7 @@ from .products import (
     fill,
     from_panel,
     gated_product,
+    gather_all,
     narrow_gradient,
     narrow_input_gradient,
     narrow_product,
@@ -104,9 +105,8 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 def _gather(m, n, b, i64, layer, weight, values):
     """The weights on the mask, packed; of a dense layer all, with zeros off the mask."""
     if not get(i64, layer + DENSE):
-        position = get(i64, layer + POSITION)
-        for j in range(get(i64, layer + NONZEROS)):
-            put(m, values + j, get(m, weight + np.int64(get(n, position + j))))
+        position, size = get(i64, layer + POSITION), get(i64, layer + NONZEROS)
+        gather_all(m, n, weight, position, size, values)
         return
     out, inp, bits = get(i64, layer + OUT), get(i64, layer + INP), get(i64, layer + BITS)
     words = (inp + LANES - 1) // LANES
@@ -261,9 +261,8 @@ def _turn(m, n, i64, form, call, saved, lowest):
         layer = form + FORM_FIRST + k * FORM_LAYER
         if not get(i64, layer + DENSE) and (k > lowest or get(i64, call + CALL_DX)):
             values, source = saved + get(i64, layer + VALUES), get(i64, layer + TURNED_FROM)
-            turned = scratch + get(i64, layer + TURNED)
-            for j in range(get(i64, layer + NONZEROS)):
-                put(m, turned + j, get(m, values + np.int64(get(n, source + j))))
+            turned, size = scratch + get(i64, layer + TURNED), get(i64, layer + NONZEROS)
+            gather_all(m, n, values, source, size, turned)
 
 
 @njit(cache=True)

@@ -18,7 +18,7 @@ from ..tiles_cpu import (
     make_sparse_tile,
     make_tile,
 )
-from ..vector import LANES, fma, load, splat, store, sum_each, sum_lanes, transpose
+from ..vector import LANES, fma, gather, load, splat, store, sum_each, sum_lanes, transpose
 
 __all__ = [
     "NARROW_PARTIAL",
@@ -26,6 +26,7 @@ __all__ = [
     "fill",
     "from_panel",
     "gated_product",
+    "gather_all",
     "narrow_gradient",
     "narrow_input_gradient",
     "narrow_product",
@@ -394,6 +395,16 @@ def clear_columns(m, panel, rows, first, ld):
     for r in range(rows):
         for c in range(first, ld):
             put(m, panel + r * ld + c, _ZERO)
+
+
+@njit(cache=True)
+def gather_all(m, n, source, index, size, at):
+    """``m[at + j] = m[source + n[index + j]]`` for ``size`` elements."""
+    whole = size // LANES * LANES
+    for j in range(0, whole, LANES):
+        store(m, at + j, gather(m, source, n, index + j))
+    for j in range(whole, size):
+        put(m, at + j, get(m, source + np.int64(get(n, index + j))))
 
 
 @njit(cache=True)

@@ -12,6 +12,9 @@
 #include <vector>
 
 namespace {
+
+int64_t count_threads(int64_t parts, int64_t work);
+
 namespace steps {
 
 namespace py = pybind11;
@@ -180,10 +183,12 @@ class Fused : public Look {
   static constexpr int kNo = 0, kNumbers = 1, kYes = 2;
 
   // Parameters, where the addresses of their gradients go, and those without a gradient; weights
-  // and masks nobody may have written; the groups' hyper-parameters by name.
+  // and masks nobody may have written; the groups' hyper-parameters by name; then the kernel, what
+  // it is called with, in how many parts threads may share its work, and whether without the GIL.
   void set_up(const py::list& params, int64_t gradients_at, int64_t stride,
               const py::list& without, const py::list& weights, const py::list& masks,
-              const py::list& groups, const py::tuple& names) {
+              const py::list& groups, const py::tuple& names, int64_t step,
+              const std::vector<int64_t>& places, int64_t parts, int64_t work, bool alone) {
     params_ = objects_of(params);
     without_ = objects_of(without);
     gradients_ = reinterpret_cast<int64_t*>(gradients_at);
@@ -192,7 +197,18 @@ class Fused : public Look {
     for (PyObject* mask : objects_of(masks)) masks_.push_back({mask, unpack(mask)._version()});
     groups_ = objects_of(groups);
     names_ = names;
+    step_ = reinterpret_cast<Step>(step);
+    places_ = places;
+    parts_ = parts;
+    work_ = work;
+    alone_ = alone;
     take_versions();
+  }
+
+  // The norm of the gradients, or None where something is not as it was.
+  py::object step(py::handle groups, py::handle state, int64_t changes, double limit) {
+    if (look(groups, state, changes) != kYes) return py::none();
+    return py::float_(run(limit));
   }
 
   // Whether the step may go on, or has to take up numbers first; takes up the gradients' addresses.
@@ -217,17 +233,16 @@ class Fused : public Look {
     }
   }
 
-  double run(int64_t step, int64_t threads, const std::vector<int64_t>& places, double limit,
-             bool alone) {
+  double run(double limit) {
     double norm = 0.0;
     void* raised = nullptr;
     int status = 0;
+    int64_t threads = count_threads(parts_, work_);
     auto call = [&] {
-      status = reinterpret_cast<Step>(step)(&norm, &raised, threads, places[0], places[1],
-                                            places[2], places[3], places[4], places[5], places[6],
-                                            limit);
+      status = step_(&norm, &raised, threads, places_[0], places_[1], places_[2], places_[3],
+                     places_[4], places_[5], places_[6], limit);
     };
-    if (alone) {
+    if (alone_) {
       py::gil_scoped_release release;
       call();
     } else {
@@ -299,6 +314,10 @@ class Fused : public Look {
   // Held, so that no identity is given to another.
   std::vector<py::object> numbers_;
   py::tuple names_;
+  Step step_ = nullptr;
+  std::vector<int64_t> places_;
+  int64_t parts_ = 1, work_ = 0;
+  bool alone_ = false;
 };
 
 // What the hook on every other optimiser does.
@@ -325,7 +344,8 @@ void bind(py::module& module) {
       .def("set_up", &Fused::set_up)
       .def("look", &Fused::look)
       .def("took_numbers", &Fused::took_numbers)
-      .def("run", &Fused::run);
+      .def("run", &Fused::run)
+      .def("step", &Fused::step);
   py::class_<Kept, Look>(module, "Kept").def(made).def("run", &Kept::run);
 }
 

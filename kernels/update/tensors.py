@@ -91,11 +91,11 @@ def _make_update(entry: Callable, first: bool, second: bool, third: bool) -> Cal
             at = position[begin : begin + _BLOCK]
             whole = at.size // LANES * LANES
             for j in range(0, whole, LANES):
-                store(w_, j, gather(w, at, j))
-                store(g_, j, load(g, begin + j) if is_picked else gather(g, at, j))
-                store(a_, j, gather(a, at, j) if first else splat(zero))
-                store(b_, j, gather(b, at, j) if second else splat(zero))
-                store(c_, j, gather(c, at, j) if third else splat(zero))
+                store(w_, j, gather(w, 0, at, j))
+                store(g_, j, load(g, begin + j) if is_picked else gather(g, 0, at, j))
+                store(a_, j, gather(a, 0, at, j) if first else splat(zero))
+                store(b_, j, gather(b, 0, at, j) if second else splat(zero))
+                store(c_, j, gather(c, 0, at, j) if third else splat(zero))
             for j in range(whole, at.size):
                 i = np.uint32(at[j])
                 w_[j], g_[j] = w[i], g[begin + j] if is_picked else g[i]
@@ -105,13 +105,13 @@ def _make_update(entry: Callable, first: bool, second: bool, third: bool) -> Cal
             for j in range(at.size):
                 w_[j], a_[j], b_[j], c_[j] = entry(w_[j], g_[j], a_[j], b_[j], c_[j], k)
             for j in range(0, whole, LANES):
-                scatter(w, at, j, load(w_, j))
+                scatter(w, 0, at, j, load(w_, j))
                 if first:
-                    scatter(a, at, j, load(a_, j))
+                    scatter(a, 0, at, j, load(a_, j))
                 if second:
-                    scatter(b, at, j, load(b_, j))
+                    scatter(b, 0, at, j, load(b_, j))
                 if third:
-                    scatter(c, at, j, load(c_, j))
+                    scatter(c, 0, at, j, load(c_, j))
             for j in range(whole, at.size):
                 i = np.uint32(at[j])
                 w[i] = w_[j]
@@ -340,7 +340,7 @@ def _square_chunk(thread, chunk, chunks, places, squares):
         whole = begin + (end - begin) // LANES * LANES
         total = splat(zero)
         for i in range(begin, whole, LANES):
-            value = gather(g, position, i)
+            value = gather(g, 0, position, i)
             store(picked, i, value)
             total = fma(value, value, total)
         store(sums, 0, total)
