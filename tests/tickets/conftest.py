@@ -9,6 +9,7 @@ from sparse_layers import PATHS
 from stores import SPEC, fill
 from sweeping import SPEC as SWEEP
 
+from sparse_tickets.kernels.policy import native
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.sweep.run import run
 from sparse_tickets.sweep.store import Store
@@ -59,3 +60,12 @@ def acting() -> SparseLinear:
     layer(torch.randn(1, 48))
     assert layer._prepared._compiled is not None
     return layer
+
+
+@pytest.fixture(params=["in C++", "in Python"])
+def looks(request, monkeypatch):
+    """What looks before a step whether all is as it was."""
+    native.start()
+    assert native.module is not None, native.status()
+    if request.param == "in Python":
+        monkeypatch.setattr(native, "module", None)

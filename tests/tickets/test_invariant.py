@@ -20,17 +20,10 @@ from torch import nn
 
 import sparse_tickets.kernels.linear.layer as implementation
 from sparse_tickets import hooks
-from sparse_tickets.kernels.policy import layout, native
+from sparse_tickets.kernels.policy import layout
 from sparse_tickets.linear import SparseLinear
 
-
-@pytest.fixture(autouse=True, params=["in C++", "in Python"])
-def looks(request, monkeypatch):
-    """What looks whether all is as it was."""
-    native.start()
-    assert native.module is not None, native.status()
-    if request.param == "in Python":
-        monkeypatch.setattr(native, "module", None)
+pytestmark = pytest.mark.usefixtures("looks")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_tickets import SparseLinear, optim, sparsify_
-from sparse_tickets.kernels.policy import native
 
 VARIANTS = [
     ("Adam", {}),
@@ -26,15 +25,7 @@ VARIANTS = [
     ("RMSprop", {"centered": True, "momentum": 0.9, "alpha": 0.9}),
 ]
 STEPS = 5
-
-
-@pytest.fixture(autouse=True, params=["in C++", "in Python"])
-def looks(request, monkeypatch):
-    """What looks whether all is as it was."""
-    native.start()
-    assert native.module is not None, native.status()
-    if request.param == "in Python":
-        monkeypatch.setattr(native, "module", None)
+pytestmark = pytest.mark.usefixtures("looks")
 
 
 def _net(density=1.0, width=64):
@@ -382,35 +373,6 @@ def test_replaced_state_and_moved_memory_are_seen():
     optimizer.state.clear()
     _train(net, optimizer, 1)
     assert optimizer.state[weight]["step"] == 1
-
-
-def test_a_table_made_before_there_is_cpp_is_made_again(monkeypatch):
-    module, net = native.module, _net(0.1)
-    optimizer = optim.Adam(net.parameters())
-    monkeypatch.setattr(native, "module", None)
-    _train(net, optimizer)
-    assert optimizer._table.compiled is None
-    monkeypatch.setattr(native, "module", module)
-    _train(net, optimizer)
-    assert (optimizer._table.compiled is None) == (module is None)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state, p: state.pop(p),
-        lambda state, p: state[p].update(more=torch.zeros(3)),
-        lambda state, p: state[p].update(exp_avg=state[p]["exp_avg"].clone()),
-        lambda state, p: state.update({nn.Parameter(torch.zeros(1)): {"step": torch.zeros(())}}),
-    ],
-)
-def test_state_that_came_or_went_is_seen(change):
-    net = _net(0.1)
-    optimizer = optim.Adam(net.parameters())
-    _train(net, optimizer)
-    assert optimizer._table.is_valid(optimizer)
-    change(optimizer.state, net[0].weight)
-    assert not optimizer._table.is_valid(optimizer)
 
 
 def test_hooks_and_closures():
