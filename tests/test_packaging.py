@@ -19,7 +19,7 @@ from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-DATA = {".py", ".typed", ".json", ".cpp"}
+DATA = {".py", ".typed", ".json", ".cpp", ".h"}
 
 
 class Built(NamedTuple):
