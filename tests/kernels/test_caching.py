@@ -63,9 +63,9 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Module
     folder = tmp_path / "module"
     folder.mkdir()
     (folder / "kernel.py").write_text(KERNEL)
-    monkeypatch.setattr(compiling, "_started", time.time_ns())
 
     def load() -> ModuleType:
+        monkeypatch.setattr(compiling, "_started", time.time_ns())
         spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
