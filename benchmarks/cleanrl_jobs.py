@@ -7,7 +7,6 @@ imports and all, dense and 90% pruned in turn. The lines come from the diffs in
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -16,12 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import tyro
 from rich.console import Console
 
 from sparse_tickets.ceilings import Neighbours
 
-from .jobs import DENSITY, table
-from .results import RESULTS, header, keep, provenance
+from .jobs import add_job, table
+from .results import RecordFile
 
 __all__ = ["SCRIPTS", "diffs", "patched", "run_cleanrl"]
 
@@ -60,7 +60,7 @@ def patched(text: str, diff: str) -> str:
 
 def run_cleanrl(
     console: Console,
-    clone: Path,
+    clone: tyro.conf.Positional[Path],
     python: str = sys.executable,
     rounds: int = 2,
     threads: tuple[int, ...] = (1, 2),
@@ -84,9 +84,7 @@ def run_cleanrl(
         subprocess.CalledProcessError: a program fails.
     """
     changes = diffs(DOCS.read_text(encoding="utf-8"))
-    run = provenance("jobs", "cpu", None, rounds)
-    path = out or RESULTS / "jobs" / f"{run.device}-{run.date[:10]}.json"
-    records = json.loads(path.read_text()) if path.exists() else []
+    file = RecordFile("jobs", table, rounds, out)
     for name, (env, steps) in SCRIPTS.items():
         script = clone / "cleanrl" / name
         if not script.exists():
@@ -104,12 +102,10 @@ def run_cleanrl(
                     seconds[side].append(_seconds(program, clone, python, env, steps, count))
             runs.append({"threads": count, "seconds": seconds, "busy": neighbours.share()})
         label = f"CleanRL's {name}, {env}"
-        record = {"label": label, "job": {"slice": steps}, "density": DENSITY, "run": header(run)}
-        records = [r for r in records if r["label"] != label] + [record | {"runs": runs}]
-        keep(records, path, table(records))
+        add_job(file, label, {"slice": steps}, runs)
         console.print(f"{label}: done", highlight=False)
-    console.print(table(records), highlight=False, soft_wrap=True)
-    return path
+    console.print(str(file), highlight=False, soft_wrap=True)
+    return file.path
 
 
 def _seconds(program: str, clone: Path, python: str, env: str, steps: int, threads: int) -> float:

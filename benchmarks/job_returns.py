@@ -17,8 +17,8 @@ from rich.console import Console
 
 from sparse_tickets.timing import pinned_threads
 
-from .jobs import Job, build, check, choose
-from .results import RESULTS, keep, provenance
+from .jobs import JOBS, Job, build, check, need_sb3
+from .results import RecordFile, choose
 from .tables import grid
 
 __all__ = ["DENSITIES", "run_returns", "table"]
@@ -93,11 +93,10 @@ def run_returns(console: Console, seeds: int = 5, only: str = "", out: Path | No
     Raises:
         ValueError: no job has such a label, or stable-baselines3 is not installed.
     """
-    chosen = choose(only)
-    run = provenance("jobs", "cpu", None, seeds)
-    path = out or RESULTS / "jobs" / f"{run.device}-returns.json"
-    records = json.loads(path.read_text()) if path.exists() else []
-    known = {_key(record) for record in records}
+    need_sb3()
+    chosen = choose(JOBS, only)
+    file = RecordFile("jobs", table, seeds, out, "returns")
+    known = {_key(record) for record in file.records}
     # Seeds outermost: whatever is there when it is stopped has all jobs and densities.
     for seed, job, density in product(range(seeds), chosen, DENSITIES):
         record: dict[str, Any] = {
@@ -107,12 +106,11 @@ def run_returns(console: Console, seeds: int = 5, only: str = "", out: Path | No
             continue
         with pinned_threads(1):
             record |= _run(job, seed, density)
-        records.append(record | {"versions": run.versions, "commit": run.commit})
-        keep(records, path, table(records))
+        file.add(record | {"versions": file.run.versions, "commit": file.run.commit})
         mean = statistics.mean(record["final"])
         console.print(f"{job.label}, {density:.0%}, seed {seed}: {mean:.0f}", highlight=False)
-    console.print(table(records), highlight=False, soft_wrap=True)
-    return path
+    console.print(str(file), highlight=False, soft_wrap=True)
+    return file.path
 
 
 def _key(record: dict[str, Any]) -> str:

@@ -24,10 +24,21 @@ from sparse_tickets.convert import SparsifyWarning
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import pinned_threads
 
-from .results import RESULTS, header, keep, provenance
+from .results import RecordFile, choose, header
 from .tables import grid
 
-__all__ = ["JOBS", "Job", "build", "check", "choose", "measured", "run_jobs", "table"]
+__all__ = [
+    "DENSITY",
+    "JOBS",
+    "Job",
+    "add_job",
+    "build",
+    "check",
+    "measured",
+    "need_sb3",
+    "run_jobs",
+    "table",
+]
 
 DENSITY = 0.1
 """What is left in the models that are timed."""
@@ -92,18 +103,10 @@ JOBS = (
 )
 
 
-def choose(only: str) -> list[Job]:
-    """The jobs whose label contains this.
-
-    Raises:
-        ValueError: no job has such a label, or stable-baselines3 is not installed.
-    """
-    chosen = [job for job in JOBS if only in job.label]
-    if not chosen:
-        raise ValueError(f"only must be part of one of {[j.label for j in JOBS]}, got {only!r}")
+def need_sb3() -> None:
+    """Raise ``ValueError`` where stable-baselines3 is not installed."""
     if find_spec("stable_baselines3") is None:
         raise ValueError("stable-baselines3 is not installed: install sparse-tickets[sb3]")
-    return chosen
 
 
 def build(job: Job, seed: int, density: float) -> Any:
@@ -178,11 +181,9 @@ def run_jobs(
     Raises:
         ValueError: no job has such a label, or stable-baselines3 is not installed.
     """
-    chosen = choose(only)
-    run = provenance("jobs", "cpu", None, rounds)
-    path = out or RESULTS / "jobs" / f"{run.device}-{run.date[:10]}.json"
-    records = json.loads(path.read_text()) if path.exists() else []
-    for job in chosen:
+    need_sb3()
+    file = RecordFile("jobs", table, rounds, out)
+    for job in choose(JOBS, only):
         runs = []
         for count in threads:
             with pinned_threads(count):
@@ -196,12 +197,16 @@ def run_jobs(
                         seconds[name].append(_slice(model, job.slice))
                 check(job.label, models["sparse"].policy, DENSITY)
             runs.append({"threads": count, "seconds": seconds, "busy": neighbours.share()})
-        record = {"label": job.label, "job": asdict(job), "density": DENSITY, "run": header(run)}
-        records = [r for r in records if r["label"] != job.label] + [record | {"runs": runs}]
-        keep(records, path, table(records))
+        add_job(file, job.label, asdict(job), runs)
         console.print(f"{job.label}: done", highlight=False)
-    console.print(table(records), highlight=False, soft_wrap=True)
-    return path
+    console.print(str(file), highlight=False, soft_wrap=True)
+    return file.path
+
+
+def add_job(file: RecordFile, label: str, job: dict[str, Any], runs: list[dict]) -> None:
+    """Write what `table` shows of a program, in the place of what the file has of it."""
+    about = {"label": label, "job": job, "density": DENSITY, "run": header(file.run)}
+    file.add(about | {"runs": runs}, lambda other: other["label"] == label)
 
 
 def table(records: list[dict]) -> str:

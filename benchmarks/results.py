@@ -13,10 +13,11 @@ import os
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,12 +33,13 @@ __all__ = [
     "PART",
     "RESULTS",
     "Neighbours",
+    "RecordFile",
     "SuiteRun",
     "available_cores",
+    "choose",
     "default_path",
     "device_slug",
     "header",
-    "keep",
     "load",
     "newest",
     "provenance",
@@ -56,6 +58,14 @@ _PACKAGES = (
     *("torch", "triton", "numba", "numpy", "scipy"),
     *("jax", "sparseprop", "sparselab", "stable-baselines3"),
 )
+
+
+class _Labelled(Protocol):
+    @property
+    def label(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_Labelled)
 
 
 @dataclass
@@ -146,11 +156,60 @@ def header(run: SuiteRun) -> dict[str, object]:
     return {name: getattr(run, name) for name in kept}
 
 
-def keep(records: list[dict], path: Path, table: str) -> None:
-    """Write records of such a table as JSON, and the table beside them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
-    write_atomic(path.with_suffix(".md"), table.encode())
+class RecordFile:
+    """Records of a benchmark that has a table of its own, as JSON, and the table beside them.
+
+    Args:
+        folder: of `RESULTS`.
+        table: Markdown of all records.
+        rounds: of the run that adds some.
+        out: default: <device>-<date>.json in the folder. What it has stays.
+        ending: in the place of the date.
+
+    Attributes:
+        run: where and when this is.
+        path: of the file.
+        records: all there are, written or read.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        table: Callable[[list[dict[str, Any]]], str],
+        rounds: int,
+        out: Path | None = None,
+        ending: str = "",
+    ) -> None:
+        self.run = provenance(folder, "cpu", None, rounds)
+        name = f"{self.run.device}-{ending or self.run.date[:10]}.json"
+        self.path = out or RESULTS / folder / name
+        self._table = table
+        self.records = json.loads(self.path.read_text()) if self.path.exists() else []
+
+    def add(
+        self, record: dict[str, Any], same: Callable[[dict[str, Any]], bool] = lambda _: False
+    ) -> None:
+        """Write a record in the place of those that are the same."""
+        self.records = [each for each in self.records if not same(each)] + [record]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, (json.dumps(self.records, indent=1) + "\n").encode())
+        write_atomic(self.path.with_suffix(".md"), str(self).encode())
+
+    def __str__(self) -> str:
+        return self._table(self.records)
+
+
+def choose(among: Sequence[_Named], only: str) -> list[_Named]:
+    """Those whose label contains this.
+
+    Raises:
+        ValueError: none does.
+    """
+    chosen = [each for each in among if only in each.label]
+    if not chosen:
+        labels = "; ".join(each.label for each in among)
+        raise ValueError(f"only must be part of one of {labels}, got {only!r}")
+    return chosen
 
 
 def newest_table(folder: Path) -> Path | None:

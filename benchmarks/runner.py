@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -21,7 +22,8 @@ from .clock import is_lost, make_timer
 from .console import show_line, show_run, warn_if_busy
 from .measure import Refusal, measure
 from .results import PART, Neighbours, SuiteRun, default_path, load, provenance, save
-from .suites import suite
+from .suites import SUITES
+from .suites import suite as cases_of
 
 __all__ = ["Remaining", "run_suite"]
 
@@ -31,10 +33,10 @@ _SAME = ("device", "suite", "threads", "hardware", "versions", "commit", "rounds
 def run_suite(
     console: Console,
     *,
-    name: str,
-    device: str,
-    threads: int,
-    rounds: int,
+    suite: Literal[tuple(SUITES)] = "quick",
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = Budget.rounds,
     only: str = "",
     out: Path | None = None,
     fresh: bool = False,
@@ -43,9 +45,9 @@ def run_suite(
 
     Args:
         console: where to say how it goes.
-        name: see `suites.SUITES`.
+        suite: see `suites.SUITES`.
         device: ``cpu`` or a CUDA device.
-        threads: of everyone.
+        threads: of everyone; default: as many as torch takes.
         rounds: samples per contender.
         only: part of the labels of the configurations to run.
         out: the file; by default `results.default_path`.
@@ -56,7 +58,7 @@ def run_suite(
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must exist, got {device} and torch sees no GPU")
-    everything = suite(name, device)
+    everything = cases_of(suite, device)
     cases = [case for case in everything if only in case.label]
     if not cases:
         labels = "\n  ".join(case.label for case in everything)
@@ -64,8 +66,8 @@ def run_suite(
     budget, began, neighbours = Budget(rounds=rounds), time.perf_counter(), Neighbours()
     timer = make_timer(torch.device(device)) if torch.device(device).type == "cuda" else None
     time.sleep(1.0)
-    with pinned_threads(threads):
-        title = name if len(cases) == len(everything) else name + PART
+    with pinned_threads(threads or torch.get_num_threads()):
+        title = suite if len(cases) == len(everything) else suite + PART
         run = provenance(title, device, measure_ceilings(budget, device), rounds)
         run.busy = neighbours.share()
         warn_if_busy(console, run)

@@ -9,7 +9,6 @@ loaded as a table.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -37,7 +36,7 @@ from sparse_tickets.ticket import ROWS as WEIGHTS
 from sparse_tickets.ticket import Ticket, dump_tickets
 
 from .pretended_ray import PretendedRay
-from .results import BUSY, RESULTS, Neighbours, header, keep, provenance
+from .results import BUSY, Neighbours, RecordFile, header
 from .tables import grid
 
 __all__ = ["SIZES", "Trainer", "run_scheduling", "simulate", "spec_of", "table", "time_ray"]
@@ -246,15 +245,8 @@ def run_scheduling(
     Returns:
         The file written.
     """
-    made = provenance("scheduling", "cpu", None, 1)
-    path = out or RESULTS / "scheduling" / f"{made.device}-{made.date[:10]}.json"
-    records = json.loads(path.read_text()) if path.exists() else []
-
-    def replace(record: dict[str, Any], same: Callable[[dict[str, Any]], bool]) -> None:
-        found = [each for each in records if not same(each)]
-        records[:] = [*found, record | {"run": header(made)}]
-        keep(records, path, table(records))
-
+    file = RecordFile("scheduling", table, 1, out)
+    about_run = {"run": header(file.run)}
     for kind in [*((size,) for size in sizes), _LARGE]:
         spec, place = spec_of(*kind), Path(mkdtemp(dir=folder))
         neighbours = Neighbours()
@@ -264,16 +256,17 @@ def run_scheduling(
             console.print(f"{found['units']:,} units: {found['driver']:.2f} ms of the driver each")
             for name, milliseconds in reading(spec, place / "run", found["units"]):
                 found |= {name: milliseconds, "busy": neighbours.share()}
-                replace(found, partial(_same, found, ("units", "chunk", "files")))
+                file.add(found | about_run, partial(_same, found, ("units", "chunk", "files")))
         finally:
             shutil.rmtree(place)
     if find_spec("ray") is not None:
         for in_flight in (64, 8016):
             neighbours = Neighbours()
             found = time_ray(10_000, in_flight, 1 << 16)
-            replace(found | {"busy": neighbours.share()}, partial(_same, found, ("in flight",)))
-    console.print(table(records), highlight=False, soft_wrap=True)
-    return path
+            found |= {"busy": neighbours.share()}
+            file.add(found | about_run, partial(_same, found, ("in flight",)))
+    console.print(str(file), highlight=False, soft_wrap=True)
+    return file.path
 
 
 def _file_system(place: Path) -> str:

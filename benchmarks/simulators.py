@@ -9,7 +9,6 @@ that steps it can be faster.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,12 @@ from rich.console import Console
 from sparse_tickets.algos import ppo
 from sparse_tickets.ceilings import BUSY, Neighbours
 from sparse_tickets.envs import env_spec, open_env, use_workers
-from sparse_tickets.files import write_atomic
 from sparse_tickets.population import Population, initialise, policy_arena
 from sparse_tickets.timing import pinned_threads
 
-from .results import RESULTS, available_cores, provenance
+from .jobs import need_sb3
+from .results import RecordFile, available_cores, choose, header
+from .tables import grid
 
 __all__ = ["TASKS", "SimulatorTask", "run_simulators", "table"]
 
@@ -57,6 +56,10 @@ class SimulatorTask:
     epochs: int
     slices: tuple[int, int]
     steps: int
+
+    @property
+    def label(self) -> str:
+        return self.env
 
     @property
     def settings(self) -> ppo.PPO:
@@ -193,41 +196,22 @@ def run_simulators(
     Raises:
         ValueError: no environment has such a name, or stable-baselines3 is not installed.
     """
-    chosen = [task for task in TASKS if only in task.env]
-    if not chosen:
-        raise ValueError(f"--only must be part of one of {', '.join(t.env for t in TASKS)}")
-    if find_spec("stable_baselines3") is None:
-        raise ValueError("stable-baselines3 must be installed: pip install 'sparse-tickets[sb3]'")
-    made = provenance("simulators", "cpu", None, rounds)
-    path = out or RESULTS / "simulators" / f"{made.device}-{made.date[:10]}.json"
-    records = json.loads(path.read_text()) if path.exists() else []
+    chosen = choose(TASKS, only)
+    need_sb3()
+    file = RecordFile("simulators", table, rounds, out)
     for task in chosen:
         neighbours = Neighbours()
-        record: dict[str, Any] = {
-            "task": asdict(task),
-            "tickets": TICKETS,
-            "rates": _measure(task, rounds),
-            "busy": neighbours.share(),
-            "run": {
-                key: value
-                for key, value in asdict(made).items()
-                if key in ("device", "date", "hardware", "versions", "commit")
-            },
-        }
-        records = [each for each in records if each["task"]["env"] != task.env] + [record]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(records, indent=1) + "\n").encode())
-        write_atomic(path.with_suffix(".md"), table(records).encode())
-    console.print(table(records), highlight=False, soft_wrap=True)
-    return path
+        about = {"task": asdict(task), "tickets": TICKETS, "rates": _measure(task, rounds)}
+        record = about | {"busy": neighbours.share(), "run": header(file.run)}
+        file.add(record, lambda other, env=task.env: other["task"]["env"] == env)
+    console.print(str(file), highlight=False, soft_wrap=True)
+    return file.path
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Steps per second as Markdown: medians of rounds; ratios within rounds, with their range."""
-    lines = [
-        "| PPO, 64-64 tanh | program | steps/s | vs SB3, one agent | vs the simulator alone |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    heads = ["PPO, 64-64 tanh", "program", "steps/s", "vs SB3, one agent", "vs the simulator alone"]
+    rows = []
     for record in records:
         rates, task = record["rates"], record["task"]
         mark = "~" if record["busy"] > BUSY else ""
@@ -240,15 +224,12 @@ def table(records: list[dict[str, Any]]) -> str:
                 _ratio(found, rates[alone]) if not name.startswith("simulator") else "",
             ]
             label = f"{name}, {record['tickets']} tickets" if name.startswith("ours") else name
-            lines.append(
-                f"| {task['env']} | {label} | {mark}{_median(found):,.0f} | {' | '.join(ratios)} |"
-            )
-    lines += [
-        "",
+            rows.append([task["env"], label, f"{mark}{_median(found):,.0f}", *ratios])
+    return (
+        f"{grid(heads, rows, text=2)}\n\n"
         f"~: other processes used more than {BUSY:.0%} of the cores. SB3 computes with one thread; "
-        "as many such processes as there are cores add up to at most as many times its rate.",
-    ]
-    return "\n".join(lines) + "\n"
+        "as many such processes as there are cores add up to at most as many times its rate.\n"
+    )
 
 
 def _median(values: list[float]) -> float:

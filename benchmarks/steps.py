@@ -30,7 +30,7 @@ from sparse_tickets.timing import pinned_threads
 
 from .apart import Apart, Step, Turn, take
 from .peers import sparselab
-from .results import RESULTS, provenance
+from .results import RESULTS, choose, provenance
 from .tables import grid
 
 __all__ = ["lost", "measured", "run_steps", "table", "times_table"]
@@ -244,9 +244,7 @@ def run_steps(
     Raises:
         ValueError: no problem has such a label.
     """
-    chosen = [problem for problem in PROBLEMS if only in problem.label]
-    if not chosen:
-        raise ValueError(f"only must be part of one of {[p.label for p in PROBLEMS]}, got {only!r}")
+    chosen = choose(PROBLEMS, only)
     run = provenance("steps", "cpu", None, rounds)
     path = out or RESULTS / "steps" / f"{run.device}-{run.date[:10]}.json"
     records = _others(path, run.commit, chosen)
@@ -277,9 +275,9 @@ def run_steps(
             peer.close()
     order = [problem.label for problem in PROBLEMS]
     records.sort(key=lambda record: order.index(record["label"]))
-    header = {k: v for k, v in asdict(run).items() if k not in ("records", "refused", "parts")}
+    about = {k: v for k, v in asdict(run).items() if k not in ("records", "refused", "parts")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = json.dumps({"run": header, "records": records}, indent=1) + "\n"
+    data = json.dumps({"run": about, "records": records}, indent=1) + "\n"
     write_atomic(path, data.encode())
     text = f"{table(records)}\n{times_table(records)}"
     write_atomic(path.with_suffix(".md"), text.encode())

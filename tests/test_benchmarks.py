@@ -188,7 +188,7 @@ def test_neighbours_use_what_is_neither_idle_nor_ours(monkeypatch):
 
 def instant_suite(monkeypatch, cases):
     """Replace all that takes time: the suite, the ceilings, the pause that watches neighbours."""
-    monkeypatch.setattr(runner, "suite", lambda name, device: cases)
+    monkeypatch.setattr(runner, "cases_of", lambda name, device: cases)
     ceilings = Ceilings(spread(1e11), {1 << 20: spread(1e10)})
     monkeypatch.setattr(runner, "measure_ceilings", lambda budget, device: ceilings)
     monkeypatch.setattr(runner.time, "sleep", lambda seconds: None)
@@ -209,7 +209,7 @@ def test_a_stopped_run_keeps_what_it_has_and_goes_on(monkeypatch, tmp_path):
     instant_suite(monkeypatch, [instant(index) for index in range(4)])
     path, stopping = tmp_path / "run.json", True
     console = Console(record=True, width=200, file=io.StringIO())
-    options = {"name": "quick", "device": "cpu", "threads": 1, "rounds": 1, "out": path}
+    options = {"suite": "quick", "device": "cpu", "threads": 1, "rounds": 1, "out": path}
     with pytest.raises(KeyboardInterrupt):
         runner.run_suite(console, **options)
     kept = results.load(path)

@@ -26,5 +26,7 @@ def test_ratios_are_of_the_same_round_and_of_the_fastest_simulator():
 def test_minibatches_have_sixty_four_samples_and_unknown_tasks_are_refused(tmp_path):
     for task in simulators.TASKS:
         assert task.settings.batch == 64 * task.settings.minibatches
-    with pytest.raises(ValueError, match="--only must be part of one of Hopper-v5, LunarLander-v3"):
+    with pytest.raises(
+        ValueError, match="only must be part of one of Hopper-v5; LunarLander-v3, got 'Walker'"
+    ):
         simulators.run_simulators(Console(), 1, "Walker", tmp_path / "found.json")
