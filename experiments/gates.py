@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
         rows = run(algo, env, seeds, options.loss)
         passed = rows.filter(pl.col("return_final") >= pl.col("gate")).height
         failed += rows.height - passed
-        returns = ", ".join(f"{value:.1f}" for value in rows["return_final"])
+        returns = ", ".join(f"{value:.4g}" for value in rows["return_final"])
         print(f"{algo} on {env}: {returns}; {passed} of {rows.height} reach {gates[env]:g}")
         if RESULTS.exists():
             kept = pl.read_parquet(RESULTS)
