@@ -311,8 +311,8 @@ def study(cells: pl.DataFrame) -> str:
 thread on a shared machine, evaluation included, experts not. What others would need is
 **extrapolated**: the agent-steps of PPO on CartPole alone, at the rates that `benchmarks` measured
 for dense PPO there on {parts["peer"]["hardware"][0]}, in agent-steps/s: {speeds}. JAX is sixty
-agents under `vmap`, whose masks save nothing; evaluation, noise inputs and wider networks are not
-counted.
+agents under `vmap`, whose masks save nothing; evaluation is not counted, nor what inputs of noise
+and wider networks cost more.
 
 {markdown(STAGES_HEADER, rows)}
 
