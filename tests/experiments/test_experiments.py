@@ -99,6 +99,21 @@ def test_stored_cells_of_a_sweep_are_taken_in_place_of_training(tmp_path, brief,
             place.cells("brief", brief)
 
 
+def test_an_extended_sweep_is_one_with_both_kinds_of_controls(tmp_path, brief):
+    shuffled = ("mask/weights", "mask/permuted", "permuted/permuted")
+    spec = replace(brief, conditions=shuffled, controls=("ticket",), levels=3)
+    first = sweeps.SharedSweep("first", lambda: spec)
+    extended = sweeps.Extended(first, (sweeps.own_controls(first),))
+    place = Place(tmp_path)
+    found = extended.cells(place)
+
+    both = place.cells("both", replace(spec, controls=("own", "ticket")))
+    apart = ("wall_s", "train_s", "source")
+    where = ["algo", "level", "seed", "condition", "controls"]
+    assert_frame_equal(found.drop(apart).sort(where), both.drop(apart).sort(where))
+    assert extended.wanted(replace(place, partial=True))
+
+
 def test_stored_tables_are_taken_in_their_order(tmp_path, brief):
     cells = Place(tmp_path).cells("brief", brief)
     for name in ("own", "other"):
