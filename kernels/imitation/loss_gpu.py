@@ -24,13 +24,13 @@ _NEVER = tl.constexpr(-87.0)
 
 @jit_kernel(fp_fusion=True)
 def _loss_kernel(
-    output,
-    log_std,
-    rows,
-    target,
-    d_output,
+    output,  # [P, count, actions]
+    log_std,  # [P, actions], or None
+    rows,  # [P, count]
+    target,  # [all samples, actions], twice as wide where they are continuous
+    d_output,  # written: as output, log_std
     d_log_std,
-    losses,
+    losses,  # [P], added to
     row_stride,
     log_std_stride,
     d_log_std_stride,
@@ -56,12 +56,12 @@ def _loss_kernel(
         spread_gradient = tl.zeros([PADDED], tl.float32)
     for begin in range(0, count, BLOCK):
         inside = begin + lane < count
-        row = tl.load(rows + ticket * row_stride + begin + lane, mask=inside, other=0)
-        both = inside[:, None] & real[None, :]
+        row = tl.load(rows + ticket * row_stride + begin + lane, mask=inside, other=0)  # [block]
+        both = inside[:, None] & real[None, :]  # [block, actions]
         known = both & (row >= 0)[:, None]
         place = (ticket * count + begin + lane)[:, None] * ACTIONS + a[None, :]
         if CONTINUOUS:
-            means = tl.load(output + place, mask=both, other=0.0)
+            means = tl.load(output + place, mask=both, other=0.0)  # [block, actions]
             source = target + row[:, None] * (2 * ACTIONS) + a[None, :]
             wanted = tl.load(source, mask=known, other=float("nan"))
             wanted_spread = tl.load(source + ACTIONS, mask=known, other=0.0)
@@ -69,13 +69,13 @@ def _loss_kernel(
             square = (tl.exp(2.0 * wanted_spread) + error * error) * precision[None, :]
             terms = spread[None, :] - wanted_spread + 0.5 * square - 0.5
             gradient = error * precision[None, :] / count
-            spread_gradient += tl.sum(tl.where(both, 1.0 - square, 0.0), 0)
+            spread_gradient += tl.sum(tl.where(both, 1.0 - square, 0.0), 0)  # [actions]
         else:
-            logits = tl.load(output + place, mask=both, other=float("-inf"))
+            logits = tl.load(output + place, mask=both, other=float("-inf"))  # [block, actions]
             logits = tl.where(inside[:, None], logits, 0.0)
             shifted = logits - tl.max(logits, 1)[:, None]
             exponentials = tl.exp(shifted)
-            normaliser = tl.sum(exponentials, 1)
+            normaliser = tl.sum(exponentials, 1)  # [block]
             student = shifted - tl.log(normaliser)[:, None]
             source = target + row[:, None] * ACTIONS + a[None, :]
             expert = tl.load(source, mask=known, other=float("nan"))
@@ -84,7 +84,7 @@ def _loss_kernel(
             probability = tl.where(both, tl.exp(expert), 0.0)
             terms = probability * tl.where(both, expert - student, 0.0)
             # Unless the expert's probabilities sum to one, their sum weighs the student's.
-            mass = tl.sum(probability, 1)
+            mass = tl.sum(probability, 1)  # [block]
             gradient = exponentials * (mass / normaliser)[:, None] - probability
             gradient = gradient / count
         loss += tl.sum(tl.where(both, terms, 0.0), 1)

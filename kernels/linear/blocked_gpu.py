@@ -32,11 +32,11 @@ __all__ = ["EXAMPLES", "choose_gradient_tiles", "choose_product_tiles", "dw", "d
 
 @jit_kernel(fp_fusion=True)
 def _product_kernel(
-    a,
-    b,
-    bias,
-    table,
-    c,
+    a,  # [P, rows, depth]
+    b,  # [P, depth, cols]
+    bias,  # [P, cols], or None
+    table,  # [P, lists, 1 + longest]: how many, then which blocks
+    c,  # [P, rows, cols], written
     rows,
     cols,
     first_list,
@@ -99,10 +99,10 @@ def _product_kernel(
 
 @jit_kernel(fp_fusion=True)
 def _gradient_kernel(
-    dy,
-    x,
-    table,
-    dw,
+    dy,  # [P, batch, out]
+    x,  # [P, batch, inp]
+    table,  # as in `_product_kernel`
+    dw,  # [P, out, inp], written
     batch,
     out,
     inp,

@@ -161,7 +161,8 @@ def _backward(
     That of x needs no x, and that of the weight no weight.
     """
     batch, (_, out, inp) = dy.shape[1], mask.shape
-    dy, weight = _flat(dy), dy.new_zeros(mask.shape) if weight is None else _flat(weight)
+    # Nothing of the weight reaches its own gradient.
+    dy, weight = _flat(dy), dy.new_empty(mask.shape) if weight is None else _flat(weight)
     bias = dy.new_empty(out)
     # What a pass forward leaves behind is the packed weight and panels of its rows.
     x, rows = (dy.new_empty(1).expand(len(dy), batch, inp), 0) if x is None else (_flat(x), batch)

@@ -25,11 +25,11 @@ __all__ = ["EXAMPLES", "choose_tiles", "dw", "dx", "forward"]
 
 @jit_kernel(fp_fusion=True)
 def _gemm_kernel(
-    a,
-    b,
-    bias,
-    mask,
-    c,
+    a,  # [P, rows, depth]
+    b,  # [P, depth, cols]
+    bias,  # [P, cols], or None
+    mask,  # [P, rows, cols], or None
+    c,  # [P, rows, cols], written
     rows,
     cols,
     depth,

@@ -58,7 +58,7 @@ def load_weight(
     col = tl.arange(0, BLOCKS[layer])[None, :]
     inside = (row < SIZES[layer + 1]) & (col < SIZES[layer])
     entry = WEIGHTS[layer] + row * SIZES[layer] + col
-    values = tl.load(weight + entry, mask=inside, other=0.0)
+    values = tl.load(weight + entry, mask=inside, other=0.0)  # [out, inp]
     if MASKED[layer]:
         values = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, values, 0.0)
     return values
@@ -93,7 +93,7 @@ def hidden_layers(
         if APART and layer > 0:
             tl.debug_barrier()
         matrix = load_weight(weight, mask, layer, SIZES, BLOCKS, WEIGHTS, MASKED)
-        shift = load_bias(weight, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])
+        shift = load_bias(weight, BIASES[layer], SIZES[layer + 1], BLOCKS[layer + 1])  # [1, units]
         total = tl.dot(inputs[layer], tl.trans(matrix), input_precision="ieee") + shift
         inputs += (activate(total, ACTIVATION),)  # [rows, units]
     return inputs
@@ -101,10 +101,10 @@ def hidden_layers(
 
 @jit_kernel(fp_fusion=True)
 def forward_kernel(
-    x,
-    weight,
-    mask,
-    y,
+    x,  # [P, samples, inputs]
+    weight,  # [P, size]
+    mask,  # [P, prunable], or None
+    y,  # [P, samples, outputs], written
     samples,
     x_ticket,
     x_row,
@@ -167,11 +167,11 @@ def _add_rows(total, delta):
 
 @jit_kernel(fp_fusion=True)
 def backward_kernel(
-    dy,
-    x,
-    weight,
-    mask,
-    target,
+    dy,  # [P, samples, outputs]
+    x,  # [P, samples, inputs]
+    weight,  # [P, size]
+    mask,  # [P, prunable], or None
+    target,  # [P * stretches, size], written
     samples,
     stretch,
     dy_ticket,
@@ -255,11 +255,11 @@ def backward_kernel(
     for layer in tl.static_range(DEPTH):
         row = tl.arange(0, BLOCKS[layer + 1])
         grad = grads[DEPTH - 1 - layer]
-        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
+        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)  # [out]
         # Plus 0, as the compiler cannot know: else registers keep through the loop what the
         # loads of the weights found of their entries.
         row += (samples < 0).to(tl.int32)
-        col = tl.arange(0, BLOCKS[layer])[None, :]
+        col = tl.arange(0, BLOCKS[layer])[None, :]  # [1, inp]
         inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
         entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
         if MASKED[layer]:

@@ -77,11 +77,11 @@ def _product(
 
 @jit_kernel(fp_fusion=True)
 def forward_kernel(
-    x,
-    weight,
-    mask,
-    y,
-    hidden,
+    x,  # [P, samples, inputs]
+    weight,  # [P, size]
+    mask,  # [P, prunable], or None
+    y,  # [P, samples, outputs], written
+    hidden,  # [P, samples, KEPT], written
     samples,
     x_ticket,
     x_row,
@@ -120,7 +120,7 @@ def forward_kernel(
 
     for layer in tl.static_range(DEPTH):
         for begin in range(0, SIZES[layer + 1], SIDES[layer + 1]):
-            col = begin + tl.arange(0, SIDES[layer + 1])[None, :]
+            col = begin + tl.arange(0, SIDES[layer + 1])[None, :]  # [1, units]
             total = _product(
                 source,
                 source_row,
@@ -157,12 +157,12 @@ def forward_kernel(
 
 @jit_kernel(fp_fusion=True)
 def delta_kernel(
-    dy,
-    weight,
-    mask,
-    hidden,
-    deltas,
-    dx,
+    dy,  # [P, samples, outputs]
+    weight,  # [P, size]
+    mask,  # [P, prunable], or None
+    hidden,  # [P, samples, KEPT]
+    deltas,  # [P, samples, HIDDEN], written
+    dx,  # [P, samples, inputs], written, or None
     samples,
     dy_ticket,
     dy_row,
@@ -204,7 +204,7 @@ def delta_kernel(
             place -= SIZES[layer]
             known -= SIZES[layer]
             for begin in range(0, SIZES[layer], SIDES[layer]):
-                col = begin + tl.arange(0, SIDES[layer])[None, :]
+                col = begin + tl.arange(0, SIDES[layer])[None, :]  # [1, units]
                 total = _product(
                     source,
                     source_row,
@@ -226,7 +226,7 @@ def delta_kernel(
                 inside = (row < left) & (col < SIZES[layer])
                 if layer > 0:
                     here = tl.load(known + row * KEPT + col, mask=inside, other=0.0)
-                    delta = deactivate(total, here, ACTIVATION)
+                    delta = deactivate(total, here, ACTIVATION)  # [rows, units]
                     tl.store(deltas + place + row * HIDDEN + col, delta, mask=inside)
                 else:
                     target = dx + (ticket * samples + first) * SIZES[0]
@@ -294,12 +294,12 @@ def _gradient_tile(
 
 @jit_kernel(fp_fusion=True)
 def gradient_kernel(
-    dy,
-    x,
-    hidden,
-    deltas,
-    mask,
-    target,
+    dy,  # [P, samples, outputs]
+    x,  # [P, samples, inputs]
+    hidden,  # [P, samples, KEPT]
+    deltas,  # [P, samples, HIDDEN]
+    mask,  # [P, prunable], or None
+    target,  # [P * stretches, size], written
     samples,
     stretch,
     dy_ticket,

@@ -102,7 +102,7 @@ def _store_gradients(
         # Plus 0, as the compiler cannot know: else registers keep through the loop what loads of
         # weights found of their entries.
         row = tl.arange(0, BLOCKS[layer + 1]) + (count < 0).to(tl.int32)
-        col = tl.arange(0, BLOCKS[layer])[None, :]
+        col = tl.arange(0, BLOCKS[layer])[None, :]  # [1, inp]
         there = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
         entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
         tl.store(rows + entry, grads[DEPTH - 1 - layer], mask=there)
@@ -184,11 +184,11 @@ def _learn(
             clipped_sum += clipped
         else:
             only = head[None, :] == 0
-            value = tl.sum(tl.where(only, output, 0.0), 1)
+            value = tl.sum(tl.where(only, output, 0.0), 1)  # [rows]
             slope, error = value_loss(
                 value, old_value, target, at, count, clip, value_coef, CLIP_VALUE
             )
-            delta = tl.where(only, slope[:, None], 0.0)
+            delta = tl.where(only, slope[:, None], 0.0)  # [rows, out]
             value_sum += error
         grads, bias_grads = _add_gradients(
             grads, bias_grads, delta, inputs, weight, SIZES, BLOCKS, WEIGHTS, MASKED, ACTIVATION
@@ -207,16 +207,16 @@ def _learn(
 
 @jit_kernel(fp_fusion=True)
 def gradient_kernel(
-    weight,
-    obs,
-    action,
-    logp,
+    weight,  # [P, size]
+    obs,  # [P, samples, inputs]
+    action,  # [P, samples], or with [actions] where they are continuous
+    logp,  # [P, samples], as the next three
     old_value,
     advantage,
     target,
-    order,
-    rows,
-    sums,
+    order,  # [P, samples], of which the minibatch is a part
+    rows,  # [P, stretches, size], written
+    sums,  # [P, stretches, 5], written
     size,
     samples,
     first,

@@ -116,26 +116,26 @@ def policy_loss(
         deviations = tl.exp(spread)
         taken_at = (ticket * samples + index)[:, None] * ACTIONS + a[None, :]
         taken = tl.load(action + taken_at, mask=both, other=0.0)
-        score = (taken - output) / deviations[None, :]
+        score = (taken - output) / deviations[None, :]  # [rows, actions]
         terms = -0.5 * score * score - spread[None, :] - _LOG_SQRT_TWO_PI
-        new_logp = tl.sum(tl.where(both, terms, 0.0), 1)
+        new_logp = tl.sum(tl.where(both, terms, 0.0), 1)  # [rows]
         entropies = tl.where(real, 0.5 + _LOG_SQRT_TWO_PI + spread, 0.0)
         entropy = tl.zeros_like(new_logp) + tl.sum(entropies, 0)
     else:
-        logits = tl.where(real[None, :], output, float("-inf"))
+        logits = tl.where(real[None, :], output, float("-inf"))  # [rows, actions]
         shifted = logits - tl.max(logits, 1)[:, None]
         exponentials = tl.exp(shifted)
-        normaliser = tl.sum(exponentials, 1)
+        normaliser = tl.sum(exponentials, 1)  # [rows]
         probability = exponentials / normaliser[:, None]
         log_probability = shifted - tl.log(normaliser)[:, None]
         taken = tl.load(action + ticket * samples + index, mask=inside, other=0)
-        chosen = a[None, :] == taken[:, None]
+        chosen = a[None, :] == taken[:, None]  # [rows, actions]
         new_logp = tl.sum(tl.where(chosen, log_probability, 0.0), 1)
         # Where a probability is zero, so is its term: 0 * -inf would be NaN.
         safe = tl.where(real[None, :], log_probability, 0.0)
-        entropy = -tl.sum(probability * safe, 1)
+        entropy = -tl.sum(probability * safe, 1)  # [rows]
 
-    log_ratio = new_logp - _gather(logp, place)
+    log_ratio = new_logp - _gather(logp, place)  # [rows]
     ratio = tl.exp(log_ratio)
     gain = (_gather(advantage, place) - mean) / deviation
     plain = -gain * ratio
@@ -148,7 +148,7 @@ def policy_loss(
     if CONTINUOUS:
         gradient = slope[:, None] * score / deviations[None, :]
         by_spread = slope[:, None] * (score * score - 1.0)
-        by_spread = tl.sum(tl.where(both, by_spread, 0.0), 0)
+        by_spread = tl.sum(tl.where(both, by_spread, 0.0), 0)  # [actions]
     else:
         gradient = slope[:, None] * (tl.where(chosen, 1.0, 0.0) - probability)
         gradient += (entropy_coef / count) * probability * (safe + entropy[:, None])
@@ -179,7 +179,7 @@ def value_loss(value, old_value, target, place, count, clip, value_coef, CLIP_VA
     ``place`` is what `_gather` takes.
     """
     _, _, _, inside = place
-    wanted = _gather(target, place)
+    wanted = _gather(target, place)  # [rows]
     error = value - wanted
     if CLIP_VALUE:
         old = _gather(old_value, place)
@@ -200,19 +200,19 @@ def value_loss(value, old_value, target, place, count, clip, value_coef, CLIP_VA
 
 @jit_kernel(fp_fusion=True)
 def _loss_kernel(
-    output,
-    value,
-    log_std,
-    order,
-    action,
-    logp,
+    output,  # [P, count, actions]
+    value,  # [P, count]
+    log_std,  # [P, actions], or None
+    order,  # [P, samples]
+    action,  # [P, samples], or with [actions] where they are continuous
+    logp,  # [P, samples], as the next three
     old_value,
     advantage,
     target,
-    d_output,
+    d_output,  # written: as output, value, log_std
     d_value,
     d_log_std,
-    sums,
+    sums,  # [P, 5], written
     row,
     d_row,
     samples,

@@ -63,7 +63,7 @@ def _choose(counts, wanted):
 
     If none is wanted, the largest digit and rank 0, so that every score lies below or unranked.
     """
-    at_least = tl.cumsum(counts, 0, reverse=True)
+    at_least = tl.cumsum(counts, 0, reverse=True)  # [256]
     found = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
     above = tl.sum(tl.where(tl.arange(0, 256) > found, counts, 0), 0)
     return found.to(tl.uint32), wanted - above
@@ -80,9 +80,9 @@ def _select_kernel(
     threshold = tl.full([], 0, tl.uint32)
     for step in tl.static_range(4):
         shift = 24 - 8 * step
-        counts = tl.zeros([256], tl.int32)
+        counts = tl.zeros([256], tl.int32)  # by value of the digit
         for first in range(0, prunable, BLOCK):
-            key = _keys(scores, mask, ticket, first + lane, prunable, stride, MAGNITUDE)
+            key = _keys(scores, mask, ticket, first + lane, prunable, stride, MAGNITUDE)  # [block]
             candidate = key != 0
             if step > 0:
                 candidate = candidate & ((key ^ threshold) >> (shift + 8) == 0)

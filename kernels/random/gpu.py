@@ -76,7 +76,7 @@ def _draw_kernel(
     ticket = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     key = tl.load(key_pointer + ticket)
-    block = chunk * BLOCK + tl.arange(0, BLOCK)
+    block = chunk * BLOCK + tl.arange(0, BLOCK)  # [block], four words each
     zero = tl.zeros([BLOCK], tl.uint32)
     low, high = step_low, step_high
     if step_pointer is not None:
@@ -109,7 +109,7 @@ def _draw_kernel(
 @triton.jit
 def pick(probs_pointer, u, ACTIONS: tl.constexpr, inside):
     """Index drawn from the ``ACTIONS`` float32 at each of ``probs_pointer`` by uniforms ``u``."""
-    total = tl.zeros_like(u)
+    total = tl.zeros_like(u)  # [rows]
     for action in range(ACTIONS):
         total += tl.load(probs_pointer + action, mask=inside, other=1.0)
     threshold = u * total

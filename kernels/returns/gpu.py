@@ -32,14 +32,14 @@ def _then(decay, delta, later_decay, later_delta):
 
 @jit_kernel(fp_fusion=True)
 def _gae_kernel(
-    reward,
+    reward,  # [P, steps, envs], as all pointers
     value,
     next_value,
     terminated,
     truncated,
-    advantage,
+    advantage,  # written, as target
     target,
-    lanes,
+    lanes,  # P * envs
     steps,
     envs,
     gamma,
@@ -48,14 +48,14 @@ def _gae_kernel(
     LANES: tl.constexpr,
 ):
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    first = (lane // envs) * steps * envs + lane % envs
-    back = tl.arange(0, STEPS)[:, None]
+    first = (lane // envs) * steps * envs + lane % envs  # [lanes], each lane's first step
+    back = tl.arange(0, STEPS)[:, None]  # [steps, 1]
     following = tl.zeros([LANES], tl.float32)
     # Row 0 of a tile is its last step in time.
     for done in range(0, steps, STEPS):
         step = steps - 1 - done - back
         exists = (step >= 0) & (lane < lanes)[None, :]
-        entry = first[None, :] + step * envs
+        entry = first[None, :] + step * envs  # [steps, lanes]
         ended = tl.load(terminated + entry, mask=exists, other=0).to(tl.int1)
         cut = tl.load(truncated + entry, mask=exists, other=0).to(tl.int1)
         ahead = tl.load(next_value + entry, mask=exists & (ended == 0), other=0.0)
@@ -67,7 +67,7 @@ def _gae_kernel(
         result = sums + carried
         tl.store(advantage + entry, result, mask=exists)
         tl.store(target + entry, result + now, mask=exists)
-        following = tl.sum(tl.where(back == STEPS - 1, result, 0.0), 0)
+        following = tl.sum(tl.where(back == STEPS - 1, result, 0.0), 0)  # [lanes]
 
 
 def gae(

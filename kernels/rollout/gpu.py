@@ -53,25 +53,25 @@ _EVAL_NOISE = tl.constexpr(int(Stream.EVAL_NOISE))
     do_not_specialize=["size", "steps", "copies", "clock", "stream", "reset_stream"],
 )
 def _act_kernel(
-    weight,
-    key,
+    weight,  # [P, size]
+    key,  # [P], as reset_key
     reset_key,
-    clock_pointer,
-    state,
+    clock_pointer,  # [], or None: then the clock is an argument
+    state,  # [P, copies, STATES], as elapsed read and written
     elapsed,
-    obs,
-    offset,
+    obs,  # [P, copies, features]
+    offset,  # [features], as scale
     scale,
-    source,
-    seen,
+    source,  # [features]: which input shows what, or None
+    seen,  # written, all [P, steps, copies] and what follows; seen has features
     action,
     logp,
     reward,
     terminated,
     truncated,
-    final_obs,
-    heads,
-    last_obs,
+    final_obs,  # with features, or None
+    heads,  # with actions, or None
+    last_obs,  # [P, copies, features], written
     size,
     steps,
     copies,
@@ -108,7 +108,7 @@ def _act_kernel(
 
     feature = tl.arange(0, FEATURES)
     real = feature < features
-    x = tl.load(obs + lane * features + feature, mask=real, other=0.0)
+    x = tl.load(obs + lane * features + feature, mask=real, other=0.0)  # [features]
     s0, s1, s2, s3 = load_state(state + lane * STATES, None, STATES)
     age = tl.load(elapsed + lane)
     for t in range(steps):

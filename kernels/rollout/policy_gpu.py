@@ -101,11 +101,11 @@ def forward(layers, x, NET: tl.constexpr):
     """Outputs ``[OUTPUTS]`` of one observation ``[FEATURES]``."""
     last: tl.constexpr = len(NET[0]) - 2
     for layer in tl.static_range(last):
-        weight = layers[2 * layer]
-        inputs = tl.reshape(x, [weight.shape[0], weight.shape[1]])[:, :, None]
+        weight = layers[2 * layer]  # [inp / 4, 4, units]
+        inputs = tl.reshape(x, [weight.shape[0], weight.shape[1]])[:, :, None]  # [inp / 4, 4, 1]
         # Four sums side by side within a thread, then the sum of the four.
         total = tl.sum(tl.sum(weight * inputs, axis=0), axis=0)
-        x = activate(total + layers[2 * layer + 1], NET[3])
+        x = activate(total + layers[2 * layer + 1], NET[3])  # [units]
     return tl.sum(layers[2 * last] * x[None, :], axis=1) + layers[2 * last + 1]
 
 
@@ -117,13 +117,13 @@ def entry_of(vector, index, SIZE: tl.constexpr):
 
 @jit_kernel(fp_fusion=False, do_not_specialize=["size", "steps", "copies", "stretches"])
 def _judge_kernel(
-    weight,
-    seen,
-    last_obs,
-    final_obs,
-    terminated,
+    weight,  # [P, size]
+    seen,  # [P, steps, copies, features]
+    last_obs,  # [P, copies, features]
+    final_obs,  # as seen, where an episode was cut
+    terminated,  # [P, steps, copies], as truncated
     truncated,
-    value,
+    value,  # [P, steps, copies], as next_value written
     next_value,
     size,
     steps,
