@@ -75,11 +75,11 @@ def test_a_number_that_no_activation_has_computes_nan():
 
 
 @pytest.fixture
-def softsign(monkeypatch):
+def softplus(monkeypatch):
     """A network of an activation that torch's terms alone know."""
-    made_up = TorchActivation(functional.softsign, None, None)
-    monkeypatch.setitem(activations.ACTIVATIONS, "softsign", made_up)
-    return Arena.build((3, 5, 2), activation="softsign")
+    made_up = TorchActivation(functional.softplus, None, None)
+    monkeypatch.setitem(activations.ACTIVATIONS, "softplus", made_up)
+    return Arena.build((3, 5, 2), activation="softplus")
 
 
 def run(arena):
@@ -87,32 +87,32 @@ def run(arena):
     weight, x = torch.ones(1, arena.size, requires_grad=True), torch.full((1, 2, 3), 0.1)
     y = mlp(x, weight, arena.actor)
     y.sum().backward()
-    return y.detach(), 1 + 5 * functional.softsign(x.sum(2, keepdim=True) + 1).expand(1, 2, 2)
+    return y.detach(), 1 + 5 * functional.softplus(x.sum(2, keepdim=True) + 1).expand(1, 2, 2)
 
 
-REFUSED = "activation must be one of tanh, relu, elu, silu, gelu on a {}PU, got 'softsign'"
+REFUSED = f"activation must be one of {', '.join(KNOWN)} on a {{}}PU, got 'softplus'"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_without_a_kernel_is_refused_by_name(softsign, backend):
+def test_one_without_a_kernel_is_refused_by_name(softplus, backend):
     # Unless a backend is chosen, torch's own ops compute what the kernels do not have.
-    torch.testing.assert_close(*run(softsign))
+    torch.testing.assert_close(*run(softplus))
     message = REFUSED.format("C" if backend == "cpu" else "G")
     with use_backend(backend), pytest.raises(ValueError, match=message):
-        run(softsign)
+        run(softplus)
 
 
-def test_rollouts_refuse_it(softsign):
+def test_rollouts_refuse_it(softplus):
     with pytest.raises(ValueError, match=REFUSED.format("C")):
-        policy.network(softsign.actor, softsign, 1.0, 4)
+        policy.network(softplus.actor, softplus, 1.0, 4)
 
 
 @needs_triton
-def test_rollouts_on_a_gpu_refuse_it(softsign):
+def test_rollouts_on_a_gpu_refuse_it(softplus):
     from sparse_tickets.kernels.rollout import policy_gpu
 
     with pytest.raises(ValueError, match=REFUSED.format("G")):
-        policy_gpu.describe(softsign.actor)
+        policy_gpu.describe(softplus.actor)
 
 
 def test_layernorm_is_the_formula_and_not_on_a_gpu():
@@ -140,6 +140,6 @@ def test_layernorm_is_the_formula_and_not_on_a_gpu():
 
 
 def test_an_unknown_name_is_refused():
-    message = "activation must be one of tanh, relu, elu, silu, gelu, layernorm-tanh, .*got 'mish'"
+    message = f"activation must be one of {', '.join(KNOWN)}, layernorm-tanh, .*got 'mish'"
     with pytest.raises(ValueError, match=message):
         Arena.build((3, 5, 2), activation="mish")
