@@ -255,19 +255,20 @@ def level(level: int, *, tickets: int = 60, iterations: int = 4, device: str = "
     return Case(name, shape, sparsity_of(level), build)
 
 
-def told_apart(*, tickets: int = 60, sparsity: float = 90.0, device: str = "cpu") -> Case:
+def told_apart(*, tickets: int = 60, device: str = "cpu") -> Case:
     """Batching, fusion and sparsity, one after the other, on the same job."""
-    stages = (
-        ("loop of dense policies", PPOJob, {"tickets": 1, "backend": "reference"}),
-        ("population, dense", PPOJob, {"tickets": tickets, "backend": "reference"}),
-        (_ALL_FUSED, PPOJob, {"tickets": tickets}),
-    )
+    sparsity = 90.0
+    stages: dict[str, dict[str, Any]] = {
+        "loop of dense policies": {"tickets": 1, "backend": "reference"},
+        "population, dense": {"tickets": tickets, "backend": "reference"},
+        _ALL_FUSED: {"tickets": tickets},
+    }
 
     def build() -> Contest:
         job = PPOJob(tickets, sparsity, device=device)
         contest = Contest(ppo_contender(job, _ALL_SPARSE))
-        for name, make, options in stages:
-            contest.peers.append(ppo_contender(make(device=device, **options), name))
+        for name, options in stages.items():
+            contest.peers.append(ppo_contender(PPOJob(device=device, **options), name))
         return contest
 
     shape = {"P": tickets, "envs": PPO.copies, "steps": PPO.horizon}

@@ -116,13 +116,13 @@ def backward_blocked(problem: LinearProblem, block: int) -> Contender:
     return problem.contender(OURS, run, plan=f"linear: blocked {block}")
 
 
-def prune_to(problem: PruneProblem, backend: str = "auto", name: str = OURS) -> Contender:
+def prune_to(problem: PruneProblem) -> Contender:
     """`kernels.prune.prune`, told to look at nothing that would wait for a GPU."""
 
     def run() -> Tensor:
         return prune(problem.scores, problem.mask, problem.k, check=False)
 
-    return problem.contender(name, on_backend(backend, run), plan="prune")
+    return problem.contender(OURS, run, plan="prune")
 
 
 def _module(problem: LinearProblem, trained: bool) -> SparseLinear | None:

@@ -352,7 +352,7 @@ class Sweep:
         own = content.pop("settings")
         for name in _OWN_SETTINGS.keys() - {*self.algos, self.bc.expert}:
             del content[name]
-        if self.bc.expert == "ppo":
+        if self.bc.expert == _EXPERTS_CHOICE["expert"]:
             for name in _EXPERTS_CHOICE:
                 del content["bc"][name]
         if self.bc.states == "expert":
