@@ -93,8 +93,8 @@ def run_returns(console: Console, seeds: int = 5, only: str = "", out: Path | No
     Raises:
         ValueError: no job has such a label, or stable-baselines3 is not installed.
     """
-    need_sb3()
     chosen = choose(JOBS, only)
+    need_sb3()
     file = RecordFile("jobs", table, seeds, out, "returns")
     known = {_key(record) for record in file.records}
     # Seeds outermost: whatever is there when it is stopped has all jobs and densities.

@@ -181,9 +181,10 @@ def run_jobs(
     Raises:
         ValueError: no job has such a label, or stable-baselines3 is not installed.
     """
+    chosen = choose(JOBS, only)
     need_sb3()
     file = RecordFile("jobs", table, rounds, out)
-    for job in choose(JOBS, only):
+    for job in chosen:
         runs = []
         for count in threads:
             with pinned_threads(count):

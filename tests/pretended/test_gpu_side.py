@@ -38,7 +38,7 @@ def no_episodes(monkeypatch):
         def __exit__(self, *_) -> None:
             pass
 
-        before = after = note = result = lambda self, _: None
+        before = after = note = result = lambda self, *_: None
 
     monkeypatch.setattr(loop, "Evaluator", NoEvaluator)
 

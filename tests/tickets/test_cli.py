@@ -98,7 +98,7 @@ def test_without_a_command_all_commands_are_listed(capsys):
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["train"]) == 2
     error = capsys.readouterr().err
-    assert "no command 'train', there are: sweep, report, show, verify" in error
+    assert "no command 'train', there are: sweep, report, show, transfer, verify" in error
 
 
 @pytest.mark.parametrize(
