@@ -169,7 +169,7 @@ def stages(names: Iterable[str]) -> pl.DataFrame:
         if name == "cost" or not file.exists():
             continue
         cells = pl.read_parquet(file).filter(pl.col("wall_s").is_not_null())
-        own = cells.filter(~pl.col("wall_s").is_in(seen.implode()))
+        own = cells.filter(~pl.col("wall_s").is_in(seen.to_list()))
         seen = pl.concat([seen, own["wall_s"]])
         ppo = own.filter(pl.col("env").str.starts_with(ENV))
         if "algo" in own.columns:
