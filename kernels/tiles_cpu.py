@@ -89,6 +89,24 @@ def _rows(builder: Any, first: Any, stride: Any, rows: int) -> list[Any]:
     return [builder.add(first, builder.mul(stride, INDEX(r))) for r in range(rows)]
 
 
+def _sum_products(builder: Any, sums: _Sums, a: Any, x: Any, depth: Any, columns: int) -> None:
+    """Add to every sum its products of a dense tile; see `make_tile`.
+
+    Args:
+        a: where the numbers lie, where each row of them begins, and the step of depth there.
+        x: where the registers lie and begin, and their step.
+    """
+    a, row_a, ad = a
+    x, x0, xd = x
+    with cgutils.for_range(builder, depth) as loop:
+        x_row = builder.add(x0, builder.mul(loop.index, xd))
+        xs = list(_registers(builder, x, x_row, columns))
+        offset = builder.mul(loop.index, ad)
+        for r, begin in enumerate(row_a):
+            value = _element(builder, a, builder.add(begin, offset))
+            sums.add(r, broadcast(builder, value), xs)
+
+
 def make_tile(rows: int, columns: int, accumulate: bool = False):
     """A GEMM tile of ``rows x (columns * LANES)`` accumulators held in registers.
 
@@ -118,13 +136,7 @@ def make_tile(rows: int, columns: int, accumulate: bool = False):
                 return broadcast(builder, _element(builder, bias, builder.add(b0, INDEX(r))))
 
             sums = _Sums(builder, rows, columns, start)
-            with cgutils.for_range(builder, depth) as loop:
-                x_row = builder.add(x0, builder.mul(loop.index, xd))
-                xs = list(_registers(builder, x, x_row, columns))
-                offset = builder.mul(loop.index, ad)
-                for r in range(rows):
-                    value = _element(builder, a, builder.add(row_a[r], offset))
-                    sums.add(r, broadcast(builder, value), xs)
+            _sum_products(builder, sums, (a, row_a, ad), (x, x0, xd), depth, columns)
             sums.store(y, row_y)
             return context.get_dummy_value()
 
@@ -150,13 +162,7 @@ def make_gated_tile(rows: int, columns: int, gated: bool):
             )
             row_a = _rows(builder, a0, ar, rows)
             sums = _Sums(builder, rows, columns, lambda r, c: constant(0.0))
-            with cgutils.for_range(builder, depth) as loop:
-                x_row = builder.add(x0, builder.mul(loop.index, xd))
-                xs = list(_registers(builder, x, x_row, columns))
-                offset = builder.mul(loop.index, ad)
-                for r in range(rows):
-                    value = _element(builder, a, builder.add(row_a[r], offset))
-                    sums.add(r, broadcast(builder, value), xs)
+            _sum_products(builder, sums, (a, row_a, ad), (x, x0, xd), depth, columns)
             gates = _rows(builder, g0, ys, rows)
 
             def gate(r, c):

@@ -111,7 +111,7 @@ class Look {
         continue;
       }
       found += !expected->empty();
-      if ( PyDict_Size(values) != Py_ssize_t(expected->size())) return false;
+      if (PyDict_Size(values) != Py_ssize_t(expected->size())) return false;
       PyObject *key = nullptr, *value = nullptr;
       Py_ssize_t inner = 0;
       for (size_t i = 0; PyDict_Next(values, &inner, &key, &value); ++i) {

@@ -201,13 +201,19 @@ def double(x):
 }
 
 
-@pytest.mark.long
-def test_what_a_kernel_imports_is_part_of_its_stamp(tmp_path: Path) -> None:
-    """A helper is compiled into its caller, whose own file did not change."""
-    package = tmp_path / "package"
+def write_helpers(folder: Path) -> Path:
+    """A package of a kernel, its helper and the helper's constant."""
+    package = folder / "package"
     (package / "callers").mkdir(parents=True)
     for name, text in HELPERS.items():
         (package / name).write_text(text)
+    return package
+
+
+@pytest.mark.long
+def test_what_a_kernel_imports_is_part_of_its_stamp(tmp_path: Path) -> None:
+    """A helper is compiled into its caller, whose own file did not change."""
+    package = write_helpers(tmp_path)
     code = """
 from package.callers.caller import quadruple
 result = quadruple(1)
@@ -229,10 +235,7 @@ print(result, sum(quadruple.stats.cache_hits.values()))
 @pytest.mark.long
 def test_what_changes_under_a_running_process_is_not_kept(tmp_path: Path) -> None:
     """It has what it imported before, and its files would be taken for those of the new sources."""
-    package = tmp_path / "package"
-    (package / "callers").mkdir(parents=True)
-    for name, text in HELPERS.items():
-        (package / name).write_text(text)
+    write_helpers(tmp_path)
     code = """
 import sys
 from pathlib import Path
