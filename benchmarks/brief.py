@@ -19,7 +19,7 @@ from .peers import (
     torch_csr,
     torch_dense,
 )
-from .results import BUSY, SuiteRun
+from .results import BUSY, SuiteRun, versions_in_words
 from .tables import NOISY, grid, groups, shape_of
 
 __all__ = ["losses", "origin", "population", "speedups", "widest"]
@@ -136,7 +136,7 @@ def population(run: SuiteRun) -> str:
 
 def origin(run: SuiteRun) -> str:
     """Where a run's numbers come from."""
-    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    versions = versions_in_words(run.versions)
     absent = {
         f" Not run - {name}: {why}."
         for record in run.records

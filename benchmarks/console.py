@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from .compare import FALSE_ALARMS, Change, RunComparison
 from .measure import Record, Refusal
-from .results import BUSY, SuiteRun
+from .results import BUSY, SuiteRun, versions_in_words
 from .tables import NOISY, Table, duration, tables
 
 __all__ = ["show_comparison", "show_line", "show_run", "show_table", "warn_if_busy"]
@@ -58,7 +58,7 @@ def show_run(console: Console, run: SuiteRun) -> None:
     for table in tables(run, brief=True):
         show_table(console, table)
     console.print(f"~ spread (p20-p80) above {NOISY:.0%} either way", highlight=False)
-    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    versions = versions_in_words(run.versions)
     console.print(
         f"{run.hardware}; {run.threads} threads; {versions}; commit {run.commit}", highlight=False
     )

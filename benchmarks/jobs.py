@@ -24,7 +24,7 @@ from sparse_tickets.convert import SparsifyWarning
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import pinned_threads
 
-from .results import RecordFile, choose, header
+from .results import RecordFile, choose, header, versions_in_words
 from .tables import grid
 
 __all__ = [
@@ -239,13 +239,8 @@ def measured(path: Path) -> str:
     """The table of a file, and where it comes from."""
     records = json.loads(path.read_text())
     runs = [record["run"] for record in records]
-    machines = "; ".join(
-        dict.fromkeys(
-            f"{run['hardware']}; "
-            + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-            for run in runs
-        )
-    )
+    found = (f"{run['hardware']}; {versions_in_words(run['versions'])}" for run in runs)
+    machines = "; ".join(dict.fromkeys(found))
     commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
     dates = ", ".join(dict.fromkeys(run["date"][:10] for run in runs))
     return (

@@ -10,7 +10,7 @@ from sparse_tickets.files import write_atomic
 from .brief import losses, origin, speedups, widest
 from .figures import draw
 from .gpu.report import gpu_tables
-from .results import BUSY, SuiteRun, share_out
+from .results import BUSY, SuiteRun, share_out, versions_in_words
 from .tables import Table, grid, tables
 
 __all__ = ["markdown", "write_report"]
@@ -117,7 +117,7 @@ def write_report(folder: Path, runs: Mapping[str, Sequence[SuiteRun]]) -> Path:
 
 
 def _origin(run: SuiteRun) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    versions = versions_in_words(run.versions)
     load = f"other processes used {run.busy:.0%} of the cores"
     if run.busy > BUSY:
         load = f"**{load}: neither times nor ratios can be trusted**"

@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +45,7 @@ __all__ = [
     "provenance",
     "save",
     "share_out",
+    "versions_in_words",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -154,6 +155,11 @@ def header(run: SuiteRun) -> dict[str, object]:
     """What a record in a table of its own keeps of where and when it was measured."""
     kept = ("device", "date", "hardware", "versions", "commit")
     return {name: getattr(run, name) for name in kept}
+
+
+def versions_in_words(versions: Mapping[str, str]) -> str:
+    """``torch 2.13.0, numpy 2.4.6``."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 class RecordFile:

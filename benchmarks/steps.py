@@ -30,7 +30,7 @@ from sparse_tickets.timing import pinned_threads
 
 from .apart import Apart, Step, Turn, take
 from .peers import sparselab
-from .results import RESULTS, choose, provenance
+from .results import RESULTS, choose, provenance, versions_in_words
 from .tables import grid
 
 __all__ = ["lost", "measured", "run_steps", "table", "times_table"]
@@ -324,12 +324,11 @@ def lost(path: Path) -> str:
     found, steps = [], 0
     for label, sparsity in dict.fromkeys((r["label"], r["sparsity"]) for r in records):
         best = _best([r for r in records if (r["label"], r["sparsity"]) == (label, sparsity)])
-        peer = min(value for name, value in best.items() if not name.startswith("ours"))
         for name in (name for name in best if name.startswith("ours")):
             steps += 1
-            if best[name] > peer:
+            if (gain := _gain(best, name)) < 1:
                 what = f"{label} at {sparsity:.0%}, {name.removeprefix('ours').strip(', ')}"
-                found.append(f"{what} ({peer / best[name]:.2f}x)")
+                found.append(f"{what} ({gain:.2f}x)")
     if not found:
         return f"Of the {steps} kinds of steps above none was slower than the fastest peer's."
     return f"Of the {steps} kinds of steps above {len(found)} were slower: {'; '.join(found)}."
@@ -345,7 +344,7 @@ def measured(path: Path) -> str:
     data = json.loads(path.read_text())
     run, records = data["run"], data["records"]
     peers = [name for name in records[0]["seconds"] if not name.startswith("ours")]
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    versions = versions_in_words(run["versions"])
     return (
         f"{table(records)}\nMeasured on {run['hardware']}; {versions}; commit {run['commit']}; "
         f"{run['date'][:10]}. Peers: {'; '.join(peers)}; each with one thread or two, whichever is "
@@ -354,9 +353,12 @@ def measured(path: Path) -> str:
 
 
 def _ratio(records: list[dict], ours: str) -> str:
-    best = _best(records)
-    peer = min(value for name, value in best.items() if not name.startswith("ours"))
-    return f"{peer / best[ours]:.2f}x"
+    return f"{_gain(_best(records), ours):.2f}x"
+
+
+def _gain(best: dict[str, float], ours: str) -> float:
+    """The fastest peer's time over one of ours."""
+    return min(value for name, value in best.items() if not name.startswith("ours")) / best[ours]
 
 
 def _best(records: list[dict]) -> dict[str, float]:
