@@ -18,6 +18,7 @@ from rich.console import Console
 from sparse_tickets import load_results, run_sweep
 from sparse_tickets.analysis.contributions import contributions
 from sparse_tickets.analysis.figures import contribution_figure, return_figure, save
+from sparse_tickets.analysis.parquet import write_parquet
 from sparse_tickets.analysis.table import compare, degradation, markdown_table
 from sparse_tickets.sweep.progress import SweepProgress
 from sparse_tickets.sweep.protocols import protocol
@@ -32,7 +33,7 @@ def main() -> None:
     with SweepProgress(SPEC, Console()) as progress:
         run_sweep(SPEC, OUT, on_progress=progress.advance)
     frame = load_results(OUT)
-    frame.write_parquet(HERE / "results" / "cartpole.parquet")
+    write_parquet(HERE / "results" / "cartpole.parquet", frame)
     tables = write(frame)
     print(tables)
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=2):

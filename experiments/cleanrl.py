@@ -137,7 +137,7 @@ def dense(algo: str, start: str, spec: Sweep) -> pl.DataFrame:
     else:
         initial = initialise(arena, keys, start, spec.log_std)
     mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
-    return train(spec, None, algo, 0, mask, initial, seeds, f"cleanrl {start}")
+    return train(spec, None, algo, 0, mask, initial, seeds, f"cleanrl {start}").rows
 
 
 def of(cells: pl.DataFrame, contest: Contest) -> pl.DataFrame:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from sparse_tickets import load_results, run_sweep
 from sparse_tickets.analysis.figures import save
+from sparse_tickets.analysis.parquet import write_parquet
 from sparse_tickets.sweep.data import read_data
 from sparse_tickets.sweep.protocols import protocol
 
@@ -98,7 +99,7 @@ def main() -> None:
         )
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "figures").mkdir(exist_ok=True)
-    pl.concat(frames.values()).write_parquet(HERE / "results" / "dense_gates.parquet")
+    write_parquet(HERE / "results" / "dense_gates.parquet", pl.concat(frames.values()))
     save(draw(frames, experts), HERE / "figures" / "dense_gates.png")
 
 

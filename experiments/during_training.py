@@ -74,9 +74,9 @@ def collect(place: Place) -> pl.DataFrame:
         for method, width in jobs:
             at = _levels(method, width, chosen)
             job = f"during-{algo}-{method}-{width}", (spec, at, every)
-            if place.partial and not place.kept(*job):
+            cells = place.once_wanted(*job, _trainer(spec, algo, method, width, at, every))
+            if cells is None:
                 continue
-            cells = place.once(*job, _trainer(spec, algo, method, width, at, every))
             name = METHODS.get(method, method)
             mine.append(cells.with_columns(method=pl.lit(name), width=pl.lit(width, pl.Int64)))
         if len(mine) > 1:  # else there is nothing to compare tickets with
@@ -131,11 +131,11 @@ def trained(
     mask = torch.ones(len(seeds), arena.prunable, dtype=torch.bool)
     what = f"{method} x{width} {kept}"
     if method == DENSE:
-        return train(other, None, algo, 0, mask, initial, seeds, what)
+        return train(other, None, algo, 0, mask, initial, seeds, what).rows
     # A sweep whose first level keeps so many.
     rate = 1 - kept / arena.prunable
     other = replace(other, rate=rate, during=method, during_every=every)
-    cells = train(other, None, algo, 1, mask, initial, seeds, what)
+    cells = train(other, None, algo, 1, mask, initial, seeds, what).rows
     return cells.with_columns(level=pl.lit(level, pl.Int64))
 
 

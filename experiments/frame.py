@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import re
 import textwrap
@@ -24,6 +23,7 @@ from rich.console import Console
 
 from sparse_tickets import Sweep, load_results, run_sweep
 from sparse_tickets.analysis.figures import save
+from sparse_tickets.analysis.parquet import write_parquet
 from sparse_tickets.analysis.statistics import bootstrap_interval, mean, sign_flip
 from sparse_tickets.files import write_atomic
 from sparse_tickets.provenance import commit, processor
@@ -45,7 +45,6 @@ __all__ = [
     "reported",
     "run",
     "signed",
-    "write_parquet",
 ]
 
 HERE = Path(__file__).parent
@@ -130,8 +129,16 @@ class Place:
             origin = {"commit": commit(), "processor": processor()}
             table = compute().with_columns(**{k: pl.lit(v, pl.String) for k, v in origin.items()})
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_parquet(table, file)
+            write_parquet(file, table)
         return pl.read_parquet(file).with_columns(pl.lit(file.stem).alias(SOURCE))
+
+    def once_wanted(
+        self, name: str, settings: object, compute: Callable[[], pl.DataFrame]
+    ) -> pl.DataFrame | None:
+        """`once`; None of what is not there yet, where ``partial``."""
+        if self.partial and not self.kept(name, settings):
+            return None
+        return self.once(name, settings, compute)
 
     def kept(self, name: str, settings: object) -> bool:
         """Whether `once` has it."""
@@ -241,7 +248,7 @@ def run(experiment: Experiment, home: Path, place: Place, *, train: bool = True)
     table = home / "results" / f"{experiment.name}.parquet"
     if train:
         table.parent.mkdir(parents=True, exist_ok=True)
-        write_parquet(experiment.collect(place), table)
+        write_parquet(table, experiment.collect(place))
     cells = pl.read_parquet(table)
     finding = experiment.conclude(cells)
     for name, draw in finding.figures.items():
@@ -280,12 +287,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its first column of words and the others of numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def write_parquet(table: pl.DataFrame, file: Path) -> None:
-    buffer = io.BytesIO()
-    table.write_parquet(buffer)
-    write_atomic(file, buffer.getvalue())
 
 
 def _plain(settings: object) -> object:

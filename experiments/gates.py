@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 import polars as pl
 import torch
 
-from experiments.frame import write_parquet
 from sparse_tickets import Sweep, load_results, run_sweep
 from sparse_tickets.algos.evaluation import Evaluation, on_evaluation
 from sparse_tickets.algos.registry import find_algorithm
+from sparse_tickets.analysis.parquet import write_parquet
 from sparse_tickets.envs.maze import MAZE
 from sparse_tickets.imp import dense_population
 from sparse_tickets.provenance import commit, processor
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
             new = set(rows.select(KEY).rows())
             kept = kept.filter([each not in new for each in kept.select(KEY).rows()])
             rows = pl.concat([kept, rows])
-        write_parquet(rows, RESULTS)
+        write_parquet(RESULTS, rows)
     return int(failed > 0)
 
 

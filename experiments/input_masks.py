@@ -94,7 +94,7 @@ def collect(place: Place) -> pl.DataFrame:
         rows = dense.repeat(len(choices), 1)
         cells = train(
             spec, store, "ppo", 0, masks, rows, list(range(seeds)) * len(choices), SUBSETS
-        )
+        ).rows
         return cells.with_columns(
             inputs=pl.Series([list(bits) for bits in choices for _ in range(seeds)])
         )

@@ -80,9 +80,7 @@ def _ranked(place: Place, name: str, count: int, spec: Sweep) -> pl.DataFrame | 
         # By the tickets' levels, which have the dense policies too.
         return cells.filter(pl.col("level") > 0).with_columns(level=APART * pl.col("level"))
 
-    if place.partial and not place.kept(name, spec):
-        return None
-    return place.once(name, spec, compute)
+    return place.once_wanted(name, spec, compute)
 
 
 def _with_ranks(count: int, spec: Sweep, store: Store) -> pl.DataFrame:

@@ -50,10 +50,9 @@ def collect(place: Place) -> pl.DataFrame:
                 controls=("own",),
                 levels=min(spec.levels, SPARSEST + 1),
             )
-        job = f"rescaling-{init}", spec
-        if not place.partial or place.kept(*job):
-            found.append(place.once(*job, partial(_trained, place, init, spec)))
-    return pl.concat(found, how="diagonal")
+        trained = partial(_trained, place, init, spec)
+        found.append(place.once_wanted(f"rescaling-{init}", spec, trained))
+    return pl.concat([cells for cells in found if cells is not None], how="diagonal")
 
 
 def _trained(place: Place, init: str, spec: Sweep) -> pl.DataFrame:

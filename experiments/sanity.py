@@ -96,9 +96,9 @@ def _settings(place: Place, sweep: SharedSweep, env: str, prefix: str) -> list[p
     jobs[NARROW] = partial(narrow, spec, chosen[1:])
     found = []
     for name, compute in jobs.items():
-        job = f"{prefix}-{_file(name)}", (spec, chosen, AGAIN)
-        if not place.partial or place.kept(*job):
-            found.append(place.once(*job, compute).with_columns(variant=pl.lit(name)))
+        cells = place.once_wanted(f"{prefix}-{_file(name)}", (spec, chosen, AGAIN), compute)
+        if cells is not None:
+            found.append(cells.with_columns(variant=pl.lit(name)))
     stored = sweep.cells(place).filter(
         (pl.col("algo") == "ppo")
         & pl.col("level").is_in(chosen)
@@ -133,7 +133,7 @@ def changed(place: Place, sweep: SharedSweep, chosen: list[int], change: Change)
         mine = tickets(store, "ppo", level)
         masks, initial = (torch.stack(rows) for rows in ([t.mask for t in mine], _initial(mine)))
         seeds = [ticket.seed for ticket in mine]
-        found.append(train(other, store, "ppo", level, masks, initial, seeds, "sanity"))
+        found.append(train(other, store, "ppo", level, masks, initial, seeds, "sanity").rows)
     return pl.concat(found)
 
 
@@ -144,7 +144,7 @@ def _initial(mine: list) -> list[torch.Tensor]:
 def again(spec: Sweep, algo: str) -> pl.DataFrame:
     """Each seed's dense policy from the same values with other training keys."""
     seeds = [*range(spec.seeds)] * AGAIN
-    return train(spec, None, algo, 0, *_dense(spec, algo, seeds), seeds, "again")
+    return train(spec, None, algo, 0, *_dense(spec, algo, seeds), seeds, "again").rows
 
 
 def _dense(spec: Sweep, algo: str, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +166,7 @@ def narrow(spec: Sweep, chosen: list[int]) -> pl.DataFrame:
         width = max(1, round(math.sqrt(outer**2 / 4 + kept) - outer / 2))
         small = replace(spec, hidden=(width, width))
         masks, initial = _dense(small, "ppo", seeds)
-        cells = train(small, None, "ppo", 0, masks, initial, seeds, f"narrow {width}")
+        cells = train(small, None, "ppo", 0, masks, initial, seeds, f"narrow {width}").rows
         share = masks.shape[1] / spec.arena("ppo").prunable
         found.append(cells.with_columns(level=pl.lit(level, pl.Int64), density=pl.lit(share)))
     return pl.concat(found)

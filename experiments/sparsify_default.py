@@ -26,7 +26,6 @@ Stable-Baselines3::
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -44,6 +43,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from torch import Tensor, nn
 
 from sparse_tickets import SparseLinear, sparsify_
+from sparse_tickets.analysis.parquet import write_parquet
 from sparse_tickets.prune import erk_counts
 
 HERE = Path(__file__).parent
@@ -365,12 +365,6 @@ def execute(trial: Trial, steps: int) -> pl.DataFrame:
     return pl.DataFrame([row])
 
 
-def write(frame: pl.DataFrame, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    frame.write_parquet(temporary)
-    os.replace(temporary, path)
-
-
 def markdown(frame: pl.DataFrame) -> str:
     """Mean greedy return after training, a table for each system; seeds in brackets."""
     lines = [
@@ -443,7 +437,7 @@ def main() -> None:
         row = execute(trial, SYSTEMS[trial.system].steps)
         print(row.drop("kept").row(0), flush=True)
         frame = pl.concat([frame, row])
-        write(frame, TABLE)
+        write_parquet(TABLE, frame)
         TABLE.with_suffix(".md").write_text(markdown(frame))
     print(markdown(frame))
 

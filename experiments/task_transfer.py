@@ -23,7 +23,7 @@ from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.other_tasks import NARROW, REVERSED, turned
 from experiments.sweeps import INPUTS, SharedSweep, cartpole_deep, cartpole_late, quickly, tickets
-from experiments.training import kept_inputs, train, train_weights
+from experiments.training import kept_inputs, train
 from sparse_tickets import Sweep, Ticket
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.kernels.random import derive_key
@@ -69,10 +69,9 @@ def collect(place: Place) -> pl.DataFrame:
         for level in chosen:
             name = f"task-{task.split()[0]}-{level}-carried"
             jobs.append((name, (spec, early, late), partial(_carried, place, spec, level)))
-        found += [
-            place.once(*job) for job in jobs if not place.partial or place.kept(job[0], job[1])
-        ]
-    return pl.concat([_itself(place), *found], how="diagonal")
+        found += [place.once_wanted(*job) for job in jobs]
+    there = [cells for cells in found if cells is not None]
+    return pl.concat([_itself(place), *there], how="diagonal")
 
 
 def _itself(place: Place) -> pl.DataFrame:
@@ -115,7 +114,7 @@ def _own(place: Place, spec: Sweep, level: int) -> pl.DataFrame:
         settings = spec, cartpole_deep.spec(place)
         before = place.once(name, settings, partial(_own, place, spec, level - 1))
         mask = torch.stack([_unpacked(row, prunable) for row in before.sort("seed")["next"]])
-    rows, final = train_weights(spec, None, "ppo", level, mask, initial, seeds, "own")
+    rows, final = train(spec, None, "ppo", level, mask, initial, seeds, "own")
     kept = torch.full((len(seeds),), spec.kept("ppo", level + 1))
     following = prune(final[:, :prunable].abs(), mask, kept).numpy()
     return rows.with_columns(
@@ -144,7 +143,7 @@ def _carried(place: Place, spec: Sweep, level: int) -> pl.DataFrame:
     if spec.env == REVERSED:
         masks, values = (turned(spec.arena("ppo").actor, each) for each in (masks, values))
     seeds = list(range(spec.seeds)) * len(starts)
-    rows = train(spec, None, "ppo", level, masks, values, seeds, "carried")
+    rows, _ = train(spec, None, "ppo", level, masks, values, seeds, "carried")
     inputs = [kept_inputs(ticket) for ticket in (*early, *late)]
     return rows.with_columns(
         mask=pl.Series([name for name in starts for _ in range(spec.seeds)]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import polars as pl
 import torch
@@ -18,12 +19,24 @@ from sparse_tickets.sweep.run import train_population
 from sparse_tickets.sweep.spec import Track
 from sparse_tickets.sweep.store import Store
 
-__all__ = ["kept_inputs", "train", "train_weights"]
+__all__ = ["TrainedRows", "kept_inputs", "train"]
 
 
 def kept_inputs(ticket: Ticket) -> list[bool]:
     """Which inputs have a path to an action."""
     return live_inputs(ticket.mask[None], ticket.arena)[0].tolist()
+
+
+class TrainedRows(NamedTuple):
+    """What training gave.
+
+    Attributes:
+        rows: a row per policy with the returns of a sweep's rows.
+        final: the final weights ``[P, size]``.
+    """
+
+    rows: pl.DataFrame
+    final: Tensor
 
 
 def train(
@@ -35,21 +48,7 @@ def train(
     initial: Tensor,
     seeds: Sequence[int],
     what: str,
-) -> pl.DataFrame:
-    """Rows of `train_weights`."""
-    return train_weights(spec, store, algo, level, mask, initial, seeds, what)[0]
-
-
-def train_weights(
-    spec: Sweep,
-    store: Store | None,
-    algo: str,
-    level: int,
-    mask: Tensor,
-    initial: Tensor,
-    seeds: Sequence[int],
-    what: str,
-) -> tuple[pl.DataFrame, Tensor]:
+) -> TrainedRows:
     """Train policies that no condition of a sweep describes, by the sweep's settings.
 
     Where the sweep prunes while it trains they are pruned to the level's density on the way.
@@ -63,9 +62,6 @@ def train_weights(
         initial: ``[P, size]``.
         seeds: ``[P]``, whose experts they imitate.
         what: makes their random keys.
-
-    Returns:
-        A row per policy with the returns of a sweep's rows, and the final weights ``[P, size]``.
     """
     begins = spec.density(level) if spec.during == "none" else 1.0
     population = Population.create(spec.arena(algo), initial, mask, begins)
@@ -80,4 +76,4 @@ def train_weights(
     key = torch.tensor(names, dtype=torch.int64, device="cpu")
     result = train_population(spec, algo, population, key, level, tracks, dataset)
     rows = rows_of(spec, algo, level, seeds, population.parameters.mask, result)
-    return rows, result.final
+    return TrainedRows(rows, result.final)

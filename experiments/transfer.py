@@ -66,7 +66,7 @@ def _crossed(place: Place, algo: str, level: int) -> pl.DataFrame:
     )
     masks = torch.cat([other, own.roll(1, 0)])
     seeds, rows = list(range(spec.seeds)) * 2, torch.cat([dense, dense])
-    return train(spec, store, algo, level, masks, rows, seeds, "transfer").with_columns(
+    return train(spec, store, algo, level, masks, rows, seeds, "transfer").rows.with_columns(
         mask=pl.Series([ALGORITHM] * spec.seeds + [SEED] * spec.seeds)
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 from rich.table import Table
 
+from sparse_tickets.analysis.parquet import write_parquet
 from sparse_tickets.analysis.table import markdown_table, summary_table
 from sparse_tickets.files import write_atomic
 from sparse_tickets.sweep.store import load_results
@@ -39,9 +39,7 @@ def study_report(
     frame = pl.concat(frames, how="diagonal_relaxed")
     # Sweeps of one environment must not be taken for one.
     named = frame.with_columns(env=pl.col("sweep"))
-    rows = io.BytesIO()
-    frame.write_parquet(rows)
     files = [out / "results.parquet", out / "table.md"]
-    write_atomic(files[0], rows.getvalue())
+    write_parquet(files[0], frame)
     write_atomic(files[1], markdown_table(named, metric).encode())
     return summary_table(named, metric), files

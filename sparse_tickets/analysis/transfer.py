@@ -6,7 +6,6 @@ inputs that a mask leaves a path from, with every other weight there.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_tickets.algos.evaluation import Result
+from sparse_tickets.analysis.parquet import write_parquet
 from sparse_tickets.connectivity import live_inputs
 from sparse_tickets.files import StoreError, write_atomic
 from sparse_tickets.kernels.arena import Arena, Parameters
@@ -25,7 +25,7 @@ from sparse_tickets.population import Population, initialise
 from sparse_tickets.provenance import commit, processor
 from sparse_tickets.sweep.cells import DIVERGED, find_rewind_point, initial_keys
 from sparse_tickets.sweep.experts import stored_demonstrations
-from sparse_tickets.sweep.run import find_device, train_population
+from sparse_tickets.sweep.run import find_device, train_population, zero_off
 from sparse_tickets.sweep.spec import TICKET, Sweep, Track
 from sparse_tickets.sweep.store import Store
 from sparse_tickets.ticket import Ticket, save_tickets
@@ -193,9 +193,7 @@ def transfer_into(
         if not file.exists():
             rows, tickets = transfer(run, algo, level, **settings)
             save_tickets(file.with_suffix(".safetensors"), tickets)
-            data = io.BytesIO()
-            rows.write_parquet(data)
-            write_atomic(file, data.getvalue())
+            write_parquet(file, rows)
         found.append(polars.read_parquet(file))
     return polars.concat(found)
 
@@ -293,8 +291,8 @@ def _tickets(
             mask=mask[index],
             initial=initial[index],
             rewind=result.initial[index],
-            final=_zero_off(result.final[index].cpu(), mask[index]),
-            best=_zero_off(result.best[index].cpu(), mask[index]),
+            final=zero_off(result.final[index].cpu(), mask[index]),
+            best=zero_off(result.best[index].cpu(), mask[index]),
             offset=tuple(spec.env_spec.offset),
             scale=tuple(spec.env_spec.scale),
             metadata=about,
@@ -312,9 +310,3 @@ def _started(arena: Arena, start: Parameters, mask: Tensor, density: float) -> P
         moment[:, : arena.prunable].masked_fill_(~mask, 0.0)
     parameters.step.copy_(start.step)
     return population
-
-
-def _zero_off(row: Tensor, mask: Tensor) -> Tensor:
-    row = row.clone()
-    row[: len(mask)].masked_fill_(~mask, 0.0)
-    return row

@@ -379,8 +379,8 @@ class Runner:
                 mask=mask[index],
                 initial=initial[index],
                 rewind=rewind[index],
-                final=_zero_off(result.final[index], mask[index]),
-                best=_zero_off(result.best[index], mask[index]),
+                final=zero_off(result.final[index], mask[index]),
+                best=zero_off(result.best[index], mask[index]),
                 offset=tuple(environment.offset),
                 scale=tuple(environment.scale),
                 metadata=about,
@@ -394,7 +394,7 @@ def _known(value: Tensor, kind: Callable[[float], float] = float) -> float | Non
     return None if value.isnan() else kind(value.item())
 
 
-def _zero_off(row: Tensor, mask: Tensor) -> Tensor:
+def zero_off(row: Tensor, mask: Tensor) -> Tensor:
     """Zero where pruned, whatever a diverged update left there."""
     row = row.clone()
     row[: len(mask)].masked_fill_(~mask, 0.0)

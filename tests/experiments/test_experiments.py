@@ -12,8 +12,9 @@ import torch
 from polars.testing import assert_frame_equal
 
 from experiments import sweeps, training
-from experiments.frame import NAMES, RESULTS, Place, reported, run, write_parquet
+from experiments.frame import NAMES, RESULTS, Place, reported, run
 from experiments.other_tasks import turned
+from sparse_tickets.analysis.parquet import write_parquet
 from sparse_tickets.kernels.mlp.reference import mlp
 from sparse_tickets.population import initialise
 from sparse_tickets.sweep.protocols import protocol
@@ -77,9 +78,9 @@ def test_stored_cells_of_a_sweep_are_taken_in_place_of_training(tmp_path, brief,
     table = tmp_path / "table.parquet"
     cells = Place(tmp_path / "first").cells("brief", brief)
     # Beside another sweep's, in a table with columns of its own.
-    write_parquet(pl.concat([cells, cells.with_columns(source=pl.lit("other"))]), table)
+    write_parquet(table, pl.concat([cells, cells.with_columns(source=pl.lit("other"))]))
     study = pl.read_parquet(table).with_columns(study=pl.lit("brief"))
-    write_parquet(study, table)
+    write_parquet(table, study)
 
     monkeypatch.setattr("sparse_tickets.sweep.run.train_population", refuse)
     place = Place(tmp_path / "second", stored=(tmp_path / "none.parquet", table))
@@ -94,7 +95,7 @@ def test_stored_cells_of_a_sweep_are_taken_in_place_of_training(tmp_path, brief,
             refused.cells("brief", spec)
     assert not replace(place, partial=True).wants("other", replace(brief, rate=0.3))
     for part in (study[1:], pl.concat([study, study[:1]]), study.drop("source")):
-        write_parquet(part, table)
+        write_parquet(table, part)
         with pytest.raises(AssertionError, match="trained again"):
             place.cells("brief", brief)
 
@@ -117,7 +118,7 @@ def test_an_extended_sweep_is_one_with_both_kinds_of_controls(tmp_path, brief):
 def test_stored_tables_are_taken_in_their_order(tmp_path, brief):
     cells = Place(tmp_path).cells("brief", brief)
     for name in ("own", "other"):
-        write_parquet(cells.with_columns(commit=pl.lit(name)), tmp_path / f"{name}.parquet")
+        write_parquet(tmp_path / f"{name}.parquet", cells.with_columns(commit=pl.lit(name)))
     stored = tuple(tmp_path / f"{name}.parquet" for name in ("own", "other"))
     for tables in (stored, stored[::-1]):
         found = Place(tmp_path, stored=tables).cells("brief", brief)
@@ -127,7 +128,7 @@ def test_stored_tables_are_taken_in_their_order(tmp_path, brief):
 def test_what_is_computed_once_is_taken_from_a_stored_table(tmp_path):
     table = tmp_path / "table.parquet"
     first = Place(tmp_path / "first").once("job", 1, lambda: pl.DataFrame({"seed": [0, 1]}))
-    write_parquet(first, table)
+    write_parquet(table, first)
     place = Place(tmp_path / "second", stored=(table,))
     assert place.kept("job", 1)
     assert place.once("job", 1, refuse).equals(first)
@@ -188,7 +189,7 @@ def test_an_experiment_fills_its_part_of_the_readme(name, home, monkeypatch):
         parts = (sweeps.cartpole, sweeps.dqn, sweeps.cartpole_deep, sweeps.cartpole_late)
         whole = [each for each in parts if (place.runs / each.name).exists()]
         for sweep in whole:
-            write_parquet(sweep.cells(place), home / f"{sweep.name}.parquet")
+            write_parquet(home / f"{sweep.name}.parquet", sweep.cells(place))
         tables = (
             home / "results" / f"{name}.parquet",
             *(home / f"{s.name}.parquet" for s in whole),
