@@ -23,8 +23,6 @@ from .runner import run_suite
 from .scheduling import run_scheduling
 from .simulators import run_simulators
 
-__all__ = ["main"]
-
 HERE = Path(__file__).parent
 
 

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Apart", "Step", "Turn", "take"]
-
 Step = Callable[[], Tensor]
 Turn = Callable[[int], tuple[float, Tensor]]
 """Runs so many steps; returns their seconds and what the last one gave."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
+from sparse_tickets.ceilings import BUSY
 from sparse_tickets.timing import Spread
 
 from .cases import FUSED_DENSE
@@ -19,10 +20,8 @@ from .peers import (
     torch_csr,
     torch_dense,
 )
-from .results import BUSY, SuiteRun, versions_in_words
+from .results import SuiteRun, versions_in_words
 from .tables import NOISY, grid, groups, shape_of
-
-__all__ = ["losses", "origin", "population", "speedups", "widest"]
 
 _COLUMNS = (50.0, 80.0, 90.0, 95.0, 99.0)
 _LAYER = {"P": 1, "B": 2048, "I": 256, "O": 256}

@@ -36,21 +36,6 @@ from .peers import (
 from .ppo_job import PPOJob, ppo_contender
 from .problems import LinearProblem, PolicyProblem, PruneProblem
 
-__all__ = [
-    "FUSED_DENSE",
-    "TORCH_LEVEL",
-    "blocked",
-    "is_ours",
-    "layer_inside",
-    "level",
-    "linear_backward",
-    "linear_forward",
-    "policy",
-    "ppo_iteration",
-    "prune",
-    "told_apart",
-]
-
 FUSED_DENSE = "sparse_tickets, run dense"
 """Our own fused kernels told that nothing is pruned: what sparsity alone gains is over this."""
 TORCH_LEVEL = "torch, all tickets at once"

@@ -23,8 +23,6 @@ from sparse_tickets.ceilings import Neighbours
 from .jobs import add_job, table
 from .results import RecordFile
 
-__all__ = ["SCRIPTS", "diffs", "patched", "run_cleanrl"]
-
 SCRIPTS = {
     "ppo.py": ("CartPole-v1", 50_000),
     "dqn.py": ("CartPole-v1", 30_000),

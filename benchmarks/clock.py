@@ -32,8 +32,6 @@ from sparse_tickets.timing import (
     process_clock,
 )
 
-__all__ = ["CudaTimer", "GpuTimer", "HostTimer", "OnGpu", "compare", "is_lost", "make_timer"]
-
 _WARMUP = 3
 _COLD_MS = 2
 """Of single calls, at least one, in a turn."""

@@ -16,8 +16,6 @@ from sparse_tickets.timing import Contender
 from .ppo_job import CHECKED, update_error
 from .problems import density_of, random_masks
 
-__all__ = ["CloneJob", "clone_contender"]
-
 _ENV = "CartPole-v1"
 _EXPERTS, _SAMPLES = 5, 4096
 _RATE = 2.5e-4

@@ -19,8 +19,6 @@ from .cases import is_ours
 from .measure import Record
 from .results import SuiteRun
 
-__all__ = ["THRESHOLD", "Change", "RunComparison", "compare"]
-
 THRESHOLD = 0.05
 """Changes of times below this share are not reported, however quiet the machine was."""
 FALSE_ALARMS = 0.05

@@ -10,12 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from sparse_tickets.ceilings import BUSY
+
 from .compare import FALSE_ALARMS, Change, RunComparison
 from .measure import Record, Refusal
-from .results import BUSY, SuiteRun, versions_in_words
+from .results import SuiteRun, versions_in_words
 from .tables import NOISY, Table, duration, tables
-
-__all__ = ["show_comparison", "show_line", "show_run", "show_table", "warn_if_busy"]
 
 _BAR = 16
 _EIGHTHS = " ▏▎▍▌▋▊▉"

@@ -6,8 +6,6 @@ from sparse_tickets.ceilings import Cost, layer_cost
 
 from .problems import LinearProblem, PolicyProblem
 
-__all__ = ["linear_cost", "policy_cost"]
-
 
 def linear_cost(problem: LinearProblem, plan: str, *, training: bool) -> Cost:
     """Of all tickets of a layer."""

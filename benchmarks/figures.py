@@ -21,8 +21,6 @@ from .results import SuiteRun, share_out
 from .scaling import AXES, Curve, curves
 from .tables import groups, in_words
 
-__all__ = ["draw"]
-
 # Okabe and Ito's colours but their yellow, which vanishes on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^")

@@ -11,8 +11,6 @@ from sparse_tickets.files import write_atomic
 from . import brief, jobs, steps
 from .results import SuiteRun
 
-__all__ = ["rewrite"]
-
 
 def rewrite(
     page: Path,

@@ -21,8 +21,6 @@ from .jobs import JOBS, Job, build, check, need_sb3
 from .results import RecordFile, choose
 from .tables import grid
 
-__all__ = ["DENSITIES", "run_returns", "table"]
-
 DENSITIES = (1.0, 0.1, 0.2)
 CHECKPOINTS = 5
 EPISODES = 10

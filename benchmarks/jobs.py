@@ -27,19 +27,6 @@ from sparse_tickets.timing import pinned_threads
 from .results import RecordFile, choose, header, versions_in_words
 from .tables import grid
 
-__all__ = [
-    "DENSITY",
-    "JOBS",
-    "Job",
-    "add_job",
-    "build",
-    "check",
-    "measured",
-    "need_sb3",
-    "run_jobs",
-    "table",
-]
-
 DENSITY = 0.1
 """What is left in the models that are timed."""
 

@@ -22,8 +22,6 @@ from sparse_tickets.timing import Contender
 from .ours import OURS, on_backend
 from .ppo_job import PPOJob
 
-__all__ = ["LevelJob", "level_contender", "sparsity_of"]
-
 _ENV = "CartPole-v1"
 _EVALUATION = Evaluation(1, 4, 4)
 

@@ -27,17 +27,6 @@ from sparse_tickets.timing import (
 from .clock import GpuTimer, OnGpu, compare
 from .peers import Unavailable
 
-__all__ = [
-    "Budget",
-    "Case",
-    "Contest",
-    "Measured",
-    "Record",
-    "Refusal",
-    "measure",
-    "precision_of_torch",
-]
-
 
 @dataclass
 class Contest:

@@ -21,20 +21,6 @@ from sparse_tickets.timing import Contender
 
 from .problems import LinearProblem, PolicyProblem, PruneProblem, difference
 
-__all__ = [
-    "BACKENDS",
-    "OURS",
-    "backward_blocked",
-    "device_of",
-    "layer_inside",
-    "linear_backward",
-    "linear_forward",
-    "on_backend",
-    "policy",
-    "prune_to",
-    "swept",
-]
-
 OURS = "sparse_tickets"
 Result = TypeVar("Result")
 

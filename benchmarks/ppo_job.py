@@ -29,8 +29,6 @@ from sparse_tickets.timing import Contender, mismatch
 from .ours import on_backend
 from .problems import density_of, random_masks
 
-__all__ = ["CHECKED", "KFLOP_PER_STEP", "PPOJob", "ppo_contender", "update_error"]
-
 KFLOP_PER_STEP = 233
 """Dense work of one agent-step, 4-64-64 tanh actor and critic, four epochs: forward in the rollout,
 forward and backward in the update. The yardstick that makes machines comparable."""

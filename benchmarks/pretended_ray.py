@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["Lost", "PretendedRay"]
-
 
 class TaskError(Exception):
     """As Ray's: what a task raised is its cause."""

@@ -22,17 +22,6 @@ from sparse_tickets.kernels.mlp import reference as mlp_reference
 from sparse_tickets.kernels.prune import prune
 from sparse_tickets.timing import Contender, mismatch
 
-__all__ = [
-    "SPARSITIES",
-    "LinearProblem",
-    "PolicyProblem",
-    "PruneProblem",
-    "density_of",
-    "difference",
-    "distance",
-    "random_masks",
-]
-
 SPARSITIES = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)
 """Percent of weights pruned."""
 

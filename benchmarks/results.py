@@ -21,32 +21,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sparse_tickets.ceilings import BUSY, Ceilings, Neighbours
+from sparse_tickets.ceilings import Ceilings
 from sparse_tickets.files import write_atomic
 from sparse_tickets.provenance import processor, versions
 from sparse_tickets.timing import Spread
 
 from .measure import Record, Refusal
-
-__all__ = [
-    "BUSY",
-    "PART",
-    "RESULTS",
-    "Neighbours",
-    "RecordFile",
-    "SuiteRun",
-    "available_cores",
-    "choose",
-    "default_path",
-    "device_slug",
-    "header",
-    "load",
-    "newest",
-    "provenance",
-    "save",
-    "share_out",
-    "versions_in_words",
-]
 
 RESULTS = Path(__file__).parent / "results"
 

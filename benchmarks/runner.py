@@ -15,17 +15,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sparse_tickets.ceilings import measure_ceilings
+from sparse_tickets.ceilings import Neighbours, measure_ceilings
 from sparse_tickets.timing import Budget, pinned_threads
 
 from .clock import is_lost, make_timer
 from .console import show_line, show_run, warn_if_busy
 from .measure import Refusal, measure
-from .results import PART, Neighbours, SuiteRun, default_path, load, provenance, save
+from .results import PART, SuiteRun, default_path, load, provenance, save
 from .suites import SUITES
 from .suites import suite as cases_of
-
-__all__ = ["Remaining", "run_suite"]
 
 _SAME = ("device", "suite", "threads", "hardware", "versions", "commit", "rounds")
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from .measure import Record
 from .tables import in_words
 
-__all__ = ["AXES", "Curve", "curves"]
-
 AXES = {
     "P": "tickets",
     "width": "width",

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from sparse_tickets.ceilings import BUSY, Neighbours
 from sparse_tickets.sweep.cells import units_before
 from sparse_tickets.sweep.engines import run
 from sparse_tickets.sweep.experts import DEMONSTRATIONS, EXPERTS
@@ -36,10 +37,8 @@ from sparse_tickets.ticket import ROWS as WEIGHTS
 from sparse_tickets.ticket import Ticket, dump_tickets
 
 from .pretended_ray import PretendedRay
-from .results import BUSY, Neighbours, RecordFile, header
+from .results import RecordFile, header
 from .tables import grid
-
-__all__ = ["SIZES", "Trainer", "run_scheduling", "simulate", "spec_of", "table", "time_ray"]
 
 SIZES = (1_000, 10_000, 100_000)
 # As sweeps are by default: what large files cost.

@@ -32,8 +32,6 @@ from .jobs import need_sb3
 from .results import RecordFile, available_cores, choose, header
 from .tables import grid
 
-__all__ = ["TASKS", "SimulatorTask", "run_simulators", "table"]
-
 TICKETS = 16
 
 

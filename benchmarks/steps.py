@@ -33,8 +33,6 @@ from .peers import sparselab
 from .results import RESULTS, choose, provenance, versions_in_words
 from .tables import grid
 
-__all__ = ["lost", "measured", "run_steps", "table", "times_table"]
-
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 CHECKED_STEPS = 5
 MAX_NORM = 0.5

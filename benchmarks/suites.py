@@ -23,8 +23,6 @@ from .measure import Case
 from .problems import SPARSITIES
 from .results import available_cores
 
-__all__ = ["REAL", "SUITES", "TINY", "Sizes", "suite", "targets"]
-
 _TARGETS = (0.0, 50.0, 80.0, 90.0, 95.0, 99.0)
 _ACTOR_SPARSITIES = (0.0, 50.0, 75.0, 90.0, 95.0, 99.0)
 _SYSTEMS = (0.0, 90.0)

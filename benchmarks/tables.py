@@ -14,22 +14,6 @@ from .measure import Record
 from .ppo_job import KFLOP_PER_STEP
 from .results import SuiteRun
 
-__all__ = [
-    "NOISY",
-    "STAGES",
-    "Table",
-    "crossover",
-    "duration",
-    "grid",
-    "groups",
-    "in_words",
-    "shape_of",
-    "significant",
-    "speedup_of",
-    "tables",
-    "time_of",
-]
-
 NOISY = 0.1
 """Spreads above this share of the median are marked ``~`` in brief tables."""
 

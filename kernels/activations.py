@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, exp
 from torch.nn import functional
 
-__all__ = ["ACTIVATIONS", "FORMULAS", "KNOWN", "LAYERNORM", "TorchActivation"]
-
 
 class TorchActivation(NamedTuple):
     """One activation in torch's terms.

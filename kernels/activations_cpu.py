@@ -24,21 +24,6 @@ from .vector import (
 )
 from .vector_math import exp, tanh
 
-__all__ = [
-    "ELU",
-    "GELU",
-    "GELU_TANH",
-    "LEAKY",
-    "NONE",
-    "RELU",
-    "SIGMOID",
-    "SILU",
-    "TANH",
-    "activate",
-    "code_of",
-    "deactivate",
-]
-
 NONE, TANH, RELU, SIGMOID, ELU, LEAKY, SILU, GELU, GELU_TANH = range(9)
 _CODES = {"tanh": TANH, "relu": RELU, "elu": ELU, "silu": SILU, "gelu": GELU}
 _NAN = np.float32(np.nan)

@@ -8,8 +8,6 @@ import triton.language as tl
 from .activations import FORMULAS
 from .formulas import compile_formulas
 
-__all__ = ["activate", "deactivate"]
-
 
 @triton.jit
 def _exp(x):

@@ -14,18 +14,6 @@ from numba.core.extending import intrinsic
 
 from .compiling import njit
 
-__all__ = [
-    "by_address",
-    "bytes_",
-    "find_machine_code",
-    "floats",
-    "get",
-    "integers",
-    "pointer",
-    "put",
-    "shorts",
-]
-
 
 @intrinsic
 def pointer(typingctx, address):

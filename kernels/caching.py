@@ -9,8 +9,6 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cache_folder", "keep_triton_cache", "warn_once"]
-
 
 def cache_folder() -> Path:
     """The user's, or with a warning a temporary one that nobody else can write.

@@ -37,17 +37,6 @@ from .machine_code import (
     spilled_bytes,
 )
 
-__all__ = [
-    "CAPABILITIES",
-    "CompileCase",
-    "CompileError",
-    "Report",
-    "cases",
-    "compile_ops",
-    "cross_compile",
-    "ops_with_kernels",
-]
-
 # To be raised when `Report` or what it is read from changes: older cache entries then do not count.
 _LAYOUT = 1
 

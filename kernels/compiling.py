@@ -22,8 +22,6 @@ from numba.core.dispatcher import Dispatcher
 
 from .caching import cache_folder, warn_once
 
-__all__ = ["has_changed", "njit", "on_compile"]
-
 _IMPORT = re.compile(r"^from (\.+)([\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 _NAME = re.compile(r"\w+")
 

@@ -10,19 +10,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "check_data",
-    "check_density",
-    "check_device",
-    "check_dtype",
-    "check_integer",
-    "check_shape",
-    "check_tensor",
-    "check_untransformed",
-    "has_data",
-    "refuse_shape",
-]
-
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless ``tensor`` has exactly the shape ``expected``."""

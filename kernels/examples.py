@@ -20,8 +20,6 @@ from torch import Tensor
 
 from . import tuning
 
-__all__ = ["CompileCase", "Example", "meta", "record"]
-
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",

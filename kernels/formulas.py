@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 
-__all__ = ["compile_formulas"]
-
 
 def compile_formulas(
     formulas: Iterable[Callable[..., Any]], compiler: Callable[[Any], Any], **names: Any

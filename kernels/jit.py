@@ -13,8 +13,6 @@ from typing import Any
 
 from .caching import keep_triton_cache
 
-__all__ = ["jit_kernel", "options_of"]
-
 
 def jit_kernel(*, fp_fusion: bool, **options: Any) -> Callable[[Callable[..., None]], Any]:
     """Decorate a kernel that is launched; the functions it calls are plain ``@triton.jit``.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["Launch"]
-
 _OPTIONS = {"warps": "num_warps", "stages": "num_stages"}
 
 

@@ -12,15 +12,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = [
-    "CAPABILITIES",
-    "Occupancy",
-    "matrix_instructions",
-    "occupancy",
-    "registers_and_stack",
-    "spilled_bytes",
-]
-
 
 class _Multiprocessor(NamedTuple):
     """What the programs resident on one multiprocessor share."""

@@ -12,8 +12,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["check_separate", "loses_values", "mark_written"]
-
 
 def check_separate(
     written: Mapping[str, Tensor], read: Mapping[str, Tensor | None] | None = None

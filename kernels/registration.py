@@ -18,8 +18,6 @@ from torch.library import Library, infer_schema, register_fake, register_vmap
 
 from .dispatch import resolve_backend
 
-__all__ = ["Differentiable", "declare", "eager", "register"]
-
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 

@@ -38,15 +38,6 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
-__all__ = [
-    "WORTH_A_THREAD",
-    "count_threads",
-    "end_idle_threads",
-    "one_thread",
-    "share",
-    "used_threads",
-]
-
 WORTH_A_THREAD = 1 << 19
 """Multiply-adds (or floats moved) per thread below which waking one costs more than it saves."""
 

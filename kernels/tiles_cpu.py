@@ -26,14 +26,6 @@ from .vector import (
     store_at,
 )
 
-__all__ = [
-    "make_dots",
-    "make_gated_sparse_tile",
-    "make_gated_tile",
-    "make_sparse_tile",
-    "make_tile",
-]
-
 
 class _Sums:
     """``[rows][columns]`` registers to add up in; LLVM lifts them from the stack."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from .errors import check_tensor
 from .random import Stream, integers
 
-__all__ = ["MOST_SAMPLES", "Transitions", "check_replay", "draw", "runs", "take"]
-
 MOST_SAMPLES = 8192
 """Of a ticket, gathered at once: those of many updates, but not of any number of them."""
 

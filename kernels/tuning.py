@@ -28,21 +28,6 @@ import torch
 
 from .launch import Launch
 
-__all__ = [
-    "CONFIGS",
-    "LAYOUT",
-    "Configuration",
-    "Question",
-    "configuration",
-    "configuration_file",
-    "forget",
-    "listen",
-    "override",
-    "prefer",
-    "read",
-    "shape_class",
-]
-
 CONFIGS = Path(__file__).parent / "configs"
 LAYOUT = 2
 

@@ -22,40 +22,6 @@ from numba.core.extending import intrinsic, overload, register_model
 
 from .compiling import njit
 
-__all__ = [
-    "INDEX",
-    "INT_VECTOR",
-    "LANES",
-    "MASK_BYTES",
-    "VECTOR",
-    "aligned_empty",
-    "as_vector",
-    "broadcast",
-    "call",
-    "clamp",
-    "constant",
-    "data_of",
-    "fma",
-    "gather",
-    "integers",
-    "load",
-    "load_at",
-    "load_bits",
-    "load_bits_tail",
-    "maximum",
-    "minimum",
-    "multiply_add",
-    "scatter",
-    "splat",
-    "store",
-    "store_at",
-    "sum_each",
-    "sum_lanes",
-    "transpose",
-    "vector",
-    "where_positive",
-]
-
 
 def _count_lanes() -> int:
     """Of the processor that Numba compiles for: this one, or ``NUMBA_CPU_FEATURES``."""

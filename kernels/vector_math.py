@@ -6,8 +6,6 @@ from numba.core.extending import intrinsic
 
 from .vector import INT_VECTOR, LANES, VECTOR, call, clamp, constant, integers, multiply_add, vector
 
-__all__ = ["exp", "log", "rsqrt", "tanh"]
-
 
 def _horner(builder, coefficients, x):
     value = constant(coefficients[-1])

@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparse_tickets.kernels.compile import (
-    CAPABILITIES,
     Report,
     compile_ops,
     ops_with_kernels,
 )
 from sparse_tickets.kernels.dispatch import has_triton
+from sparse_tickets.kernels.machine_code import CAPABILITIES
 
 __all__ = ["inspect", "inspect_table", "plain"]
 

@@ -22,7 +22,7 @@ from benchmarks.console import bar, show_run
 from benchmarks.measure import Case, Contest, Measured, Record, Refusal, measure
 from benchmarks.peers import Unavailable
 from benchmarks.report import markdown, write_report
-from sparse_tickets.ceilings import Ceilings, Cost
+from sparse_tickets.ceilings import Ceilings, Cost, Neighbours
 from sparse_tickets.timing import (
     Budget,
     Contender,
@@ -177,10 +177,10 @@ def test_a_run_knows_where_it_came_from():
 
 
 def test_neighbours_use_what_is_neither_idle_nor_ours(monkeypatch):
-    assert 0 <= results.Neighbours().share() <= 1
+    assert 0 <= Neighbours().share() <= 1
     readings = iter([(100.0, 10.0), (110.0, 12.5), (100.0, 10.0), (110.0, 20.5)])
-    monkeypatch.setattr(results.Neighbours, "_read", staticmethod(lambda: next(readings)))
-    neighbours = results.Neighbours()
+    monkeypatch.setattr(Neighbours, "_read", staticmethod(lambda: next(readings)))
+    neighbours = Neighbours()
     assert neighbours.share() == 0.25
     assert neighbours.share() == 0.0
     assert neighbours.share() == 1.0

@@ -31,8 +31,6 @@ from rich.console import Console
 from ..results import RESULTS, SuiteRun, load, provenance, save
 from .process import Work, attempt, compilers, read_state, until_done
 
-__all__ = ["PARTS", "main"]
-
 PARTS = ("tests", "tune", "table", "sweep")
 """In this order: nothing is timed before it was tested, nor swept before it was tuned."""
 

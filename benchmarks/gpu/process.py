@@ -26,18 +26,6 @@ from sparse_tickets.files import write_atomic
 
 from ..results import available_cores
 
-__all__ = [
-    "DIED",
-    "ROOT",
-    "Work",
-    "attempt",
-    "compilers",
-    "read_state",
-    "say",
-    "until_done",
-    "watched",
-]
-
 ROOT = Path(__file__).parents[2]
 DIED = "the process ended there, or was ended as it took too long; the log has its last words"
 

@@ -16,8 +16,6 @@ from ..results import SuiteRun
 from ..tables import Table, duration, speedup_of, time_of
 from .sweep import ASKED_S
 
-__all__ = ["gpu_tables", "summary"]
-
 
 def gpu_tables(run: SuiteRun) -> list[Table]:
     """Every part of a run that there is something to show of."""

@@ -22,8 +22,6 @@ from sparse_tickets.sweep.spec import Sweep
 
 from .process import Work
 
-__all__ = ["ASKED_S", "COMPILING", "REAL", "TINY", "OutOfTime", "part", "sweep"]
-
 ASKED_S = 60.0
 """In which the sweep is to be done."""
 

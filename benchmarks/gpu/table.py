@@ -22,8 +22,6 @@ from ..results import SuiteRun, load, provenance, save
 from ..suites import REAL, TINY, targets
 from .process import DIED, Work, say, watched
 
-__all__ = ["fill", "forget_compiled", "measure_products", "part"]
-
 _HANG_S = 120.0
 """A case that takes longer never ends. Compilers have taken half of it."""
 _KINDS = 3

@@ -23,8 +23,6 @@ import pytest
 from ..results import available_cores
 from .process import ROOT, Work, compilers, say
 
-__all__ = ["TEST_S", "part", "run_tests", "summed_up"]
-
 TEST_S = 90.0
 """No test takes this long, its compilation included."""
 

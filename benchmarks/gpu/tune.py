@@ -37,8 +37,6 @@ from ..problems import LinearProblem, PolicyProblem, PruneProblem
 from ..suites import REAL, TINY, Sizes
 from .process import DIED, Work, say, watched
 
-__all__ = ["Subject", "candidates", "part", "questions", "subjects", "tune", "write_configurations"]
-
 _MARGIN = 1.03
 """A candidate must gain this much: less is within the noise of two runs of the same kernel."""
 _BUDGET = Budget(rounds=5, sample_seconds=0.005, warmup_seconds=0.0, settle_seconds=0.0)

@@ -26,8 +26,6 @@ from .sweep import COMPILING, sweep
 from .table import forget_compiled
 from .tune import Subject, candidates, questions, subjects
 
-__all__ = ["part", "warm"]
-
 
 def part(work: Work) -> bool:
     """A share of everything."""

@@ -17,8 +17,6 @@ from sparse_tickets.timing import Contender
 from ..ppo_job import PPOJob
 from . import Unavailable
 
-__all__ = ["NAME", "REASON", "compiled", "ppo"]
-
 NAME = "JAX PPO, vmap of w*mask"
 REASON = "JAX is not installed: install sparse-tickets[peers]"
 

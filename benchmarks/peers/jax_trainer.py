@@ -20,8 +20,6 @@ from jax import Array, lax
 
 from sparse_tickets.algos.ppo import PPO
 
-__all__ = ["Samples", "TrainState", "adam", "advantages", "loss", "step", "train"]
-
 Layers = tuple[tuple[Array, Array], ...]
 """Per layer the weight ``[I, O]`` and the bias ``[O]``."""
 Params = tuple[Layers, Layers]

@@ -10,8 +10,6 @@ from sparse_tickets.timing import Contender
 
 from ..problems import PolicyProblem
 
-__all__ = ["NAME", "policy"]
-
 NAME = "loop of torch dense"
 
 

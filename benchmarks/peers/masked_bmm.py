@@ -11,8 +11,6 @@ from sparse_tickets.timing import Contender
 from ..problems import LinearProblem, PolicyProblem
 from .torch_dense import batched, network, trained
 
-__all__ = ["NAME", "linear_backward", "linear_forward", "policy"]
-
 NAME = "torch w*mask"
 
 

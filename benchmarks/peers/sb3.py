@@ -7,8 +7,6 @@ from sparse_tickets.timing import Contender, pinned_threads
 
 from . import Unavailable
 
-__all__ = ["NAME", "ppo"]
-
 NAME = "SB3 PPO (1 agent, 1 core)"
 
 

@@ -11,8 +11,6 @@ from sparse_tickets.timing import Contender
 from ..problems import LinearProblem
 from . import Unavailable
 
-__all__ = ["NAME", "linear_forward"]
-
 NAME = "scipy CSR (1 thread)"
 
 

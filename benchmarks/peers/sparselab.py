@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from . import Unavailable
 
-__all__ = ["NAME", "follow_torch", "layer"]
-
 NAME = "SparseLab"
 
 # It remembers transposed matrices by `id`, so that one made in the place of one that is gone gets

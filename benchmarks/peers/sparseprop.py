@@ -13,8 +13,6 @@ from sparse_tickets.timing import Contender
 from ..problems import LinearProblem
 from . import Unavailable
 
-__all__ = ["NAME", "REASON", "linear_backward", "linear_forward"]
-
 NAME = "SparseProp"
 REASON = (
     "SparseProp is not installed: pip install sparseprop compiles it, with a C++ compiler "

@@ -12,8 +12,6 @@ from ..problems import LinearProblem
 from . import Unavailable
 from .torch_csr import compressed_backward, compressed_forward
 
-__all__ = ["NAME", "linear_backward", "linear_forward"]
-
 NAME = "torch BSR"
 _SIZES = (64, 32, 16, 8, 4)
 # Where a mask fills no blocks, small ones store the fewest zeros, and were the fastest of all.

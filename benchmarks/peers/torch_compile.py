@@ -12,8 +12,6 @@ from ..problems import PolicyProblem
 from . import Unavailable
 from .torch_dense import network, trained
 
-__all__ = ["NAME", "policy"]
-
 NAME = "torch.compile w*mask"
 
 

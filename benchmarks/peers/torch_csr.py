@@ -13,8 +13,6 @@ from sparse_tickets.timing import Contender
 from ..problems import LinearProblem
 from . import Unavailable
 
-__all__ = ["NAME", "compressed_backward", "compressed_forward", "linear_backward", "linear_forward"]
-
 NAME = "torch CSR"
 
 

@@ -12,17 +12,6 @@ from sparse_tickets.timing import Contender
 
 from ..problems import LinearProblem, PolicyProblem, difference
 
-__all__ = [
-    "NAME",
-    "batched",
-    "layer_inside",
-    "linear_backward",
-    "linear_forward",
-    "network",
-    "policy",
-    "trained",
-]
-
 NAME = "torch dense"
 
 

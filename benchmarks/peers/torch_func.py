@@ -9,8 +9,6 @@ from sparse_tickets.timing import Contender
 
 from ..problems import PolicyProblem
 
-__all__ = ["NAME", "policy"]
-
 NAME = "torch.func, vmap of w*mask"
 
 

@@ -12,8 +12,6 @@ from ..problems import LinearProblem
 from . import Unavailable
 from .torch_csr import compressed_forward
 
-__all__ = ["NAME", "linear_forward"]
-
 NAME = "torch 2:4"
 
 

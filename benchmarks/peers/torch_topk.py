@@ -9,8 +9,6 @@ from sparse_tickets.timing import Contender
 
 from ..problems import PruneProblem
 
-__all__ = ["NAME", "prune"]
-
 NAME = "torch.topk"
 
 

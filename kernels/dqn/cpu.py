@@ -21,8 +21,6 @@ from ..training.cpu import Head, bind, train
 from ..vector import LANES
 from .reference import bootstrap, draws
 
-__all__ = ["dqn_update_"]
-
 # Columns of the sample, rows of the head: what the value should be, the action taken; and for a
 # double DQN the discount, then the target network's value of each action.
 _TARGET, _ACTION, _DISCOUNT, _VALUES = range(4)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ..transitions import Transitions
     from . import DQNConfig
 
-__all__ = ["dqn_update_"]
-
 
 def dqn_update_(
     parameters: Parameters,

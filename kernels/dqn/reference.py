@@ -17,8 +17,6 @@ from ..transitions import Transitions, runs, take
 if TYPE_CHECKING:
     from . import DQNConfig
 
-__all__ = ["LOSSES", "bootstrap", "dqn_update_", "draw", "draws", "loss", "wanted"]
-
 LOSSES: dict[str, Callable[..., Tensor]] = {"huber": smooth_l1_loss, "squared": mse_loss}
 
 

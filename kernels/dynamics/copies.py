@@ -16,8 +16,6 @@ from ..random import Stream, normal, uniform
 from . import initial, observe, step
 from .reference import Task
 
-__all__ = ["Copies"]
-
 
 @dataclass(eq=False, repr=False)
 class Copies:

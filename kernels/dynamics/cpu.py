@@ -20,8 +20,6 @@ from . import maze
 from .equations import CONSTANTS, EQUATIONS
 from .reference import ACROBOT, CARTPOLE, MAZE, MOUNTAIN_CAR, TASKS, Task
 
-__all__ = ["initial", "observe", "step", "task_observe", "task_reset", "task_step"]
-
 _CARTPOLE, _ACROBOT, _MOUNTAIN_CAR = CARTPOLE.id, ACROBOT.id, MOUNTAIN_CAR.id
 _MAZE = MAZE.id
 _STATE_DIM = np.array([task.state_dim for task in TASKS.values()])

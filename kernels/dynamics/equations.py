@@ -20,8 +20,6 @@ import math
 
 from torch import ceil, cos, floor, remainder, sin, where
 
-__all__ = ["CONSTANTS", "EQUATIONS"]
-
 PI, TURN, ANGLE_LIMIT = math.pi, 2 * math.pi, 12 * 2 * math.pi / 360
 
 

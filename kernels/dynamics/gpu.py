@@ -27,18 +27,6 @@ from . import maze
 from .equations import CONSTANTS, EQUATIONS
 from .reference import ACROBOT, CARTPOLE, MAZE, MOUNTAIN_CAR, TASKS, Task
 
-__all__ = [
-    "EXAMPLES",
-    "initial",
-    "load_state",
-    "observe",
-    "step",
-    "store_state",
-    "task_initial",
-    "task_observe",
-    "task_step",
-]
-
 _BLOCK = 128
 
 _CARTPOLE = tl.constexpr(CARTPOLE.id)

@@ -24,23 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ACTIONS",
-    "CELLS",
-    "CHANNELS",
-    "LAYOUTS",
-    "PERIOD",
-    "SIZE",
-    "STEP_COST",
-    "TIME_LIMIT",
-    "MazeLayout",
-    "Tables",
-    "features",
-    "initial",
-    "step",
-    "tables",
-]
-
 SIZE = 7
 CELLS = SIZE * SIZE
 CHANNELS = 4

@@ -14,19 +14,6 @@ from torch import Tensor
 
 from . import equations, maze
 
-__all__ = [
-    "ACROBOT",
-    "CARTPOLE",
-    "MAZE",
-    "MOUNTAIN_CAR",
-    "PENDULUM",
-    "TASKS",
-    "Task",
-    "initial",
-    "observe",
-    "step",
-]
-
 Transition = tuple[Tensor, Tensor, Tensor]
 
 

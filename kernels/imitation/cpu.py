@@ -31,8 +31,6 @@ from ..vector import (
 )
 from ..vector_math import exp, log
 
-__all__ = ["clone_update_"]
-
 _ZERO, _HALF, _ONE = (np.float32(number) for number in (0.0, 0.5, 1.0))
 _LOWEST, _HIGHEST = (np.float32(bound) for bound in LOG_STD_RANGE)
 _STREAM = int(Stream.MINIBATCH)

@@ -24,8 +24,6 @@ from .reference import critic_spans, gaussian_divergence
 if TYPE_CHECKING:
     from . import CloneConfig
 
-__all__ = ["EXAMPLES", "clone_update_"]
-
 EXAMPLES = loss_gpu.EXAMPLES
 
 

@@ -16,8 +16,6 @@ from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..mlp.heads import padded, prefer_launch
 
-__all__ = ["EXAMPLES", "loss_and_gradient"]
-
 # Below the logarithm of the smallest normal float32: an action the expert never takes.
 _NEVER = tl.constexpr(-87.0)
 

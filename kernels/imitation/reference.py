@@ -16,8 +16,6 @@ from ..training.reference import step_
 if TYPE_CHECKING:
     from . import CloneConfig
 
-__all__ = ["clone_update_", "critic_spans", "gaussian_divergence", "loss", "measured_loss"]
-
 
 def loss(weight: Tensor, mask: Tensor, arena: Arena, obs: Tensor, target: Tensor) -> Tensor:
     """Mean KL divergence ``[P]`` from the expert to the student."""

@@ -27,8 +27,6 @@ from ..launch import Launch
 from ..tuning import prefer
 from .operands_gpu import accumulator, check_spans, grid
 
-__all__ = ["EXAMPLES", "choose_gradient_tiles", "choose_product_tiles", "dw", "dx", "forward"]
-
 
 @jit_kernel(fp_fusion=True)
 def _product_kernel(

@@ -15,8 +15,6 @@ from torch import Tensor
 from ..errors import check_data, check_dtype
 from .known import KnownMasks
 
-__all__ = ["BLOCK_SIZES", "BlockPattern", "block_pattern", "find_blocks", "table_shape"]
-
 BLOCK_SIZES = (16, 32, 64)
 """Sizes of square blocks: what a tensor core takes at least, up to one output tile."""
 

@@ -19,8 +19,6 @@ from . import reference
 from .known import KnownMasks, take_snapshot
 from .masking import is_equal
 
-__all__ = ["backward", "dw", "dx", "forward", "plan"]
-
 _LEAST_WORK = 1 << 22
 """Multiply-adds of a ticket below which the Python around it costs what a sparse product saves."""
 

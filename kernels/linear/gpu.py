@@ -20,8 +20,6 @@ from ..launch import Launch
 from ..tuning import prefer
 from .operands_gpu import accumulator, check_spans, grid
 
-__all__ = ["EXAMPLES", "choose_tiles", "dw", "dx", "forward"]
-
 
 @jit_kernel(fp_fusion=True)
 def _gemm_kernel(

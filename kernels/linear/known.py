@@ -9,8 +9,6 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["KnownMasks", "take_snapshot"]
-
 _Found = TypeVar("_Found")
 
 

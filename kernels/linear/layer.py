@@ -24,8 +24,6 @@ from .cpu import plan
 from .known import take_snapshot
 from .masking import is_equal, is_zero_off, keep, keep_in_place
 
-__all__ = ["Prepared"]
-
 # Names of the module, because each dot is a look-up, and one row is bound by these.
 _bool, _float32 = torch.bool, torch.float32
 _grads_are_recorded = torch.is_grad_enabled

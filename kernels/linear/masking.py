@@ -19,19 +19,6 @@ from numba.core.extending import intrinsic
 from ..addresses import by_address, find_machine_code, pointer
 from ..compiling import njit
 
-__all__ = [
-    "are_equal",
-    "bytes_differ",
-    "is_equal",
-    "is_zero_off",
-    "keep",
-    "keep_all",
-    "keep_all_address",
-    "keep_in_place",
-    "keeps_all",
-]
-
-
 # Numba widens small integers to 64 bits, and then no register holds many of them.
 
 

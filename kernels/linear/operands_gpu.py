@@ -6,8 +6,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["accumulator", "check_spans", "grid"]
-
 
 def check_spans(**operands: Tensor | None) -> None:
     """Raise ``ValueError`` unless 32 bits address every entry of one ticket's matrix."""

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from ..vector import aligned_empty
 
-__all__ = ["empty", "is_small", "zeros"]
-
 _LARGE = 1 << 16
 """Elements from which a result is worth keeping: smaller ones stay in the C library's heap."""
 

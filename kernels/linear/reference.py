@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["linear", "linear_dw", "linear_dx"]
-
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
     """``y = x wᵀ + b``: ``[P, B, I], [P, O, I], [P, O] -> [P, B, O]``."""

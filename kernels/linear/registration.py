@@ -21,17 +21,6 @@ from ..registration import Differentiable, register
 from . import reference
 from .blocks import BLOCK_SIZES, BlockPattern, table_shape
 
-__all__ = [
-    "PRECISIONS",
-    "check_operands",
-    "check_precision",
-    "choose_backend",
-    "is_plain",
-    "is_watched",
-    "run",
-    "under_autocast",
-]
-
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 """How a GPU multiplies float32: exactly, rounded to 10 bits of mantissa, or as three of these."""
 

@@ -15,8 +15,6 @@ from torch.nn import Parameter
 
 from .masking import keeps_all
 
-__all__ = ["Unpruned"]
-
 _PLAIN = (Tensor, Parameter)
 
 

@@ -9,8 +9,6 @@ from numba.core.extending import intrinsic
 
 from ..compiling import njit
 
-__all__ = ["WORD", "mask_word", "trailing_zeros"]
-
 WORD = 64
 """Entries of a mask per word."""
 

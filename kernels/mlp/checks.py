@@ -21,16 +21,6 @@ from ..errors import (
 from ..linear import check_precision
 from ..memory import check_separate
 
-__all__ = [
-    "check_counter",
-    "check_counts",
-    "check_floats",
-    "check_network",
-    "check_optimiser",
-    "check_parameters",
-    "check_rows",
-]
-
 
 def check_counter(name: str, value: int | Tensor, limit: int, like: Tensor) -> int | Tensor:
     """A number of updates below ``limit``; on a GPU also a 0-dim int64 tensor.

@@ -45,7 +45,6 @@ from .layout import (
     prepare,
 )
 from .packing import (
-    build_rows,
     inputs,
     open_scratch,
     pack,
@@ -60,16 +59,6 @@ from .products import (
     sparse_gradient,
     sparse_product,
 )
-
-__all__ = [
-    "backward",
-    "build_rows",
-    "clear_gradient",
-    "collect_gradient",
-    "forward",
-    "gather",
-    "mlp",
-]
 
 _ZERO = np.float32(0.0)
 # ELU's parameter.

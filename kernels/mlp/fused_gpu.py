@@ -19,16 +19,6 @@ from ..activations_gpu import activate, deactivate
 from ..jit import jit_kernel
 from ..launch import Launch
 
-__all__ = [
-    "backward_kernel",
-    "forward_kernel",
-    "hidden_layers",
-    "launches",
-    "load_bias",
-    "load_weight",
-    "zeros",
-]
-
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):

@@ -7,8 +7,6 @@ from typing import Any
 
 from ..arena import Net
 
-__all__ = ["Geometry"]
-
 
 @dataclass(frozen=True)
 class Geometry:

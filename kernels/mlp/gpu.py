@@ -20,8 +20,6 @@ from . import passes_gpu, split_gpu
 from .geometry import Geometry
 from .passes_gpu import Route, Weights
 
-__all__ = ["EXAMPLES", "backward", "choose", "describe", "forward"]
-
 FUSED_WIDTH = 64
 """Widest network whose activations, and the gradients of whose weights, stay in registers."""
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from ..launch import Launch
 from ..tuning import prefer
 
-__all__ = ["launches", "padded", "prefer_launch"]
-
 _MOST_BLOCK, _MOST_ENTRIES = 256, 1024
 """Samples, and samples times actions, of one step: more would not fit the registers."""
 

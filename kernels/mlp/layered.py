@@ -13,8 +13,6 @@ from ..arena import Net
 from ..linear import linear
 from .reference import walk
 
-__all__ = ["mlp"]
-
 
 def mlp(x: Tensor, weight: Tensor, mask: Tensor | None, net: Net, precision: str) -> Tensor:
     """Arguments and result as the op's."""

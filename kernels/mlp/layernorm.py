@@ -13,8 +13,6 @@ from ..vector import LANES, fma, load, splat, store
 from ..vector_math import rsqrt
 from .layout import PANEL
 
-__all__ = ["EPSILON", "denormalise", "normalise"]
-
 EPSILON = np.float32(1e-5)
 """Added to the variance, as in torch."""
 _ZERO = np.float32(0.0)

@@ -27,15 +27,6 @@ from ..arena import Net, Processor
 from ..threads import count_threads
 from ..vector import LANES
 
-__all__ = [
-    "PANEL",
-    "Layout",
-    "allocate",
-    "is_sparse",
-    "lay_out",
-    "prepare",
-]
-
 PANEL = 8 * LANES
 """Batch columns processed together; a larger batch is a sequence of panels."""
 

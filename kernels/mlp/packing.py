@@ -16,18 +16,6 @@ from ..compiling import njit
 from .bits import WORD, mask_word, trailing_zeros
 from .layout import BIAS, COLUMNS, HIDDEN, IN, NORMAL, OUT, ROWS, SPARSE, WEIGHT
 
-__all__ = [
-    "Packed",
-    "build_rows",
-    "inputs",
-    "open_scratch",
-    "pack",
-    "read_row",
-    "turn",
-    "turn_values",
-    "write_row",
-]
-
 _ZERO = np.float32(0.0)
 _NONE = np.uint64(0)
 _ONE = np.uint64(1)

@@ -23,16 +23,6 @@ from ..tuning import prefer
 from . import fused_gpu, split_gpu
 from .geometry import Geometry
 
-__all__ = [
-    "Route",
-    "Weights",
-    "backward",
-    "cut",
-    "cut_as_measured",
-    "forward",
-    "with_rows",
-]
-
 FUSED_STRETCH = 64
 """Samples whose gradient a program sums up, unless that took more than `MOST_STRETCHES`.
 

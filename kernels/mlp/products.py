@@ -11,8 +11,6 @@ from ..tiles_cpu import make_sparse_tile, make_tile
 from ..vector import LANES, fma, load, store, sum_each, sum_lanes
 from .layout import PANEL
 
-__all__ = ["add_product", "product", "sparse_gradient", "sparse_product"]
-
 # Accumulators, one row of inputs and a broadcast must fit the registers: 32, but 16 on AVX2.
 _WIDE = 2 if LANES == 8 else 4
 

@@ -11,8 +11,6 @@ from torch.nn import functional
 from ..activations import ACTIVATIONS
 from ..arena import Net
 
-__all__ = ["hidden_layers", "mlp", "walk"]
-
 
 def walk(
     x: Tensor, net: Net, product: Callable[[int, Tensor], Tensor]

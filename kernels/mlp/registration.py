@@ -22,8 +22,6 @@ from ..registration import declare
 from . import layered, reference
 from .checks import check_floats, check_network
 
-__all__ = ["call", "run"]
-
 _OPS = torch.ops.sparse_tickets
 
 

@@ -22,18 +22,6 @@ from ..jit import jit_kernel
 from ..launch import Launch
 from .geometry import Geometry
 
-__all__ = [
-    "ADD_BLOCK",
-    "GRADIENTS",
-    "WALKS",
-    "add_kernel",
-    "delta_kernel",
-    "forward_kernel",
-    "gradient_constants",
-    "gradient_kernel",
-    "walk_constants",
-]
-
 ADD_BLOCK = 512
 """Entries of a row per program of `add_kernel`."""
 

@@ -37,8 +37,6 @@ from .layout import (
     WIDEST,
 )
 
-__all__ = ["act"]
-
 _ZERO = np.float32(0.0)
 
 

@@ -9,8 +9,6 @@ from torch import nn
 
 from ..activations_cpu import ELU, GELU, GELU_TANH, LEAKY, RELU, SIGMOID, SILU, TANH
 
-__all__ = ["Activation", "find_activation"]
-
 
 class Activation(NamedTuple):
     """One activation as kernels know it.

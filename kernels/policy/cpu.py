@@ -96,8 +96,6 @@ from .products import (
     to_panel,
 )
 
-__all__ = ["kernels"]
-
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 

@@ -27,8 +27,6 @@ from ..threads import WORTH_A_THREAD, used_threads
 from . import cpu, reference
 from .layout import FEW, LONG
 
-__all__ = ["SETTING", "start", "status"]
-
 SETTING = "SPARSE_TICKETS_NATIVE"
 """The environment's variable: ``background``, ``wait`` to compile at first use, or ``off``."""
 

@@ -21,8 +21,6 @@ from ..vector import aligned_empty
 from . import cpu, reference
 from .layout import ACT_FROM, CALL_FIRST, CALL_LAYER, FEW, LONG, Form, Layer, Support
 
-__all__ = ["Network"]
-
 # How many sizes of batches a network keeps its forms for.
 _FORMS = 64
 

@@ -20,22 +20,6 @@ from ..tiles_cpu import (
 )
 from ..vector import LANES, fma, gather, load, splat, store, sum_each, sum_lanes, transpose
 
-__all__ = [
-    "NARROW_PARTIAL",
-    "clear_columns",
-    "fill",
-    "from_panel",
-    "gated_product",
-    "gather_all",
-    "narrow_gradient",
-    "narrow_input_gradient",
-    "narrow_product",
-    "sparse_gradient",
-    "sparse_product",
-    "sum_rows",
-    "to_panel",
-]
-
 _ZERO = np.float32(0.0)
 
 

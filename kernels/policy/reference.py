@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .layout import Layer
 
-__all__ = ["differentiate", "run"]
-
 
 def run(
     layers: Sequence[Layer],

@@ -17,8 +17,6 @@ from torch import Tensor
 from ..linear import is_watched
 from .squashed_cpu import BACKWARD_SCRATCH, FORWARD_SCRATCH, kernels
 
-__all__ = ["can_squash", "reference", "squash"]
-
 _grads_are_recorded = torch.is_grad_enabled
 
 

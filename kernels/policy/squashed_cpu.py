@@ -18,8 +18,6 @@ from ..compiling import njit
 from ..vector import LANES, fma, load, splat, store
 from ..vector_math import exp, log, tanh
 
-__all__ = ["BACKWARD_SCRATCH", "FORWARD_SCRATCH", "kernels"]
-
 _NORMALISER = np.float32(0.5 * math.log(2 * math.pi))
 _ZERO = np.float32(0.0)
 # Vectors of scratch beside one element (two, backward) for every number.

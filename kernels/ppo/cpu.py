@@ -25,8 +25,6 @@ from ..vector import (
 )
 from ..vector_math import exp, log
 
-__all__ = ["ppo_update_"]
-
 # Rows of the head: log-ratio, then ratio, then gradient; entropy; then those of the sample.
 _SCRATCH = 2
 _RATIO, _ENTROPY, _ADVANTAGE, _LOGP, _VALUE, _TARGET, _ACTION = (PANEL * row for row in range(7))

@@ -32,8 +32,6 @@ from .loss_gpu import load_spread, policy_loss, standardise, store_policy_sums, 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["EXAMPLES", "cut_minibatch", "fits", "gradient", "gradient_kernel"]
-
 NARROW = 32
 """Width up to which any network fits that goes back in one launch."""
 

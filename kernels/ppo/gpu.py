@@ -27,8 +27,6 @@ from . import fused_gpu, loss_gpu
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["EXAMPLES", "describe", "is_fused", "ppo_update_"]
-
 
 @jit_kernel(fp_fusion=True)
 def _statistics_kernel(sums, norms, statistics, minibatches, stretches, count):

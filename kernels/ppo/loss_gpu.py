@@ -26,16 +26,6 @@ from ..mlp.heads import padded, prefer_launch
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = [
-    "EXAMPLES",
-    "SUMS",
-    "load_spread",
-    "loss_and_gradient",
-    "policy_loss",
-    "standardise",
-    "value_loss",
-]
-
 SUMS = 5
 """What a minibatch adds up: policy loss, value loss, entropy, KL, clipped samples; see `Stats`."""
 

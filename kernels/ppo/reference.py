@@ -15,8 +15,6 @@ from ..training.reference import step_
 if TYPE_CHECKING:
     from . import Batch, PPOConfig
 
-__all__ = ["log_prob_and_entropy", "loss", "ppo_update_"]
-
 
 def log_prob_and_entropy(
     output: Tensor, log_std: Tensor | None, action: Tensor

@@ -13,8 +13,6 @@ from torch import Tensor
 from ..compiling import njit
 from ..threads import count_threads, share
 
-__all__ = ["prune"]
-
 # Work per entry, in the units of `count_threads`.
 _WORK = 256
 

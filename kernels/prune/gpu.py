@@ -28,8 +28,6 @@ from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 
-__all__ = ["EXAMPLES", "MOST", "prune"]
-
 MOST = 8192
 """Entries of a row that a program takes at a time."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["prune"]
-
 
 def prune(scores: Tensor, mask: Tensor, k: Tensor, magnitude: bool = False) -> Tensor:
     scores = scores.abs() if magnitude else scores

@@ -16,20 +16,6 @@ from torch import Tensor
 from ..compiling import njit
 from ..threads import count_threads, share
 
-__all__ = [
-    "bits",
-    "categorical",
-    "fill_normal",
-    "fill_permutation",
-    "fill_uniform",
-    "fill_words",
-    "normal",
-    "permutation",
-    "philox",
-    "pick",
-    "uniform",
-]
-
 _MULTIPLIER_0 = np.uint64(0xD2511F53)
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
 _WEYL_0 = np.uint32(0x9E3779B9)

@@ -17,18 +17,6 @@ from torch import Tensor
 from ..examples import Example, meta
 from ..jit import jit_kernel
 
-__all__ = [
-    "EXAMPLES",
-    "bits",
-    "box_muller",
-    "categorical",
-    "normal",
-    "permutation",
-    "philox",
-    "pick",
-    "uniform",
-]
-
 _BLOCK = 256
 _ROWS = 128
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from ..compiling import njit
 from ..threads import count_threads, share
 
-__all__ = ["gae", "gae_ticket"]
-
 # Work per step of an environment, in the units of `count_threads`.
 _WORK = 64
 

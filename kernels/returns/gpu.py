@@ -17,8 +17,6 @@ from ..errors import check_dtype
 from ..examples import Example, meta
 from ..jit import jit_kernel
 
-__all__ = ["EXAMPLES", "gae"]
-
 STEPS = 32
 LANES = 32
 

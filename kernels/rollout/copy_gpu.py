@@ -11,16 +11,6 @@ from ..dynamics.gpu import task_initial, task_observe
 from ..random.gpu import box_muller, philox
 from .policy_gpu import entry_of
 
-__all__ = [
-    "normal",
-    "observe",
-    "pick_greedy",
-    "restart",
-    "sample_discrete",
-    "sample_gaussian",
-    "uniform",
-]
-
 _HALF_LOG_TWO_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 
 

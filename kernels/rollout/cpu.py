@@ -26,8 +26,6 @@ from ..threads import count_threads, share
 from .policy import RolloutNet, forward, network, prepare
 from .reference import Rollout
 
-__all__ = ["evaluate", "rollout"]
-
 _EVAL_RESET, _EVAL_ACTION = int(Stream.EVAL_RESET), int(Stream.EVAL_ACTION)
 _NOISE, _EVAL_NOISE = int(Stream.NOISE), int(Stream.EVAL_NOISE)
 # Work per step of a copy, in the units of `count_threads`: physics, draw and a small policy.

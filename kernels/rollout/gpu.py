@@ -40,8 +40,6 @@ from .copy_gpu import (
 from .policy_gpu import describe, entry_of, forward, judge, load_network, prefer_launch
 from .reference import Rollout
 
-__all__ = ["EXAMPLES", "evaluate", "rollout"]
-
 _EVAL_RESET = tl.constexpr(int(Stream.EVAL_RESET))
 _EVAL_ACTION = tl.constexpr(int(Stream.EVAL_ACTION))
 _NOISE = tl.constexpr(int(Stream.NOISE))

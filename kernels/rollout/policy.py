@@ -23,13 +23,11 @@ import numpy as np
 from ..activations_cpu import activate, code_of
 from ..arena import Arena, Net, Processor
 from ..compiling import njit
-from ..mlp.cpu import build_rows
 from ..mlp.layernorm import EPSILON
+from ..mlp.packing import build_rows
 from ..tiles_cpu import make_sparse_tile, make_tile
 from ..vector import LANES, fma, load, splat, store
 from ..vector_math import rsqrt
-
-__all__ = ["RolloutNet", "forward", "network", "prefers_sparse", "prepare"]
 
 _ROWS = 4
 # Accumulators, the tile's inputs and a broadcast must fit 32 registers, or AVX2's 16.

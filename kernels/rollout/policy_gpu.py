@@ -28,17 +28,6 @@ from ..launch import Launch
 from ..tuning import prefer
 from .reference import Rollout
 
-__all__ = [
-    "describe",
-    "entry_of",
-    "forward",
-    "judge",
-    "launches",
-    "load_network",
-    "misfit",
-    "prefer_launch",
-]
-
 _WIDEST = 128
 # Between hidden layers: a quarter of the register file of a multiprocessor.
 _MOST_WEIGHTS = 128 * 128

@@ -18,8 +18,6 @@ from ..random import Stream, categorical, normal, uniform
 from ..squashed import sample, within_bounds
 from ..squashed.reference import distribution
 
-__all__ = ["Rollout", "evaluate", "rollout", "targets"]
-
 Apply = Callable[[Tensor, Net], Tensor]
 
 _MAX_EPISODE = 1 << 20

@@ -26,8 +26,6 @@ from .reference import draw_noise
 if TYPE_CHECKING:
     from . import SACConfig
 
-__all__ = ["sac_update_"]
-
 _LOSS, _VALUE, _ENTROPY, _TEMPERATURE, _NORM, _STATISTICS = range(6)
 _LOWEST, _HIGHEST = (np.float32(bound) for bound in LOG_STD_RANGE)
 _ZERO, _ONE, _TWO = (np.float32(number) for number in (0.0, 1.0, 2.0))

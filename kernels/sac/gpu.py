@@ -10,8 +10,6 @@ from ..arena import Net
 from ..mlp import mlp
 from . import reference
 
-__all__ = ["sac_update_"]
-
 
 def sac_update_(*arguments: Any) -> Tensor:
     """Statistics ``[5, P]``; see the op."""

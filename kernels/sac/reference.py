@@ -18,8 +18,6 @@ from ..transitions import Transitions, take
 if TYPE_CHECKING:
     from . import SACConfig
 
-__all__ = ["draw_noise", "loss", "sac_update_"]
-
 Network = Callable[[Tensor, Tensor, Net, Tensor], Tensor]
 """`mlp` of input, weights, network and mask."""
 

@@ -11,8 +11,6 @@ from ..compiling import njit
 from ..threads import count_threads, share
 from .reference import LOG_STD_RANGE
 
-__all__ = ["sample", "sample_row", "scale_of"]
-
 _LOWEST, _HIGHEST = (np.float32(bound) for bound in LOG_STD_RANGE)
 _ZERO, _HALF, _TWO = (np.float32(number) for number in (0.0, 0.5, 2.0))
 _LOG_TWO = np.float32(math.log(2))

@@ -7,8 +7,6 @@ import math
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = ["LOG_STD_RANGE", "distribution", "sample"]
-
 LOG_STD_RANGE = (-20.0, 2.0)
 
 

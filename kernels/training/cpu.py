@@ -22,8 +22,6 @@ from ..mlp.packing import open_scratch, pack, read_row, turn, turn_values, write
 from ..update.cpu import adam_row
 from ..vector import LANES
 
-__all__ = ["Head", "Steps", "bind", "train"]
-
 
 class Head(NamedTuple):
     """What an algorithm puts into the frame: functions compiled by Numba.

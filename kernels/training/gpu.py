@@ -17,8 +17,6 @@ from ..arena import Arena, Net, Parameters
 from ..mlp import gpu as mlp
 from ..update import gpu as update
 
-__all__ = ["Outputs", "adam_", "gradient"]
-
 
 class Outputs(NamedTuple):
     """What a head's loss reads, and where it writes the gradients by it.

@@ -12,8 +12,6 @@ from ..arena import Parameters
 from ..dispatch import differentiating
 from ..update import adam_
 
-__all__ = ["gradient", "step_"]
-
 Loss = Callable[..., tuple[Tensor, Tensor]]
 
 

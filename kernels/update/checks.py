@@ -10,14 +10,6 @@ from torch import Tensor
 from ..errors import check_tensor, refuse_shape
 from ..memory import check_separate
 
-__all__ = [
-    "check_like",
-    "check_max_norm",
-    "check_range",
-    "check_rewind_separate",
-    "check_rows",
-]
-
 
 def check_rows(mask: Tensor | None, **rows: Tensor) -> None:
     """Rows that an op writes: alike, contiguous, and at least as long as the mask."""

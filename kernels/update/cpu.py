@@ -17,8 +17,6 @@ from torch import Tensor
 from ..compiling import njit
 from ..threads import count_threads, share
 
-__all__ = ["adam_", "adam_row", "blend"]
-
 # Work per entry, in the units of `count_threads`.
 _WORK = 16
 

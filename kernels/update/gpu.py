@@ -25,8 +25,6 @@ from ..jit import jit_kernel
 from ..launch import Launch
 from ..tuning import prefer
 
-__all__ = ["EXAMPLES", "adam_"]
-
 BLOCK = 1024
 MAX_PARTIALS = 1024
 """A long row has longer stretches per partial sum, not more partials: the update reads them all."""

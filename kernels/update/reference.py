@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["adam_", "rewind_"]
-
 
 def _support(weight: Tensor, mask: Tensor | None) -> Tensor:
     """``[P, T]``: the mask continued with True."""

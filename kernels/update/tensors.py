@@ -22,30 +22,6 @@ from ..threads import share
 from ..vector import LANES, fma, gather, load, scatter, splat, store
 from .cpu import blend
 
-__all__ = [
-    "CHUNK",
-    "FIRST",
-    "FRESH",
-    "GRAD",
-    "GROUP",
-    "LENGTH",
-    "MASK",
-    "NUMBERS",
-    "PARAM",
-    "PICKED",
-    "PLACES",
-    "SECOND",
-    "SIZE",
-    "STEP",
-    "SUPPORT",
-    "THIRD",
-    "WORK",
-    "address",
-    "compiled",
-    "cut",
-    "find_support",
-]
-
 # Columns of a tensor's row: addresses (0: there is none), the entries it has and updates, the row
 # of its group's numbers, whether its momentum starts with this step, and the address of memory for
 # its gradient on the support: clipping reads it there first.

@@ -15,8 +15,6 @@ import pytest
 
 from sparse_tickets.kernels import compile as compiling
 from sparse_tickets.kernels.compile import (
-    CAPABILITIES,
-    CompileCase,
     CompileError,
     Report,
     cases,
@@ -24,7 +22,8 @@ from sparse_tickets.kernels.compile import (
     cross_compile,
     ops_with_kernels,
 )
-from sparse_tickets.kernels.machine_code import occupancy, spilled_bytes
+from sparse_tickets.kernels.examples import CompileCase
+from sparse_tickets.kernels.machine_code import CAPABILITIES, occupancy, spilled_bytes
 
 pytest.importorskip("triton")
 

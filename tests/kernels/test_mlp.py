@@ -6,7 +6,7 @@ import torch
 
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.dispatch import use_backend
-from sparse_tickets.kernels.mlp import bits, cpu, layout, mlp, packing, plan, reference
+from sparse_tickets.kernels.mlp import bits, layout, mlp, packing, plan, reference
 from sparse_tickets.kernels.vector import LANES
 
 # Sums of at most a few hundred float32 products, through at most five layers: 32 roundings.
@@ -153,7 +153,7 @@ def test_reference_gradcheck():
 def test_build_rows_is_scipy_csr_order():
     mask = np.array([0, 1, 1, 0, 0, 0, 1, 0, 1, 1], bool)
     pointer, columns, positions = (np.full(8, -1, np.int32) for _ in range(3))
-    count = cpu.build_rows(mask, 1, 3, 3, pointer, columns, positions, 2)
+    count = packing.build_rows(mask, 1, 3, 3, pointer, columns, positions, 2)
     assert count == 7
     assert pointer[:4].tolist() == [2, 4, 5, 7]
     assert columns[2:7].tolist() == [0, 1, 2, 1, 2]
