@@ -20,12 +20,17 @@ from experiments.sweeps import (
     Extended,
     SharedSweep,
     acrobot,
+    acrobot_whole,
     cartpole,
     cartpole_deep,
     dqn,
+    dqn_squared,
+    left_out,
     lunar_lander,
-    maze,
-    mountain_car,
+    maze_extended,
+    mountain_car_extended,
+    mountain_car_ppo,
+    pendulum_deep,
     pendulum_extended,
     pendulum_sac,
     per_level,
@@ -43,32 +48,32 @@ RIVALS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC"}
 """What learns by reinforcement, in the order of tables and panels."""
 NAMES = RIVALS | {"bc": "cloning"}
 TICKET = "mask/weights"
-WHOLE, DEEP, BRIEF, VALUES, ACROBOT, PENDULUM, SAC, CAR, LANDER, MAZE = (
-    "the whole protocol", "deeper, tickets alone", "a smaller budget", "learning values", "Acrobot",
-    "Pendulum", "Pendulum by SAC", "MountainCar", "LunarLander", "the maze",
-)  # fmt: skip
+WHOLE = "the whole protocol"
 
 
 def collect(place: Place) -> pl.DataFrame:
     """The protocol's own sweep from its table, its tickets deeper, brief ones of other tasks."""
     found = []
-    sweeps: list[tuple[str, SharedSweep | Extended]] = [
-        (BRIEF, cartpole),
-        (VALUES, dqn),
-        (ACROBOT, acrobot),
-        (PENDULUM, pendulum_extended),
-        (SAC, pendulum_sac),
-        (CAR, mountain_car),
-        (LANDER, lunar_lander),
-        (MAZE, maze),
-    ]
-    if place.quick:
-        del sweeps[1:]  # every task and algorithm compiles kernels of its own
-    else:
+    sweeps: dict[str, SharedSweep | Extended] = {"a smaller budget": cartpole}
+    if not place.quick:  # every task and algorithm compiles kernels of its own
         whole = pl.read_parquet(RESULTS / "cartpole.parquet")
         found.append(whole.with_columns(study=pl.lit(WHOLE), wall_s=pl.lit(None, pl.Float64)))
-        sweeps.insert(0, (DEEP, cartpole_deep))
-    for study, sweep in sweeps:
+        sweeps = {
+            "deeper, tickets alone": cartpole_deep,
+            **sweeps,
+            "learning values": dqn_squared,
+            "learning values, Huber's loss": dqn,
+            "Acrobot": acrobot_whole,
+            "Acrobot, a smaller budget": acrobot,
+            "Pendulum": pendulum_extended,
+            "Pendulum, deeper, tickets alone": pendulum_deep,
+            "Pendulum by SAC": pendulum_sac,
+            "MountainCar": mountain_car_extended,
+            "MountainCar by PPO": mountain_car_ppo,
+            "LunarLander": lunar_lander,
+            "the maze": maze_extended,
+        }
+    for study, sweep in sweeps.items():
         if sweep.wanted(place):
             found.append(sweep.cells(place).with_columns(study=pl.lit(study)))
     return pl.concat(found, how="diagonal")
@@ -133,7 +138,9 @@ def conclude(cells: pl.DataFrame) -> Finding:
     ]
     against = dict.fromkeys(rival for _, rival in contests(cells))
     return Finding(
-        ran="; ".join(setting(part) + unsolved(part) for part in studies(cells).values()),
+        ran="; ".join(
+            setting(part) + unsolved(part) + left_out(part) for part in studies(cells).values()
+        ),
         effect="levels by which cloned tickets outlast others: " + "; ".join(effects),
         verdict="; ".join(f"{RIVALS[rival]}: {verdict(tickets, rival)}" for rival in against),
         text=text(cells, table),

@@ -22,12 +22,16 @@ from experiments.sweeps import (
     Extended,
     SharedSweep,
     acrobot,
+    acrobot_whole,
     cartpole,
     dqn,
+    dqn_squared,
     hopper,
+    left_out,
     lunar_lander,
-    maze,
-    mountain_car,
+    maze_extended,
+    mountain_car_extended,
+    mountain_car_ppo,
     pendulum_extended,
     pendulum_sac,
     setting,
@@ -49,29 +53,35 @@ PAIRED = "ticket"
 
 
 def collect(place: Place) -> pl.DataFrame:
-    found = [_study("CartPole", cartpole, place)]
-    if dqn.wanted(place):
-        # Cloning at more levels stands beside PPO.
-        cells = _study("CartPole, DQN", dqn, place)
-        found.append(cells.filter(pl.col("algo") == "dqn"))
-    others: dict[str, SharedSweep | Extended] = {"Acrobot": acrobot}
-    if not place.quick:
-        others |= {
+    sweeps: dict[str, SharedSweep | Extended] = {"CartPole": cartpole, "CartPole, DQN": dqn_squared}
+    if place.quick:
+        sweeps["Acrobot"] = acrobot
+    else:
+        sweeps |= {
+            "CartPole, DQN, Huber's loss": dqn,
+            "Acrobot": acrobot_whole,
+            "Acrobot, a smaller budget": acrobot,
             "Pendulum": pendulum_extended,
             "Pendulum, SAC": pendulum_sac,
-            "MountainCar": mountain_car,
-            "Maze": maze,
+            "MountainCar": mountain_car_extended,
+            "MountainCar, PPO": mountain_car_ppo,
+            "Maze": maze_extended,
             "LunarLander": lunar_lander,
             "Hopper": hopper,
         }
-    for name, sweep in others.items():
-        if sweep.wanted(place):
-            found.append(_study(name, sweep, place))
-    return pl.concat(found, how="diagonal")
+    return pl.concat(
+        [_study(name, sweep, place) for name, sweep in sweeps.items() if sweep.wanted(place)],
+        how="diagonal",
+    )
 
 
 def _study(name: str, sweep: SharedSweep | Extended, place: Place) -> pl.DataFrame:
-    return sweep.cells(place).with_columns(study=pl.lit(name))
+    cells = sweep.cells(place).with_columns(study=pl.lit(name))
+    # Beside these, another study of the task clones the same experts, with more levels or seeds.
+    return cells.filter(pl.col("algo") != "bc") if name in _ALONE else cells
+
+
+_ALONE = ("CartPole, DQN", "CartPole, DQN, Huber's loss", "MountainCar, PPO")
 
 
 def studies(cells: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
@@ -85,8 +95,12 @@ def algorithms(cells: pl.DataFrame) -> dict[str, str]:
 
 def named(study: str, algo: str) -> str:
     """An algorithm in a study; of clones whom they imitate where that is not PPO."""
-    task, _, other = study.partition(", ")
-    return f"{task}, {ALGORITHMS[algo]}{f' {other}' if other and algo == 'bc' else ''}"
+    task, *notes = study.split(", ")
+    name = ALGORITHMS[algo]
+    if notes and notes[0] in ALGORITHMS.values():
+        other = notes.pop(0)
+        name += f" {other}" if algo == "bc" else ""
+    return f"{task}, {name}" + "".join(f" ({note})" for note in notes)
 
 
 def _has(cells: pl.DataFrame, algo: str, contribution: str) -> bool:
@@ -140,7 +154,9 @@ def conclude(cells: pl.DataFrame) -> Finding:
         figures[f"{name}_returns"] = partial(return_figure, part, controls=PAIRED, metric=returns)
         figures[name] = partial(contribution_figure, paired(part), metric=tuple(METRICS))
     return Finding(
-        ran="; ".join(setting(part) + unsolved(part) for _, part in studies(cells)),
+        ran="; ".join(
+            setting(part) + unsolved(part) + left_out(part) for _, part in studies(cells)
+        ),
         effect=f"mask minus values, of the dense return; {'; '.join(shown)}",
         verdict=f"once trained: {verdict(trained)}; before: {verdict(before)}",
         text=text(cells),
@@ -182,7 +198,7 @@ policy to the dense one. `ticket` controls take masks and values from the same s
             for kind in results.controls_kinds(part.filter(pl.col("algo") == algo))
         ]
         paragraphs += [
-            f"{setting(part)}{unsolved(part)}.",
+            f"{setting(part)}{unsolved(part)}{left_out(part)}.",
             markdown(["contribution, algorithm, controls", *METRICS.values()], rows),
         ]
     return "\n\n".join(paragraphs)

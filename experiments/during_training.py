@@ -10,7 +10,7 @@ weights. Networks of PPO and DQN twice as wide, and of PPO four times, are prune
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -29,7 +29,17 @@ from experiments.frame import (
     markdown,
     signed,
 )
-from experiments.sweeps import TICKET, budgets, cartpole, cuts, dqn, levels_of, pendulum_sac
+from experiments.sweeps import (
+    TICKET,
+    SharedSweep,
+    budgets,
+    cartpole,
+    cuts,
+    dqn,
+    dqn_squared,
+    levels_of,
+    pendulum_sac,
+)
 from experiments.training import train
 from sparse_tickets import Sweep
 from sparse_tickets.analysis.statistics import sign_flip
@@ -44,49 +54,72 @@ METHODS = {
 }
 WIDENED = ("gradual", "static")
 """The methods that prune wider networks, too."""
-WIDER = {"ppo": (2, 4), "dqn": (2,), "sac": ()}
-"""How many times as wide."""
 TIMES = {2: "twice", 4: "four times"}
 DENSE, TICKETS, GLOBAL = "dense", "ticket", "static random (global)"
-ALGORITHMS = {"ppo": "PPO", "dqn": "DQN", "sac": "SAC on Pendulum"}
-SWEEPS = {"ppo": cartpole, "dqn": dqn, "sac": pendulum_sac}
-EVERY = {"ppo": 250, "dqn": 1000, "sac": 300}
-"""Gradient steps between two updates of the masks: 6,400, 50,000 and 12,000 are a training."""
-LEVELS = {"ppo": (0, 3, 6, 9), "dqn": (0, 2, 3, 4), "sac": (0, 2, 4)}
-"""Of the sweeps, PPO's the finest."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained on a task by one algorithm.
+
+    Attributes:
+        title: what tables call it.
+        algo: what trains.
+        sweep: whose dense policies, tickets and settings these are.
+        every: gradient steps between two updates of the masks.
+        levels: of the sweep, the dense one first.
+        wider: how many times as wide networks are trained, too.
+    """
+
+    title: str
+    algo: str
+    sweep: SharedSweep
+    every: int
+    levels: tuple[int, ...]
+    wider: tuple[int, ...] = ()
+
+
+# A training has 6,400 gradient steps of PPO, 50,000 of DQN and 12,000 of SAC; PPO's sweep has the
+# finest levels.
+STUDIES = {
+    "ppo": Study("PPO", "ppo", cartpole, 250, (0, 3, 6, 9), (2, 4)),
+    "dqn": Study("DQN", "dqn", dqn_squared, 1000, (0, 2, 3, 4)),
+    "huber": Study("DQN with Huber's loss", "dqn", dqn, 1000, (0, 2, 3, 4), (2,)),
+    "sac": Study("SAC on Pendulum", "sac", pendulum_sac, 300, (0, 2, 4)),
+}
 METRICS = {"return_auc": "learning curve", "return_final": "final return"}
 
 
 def collect(place: Place) -> pl.DataFrame:
     found = []
-    for algo, sweep in SWEEPS.items():
+    for key, study in STUDIES.items():
         # Every algorithm and width compiles kernels of its own.
-        if place.quick and algo != "ppo":
+        if place.quick and key != "ppo":
             continue
-        jobs = [("gradual", 1)] if place.quick else _jobs(algo)
-        if not sweep.wanted(place):
+        jobs = [("gradual", 1)] if place.quick else _jobs(study)
+        if not study.sweep.wanted(place):
             continue
-        spec, swept = sweep.spec(place), sweep.cells(place)
-        every = 1 if place.quick else EVERY[algo]
-        there = levels_of(swept, algo)
-        chosen = there if place.quick else [level for level in LEVELS[algo] if level in there]
-        mine = [stored(swept, algo, chosen)]
+        spec, swept = study.sweep.spec(place), study.sweep.cells(place)
+        every = 1 if place.quick else study.every
+        there = levels_of(swept, study.algo)
+        chosen = there if place.quick else [level for level in study.levels if level in there]
+        mine = [stored(swept, study.algo, chosen)]
         for method, width in jobs:
             at = _levels(method, width, chosen)
-            job = f"during-{algo}-{method}-{width}", (spec, at, every)
-            cells = place.once_wanted(*job, _trainer(spec, algo, method, width, at, every))
+            job = f"during-{study.algo}-{method}-{width}", (spec, at, every)
+            cells = place.once_wanted(*job, _trainer(spec, study.algo, method, width, at, every))
             if cells is None:
                 continue
             name = METHODS.get(method, method)
             mine.append(cells.with_columns(method=pl.lit(name), width=pl.lit(width, pl.Int64)))
         if len(mine) > 1:  # else there is nothing to compare tickets with
-            found += mine
+            found += [cells.with_columns(study=pl.lit(key)) for cells in mine]
     return pl.concat(found, how="diagonal")
 
 
-def _jobs(algo: str) -> list[tuple[str, int]]:
+def _jobs(study: Study) -> list[tuple[str, int]]:
     """Methods with the widths of networks that they prune."""
-    wider = [(method, width) for width in WIDER[algo] for method in (DENSE, *WIDENED)]
+    wider = [(method, width) for width in study.wider for method in (DENSE, *WIDENED)]
     return [*((method, 1) for method in METHODS), *wider]
 
 
@@ -139,16 +172,22 @@ def trained(
     return cells.with_columns(level=pl.lit(level, pl.Int64))
 
 
-def algorithms(cells: pl.DataFrame) -> dict[str, str]:
-    return {algo: name for algo, name in ALGORITHMS.items() if algo in set(cells["algo"])}
+def studies(cells: pl.DataFrame) -> dict[str, str]:
+    """Those that were run, with their titles."""
+    there = set(cells["study"])
+    return {key: study.title for key, study in STUDIES.items() if key in there}
 
 
-def matrix(cells: pl.DataFrame, algo: str, method: str, metric: str, width: int = 1) -> np.ndarray:
+def of(cells: pl.DataFrame, key: str) -> pl.DataFrame:
+    return cells.filter(pl.col("study") == key)
+
+
+def matrix(cells: pl.DataFrame, key: str, method: str, metric: str, width: int = 1) -> np.ndarray:
     """``[seeds, levels]`` of a method, as a share of random to dense.
 
     What is as wide as the sweep's networks begins with the dense ones.
     """
-    rows = cells.filter(pl.col("algo") == algo)
+    rows = of(cells, key)
     random = rows["random_return"].mean()
     ordinary = pl.col("width") == 1
     dense = rows.filter(ordinary & (pl.col("method") == DENSE))["return_final"].median()
@@ -159,22 +198,22 @@ def matrix(cells: pl.DataFrame, algo: str, method: str, metric: str, width: int 
     return (values - random) / (dense - random)
 
 
-def methods(cells: pl.DataFrame, width: int = 1, algo: str | None = None) -> list[str]:
-    """Of an algorithm, or of any."""
-    rows = cells if algo is None else cells.filter(pl.col("algo") == algo)
+def methods(cells: pl.DataFrame, width: int = 1, key: str | None = None) -> list[str]:
+    """Of a study, or of any."""
+    rows = cells if key is None else of(cells, key)
     there = set(rows.filter(pl.col("width") == width)["method"])
     return [name for name in (TICKETS, *METHODS.values(), GLOBAL) if name in there]
 
 
-def widths(cells: pl.DataFrame, algo: str | None = None) -> list[int]:
-    """Of networks that are wider, an algorithm's or any's."""
-    rows = cells if algo is None else cells.filter(pl.col("algo") == algo)
+def widths(cells: pl.DataFrame, key: str | None = None) -> list[int]:
+    """Of networks that are wider, a study's or any's."""
+    rows = cells if key is None else of(cells, key)
     return rows.filter(pl.col("width") > 1)["width"].unique().sort().to_list()
 
 
-def densities(cells: pl.DataFrame, algo: str) -> np.ndarray:
+def densities(cells: pl.DataFrame, key: str) -> np.ndarray:
     """Weights kept, of those that a dense network of the sweep has."""
-    rows = cells.filter((pl.col("algo") == algo) & (pl.col("width") == 1))
+    rows = of(cells, key).filter(pl.col("width") == 1)
     rows = rows.filter(pl.col("method").is_in([DENSE, TICKETS]))
     return rows.group_by("level").agg(pl.col("density").max()).sort("level")["density"].to_numpy()
 
@@ -182,13 +221,13 @@ def densities(cells: pl.DataFrame, algo: str) -> np.ndarray:
 def conclude(cells: pl.DataFrame) -> Finding:
     words = {1: "better than dense", 0: "not told from dense", -1: "worse than dense"}
     shown, verdicts = [], []
-    for algo, title in algorithms(cells).items():
-        density = densities(cells, algo)
+    for key, title in studies(cells).items():
+        density = densities(cells, key)
         at = len(density) - 2 if len(density) > 2 else len(density) - 1
         above = {
             name: values[:, at] - values[:, 0]
             for name in (TICKETS, METHODS["gradual"])
-            for values in [matrix(cells, algo, name, "return_final")]
+            for values in [matrix(cells, key, name, "return_final")]
         }
         found = [f"{name} {signed(*effect(gap), digits=2)}" for name, gap in above.items()]
         shown.append(f"{title} at {density[at]:.1%}: {', '.join(found)}")
@@ -198,17 +237,14 @@ def conclude(cells: pl.DataFrame) -> Finding:
     for width in widths(cells):
         names += [f"{name} of {TIMES[width]} the width" for name in methods(cells, width)]
     on = ", ".join(
-        f"{title} at {', '.join(f'{each:.1%}' for each in densities(cells, algo)[1:])}"
-        for algo, title in algorithms(cells).items()
+        f"{title} at {', '.join(f'{each:.1%}' for each in densities(cells, key)[1:])}"
+        for key, title in studies(cells).items()
     )
-    every = " and ".join(f"{EVERY[algo]:,} ({name})" for algo, name in algorithms(cells).items())
-    cut = "; ".join(
-        f"{name}: {cuts(cells.filter(pl.col('algo') == algo))}"
-        for algo, name in algorithms(cells).items()
-    )
-    missing = [name for algo, name in ALGORITHMS.items() if algo not in algorithms(cells)]
-    for algo, name in algorithms(cells).items():
-        lacking = [TIMES[each] for each in TIMES if each not in widths(cells, algo)]
+    every = " and ".join(f"{STUDIES[key].every:,} ({name})" for key, name in studies(cells).items())
+    cut = "; ".join(f"{name}: {cuts(of(cells, key))}" for key, name in studies(cells).items())
+    missing = [study.title for key, study in STUDIES.items() if key not in studies(cells)]
+    for key, name in studies(cells).items():
+        lacking = [TIMES[each] for each in TIMES if each not in widths(cells, key)]
         missing += [f"networks of {name} {' or '.join(lacking)} as wide"] if lacking else []
     figures = {"during_training": partial(draw, cells)}
     if widths(cells):
@@ -227,7 +263,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
 
 def _seeds(cells: pl.DataFrame) -> str:
     """``6 seeds``, or the fewest and the most."""
-    counts = cells.group_by("algo").agg(pl.col("seed").n_unique())["seed"].unique().sort()
+    counts = cells.group_by("study").agg(pl.col("seed").n_unique())["seed"].unique().sort()
     return f"{' to '.join(map(str, counts))} seeds"
 
 
@@ -238,14 +274,14 @@ after the colon the difference from the ticket of the same seed. A ticket has be
 times to find its mask, the others train once; what is pruned gradually is dense at first, its curve
 too. Masks that change share a density out by ERK, as published."""
     ]
-    for algo, title in algorithms(cells).items():
-        density = densities(cells, algo)
+    for key, title in studies(cells).items():
+        density = densities(cells, key)
         header = [
             f"{title}, method",
             *(f"{name}, {each:.1%}" for name in METRICS.values() for each in density[1:]),
         ]
         rows = [
-            [name, *_fields(cells, algo, name, len(density))] for name in methods(cells, algo=algo)
+            [name, *_fields(cells, key, name, len(density))] for name in methods(cells, key=key)
         ]
         paragraphs.append(markdown(header, rows))
     if not widths(cells):
@@ -255,12 +291,12 @@ too. Masks that change share a density out by ERK, as published."""
 weights, so that at 100% of them the wide one is sparse. After the colon the difference from the
 ordinary network under the same method, dense at 100%."""
     )
-    for algo, title in algorithms(cells).items():
-        shown = [f"{each:.1%}" for each in densities(cells, algo)]
-        for width in widths(cells, algo):
+    for key, title in studies(cells).items():
+        shown = [f"{each:.1%}" for each in densities(cells, key)]
+        for width in widths(cells, key):
             rows = [
-                [name, *_wide_fields(cells, algo, name, width)]
-                for name in methods(cells, width, algo)
+                [name, *_wide_fields(cells, key, name, width)]
+                for name in methods(cells, width, key)
             ]
             if rows:
                 head = f"{title}, final return, {TIMES[width]} as wide"
@@ -269,10 +305,10 @@ ordinary network under the same method, dense at 100%."""
     return "\n\n".join(paragraphs)
 
 
-def _fields(cells: pl.DataFrame, algo: str, name: str, count: int) -> list[str]:
+def _fields(cells: pl.DataFrame, key: str, name: str, count: int) -> list[str]:
     fields = []
     for metric in METRICS:
-        values, own = (matrix(cells, algo, each, metric) for each in (name, TICKETS))
+        values, own = (matrix(cells, key, each, metric) for each in (name, TICKETS))
         for level in range(1, count):
             middle = values[:, level].mean()
             gap = signed(*effect(values[:, level] - own[:, level]), digits=2)
@@ -280,9 +316,9 @@ def _fields(cells: pl.DataFrame, algo: str, name: str, count: int) -> list[str]:
     return fields
 
 
-def _wide_fields(cells: pl.DataFrame, algo: str, name: str, width: int) -> list[str]:
-    values = matrix(cells, algo, name, "return_final", width)
-    gaps = values - matrix(cells, algo, name, "return_final")
+def _wide_fields(cells: pl.DataFrame, key: str, name: str, width: int) -> list[str]:
+    values = matrix(cells, key, name, "return_final", width)
+    gaps = values - matrix(cells, key, name, "return_final")
     return [
         f"{column.mean():.2f}: {signed(*effect(gap), digits=2)}"
         for column, gap in zip(values.T, gaps.T, strict=True)
@@ -292,13 +328,13 @@ def _wide_fields(cells: pl.DataFrame, algo: str, name: str, width: int) -> list[
 def _wide_dense(cells: pl.DataFrame) -> list[str]:
     """What wide networks return dense, and by how much gradual pruning changes that."""
     found = []
-    for algo, title in algorithms(cells).items():
-        for width in widths(cells, algo):
-            there = cells.filter((pl.col("width") == width) & (pl.col("algo") == algo))
+    for key, title in studies(cells).items():
+        for width in widths(cells, key):
+            there = of(cells, key).filter(pl.col("width") == width)
             if not {DENSE, METHODS["gradual"]} <= set(there["method"]):
                 continue
             dense, gradual = (
-                matrix(cells, algo, name, "return_final", width)[:, 0]
+                matrix(cells, key, name, "return_final", width)[:, 0]
                 for name in (DENSE, METHODS["gradual"])
             )
             gap = signed(*effect(gradual - dense), digits=2)
@@ -315,10 +351,10 @@ def _wide_dense(cells: pl.DataFrame) -> list[str]:
 def draw(cells: pl.DataFrame) -> Figure:
     panels = {
         f"{title}, {word}": [
-            Line(name, 100 * densities(cells, algo), matrix(cells, algo, name, metric))
-            for name in methods(cells, algo=algo)
+            Line(name, 100 * densities(cells, key), matrix(cells, key, name, metric))
+            for name in methods(cells, key=key)
         ]
-        for algo, title in algorithms(cells).items()
+        for key, title in studies(cells).items()
         for metric, word in METRICS.items()
     }
     return line_figure(
@@ -335,15 +371,15 @@ def draw_widths(cells: pl.DataFrame) -> Figure:
         title: [
             Line(
                 f"{name}, x{width}",
-                100 * densities(cells, algo),
-                matrix(cells, algo, name, "return_final", width),
+                100 * densities(cells, key),
+                matrix(cells, key, name, "return_final", width),
             )
             for name in [METHODS[each] for each in WIDENED]
-            for width in (1, *widths(cells, algo))
-            if name in methods(cells, width, algo)
+            for width in (1, *widths(cells, key))
+            if name in methods(cells, width, key)
         ]
-        for algo, title in algorithms(cells).items()
-        if widths(cells, algo)
+        for key, title in studies(cells).items()
+        if widths(cells, key)
     }
     return line_figure(
         panels,

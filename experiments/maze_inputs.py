@@ -27,6 +27,7 @@ from sparse_tickets.kernels.dynamics.maze import CELLS, LAYOUTS, SIZE
 
 CHANNELS = ("walls", "agent", "goal", "enemy")
 ENEMY = "enemy"
+AFTERWARDS = "density that was chosen after all had been looked at"
 SHOWN = 3
 """Levels that are drawn as pictures, the last one among them."""
 
@@ -126,9 +127,9 @@ def conclude(cells: pl.DataFrame) -> Finding:
     rank = ranks(cells, ENEMY)[:, level]
     kept, useless = paths(cells, ENEMY, level)
     middle, low, high = effect(rank)
-    found = {1: "agrees", 0: "undecided", -1: "disagrees"}[direction(rank - 0.5)]
+    found, at_last = (_word(ranks(cells, ENEMY)[:, each]) for each in (level, -1))
     return Finding(
-        ran=setting(cells),
+        ran=f"{setting(cells)}; judged at a {AFTERWARDS}, by the last the verdict was {at_last}",
         effect=f"at {densities(cells)[level]:.1%}, the sparsest at which tickets keep 95% of the "
         f"dense return, {kept:.0%} of the inputs where the enemy can be lead to an action, and "
         f"{useless:.0%} of those where it never is; chance that one of the former keeps more "
@@ -140,6 +141,10 @@ def conclude(cells: pl.DataFrame) -> Finding:
             "maze_inputs_ranks": partial(draw_ranks, cells),
         },
     )
+
+
+def _word(rank: np.ndarray) -> str:
+    return {1: "agrees", 0: "undecided", -1: "disagrees"}[direction(rank - 0.5)]
 
 
 def text(cells: pl.DataFrame) -> str:
@@ -160,7 +165,8 @@ is always zero teaches nothing: its weights stay what they were drawn as, and go
 are larger. Each field has the chance that a cell where something can be keeps more weights than one
 where nothing ever is (0.5 where pruning does not care), and then the shares of both that still lead
 to an action. The verdict goes by the sparsest tickets that still do what dense policies do: masks
-of those that fail do not show what the task needs.
+of those that fail do not show what the task needs. It is a {AFTERWARDS}: at first it went by the
+last.
 
 """ + markdown(["density", "return", *judged()], rows)
 

@@ -18,7 +18,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
-from experiments.during_training import EVERY
+from experiments.during_training import STUDIES
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
 from experiments.sweeps import TICKET, cartpole, cuts, levels, tickets
 from sparse_tickets import Sweep, Ticket, load_results
@@ -64,7 +64,7 @@ def collect(place: Place) -> pl.DataFrame:
                 rate=1 - (1 - spec.rate) ** APART,
                 levels=(spec.levels - 1) // APART + 1,
                 during=method,
-                during_every=1 if place.quick else EVERY["ppo"],
+                during_every=1 if place.quick else STUDIES["ppo"].every,
             )
             found.append(_ranked(place, f"noise-{count}-{method}", count, during))
     return pl.concat([cells for cells in found if cells is not None], how="diagonal")

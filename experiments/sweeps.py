@@ -26,21 +26,29 @@ __all__ = [
     "Extended",
     "SharedSweep",
     "acrobot",
+    "acrobot_whole",
     "budgets",
     "cartpole",
     "cartpole_deep",
     "cartpole_late",
     "cuts",
     "dqn",
+    "dqn_squared",
     "first_maze",
     "hopper",
+    "later_seeds",
+    "left_out",
     "levels",
     "levels_of",
     "lunar_lander",
     "maze",
+    "maze_extended",
     "mountain_car",
+    "mountain_car_extended",
+    "mountain_car_ppo",
     "own_controls",
     "pendulum",
+    "pendulum_deep",
     "pendulum_extended",
     "pendulum_sac",
     "per_level",
@@ -56,6 +64,8 @@ __all__ = [
 TICKET = "mask/weights"
 LEVEL = 0.2
 """Share of the remaining weights that the protocol prunes per level: the unit of levels here."""
+SEEDS = 15
+"""The protocol's."""
 SCALED = "CartPole-v1 scaled"
 """CartPole with observations of unit variance, by the numbers that `pilot.py` prints."""
 _RAW = env_spec("CartPole-v1")
@@ -138,6 +148,16 @@ def own_controls(sweep: SharedSweep) -> SharedSweep:
     return SharedSweep(f"{sweep.name}-own", full)
 
 
+def later_seeds(sweep: SharedSweep) -> SharedSweep:
+    """The seeds that a shared sweep lacks to the protocol's."""
+
+    def full() -> Sweep:
+        spec = sweep.full()
+        return replace(spec, first_seed=spec.seeds, seeds=SEEDS - spec.seeds)
+
+    return SharedSweep(f"{sweep.name}-later", full)
+
+
 @partial(SharedSweep, "cartpole")
 def cartpole() -> Sweep:
     """CartPole with both kinds of controls, down to where tickets themselves degrade.
@@ -173,12 +193,25 @@ def acrobot() -> Sweep:
     )
 
 
+@partial(SharedSweep, "acrobot-whole")
+def acrobot_whole() -> Sweep:
+    """`acrobot` by the protocol's whole budget: a quarter is too little by the protocol's check."""
+    return replace(acrobot.full(), ppo=protocol("Acrobot-v1").ppo)
+
+
 @partial(SharedSweep, "pendulum")
 def pendulum() -> Sweep:
     """Pendulum by PPO and cloning, at few levels; experts by the protocol's whole budget."""
     spec = protocol("Pendulum-v1")
     spec = _few_levels(replace(spec, bc=replace(spec.bc, expert_steps=spec.ppo.steps)), "ppo")
     return replace(spec, ppo=replace(spec.ppo, steps=204_800))
+
+
+@partial(SharedSweep, "pendulum-deep")
+def pendulum_deep() -> Sweep:
+    """`pendulum`'s tickets alone, of all seeds and to fewer weights: there none had degraded."""
+    spec = pendulum.full()
+    return replace(spec, conditions=(TICKET,), controls=("own",), seeds=SEEDS, levels=8)
 
 
 @partial(SharedSweep, "pendulum-sac")
@@ -213,6 +246,18 @@ def mountain_car() -> Sweep:
     bc = replace(spec.bc, expert_steps=spec.ppo.steps)
     spec = _few_levels(replace(spec, bc=bc), "dqn", seeds=10)
     return replace(spec, ppo=replace(spec.ppo, steps=204_800))
+
+
+@partial(SharedSweep, "mountaincar-ppo")
+def mountain_car_ppo() -> Sweep:
+    """MountainCar by PPO and by cloning, at `mountain_car`'s levels.
+
+    Dense PPO is there after a seventh of the protocol's steps; half are trained here.
+    """
+    spec = protocol("MountainCar-v0")
+    bc = replace(spec.bc, expert_steps=spec.ppo.steps)
+    spec = _few_levels(replace(spec, bc=bc), "ppo", seeds=SEEDS)
+    return replace(spec, ppo=replace(spec.ppo, steps=499_712))
 
 
 def _few_levels(spec: Sweep, algo: str, seeds: int = 6) -> Sweep:
@@ -285,6 +330,12 @@ def dqn() -> Sweep:
     )
 
 
+@partial(SharedSweep, "cartpole-dqn-squared")
+def dqn_squared() -> Sweep:
+    """`dqn` by the protocol of today, whose loss is the squared error: every dense seed learns."""
+    return replace(dqn.full(), dqn=protocol("CartPole-v1").dqn, seeds=SEEDS, levels=5)
+
+
 def taught(states: str) -> SharedSweep:
     """Cloning on CartPole in other states than a frozen data set's; tickets and random masks."""
 
@@ -326,6 +377,8 @@ def cartpole_deep() -> Sweep:
 
 
 pendulum_extended = Extended(pendulum, (own_controls(pendulum),))
+mountain_car_extended = Extended(mountain_car, (later_seeds(mountain_car),))
+maze_extended = Extended(maze, (later_seeds(maze),))
 
 
 @partial(SharedSweep, "cartpole-late")
@@ -394,6 +447,19 @@ def unsolved(cells: pl.DataFrame) -> str:
     return f" (dense policies end at {end:.3g}, not at the {enough:g} that counts as solved)"
 
 
+def left_out(cells: pl.DataFrame) -> str:
+    """A remark on which of four conditions and two kinds of controls were not run."""
+    run = set(cells.select("condition", "controls").rows())
+    shuffled = ("mask/permuted", "permuted/permuted")
+    kinds = {kind for condition, kind in run if condition in shuffled}
+    random = any(condition == "random/re-init" for condition, _ in run)
+    if not kinds and not random:
+        return " (tickets alone)"
+    found = [f"{kind} controls" for kind in ("own", "ticket") if kind not in kinds]
+    found += [] if random else ["random masks"]
+    return f" (without {' and '.join(found)})" if found else ""
+
+
 OFF_POLICY = {"dqn": "DQN", "sac": "SAC"}
 """Algorithms with a budget of their own."""
 
@@ -418,8 +484,8 @@ def cuts(cells: pl.DataFrame) -> str:
         steps = here["train_steps"].max()
         if steps and steps < 0.95 * full:
             found.append(f"{steps / full:.0%} of the protocol's steps{f' of {name}' * bool(name)}")
-    if seeds < 15:
-        found.append(f"{seeds} of 15 seeds")
+    if seeds < SEEDS:
+        found.append(f"{seeds} of {SEEDS} seeds")
     return ", ".join(found)
 
 
