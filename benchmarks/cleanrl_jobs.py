@@ -24,9 +24,9 @@ from .jobs import add_job, table
 from .results import RecordFile
 
 SCRIPTS = {
-    "ppo.py": ("CartPole-v1", 50_000),
-    "dqn.py": ("CartPole-v1", 30_000),
-    "sac_continuous_action.py": ("Pendulum-v1", 6_500),
+    "ppo.py": ("CartPole-v1", 100_000),
+    "dqn.py": ("CartPole-v1", 100_000),
+    "sac_continuous_action.py": ("Pendulum-v1", 9_000),
 }
 """Environment and timesteps of each."""
 DOCS = Path(__file__).parents[1] / "docs" / "works_with.md"

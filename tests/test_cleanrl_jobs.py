@@ -56,7 +56,7 @@ def test_each_program_runs_as_it_is_and_changed(tmp_path, monkeypatch):
         "CleanRL's dqn.py, CartPole-v1",
         "CleanRL's sac_continuous_action.py, Pendulum-v1",
     ]
-    asked = "--env-id=CartPole-v1 --total-timesteps=50000 --no-cuda"
+    asked = "--env-id=CartPole-v1 --total-timesteps=100000 --no-cuda"
     assert told.read_text().splitlines()[:3] == [f"known {asked}"] * 2 + [f"added {asked}"]
     assert all(len(s) == 1 for r in records for s in r["runs"][0]["seconds"].values())
     with pytest.raises(ValueError, match="clone must be one of CleanRL"):
