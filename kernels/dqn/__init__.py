@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import Plan, implementation, resolve_backend
-from ..errors import check_density, check_integer, check_tensor, check_untransformed
+from ..dispatch import Plan, implementation
+from ..errors import check_integer, check_tensor
 from ..memory import mark_written
-from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
+from ..mlp.checks import check_counts, check_optimiser
 from ..registration import eager
-from ..training import plan_update
+from ..training import Update, plan_update
 from ..transitions import Transitions, check_replay
 from .reference import LOSSES
 
@@ -113,24 +113,24 @@ def dqn_update_(
             actions are not looked at, since that would wait for them.
         TypeError: a dtype, the kernels take float32 only; or `stored` or `first_update` no integer.
     """
-    weight, mask, m, v, step = (tensor.detach() for tensor in parameters)
-    check_untransformed("dqn_update_", *parameters, target, lr, *replay)
+    if arena.critic is not None or arena.continuous:
+        raise ValueError(
+            "arena must be a Q-network alone, got one with "
+            + ("continuous actions" if arena.continuous else "a critic")
+        )
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
-    first_update = check_counter("first_update", first_update, 1 << 62, weight)
-    _check(parameters, arena, target, replay, stored, key, lr, density)
+    update = Update(parameters, arena, key, first_update, lr, config, density)
+    update = update.check("dqn_update_", {"target": target, **replay._asdict()})
+    weight, features = update.parameters.weight, arena.actor.sizes[0]
+    check_tensor("target", target, weight.shape, weight.dtype, like=weight)
+    check_replay(replay, stored, weight, features, action_dtype=torch.int64)
     statistics = implementation(__name__, weight.device, arena.actor).dqn_update_(
-        Parameters(weight, mask.contiguous(), m, v, step),
-        arena,
+        update,
         target.detach().contiguous(),
         Transitions(*(field.detach() for field in replay)),
         stored,
-        key.contiguous(),
-        first_update,
-        lr.detach().contiguous(),
-        config,
-        float(density),
     )
-    mark_written(weight, m, v, step)
+    mark_written(*update.written())
     return DQNStats(*statistics.unbind())
 
 
@@ -144,28 +144,3 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `dqn_update_` does on ``device``, and why."""
     reason = "the network's passes and Adam in Triton, the loss in torch; see `mlp.plan`"
     return plan_update("dqn_update_", arena, (arena.actor,), device, density, lambda: reason)
-
-
-def _check(
-    parameters: Parameters,
-    arena: Arena,
-    target: Tensor,
-    replay: Transitions,
-    stored: int,
-    key: Tensor,
-    lr: Tensor,
-    density: float,
-) -> None:
-    if arena.critic is not None or arena.continuous:
-        raise ValueError(
-            "arena must be a Q-network alone, got one with "
-            + ("continuous actions" if arena.continuous else "a critic")
-        )
-    weight = parameters.weight
-    reference = resolve_backend(weight.device, arena.actor) == "reference"
-    floats = (torch.float32, torch.float64) if reference else (torch.float32,)
-    check_density(density)
-    data = {"target": target, **replay._asdict()}
-    check_parameters(parameters, arena, key, lr, floats, data)
-    check_tensor("target", target, weight.shape, weight.dtype, like=weight)
-    check_replay(replay, stored, weight, arena.actor.sizes[0], action_dtype=torch.int64)

@@ -105,12 +105,11 @@ def _update(threads, tickets, arguments):
     share(_update_ticket, threads, tickets, arguments)
 
 
-def dqn_update_(
-    parameters, arena, target, replay, stored, key, first_update, lr, config, density
-) -> Tensor:
+def dqn_update_(update, target, replay, stored) -> Tensor:
     """Statistics ``[3, P]``; see the op."""
+    parameters, arena, key, _, _, config, density = update
     sums = np.zeros((len(key), _STATISTICS))
-    for updates, batch in draws(replay, stored, key, first_update, config, arena):
+    for updates, batch in draws(update, replay, stored):
         values = mlp(batch.next_obs, target, arena.actor, parameters.mask, density=density)
         obs, action = batch.obs, batch.action.to(torch.float32)
         if config.double:
@@ -123,13 +122,10 @@ def dqn_update_(
         sums += train(
             _update,
             lay_out((arena.actor,), arena.prunable, density, None, sample.shape[-1]),
-            parameters,
+            update,
             torch.arange(len(key), device="cpu"),
             obs,
             sample,
-            key,
-            lr,
-            config,
             TargetConfig(bool(config.double), *_LOSSES[config.loss]),
             first=0,
             draws=updates,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..arena import Arena, Parameters
 from ..mlp import mlp
-from ..training.gpu import Outputs, adam_, gradient
+from ..training import Update
+from ..training.gpu import Outputs, adam_step_, gradient
 from .reference import LOSSES, bootstrap, draws
 
 if TYPE_CHECKING:
@@ -22,33 +22,24 @@ if TYPE_CHECKING:
 
 
 def dqn_update_(
-    parameters: Parameters,
-    arena: Arena,
-    target: Tensor,
-    replay: Transitions,
-    stored: int,
-    key: Tensor,
-    first_update: int | Tensor,
-    lr: Tensor,
-    config: DQNConfig,
-    density: float,
+    update: Update[DQNConfig], target: Tensor, replay: Transitions, stored: int
 ) -> Tensor:
     """Statistics ``[3, P]``; see the op."""
+    (weight, mask, *_), arena, key, _, _, config, density = update
     statistics = target.new_zeros((3, len(key)))
     norm = target.new_empty(len(key))
-    for updates, drawn in draws(replay, stored, key, first_update, config, arena):
-        values = mlp(drawn.next_obs, target, arena.actor, parameters.mask, density=density)
-        for update in range(updates):
-            span = slice(update * config.batch, (update + 1) * config.batch)
+    for updates, drawn in draws(update, replay, stored):
+        values = mlp(drawn.next_obs, target, arena.actor, mask, density=density)
+        for number in range(updates):
+            span = slice(number * config.batch, (number + 1) * config.batch)
             batch = type(drawn)(*(field[:, span].contiguous() for field in drawn))
             judges = values[:, span]
             if config.double:
-                weight, mask = parameters.weight, parameters.mask
                 judges = mlp(batch.next_obs, weight, arena.actor, mask, density=density)
             wanted = bootstrap(batch, values[:, span], judges)
             head = partial(_loss, config.loss, batch.action, wanted, statistics)
-            grad = gradient(parameters.weight, arena, (arena.actor,), batch.obs, head)
-            adam_(parameters, grad, lr, config, norm=norm)
+            grad = gradient(weight, arena, (arena.actor,), batch.obs, head)
+            adam_step_(update, grad, norm=norm)
             statistics[2] += norm
     return statistics / config.updates
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, smooth_l1_loss
 
-from ..arena import Arena, Parameters
+from ..arena import Arena
 from ..mlp.reference import mlp
+from ..training import Update
 from ..training.reference import step_
 from ..transitions import Transitions, runs, take
 
@@ -43,14 +44,10 @@ def draw(
 
 
 def draws(
-    replay: Transitions,
-    stored: int,
-    key: Tensor,
-    first: int | Tensor,
-    config: DQNConfig,
-    arena: Arena,
+    update: Update[DQNConfig], replay: Transitions, stored: int
 ) -> Iterator[tuple[int, Transitions]]:
     """All updates of a call in runs: how many, and their transitions; see `draw`."""
+    _, arena, key, first, _, config, _ = update
     for begin, updates in runs(config.updates, config.batch):
         yield updates, draw(replay, stored, key, first + begin, updates, config.batch, arena)
 
@@ -94,23 +91,14 @@ def loss(
 
 
 def dqn_update_(
-    parameters: Parameters,
-    arena: Arena,
-    target: Tensor,
-    replay: Transitions,
-    stored: int,
-    key: Tensor,
-    first_update: int | Tensor,
-    lr: Tensor,
-    config: DQNConfig,
-    density: float,
+    update: Update[DQNConfig], target: Tensor, replay: Transitions, stored: int
 ) -> Tensor:
     """Statistics ``[3, P]``; see the op."""
+    (weight, mask, *_), arena, key, first, _, config, _ = update
     statistics = []
-    for update in range(config.updates):
-        batch = draw(replay, stored, key, first_update + update, 1, config.batch, arena)
-        weight, mask = parameters.weight, parameters.mask
+    for number in range(config.updates):
+        batch = draw(replay, stored, key, first + number, 1, config.batch, arena)
         values = wanted(batch, arena, weight, mask, target, config.double)
         arguments = (arena, batch.obs, batch.action, values, config.loss)
-        statistics.append(step_(parameters, loss, arguments, lr, config))
+        statistics.append(step_(update, loss, arguments))
     return torch.stack(statistics).mean(0)

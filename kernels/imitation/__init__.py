@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import Plan, implementation, resolve_backend
-from ..errors import check_density, check_tensor, check_untransformed
+from ..dispatch import Plan, implementation
+from ..errors import check_tensor
 from ..memory import mark_written
-from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
+from ..mlp.checks import check_counts, check_optimiser
 from ..registration import eager
-from ..training import plan_update
+from ..training import Update, plan_update
 
 __all__ = ["CloneConfig", "CloneStats", "clone_update_", "plan"]
 
@@ -102,23 +102,16 @@ def clone_update_(
             written and not contiguous or shares memory with another.
         TypeError: a dtype, the kernels take float32 only; or `first_update` no integer.
     """
-    weight, mask, m, v, step = (tensor.detach() for tensor in parameters)
-    check_untransformed("clone_update_", *parameters, lr, obs, target)
-    first_update = check_counter("first_update", first_update, 1 << 62, weight)
-    _check(parameters, arena, obs, target, dataset, key, lr, density)
+    update = Update(parameters, arena, key, first_update, lr, config, density)
+    data = {"obs": obs, "target": target, "dataset": dataset}
+    update = update.check("clone_update_", data)
+    weight = update.parameters.weight
+    _check_data(weight, arena, obs, target, dataset)
+    _check_dataset(dataset, obs.shape[0])
     stats = implementation(__name__, weight.device, arena.actor).clone_update_(
-        Parameters(weight, mask.contiguous(), m, v, step),
-        arena,
-        obs.detach().contiguous(),
-        target.detach().contiguous(),
-        dataset.contiguous(),
-        key.contiguous(),
-        first_update,
-        lr.detach().contiguous(),
-        config,
-        float(density),
+        update, obs.detach().contiguous(), target.detach().contiguous(), dataset.contiguous()
     )
-    mark_written(weight, m, v, step)
+    mark_written(*update.written())
     return CloneStats(*stats)
 
 
@@ -127,26 +120,6 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     kind = "in torch between" if arena.squashed else "in one pass between"
     reason = f"loss and its gradient {kind} the network's passes; see `mlp.plan`"
     return plan_update("clone_update_", arena, (arena.actor,), device, density, lambda: reason)
-
-
-def _check(
-    parameters: Parameters,
-    arena: Arena,
-    obs: Tensor,
-    target: Tensor,
-    dataset: Tensor,
-    key: Tensor,
-    lr: Tensor,
-    density: float,
-) -> None:
-    weight = parameters.weight
-    backend = resolve_backend(weight.device, arena.actor)
-    floats = (torch.float32, torch.float64) if backend == "reference" else (torch.float32,)
-    check_density(density)
-    data = {"obs": obs, "target": target, "dataset": dataset}
-    check_parameters(parameters, arena, key, lr, floats, data)
-    _check_data(weight, arena, obs, target, dataset)
-    _check_dataset(dataset, obs.shape[0])
 
 
 def _check_data(weight: Tensor, arena: Arena, obs: Tensor, target: Tensor, dataset: Tensor) -> None:

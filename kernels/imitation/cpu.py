@@ -184,23 +184,19 @@ def _update(threads, tickets, arguments):
     share(_update_ticket, threads, tickets, arguments)
 
 
-def clone_update_(
-    parameters, arena, obs, target, dataset, key, first_update, lr, config, density
-) -> tuple[torch.Tensor, ...]:
+def clone_update_(update, obs, target, dataset) -> tuple[torch.Tensor, ...]:
     """Mean loss ``[P]`` and gradient norm; see the op. All tensors are contiguous."""
+    _, arena, _, first, _, config, density = update
     rows = _SCRATCH + target.shape[-1]
     measured = train(
         _update,
         lay_out((arena.actor,), arena.prunable, density, arena.log_std, rows),
-        parameters,
+        update,
         dataset,
         obs,
         target,
-        key,
-        lr,
-        config,
         CloneHead(arena.squashed),
-        first=first_update,
+        first=first,
         draws=config.updates,
         drawn=config.batch,
         size=config.batch,

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arena import Arena, Parameters
 from ..squashed.reference import distribution
-from ..training.gpu import Outputs, adam_, gradient
+from ..training import Update
+from ..training.gpu import Outputs, adam_step_, gradient
 from ..transitions import draw, runs
 from . import loss_gpu
 from .reference import critic_spans, gaussian_divergence
@@ -28,27 +28,19 @@ EXAMPLES = loss_gpu.EXAMPLES
 
 
 def clone_update_(
-    parameters: Parameters,
-    arena: Arena,
-    obs: Tensor,
-    target: Tensor,
-    dataset: Tensor,
-    key: Tensor,
-    first_update: int | Tensor,
-    lr: Tensor,
-    config: CloneConfig,
-    density: float,
+    update: Update[CloneConfig], obs: Tensor, target: Tensor, dataset: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean loss ``[P]`` and gradient norm; see the op. All tensors are contiguous."""
+    parameters, arena, key, first, _, config, _ = update
     losses, norms = obs.new_zeros(len(key)), obs.new_zeros(len(key))
     frozen = tuple(bound for span in critic_spans(arena) for bound in span)
     loss = _squashed_loss if arena.squashed else _loss
     for begin, updates in runs(config.updates, config.batch):
-        rows, minibatches = _draw(obs, dataset, key, first_update + begin, updates, config.batch)
-        for update in range(updates):
-            head = partial(loss, rows[:, update], target, 1.0 / config.updates, losses)
-            grad = gradient(parameters.weight, arena, (arena.actor,), minibatches[:, update], head)
-            norms += adam_(parameters, grad, lr, config, frozen=frozen)
+        rows, minibatches = _draw(obs, dataset, key, first + begin, updates, config.batch)
+        for number in range(updates):
+            head = partial(loss, rows[:, number], target, 1.0 / config.updates, losses)
+            grad = gradient(parameters.weight, arena, (arena.actor,), minibatches[:, number], head)
+            norms += adam_step_(update, grad, frozen=frozen)
     return losses, norms / config.updates
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..arena import Arena, Parameters
+from ..arena import Arena
 from ..mlp.reference import mlp
 from ..random import Stream, integers
 from ..squashed.reference import distribution
+from ..training import Update
 from ..training.reference import step_
 
 if TYPE_CHECKING:
@@ -45,29 +46,21 @@ def measured_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def clone_update_(
-    parameters: Parameters,
-    arena: Arena,
-    obs: Tensor,
-    target: Tensor,
-    dataset: Tensor,
-    key: Tensor,
-    first_update: int | Tensor,
-    lr: Tensor,
-    config: CloneConfig,
-    density: float,
+    update: Update[CloneConfig], obs: Tensor, target: Tensor, dataset: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Mean loss ``[P]`` and gradient norm; see the op."""
+    (weight, _, m, v, _), arena, key, first, _, config, _ = update
     measured = []
     samples = obs.shape[1]
     rows = dataset[:, None]
-    for update in range(config.updates):
-        step = first_update + update
+    for number in range(config.updates):
+        step = first + number
         index = integers(key, config.batch, samples, stream=Stream.MINIBATCH, step=step)
         minibatch = obs[rows, index], target[rows, index]
-        state = (parameters.weight, parameters.m, parameters.v)
-        before = [tensor.clone() for tensor in state]
-        measured.append(step_(parameters, measured_loss, (arena, *minibatch), lr, config))
+        before = [tensor.clone() for tensor in (weight, m, v)]
+        measured.append(step_(update, measured_loss, (arena, *minibatch)))
         # Adam would still move the critic by what its moments remember.
-        for tensor, old in zip(state, before, strict=True):
+        for tensor, old in zip((weight, m, v), before, strict=True):
             for begin, end in critic_spans(arena):
                 tensor[:, begin:end] = old[:, begin:end]
     loss, norm = torch.stack(measured).mean(0)

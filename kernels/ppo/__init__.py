@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import Plan, resolve_backend
-from ..errors import check_density, check_tensor, check_untransformed
+from ..dispatch import Plan, implementation
+from ..errors import check_tensor
 from ..memory import mark_written
-from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
+from ..mlp.checks import check_counts, check_optimiser
 from ..registration import eager
-from ..training import plan_update
+from ..training import Update, plan_update
 from . import reference
 
 __all__ = ["Batch", "PPOConfig", "Stats", "plan", "ppo_update_"]
@@ -137,25 +137,24 @@ def ppo_update_(
             or a tensor that is written and not contiguous or shares memory with another.
         TypeError: a dtype, the CPU kernel takes float32 only; or `iteration` no integer.
     """
-    check_untransformed("ppo_update_", parameters.weight, parameters.m, parameters.v, lr, *batch)
-    parameters = Parameters(*(tensor.detach() for tensor in parameters))
+    _check_arena(arena)
+    update = Update(parameters, arena, key, iteration, lr, config, density)
+    update = update.check(
+        "ppo_update_",
+        batch._asdict(),
+        double=("reference", "triton"),
+        counter="iteration",
+        limit=1 << 48,
+    )
+    weight = update.parameters.weight
+    _check_batch(weight, arena, batch, config)
     batch = Batch(*(tensor.detach() for tensor in batch))
-    iteration = check_counter("iteration", iteration, 1 << 48, parameters.weight)
-    _check(parameters, arena, batch, key, lr, config, density)
-    arguments = (parameters, arena, batch, key, iteration, lr.detach(), config)
-    weight = parameters.weight
-    backend = resolve_backend(weight.device, arena.actor)
-    if backend == "cpu":
-        from . import cpu
-
-        statistics = cpu.ppo_update_(*arguments, float(density))
-    elif backend == "triton" and weight.dtype == torch.float32:
-        from . import gpu
-
-        statistics = gpu.ppo_update_(*arguments)
-    else:
-        return Stats(*reference.ppo_update_(*arguments).unbind())
-    mark_written(weight, parameters.m, parameters.v, parameters.step)
+    # Triton's kernels take float32 only.
+    module = reference
+    if weight.dtype == torch.float32:
+        module = implementation(__name__, weight.device, arena.actor)
+    statistics = module.ppo_update_(update, batch)
+    mark_written(*update.written())
     return Stats(*statistics.unbind())
 
 
@@ -170,15 +169,7 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     return plan_update("ppo_update_", arena, arena.nets, device, density, on_gpu)
 
 
-def _check(
-    parameters: Parameters,
-    arena: Arena,
-    batch: Batch,
-    key: Tensor,
-    lr: Tensor,
-    config: PPOConfig,
-    density: float,
-) -> None:
+def _check_arena(arena: Arena) -> None:
     if arena.critic is None or arena.critic.sizes[-1] != 1:
         raise ValueError(f"arena must have a critic with one output, got critic={arena.critic}")
     if arena.critic.sizes[0] != arena.actor.sizes[0]:
@@ -186,22 +177,10 @@ def _check(
             f"actor and critic must read the same observation, got {arena.actor.sizes[0]} and "
             f"{arena.critic.sizes[0]} features"
         )
-    backend = resolve_backend(parameters.weight.device, arena.actor)
-    floats = (torch.float32,) if backend == "cpu" else (torch.float32, torch.float64)
-    check_density(density)
-    check_parameters(parameters, arena, key, lr, floats, batch._asdict())
-    _check_batch(parameters, arena, batch)
-    samples = batch.logp.shape[1]
-    if samples == 0 or samples % config.minibatches:
-        raise ValueError(
-            f"minibatches must divide the samples, got {config.minibatches} and {samples} samples"
-        )
-    if config.normalise_advantage and samples == config.minibatches:
-        raise ValueError("normalise_advantage needs minibatches of two samples or more, got 1")
 
 
-def _check_batch(parameters: Parameters, arena: Arena, batch: Batch) -> None:
-    tickets, weight = parameters.weight.shape[0], parameters.weight
+def _check_batch(weight: Tensor, arena: Arena, batch: Batch, config: PPOConfig) -> None:
+    tickets = len(weight)
     check_tensor("logp", batch.logp, (tickets, "S"), weight.dtype, like=weight)
     samples, actions = batch.logp.shape[1], arena.actor.sizes[-1]
     shape = (tickets, samples, arena.actor.sizes[0])
@@ -218,3 +197,9 @@ def _check_batch(parameters: Parameters, arena: Arena, batch: Batch) -> None:
     else:
         shape = (tickets, samples, actions)
         check_tensor("action", batch.action, shape, weight.dtype, like=weight)
+    if samples == 0 or samples % config.minibatches:
+        raise ValueError(
+            f"minibatches must divide the samples, got {config.minibatches} and {samples} samples"
+        )
+    if config.normalise_advantage and samples == config.minibatches:
+        raise ValueError("normalise_advantage needs minibatches of two samples or more, got 1")

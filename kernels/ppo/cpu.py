@@ -218,8 +218,9 @@ def _update(threads, tickets, arguments):
     share(_update_ticket, threads, tickets, arguments)
 
 
-def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -> torch.Tensor:
+def ppo_update_(update, batch) -> torch.Tensor:
     """Statistics ``[6, P]``; see the op."""
+    _, arena, _, iteration, _, config, density = update
     # An action's number is exact in float32, and one action layout means one compilation.
     width = 1 if arena.log_std is None else arena.actor.sizes[-1]
     action = batch.action.to(torch.float32).reshape(*batch.logp.shape, width)
@@ -229,13 +230,10 @@ def ppo_update_(parameters, arena, batch, key, iteration, lr, config, density) -
     measured = train(
         _update,
         lay_out(arena.nets, arena.prunable, density, arena.log_std, _SCRATCH + columns),
-        parameters,
+        update,
         torch.arange(tickets, device="cpu"),
         batch.obs,
         sample,
-        key,
-        lr,
-        config,
         LossConfig(
             float(config.clip),
             bool(config.clip_value),

@@ -15,13 +15,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..arena import Arena, Parameters
+from ..arena import Arena
 from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..mlp import gpu as mlp
 from ..random import Stream, permutation
+from ..training import Update
 from ..training import gpu as training
-from ..training.gpu import Outputs, adam_
+from ..training.gpu import Outputs, adam_step_
 from . import fused_gpu, loss_gpu
 
 if TYPE_CHECKING:
@@ -75,23 +76,14 @@ def describe(arena: Arena) -> str:
     )
 
 
-def ppo_update_(
-    parameters: Parameters,
-    arena: Arena,
-    batch: Batch,
-    key: Tensor,
-    iteration: int | Tensor,
-    lr: Tensor,
-    config: PPOConfig,
-) -> Tensor:
+def ppo_update_(update: Update[PPOConfig], batch: Batch) -> Tensor:
     """Statistics ``[6, P]``; see `reference.ppo_update_`."""
+    parameters, arena, key, iteration, _, config, _ = update
     tickets, samples = batch.logp.shape
     if tickets == 0:
         return batch.logp.new_empty(loss_gpu.SUMS + 1, 0)
     size = samples // config.minibatches
     fields = type(batch)(*(field.contiguous() for field in batch))
-    parameters = parameters._replace(mask=parameters.mask.contiguous())
-    lr = lr.contiguous()
     stretches, stretch = 1, size
     gradient = _gradient
     if is_fused(arena):
@@ -108,7 +100,7 @@ def ppo_update_(
             grad = gradient(
                 parameters.weight, arena, order, first, fields, config, sums[minibatch], stretch
             )
-            adam_(parameters, grad, lr, config, norm=norms[minibatch])
+            adam_step_(update, grad, norm=norms[minibatch])
     return _statistics(sums, norms, size)
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arena import Arena, Parameters
+from ..arena import Arena
 from ..mlp.reference import mlp
 from ..random import Stream, permutation
+from ..training import Update
 from ..training.reference import step_
 
 if TYPE_CHECKING:
@@ -65,16 +66,9 @@ def loss(
     return total, torch.stack([policy_loss, value_loss, entropy, kl, clip_fraction]).detach()
 
 
-def ppo_update_(
-    parameters: Parameters,
-    arena: Arena,
-    batch: Batch,
-    key: Tensor,
-    iteration: int | Tensor,
-    lr: Tensor,
-    config: PPOConfig,
-) -> Tensor:
+def ppo_update_(update: Update[PPOConfig], batch: Batch) -> Tensor:
     """Statistics ``[6, P]``: those of `loss` and the gradient norm."""
+    _, arena, key, iteration, _, config, _ = update
     tickets, samples = batch.logp.shape
     row = torch.arange(tickets, device=key.device)[:, None]
     statistics: list[Tensor] = []
@@ -84,5 +78,5 @@ def ppo_update_(
         order = permutation(key, samples, stream=Stream.MINIBATCH, step=step)
         for index in order.split(samples // config.minibatches, dim=1):
             minibatch = type(batch)(*(field[row, index] for field in batch))
-            statistics.append(step_(parameters, loss, (arena, minibatch, config), lr, config))
+            statistics.append(step_(update, loss, (arena, minibatch, config)))
     return torch.stack(statistics).mean(0)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..arena import Arena, Parameters
-from ..dispatch import Plan, implementation, resolve_backend
-from ..errors import check_density, check_integer, check_tensor, check_untransformed
+from ..dispatch import Plan, implementation
+from ..errors import check_integer, check_tensor, check_untransformed
 from ..memory import check_separate, mark_written
-from ..mlp.checks import check_counter, check_counts, check_optimiser, check_parameters
+from ..mlp.checks import check_counts, check_optimiser
 from ..registration import eager
-from ..training import plan_update
+from ..training import Update, plan_update
 from ..transitions import Transitions, check_replay
 
 __all__ = ["SACConfig", "SACStats", "plan", "sac_update_"]
@@ -122,25 +122,18 @@ def sac_update_(
             that is written and not contiguous or shares memory with another.
         TypeError: a dtype, the kernels take float32 only; or `stored` or `first_update` no integer.
     """
-    weight, mask, m, v, step = (tensor.detach() for tensor in parameters)
-    check_untransformed("sac_update_", *parameters, target, lr, *replay)
-    target = target.detach()
+    _check_arena(arena)
     stored = check_integer("stored", stored, 0, (1 << 31) + 1)
-    first_update = check_counter("first_update", first_update, 1 << 62, weight)
-    _check(parameters, arena, target, replay, stored, key, lr, density)
+    update = Update(parameters, arena, key, first_update, lr, config, density)
+    update = update.check("sac_update_", replay._asdict())
+    check_untransformed("sac_update_", target)
+    target = target.detach()
+    _check_data(update, target, replay, stored)
+    weight = update.parameters.weight
     statistics = implementation(__name__, weight.device, arena.actor).sac_update_(
-        Parameters(weight, mask.contiguous(), m, v, step),
-        arena,
-        target,
-        Transitions(*(field.detach() for field in replay)),
-        stored,
-        key.contiguous(),
-        first_update,
-        lr.detach().contiguous(),
-        config,
-        float(density),
+        update, target, Transitions(*(field.detach() for field in replay)), stored
     )
-    mark_written(weight, m, v, step, target)
+    mark_written(*update.written(), target)
     return SACStats(*statistics.unbind())
 
 
@@ -150,16 +143,7 @@ def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     return plan_update("sac_update_", arena, arena.nets, device, density, lambda: reason)
 
 
-def _check(
-    parameters: Parameters,
-    arena: Arena,
-    target: Tensor,
-    replay: Transitions,
-    stored: int,
-    key: Tensor,
-    lr: Tensor,
-    density: float,
-) -> None:
+def _check_arena(arena: Arena) -> None:
     if not arena.squashed or arena.critic is None:
         raise ValueError(
             "arena must be squashed and have critics, got "
@@ -171,14 +155,17 @@ def _check(
             f"critic must map {features} features and {actions} numbers of an action to 1 output, "
             f"got {arena.critic.sizes}"
         )
+
+
+def _check_data(
+    update: Update[SACConfig], target: Tensor, replay: Transitions, stored: int
+) -> None:
+    parameters, arena, key, _, lr, *_ = update
     weight = parameters.weight
-    reference = resolve_backend(weight.device, arena.actor) == "reference"
-    floats = (torch.float32, torch.float64) if reference else (torch.float32,)
-    check_density(density)
-    check_parameters(parameters, arena, key, lr, floats, replay._asdict())
     check_tensor("target", target, weight.shape, weight.dtype, like=weight)
     if not target.is_contiguous():
         raise ValueError(f"target must be contiguous, got strides {target.stride()}")
-    read = {"mask": parameters.mask, "key": key, "lr": lr, **replay._asdict()}
+    read = {"key": key, "lr": lr, **replay._asdict()}
     check_separate({"target": target}, {**read, **parameters._asdict()})
-    check_replay(replay, stored, weight, features, actions, action_dtype=weight.dtype)
+    features = arena.actor.sizes[0]
+    check_replay(replay, stored, weight, features, arena.actions, action_dtype=weight.dtype)

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arena import Arena, Net, Parameters
+from ..arena import Net
 from ..compiling import njit
 from ..mlp.cpu import mlp, mlp_backward
 from ..squashed.cpu import sample, scale_of
 from ..squashed.reference import LOG_STD_RANGE
 from ..threads import count_threads, share
+from ..training import Update
+from ..training.reference import adam_step_
 from ..transitions import Transitions, runs, take
-from ..update import adam_
 from .reference import draw_noise
 
 if TYPE_CHECKING:
@@ -106,47 +107,36 @@ def _improve(threads, arguments):
 
 
 def sac_update_(
-    parameters: Parameters,
-    arena: Arena,
-    target: Tensor,
-    replay: Transitions,
-    stored: int,
-    key: Tensor,
-    first_update: int,
-    lr: Tensor,
-    config: SACConfig,
-    density: float,
+    update: Update[SACConfig], target: Tensor, replay: Transitions, stored: int
 ) -> Tensor:
     """Statistics ``[5, P]``; see the op."""
+    parameters, arena, key, first_update, _, config, _ = update
     measured = np.zeros((len(key), _STATISTICS))
     size = config.batch
     for begin, updates in runs(config.updates, size):
         first = first_update + begin
         drawn = take(replay, stored, key, first, updates, size)
         noise = draw_noise(key, first, config, updates, arena.actions)
-        for update in range(updates):
-            span = slice(update * size, (update + 1) * size)
+        for number in range(updates):
+            span = slice(number * size, (number + 1) * size)
             batch = type(drawn)(*(field[:, span].contiguous() for field in drawn))
-            own_noise = noise[:, update].flatten(1, 2).contiguous()
-            grad = _gradient(parameters, arena, target, batch, own_noise, config, density, measured)
-            norm = _step(parameters, grad, lr, config)
-            measured[:, _NORM] += norm.numpy()
+            own_noise = noise[:, number].flatten(1, 2).contiguous()
+            grad = _gradient(update, target, batch, own_noise, measured)
+            measured[:, _NORM] += adam_step_(update, grad).numpy()
             target.lerp_(parameters.weight, config.tau)
     return torch.from_numpy(np.ascontiguousarray(measured.T / config.updates, np.float32))
 
 
 def _gradient(
-    parameters: Parameters,
-    arena: Arena,
+    update: Update[SACConfig],
     target: Tensor,
     batch: Transitions,
     noise: Tensor,
-    config: SACConfig,
-    density: float,
     measured: np.ndarray,
 ) -> Tensor:
     """Of the three losses by all parameters, ``[P, size]``; ``noise [P, 2B, A]``."""
-    weight, mask, begin = parameters.weight, parameters.mask, arena.temperature or 0
+    (weight, mask, *_), arena, _, _, _, config, density = update
+    begin = arena.temperature or 0
     tickets, size = batch.reward.shape
     log_alpha = weight[:, begin].contiguous().numpy()
     threads = count_threads(tickets, _WORK * noise.numel())
@@ -204,21 +194,3 @@ def _gradient(
         grad += by_weight(net, taken, error)
     grad[:, begin] = surplus
     return grad
-
-
-def _step(parameters: Parameters, grad: Tensor, lr: Tensor, config: SACConfig) -> Tensor:
-    """Adam's, of everything at once; the norms of the gradients ``[P]``."""
-    weight, mask, m, v, step = parameters
-    return adam_(
-        weight,
-        grad,
-        m,
-        v,
-        step,
-        lr,
-        mask,
-        max_norm=config.max_norm,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        eps=config.eps,
-    )

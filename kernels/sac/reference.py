@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arena import Arena, Net, Parameters
+from ..arena import Arena, Net
 from ..mlp.reference import mlp
 from ..random import Stream, normal
 from ..squashed.reference import sample
+from ..training import Update
 from ..training.reference import step_
 from ..transitions import Transitions, take
 
@@ -88,26 +89,20 @@ def loss(
 
 
 def sac_update_(
-    parameters: Parameters,
-    arena: Arena,
+    update: Update[SACConfig],
     target: Tensor,
     replay: Transitions,
     stored: int,
-    key: Tensor,
-    first_update: int | Tensor,
-    lr: Tensor,
-    config: SACConfig,
-    density: float,
     *,
     network: Network = mlp,
 ) -> Tensor:
     """Statistics ``[5, P]``; see the op."""
+    parameters, arena, key, first, _, config, _ = update
     statistics = []
     for number in range(config.updates):
-        update = first_update + number
-        batch = take(replay, stored, key, update, 1, config.batch)
-        noise = draw_noise(key, update, config, 1, arena.actions)[:, 0].to(target.dtype)
+        batch = take(replay, stored, key, first + number, 1, config.batch)
+        noise = draw_noise(key, first + number, config, 1, arena.actions)[:, 0].to(target.dtype)
         arguments = (arena, batch, noise, target, config, network)
-        statistics.append(step_(parameters, loss, arguments, lr, config))
+        statistics.append(step_(update, loss, arguments))
         target.lerp_(parameters.weight, config.tau)
     return torch.stack(statistics).mean(0)

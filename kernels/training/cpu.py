@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..arena import Parameters
 from ..compiling import njit
 from ..mlp.cpu import FIRST, backward, clear_gradient, collect_gradient, forward, gather
 from ..mlp.layout import PANEL, Layout, prepare
 from ..mlp.packing import open_scratch, pack, read_row, turn, turn_values, write_row
 from ..update.cpu import adam_row
 from ..vector import LANES
+from . import Update
 
 
 class Head(NamedTuple):
@@ -137,13 +137,10 @@ def bind(head: Head) -> Any:
 def train(
     entry: Callable[..., None],
     layout: Layout,
-    parameters: Parameters,
+    update: Update[Any],
     source: Tensor,
     obs: Tensor,
     sample: Tensor,
-    key: Tensor,
-    lr: Tensor,
-    optimiser: Any,
     config: tuple,
     *,
     first: int,
@@ -157,13 +154,10 @@ def train(
     Args:
         entry: ``entry(threads, tickets, arguments)`` shares out what `bind` made.
         layout: of the networks that take part, with room for the sample and the head.
-        parameters: of P tickets, changed in place.
+        update: the parameters, keys, learning rates and numbers of Adam.
         source: ``[P]`` int64, the row of ``obs`` and ``sample`` a ticket learns from.
         obs: ``[D, n, I]`` float32.
         sample: ``[D, n, columns]`` float32, what else the head knows of each sample.
-        key: ``[P]`` int64.
-        lr: ``[P]``.
-        optimiser: has ``max_norm``, ``beta1``, ``beta2`` and ``eps``.
         config: of the head, a tuple of plain numbers.
         first: number of the first draw.
         draws: how many.
@@ -171,9 +165,9 @@ def train(
         size: samples per minibatch; divides ``drawn``.
         statistics: how many the head measures, and the gradient's norm.
     """
-    threads, floats, integers = prepare(layout, len(key), draws * drawn)
-    tensors = parameters._replace(mask=parameters.mask.contiguous())
-    measured = np.zeros((len(key), statistics))
+    tickets, optimiser = len(update.key), update.config
+    threads, floats, integers = prepare(layout, tickets, draws * drawn)
+    measured = np.zeros((tickets, statistics))
     steps = Steps(
         first,
         draws,
@@ -188,13 +182,13 @@ def train(
         layout,
         floats,
         integers,
-        tuple(tensor.detach().numpy() for tensor in tensors),
+        tuple(tensor.numpy() for tensor in update.parameters),
         tuple(tensor.detach().contiguous().numpy() for tensor in (source, obs, sample)),
-        key.contiguous().numpy(),
-        lr.double().contiguous().numpy(),
+        update.key.numpy(),
+        update.lr.double().numpy(),
         steps,
         config,
         measured,
     )
-    entry(threads, len(key), arguments)
+    entry(threads, tickets, arguments)
     return measured

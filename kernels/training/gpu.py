@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arena import Arena, Net, Parameters
+from ..arena import Arena, Net
 from ..mlp import gpu as mlp
-from ..update import gpu as update
+from ..update.gpu import adam_
+from . import Update
 
 
 class Outputs(NamedTuple):
@@ -67,22 +68,22 @@ def gradient(
     return grad
 
 
-def adam_(
-    parameters: Parameters, grad: Tensor, lr: Tensor, optimiser: Any, **options: Any
-) -> Tensor:
+def adam_step_(update: Update[Any], grad: Tensor, **options: Any) -> Tensor:
     """Clip by each ticket's norm ``[P]``, which is returned, and step; see `update.gpu.adam_`."""
-    return update.adam_(
-        parameters.weight,
+    weight, mask, m, v, step = update.parameters
+    config = update.config
+    return adam_(
+        weight,
         grad,
-        parameters.m,
-        parameters.v,
-        parameters.step,
-        lr,
-        parameters.mask,
-        math.inf if optimiser.max_norm is None else optimiser.max_norm,
-        optimiser.beta1,
-        optimiser.beta2,
-        optimiser.eps,
+        m,
+        v,
+        step,
+        update.lr,
+        mask,
+        math.inf if config.max_norm is None else config.max_norm,
+        config.beta1,
+        config.beta2,
+        config.eps,
         **options,
     )
 

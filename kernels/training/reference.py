@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arena import Parameters
 from ..dispatch import differentiating
 from ..update import adam_
+from . import Update
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 
@@ -31,34 +31,37 @@ def gradient(weight: Tensor, mask: Tensor, loss: Loss, arguments: tuple) -> tupl
     return grad, measured
 
 
-def step_(
-    parameters: Parameters, loss: Loss, arguments: tuple, lr: Tensor, optimiser: Any
-) -> Tensor:
+def step_(update: Update[Any], loss: Loss, arguments: tuple) -> Tensor:
     """One update of every ticket, in place.
 
     Args:
-        parameters: of P tickets; weight, m, v and step are updated.
+        update: whose parameters, learning rates and numbers of Adam these are.
         loss: of the weights ``[P, size]``, the mask and ``arguments``, gives each ticket's loss
             ``[P]`` and what it measured, ``[., P]``.
         arguments: see ``loss``.
-        lr: ``[P]``.
-        optimiser: has ``max_norm``, ``beta1``, ``beta2`` and ``eps``.
 
     Returns:
         What the loss measured, and each ticket's gradient norm before clipping, ``[. + 1, P]``.
     """
+    parameters = update.parameters
     grad, measured = gradient(parameters.weight, parameters.mask, loss, arguments)
-    norm = adam_(
-        parameters.weight,
+    return torch.cat([measured, adam_step_(update, grad)[None]])
+
+
+def adam_step_(update: Update[Any], grad: Tensor) -> Tensor:
+    """Clip a gradient ``[P, size]`` by each ticket's norm ``[P]``, which is returned, and step."""
+    weight, mask, m, v, step = update.parameters
+    config = update.config
+    return adam_(
+        weight,
         grad,
-        parameters.m,
-        parameters.v,
-        parameters.step,
-        lr,
-        parameters.mask,
-        max_norm=optimiser.max_norm,
-        beta1=optimiser.beta1,
-        beta2=optimiser.beta2,
-        eps=optimiser.eps,
+        m,
+        v,
+        step,
+        update.lr,
+        mask,
+        max_norm=config.max_norm,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
     )
-    return torch.cat([measured, norm[None]])

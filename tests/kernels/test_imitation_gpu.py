@@ -13,6 +13,7 @@ from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.imitation import CloneConfig, clone_update_, plan, reference
 from sparse_tickets.kernels.random import Stream, integers
+from sparse_tickets.kernels.training import Update
 from sparse_tickets.kernels.transitions import draw
 
 pytest.importorskip("triton")
@@ -132,8 +133,8 @@ def test_a_ticket_without_a_dataset_is_nan_and_spares_the_others(continuous: boo
     )
     numbers = torch.tensor([-1, 0, DATASETS])
     rate = torch.full((3,), 1e-2)
-    data = (problem.obs.float(), problem.target.float(), numbers, problem.key)
-    stats = gpu.clone_update_(parameters, arena, *data, 3, rate, config, 1.0)
+    update = Update(parameters, arena, problem.key, 3, rate, config, 1.0)
+    stats = gpu.clone_update_(update, problem.obs.float(), problem.target.float(), numbers)
     for measured in stats:
         assert measured.isnan().tolist() == [True, False, True]
     trained = parameters.weight[:, arena.prunable :]

@@ -15,6 +15,7 @@ from sparse_tickets.kernels.arena import Arena, Parameters
 from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.mlp.reference import mlp
 from sparse_tickets.kernels.ppo import Batch, PPOConfig, Stats, plan, ppo_update_, reference
+from sparse_tickets.kernels.training import Update
 
 pytest.importorskip("triton")
 
@@ -283,7 +284,7 @@ def test_a_minibatch_of_narrow_networks_is_three_launches(monkeypatch) -> None:
         launched.clear()
         config = PPOConfig(epochs=2, minibatches=minibatches)
         with use_backend("triton"), _Ops() as ops:
-            gpu.ppo_update_(parameters, arena, batch, key, 3, rate, config)
+            gpu.ppo_update_(Update(parameters, arena, key, 3, rate, config, 1.0), batch)
         each = ["gradient_kernel", "_norm_kernel", "_adam_kernel"]
         assert launched == 2 * minibatches * each + ["_statistics_kernel"]
         assert ops.names == 2 * ["random_permutation"]
