@@ -41,8 +41,8 @@ def report(
         readme: the page whose markers are filled in.
     """
     runs = newest(results)
-    tables = (newest_table(results / name) for name in ("steps", "jobs"))
-    pages = rewrite(readme, runs, *tables), write_report(out, runs)
+    whole_steps, jobs = (newest_table(results / name) for name in ("steps", "jobs"))
+    pages = rewrite(readme, runs, whole_steps, jobs), write_report(out, runs, whole_steps)
     console.print(f"written to {pages[0]} and {pages[1]}", highlight=False, soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ from .brief import losses, origin, speedups, widest
 from .figures import draw
 from .gpu.report import gpu_tables
 from .results import SuiteRun, share_out, versions_in_words
+from .steps import left
 from .tables import Table, grid, tables
 
 _INTRODUCTION = """\
@@ -74,14 +75,21 @@ How a number below comes about:
 """
 
 
-def markdown(runs: Mapping[str, Sequence[SuiteRun]], figures: Mapping[str, list[Path]]) -> str:
+def markdown(
+    runs: Mapping[str, Sequence[SuiteRun]],
+    figures: Mapping[str, list[Path]],
+    whole_steps: Path | None = None,
+) -> str:
     """The page.
 
     Args:
         runs: newest runs by device.
         figures: pictures by device, relative to the page.
+        whole_steps: the newest file of `steps`, if there is one.
     """
     parts = [_INTRODUCTION]
+    if whole_steps is not None and (table := left(whole_steps)):
+        parts.append(f"## What torch's optimiser leaves\n\n{table}")
     if not runs:
         parts.append("No results yet.\n")
     if run := widest(runs):
@@ -104,14 +112,16 @@ def markdown(runs: Mapping[str, Sequence[SuiteRun]], figures: Mapping[str, list[
     return "\n".join(parts)
 
 
-def write_report(folder: Path, runs: Mapping[str, Sequence[SuiteRun]]) -> Path:
+def write_report(
+    folder: Path, runs: Mapping[str, Sequence[SuiteRun]], whole_steps: Path | None = None
+) -> Path:
     """Write ``README.md`` and ``figures/`` into ``folder``; returns the page's path."""
     figures = {
         device: [path.relative_to(folder) for path in draw(several, folder / "figures")]
         for device, several in runs.items()
     }
     page = folder / "README.md"
-    write_atomic(page, markdown(runs, figures).encode())
+    write_atomic(page, markdown(runs, figures, whole_steps).encode())
     return page
 
 

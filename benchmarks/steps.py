@@ -4,7 +4,8 @@ A step is zero_grad, forward, loss, backward, clipping by the global norm and Ad
 nothing is repeated warm, and torch's own operations run in between. Policies take turns, a stretch
 of steps each, so that all see the same machine; `torch.compile` and SparseLab live in processes of
 their own. A policy is timed only if its losses over the first steps are those of dense weights
-times the mask from the same start.
+times the mask from the same start. What is torch's in a step with torch's Adam is timed too: no
+policy, however fast, takes less.
 """
 
 from __future__ import annotations
@@ -37,6 +38,17 @@ SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 CHECKED_STEPS = 5
 MAX_NORM = 0.5
 DENSE, COMPILED = "dense", "dense, compiled"
+TORCH_PARTS, LEFT = "torch's own parts alone", "the most with torch's Adam"
+"""What of a step is left to torch where forward, backward and hook take no time."""
+
+
+_BY_TORCH, _BY_US = "ours, torch's Adam", "ours, our Adam"
+_WHAT_IS_LEFT = """\
+With torch's Adam a step keeps what is torch's: zero_grad, the loss and its gradient, clipping by
+the norm and Adam itself, on gradients of the dense shapes. Timed with an output and gradients that
+cost nothing, so with no forward pass, no backward pass and no hook, these parts are what no policy
+can be faster than: the fastest peer's time over theirs is the most to gain.
+"""
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,26 @@ class _Start:
         fused = optim.Adam(policy.parameters(), lr=1e-4, max_grad_norm=MAX_NORM)
         return _step(policy, fused, self.observation, self.target, clip=False)
 
+    def torch_parts(self) -> Step:
+        """What is torch's in `step`: an output and gradients that cost nothing, in dense shapes."""
+        parameters = list(copy.deepcopy(self.dense).parameters())
+        gradients = [1e-3 * torch.randn_like(parameter) for parameter in parameters]
+        output = torch.randn_like(self.target).requires_grad_()
+        fastest = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+
+        def step() -> Tensor:
+            fastest.zero_grad()
+            output.grad = None
+            loss = (output - self.target).square().mean()
+            loss.backward()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            fastest.step()
+            return loss.detach()
+
+        return step
+
     def masked(self) -> nn.Module:
         policy = copy.deepcopy(self.dense)
         for layer, twin in zip(policy, self.sparse, strict=True):
@@ -150,11 +182,9 @@ def _contenders(
     for sparsity in SPARSITIES:
         start = _Start(problem, sparsity)
         turns["w * mask", sparsity] = take(start.step(start.masked()))
-        turns["ours" if not problem.batch else "ours, torch's Adam", sparsity] = take(
-            start.step(start.sparse)
-        )
+        turns["ours" if not problem.batch else _BY_TORCH, sparsity] = take(start.step(start.sparse))
         if problem.batch:
-            turns["ours, our Adam", sparsity] = take(start.own_step())
+            turns[_BY_US, sparsity] = take(start.own_step())
         if sparselab.NAME in apart:
             turns[sparselab.NAME, sparsity] = apart[sparselab.NAME].turn(problem, sparsity, threads)
     return turns
@@ -255,13 +285,16 @@ def run_steps(
                 with pinned_threads(threads):
                     turns = _contenders(problem, threads, apart)
                     _check(problem.label, turns)
+                    if problem.batch:
+                        # It has no policy whose losses could be checked.
+                        turns[TORCH_PARTS, 0.0] = take(_Start(problem).torch_parts())
                     times = _time(turns, rounds, stretch_s)
                 for sparsity in SPARSITIES:
                     # What is dense is so at any sparsity.
                     seconds = {
                         name: values
                         for (name, level), values in times.items()
-                        if level == sparsity or name in (DENSE, COMPILED)
+                        if level == sparsity or name in (DENSE, COMPILED, TORCH_PARTS)
                     }
                     records.append(
                         {"problem": asdict(problem), "label": problem.label, "sparsity": sparsity}
@@ -299,9 +332,10 @@ def table(records: list[dict]) -> str:
     rows = []
     for label in dict.fromkeys(record["label"] for record in records):
         here = [record for record in records if record["label"] == label]
-        for name in [n for n in here[0]["seconds"] if n.startswith("ours")]:
+        for name in [n for n in here[0]["seconds"] if not _is_peer(n)]:
             cells = [_ratio([r for r in here if r["sparsity"] == s], name) for s in SPARSITIES]
-            rows.append([label, name.removeprefix("ours").strip(", "), *cells])
+            whose = LEFT if name == TORCH_PARTS else name.removeprefix("ours").strip(", ")
+            rows.append([label, whose, *cells])
     return _grid("a whole step", "ours", rows)
 
 
@@ -332,6 +366,26 @@ def lost(path: Path) -> str:
     return f"Of the {steps} kinds of steps above {len(found)} were slower: {'; '.join(found)}."
 
 
+def left(path: Path) -> str:
+    """What torch's own optimiser leaves to gain, as Markdown; nothing where it was not measured."""
+    records = json.loads(path.read_text())["records"]
+    rows = []
+    for label in dict.fromkeys(r["label"] for r in records if TORCH_PARTS in r["seconds"]):
+        cells = []
+        for sparsity in (0.0, 0.9, 0.99):
+            here = [r for r in records if (r["label"], r["sparsity"]) == (label, sparsity)]
+            best = _best(here)
+            cells.append(f"{1e6 * (best[_BY_TORCH] - best[TORCH_PARTS]):,.0f}")
+        peer = min(seconds for name, seconds in best.items() if _is_peer(name))
+        times = [f"{1e6 * seconds:,.0f}" for seconds in (peer, best[TORCH_PARTS])]
+        rows.append([label, *times, f"{_gain(best, TORCH_PARTS):.2f}x", *cells])
+    if not rows:
+        return ""
+    heads = ["microseconds of a step", "fastest peer", TORCH_PARTS, "the most to gain"]
+    table = grid([*heads, "ours above them, 0% pruned", "90%", "99%"], rows)
+    return f"{_WHAT_IS_LEFT}\n{table}\n"
+
+
 def _grid(what: str, whose: str, rows: list[list[str]]) -> str:
     heads = [f"{what}, weights pruned", whose, *(f"{sparsity:.0%}" for sparsity in SPARSITIES)]
     return grid(heads, rows, text=2) + "\n"
@@ -341,7 +395,7 @@ def measured(path: Path) -> str:
     """The ratios of a file, and where they come from."""
     data = json.loads(path.read_text())
     run, records = data["run"], data["records"]
-    peers = [name for name in records[0]["seconds"] if not name.startswith("ours")]
+    peers = [name for name in records[0]["seconds"] if _is_peer(name)]
     versions = versions_in_words(run["versions"])
     return (
         f"{table(records)}\nMeasured on {run['hardware']}; {versions}; commit {run['commit']}; "
@@ -356,7 +410,11 @@ def _ratio(records: list[dict], ours: str) -> str:
 
 def _gain(best: dict[str, float], ours: str) -> float:
     """The fastest peer's time over one of ours."""
-    return min(value for name, value in best.items() if not name.startswith("ours")) / best[ours]
+    return min(value for name, value in best.items() if _is_peer(name)) / best[ours]
+
+
+def _is_peer(name: str) -> bool:
+    return not name.startswith("ours") and name != TORCH_PARTS
 
 
 def _best(records: list[dict]) -> dict[str, float]:

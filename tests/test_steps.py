@@ -18,9 +18,8 @@ def test_a_run_writes_its_times_and_a_table(tmp_path, monkeypatch):
     steps.run_steps(console, 1, 0.001, compiled=False, only="4-64-64-2", out=out)
     data = json.loads(out.read_text())
     assert len(data["records"]) == 2 * len(steps.SPARSITIES)
-    assert {"ours, our Adam", "ours, torch's Adam", "dense", "w * mask"} <= set(
-        data["records"][0]["seconds"]
-    )
+    names = {"ours, our Adam", "ours, torch's Adam", "dense", "w * mask", steps.TORCH_PARTS}
+    assert names <= set(data["records"][0]["seconds"])
     text = out.with_suffix(".md").read_text()
     assert "4-64-64-2 tanh, batch 64 | our Adam |" in text
     assert "4-64-64-2 tanh, batch 64 | w * mask |" in text
@@ -92,6 +91,29 @@ def test_a_ratio_takes_the_better_peer_and_number_of_threads():
         {"seconds": {"dense": [5.0], "w * mask": [3.0], "ours": [1.0]}},
     ]
     assert steps._ratio(records, "ours") == "3.00x"
+
+
+def test_what_torch_leaves_is_no_peer_and_the_most_to_gain(tmp_path):
+    path = tmp_path / "steps.json"
+    seconds = {"dense": [6.0], "ours, torch's Adam": [4.0], steps.TORCH_PARTS: [3.0]}
+    records = [{"label": "net", "sparsity": s, "seconds": seconds} for s in steps.SPARSITIES]
+    assert steps._ratio(records, "ours, torch's Adam") == "1.50x"
+    cells = " | ".join(["2.00x"] * len(steps.SPARSITIES))
+    assert f"| net | {steps.LEFT} | {cells} |" in steps.table(records)
+    path.write_text(json.dumps({"records": records}))
+    million = "1,000,000"
+    row = f"| net | 6,000,000 | 3,000,000 | 2.00x | {million} | {million} | {million} |"
+    assert row in steps.left(path)
+    path.write_text(json.dumps({"records": [{**records[0], "seconds": {"dense": [6.0]}}]}))
+    assert steps.left(path) == ""
+
+
+def test_torch_parts_step_parameters_of_the_dense_shapes():
+    start = steps._Start(steps.PROBLEMS[0])
+    step = start.torch_parts()
+    first, second = step(), step()
+    assert first == second
+    assert first > 0
 
 
 def test_an_unknown_problem_is_refused():
