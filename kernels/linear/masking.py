@@ -112,6 +112,27 @@ def _zero_off(value_at, mask_at, count):
     return seen == 0
 
 
+@intrinsic
+def _or(typingctx, a, b):
+    def generate(context, builder, signature, arguments):
+        return builder.or_(*arguments)
+
+    return types.int32(types.int32, types.int32), generate
+
+
+@njit(cache=True, error_model="numpy")
+def _three_zero_off(a_at, b_at, c_at, mask_at, count):
+    """`_zero_off` of three tensors with one mask, whose bytes are the larger part of the work."""
+    a = carray(pointer(a_at), (count,), np.int32)
+    b = carray(pointer(b_at), (count,), np.int32)
+    c = carray(pointer(c_at), (count,), np.int32)
+    mask = carray(pointer(mask_at), (count,), np.uint8)
+    seen = np.int32(0)
+    for i in range(count):
+        seen = _or_pruned(_or(_or(a[i], b[i]), c[i]), mask[i], seen)
+    return seen == 0
+
+
 @njit(cache=True, error_model="numpy")
 def _keep(value_at, mask_at, result_at, count):
     """``result``, memory of its own, is the value on the mask and zero off it."""
@@ -146,14 +167,22 @@ def _is_full(mask_at, count):
 def _keep_all(table_at, rows):
     """`keep_in_place` for each ``[value address, mask address, count]`` that needs it."""
     table = carray(pointer(table_at), (rows, 3), np.int64)
-    full = False
-    for row in range(rows):
-        value_at, mask_at, count = table[row, 0], table[row, 1], table[row, 2]
+    full, begin = False, 0
+    while begin < rows:
+        mask_at, count = table[begin, 1], table[begin, 2]
         # A weight and its state follow each other.
-        if row == 0 or mask_at != table[row - 1, 1]:
+        if begin == 0 or mask_at != table[begin - 1, 1]:
             full = _is_full(mask_at, count)
-        if not full and not _zero_off(value_at, mask_at, count):
-            _keep_in_place(value_at, mask_at, count)
+        end = begin + 1
+        while end < min(begin + 3, rows) and table[end, 1] == mask_at:
+            end += 1
+        if not full and not _three_zero_off(
+            table[begin, 0], table[(begin + end) // 2, 0], table[end - 1, 0], mask_at, count
+        ):
+            for row in range(begin, end):
+                if not _zero_off(table[row, 0], mask_at, count):
+                    _keep_in_place(table[row, 0], mask_at, count)
+        begin = end
 
 
 is_equal = by_address(_equal, 3)
