@@ -19,6 +19,7 @@ from .arena import Net, Processor
 
 __all__ = [
     "BACKENDS",
+    "CHOSEN",
     "PLAIN_TORCH",
     "Backend",
     "Plan",
@@ -41,7 +42,8 @@ PLAIN_TORCH = (
 )
 """Why an op runs on the reference backend."""
 
-_chosen: ContextVar[str | None] = ContextVar("sparse_tickets_backend", default=None)
+CHOSEN: ContextVar[str | None] = ContextVar("sparse_tickets_backend", default=None)
+"""The backend of the innermost `use_backend` context, or None."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,11 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: the name is none of these.
     """
-    token = _chosen.set(_check(name, "backend"))
+    token = CHOSEN.set(_check(name, "backend"))
     try:
         yield
     finally:
-        _chosen.reset(token)
+        CHOSEN.reset(token)
 
 
 def resume(backend: Backend, device: torch.device) -> AbstractContextManager[None]:
@@ -117,7 +119,7 @@ def _without_autocast(backend: Backend, kind: str) -> Iterator[None]:
 
 def is_chosen() -> bool:
     """Whether a `use_backend` context is open here."""
-    return _chosen.get() is not None
+    return CHOSEN.get() is not None
 
 
 @contextmanager
@@ -142,7 +144,7 @@ def resolve_backend(device: torch.device, *nets: Net) -> Backend:
     Raises:
         ValueError: the chosen backend cannot run on ``device``; the message says what can.
     """
-    name = _chosen.get()
+    name = CHOSEN.get()
     if name is None:
         name = _check(os.environ.get("SPARSE_TICKETS_BACKEND", "auto"), "SPARSE_TICKETS_BACKEND")
     if name == "auto":

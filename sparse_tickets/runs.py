@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from sparse_tickets.kernels.dispatch import Plan, is_chosen
+from sparse_tickets.kernels.dispatch import CHOSEN, Plan, is_chosen
 from sparse_tickets.kernels.linear.known import take_snapshot
 from sparse_tickets.kernels.linear.masking import are_equal
 from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
@@ -103,8 +103,8 @@ class _Ready:
         self.compiled: Any = None
         native.start()
 
-    def compile(self) -> None:
-        """Have `compiled`, now that there is what it takes."""
+    def compile(self, watch: Any) -> None:
+        """Have `compiled`, now that there is what it takes; ``watch`` tells who has to see it."""
         seen = self.linears
         places = [
             (each.parameters, each.buffers, each.weight, each.bias, each.mask) for each in seen
@@ -114,7 +114,7 @@ class _Ready:
             for each, known in zip(seen, self.network.layers, strict=True)
         ]
         # It borrows tensors and dictionaries, which live as long as `linears`.
-        self.compiled = native.module.Run(layers, self.network.form, places)
+        self.compiled = native.module.Run(layers, self.network.form, places, watch)
 
     def has_masks(self) -> bool:
         """Whether the masks, where they lie, hold what they held."""
@@ -150,8 +150,12 @@ class Run:
 
     def __call__(self, input: Tensor) -> Tensor:
         """``[..., I] -> [..., O]``."""
-        output = None if any(self._hooks) else self._fused(input)
+        output = self._fused(input)
         return self._layered(input) if output is None else output
+
+    def _has_settings(self) -> bool:
+        """Whether the activations' parameters are what they were."""
+        return all(find_activation(module) == setting for module, setting in self._settings)
 
     def _layered(self, input: Tensor) -> Tensor:
         for module in self.modules:
@@ -160,8 +164,15 @@ class Run:
 
     def _fused(self, input: Tensor) -> Tensor | None:
         """What kernels make of the input, or None where they may not."""
+        ready = self._ready
+        settled = not self._settings or self._has_settings()
+        if ready is not None and ready.compiled is not None and settled:
+            output = ready.compiled(input)
+            if output is not None:
+                return output
         if (
-            type(input) is not Tensor
+            any(self._hooks)
+            or type(input) is not Tensor
             or _is_watched()
             or not input.is_cpu
             or input.dtype is not _float32
@@ -172,22 +183,16 @@ class Run:
         for owner in self._owners:
             if "forward" in owner:
                 return None
-        for module, setting in self._settings:
-            if find_activation(module) != setting:
-                self._settings = [(m, find_activation(m)) for m, _ in self._settings]
-                self._ready = None
-                break
+        if not self._has_settings():
+            self._settings = [(m, find_activation(m)) for m, _ in self._settings]
+            self._ready = None
         ready = self._ready
         if ready is None:
             ready = self._prepare()
             if ready is None:
                 return None
         if ready.compiled is None and native.module is not None:
-            ready.compile()
-        if ready.compiled is not None:
-            output = ready.compiled(input)
-            if output is not None:
-                return output
+            ready.compile(self._watch())
         recorded = _grads_are_recorded()
         trained = recorded and input.requires_grad
         addresses: list[int] = []
@@ -248,6 +253,11 @@ class Run:
         else:
             output = ready.network.infer(x, x.shape[0], addresses)
         return output if flat else output.view(*shape[:-1], ready.network.out)
+
+    def _watch(self) -> Any:
+        """What `_is_watched` and the looks around it ask, in C++; borrows what this run holds."""
+        hooks, watcher = list(self._hooks), forward_ad.__dict__
+        return native.module.Watch(list(self.modules), hooks, watcher, CHOSEN)
 
     def _prepare(self) -> _Ready | None:
         """Make ready for the tensors that the layers have now, or None if kernels cannot."""
