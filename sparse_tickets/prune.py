@@ -34,6 +34,7 @@ __all__ = [
     "random_layer_mask",
     "random_mask",
     "register_criterion",
+    "share_out",
 ]
 
 Criterion = Callable[[Tensor, Tensor, Arena], Tensor]
@@ -282,20 +283,36 @@ def erk_counts(
         ValueError: k is negative or larger than the layers together.
     """
     sizes = [out * inp for _, out, inp in layers] if available is None else list(available)
+    return share_out(sizes, [out + inp for _, out, inp in layers], k)
+
+
+def share_out(sizes: Sequence[int], parts: Sequence[int | Fraction], k: int) -> list[int]:
+    """Share k weights among layers as ``parts``; a layer that is full leaves the rest to others.
+
+    Exact: rational arithmetic, then the largest remainders round up (ties: the lowest layer).
+
+    Args:
+        sizes: the most that each layer can keep.
+        parts: positive, of each layer.
+        k: weights to keep in all.
+
+    Raises:
+        ValueError: k is negative or larger than the layers together.
+    """
     if not 0 <= k <= sum(sizes):
         raise ValueError(f"k must be in [0, {sum(sizes)}], got {k}")
-    width = [out + inp for _, out, inp in layers]
     full: set[int] = set()
     while True:
         free = [layer for layer in range(len(sizes)) if layer not in full]
         left = k - sum(sizes[layer] for layer in full)
-        unit = Fraction(left, sum(width[layer] for layer in free)) if free else Fraction(0)
-        over = {layer for layer in free if unit * width[layer] > sizes[layer]}
+        total = sum(parts[layer] for layer in free)
+        unit = Fraction(left) / total if total else Fraction(0)
+        over = {layer for layer in free if unit * parts[layer] > sizes[layer]}
         if not over:
             break
         full |= over
     ideal = [
-        Fraction(sizes[layer]) if layer in full else unit * width[layer]
+        Fraction(sizes[layer]) if layer in full else unit * parts[layer]
         for layer in range(len(sizes))
     ]
     counts = [math.floor(share) for share in ideal]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sparse_tickets.settings import at_least, check_fields, within
+from sparse_tickets.settings import above, at_least, check_fields, within
 
 from .distributions import DISTRIBUTIONS
 from .schedules import SCHEDULES
@@ -28,11 +28,13 @@ class Method:
         every: gradient steps between two updates of the mask.
         fraction: share of the kept weights that an update replaces where something grows; it falls
             to zero along a cosine until ``stop`` (Dettmers and Zettlemoyer 2019).
+        shares: for the distribution ``by-layer``, how dense each layer is beside the others, input
+            to head: of (100, 1, 1) the first stays dense while there is room.
 
     Raises:
         TypeError: a value of another type.
-        ValueError: an unknown name, a number out of range, ``stop`` before ``start``, or a density
-            that would rise while nothing grows.
+        ValueError: an unknown name, a number out of range, shares without ``by-layer`` or the
+            reverse, ``stop`` before ``start``, or a density that would rise while nothing grows.
     """
 
     schedule: str = "cubic"
@@ -43,10 +45,12 @@ class Method:
     stop: float = 0.8
     every: int = 1000
     fraction: float = 0.3
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         share = within(0, 1)
-        check_fields(self, {"start": share, "stop": share, "fraction": share, "every": at_least(1)})
+        ranges = dict.fromkeys(("start", "stop", "fraction"), share)
+        check_fields(self, ranges | {"every": at_least(1), "shares": above(0)})
         for name, known in (
             ("schedule", SCHEDULES),
             ("distribution", DISTRIBUTIONS),
@@ -56,6 +60,11 @@ class Method:
             if getattr(self, name) not in known:
                 words = ", ".join(known)
                 raise ValueError(f"{name} must be one of {words}, got {getattr(self, name)!r}")
+        if (self.distribution == "by-layer") != bool(self.shares):
+            raise ValueError(
+                "shares must be given where the distribution is by-layer, and nowhere else, got "
+                f"{self.shares} for {self.distribution}"
+            )
         if self.stop < self.start:
             raise ValueError(f"stop must be at least start = {self.start}, got {self.stop}")
         if self.schedule == "cyclic" and self.grow == "none":

@@ -28,17 +28,26 @@ class Pruning:
     Attributes:
         method: a `Method`, or one of `METHODS`.
         density: of the finished tickets, in [0, 1].
+        critic: how critics under the mask are pruned, apart from the actor; by default all
+            networks are pruned together.
     """
 
     method: Method | str
     density: float
+    critic: Pruning | None = None
 
     def pruner(
         self, population: Population, steps: int, key: Tensor, gradient: Callable[[], Tensor]
     ) -> PopulationPruner:
         """For one training; see `PopulationPruner`."""
         return PopulationPruner(
-            population, self.method, self.density, steps, key, gradient=gradient
+            population,
+            self.method,
+            self.density,
+            steps,
+            key,
+            gradient=gradient,
+            critic=self.critic,
         )
 
 
@@ -49,8 +58,8 @@ class PopulationPruner:
     after the updates it is told of.
 
     All tickets keep exactly ``floor(density * N + 0.5)`` of their N prunable weights after an
-    update. Grown weights and their moments start at zero. ``population.density``, by which kernels
-    are chosen, follows the schedule.
+    update; where critics are pruned apart, of the actor's and of the critics'. Grown weights and
+    their moments start at zero. ``population.density``, by which kernels are chosen, follows.
 
     Args:
         population: changed in place; its masks must keep as many weights in every ticket.
@@ -59,13 +68,15 @@ class PopulationPruner:
         steps: gradient steps of the whole training.
         key: ``[P]`` int64; all random scores of a ticket come from its key.
         gradient: the dense gradient ``[P, N]`` at the present weights, for methods that read it.
+        critic: method and density of the critics, if they are pruned apart from the actor.
 
     Attributes:
         count: gradient steps so far.
 
     Raises:
         ValueError: an unknown method, numbers out of range, a key that does not fit, tickets of
-            different densities, or no gradient for a method that reads one.
+            different densities, no gradient for a method that reads one, or ``critic`` where no
+            critic is under the mask.
     """
 
     def __init__(
@@ -77,25 +88,53 @@ class PopulationPruner:
         key: Tensor,
         *,
         gradient: Callable[[], Tensor] | None = None,
+        critic: Pruning | None = None,
     ) -> None:
-        method = find_method(method)
         check_shape("key", key, (len(population),))
-        kept = population.parameters.mask.count_nonzero(1)
+        layers, size = population.arena.prunable_layers(), population.arena.prunable
+        self._population, self._key, self._gradient = population, key, gradient
+        if critic is None:
+            self._parts = [self._part(method, density, steps, layers)]
+        else:
+            inner = population.arena.actor.depth
+            if inner == len(layers):
+                raise ValueError(
+                    "critic must be None where the arena has no critic under its mask: build it "
+                    "with prune_critic=True"
+                )
+            self._parts = [
+                self._part(method, density, steps, layers[:inner]),
+                self._part(critic.method, critic.density, steps, layers[inner:]),
+            ]
+        self._initial = population.parameters.weight[:, :size].clone()
+        self.count = 0
+        methods = [(part, part.course.method) for part in self._parts]
+        self._update_(
+            [
+                (part, replace(method, drop="random", grow="none"))
+                for part, method in methods
+                if method.schedule == "constant"
+            ]
+        )
+
+    def _part(
+        self, method: Method | str, density: float, steps: int, layers: Sequence[Layer]
+    ) -> _Part:
+        method, mask = find_method(method), self._population.parameters.mask
+        begin = layers[0][0] if layers else 0
+        size = sum(out * inp for _, out, inp in layers)
+        at = slice(begin, begin + size)
+        kept = mask[:, at].count_nonzero(1)
         if len(kept) and kept.min() != kept.max():
             raise ValueError(
                 f"population must keep as many weights in every ticket, got {int(kept.min())} to "
                 f"{int(kept.max())}"
             )
-        if method.needs_gradient and gradient is None:
+        if method.needs_gradient and self._gradient is None:
             raise ValueError("gradient must be given for this method, got None")
-        size = population.arena.prunable
         start = int(kept[0]) / size if len(kept) and size else 1.0
-        self._course = Course(method, steps, start, density)
-        self._population, self._key, self._gradient = population, key, gradient
-        self._initial = population.parameters.weight[:, :size].clone()
-        self.count = 0
-        if method.schedule == "constant":
-            self._update_(replace(method, drop="random", grow="none"))
+        places = tuple((offset - begin, out, inp) for offset, out, inp in layers)
+        return _Part(at, places, Course(method, steps, start, density))
 
     def step(self, steps: int = 1) -> bool:
         """Count gradient steps; update the masks once if an update fell due in them.
@@ -105,54 +144,83 @@ class PopulationPruner:
         """
         passed = range(self.count + 1, self.count + steps + 1)
         self.count += steps
-        due = any(map(self._course.is_due, passed))
-        if due:
-            self._update_(self._course.method)
-        return due
+        due = [part for part in self._parts if any(map(part.course.is_due, passed))]
+        self._update_([(part, part.course.method) for part in due])
+        return bool(due)
 
     @torch.no_grad()
-    def _update_(self, method: Method) -> None:
+    def _update_(self, due: list[tuple[_Part, Method]]) -> None:
+        """Update the masks of some parts, each by a method."""
+        if not due:
+            return
         population, size = self._population, self._population.arena.prunable
-        parameters, layers = population.parameters, population.arena.prunable_layers()
-        growing = GROW_SCORES[method.grow]
-        density = self._course.density(self.count)
-        k = count_kept(density, size)
-        if growing is None and len(population):
-            k = min(k, int(parameters.mask[0].count_nonzero()))
-        weight = parameters.weight[:, :size]
-        gradient = self._gradient() if method.needs_gradient and self._gradient else None
+        parameters, weight = population.parameters, population.parameters.weight[:, :size]
+        reads = any(method.needs_gradient for _, method in due)
+        gradient = self._gradient() if reads and self._gradient else None
         moment = Moment(weight, self._initial, gradient, self._key, self.count)
-        drop = _numbers(DROP_SCORES[method.drop](moment))
-        grow = None if growing is None else _numbers(growing(moment))
-        mask = torch.empty_like(parameters.mask)
-        for available, rows in self._alike(layers, growing is None):
-            mask[rows] = update_mask(
-                parameters.mask[rows],
-                drop[rows],
-                None if grow is None else grow[rows],
-                k,
-                replaced=self._course.replaced(self.count),
-                layers=layers,
-                counts=layer_counts(method.distribution, layers, k, available),
-            )
+        mask = parameters.mask.clone()
+        for part, method in due:
+            mask[:, part.at] = self._updated(part, method, moment)
         for row in (weight, parameters.m[:, :size], parameters.v[:, :size]):
             row.masked_fill_(~mask, 0.0)
         parameters.mask.copy_(mask)
-        population.density = density
+        population.density = self._density()
 
-    def _alike(
-        self, layers: Sequence[Layer], shrinks: bool
-    ) -> list[tuple[tuple[int, ...] | None, list[int]]]:
-        """Tickets that keep as many weights in every layer, which is the most they can keep."""
-        every = list(range(len(self._population)))
-        if not shrinks:
-            return [(None, every)]
-        mask = self._population.parameters.mask
-        kept = [mask[:, at : at + out * inp].count_nonzero(1).tolist() for at, out, inp in layers]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for ticket in every:
-            groups.setdefault(tuple(row[ticket] for row in kept), []).append(ticket)
-        return list(groups.items())
+    def _updated(self, part: _Part, method: Method, moment: Moment) -> Tensor:
+        """The mask of a part after an update."""
+        old, growing = self._population.parameters.mask[:, part.at], GROW_SCORES[method.grow]
+        k = count_kept(part.course.density(self.count), part.size)
+        if growing is None and len(old):
+            k = min(k, int(old[0].count_nonzero()))
+        drop = _numbers(DROP_SCORES[method.drop](moment))[:, part.at]
+        grow = None if growing is None else _numbers(growing(moment))[:, part.at]
+        mask = torch.empty_like(old)
+        for available, rows in _alike(old, part.layers, growing is None):
+            mask[rows] = update_mask(
+                old[rows],
+                drop[rows],
+                None if grow is None else grow[rows],
+                k,
+                replaced=part.course.replaced(self.count),
+                layers=part.layers,
+                counts=layer_counts(method.distribution, part.layers, k, available, method.shares),
+            )
+        return mask
+
+    def _density(self) -> float:
+        """What the schedules say that all parts keep together."""
+        densities = [part.course.density(self.count) for part in self._parts]
+        if len(densities) == 1:
+            return densities[0]
+        kept = map(count_kept, densities, (part.size for part in self._parts))
+        return sum(kept) / sum(part.size for part in self._parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Layers that are pruned together: their slice of a row, places in it, and course."""
+
+    at: slice
+    layers: tuple[Layer, ...]
+    course: Course
+
+    @property
+    def size(self) -> int:
+        return self.at.stop - self.at.start
+
+
+def _alike(
+    mask: Tensor, layers: Sequence[Layer], shrinks: bool
+) -> list[tuple[tuple[int, ...] | None, list[int]]]:
+    """Tickets that keep as many weights in every layer, which is the most they can keep."""
+    every = list(range(len(mask)))
+    if not shrinks:
+        return [(None, every)]
+    kept = [mask[:, at : at + out * inp].count_nonzero(1).tolist() for at, out, inp in layers]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for ticket in every:
+        groups.setdefault(tuple(row[ticket] for row in kept), []).append(ticket)
+    return list(groups.items())
 
 
 def _numbers(scores: Tensor) -> Tensor:

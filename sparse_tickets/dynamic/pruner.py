@@ -154,9 +154,8 @@ class Pruner:
         if growing is None:
             k = min(k, int(mask.count_nonzero()))
         kept = [int(mask[:, at].count_nonzero()) for at in map(_slice, self._places)]
-        counts = layer_counts(
-            method.distribution, self._places, k, kept if growing is None else None
-        )
+        available = kept if growing is None else None
+        counts = layer_counts(method.distribution, self._places, k, available, method.shares)
         moment = Moment(self._gather("weight"), self._initial, gradient, self._key, self.count)
         updated = update_mask(
             mask,

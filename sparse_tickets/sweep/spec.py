@@ -17,11 +17,12 @@ from sparse_tickets.algos.registry import ALGORITHMS, find_algorithm
 from sparse_tickets.algos.sac import SAC
 from sparse_tickets.algos.teaching import FIRST_EXPERT_SEED
 from sparse_tickets.conditions import find_condition
-from sparse_tickets.dynamic import METHODS, Pruning
+from sparse_tickets.dynamic import METHODS, Method, Pruning
 from sparse_tickets.envs import EnvSpec, env_spec
 from sparse_tickets.kernels.activations import ACTIVATIONS
 from sparse_tickets.kernels.arena import ARCHITECTURES, Arena
 from sparse_tickets.kernels.random import derive_key
+from sparse_tickets.linear import count_kept
 from sparse_tickets.population import INITIALISATIONS, policy_arena
 from sparse_tickets.prune import CRITERIA, kept
 from sparse_tickets.settings import at_least, check_fields, inside, within
@@ -38,6 +39,7 @@ _CRITIC_LAYOUT = 2
 _LATER: dict[str, Any] = {
     "architecture": "mlp",
     "during": "none",
+    "during_critic": None,
     "during_every": None,
     "first_seed": 0,
     "prune_by": "final",
@@ -122,6 +124,9 @@ class Sweep:
     """How networks become sparse: none (pruned after training, level by level), or while they
     train: gradual, one-shot, snip, static, static-uniform, set or rigl. Then every level trains
     each seed from its initial weights to the level's density; conditions do not apply."""
+    during_critic: str | None = None
+    """With prune_critic: another of these methods for the critics, pruned to the same density apart
+    from the actor; default: one method for all networks together."""
     during_every: int | None = None
     """Gradient steps between two updates of the masks; default: the method's."""
     log_std: float = 0.0
@@ -165,13 +170,21 @@ class Sweep:
             ("criterion", self.criterion, CRITERIA),
             ("prune_by", self.prune_by, PRUNE_BY),
             ("during", self.during, ("none", *METHODS)),
+            ("during_critic", self.during_critic, (None, *METHODS)),
         ):
             if given not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(str, known))}, got {given!r}"
+                )
         if self.during != "none" and self.rewind_step:
             raise ValueError(
                 f"rewind_step must be 0 where networks are pruned during training, got "
                 f"{self.rewind_step}"
+            )
+        if self.during_critic is not None and (self.during == "none" or not self.prune_critic):
+            raise ValueError(
+                "during_critic must be None unless prune_critic is set and during names the "
+                f"actor's method, got {self.during_critic!r}"
             )
         if self.during != "none" and self.prune_by != "final":
             raise ValueError(
@@ -274,10 +287,18 @@ class Sweep:
         """How a level's networks are pruned while they train; None if they are not."""
         if self.during == "none" or level == 0:
             return None
-        method = METHODS[self.during]
-        if self.during_every is not None:
-            method = replace(method, every=self.during_every)
-        return Pruning(method, self.kept(algo, level) / self.arena(algo).prunable)
+        arena, kept = self.arena(algo), self.kept(algo, level)
+        density, critic = kept / arena.prunable, None
+        inner = sum(out * inp for _, out, inp in arena.prunable_layers()[: arena.actor.depth])
+        if self.during_critic is not None and inner < arena.prunable:
+            # Whatever rounding leaves, together they keep what the level does.
+            rest = (kept - count_kept(density, inner)) / (arena.prunable - inner)
+            critic = Pruning(self._method(self.during_critic), rest)
+        return Pruning(self._method(self.during), density, critic)
+
+    def _method(self, name: str) -> Method:
+        method, every = METHODS[name], self.during_every
+        return method if every is None else replace(method, every=every)
 
     def chained(self, condition: str) -> bool:
         """Whether a condition's level needs a trained network of the level before.

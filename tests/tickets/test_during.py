@@ -10,20 +10,20 @@ from rich.console import Console
 from torch.nn.functional import smooth_l1_loss
 
 from sparse_tickets import run_sweep
-from sparse_tickets.algos import bc, dqn, ppo
+from sparse_tickets.algos import bc, dqn, ppo, sac
 from sparse_tickets.algos.bc import BC
 from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.algos.ppo import PPO
 from sparse_tickets.analysis.report import report
 from sparse_tickets.analysis.verify import verify
 from sparse_tickets.dynamic import METHODS, Pruning
-from sparse_tickets.envs import make_env
+from sparse_tickets.envs import env_spec, make_env
 from sparse_tickets.kernels.arena import Arena
 from sparse_tickets.kernels.mlp import mlp
 from sparse_tickets.kernels.ppo.reference import loss
 from sparse_tickets.kernels.random import Stream, integers
 from sparse_tickets.linear import count_kept
-from sparse_tickets.population import Population, initialise
+from sparse_tickets.population import Population, initialise, policy_arena
 from sparse_tickets.sweep.spec import Sweep
 from sparse_tickets.sweep.store import Store, load_results
 
@@ -31,7 +31,10 @@ BUDGET = PPO(steps=512, copies=2, horizon=16, epochs=2, minibatches=2)
 BRIEF = Evaluation(points=4, episodes=2, final_episodes=2)
 ARENA = Arena.build((4, 12, 10, 2), (4, 12, 10, 1))
 STUDENT = Arena.build((4, 12, 10, 2))
+SQUASHED = policy_arena(env_spec("Pendulum-v1"), (12, 10), squashed=True, prune_critic=True)
+ARENAS = {"ppo": ARENA, "sac": SQUASHED}
 DEEP_Q = dqn.DQN(steps=512, copies=2, horizon=16, updates=4, minibatch=8, warmup=60, double=True)
+SOFT = sac.SAC(steps=512, copies=2, horizon=16, updates=4, minibatch=8, warmup=60)
 KEY = torch.tensor([5, -6, 7])
 METHOD = {name: replace(method, every=12) for name, method in METHODS.items()}
 
@@ -48,7 +51,7 @@ def demonstrations():
 
 
 def train(algo, method, on_iteration=None, tickets=3):
-    some = population(ARENA if algo == "ppo" else STUDENT, tickets)
+    some = population(ARENAS.get(algo, STUDENT), tickets)
     schedule = {
         "evaluation": BRIEF,
         "on_iteration": None if on_iteration is None else partial(on_iteration, some),
@@ -56,6 +59,8 @@ def train(algo, method, on_iteration=None, tickets=3):
     }
     if algo == "ppo":
         return some, ppo.train(BUDGET, "CartPole-v1", some, KEY[:tickets], **schedule)
+    if algo == "sac":
+        return some, sac.train(SOFT, "Pendulum-v1", some, KEY[:tickets], **schedule)
     if algo == "dqn":
         return some, dqn.train(DEEP_Q, "CartPole-v1", some, KEY[:tickets], **schedule)
     dataset, assignment = demonstrations()
@@ -64,7 +69,7 @@ def train(algo, method, on_iteration=None, tickets=3):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("algo", ["ppo", "dqn", "bc"])
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "sac", "bc"])
 def test_every_ticket_keeps_exactly_its_count_at_every_moment(algo, name):
     seen, masks = [], []
 
@@ -100,7 +105,7 @@ def test_every_ticket_keeps_exactly_its_count_at_every_moment(algo, name):
 
 
 @pytest.mark.parametrize("name", ["gradual", "set", "rigl"])
-@pytest.mark.parametrize("algo", ["ppo", "dqn", "bc"])
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "sac", "bc"])
 def test_a_ticket_trains_alone_as_beside_others(algo, name):
     together, alone = train(algo, METHOD[name]), train(algo, METHOD[name], tickets=1)
     assert torch.equal(together[0].parameters.mask[:1], alone[0].parameters.mask)
@@ -109,7 +114,7 @@ def test_a_ticket_trains_alone_as_beside_others(algo, name):
 
 
 @pytest.mark.parametrize("name", ["gradual", "rigl"])
-@pytest.mark.parametrize("algo", ["ppo", "dqn", "bc"])
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "sac", "bc"])
 def test_a_ticket_that_diverges_ends_alone(algo, name):
     def spoil(some, steps):
         some.parameters.weight[2] = torch.nan
@@ -255,6 +260,32 @@ def test_chunks_change_nothing(finished, tmp_path):
     assert load_results(tmp_path / "run").drop(times).equals(load_results(finished).drop(times))
 
 
+@pytest.mark.parametrize("algo", ["ppo", "sac"])
+def test_a_sweep_prunes_critics_by_a_method_of_their_own(algo, tmp_path):
+    apart = replace(
+        SPEC,
+        env="CartPole-v1" if algo == "ppo" else "Pendulum-v1",
+        algos=(algo,),
+        during="static",
+        during_critic="set",
+        prune_critic=True,
+        seeds=2,
+        levels=2,
+        sac=sac.SAC(steps=96, copies=2, horizon=8, updates=6, minibatch=8, warmup=16),
+    )
+    assert Sweep.from_dict(apart.to_dict()).during_critic == "set"
+    run_sweep(apart, tmp_path)
+    store, arena = Store(tmp_path), apart.arena(algo)
+    inner = sum(out * inp for _, out, inp in arena.prunable_layers()[: arena.actor.depth])
+    (unit,) = (unit for unit in store.units() if unit.level == 1)
+    for ticket in store.read_tickets(unit):
+        begun = ticket.rewind[: arena.prunable] != 0
+        assert int(ticket.mask.sum()) == apart.kept(algo, 1)
+        assert int(ticket.mask[:inner].sum()) == count_kept(0.5, inner)
+        assert torch.equal(ticket.mask[:inner], begun[:inner]), "the actor's is static"
+        assert not torch.equal(ticket.mask[inner:], begun[inner:]), "the critic's is not"
+
+
 @pytest.mark.long
 def test_verify_and_report_know_such_runs(finished):
     _, agree = verify(finished, 4, Console(quiet=True))
@@ -278,3 +309,8 @@ def test_specifications():
         Sweep(during="set", rewind_step=512)
     with pytest.raises(ValueError, match="during_every must be at least 1"):
         Sweep(during="set", during_every=0)
+    with pytest.raises(ValueError, match="during_critic must be one of None, gradual"):
+        Sweep(during="set", during_critic="rigel", prune_critic=True)
+    for options in ({"during": "set"}, {"prune_critic": True}):
+        with pytest.raises(ValueError, match="during_critic must be None unless prune_critic is"):
+            Sweep(during_critic="set", **options)

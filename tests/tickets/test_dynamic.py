@@ -7,25 +7,21 @@ import torch
 from torch import nn
 
 from sparse_tickets import SparseLinear
-from sparse_tickets.algos import ppo
-from sparse_tickets.algos.evaluation import Evaluation
 from sparse_tickets.dynamic import (
     DROP_SCORES,
     GROW_SCORES,
     METHODS,
     SCHEDULES,
     Method,
-    PopulationPruner,
     Pruner,
     layer_counts,
     update_mask,
 )
 from sparse_tickets.dynamic.scores import Moment
-from sparse_tickets.envs import env_spec
-from sparse_tickets.population import Population, initialise, policy_arena
 
 LAYERS = [(0, 5, 3), (15, 4, 5), (35, 1, 4)]
 SIZE = 39
+SHARES = (4.0, 1.0, 0.5)
 
 
 def by_hand(mask, drop, grow, k, replaced):
@@ -42,7 +38,7 @@ def by_hand(mask, drop, grow, k, replaced):
 
 
 @pytest.mark.parametrize("growing", [False, True])
-@pytest.mark.parametrize("distribution", ["global", "uniform", "erk"])
+@pytest.mark.parametrize("distribution", ["global", "uniform", "erk", "by-layer"])
 @pytest.mark.parametrize("seed", range(8))
 def test_an_update_is_that_by_hand(seed, distribution, growing):
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +46,7 @@ def test_an_update_is_that_by_hand(seed, distribution, growing):
     # Few values, so that many tie.
     drop, grow = torch.randint(0, 5, (2, 4, SIZE), generator=generator).float()
     k = int(torch.randint(0, SIZE + 1, (), generator=generator)) if growing else 11
-    counts = layer_counts(distribution, LAYERS, k)
+    counts = layer_counts(distribution, LAYERS, k, shares=SHARES)
     grow = grow if growing else None
     got = update_mask(mask, drop, grow, k, replaced=0.4, layers=LAYERS, counts=counts)
     parts = [(0, SIZE, k)]
@@ -82,14 +78,27 @@ def test_an_update_is_that_by_hand(seed, distribution, growing):
     assert torch.equal(torch.cat(alone), got)
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "erk"])
+@pytest.mark.parametrize("distribution", ["uniform", "erk", "by-layer"])
 def test_counts_fall_with_k_and_keep_to_what_is_there(distribution):
     left = [out * inp for _, out, inp in LAYERS]
     for k in range(SIZE, -1, -1):
-        counts = layer_counts(distribution, LAYERS, k, left)
+        counts = layer_counts(distribution, LAYERS, k, left, SHARES)
         assert sum(counts) == k
         assert all(count <= most for count, most in zip(counts, left, strict=True))
         left = counts
+
+
+def test_layers_are_as_dense_beside_each_other_as_asked():
+    # Of 15, 20 and 4 weights 60, 20 and 2 parts; the first is full from 21 weights on.
+    assert layer_counts("by-layer", LAYERS, 8, shares=SHARES) == [6, 2, 0]
+    assert layer_counts("by-layer", LAYERS, 26, shares=SHARES) == [15, 10, 1]
+    dense_first = Method("constant", "by-layer", grow="random", start=0.0, shares=(100, 1, 1))
+    module = network()
+    pruner = Pruner(module, dense_first, 0.4, 100)
+    assert [layer.density for layer in module if isinstance(layer, SparseLinear)] == pytest.approx(
+        [1.0, 115 / 540, 115 / 540], abs=1e-2
+    )
+    assert pruner.density == pytest.approx(math.floor(0.4 * WEIGHTS + 0.5) / WEIGHTS)
 
 
 def test_schedules_on_paper():
@@ -333,91 +342,6 @@ def test_scores_know_each_ticket_alone():
         assert torch.equal(torch.cat(alone), score(together)), name
 
 
-SETTINGS = ppo.PPO(steps=6 * 64, copies=4, horizon=16, minibatches=2, epochs=2)
-
-
-def tickets(index: list[int]) -> tuple[Population, torch.Tensor]:
-    arena = policy_arena(env_spec("CartPole-v1"), (16, 12))
-    key = torch.tensor(index) + 100
-    return Population.create(arena, initialise(arena, key)), key
-
-
-def train_tickets(index: list[int], method: Method, gradient=None) -> Population:
-    population, key = tickets(index)
-    size = population.arena.prunable
-    rows = None if gradient is None else lambda: gradient(population)
-    pruner = PopulationPruner(population, method, 0.2, 24, key, gradient=rows)
-
-    def look(_):
-        before = population.parameters.mask.clone()
-        updated = pruner.step(4)
-        mask = population.parameters.mask
-        density = method.density(pruner.count / 24, 1.0, 0.2)
-        if updated or method.schedule == "constant":
-            assert population.density == density
-        assert (mask.sum(1) == math.floor(population.density * size + 0.5)).all()
-        for name in ("weight", "m", "v"):
-            row = getattr(population.parameters, name)[:, :size]
-            assert not row[~mask | (mask & ~before)].any()
-
-    ppo.train(
-        SETTINGS,
-        "CartPole-v1",
-        population,
-        key,
-        evaluation=Evaluation(points=1, episodes=2, final_episodes=2),
-        on_iteration=look,
-    )
-    assert pruner.count == 24
-    return population
-
-
-def towards_first(population: Population) -> torch.Tensor:
-    """Some gradient that is each ticket's own."""
-    size = population.arena.prunable
-    return population.parameters.weight[:, :size].flip(1) + torch.arange(size)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_tickets_of_a_population_are_pruned_each_by_itself(name):
-    method = Method(**{**vars(METHODS[name]), "every": 8})
-    gradient = towards_first if method.needs_gradient else None
-    together = train_tickets([0, 1, 2], method, gradient)
-    alone = train_tickets([1], method, gradient)
-    assert torch.equal(together.parameters.mask[1], alone.parameters.mask[0])
-    assert torch.equal(together.parameters.weight[1], alone.parameters.weight[0])
-    assert not torch.equal(together.parameters.mask[0], together.parameters.mask[1])
-
-
-def test_tickets_that_differ_by_layer_are_pruned_each_by_itself():
-    """As magnitude pruning over all layers leaves them."""
-    masks = []
-    for index in ([0, 1], [0], [1]):
-        population, key = tickets(index)
-        size, parameters = population.arena.prunable, population.parameters
-        order = parameters.weight[:, :size].abs().argsort(1, descending=True)
-        parameters.mask.scatter_(1, order[:, size // 2 :], False)
-        pruner = PopulationPruner(population, Method(start=0.0, every=1), 0.4, 20, key)
-        for count in range(1, 21):
-            pruner.step()
-            assert population.density == Method(start=0.0).density(count / 20, 0.5, 0.4)
-            kept = math.floor(population.density * size + 0.5)
-            assert (parameters.mask.sum(1) == kept).all()
-        masks.append(parameters.mask)
-    assert torch.equal(masks[0], torch.cat(masks[1:]))
-
-
-def test_a_population_that_cannot_be_pruned_alike_is_refused():
-    population, key = tickets([0, 1])
-    with pytest.raises(ValueError, match="gradient must be given for this method"):
-        PopulationPruner(population, "rigl", 0.1, 10, key)
-    with pytest.raises(ValueError, match=r"key must have shape \(2,\), got \(1,\)"):
-        PopulationPruner(population, "set", 0.1, 10, key[:1])
-    population.parameters.mask[0, 0] = False
-    with pytest.raises(ValueError, match="as many weights in every ticket, got 279 to 280"):
-        PopulationPruner(population, "set", 0.1, 10, key)
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -429,6 +353,13 @@ def test_a_population_that_cannot_be_pruned_alike_is_refused():
         (lambda: Method(start=0.9), "stop must be at least start = 0.9"),
         (lambda: Method("cyclic"), "grow must be random or gradient"),
         (lambda: Method(every=0), "every must be at least 1"),
+        (lambda: Method(distribution="by-layer"), "shares must be given where the distribution"),
+        (lambda: Method(shares=(1, 2)), "shares must be given where the distribution is by-layer"),
+        (lambda: Method(shares=(1, 0)), "each of shares must be above 0"),
+        (
+            lambda: layer_counts("by-layer", LAYERS, 3, shares=(1.0,)),
+            "shares must be a number for each of 3 layers, got 1",
+        ),
         (lambda: Method(fraction=1.5), "fraction must be in"),
         (lambda: layer_counts("er", LAYERS, 3), "distribution must be one of global"),
         (lambda: layer_counts("erk", LAYERS, 40), r"k must be in \[0, 39\], got 40"),
