@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from sparse_tickets.kernels.dispatch import CHOSEN
 from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
 from sparse_tickets.kernels.policy import network as module
 from sparse_tickets.kernels.policy.blas import find_sgemm
@@ -64,7 +66,8 @@ class NetworkProblem:
             layers.append((layer.out, layer.inp, at, at, mask is not None))
             owned = {"weight": weight, "bias": bias}, {"mask": mask}
             self.places.append((*owned, weight, bias, mask))
-        return native.module.Run(layers, self.network.form, self.places)
+        nobody = native.module.Watch([], [], forward_ad.__dict__, CHOSEN)
+        return native.module.Run(layers, self.network.form, self.places, nobody)
 
     def truth(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """The output in float64, and the leaves that it was made of."""
