@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -22,6 +22,7 @@ from sparse_tickets.ceilings import Neighbours
 
 from .jobs import add_job, table
 from .results import RecordFile
+from .turns import take_turns
 
 SCRIPTS = {
     "ppo.py": ("CartPole-v1", 100_000),
@@ -94,10 +95,11 @@ def run_cleanrl(
         runs = []
         for count in threads:
             neighbours = Neighbours()
-            seconds: dict[str, list[float]] = {side: [] for side in programs}
-            for _ in range(rounds):
-                for side, program in programs.items():
-                    seconds[side].append(_seconds(program, clone, python, env, steps, count))
+            whole = {
+                side: partial(_run, program, clone, python, env, steps, count)
+                for side, program in programs.items()
+            }
+            seconds = take_turns(whole, rounds)
             runs.append({"threads": count, "seconds": seconds, "busy": neighbours.share()})
         label = f"CleanRL's {name}, {env}"
         add_job(file, label, {"slice": steps}, runs)
@@ -106,8 +108,8 @@ def run_cleanrl(
     return file.path
 
 
-def _seconds(program: str, clone: Path, python: str, env: str, steps: int, threads: int) -> float:
-    """Seconds of a program from its start to its end, in a folder that is thrown away."""
+def _run(program: str, clone: Path, python: str, env: str, steps: int, threads: int) -> None:
+    """A program from its start to its end, in a folder that is thrown away."""
     paths = [str(clone), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
@@ -120,8 +122,6 @@ def _seconds(program: str, clone: Path, python: str, env: str, steps: int, threa
             f"--total-timesteps={steps}",
             "--no-cuda",
         ]
-        begin = time.perf_counter()
         subprocess.run(
             command, cwd=folder, env=os.environ | settings, check=True, stdout=subprocess.DEVNULL
         )
-        return time.perf_counter() - begin

@@ -26,10 +26,12 @@ from sparse_tickets.timing import (
     Comparison,
     Contender,
     Spread,
-    Unverified,
     device_clock,
     interleave,
+    paired,
     process_clock,
+    turns,
+    verify,
 )
 
 _WARMUP = 3
@@ -213,9 +215,7 @@ def compare(
         (found.replay_speedup, walls | found.replay if subject.name in found.replay else {}),
         (found.cold_speedup, found.cold),
     ):
-        for contender in ready[1:] if seconds else ():
-            pairs = zip(seconds[contender.name], seconds[subject.name], strict=False)
-            ratios[contender.name] = Spread.of([theirs / ours for theirs, ours in pairs])
+        ratios.update(paired(subject, ready[1:], seconds))
     return found
 
 
@@ -224,24 +224,14 @@ def _cold(
 ) -> dict[str, tuple[float, ...]]:
     """As `timing.interleave_cold`."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    began, _ = timer.clock()
-    for index in range(budget.rounds):
-        if index >= 3 and timer.clock()[0] - began > budget.limit_seconds:
-            break
-        for contender in contenders:
-            seconds[contender.name].append(timer.cold(contender.run) / contender.units)
+    for contender in turns(contenders, budget, timer.clock):
+        seconds[contender.name].append(timer.cold(contender.run) / contender.units)
     return {name: tuple(values) for name, values in seconds.items()}
 
 
 def _verified(contender: Contender, errors: dict[str, float]) -> Contender:
     """The contender, having run once."""
-    if contender.error is not None:
-        errors[contender.name] = error = contender.error()
-        if not error <= 1:
-            raise Unverified(
-                f"{contender.name} must match the float64 reference, its error is "
-                f"{error:.3g} times what is allowed"
-            )
+    verify(contender, errors)
     contender.run()
     return contender
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 import warnings
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sparse_tickets.timing import pinned_threads
 
 from .results import RecordFile, choose, header, versions_in_words
 from .tables import grid
+from .turns import take_turns
 
 DENSITY = 0.1
 """What is left in the models that are timed."""
@@ -139,13 +140,6 @@ def check(label: str, policy: Any, density: float) -> None:
         )
 
 
-def _slice(model: Any, steps: int) -> float:
-    """Seconds in which a model learns on for this many timesteps."""
-    begin = time.perf_counter()
-    model.learn(steps, reset_num_timesteps=False)
-    return time.perf_counter() - begin
-
-
 def run_jobs(
     console: Console,
     rounds: int = 5,
@@ -178,11 +172,12 @@ def run_jobs(
                 models = {"dense": build(job, 0, 1.0), "sparse": build(job, 0, DENSITY)}
                 for model in models.values():
                     model.learn(job.warm)
-                seconds: dict[str, list[float]] = {name: [] for name in models}
+                slices = {
+                    name: partial(model.learn, job.slice, reset_num_timesteps=False)
+                    for name, model in models.items()
+                }
                 neighbours = Neighbours()
-                for _ in range(rounds):
-                    for name, model in models.items():
-                        seconds[name].append(_slice(model, job.slice))
+                seconds = take_turns(slices, rounds)
                 check(job.label, models["sparse"].policy, DENSITY)
             runs.append({"threads": count, "seconds": seconds, "busy": neighbours.share()})
         add_job(file, job.label, asdict(job), runs)

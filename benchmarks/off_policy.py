@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,8 @@ from sparse_tickets.envs import env_spec, make_env
 from sparse_tickets.population import Population, initialise, policy_arena
 from sparse_tickets.prune import random_mask
 from sparse_tickets.timing import pinned_threads
+
+from .turns import ratio, take_turns
 
 TICKETS = 16
 TURNS = 5
@@ -105,31 +106,25 @@ def main(algorithms: list[str]) -> None:
     """Print agent-steps per second of all three, medians over turns, and ratios within turns."""
     for algo in algorithms or SLICES:
         for hidden, (our_slices, their_slices) in SLICES[algo].items():
-            programs = (
-                ours(algo, hidden, our_slices, 1.0),
-                ours(algo, hidden, our_slices, DENSITY),
-                theirs(algo, hidden, their_slices),
-            )
-            for program in programs:
+            programs = {
+                "dense": ours(algo, hidden, our_slices, 1.0),
+                "pruned": ours(algo, hidden, our_slices, DENSITY),
+                "SB3": theirs(algo, hidden, their_slices),
+            }
+            for program in programs.values():
                 program()
-            rates: list[list[float]] = [[], [], []]
-            for _ in range(TURNS):
-                for program, found in zip(programs, rates, strict=True):
-                    begin = time.perf_counter()
-                    steps = program()
-                    found.append(steps / (time.perf_counter() - begin))
+            rates = tuple(take_turns(programs, TURNS, rates=True).values())
             dense, pruned, peer = (f"{statistics.median(found):,.0f}" for found in rates)
+            of_dense, of_peer, pruned_of_peer = (
+                " ".join(ratio(rates[one], rates[other], 1))
+                for one, other in ((1, 0), (0, 2), (1, 2))
+            )
             print(
                 f"{algo} {hidden}: {TICKETS} tickets {dense} agent-steps/s, at {DENSITY:.0%} "
-                f"{pruned} ({_ratio(rates[1], rates[0])} of dense); SB3 (1 agent) {peer}; "
-                f"ratio {_ratio(rates[0], rates[2])}, pruned {_ratio(rates[1], rates[2])}",
+                f"{pruned} ({of_dense} of dense); SB3 (1 agent) {peer}; "
+                f"ratio {of_peer}, pruned {pruned_of_peer}",
                 flush=True,
             )
-
-
-def _ratio(one: list[float], other: list[float]) -> str:
-    ratios = sorted(a / b for a, b in zip(one, other, strict=True))
-    return f"{statistics.median(ratios):.1f} ({ratios[0]:.1f}-{ratios[-1]:.1f})"
 
 
 if __name__ == "__main__":

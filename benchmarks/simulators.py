@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,6 +30,7 @@ from sparse_tickets.timing import pinned_threads
 from .jobs import need_sb3
 from .results import RecordFile, available_cores, choose, header
 from .tables import grid
+from .turns import ratio, take_turns
 
 TICKETS = 16
 
@@ -164,17 +164,11 @@ def _measure(task: SimulatorTask, rounds: int) -> dict[str, list[float]]:
         f"simulator, {cores} processes": _bare(task, cores),
         "SB3, one agent": _theirs(task),
     }
-    rates: dict[str, list[float]] = {name: [] for name in programs}
     with ExitStack() as stack:
         running = {name: stack.enter_context(program) for name, program in programs.items()}
         for run in running.values():
             run()
-        for _ in range(rounds):
-            for name, run in running.items():
-                begin = time.perf_counter()
-                steps = run()
-                rates[name].append(steps / (time.perf_counter() - begin))
-    return rates
+        return take_turns(running, rounds, rates=True)
 
 
 def run_simulators(
@@ -213,16 +207,15 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         rates, task = record["rates"], record["task"]
         mark = "~" if record["busy"] > BUSY else ""
-        alone = max(
-            (n for n in rates if n.startswith("simulator")), key=lambda n: _median(rates[n])
-        )
+        bare = [found for name, found in rates.items() if name.startswith("simulator")]
+        alone = max(bare, key=statistics.median)
         for name, found in rates.items():
             ratios = [
-                _ratio(found, rates["SB3, one agent"]) if name.startswith("ours") else "",
-                _ratio(found, rates[alone]) if not name.startswith("simulator") else "",
+                _times(found, rates["SB3, one agent"]) if name.startswith("ours") else "",
+                _times(found, alone) if not name.startswith("simulator") else "",
             ]
             label = f"{name}, {record['tickets']} tickets" if name.startswith("ours") else name
-            rows.append([task["env"], label, f"{mark}{_median(found):,.0f}", *ratios])
+            rows.append([task["env"], label, f"{mark}{statistics.median(found):,.0f}", *ratios])
     return (
         f"{grid(heads, rows, text=2)}\n\n"
         f"~: other processes used more than {BUSY:.0%} of the cores. SB3 computes with one thread; "
@@ -230,10 +223,6 @@ def table(records: list[dict[str, Any]]) -> str:
     )
 
 
-def _median(values: list[float]) -> float:
-    return statistics.median(values)
-
-
-def _ratio(one: list[float], other: list[float]) -> str:
-    ratios = sorted(a / b for a, b in zip(one, other, strict=True))
-    return f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+def _times(one: list[float], other: list[float]) -> str:
+    median, spread = ratio(one, other, 2)
+    return f"{median}x {spread}"

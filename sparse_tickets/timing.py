@@ -36,9 +36,12 @@ __all__ = [
     "interleave",
     "interleave_cold",
     "mismatch",
+    "paired",
     "pinned_threads",
     "tolerance",
+    "turns",
     "verified_ratio",
+    "verify",
 ]
 
 Clock = Callable[[], tuple[float, float]]
@@ -301,21 +304,26 @@ def interleave(
     calls = {c.name: _calls(c, budget, clock) for c in contenders}
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
+    for contender in turns(contenders, budget, clock):
+        count = calls[contender.name]
+        sample = _sample(contender.run, count, budget, clock)
+        if contender.without is not None:
+            less = _sample(contender.without, count, budget, clock)
+            sample = sample[0] - less[0], sample[1] - less[1]
+        units = count * contender.units
+        wall[contender.name].append(sample[0] / units)
+        cpu[contender.name].append(sample[1] / units)
+    return {name: Timing(tuple(wall[name]), tuple(cpu[name]), calls[name]) for name in names}
+
+
+def turns(contenders: Sequence[Contender], budget: Budget, clock: Clock) -> Iterator[Contender]:
+    """Contenders round by round, each round starting with the next, as long as the budget says."""
     began = clock()[0]
     for index in range(budget.rounds):
         if index >= 3 and clock()[0] - began > budget.limit_seconds:
-            break
+            return
         first = index % len(contenders)
-        for contender in (*contenders[first:], *contenders[:first]):
-            count = calls[contender.name]
-            sample = _sample(contender.run, count, budget, clock)
-            if contender.without is not None:
-                less = _sample(contender.without, count, budget, clock)
-                sample = sample[0] - less[0], sample[1] - less[1]
-            units = count * contender.units
-            wall[contender.name].append(sample[0] / units)
-            cpu[contender.name].append(sample[1] / units)
-    return {name: Timing(tuple(wall[name]), tuple(cpu[name]), calls[name]) for name in names}
+        yield from (*contenders[first:], *contenders[:first])
 
 
 def _sample(
@@ -365,17 +373,12 @@ def interleave_cold(
         clock: see `Clock`.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    began = clock()[0]
-    for index in range(budget.rounds):
-        if index >= 3 and clock()[0] - began > budget.limit_seconds:
-            break
-        first = index % len(contenders)
-        for contender in (*contenders[first:], *contenders[:first]):
-            evict()
-            time.sleep(budget.settle_seconds)
-            before = clock()[0]
-            contender.run()
-            seconds[contender.name].append((clock()[0] - before) / contender.units)
+    for contender in turns(contenders, budget, clock):
+        evict()
+        time.sleep(budget.settle_seconds)
+        before = clock()[0]
+        contender.run()
+        seconds[contender.name].append((clock()[0] - before) / contender.units)
     return {name: tuple(values) for name, values in seconds.items()}
 
 
@@ -432,16 +435,9 @@ def verified_ratio(
     if subject.error is None:
         raise ValueError(f"subject must be comparable with the reference, {subject.name} is not")
     contenders = (subject, *peers)
-    errors = {}
+    errors: dict[str, float] = {}
     for contender in contenders:
-        if contender.error is None:
-            continue
-        errors[contender.name] = error = contender.error()
-        if not error <= 1:
-            raise Unverified(
-                f"{contender.name} must match the float64 reference, its error is {error:.3g} "
-                "times what is allowed"
-            )
+        verify(contender, errors)
     timings = interleave(contenders, budget, clock)
     for contender in contenders:
         # A round that was interrupted may come out negative, and then counts against us.
@@ -453,20 +449,35 @@ def verified_ratio(
     warm = {name: timing.wall for name, timing in timings.items()}
     cold = interleave_cold(contenders, budget, evict, clock) if evict is not None else {}
     return Comparison(
-        timings, errors, _paired(subject, peers, warm), cold, _paired(subject, peers, cold)
+        timings, errors, paired(subject, peers, warm), cold, paired(subject, peers, cold)
     )
 
 
-def _paired(
+def verify(contender: Contender, errors: dict[str, float]) -> None:
+    """Note a contender's error, if it has one; raise `Unverified` if it exceeds 1 or is NaN."""
+    if contender.error is None:
+        return
+    errors[contender.name] = error = contender.error()
+    if not error <= 1:
+        raise Unverified(
+            f"{contender.name} must match the float64 reference, its error is {error:.3g} "
+            "times what is allowed"
+        )
+
+
+def paired(
     subject: Contender, peers: Sequence[Contender], seconds: dict[str, tuple[float, ...]]
 ) -> dict[str, Spread]:
-    """Each peer's time over the subject's, round by round; nothing without times."""
+    """Each peer's time over the subject's, round by round; nothing without times.
+
+    Where one was timed for fewer rounds, the others' last ones count for nothing.
+    """
     if not seconds:
         return {}
     ours = seconds[subject.name]
     return {
         peer.name: Spread.of(
-            [theirs / own for theirs, own in zip(seconds[peer.name], ours, strict=True)]
+            [theirs / own for theirs, own in zip(seconds[peer.name], ours, strict=False)]
         )
         for peer in peers
     }
