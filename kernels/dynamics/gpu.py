@@ -285,10 +285,10 @@ def _initial_kernel(u, state, copies, TASK: tl.constexpr, SIZE: tl.constexpr, BL
 
 @jit_kernel(fp_fusion=False)
 def _step_kernel(
-    state,
-    action,
-    successor,
-    reward,
+    state,  # [copies, SIZE]
+    action,  # [copies]
+    successor,  # [copies, SIZE], written
+    reward,  # [copies], written, as the next
     terminated,
     copies,
     TASK: tl.constexpr,
@@ -307,8 +307,8 @@ def _step_kernel(
 
 @jit_kernel(fp_fusion=False)
 def _observe_kernel(
-    state,
-    observation,
+    state,  # [copies, SIZE]
+    observation,  # [copies, FEATURES], written
     copies,
     TASK: tl.constexpr,
     SIZE: tl.constexpr,

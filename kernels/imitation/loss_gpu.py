@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..examples import Example, meta
 from ..jit import jit_kernel
-from ..mlp.heads import padded, prefer_launch
+from ..training.loss_launches import padded, prefer_launch
 
 # Below the logarithm of the smallest normal float32: an action the expert never takes.
 _NEVER = tl.constexpr(-87.0)

@@ -155,6 +155,37 @@ def _add_rows(total, delta):
     return total + delta
 
 
+@triton.jit
+def store_gradients(
+    target,
+    mask,
+    grads,
+    bias_grads,
+    samples,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BIASES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Into a row of the arena: both kinds from the output down, with a bias's rows still apart."""
+    DEPTH: tl.constexpr = len(SIZES) - 1
+    for layer in tl.static_range(DEPTH):
+        row = tl.arange(0, BLOCKS[layer + 1])
+        grad = grads[DEPTH - 1 - layer]
+        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)  # [out]
+        # Plus 0, as the compiler cannot know: else registers keep through the loop what the
+        # loads of the weights found of their entries.
+        row += (samples < 0).to(tl.int32)
+        col = tl.arange(0, BLOCKS[layer])[None, :]  # [1, inp]
+        inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
+        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
+        if MASKED[layer]:
+            grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
+        tl.store(target + entry, grad, mask=inside)
+        tl.store(target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
+
+
 @jit_kernel(fp_fusion=True)
 def backward_kernel(
     dy,  # [P, samples, outputs]
@@ -242,20 +273,9 @@ def backward_kernel(
         dy += ROWS * dy_row
 
     target += place * target_row
-    for layer in tl.static_range(DEPTH):
-        row = tl.arange(0, BLOCKS[layer + 1])
-        grad = grads[DEPTH - 1 - layer]
-        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)  # [out]
-        # Plus 0, as the compiler cannot know: else registers keep through the loop what the
-        # loads of the weights found of their entries.
-        row += (samples < 0).to(tl.int32)
-        col = tl.arange(0, BLOCKS[layer])[None, :]  # [1, inp]
-        inside = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
-        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
-        if MASKED[layer]:
-            grad = tl.where(tl.load(mask + entry, mask=inside, other=0) != 0, grad, 0.0)
-        tl.store(target + entry, grad, mask=inside)
-        tl.store(target + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
+    store_gradients(
+        target, mask, grads, bias_grads, samples, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED
+    )
 
 
 def _launch(rows: int, warps: int) -> Launch:

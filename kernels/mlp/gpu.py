@@ -16,9 +16,9 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..arena import Arena, Net, Processor
 from ..examples import Example, meta
-from . import passes_gpu, split_gpu
+from . import launches_gpu, split_gpu
 from .geometry import Geometry
-from .passes_gpu import Route, Weights
+from .launches_gpu import Route, Weights
 
 FUSED_WIDTH = 64
 """Widest network whose activations, and the gradients of whose weights, stay in registers."""
@@ -104,7 +104,7 @@ def forward(
     route = choose(net, precision).forward
     # The fused pass keeps activations in registers.
     route = "walk" if keep and route == "fused" else route
-    y, hidden = passes_gpu.forward(Weights.of(weight, net, mask), x, route, precision)
+    y, hidden = launches_gpu.forward(Weights.of(weight, net, mask), x, route, precision)
     return y, hidden if keep else None
 
 
@@ -145,7 +145,7 @@ def backward(
     dx = x.new_empty(x.shape) if to_input else None
     if not to_weight:
         if dx is not None and dx.numel():
-            passes_gpu.backward(weights, dy, x, route, precision, hidden, dx)
+            launches_gpu.backward(weights, dy, x, route, precision, hidden, dx)
         return dx, None
     alone = into is None
     if into is None:
@@ -154,13 +154,13 @@ def backward(
         dweight = into
     if tickets == 0 or samples == 0:
         return dx, dweight.zero_() if alone else dweight
-    splits, stretch = passes_gpu.cut_as_measured(x, weights.geometry, route)
+    splits, stretch = launches_gpu.cut_as_measured(x, weights.geometry, route)
     if splits > 1:
         rows = weight.new_empty(tickets * splits, weight.shape[1])
     else:
         rows = dweight.zero_() if alone else dweight
     stretches = splits, stretch
-    passes_gpu.backward(weights, dy, x, route, precision, hidden, dx, rows, stretches)
+    launches_gpu.backward(weights, dy, x, route, precision, hidden, dx, rows, stretches)
     if splits > 1:
         _add(rows, dweight, weights.geometry, splits, alone)
     return dx, dweight

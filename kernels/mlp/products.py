@@ -26,6 +26,7 @@ def _make_product(accumulate):
     @njit
     def product(a, a0, ar, ad, space, x0, xd, y0, ys, rows, depth, width, bias, b0):
         wide = width // (_WIDE * LANES) * (_WIDE * LANES)
+        # Columns outermost: x's are in L1 then for every tile of rows but the first.
         for c in range(0, wide, _WIDE * LANES):
             x, r = x0 + c, 0
             while r + 6 <= rows:
@@ -95,6 +96,7 @@ def sparse_gradient(grad, column, begin, rows, count, space, delta, x, width, pa
     for r in range(count):
         d0 = delta + rows[r] * PANEL
         if width == PANEL:
+            # The row's panel in eight registers; two chains hide the multiply-adds' latency.
             a, b = load(space, d0), load(space, d0 + LANES)
             c, d = load(space, d0 + 2 * LANES), load(space, d0 + 3 * LANES)
             e, f = load(space, d0 + 4 * LANES), load(space, d0 + 5 * LANES)

@@ -28,9 +28,9 @@ ADD_BLOCK = 512
 
 @triton.jit
 def _product(
-    a,
+    a,  # [rows, DEPTH], of one ticket
     a_row,
-    b,
+    b,  # [DEPTH, cols], of one ticket
     b_inner,
     b_col,
     mask,
@@ -227,13 +227,13 @@ def delta_kernel(
 
 @triton.jit
 def _gradient_tile(
-    delta,
+    delta,  # [samples, OUT], of one ticket, as all pointers
     delta_row,
-    source,
+    source,  # [samples, INP]
     source_row,
-    mask,
-    grad,
-    bias_grad,
+    mask,  # [OUT, INP]
+    grad,  # [OUT, INP], written
+    bias_grad,  # [OUT], written
     begin,
     end,
     tile,
@@ -363,8 +363,8 @@ def gradient_kernel(
 
 @jit_kernel(fp_fusion=True)
 def add_kernel(
-    partial,
-    target,
+    partial,  # [P, splits, size]
+    target,  # [P, size], written
     splits,
     size,
     target_row,

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linear import is_watched, recycling
+from ..linear import is_watched
 from ..threads import count_threads
 from ..vector import aligned_empty
-from . import cpu, reference
+from . import cpu, reference, reused_memory
 from .layout import ACT_FROM, CALL_FIRST, CALL_LAYER, FEW, LONG, Form, Layer, Support
 
 # How many sizes of batches a network keeps its forms for.
@@ -79,7 +79,7 @@ class Network:
         self.out = self.layers[-1].out
         self._supports = [Support(layer) for layer in self.layers]
         self._small = [
-            recycling.is_small(size)
+            reused_memory.is_small(size)
             for layer in self.layers
             for size in (layer.out * layer.inp, layer.out)
         ]
@@ -154,7 +154,7 @@ class Network:
         batch = x.shape[0]
         form = self.form(batch)
         y = _empty(batch, self.out)
-        saved = recycling.empty(form.values + -(-batch // form.tile) * form.record)
+        saved = reused_memory.empty(form.values + -(-batch // form.tile) * form.record)
         call = _take(self._numbers, form.scratch)
         work = form.work * batch
         self._pack(
@@ -177,7 +177,7 @@ class Network:
         """The gradients that are needed of x and the parameters, None elsewhere."""
         batch = x.shape[0]
         form = self.form(batch)
-        dx = recycling.empty(*x.shape) if needed[0] else None
+        dx = reused_memory.empty(*x.shape) if needed[0] else None
         found: list[Tensor | None] = [dx]
         addresses: list[int] = []
         for parameter, need, small in zip(parameters, needed[1:], self._small, strict=True):
@@ -186,7 +186,7 @@ class Network:
                 found.append(None)
                 addresses += (0 if parameter is None else parameter.data_ptr(), 0)
                 continue
-            grad = _empty_like(parameter) if small else recycling.empty(*parameter.shape)
+            grad = _empty_like(parameter) if small else reused_memory.empty(*parameter.shape)
             found.append(grad)
             addresses += (parameter.data_ptr(), grad.data_ptr())
         dy = dy.resolve_neg().contiguous()

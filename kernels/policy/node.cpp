@@ -47,7 +47,7 @@ void* allocate(int64_t elements) {
   return std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
 }
 
-// Memory of large results, used again once nobody holds them: see `linear/recycling.py`. From fewer
+// Memory of large results, used again once nobody holds them: see `reused_memory.py`. From fewer
 // elements on than there: a freed block of 64 KB has the C library tidy up its heap, 2 us.
 class Recycled {
  public:

@@ -47,11 +47,6 @@ def empty(*shape: int) -> Tensor:
     return torch.from_numpy(buffer.reshape(shape))
 
 
-def zeros(*shape: int) -> Tensor:
-    """A float32 CPU tensor of zeros of this shape."""
-    return empty(*shape).zero_()
-
-
 def _take(size: int) -> np.ndarray | None:
     """A kept buffer of this size that nobody uses, taken out."""
     for _ in range(len(_buffers)):

@@ -23,9 +23,9 @@ from ..examples import Example, meta
 from ..jit import jit_kernel
 from ..launch import Launch
 from ..mlp import fused_gpu as mlp
-from ..mlp.fused_gpu import hidden_layers, load_bias, load_weight, zeros
+from ..mlp.fused_gpu import hidden_layers, load_bias, load_weight, store_gradients, zeros
 from ..mlp.geometry import Geometry
-from ..mlp.passes_gpu import FUSED_STRETCH, cut
+from ..mlp.launches_gpu import FUSED_STRETCH, cut
 from ..tuning import prefer
 from .loss_gpu import load_spread, policy_loss, standardise, store_policy_sums, value_loss
 
@@ -81,31 +81,6 @@ def _add_gradients(
             delta = tl.dot(delta, matrix, input_precision="ieee")  # [rows, inp]
             delta = deactivate(delta, inputs[layer], ACTIVATION)
     return new_grads, new_bias_grads
-
-
-@triton.jit
-def _store_gradients(
-    rows,
-    grads,
-    bias_grads,
-    count,
-    SIZES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BIASES: tl.constexpr,
-):
-    """Into a row of the arena."""
-    DEPTH: tl.constexpr = len(SIZES) - 1
-    for layer in tl.static_range(DEPTH):
-        # Plus 0, as the compiler cannot know: else registers keep through the loop what loads of
-        # weights found of their entries.
-        row = tl.arange(0, BLOCKS[layer + 1]) + (count < 0).to(tl.int32)
-        col = tl.arange(0, BLOCKS[layer])[None, :]  # [1, inp]
-        there = (row[:, None] < SIZES[layer + 1]) & (col < SIZES[layer])
-        entry = WEIGHTS[layer] + row[:, None] * SIZES[layer] + col
-        tl.store(rows + entry, grads[DEPTH - 1 - layer], mask=there)
-        bias_grad = tl.sum(bias_grads[DEPTH - 1 - layer], 0)
-        tl.store(rows + BIASES[layer] + row, bias_grad, mask=row < SIZES[layer + 1])
 
 
 @triton.jit
@@ -192,7 +167,7 @@ def _learn(
             grads, bias_grads, delta, inputs, weight, SIZES, BLOCKS, WEIGHTS, MASKED, ACTIVATION
         )
 
-    _store_gradients(rows, grads, bias_grads, count, SIZES, BLOCKS, WEIGHTS, BIASES)
+    store_gradients(rows, None, grads, bias_grads, count, SIZES, BLOCKS, WEIGHTS, BIASES, MASKED)
     if ACTOR:
         if LOG_STD is not None:
             # The entropy's part is no sample's: the first stretch has it.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..examples import Example, meta
 from ..jit import jit_kernel
-from ..mlp.heads import padded, prefer_launch
+from ..training.loss_launches import padded, prefer_launch
 
 if TYPE_CHECKING:
     from . import Batch, PPOConfig

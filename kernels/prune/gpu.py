@@ -69,7 +69,14 @@ def _choose(counts, wanted):
 
 @jit_kernel(fp_fusion=True)
 def _select_kernel(
-    scores, mask, out, k, prunable, stride, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr
+    scores,  # [P, prunable], rows strided
+    mask,  # [P, prunable]
+    out,  # [P, prunable], written
+    k,  # [P]
+    prunable,
+    stride,
+    MAGNITUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A row's k-th largest score, digit by digit, then its mask."""
     ticket = tl.program_id(0).to(tl.int64)

@@ -48,13 +48,13 @@ def box_muller(first, second):
     fp_fusion=True, do_not_specialize=["n", "step_low", "step_high", "stream", "step_stride"]
 )
 def _draw_kernel(
-    key_pointer,
-    out_pointer,
+    key_pointer,  # [P]
+    out_pointer,  # [P, n], written
     n,
     step_low,
     step_high,
     stream,
-    step_pointer,
+    step_pointer,  # [P], or one step for all, or None
     step_stride,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -116,7 +116,8 @@ def pick(probs_pointer, u, ACTIONS: tl.constexpr, inside):
 def _categorical_kernel(
     probs_pointer, u_pointer, out_pointer, rows, ACTIONS: tl.constexpr, ROWS: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # Of ``probs [rows, ACTIONS]`` and ``u [rows]``.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = row < rows
     u = tl.load(u_pointer + row, mask=inside, other=0.0)
     tl.store(out_pointer + row, pick(probs_pointer + row * ACTIONS, u, ACTIONS, inside), inside)

@@ -153,12 +153,12 @@ def _act_kernel(
 
 @jit_kernel(fp_fusion=False, do_not_specialize=["size", "copies", "index"])
 def _evaluate_kernel(
-    weight,
-    key,
-    offset,
+    weight,  # [P, size]
+    key,  # [P]
+    offset,  # [features], as the next two
     scale,
-    source,
-    total,
+    source,  # which input shows what, or None
+    total,  # [P, copies], written
     size,
     copies,
     index,

@@ -13,10 +13,7 @@ from ..dispatch import resolve_backend
 from ..errors import check_tensor, check_untransformed
 from . import reference
 
-__all__ = ["LOG_STD_RANGE", "half_spans", "sample", "within_bounds"]
-
-LOG_STD_RANGE = reference.LOG_STD_RANGE
-"""Log standard deviations beyond are cut off."""
+__all__ = ["half_spans", "sample", "within_bounds"]
 
 
 @torch.no_grad()

@@ -59,11 +59,11 @@ def _support(mask, ticket, column, prunable, among):
 
 @jit_kernel(fp_fusion=True)
 def _norm_kernel(
-    grad,
-    summed,
-    mask,
-    partial,
-    step,
+    grad,  # [P, size], or [P, summands, size]
+    summed,  # [P, size], written, or None
+    mask,  # [P, prunable], or None
+    partial,  # [P, parts], written
+    step,  # [P], written
     size,
     prunable,
     parts,
@@ -116,15 +116,15 @@ def _clip(partial, norm, ticket, block, max_norm, parts, CLIP: tl.constexpr, PAR
 
 @jit_kernel(fp_fusion=True)
 def _adam_kernel(
-    weight,
-    grad,
+    weight,  # [P, size], written, as m and v
+    grad,  # [P, size]
     m,
     v,
-    step,
-    lr,
-    mask,
-    partial,
-    norm,
+    step,  # [P]
+    lr,  # [P]
+    mask,  # [P, prunable], or None
+    partial,  # [P, parts], of `_norm_kernel`
+    norm,  # [P], written
     size,
     prunable,
     blocks,

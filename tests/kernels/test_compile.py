@@ -1,7 +1,8 @@
 """Every Triton kernel compiles for every supported GPU generation, and as it should.
 
 Continuous integration compiles for Hopper a few cases of every kernel, with tensor cores and
-without; `pytest -m slow` compiles every shipped configuration for every generation.
+without; `pytest -m slow` compiles every shipped configuration for every generation, and with
+``-k sm_80`` for one.
 """
 
 import ast
@@ -28,20 +29,19 @@ from sparse_tickets.kernels.machine_code import CAPABILITIES, occupancy, spilled
 pytest.importorskip("triton")
 
 
-_seen: list[tuple[str, str, int]] = []
-
-
-def _see(report: Report) -> None:
-    _seen.append((report.op, report.case, report.capability))
+_seen: dict[tuple[bool, int], list[tuple[str, str]]] = {}
 
 
 @cache
-def _reports(smoke: bool) -> dict[tuple[str, str, int], Report]:
+def _reports(smoke: bool, capability: int) -> dict[tuple[str, str], Report]:
     """Of all ops at once: starting Python and Triton costs more than compiling a kernel."""
-    _seen.clear()
-    capabilities = [90] if smoke else CAPABILITIES
-    reports = compile_ops(ops_with_kernels(), capabilities, smoke=smoke, on_report=_see)
-    return {(report.op, report.case, report.capability): report for report in reports}
+    seen = _seen[smoke, capability] = []
+
+    def see(report: Report) -> None:
+        seen.append((report.op, report.case))
+
+    reports = compile_ops(ops_with_kernels(), [capability], smoke=smoke, on_report=see)
+    return {(report.op, report.case): report for report in reports}
 
 
 def _names(smoke: bool) -> list[tuple[str, str]]:
@@ -51,14 +51,14 @@ def _names(smoke: bool) -> list[tuple[str, str]]:
 @pytest.mark.long
 @pytest.mark.parametrize(("op", "case"), _names(smoke=True))
 def test_compiles_well_for_hopper(op: str, case: str) -> None:
-    _check(_reports(smoke=True)[op, case, 90])
+    _check(_reports(True, 90)[op, case])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
 @pytest.mark.parametrize(("op", "case"), _names(smoke=False))
 def test_compiles_well_everywhere(op: str, case: str, capability: int) -> None:
-    _check(_reports(smoke=False)[op, case, capability])
+    _check(_reports(False, capability)[op, case])
 
 
 def _check(report: Report) -> None:
@@ -208,9 +208,9 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
 
 @pytest.mark.long
 def test_reports_come_in_order_of_the_cases() -> None:
-    names = [(op, case, 90) for op, case in _names(smoke=True)]
-    assert list(_reports(smoke=True)) == names
-    assert sorted(_seen) == sorted(names)
+    names = _names(smoke=True)
+    assert list(_reports(True, 90)) == names
+    assert sorted(_seen[True, 90]) == sorted(names)
 
 
 def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

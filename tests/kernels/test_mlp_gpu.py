@@ -9,7 +9,7 @@ from sparse_tickets.kernels.mlp import mlp, plan, reference
 
 pytest.importorskip("triton")
 
-from sparse_tickets.kernels.mlp import fused_gpu, gpu, passes_gpu
+from sparse_tickets.kernels.mlp import fused_gpu, gpu, launches_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -125,7 +125,7 @@ def test_any_number_of_samples(samples, to_input):
 
 @pytest.mark.long
 def test_the_gradients_of_many_samples_are_added(monkeypatch):
-    monkeypatch.setattr(passes_gpu, "SPLIT_STRETCH", 64)
+    monkeypatch.setattr(launches_gpu, "SPLIT_STRETCH", 64)
     for sizes in THREE:
         assert_equals_float64(*population(sizes, samples=150), to_input=True)
 
@@ -320,10 +320,10 @@ def test_refuses_what_it_cannot_do():
 
 def test_stretches_are_whole_tiles_and_cover_the_samples():
     for samples in (1, 31, 64, 65, 130, 5000, 10**6):
-        for stretch in (passes_gpu.FUSED_STRETCH, passes_gpu.SPLIT_STRETCH):
-            splits, length = passes_gpu.cut(samples, stretch)
-            assert 1 <= splits <= passes_gpu.MOST_STRETCHES
+        for stretch in (launches_gpu.FUSED_STRETCH, launches_gpu.SPLIT_STRETCH):
+            splits, length = launches_gpu.cut(samples, stretch)
+            assert 1 <= splits <= launches_gpu.MOST_STRETCHES
             assert (splits - 1) * length < samples <= splits * length
-            assert length % passes_gpu.STRETCH_UNIT == 0
+            assert length % launches_gpu.STRETCH_UNIT == 0
             for launch in fused_gpu.launches((16, 32, 16)):
                 assert length % launch.rows == 0

@@ -126,7 +126,7 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr(module, "_empty", empty)
     monkeypatch.setattr(module, "_empty_like", empty_like)
-    monkeypatch.setattr(module.recycling, "empty", empty)
+    monkeypatch.setattr(module.reused_memory, "empty", empty)
     for call in module._calls:
         call.scratch.fill(float("nan"))
     yield

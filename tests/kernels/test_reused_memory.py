@@ -7,22 +7,23 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from sparse_tickets.kernels.linear import linear, recycling
+from sparse_tickets.kernels.linear import linear
+from sparse_tickets.kernels.policy import reused_memory
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    recycling._buffers.clear()
+    reused_memory._buffers.clear()
     yield
-    recycling._buffers.clear()
+    reused_memory._buffers.clear()
 
 
 def test_memory_is_used_again_once_free() -> None:
-    first = recycling.empty(300, 400)
+    first = reused_memory.empty(300, 400)
     place = first.data_ptr()
     assert place % 64 == 0
     del first
-    again = recycling.empty(400, 300)
+    again = reused_memory.empty(400, 300)
     assert again.data_ptr() == place
     assert again.shape == (400, 300)
     assert again.dtype == torch.float32
@@ -42,12 +43,12 @@ def test_memory_is_used_again_once_free() -> None:
     ],
 )
 def test_memory_that_something_looks_at_is_left_alone(look) -> None:
-    tensor = recycling.empty(300, 400)
+    tensor = reused_memory.empty(300, 400)
     place, seen = tensor.data_ptr(), look(tensor)
     del tensor
-    assert recycling.empty(300, 400).data_ptr() != place
+    assert reused_memory.empty(300, 400).data_ptr() != place
     del seen
-    assert place in {recycling.empty(300, 400).data_ptr() for _ in range(2)}
+    assert place in {reused_memory.empty(300, 400).data_ptr() for _ in range(2)}
 
 
 def test_autograd_s_saved_results_are_left_alone() -> None:
@@ -69,18 +70,20 @@ def test_autograd_s_saved_results_are_left_alone() -> None:
 
 
 def test_little_is_kept() -> None:
-    held = [recycling.empty(1 << 20) for _ in range(40)]
-    assert sum(buffer.size for buffer in recycling._buffers) <= recycling._MOST_ELEMENTS
+    held = [reused_memory.empty(1 << 20) for _ in range(40)]
+    assert sum(buffer.size for buffer in reused_memory._buffers) <= reused_memory._MOST_ELEMENTS
     assert len({tensor.data_ptr() for tensor in held}) == 40
-    small, huge = recycling.empty(3, 5), recycling.empty(recycling._MOST_ELEMENTS + 1)
-    assert not any(t.data_ptr() == b.ctypes.data for t in (small, huge) for b in recycling._buffers)
-    assert recycling.empty(0, 7).shape == (0, 7)
+    small, huge = reused_memory.empty(3, 5), reused_memory.empty(reused_memory._MOST_ELEMENTS + 1)
+    assert not any(
+        t.data_ptr() == b.ctypes.data for t in (small, huge) for b in reused_memory._buffers
+    )
+    assert reused_memory.empty(0, 7).shape == (0, 7)
 
 
 def test_threads_get_memory_of_their_own() -> None:
     def work(number: int) -> bool:
         for _ in range(200):
-            tensor = recycling.empty(1 << 16)
+            tensor = reused_memory.empty(1 << 16)
             tensor.fill_(number)
             if not bool((tensor == number).all()):
                 return False
