@@ -36,7 +36,7 @@ NARROW = 32
 """Width up to which any network fits that goes back in one launch."""
 
 MOST_LAYERS = 3
-"""Of wider ones: four spill on some GPU."""
+"""Of wider ones, and of what narrower ones may be tuned to: four spill on some GPU."""
 
 _WALK = 512
 """Advantages that a program reads at once for their mean and deviation."""
@@ -338,10 +338,11 @@ def _prefer_launch(arena: Arena, batch: Batch, count: int) -> Launch:
 
 @cache
 def _launches(arena: Arena) -> tuple[Launch, ...]:
-    """What registers hold on every GPU, the default first; that alone but with tanh."""
+    """What registers hold on every GPU, the default first; it alone but for few layers with tanh."""
     blocks = (block for net in arena.nets for block in Geometry.of(net, 0).blocks)
     launches = mlp.launches(tuple(blocks))
-    return launches if arena.actor.activation == "tanh" else launches[:1]
+    few = all(net.depth <= MOST_LAYERS for net in arena.nets)
+    return launches if few and arena.actor.activation == "tanh" else launches[:1]
 
 
 def _label(arena: Arena) -> str:
