@@ -66,7 +66,7 @@ class Job:
 JOBS = (
     Job("PPO", "CartPole-v1", 30_720, 64, 2048, 2048, options={"batch_size": 64}),
     Job(
-        *("DQN", "CartPole-v1", 20_000, 256, 1280, 2560),
+        *("DQN", "CartPole-v1", 50_000, 256, 1280, 2560),
         options={
             "batch_size": 128,
             "learning_rate": 2.3e-3,
