@@ -338,7 +338,7 @@ def _prefer_launch(arena: Arena, batch: Batch, count: int) -> Launch:
 
 @cache
 def _launches(arena: Arena) -> tuple[Launch, ...]:
-    """What registers hold on every GPU, the default first; it alone but for few layers with tanh."""
+    """What registers hold on every GPU: the default, and others for few layers with tanh."""
     blocks = (block for net in arena.nets for block in Geometry.of(net, 0).blocks)
     launches = mlp.launches(tuple(blocks))
     few = all(net.depth <= MOST_LAYERS for net in arena.nets)
