@@ -96,22 +96,25 @@ class Place:
         with SweepProgress(spec, Console()) as progress:
             return run_sweep(spec, self.runs / name, on_progress=progress.advance)
 
-    def cells(self, name: str, spec: Sweep) -> pl.DataFrame:
-        """A sweep's cells alone: of a stored table that has every one, else of `sweep`."""
-        found = self._stored_sweep(name, spec)
+    def cells(self, name: str, spec: Sweep, *, dense: bool = True) -> pl.DataFrame:
+        """A sweep's cells alone: of a stored table that has every one, else of `sweep`.
+
+        Dense policies may be missing there where they are not ``dense``: another sweep has them.
+        """
+        found = self._stored_sweep(name, spec, dense)
         if found is None:
             found = load_results(self.sweep(name, spec).path)
             found = found.with_columns(pl.lit(_sweep_source(name, spec)).alias(SOURCE))
         return found
 
-    def wants(self, name: str, spec: Sweep | None = None) -> bool:
+    def wants(self, name: str, spec: Sweep | None = None, *, dense: bool = True) -> bool:
         """Whether a sweep is to be told of: one that has not begun is left where ``partial``.
 
-        Given its spec, one whose cells are stored is told of, too.
+        Given its spec, one whose cells are stored, as for `cells`, is told of, too.
         """
         if not self.partial or self._begun(name):
             return True
-        return spec is not None and self._stored_sweep(name, spec) is not None
+        return spec is not None and self._stored_sweep(name, spec, dense) is not None
 
     def _begun(self, name: str) -> bool:
         return (self.runs / name / "spec.json").exists()
@@ -145,10 +148,10 @@ class Place:
         file = self._file(name, settings)
         return file.exists() or next(self._of(file.stem), None) is not None
 
-    def _stored_sweep(self, name: str, spec: Sweep) -> pl.DataFrame | None:
+    def _stored_sweep(self, name: str, spec: Sweep, dense: bool) -> pl.DataFrame | None:
         for found in self._of(_sweep_source(name, spec)):
             cells = found.select([each for each in found.columns if each in _OF_A_SWEEP])
-            if set(COLUMNS) <= set(cells.columns) and _is_whole(cells, spec):
+            if set(COLUMNS) <= set(cells.columns) and _is_whole(cells, spec, dense):
                 return cells
         return None
 
@@ -172,8 +175,11 @@ def _sweep_source(name: str, spec: Sweep) -> str:
     return f"{name}-{spec_hash(spec.to_dict())}"
 
 
-def _is_whole(cells: pl.DataFrame, spec: Sweep) -> bool:
-    """Whether these are all cells of a sweep, each once, and nothing else."""
+def _is_whole(cells: pl.DataFrame, spec: Sweep, dense: bool) -> bool:
+    """Whether these are all cells of a sweep, each once, and nothing else.
+
+    All but the dense policies are enough where those are not asked for.
+    """
     wanted = {
         (algo, level, track.seed, track.condition, track.controls)
         for algo in spec.algos
@@ -181,7 +187,11 @@ def _is_whole(cells: pl.DataFrame, spec: Sweep) -> bool:
         for track in spec.tracks(level)
     }
     found = cells.select("algo", "level", "seed", "condition", "controls").rows()
-    return len(found) == len(wanted) and set(found) == wanted
+    pruned = {cell for cell in wanted if cell[1] > 0}
+    return any(
+        len(found) == len(each) and set(found) == each
+        for each in ((wanted,) if dense else (wanted, pruned))
+    )
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,9 @@ def conclude(cells: pl.DataFrame) -> Finding:
     )
     beside = removed(cells)
     if beside:
-        ran += f"; the tickets of conditions on {', '.join(tasks(cells))}"
+        counts = {env: part["seed"].n_unique() for env, part in tasks(cells).items()}
+        named = ", ".join(f"{env} ({seeds} seeds)" for env, seeds in counts.items())
+        ran += f"; tickets of conditions on {named}"
         fewer = sum(direction(more) == 1 for *_, more in beside)
         words += f"; more than by chance in {fewer} of {len(beside)} on other tasks"
         figures["input_masks_tasks"] = partial(draw_tasks, cells)

@@ -128,9 +128,12 @@ class Extended:
     later: tuple[SharedSweep, ...]
 
     def cells(self, place: Place) -> pl.DataFrame:
-        parts = (self.first, *(() if place.quick else self.later))
-        found = [each.cells(place) for each in parts if each.wanted(place)]
-        # Other controls of the same seeds train the same dense policies again.
+        found = [self.first.cells(place)]
+        for each in () if place.quick else self.later:
+            spec = each.spec(place)
+            # Other controls of the same seeds train the same dense policies, which are kept once.
+            if place.wants(each.name, spec, dense=False):
+                found.append(place.cells(each.name, spec, dense=False))
         cell = ("algo", "level", "seed", "condition", "controls")
         return pl.concat(found, how="diagonal").unique(cell, keep="first", maintain_order=True)
 

@@ -115,6 +115,23 @@ def test_an_extended_sweep_is_one_with_both_kinds_of_controls(tmp_path, brief):
     assert extended.wanted(replace(place, partial=True))
 
 
+def test_stored_cells_of_an_extended_sweep_are_taken_whole(tmp_path, brief, monkeypatch):
+    """A table has the dense policies once, which both sweeps train."""
+    shuffled = ("mask/weights", "mask/permuted")
+    spec = replace(brief, conditions=shuffled, controls=("ticket",), levels=3)
+    first = sweeps.SharedSweep("first", lambda: spec)
+    extended = sweeps.Extended(first, (sweeps.own_controls(first),))
+    cells = extended.cells(Place(tmp_path / "runs"))
+    table = tmp_path / "table.parquet"
+    write_parquet(table, cells)
+
+    monkeypatch.setattr("sparse_tickets.sweep.run.train_population", refuse)
+    place = Place(tmp_path / "none", partial=True, stored=(table,))
+    assert_frame_equal(extended.cells(place), cells, check_column_order=False)
+    own = extended.later[0]
+    assert not own.wanted(place)  # by itself it lacks its dense policies
+
+
 def test_stored_tables_are_taken_in_their_order(tmp_path, brief):
     cells = Place(tmp_path).cells("brief", brief)
     for name in ("own", "other"):
