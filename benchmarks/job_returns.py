@@ -124,16 +124,18 @@ def table(records: list[dict[str, Any]]) -> str:
     heads = ["a whole job", "timesteps", "seeds"]
     heads += [each for d in DENSITIES for each in (f"{_name(d)}: end", "best checkpoint")]
     rows = []
-    for label in dict.fromkeys(record["label"] for record in records):
-        here = [record for record in records if record["label"] == label]
-        job, cells = here[0]["job"], []
+    # A job that was made longer is another one, by the same label.
+    jobs = dict.fromkeys((record["label"], record["job"]["steps"]) for record in records)
+    for label, steps in jobs:
+        here = [r for r in records if (r["label"], r["job"]["steps"]) == (label, steps)]
+        cells = []
         seeds = len({record["seed"] for record in here})
         dense = _means(here, DENSITIES[0])
         floor = here[0]["random"]
         for density in DENSITIES:
             for found, reference in zip(_means(here, density), dense, strict=True):
                 cells.append(_cell(found, reference if density < 1 else [], floor))
-        rows.append([label, f"{job['steps']:,}", f"{seeds}", *cells])
+        rows.append([label, f"{steps:,}", f"{seeds}", *cells])
     return grid(heads, rows) + "\n"
 
 

@@ -79,6 +79,15 @@ def test_returns_are_told_as_shares_of_what_the_dense_job_gains():
     )
 
 
+def test_a_job_made_longer_has_a_row_of_its_own():
+    longer = learnt(1.0, [0.0], [300.0]) | {"job": {"steps": 5000}}
+    rows = job_returns.table([learnt(1.0, [0.0], [100.0]), longer]).splitlines()[-2:]
+    assert [row[:30] for row in rows] == [
+        "| a job | 2,000 | 1 | 100 (100",
+        "| a job | 5,000 | 1 | 300 (300",
+    ]
+
+
 def test_runs_that_are_known_are_not_run_again(tmp_path, monkeypatch):
     pytest.importorskip("stable_baselines3")
     out, ran = tmp_path / "returns.json", []
