@@ -429,8 +429,8 @@ def _array(tensor: Tensor) -> np.ndarray:
 def _critic(arena: Arena, density: float, copies: int) -> RolloutNet:
     if arena.critic is not None:
         return network(arena.critic, arena, density, copies)
-    empty, none = np.empty(0, np.int64), np.empty(0, np.bool_)
-    return RolloutNet(empty, empty, empty, 0, 0, none, none, none, sparse=False)
+    empty = np.empty(0, np.int64)
+    return RolloutNet(empty, empty, empty, 0, 0, empty, 0, sparse=False)
 
 
 def _head(arena: Arena, task: Task) -> _Head:

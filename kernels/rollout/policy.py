@@ -15,7 +15,9 @@ bias, and a copy never leaves its lane: the plans agree bit for bit, for any E.
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import pairwise
+from operator import or_
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +41,9 @@ _dense_narrow = make_tile(_ROWS, 1, accumulate=True)
 _sparse_wide = make_sparse_tile(2)
 _sparse_narrow = make_sparse_tile(1)
 
+# What follows a layer, added up.
+_ACTIVE, _NORMALISED, _ADDS = 1, 2, 4
+
 # No panel of derivatives; and ELU's parameter.
 _NOWHERE, _ALPHA = np.int64(0), np.float32(1.0)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -57,9 +62,9 @@ class RolloutNet(NamedTuple):
         biases: offset of each layer's bias.
         stride: the largest size, rounded up to whole registers.
         activation: see `activations_cpu.code_of`.
-        active: whether an activation follows each layer.
-        normalised: whether LayerNorm follows it; before the activation, or into the next layer.
-        adds: whether it adds what went into the LayerNorm before the layer below.
+        follows: what follows each layer: an activation; LayerNorm, before the activation or into
+            the next layer; the addition of what went into the LayerNorm before the layer below.
+        any_follows: what of that there is at all.
         sparse: run the sparse plan.
     """
 
@@ -68,34 +73,38 @@ class RolloutNet(NamedTuple):
     biases: np.ndarray
     stride: int
     activation: int
-    active: np.ndarray
-    normalised: np.ndarray
-    adds: np.ndarray
+    follows: np.ndarray
+    any_follows: int
     sparse: bool
 
 
 class PreparedNet(NamedTuple):
-    """One ticket's network laid out for `forward`, with its activations.
+    """One ticket's network laid out for `forward`, with its activations, as offsets in one array.
+
+    One, because each array of a record is counted and passed by itself at every call: with eight of
+    them a rollout of four copies took 1.25 times as long.
 
     Attributes:
+        space: all of the floats.
         values: dense: ``[in][padded out]`` of every layer; sparse: the nonzeros, row by row.
-        column: sparse: the column of each nonzero.
-        begin: sparse: where each row begins in `values`, over all layers; one more at the end.
         bias: biases of all layers, padded like the outputs if dense.
         x: activations of the current layer.
         y: activations of the next one.
         stream: what a block of a residual network adds to its output.
         scratch: for the sums of LayerNorm.
+        column: sparse: the column of each nonzero.
+        begin: sparse: where each row begins in `values`, over all layers; one more at the end.
     """
 
-    values: np.ndarray
+    space: np.ndarray
+    values: int
+    bias: int
+    x: int
+    y: int
+    stream: int
+    scratch: int
     column: np.ndarray
     begin: np.ndarray
-    bias: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-    stream: np.ndarray
-    scratch: np.ndarray
 
 
 def prefers_sparse(sizes: tuple[int, ...], density: float, copies: int) -> bool:
@@ -115,16 +124,21 @@ def network(net: Net, arena: Arena, density: float, copies: int) -> RolloutNet:
         ValueError: the kernels do not have it; the message says what of it.
     """
     net.check_kernels(Processor.CPU)
-    prunable, layers = net.weights[0] < arena.prunable, range(net.depth)
+    prunable = net.weights[0] < arena.prunable
+    follows = [
+        _ACTIVE * net.activates(layer)
+        + _NORMALISED * net.is_normalised(layer)
+        + _ADDS * (net.adds(layer) is not None)
+        for layer in range(net.depth)
+    ]
     return RolloutNet(
         np.array(net.sizes, np.int64),
         np.array(net.weights, np.int64),
         np.array(net.biases, np.int64),
         -(-max(net.sizes) // LANES) * LANES,
         code_of(net.function),
-        np.array([net.activates(layer) for layer in layers]),
-        np.array([net.is_normalised(layer) for layer in layers]),
-        np.array([net.adds(layer) is not None for layer in layers]),
+        np.array(follows, np.int64),
+        reduce(or_, follows, 0),
         prunable and prefers_sparse(net.sizes, density, copies),
     )
 
@@ -149,60 +163,67 @@ def prepare(row, mask, net, copies):
     """
     # Room for the last row's surplus lanes; zeros, because surplus lanes are computed with.
     room = net.stride * _round_up(copies, _ROWS) + 2 * LANES
-    x, y = np.zeros(room, np.float32), np.zeros(room, np.float32)
-    stream = np.zeros(room if net.adds.any() else 0, np.float32)
+    y = room
+    stream = y + room
+    scratch = stream + (room if net.any_follows & _ADDS else 0)
     sums = LANES * LANES + 2 * _round_up(copies, LANES)
-    scratch = np.zeros(sums if net.normalised.any() else 0, np.float32)
+    end = scratch + (sums if net.any_follows & _NORMALISED else 0)
+    panels = 0, y, stream, scratch
     if net.sparse:
-        return _prepare_sparse(row, mask, net, x, y, stream, scratch)
-    return _prepare_dense(row, net, x, y, stream, scratch)
+        return _prepare_sparse(row, mask, net, panels, end)
+    return _prepare_dense(row, net, panels, end)
 
 
 @njit(cache=True)
-def _prepare_dense(row, net, x, y, stream, scratch):
+def _prepare_dense(row, net, panels, end):
+    x, y, stream, scratch = panels
     sizes = net.sizes
     values_size, bias_size = 0, 0
     for layer in range(sizes.size - 1):
         width = _round_up(sizes[layer + 1], LANES)
         values_size += sizes[layer] * width
         bias_size += width
-    values, bias = np.zeros(values_size, np.float32), np.zeros(bias_size, np.float32)
-    v0, b0 = 0, 0
+    values, bias = end, end + values_size
+    space = np.zeros(bias + bias_size, np.float32)
+    v0, b0 = values, bias
     for layer in range(sizes.size - 1):
         inp, out = sizes[layer], sizes[layer + 1]
         width = _round_up(out, LANES)
         weight = row[net.weights[layer] : net.weights[layer] + out * inp]
         for o in range(out):
-            bias[b0 + o] = row[net.biases[layer] + o]
+            space[b0 + o] = row[net.biases[layer] + o]
             for i in range(inp):
-                values[v0 + i * width + o] = weight[o * inp + i]
+                space[v0 + i * width + o] = weight[o * inp + i]
         v0 += inp * width
         b0 += width
     column, begin = np.empty(0, np.int32), np.empty(0, np.int64)
-    return PreparedNet(values, column, begin, bias, x, y, stream, scratch)
+    return PreparedNet(space, values, bias, x, y, stream, scratch, column, begin)
 
 
 @njit(cache=True)
-def _prepare_sparse(row, mask, net, x, y, stream, scratch):
+def _prepare_sparse(row, mask, net, panels, end):
+    x, y, stream, scratch = panels
     sizes = net.sizes
     rows, entries = 0, 0
     for layer in range(sizes.size - 1):
         rows += sizes[layer + 1]
         entries += sizes[layer] * sizes[layer + 1]
-    begin, bias = np.empty(rows + 1, np.int64), np.empty(rows, np.float32)
+    begin, bias, values = np.empty(rows + 1, np.int64), end, end + rows
     column, positions = np.empty(entries + 1, np.int32), np.empty(entries + 1, np.int32)
     count, r = 0, 0
     for layer in range(sizes.size - 1):
         inp, out = sizes[layer], sizes[layer + 1]
         pointer = begin[r : r + out + 1]
         count = build_rows(mask, net.weights[layer], out, inp, pointer, column, positions, count)
-        for o in range(out):
-            bias[r + o] = row[net.biases[layer] + o]
         r += out
-    values = np.empty(count, np.float32)
+    space, r = np.zeros(values + count, np.float32), 0
+    for layer in range(sizes.size - 1):
+        for o in range(sizes[layer + 1]):
+            space[bias + r] = row[net.biases[layer] + o]
+            r += 1
     for j in range(count):
-        values[j] = row[positions[j]]
-    return PreparedNet(values, column, begin, bias, x, y, stream, scratch)
+        space[values + j] = row[positions[j]]
+    return PreparedNet(space, values, bias, x, y, stream, scratch, column, begin)
 
 
 @njit(cache=True)
@@ -215,15 +236,17 @@ def forward(net, prepared, obs, count, out):
 
 
 @njit(cache=True)
-def _keep_stream(net, prepared, layer, y, size):
-    """Add the stream of a residual network to ``y[:size]``, and keep it where blocks leave it."""
-    stream = prepared.stream
-    if net.adds[layer]:
-        for i in range(0, size, LANES):
-            store(y, i, load(y, i) + load(stream, i))
-    if stream.size and net.normalised[layer] and not net.active[layer]:
-        for i in range(0, size, LANES):
-            store(stream, i, load(y, i))
+def _add(space, y, stream, size):
+    """Add the stream of a residual network to ``size`` numbers at y."""
+    for i in range(0, size, LANES):
+        store(space, y + i, load(space, y + i) + load(space, stream + i))
+
+
+@njit(cache=True)
+def _keep(space, y, stream, size):
+    """Keep ``size`` numbers at y as the stream, where a block leaves it."""
+    for i in range(0, size, LANES):
+        store(space, stream + i, load(space, y + i))
 
 
 # LayerNorm adds up a copy's features o by o % LANES, ascending, then the LANES sums: the one order
@@ -231,137 +254,149 @@ def _keep_stream(net, prepared, layer, y, size):
 
 
 @njit(cache=True)
-def _add_up(scratch, sums):
-    store(scratch, 0, sums)
+def _add_up(space, scratch, sums):
+    store(space, scratch, sums)
     total = _ZERO
     for lane in range(LANES):
-        total += scratch[lane]
+        total += space[scratch + lane]
     return splat(total)
 
 
 @njit(cache=True)
-def _normalise_copies(y, count, stride, features, scratch):
-    """LayerNorm of every copy's row of ``y``, in place; beyond the features it has zeros."""
+def _normalise_copies(space, y, count, stride, features, scratch):
+    """LayerNorm of every copy's row at y, in place; beyond the features it has zeros."""
     share = splat(_ONE / np.float32(features))
     end = _round_up(features, LANES)
-    for begin in range(0, count * stride, stride):
+    for begin in range(y, y + count * stride, stride):
         sums = splat(_ZERO)
         for o in range(begin, begin + end, LANES):
-            sums = sums + load(y, o)
-        mean = _add_up(scratch, sums) * share
-        store(scratch, 0, mean)
-        y[begin + features : begin + end] = scratch[0]
+            sums = sums + load(space, o)
+        mean = _add_up(space, scratch, sums) * share
+        store(space, scratch, mean)
+        space[begin + features : begin + end] = space[scratch]
         squares = splat(_ZERO)
         for o in range(begin, begin + end, LANES):
-            distance = load(y, o) - mean
-            store(y, o, distance)
+            distance = load(space, o) - mean
+            store(space, o, distance)
             squares = fma(distance, distance, squares)
-        scale = rsqrt(fma(_add_up(scratch, squares), share, splat(EPSILON)))
+        variance = _add_up(space, scratch, squares)
+        scale = rsqrt(fma(variance, share, splat(EPSILON)))
         for o in range(begin, begin + end, LANES):
-            store(y, o, load(y, o) * scale)
+            store(space, o, load(space, o) * scale)
 
 
 @njit(cache=True)
-def _normalise_features(y, z, features, count, scratch):
-    """LayerNorm of ``y [features][count]``, into z."""
+def _normalise_features(space, y, z, features, count, scratch):
+    """LayerNorm of ``[features][count]`` at y, to z."""
     share = splat(_ONE / np.float32(features))
-    means = LANES * LANES
+    means = scratch + LANES * LANES
     scales = means + _round_up(count, LANES)
     for c in range(0, count, LANES):
-        scratch[:means] = _ZERO
+        space[scratch:means] = _ZERO
         for o in range(features):
-            place = o % LANES * LANES
-            store(scratch, place, load(scratch, place) + load(y, o * count + c))
-        mean = _add_rows(scratch) * share
-        store(scratch, means + c, mean)
-        scratch[:means] = _ZERO
+            place = scratch + o % LANES * LANES
+            store(space, place, load(space, place) + load(space, y + o * count + c))
+        mean = _add_rows(space, scratch) * share
+        store(space, means + c, mean)
+        space[scratch:means] = _ZERO
         for o in range(features):
-            distance, place = load(y, o * count + c) - mean, o % LANES * LANES
-            store(scratch, place, fma(distance, distance, load(scratch, place)))
-        store(scratch, scales + c, rsqrt(fma(_add_rows(scratch), share, splat(EPSILON))))
+            distance = load(space, y + o * count + c) - mean
+            place = scratch + o % LANES * LANES
+            store(space, place, fma(distance, distance, load(space, place)))
+        variance = _add_rows(space, scratch)
+        store(space, scales + c, rsqrt(fma(variance, share, splat(EPSILON))))
     # Row by row: surplus lanes spill into the next row, which is written after.
     for o in range(features):
         for c in range(0, count, LANES):
-            distance = load(y, o * count + c) - load(scratch, means + c)
-            store(z, o * count + c, distance * load(scratch, scales + c))
+            distance = load(space, y + o * count + c) - load(space, means + c)
+            store(space, z + o * count + c, distance * load(space, scales + c))
 
 
 @njit(cache=True)
-def _add_rows(scratch):
+def _add_rows(space, scratch):
     total = splat(_ZERO)
     for lane in range(LANES):
-        total = total + load(scratch, lane * LANES)
+        total = total + load(space, scratch + lane * LANES)
     return total
 
 
 @njit(cache=True)
 def _forward_dense(net, prepared, obs, count, out):
-    sizes, values, bias = net.sizes, prepared.values, prepared.bias
-    x, y = prepared.x, prepared.y
-    stride = net.stride
+    sizes, follows, stride = net.sizes, net.follows, net.stride
+    keeps = net.any_follows & _ADDS
+    space, x, y = prepared.space, prepared.x, prepared.y
     for e in range(count):
         for i in range(sizes[0]):
-            x[e * stride + i] = obs[e, i]
-    v0, b0 = 0, 0
+            space[x + e * stride + i] = obs[e, i]
+    v0, b0 = prepared.values, prepared.bias
     for layer in range(sizes.size - 1):
         inp, width = sizes[layer], _round_up(sizes[layer + 1], LANES)
         for first in range(0, count, _ROWS):
             for e in range(first, first + _ROWS):
                 for o in range(0, width, LANES):
-                    store(y, e * stride + o, load(bias, b0 + o))
-            x0, y0 = first * stride, first * stride
+                    store(space, y + e * stride + o, load(space, b0 + o))
+            x0, y0 = x + first * stride, y + first * stride
             o = 0
             while o + _WIDE <= width:
                 _dense_wide(
-                    x, x0, stride, 1, values, v0 + o, width, y, y0 + o, stride, inp, bias, 0
+                    space, x0, stride, 1, space, v0 + o, width, space, y0 + o, stride, inp, space, 0
                 )
                 o += _WIDE
             while o < width:
                 _dense_narrow(
-                    x, x0, stride, 1, values, v0 + o, width, y, y0 + o, stride, inp, bias, 0
+                    space, x0, stride, 1, space, v0 + o, width, space, y0 + o, stride, inp, space, 0
                 )
                 o += LANES
-        _keep_stream(net, prepared, layer, y, count * stride)
-        if net.normalised[layer]:
-            _normalise_copies(y, count, stride, sizes[layer + 1], prepared.scratch)
-        if net.active[layer]:
+        then = follows[layer]
+        if then & _ADDS:
+            _add(space, y, prepared.stream, count * stride)
+        if keeps and then & _NORMALISED and not then & _ACTIVE:
+            _keep(space, y, prepared.stream, count * stride)
+        if then & _NORMALISED:
+            _normalise_copies(space, y, count, stride, sizes[layer + 1], prepared.scratch)
+        if then & _ACTIVE:
             for e in range(count):
-                activate(y, e * stride, _NOWHERE, width, net.activation, _ALPHA)
+                activate(space, y + e * stride, _NOWHERE, width, net.activation, _ALPHA)
         v0 += inp * width
         b0 += width
         x, y = y, x
     for e in range(count):
         for o in range(sizes[-1]):
-            out[e, o] = x[e * stride + o]
+            out[e, o] = space[x + e * stride + o]
 
 
 @njit(cache=True)
 def _forward_sparse(net, prepared, obs, count, out):
-    sizes, values, column = net.sizes, prepared.values, prepared.column
-    begin, bias = prepared.begin, prepared.bias
-    x, y = prepared.x, prepared.y
+    sizes, follows = net.sizes, net.follows
+    keeps = net.any_follows & _ADDS
+    space, x, y = prepared.space, prepared.x, prepared.y
+    column, begin, values = prepared.column, prepared.begin, prepared.values
     for i in range(sizes[0]):
         for e in range(count):
-            x[i * count + e] = obs[e, i]
+            space[x + i * count + e] = obs[e, i]
     r = 0
     for layer in range(sizes.size - 1):
         rows = sizes[layer + 1]
         for o in range(rows):
-            y0, e, j = o * count, 0, begin[r]
-            size = begin[r + 1] - j
+            y0, e, j = y + o * count, 0, begin[r]
+            size, start, v = begin[r + 1] - j, space[prepared.bias + r], values + j
             while e + LANES < count:
-                _sparse_wide(values, j, column, j, size, x, e, count, y, y0 + e, bias[r])
+                _sparse_wide(space, v, column, j, size, space, x + e, count, space, y0 + e, start)
                 e += 2 * LANES
             if e < count:
-                _sparse_narrow(values, j, column, j, size, x, e, count, y, y0 + e, bias[r])
+                _sparse_narrow(space, v, column, j, size, space, x + e, count, space, y0 + e, start)
             r += 1
-        _keep_stream(net, prepared, layer, y, rows * count)
-        if net.normalised[layer]:
-            _normalise_features(y, x, rows, count, prepared.scratch)
+        then = follows[layer]
+        if then & _ADDS:
+            _add(space, y, prepared.stream, rows * count)
+        if keeps and then & _NORMALISED and not then & _ACTIVE:
+            _keep(space, y, prepared.stream, rows * count)
+        if then & _NORMALISED:
+            _normalise_features(space, y, x, rows, count, prepared.scratch)
             x, y = y, x
-        if net.active[layer]:
-            activate(y, _NOWHERE, _NOWHERE, rows * count, net.activation, _ALPHA)
+        if then & _ACTIVE:
+            activate(space, y, _NOWHERE, rows * count, net.activation, _ALPHA)
         x, y = y, x
     for e in range(count):
         for o in range(sizes[-1]):
-            out[e, o] = x[o * count + e]
+            out[e, o] = space[x + o * count + e]
