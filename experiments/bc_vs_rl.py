@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
+from experiments.remarks import left_out, per_level, setting, solved, unsolved
 from experiments.sweeps import (
     Extended,
     SharedSweep,
@@ -25,7 +26,6 @@ from experiments.sweeps import (
     cartpole_deep,
     dqn,
     dqn_squared,
-    left_out,
     lunar_lander,
     maze_extended,
     mountain_car_extended,
@@ -33,10 +33,6 @@ from experiments.sweeps import (
     pendulum_deep,
     pendulum_extended,
     pendulum_sac,
-    per_level,
-    setting,
-    solved,
-    unsolved,
 )
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.frame import CONDITIONS

@@ -18,6 +18,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
+from experiments.remarks import left_out, setting, unsolved
 from experiments.sweeps import (
     Extended,
     SharedSweep,
@@ -27,15 +28,12 @@ from experiments.sweeps import (
     dqn,
     dqn_squared,
     hopper,
-    left_out,
     lunar_lander,
     maze_extended,
     mountain_car_extended,
     mountain_car_ppo,
     pendulum_extended,
     pendulum_sac,
-    setting,
-    unsolved,
 )
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS

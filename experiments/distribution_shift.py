@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, per_level, setting, taught
+from experiments.remarks import per_level, setting
+from experiments.sweeps import TICKET, cartpole, taught
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.statistics import sign_flip
 from sparse_tickets.analysis.table import degradation

@@ -29,17 +29,8 @@ from experiments.frame import (
     markdown,
     signed,
 )
-from experiments.sweeps import (
-    TICKET,
-    SharedSweep,
-    budgets,
-    cartpole,
-    cuts,
-    dqn,
-    dqn_squared,
-    levels_of,
-    pendulum_sac,
-)
+from experiments.remarks import budgets, cuts, levels_of
+from experiments.sweeps import TICKET, SharedSweep, cartpole, dqn, dqn_squared, pendulum_sac
 from experiments.training import train
 from sparse_tickets import Sweep
 from sparse_tickets.analysis.statistics import sign_flip

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import cartpole, cuts, levels_of, tickets
+from experiments.remarks import cuts, levels_of
+from experiments.sweeps import cartpole, tickets
 from sparse_tickets import Population, Sweep, Ticket
 from sparse_tickets.algos.evaluation import Evaluator, Result
 from sparse_tickets.algos.ppo import PPO, Iteration

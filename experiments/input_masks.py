@@ -28,13 +28,13 @@ from experiments.frame import (
     markdown,
     signed,
 )
+from experiments.remarks import cuts
 from experiments.sweeps import (
     INPUTS,
     TICKET,
     SharedSweep,
     acrobot,
     cartpole,
-    cuts,
     hopper,
     levels,
     lunar_lander,

@@ -18,7 +18,8 @@ from matplotlib.patches import Rectangle
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown
-from experiments.sweeps import TICKET, first_maze, levels, quickly, setting, tickets
+from experiments.remarks import setting
+from experiments.sweeps import TICKET, first_maze, levels, quickly, tickets
 from experiments.training import kept_inputs
 from sparse_tickets import load_results
 from sparse_tickets.algos.evaluation import Evaluation

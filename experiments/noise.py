@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from experiments.drawing import Line, line_figure
 from experiments.during_training import STUDIES
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cuts, levels, tickets
+from experiments.remarks import cuts
+from experiments.sweeps import TICKET, cartpole, levels, tickets
 from sparse_tickets import Sweep, Ticket, load_results
 from sparse_tickets.envs import env_spec
 from sparse_tickets.envs.noise import Noise

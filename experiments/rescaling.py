@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import INPUTS, TICKET, cartpole, levels, per_level, setting, tickets
+from experiments.remarks import per_level, setting
+from experiments.sweeps import INPUTS, TICKET, cartpole, levels, tickets
 from experiments.training import kept_inputs
 from sparse_tickets import Sweep, load_results
 from sparse_tickets.analysis.statistics import restricted_levels, sign_flip

@@ -21,14 +21,13 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
+from experiments.remarks import cuts, levels_of
 from experiments.sweeps import (
     TICKET,
     SharedSweep,
     acrobot,
     cartpole,
-    cuts,
     dqn,
-    levels_of,
     mountain_car,
     pendulum,
     pendulum_sac,

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cuts, levels
+from experiments.remarks import cuts
+from experiments.sweeps import TICKET, cartpole, levels
 from sparse_tickets import Population, Sweep
 from sparse_tickets.algos.evaluation import Result
 from sparse_tickets.envs import open_env

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import Experiment, Finding, Place, direction, effect, main, markdown, signed
-from experiments.sweeps import TICKET, cartpole, cuts, levels_of, tickets
+from experiments.remarks import cuts, levels_of
+from experiments.sweeps import TICKET, cartpole, tickets
 from experiments.training import train
 
 ALGORITHMS = {"ppo": "PPO", "bc": "cloning"}
