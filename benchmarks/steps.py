@@ -14,7 +14,7 @@ import copy
 import json
 import statistics
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_tickets import optim, sparsify_
+from sparse_tickets.bench.steps import MAX_NORM, Problem, build_policy, training_step
 from sparse_tickets.convert import SparsifyWarning
 from sparse_tickets.files import write_atomic
 from sparse_tickets.linear import SparseLinear
@@ -36,7 +37,6 @@ from .tables import grid
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 CHECKED_STEPS = 5
-MAX_NORM = 0.5
 DENSE, COMPILED = "dense", "dense, compiled"
 TORCH_PARTS, LEFT = "torch's own parts alone", "the most with torch's Adam"
 """What of a step is left to torch where forward, backward and hook take no time."""
@@ -49,20 +49,6 @@ the norm and Adam itself, on gradients of the dense shapes. Timed with an output
 cost nothing, so with no forward pass, no backward pass and no hook, these parts are what no policy
 can be faster than: the fastest peer's time over theirs is the most to gain.
 """
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A policy and the batch it is trained on; batch 0 is acting on one row without gradients."""
-
-    sizes: tuple[int, ...]
-    activation: str
-    batch: int
-
-    @property
-    def label(self) -> str:
-        shape = "-".join(map(str, self.sizes))
-        return f"{shape} {self.activation}, {f'batch {self.batch}' if self.batch else 'acting'}"
 
 
 PROBLEMS = (
@@ -87,20 +73,12 @@ class _Masked(nn.Module):
         return weight * self.mask
 
 
-def _policy(problem: Problem) -> nn.Sequential:
-    activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[problem.activation]
-    layers: list[nn.Module] = []
-    for inp, out in zip(problem.sizes, problem.sizes[1:], strict=False):
-        layers += [nn.Linear(inp, out), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
 class _Start:
     """What all policies of a problem start from, and what they are shown."""
 
     def __init__(self, problem: Problem, sparsity: float = 0.0) -> None:
         torch.manual_seed(0)
-        self.dense = _policy(problem)
+        self.dense = build_policy(problem)
         self.observation = torch.randn(problem.batch or 1, problem.sizes[0])
         self.target = torch.randn(problem.batch or 1, problem.sizes[-1])
         self.trains = problem.batch > 0
@@ -115,13 +93,13 @@ class _Start:
         if not self.trains:
             return _act(policy, self.observation)
         fastest = torch.optim.Adam(policy.parameters(), lr=1e-4, fused=True)
-        return _step(policy, fastest, self.observation, self.target, clip=True)
+        return training_step(policy, fastest, self.observation, self.target, clip=True)
 
     def own_step(self) -> Step:
         """A step of a sparse policy with our Adam."""
         policy = copy.deepcopy(self.sparse)
         fused = optim.Adam(policy.parameters(), lr=1e-4, max_grad_norm=MAX_NORM)
-        return _step(policy, fused, self.observation, self.target, clip=False)
+        return training_step(policy, fused, self.observation, self.target, clip=False)
 
     def torch_parts(self) -> Step:
         """What is torch's in `step`: an output and gradients that cost nothing, in dense shapes."""
@@ -194,27 +172,6 @@ def _act(policy: nn.Module, observation: Tensor) -> Step:
     def step() -> Tensor:
         with torch.no_grad():
             return policy(observation)
-
-    return step
-
-
-def _step(
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    observation: Tensor,
-    target: Tensor,
-    clip: bool,
-) -> Step:
-    parameters = list(policy.parameters())
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = (policy(observation) - target).square().mean()
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-        optimizer.step()
-        return loss.detach()
 
     return step
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sparse_tickets.bench import crossover as interpolated
+from sparse_tickets.bench.tables import crossover as interpolated
 from sparse_tickets.timing import Spread
 
 from .cases import FUSED_DENSE

@@ -376,24 +376,40 @@ def _verify(rest: list[str], console: Console) -> int:
 def _bench(rest: list[str], console: Console) -> int:
     import torch
 
-    from sparse_tickets.bench import bench, bench_table
+    from sparse_tickets.bench.layer import bench_layer
+    from sparse_tickets.bench.steps import Problem, bench_steps
+    from sparse_tickets.bench.tables import bench_table, steps_table
 
     command = tyro.cli(BenchCommand, prog="sparse-tickets bench", args=rest, config=_STYLE)
     device = command.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = command.policy or (17, command.width, command.width, 6)
+    problem = Problem(sizes, command.activation, command.batch)
     with Console(stderr=True).status("measuring what this machine can do") as status:
-        found = bench(
-            command.width,
-            command.batch,
-            device,
-            sparsities=command.sparsities,
-            threads=command.threads,
-            on_line=lambda line: status.update(
-                f"{line.sparsity:g}% pruned, {line.direction}: {line.speedup.median:.2f}x"
-            ),
-        )
-    console.print(bench_table(found), highlight=False)
+        if command.what != "layer":
+            steps = bench_steps(
+                problem,
+                device,
+                sparsities=command.sparsities,
+                threads=command.threads,
+                on_line=lambda line: status.update(
+                    f"{line.sparsity:g}% pruned, a whole step: {line.gain_by_us.median:.2f}x"
+                ),
+            )
+            console.print(steps_table(steps), highlight=False)
+        if command.what != "steps":
+            layer = bench_layer(
+                command.width,
+                command.batch,
+                device,
+                sparsities=command.sparsities,
+                threads=command.threads,
+                on_line=lambda line: status.update(
+                    f"{line.sparsity:g}% pruned, {line.direction}: {line.speedup.median:.2f}x"
+                ),
+            )
+            console.print(bench_table(layer), highlight=False)
     return 0
 
 

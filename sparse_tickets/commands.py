@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -160,12 +160,18 @@ class TransferCommand:
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """Measure what sparsity gains on this machine, for a layer of your own size."""
+    """Measure what sparsity gains here: whole steps of your policy, and a layer."""
 
+    what: Literal["both", "steps", "layer"] = "both"
+    """Whole training steps in plain loops, warm calls of a single layer, or both."""
+    policy: tuple[int, ...] = ()
+    """Sizes of the policy, inputs first; default: 17, twice the width, 6."""
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "relu"
+    """Of the policy."""
     width: int = 256
-    """Inputs and outputs of the layer."""
+    """Inputs and outputs of the single layer."""
     batch: int = 2048
-    """Rows per call; 1 is a policy acting."""
+    """Rows per step and per call."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""
     sparsities: tuple[float, ...] = (0.0, 50.0, 80.0, 90.0, 95.0, 98.0, 99.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparse_tickets.bench import Bench
+from sparse_tickets.bench.layer import Bench
 from sparse_tickets.ceilings import Ceilings, Cost, layer_cost, measure_ceilings
 from sparse_tickets.kernels import use_backend
 from sparse_tickets.timing import (
@@ -231,11 +231,12 @@ def spread(median, width=0.01):
 
 
 def test_bench_command_lines_and_table():
-    from sparse_tickets.bench import bench, bench_table
+    from sparse_tickets.bench.layer import bench_layer
+    from sparse_tickets.bench.tables import bench_table
 
     seen = []
     with use_backend("reference"):
-        found = bench(
+        found = bench_layer(
             16, 8, sparsities=(90.0, 0.0, 90.0), budget=BUDGET_OF_ONE, on_line=seen.append
         )
     assert [(line.sparsity, line.direction) for line in found.lines] == [
@@ -272,6 +273,66 @@ def test_bench_command_lines_and_table():
     assert "Other processes" not in text
 
 
+def test_whole_steps_are_timed_beside_the_dense_policy_and_tabled():
+    from sparse_tickets.bench.steps import Problem, StepBench, bench_steps
+    from sparse_tickets.bench.tables import steps_table
+
+    seen = []
+    problem = Problem((3, 8, 8, 2), "tanh", 5)
+    budget = BUDGET_OF_ONE
+    found = bench_steps(problem, sparsities=(90.0, 0.0), budget=budget, on_line=seen.append)
+    assert tuple(seen) == found.lines
+    assert [line.sparsity for line in found.lines] == [0.0, 90.0]
+    assert found.what.startswith("3-8-8-2 tanh, batch 5, float32, ")
+    line = found.lines[1]
+    assert min(each.median for each in (line.dense, line.by_torch, line.by_us)) > 0
+    lost, won = (spread(x) for x in (0.5, 2.0))
+    line = replace(line, gain_by_torch=lost, gain_by_us=won, by_us=spread(1.234e-3))
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(steps_table(StepBench((line,), 0.5, "a policy")))
+    text = " ".join(console.export_text().split())
+    for said in (
+        "a whole training step, a policy",
+        "0.50x ± 1% 1.23 ms 2.00x ± 1%",
+        "Other processes used 50% of the cores",
+    ):
+        assert said in text, said
+    assert "…" not in text, "nothing is cut off in 80 columns"
+
+
+def test_whole_steps_of_a_wrong_policy_are_not_timed(monkeypatch):
+    from sparse_tickets.bench import steps
+
+    def wrong(policy, density):
+        policy[0].weight.data.mul_(2)
+        policy[0].register_forward_hook(lambda layer, inputs, output: output + 1)
+
+    monkeypatch.setattr(steps, "sparsify_", wrong)
+    with pytest.raises(Unverified, match="must match the float64 reference"):
+        steps.bench_steps(
+            steps.Problem((3, 8, 2), "tanh", 5), sparsities=(50.0,), budget=BUDGET_OF_ONE
+        )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "activation", "batch", "options", "said"),
+    [
+        ((3,), "tanh", 4, {}, "sizes must be two or more, each at least 1, got"),
+        ((3, 0, 2), "tanh", 4, {}, "sizes must be two or more, each at least 1, got"),
+        ((3, 2), "tanh", 0, {}, "batch must be at least 1, got 0"),
+        ((3, 2), "selu", 4, {}, "activation must be one of tanh, relu, .* got 'selu'"),
+        ((3, 2), "tanh", 4, {"sparsities": ()}, "sparsities must be some in"),
+        ((3, 2), "tanh", 4, {"sparsities": (100.0,)}, "sparsities must be some in"),
+        ((3, 2), "tanh", 4, {"threads": 0}, "must be at least 1, got 0"),
+    ],
+)
+def test_whole_steps_name_what_they_cannot_do(sizes, activation, batch, options, said):
+    from sparse_tickets.bench.steps import Problem, bench_steps
+
+    with pytest.raises(ValueError, match=said):
+        bench_steps(Problem(sizes, activation, batch), **{"sparsities": (0.0,)} | options)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -284,10 +345,10 @@ def test_bench_command_lines_and_table():
     ],
 )
 def test_bench_names_what_it_cannot_do(options, said):
-    from sparse_tickets.bench import bench
+    from sparse_tickets.bench.layer import bench_layer
 
     with pytest.raises(ValueError, match=said):
-        bench(**{"width": 8, "batch": 8} | options)
+        bench_layer(**{"width": 8, "batch": 8} | options)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +357,6 @@ def test_bench_names_what_it_cannot_do(options, said):
      (1.23e-2, "12.3 ms"), (1.5, "1,500 ms")],
 )  # fmt: skip
 def test_bench_writes_times_with_three_digits(seconds, text):
-    from sparse_tickets.bench import _microseconds
+    from sparse_tickets.bench.tables import microseconds
 
-    assert _microseconds(seconds) == text
+    assert microseconds(seconds) == text

@@ -1,0 +1,258 @@
+"""Whole training steps of a policy, as a program's loop runs them: `sparse-tickets bench`.
+
+A step is zero_grad, forward, loss, backward, clipping by the global norm and Adam. Nothing pauses,
+and torch's own operations run in between.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sparse_tickets import optim
+from sparse_tickets.ceilings import Neighbours
+from sparse_tickets.convert import SparsifyWarning, sparsify_
+from sparse_tickets.linear import SparseLinear
+from sparse_tickets.timing import (
+    Budget,
+    Contender,
+    Spread,
+    Unverified,
+    device_clock,
+    mismatch,
+    pinned_threads,
+    verified_ratio,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_NORM",
+    "Problem",
+    "StepBench",
+    "StepLine",
+    "bench_steps",
+    "build_policy",
+    "training_step",
+]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+MAX_NORM = 0.5
+"""Global norm by which a step clips its gradients."""
+
+_DENSE, _BY_TORCH, _BY_US = "dense", "torch's Adam", "our Adam"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A policy and the batch it is trained on; batch 0 is acting on one row without gradients."""
+
+    sizes: tuple[int, ...]
+    activation: str
+    batch: int
+
+    @property
+    def label(self) -> str:
+        shape = "-".join(map(str, self.sizes))
+        return f"{shape} {self.activation}, {f'batch {self.batch}' if self.batch else 'acting'}"
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """One sparsity.
+
+    Attributes:
+        sparsity: percent pruned.
+        dense: seconds of a step of the dense policy, by torch's fused Adam.
+        by_torch: of the pruned one by the same Adam.
+        by_us: of the pruned one by `sparse_tickets.optim.Adam`, which also clips.
+        gain_by_torch: `dense` over `by_torch`, paired within rounds.
+        gain_by_us: `dense` over `by_us`, likewise.
+    """
+
+    sparsity: float
+    dense: Spread
+    by_torch: Spread
+    by_us: Spread
+    gain_by_torch: Spread
+    gain_by_us: Spread
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What `bench_steps` found.
+
+    Attributes:
+        lines: for every sparsity, ascending.
+        busy: share of the cores that other processes used meanwhile.
+        what: the policy and the machine, in words.
+    """
+
+    lines: tuple[StepLine, ...]
+    busy: float
+    what: str
+
+
+def build_policy(problem: Problem, device: str = "cpu") -> nn.Sequential:
+    """A dense float32 policy, by torch's own initialisation."""
+    layers: list[nn.Module] = []
+    for inp, out in zip(problem.sizes, problem.sizes[1:], strict=False):
+        layers += [
+            nn.Linear(inp, out, dtype=torch.float32, device=device),
+            ACTIVATIONS[problem.activation](),
+        ]
+    return nn.Sequential(*layers[:-1])
+
+
+def training_step(
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    observation: Tensor,
+    target: Tensor,
+    *,
+    clip: bool,
+) -> Callable[[], Tensor]:
+    """A step that returns its loss, the mean squared error.
+
+    Args:
+        policy: whose parameters `optimizer` has.
+        optimizer: see `clip`.
+        observation: ``[batch, inputs]``.
+        target: ``[batch, outputs]``.
+        clip: clip gradients by torch's function; False where the optimiser does.
+    """
+    parameters = list(policy.parameters())
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = (policy(observation) - target).square().mean()
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def bench_steps(
+    problem: Problem,
+    device: str = "cpu",
+    *,
+    sparsities: Sequence[float],
+    threads: int | None = None,
+    budget: Budget | None = None,
+    on_line: Callable[[StepLine], None] | None = None,
+) -> StepBench:
+    """Time steps of a policy pruned by `sparsify_` beside those of the dense one.
+
+    Args:
+        problem: its batch is at least 1.
+        device: ``cpu`` or a CUDA device.
+        sparsities: percents pruned, of `sparsify_`'s own distribution.
+        threads: for both sides; torch's current number by default.
+        budget: how long to time; its pauses are left out.
+        on_line: called with each line as it is measured.
+
+    Raises:
+        ValueError: fewer than two sizes or one below 1, a batch below 1, an activation that is not
+            in `ACTIVATIONS`, no sparsity or one outside [0, 100), or fewer than one thread.
+        Unverified: gradients differ from those of the dense float64 policy: nothing is reported.
+    """
+    if len(problem.sizes) < 2 or min(problem.sizes) < 1:
+        raise ValueError(f"sizes must be two or more, each at least 1, got {problem.sizes}")
+    if problem.batch < 1:
+        raise ValueError(f"batch must be at least 1, got {problem.batch}")
+    if problem.activation not in ACTIVATIONS:
+        allowed = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation must be one of {allowed}, got {problem.activation!r}")
+    if not sparsities or not all(0 <= sparsity < 100 for sparsity in sparsities):
+        raise ValueError(f"sparsities must be some in [0, 100), got {tuple(sparsities)}")
+    budget, neighbours = replace(budget or Budget(), settle_seconds=0.0), Neighbours()
+    lines = []
+    with pinned_threads(torch.get_num_threads() if threads is None else threads):
+        count = torch.get_num_threads()
+        for sparsity in sorted(set(sparsities)):
+            lines.append(_measure(problem, sparsity, device, budget))
+            if on_line is not None:
+                on_line(lines[-1])
+    where = f"{count} thread{'s' * (count > 1)}"
+    if torch.device(device).type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return StepBench(tuple(lines), neighbours.share(), f"{problem.label}, float32, {where}")
+
+
+def _measure(problem: Problem, sparsity: float, device: str, budget: Budget) -> StepLine:
+    start = _Pair(problem, sparsity, device)
+    dense = start.contender(_DENSE)
+    clock = device_clock(device)
+    found = [
+        verified_ratio(start.contender(name), [dense], budget, clock)
+        for name in (_BY_TORCH, _BY_US)
+    ]
+    by_torch, by_us = found
+    return StepLine(
+        sparsity=sparsity,
+        dense=Spread.of([*by_torch.timings[_DENSE].wall, *by_us.timings[_DENSE].wall]),
+        by_torch=Spread.of(by_torch.timings[_BY_TORCH].wall),
+        by_us=Spread.of(by_us.timings[_BY_US].wall),
+        gain_by_torch=by_torch.speedup[_DENSE],
+        gain_by_us=by_us.speedup[_DENSE],
+    )
+
+
+class _Pair:
+    """A policy dense and pruned, what it is shown, and its gradients in float64."""
+
+    def __init__(self, problem: Problem, sparsity: float, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+        self.dense = build_policy(problem, device)
+        self.sparse = copy.deepcopy(self.dense)
+        with warnings.catch_warnings():
+            # An action of a small policy may be pruned away; a step costs the same.
+            warnings.simplefilter("ignore", SparsifyWarning)
+            sparsify_(self.sparse, density=1 - sparsity / 100)
+        self.observation = draw(problem.batch, problem.sizes[0]).to(device)
+        self.target = draw(problem.batch, problem.sizes[-1]).to(device)
+        self.terms = problem.batch * max(problem.sizes) * len(problem.sizes)
+
+    def contender(self, name: str) -> Contender:
+        """The dense policy, or the pruned one by one of two optimisers."""
+        policy = copy.deepcopy(self.dense if name == _DENSE else self.sparse)
+        optimizer: torch.optim.Optimizer
+        if name == _BY_US:
+            optimizer = optim.Adam(policy.parameters(), lr=1e-4, max_grad_norm=MAX_NORM)
+        else:
+            optimizer = torch.optim.Adam(policy.parameters(), lr=1e-4, fused=True)
+        step = training_step(policy, optimizer, self.observation, self.target, clip=name != _BY_US)
+        return Contender(name, step, partial(self._error, policy))
+
+    def _error(self, policy: nn.Sequential) -> float:
+        exact = copy.deepcopy(self.dense).double()
+        with torch.no_grad():
+            for there, here in zip(exact.parameters(), policy.parameters(), strict=True):
+                there.copy_(here)
+        (exact(self.observation.double()) - self.target.double()).square().mean().backward()
+        policy.zero_grad()
+        (policy(self.observation) - self.target).square().mean().backward()
+        masks = {layer.weight: layer.mask for layer in policy if isinstance(layer, SparseLinear)}
+        found, expected = [], []
+        for there, here in zip(exact.parameters(), policy.parameters(), strict=True):
+            if there.grad is None or here.grad is None:
+                raise Unverified("every parameter must have a gradient, one has none")
+            kept = masks.get(here, torch.ones_like(here, dtype=torch.bool))
+            expected.append(there.grad.masked_fill(~kept, 0))
+            found.append(here.grad)
+        return mismatch(found, expected, self.terms)
