@@ -48,6 +48,8 @@ TITLES: dict[Contest, str] = {
     (CARTPOLE, "dqn"): "DQN",
 }
 """By task and algorithm."""
+SCRIPTED_STEPS, SEEDS = 500_000, 15
+"""Steps that the scripts take by default, and seeds of the protocol."""
 RESAMPLES = 10_000
 SPLITS = 100_000
 """Most splits of all seeds that a p is counted over; of more, so many are drawn."""
@@ -257,7 +259,7 @@ def conclude(cells: pl.DataFrame) -> Finding:
     return Finding(
         ran=f"{CARTPOLE}, dense policies of {_seeds(cells)}, "
         f"{cells['train_steps'].max():,} steps, beside CleanRL's ppo.py and dqn.py at commit "
-        f"{cells['cleanrl'].drop_nulls()[0][:7]} (cut: 20% of the scripts' steps, 15 seeds asked)",
+        f"{cells['cleanrl'].drop_nulls()[0][:7]} (cut: {', '.join(_cuts(cells))})",
         effect=f"ours minus the script's return: {'; '.join(shown)}",
         verdict="; ".join(told),
         text=text(cells),
@@ -268,9 +270,21 @@ def conclude(cells: pl.DataFrame) -> Finding:
 def _seeds(cells: pl.DataFrame) -> str:
     found = []
     for contest, title in contests(cells).items():
-        counts = of(cells, contest).group_by("who").len()["len"].unique().sort().to_list()
+        as_it_is = of(cells, contest).filter(~pl.col("who").is_in([HUBER, SAME_HUBER]))
+        counts = as_it_is.group_by("who").len()["len"].unique().sort().to_list()
         found.append(f"{title}, {' to '.join(map(str, counts))} seeds")
     return ", ".join(found)
+
+
+def _cuts(cells: pl.DataFrame) -> list[str]:
+    """Of the steps that the scripts take by default, and of the protocol's seeds."""
+    found = [f"{cells['train_steps'].max() / SCRIPTED_STEPS:.0%} of the scripts' steps"]
+    for name, word in ((THEIRS, "{}"), (HUBER, "{} with Huber's loss")):
+        for contest, title in contests(cells).items():
+            seeds = len(of(cells, contest).filter(pl.col("who") == name))
+            if 0 < seeds < SEEDS:
+                found.append(f"{seeds} of {SEEDS} seeds of {word.format(title)}")
+    return found
 
 
 def text(cells: pl.DataFrame) -> str:
