@@ -22,6 +22,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -378,6 +379,17 @@ Tensor infer(const Form& form, const Tensor& x, const variable_list& parameters)
   return y;
 }
 
+// Newer versions of torch count a node's owners in the node, older ones beside it.
+template <class Kind>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Kind>) {
+    return c10::make_intrusive<Kind>();
+  } else {
+    // torch's own deleter, which does not recurse into the nodes before it.
+    return std::shared_ptr<Kind>(new Kind, [](Kind* node) { deleteNode(node); });
+  }
+}
+
 Tensor train(const std::shared_ptr<Form>& form, const Tensor& x, const variable_list& parameters,
              const variable_list& masks) {
   int64_t batch = x.size(0);
@@ -392,7 +404,7 @@ Tensor train(const std::shared_ptr<Form>& form, const Tensor& x, const variable_
   call[Call::kY] = address_of(y);
   call.run(setup.forward);
 
-  auto node = c10::make_intrusive<NetworkBackward>();
+  auto node = make_node<NetworkBackward>();
   node->form = form;
   node->panels = SavedVariable(panels, false);
   node->x = SavedVariable(x, false);
