@@ -57,7 +57,8 @@ class DQN(ReplayBudget):
     epsilon: float = 0.04
     """Probability of a random action from then on."""
     double: bool = False
-    """Let the network choose the next action that the target network values."""
+    """Let the network choose the next action that the target network values; --dqn.no-double turns
+    it off."""
     loss: str = "huber"
     """Of the error: huber, as Stable-Baselines3's, or squared, without a half, as CleanRL's."""
     n_step: int = 1
