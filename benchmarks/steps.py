@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +22,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparse_tickets import optim, sparsify_
-from sparse_tickets.bench.steps import MAX_NORM, Problem, build_policy, training_step
-from sparse_tickets.convert import SparsifyWarning
+from sparse_tickets.bench.steps import (
+    MAX_NORM,
+    Problem,
+    build_policy,
+    pruned_copy,
+    step_by_torch,
+    step_by_us,
+)
 from sparse_tickets.files import write_atomic
 from sparse_tickets.linear import SparseLinear
 from sparse_tickets.timing import pinned_threads
@@ -82,24 +86,17 @@ class _Start:
         self.observation = torch.randn(problem.batch or 1, problem.sizes[0])
         self.target = torch.randn(problem.batch or 1, problem.sizes[-1])
         self.trains = problem.batch > 0
-        self.sparse = copy.deepcopy(self.dense)
-        with warnings.catch_warnings():
-            # At 99% an action of a small policy may be pruned away; a step costs the same.
-            warnings.simplefilter("ignore", SparsifyWarning)
-            sparsify_(self.sparse, density=1 - sparsity)
+        self.sparse = pruned_copy(self.dense, 100 * sparsity)
 
     def step(self, policy: nn.Module) -> Step:
         """A step of a policy: acting, or training with torch's fastest Adam."""
         if not self.trains:
             return _act(policy, self.observation)
-        fastest = torch.optim.Adam(policy.parameters(), lr=1e-4, fused=True)
-        return training_step(policy, fastest, self.observation, self.target, clip=True)
+        return step_by_torch(policy, self.observation, self.target)
 
     def own_step(self) -> Step:
         """A step of a sparse policy with our Adam."""
-        policy = copy.deepcopy(self.sparse)
-        fused = optim.Adam(policy.parameters(), lr=1e-4, max_grad_norm=MAX_NORM)
-        return training_step(policy, fused, self.observation, self.target, clip=False)
+        return step_by_us(copy.deepcopy(self.sparse), self.observation, self.target)
 
     def torch_parts(self) -> Step:
         """What is torch's in `step`: an output and gradients that cost nothing, in dense shapes."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from experiments.drawing import Line, line_figure
 from experiments.frame import RESULTS, Experiment, Finding, Place, main, markdown, signed
-from experiments.sweeps import quickly
+from experiments.sweeps import SEEDS, quickly
 from experiments.training import train
 from sparse_tickets import Sweep
 from sparse_tickets.algos.dqn import DQN
@@ -48,8 +48,8 @@ TITLES: dict[Contest, str] = {
     (CARTPOLE, "dqn"): "DQN",
 }
 """By task and algorithm."""
-SCRIPTED_STEPS, SEEDS = 500_000, 15
-"""Steps that the scripts take by default, and seeds of the protocol."""
+SCRIPTED_STEPS = 500_000
+"""Steps that the scripts take by default."""
 RESAMPLES = 10_000
 SPLITS = 100_000
 """Most splits of all seeds that a p is counted over; of more, so many are drawn."""

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sparse_tickets.bench.machine import check_machine, name_machine
 from sparse_tickets.ceilings import (
     Ceilings,
     Neighbours,
@@ -115,24 +116,15 @@ def bench_layer(
     for name, size in (("width", width), ("batch", batch)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
     if not sparsities:
         raise ValueError("sparsities must not be empty")
     for sparsity in sparsities:
         if not 0 <= sparsity <= 100:
             raise ValueError(f"sparsities must be in [0, 100], got {sparsity}")
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must exist, got {device} and torch sees no GPU")
+    check_machine(device, threads)
     budget, neighbours = budget or Budget(), Neighbours()
     with pinned_threads(torch.get_num_threads() if threads is None else threads):
-        count = torch.get_num_threads()
-        where = f"{count} thread" if count == 1 else f"{count} threads"
-        if kind == "cuda":
-            where = torch.cuda.get_device_name(device)
+        where = name_machine(device)
         ceilings = measure_ceilings(budget, device)
         lines = []
         for sparsity in sorted(set(sparsities)):

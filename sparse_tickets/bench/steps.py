@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_tickets import optim
+from sparse_tickets.bench.machine import check_machine, name_machine
 from sparse_tickets.ceilings import Neighbours
 from sparse_tickets.convert import SparsifyWarning, sparsify_
 from sparse_tickets.linear import SparseLinear
@@ -25,9 +26,11 @@ from sparse_tickets.timing import (
     Spread,
     Unverified,
     device_clock,
+    interleave,
     mismatch,
+    paired,
     pinned_threads,
-    verified_ratio,
+    verify,
 )
 
 __all__ = [
@@ -38,7 +41,9 @@ __all__ = [
     "StepLine",
     "bench_steps",
     "build_policy",
-    "training_step",
+    "pruned_copy",
+    "step_by_torch",
+    "step_by_us",
 ]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -115,7 +120,7 @@ def build_policy(problem: Problem, device: str = "cpu") -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def training_step(
+def _training_step(
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
     observation: Tensor,
@@ -146,6 +151,28 @@ def training_step(
     return step
 
 
+def pruned_copy(policy: nn.Sequential, sparsity: float) -> nn.Sequential:
+    """A copy pruned by `sparsify_` to ``sparsity`` percent, without its warnings."""
+    policy = copy.deepcopy(policy)
+    with warnings.catch_warnings():
+        # An action of a small policy may be pruned away; a step costs the same.
+        warnings.simplefilter("ignore", SparsifyWarning)
+        sparsify_(policy, density=1 - sparsity / 100)
+    return policy
+
+
+def step_by_torch(policy: nn.Module, observation: Tensor, target: Tensor) -> Callable[[], Tensor]:
+    """A step by torch's fastest Adam."""
+    fastest = torch.optim.Adam(policy.parameters(), lr=1e-4, fused=True)
+    return _training_step(policy, fastest, observation, target, clip=True)
+
+
+def step_by_us(policy: nn.Module, observation: Tensor, target: Tensor) -> Callable[[], Tensor]:
+    """A step by our Adam, which also clips."""
+    fused = optim.Adam(policy.parameters(), lr=1e-4, max_grad_norm=MAX_NORM)
+    return _training_step(policy, fused, observation, target, clip=False)
+
+
 def bench_steps(
     problem: Problem,
     device: str = "cpu",
@@ -167,7 +194,8 @@ def bench_steps(
 
     Raises:
         ValueError: fewer than two sizes or one below 1, a batch below 1, an activation that is not
-            in `ACTIVATIONS`, no sparsity or one outside [0, 100), or fewer than one thread.
+            in `ACTIVATIONS`, no sparsity or one outside [0, 100), a device that is not there, or
+            fewer than one thread.
         Unverified: gradients differ from those of the dense float64 policy: nothing is reported.
     """
     if len(problem.sizes) < 2 or min(problem.sizes) < 1:
@@ -179,37 +207,29 @@ def bench_steps(
         raise ValueError(f"activation must be one of {allowed}, got {problem.activation!r}")
     if not sparsities or not all(0 <= sparsity < 100 for sparsity in sparsities):
         raise ValueError(f"sparsities must be some in [0, 100), got {tuple(sparsities)}")
+    check_machine(device, threads)
     budget, neighbours = replace(budget or Budget(), settle_seconds=0.0), Neighbours()
     lines = []
     with pinned_threads(torch.get_num_threads() if threads is None else threads):
-        count = torch.get_num_threads()
+        where = name_machine(device)
         for sparsity in sorted(set(sparsities)):
             lines.append(_measure(problem, sparsity, device, budget))
             if on_line is not None:
                 on_line(lines[-1])
-    where = f"{count} thread{'s' * (count > 1)}"
-    if torch.device(device).type == "cuda":
-        where = torch.cuda.get_device_name(device)
     return StepBench(tuple(lines), neighbours.share(), f"{problem.label}, float32, {where}")
 
 
 def _measure(problem: Problem, sparsity: float, device: str, budget: Budget) -> StepLine:
-    start = _Pair(problem, sparsity, device)
-    dense = start.contender(_DENSE)
-    clock = device_clock(device)
-    found = [
-        verified_ratio(start.contender(name), [dense], budget, clock)
-        for name in (_BY_TORCH, _BY_US)
-    ]
-    by_torch, by_us = found
-    return StepLine(
-        sparsity=sparsity,
-        dense=Spread.of([*by_torch.timings[_DENSE].wall, *by_us.timings[_DENSE].wall]),
-        by_torch=Spread.of(by_torch.timings[_BY_TORCH].wall),
-        by_us=Spread.of(by_us.timings[_BY_US].wall),
-        gain_by_torch=by_torch.speedup[_DENSE],
-        gain_by_us=by_us.speedup[_DENSE],
-    )
+    pair = _Pair(problem, sparsity, device)
+    errors: dict[str, float] = {}
+    dense, *ours = contenders = [pair.contender(name) for name in (_DENSE, _BY_TORCH, _BY_US)]
+    for contender in contenders:
+        verify(contender, errors)
+    timings = interleave(contenders, budget, device_clock(device))
+    wall = {name: timing.wall for name, timing in timings.items()}
+    times = [Spread.of(wall[contender.name]) for contender in contenders]
+    gains = [paired(contender, [dense], wall)[_DENSE] for contender in ours]
+    return StepLine(sparsity, *times, *gains)
 
 
 class _Pair:
@@ -219,11 +239,7 @@ class _Pair:
         generator = torch.Generator().manual_seed(0)
         draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
         self.dense = build_policy(problem, device)
-        self.sparse = copy.deepcopy(self.dense)
-        with warnings.catch_warnings():
-            # An action of a small policy may be pruned away; a step costs the same.
-            warnings.simplefilter("ignore", SparsifyWarning)
-            sparsify_(self.sparse, density=1 - sparsity / 100)
+        self.sparse = pruned_copy(self.dense, sparsity)
         self.observation = draw(problem.batch, problem.sizes[0]).to(device)
         self.target = draw(problem.batch, problem.sizes[-1]).to(device)
         self.terms = problem.batch * max(problem.sizes) * len(problem.sizes)
@@ -231,12 +247,8 @@ class _Pair:
     def contender(self, name: str) -> Contender:
         """The dense policy, or the pruned one by one of two optimisers."""
         policy = copy.deepcopy(self.dense if name == _DENSE else self.sparse)
-        optimizer: torch.optim.Optimizer
-        if name == _BY_US:
-            optimizer = optim.Adam(policy.parameters(), lr=1e-4, max_grad_norm=MAX_NORM)
-        else:
-            optimizer = torch.optim.Adam(policy.parameters(), lr=1e-4, fused=True)
-        step = training_step(policy, optimizer, self.observation, self.target, clip=name != _BY_US)
+        take = step_by_us if name == _BY_US else step_by_torch
+        step = take(policy, self.observation, self.target)
         return Contender(name, step, partial(self._error, policy))
 
     def _error(self, policy: nn.Sequential) -> float:

@@ -323,7 +323,8 @@ def test_whole_steps_of_a_wrong_policy_are_not_timed(monkeypatch):
         ((3, 2), "selu", 4, {}, "activation must be one of tanh, relu, .* got 'selu'"),
         ((3, 2), "tanh", 4, {"sparsities": ()}, "sparsities must be some in"),
         ((3, 2), "tanh", 4, {"sparsities": (100.0,)}, "sparsities must be some in"),
-        ((3, 2), "tanh", 4, {"threads": 0}, "must be at least 1, got 0"),
+        ((3, 2), "tanh", 4, {"threads": 0}, "threads must be at least 1, got 0"),
+        ((3, 2), "tanh", 4, {"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
     ],
 )
 def test_whole_steps_name_what_they_cannot_do(sizes, activation, batch, options, said):
