@@ -160,6 +160,7 @@ def test_measuring_commands(command, data, capsys, monkeypatch):
         next(reached)
         raise ValueError("far enough")
 
-    monkeypatch.setattr("sparse_tickets.bench.bench", measure)
+    monkeypatch.setattr("sparse_tickets.bench.layer.bench_layer", measure)
+    monkeypatch.setattr("sparse_tickets.bench.steps.bench_steps", measure)
     monkeypatch.setattr("sparse_tickets.inspect.inspect", measure)
     answers([command, *data.draw(arguments(command))], capsys)
