@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,6 +23,12 @@ from numba.core.dispatcher import Dispatcher
 
 from .caching import cache_folder, warn_once
 
+_PROCESS = f"_{uuid.uuid4().hex}"
+"""In the symbols of what a factory makes, which Numba numbers from 1 in each process.
+
+Kernels compiled by two processes and loaded into a third would call each other's functions of
+equal name: SGD's step did Adam's.
+"""
 _IMPORT = re.compile(r"^from (\.+)([\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 _NAME = re.compile(r"\w+")
 
@@ -45,10 +52,12 @@ def njit(function: Callable[..., Any] | None = None, *, cache: bool = False, **o
     if cache:
         held = [cell.cell_contents for cell in function.__closure__ or ()]
         if any(isinstance(value, Dispatcher) for value in held):
-            raise TypeError(f"{function.__qualname__} must not be cached: it closes over kernels")
+            raise TypeError(f"{function.__name__} must not be cached: it closes over kernels")
         # Raised where none can be written, and by the stamp; then each process compiles.
         with suppress(RuntimeError):
             dispatcher._cache = _Cache(function)
+    if function.__closure__:
+        function.__qualname__ += _PROCESS
     return dispatcher
 
 

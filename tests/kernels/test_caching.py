@@ -176,6 +176,51 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(barred: Path) -> N
         assert barred not in cache_folder().parents
 
 
+FACTORY = """
+import numpy as np
+from sparse_tickets.kernels.compiling import njit
+
+def make(rises):
+    @njit
+    def run(x, n):
+        for i in range(n):
+            order = np.argsort(np.sin(x * i))  # of a size that no compiler inlines
+            for j in order:
+                x[j] += 1.0 if rises else -1.0
+        return x
+    return run
+
+raised, lowered = make(True), make(False)
+
+@njit(cache=True)
+def up(n):
+    return raised(raised(raised(np.ones(4), n), n), n)
+
+@njit(cache=True)
+def down(n):
+    return lowered(lowered(lowered(np.ones(4), n), n), n)
+"""
+
+
+@pytest.mark.long
+def test_kernels_of_two_processes_do_not_call_each_others_functions(tmp_path: Path) -> None:
+    """Functions of one factory have one name, and Numba numbers them anew in each process."""
+    (tmp_path / "factory.py").write_text(FACTORY)
+
+    def run(*names: str) -> list[str]:
+        code = "import sys, factory; [print(getattr(factory, n)(2)[0]) for n in sys.argv[1:]]"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *names],
+            capture_output=True, text=True, cwd=tmp_path, check=True,
+        )  # fmt: skip
+        return done.stdout.split()
+
+    up, down = run("up"), run("down")
+    assert up != down
+    assert run("up", "down") == up + down
+    assert run("down", "up") == down + up
+
+
 HELPERS = {
     "__init__.py": "",
     "callers/__init__.py": "",
