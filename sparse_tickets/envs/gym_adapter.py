@@ -19,6 +19,7 @@ from torch import Tensor
 from sparse_tickets.kernels.errors import check_dtype, check_shape
 from sparse_tickets.kernels.random import Stream, bits
 
+from .pool import PREFIX, Pool, PoolTask
 from .spec import EnvSpec, Step
 from .stepping import ArrayLayout, Stepper, describe, flatten
 from .workers import Shared, workers_for
@@ -40,8 +41,8 @@ def gym_spec(make: Maker | str, name: str | None = None, *, pilot_steps: int = 1
     see all that a good one sees: give numbers of your own with ``dataclasses.replace``.
 
     Args:
-        make: a gymnasium id, ``module:id`` too, or a function without arguments that makes the
-            environment.
+        make: a gymnasium id, ``module:id`` too, ``envpool:`` and a task of envpool, or a function
+            without arguments that makes the environment.
         name: name of the spec; by default the id.
         pilot_steps: steps of the pilot. The random return is None where no episode ends within
             them; with 0 nothing is played, and offset and scale are 0 and 1.
@@ -68,14 +69,16 @@ class GymEnv:
     it may reuse its memory; its infos are not looked at.
 
     Copies may be spread over worker processes, which step them side by side, the same to the last
-    bit. What an environment raises arrives as it is, with the copy it comes from as a note.
+    bit. What an environment raises arrives as it is, with the copy it comes from as a note. Tasks
+    of envpool are stepped by its threads instead, which change no result either.
 
     An observation or reward that is not finite is warned of, once per ticket, and passed on: it
     ends that ticket's training, not that of the others. An action that is not finite, of a policy
     that is lost already, reaches the environment as the bounds' middle.
 
     Args:
-        make: a gymnasium id, or a function without arguments that makes one environment.
+        make: a gymnasium id, ``envpool:`` and a task of envpool, or a function without arguments
+            that makes one environment.
         tickets: P.
         copies: E.
         device: where tensors live; the environments themselves run on the CPU.
@@ -83,12 +86,12 @@ class GymEnv:
         reset_stream: stream of the seeds; evaluation uses another than training.
         workers: processes that step the copies, 1 for this one; by default what `use_workers` says.
             Other processes make copies of their own by ``make``, which has to be picklable by
-            cloudpickle, and share nothing else with this one.
+            cloudpickle, and share nothing else with this one. Of envpool's tasks: threads.
 
     Attributes:
         clock: steps since `reset`.
         task: None: no fused kernel knows the physics.
-        workers: how many processes step the copies.
+        workers: how many processes or threads step the copies.
         faults: of each ticket by its index, what it was returned first that is not finite.
 
     Raises:
@@ -142,9 +145,12 @@ class GymEnv:
         count, name = tickets * copies, self.spec.name
         shape, dtype = self._action_space.shape, self._action_space.dtype
         layout = ArrayLayout(count, read.observation_dim, shape, np.dtype(dtype).str)  # type: ignore[arg-type]
-        self.workers = workers_for(workers, count, isinstance(make_one, _Registered))
-        if self.workers > 1:
-            self._stepper: Shared | Stepper = Shared(make_one, layout, self.workers, name, copies)
+        by_name = isinstance(make_one, _Registered | PoolTask)
+        self.workers = workers_for(workers, count, by_name)
+        if isinstance(make_one, PoolTask):
+            self._stepper: Pool | Shared | Stepper = Pool(make_one, layout.arrays(), self.workers)
+        elif self.workers > 1:
+            self._stepper = Shared(make_one, layout, self.workers, name, copies)
         else:
             self._stepper = Stepper(make_one, layout.arrays(), range(count), name, copies)
 
@@ -280,8 +286,10 @@ class _Registered:
 
 
 def maker(make: Maker | str) -> Maker:
-    """A function that makes an environment, also of its gymnasium id."""
-    return _Registered(make) if isinstance(make, str) else make
+    """A function that makes an environment, also of its name."""
+    if not isinstance(make, str):
+        return make
+    return PoolTask(make) if make.startswith(PREFIX) else _Registered(make)
 
 
 def find_registered(name: str) -> gymnasium.envs.registration.EnvSpec:
@@ -289,8 +297,10 @@ def find_registered(name: str) -> gymnasium.envs.registration.EnvSpec:
 
     Raises:
         gymnasium.error.Error: it has none.
-        ImportError, ValueError: the module cannot be imported.
+        ImportError, ValueError: the module cannot be imported, or the id is one of envpool's tasks.
     """
+    if name.startswith(PREFIX):
+        raise ValueError(f"gymnasium knows no tasks of envpool, got {name!r}")
     module, colon, own = name.rpartition(":")
     if colon:
         importlib.import_module(module)

@@ -16,6 +16,7 @@ from sparse_tickets.kernels.random import Stream
 from .classic import CLASSIC_SPECS, ClassicEnv
 from .gym_adapter import GymEnv, find_registered, gym_spec, maker
 from .noise import Noise, NoiseFeatures, split_noise
+from .pool import PREFIX, PoolTask
 from .spec import Env, EnvSpec
 
 __all__ = ["EnvFactory", "env_spec", "find_env", "make_env", "open_env", "register_env"]
@@ -72,7 +73,8 @@ def env_spec(name: str) -> EnvSpec:
     """Spaces and observation scale of an environment.
 
     Args:
-        name: a built-in or registered environment, or any gymnasium id; see `gym_spec`.
+        name: a built-in or registered environment, any gymnasium id, or ``envpool:`` and a task
+            of envpool; see `gym_spec`.
 
     Raises:
         ValueError: nobody knows the name; the message lists the known ones.
@@ -92,7 +94,8 @@ def make_env(
     """Make an environment for a population.
 
     Args:
-        name: a built-in or registered environment, or any gymnasium id.
+        name: a built-in or registered environment, any gymnasium id, or ``envpool:`` and a task
+            of envpool.
         tickets: P.
         copies: E, per ticket.
         device: where its tensors live.
@@ -135,12 +138,13 @@ def find_env(name: str) -> tuple[EnvFactory, EnvSpec]:
     if name.startswith("MinAtar/"):
         _register_minatar()
     try:
-        find_registered(name)
+        if not name.startswith(PREFIX):
+            find_registered(name)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
         raise ValueError(
             f"env must be one of {', '.join(sorted(_registry))}, one registered with "
-            f"register_env, or any gymnasium id, each with +noise=N or without, got "
-            f"{name!r} (gymnasium: {error})"
+            f"register_env, any gymnasium id, each with +noise=N or without, or "
+            f"{PREFIX} and a task of envpool, got {name!r} (gymnasium: {error})"
         ) from error
     try:
         return _make_gym(name), _read_spec_once(name)
@@ -156,11 +160,11 @@ def _noisy(factory: EnvFactory, base: str, noise: Noise) -> EnvFactory:
         made: partial[Any] = factory
         if made.func is ClassicEnv:
             return partial(made, noise=noise)
-        if made.func is GymEnv:
-            return partial(GymEnv, partial(_with_noise, maker(made.args[0]), noise))
+        if made.func is GymEnv and not isinstance(make := maker(made.args[0]), PoolTask):
+            return partial(GymEnv, partial(_with_noise, make, noise))
     raise ValueError(
-        f"env must be a built-in or a gymnasium one to have noise, got {base!r}, which was "
-        "registered as something else"
+        f"env must be a built-in or a gymnasium one to have noise, got {base!r}, which is "
+        "something else"
     )
 
 

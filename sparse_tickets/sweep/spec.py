@@ -78,9 +78,9 @@ class Sweep:
     """A lottery-ticket study: every condition, seed and level of one environment."""
 
     env: str = "CartPole-v1"
-    """CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, sparse_tickets/Maze-v0, your own, or
-    any gymnasium id;
-    +noise=16 after it adds 16 inputs of pure noise (+noise=16,seed=1: at other places)."""
+    """CartPole-v1, Acrobot-v1, MountainCar-v0, Pendulum-v1, sparse_tickets/Maze-v0, your own,
+    any gymnasium id, or envpool: and a task of envpool;
+    +noise=16 after all but the last adds 16 inputs of pure noise (+noise=16,seed=1: elsewhere)."""
     algos: tuple[str, ...] = ("ppo", "bc")
     """Training algorithms: ppo, dqn, sac, bc (behavioural cloning of experts), and your own."""
     conditions: tuple[str, ...] = (

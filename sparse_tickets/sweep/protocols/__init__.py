@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparse_tickets.envs import split_noise
+from sparse_tickets.envs.pool import PREFIX
 from sparse_tickets.sweep.protocols import (
     acrobot,
     cart_pole,
@@ -40,7 +41,7 @@ def protocol(env: str) -> Sweep:
 
     Levels run to 24, so that a condition that never degrades within the paper's 20 trainings can
     still do so. Environments without a tuned PPO, CartPole too, get CleanRL's; with noise among its
-    inputs one keeps its own.
+    inputs, or by envpool, one keeps its own.
     """
-    base, _ = split_noise(env)
+    base, _ = split_noise(env.removeprefix(PREFIX))
     return replace(Sweep(), env=env, **{"levels": 25, **PROTOCOLS.get(base, {})})
