@@ -1,10 +1,10 @@
-"""Runs of linear layers and activations that kernels take whole, where nobody has to see each."""
+"""Runs of linear layers, LayerNorms and activations that kernels take whole, where nobody looks."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from sparse_tickets.kernels.dispatch import CHOSEN, Plan, is_chosen
 from sparse_tickets.kernels.linear.known import take_snapshot
 from sparse_tickets.kernels.linear.masking import are_equal
-from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
+from sparse_tickets.kernels.policy import Layer, Network, Norm, find_activation, native
 from sparse_tickets.linear import SparseLinear
 
 __all__ = ["HOOKS", "Run", "find_runs"]
@@ -49,24 +49,45 @@ def _address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _find_setting(module: nn.Module) -> Any:
+    """What a module says of its computation beside its class, or None."""
+    if type(module) is nn.LayerNorm:
+        return module.normalized_shape, module.eps
+    return find_activation(module)
+
+
+class _Unit(NamedTuple):
+    """A linear layer, and the LayerNorm and activation that follow it."""
+
+    linear: nn.Linear
+    norm: nn.LayerNorm | None = None
+    activation: nn.Module | None = None
+
+    @property
+    def owners(self) -> Iterator[nn.Linear | nn.LayerNorm]:
+        """The modules that have parameters."""
+        yield self.linear
+        if self.norm is not None:
+            yield self.norm
+
+
 class _Seen:
-    """A layer's tensors as they were when its run was made ready."""
+    """A module's tensors as they were when its run was made ready."""
 
     __slots__ = (
-        "bias", "bias_size", "buffers", "mask", "mask_at", "parameters", "snapshot", "weight",
-        "weight_size",
+        "bias", "buffers", "inp", "mask", "mask_at", "out", "parameters", "snapshot", "weight",
     )  # fmt: skip
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.parameters: Any = layer._parameters
-        self.buffers: Any = layer._buffers
+    def __init__(self, owner: nn.Linear | nn.LayerNorm) -> None:
+        self.parameters: Any = owner._parameters
+        self.buffers: Any = owner._buffers
         self.weight: Any = self.parameters.get("weight")
         self.bias: Any = self.parameters.get("bias")
-        self.mask: Any = self.buffers.get("mask") if isinstance(layer, SparseLinear) else None
+        self.mask: Any = self.buffers.get("mask") if isinstance(owner, SparseLinear) else None
         self.snapshot = None if self.mask is None else take_snapshot(self.mask)
         self.mask_at = _address_of(self.mask)
-        self.weight_size = layer.out_features * layer.in_features
-        self.bias_size = layer.out_features
+        # A norm is a layer of one input here.
+        self.out, self.inp = _shape(owner)
 
 
 class _Ready:
@@ -79,41 +100,45 @@ class _Ready:
             gives the output, or None where anything is not as it was or needs a closer look.
     """
 
-    __slots__ = ("_snapshots", "compiled", "inp", "linears", "masks", "network", "tensors")
+    __slots__ = ("_snapshots", "compiled", "inp", "masks", "network", "owners", "tensors")
 
-    def __init__(self, layers: Sequence[tuple[nn.Linear, nn.Module | None]]) -> None:
-        self.linears = [_Seen(layer) for layer, _ in layers]
+    def __init__(self, units: Sequence[_Unit]) -> None:
+        self.owners: list[_Seen] = []
         known, self.masks = [], []
-        for linear, (layer, activation) in zip(self.linears, layers, strict=True):
+        for unit in units:
+            linear, *rest = map(_Seen, unit.owners)
+            self.owners += linear, *rest
             mask = linear.snapshot
             if mask is not None and bool(mask.all()):
                 mask = None
             if mask is not None:
                 self.masks.append(linear.mask)
-            act = None if activation is None else find_activation(activation)
-            known.append(Layer(layer.out_features, layer.in_features, mask, act))
-        self.tensors = [t for linear in self.linears for t in (linear.weight, linear.bias)]
+            act = None if unit.activation is None else find_activation(unit.activation)
+            norm = None if unit.norm is None else Norm(unit.norm.eps)
+            known.append(Layer(linear.out, linear.inp, mask, act, norm))
+        self.tensors = [t for owner in self.owners for t in (owner.weight, owner.bias)]
         self.inp = known[0].inp
         self.network = Network(known)
         self._snapshots = array("q")
-        for linear in self.linears:
-            if linear.snapshot is not None:
-                snapshot_at = linear.snapshot.data_ptr()
-                self._snapshots.extend((linear.mask_at, snapshot_at, linear.weight_size))
+        for seen in self.owners:
+            if seen.snapshot is not None:
+                snapshot_at = seen.snapshot.data_ptr()
+                self._snapshots.extend((seen.mask_at, snapshot_at, seen.out * seen.inp))
         self.compiled: Any = None
         native.start()
 
     def compile(self, watch: Any) -> None:
         """Have `compiled`, now that there is what it takes; ``watch`` tells who has to see it."""
-        seen = self.linears
         places = [
-            (each.parameters, each.buffers, each.weight, each.bias, each.mask) for each in seen
+            (each.parameters, each.buffers, each.weight, each.bias, each.mask)
+            for each in self.owners
         ]
+        prune = {id(mask) for mask in self.masks}
         layers = [
-            (known.out, known.inp, each.mask_at, _address_of(each.snapshot), known.mask is not None)
-            for each, known in zip(seen, self.network.layers, strict=True)
+            (each.out, each.inp, each.mask_at, _address_of(each.snapshot), id(each.mask) in prune)
+            for each in self.owners
         ]
-        # It borrows tensors and dictionaries, which live as long as `linears`.
+        # It borrows tensors and dictionaries, which live as long as `owners`.
         self.compiled = native.module.Run(layers, self.network.form, places, watch)
 
     def has_masks(self) -> bool:
@@ -122,29 +147,38 @@ class _Ready:
         return are_equal(snapshots.buffer_info()[0], len(snapshots) // 3)
 
 
+def _shape(owner: nn.Linear | nn.LayerNorm) -> tuple[int, int]:
+    if isinstance(owner, nn.Linear):
+        return owner.out_features, owner.in_features
+    return owner.normalized_shape[0], 1
+
+
 class Run:
-    """Linear layers and activations that follow each other; called as one where that may be.
+    """Linear layers, norms and activations that follow each other; called as one where that may be.
 
     Args:
-        modules: a linear layer first; each may be followed by one known activation.
+        modules: a linear layer first; each may be followed by one LayerNorm of its width and one
+            known activation.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
-        self._layers: list[tuple[nn.Linear, nn.Module | None]] = []
+        self._units: list[_Unit] = []
         for module in modules:
             if isinstance(module, nn.Linear):
-                self._layers.append((module, None))
+                self._units.append(_Unit(module))
+            elif isinstance(module, nn.LayerNorm):
+                self._units[-1] = self._units[-1]._replace(norm=module)
             else:
-                self._layers[-1] = self._layers[-1][0], module
+                self._units[-1] = self._units[-1]._replace(activation=module)
         hooks = [getattr(module, name) for module in modules for name in HOOKS]
         self._hooks = (*_GLOBAL_HOOKS, *hooks)
         self._owners = tuple(module.__dict__ for module in modules)
         self._classes = [type(module) for module in modules]
         self._settings = [
-            (module, find_activation(module))
+            (module, _find_setting(module))
             for module in modules
-            if type(module) in (nn.ELU, nn.LeakyReLU, nn.GELU)
+            if type(module) in (nn.ELU, nn.LeakyReLU, nn.GELU, nn.LayerNorm)
         ]
         self._ready: _Ready | None = None
 
@@ -154,8 +188,8 @@ class Run:
         return self._layered(input) if output is None else output
 
     def _has_settings(self) -> bool:
-        """Whether the activations' parameters are what they were."""
-        return all(find_activation(module) == setting for module, setting in self._settings)
+        """Whether the modules' own parameters are what they were."""
+        return all(_find_setting(module) == setting for module, setting in self._settings)
 
     def _layered(self, input: Tensor) -> Tensor:
         for module in self.modules:
@@ -184,7 +218,7 @@ class Run:
             if "forward" in owner:
                 return None
         if not self._has_settings():
-            self._settings = [(m, find_activation(m)) for m, _ in self._settings]
+            self._settings = [(m, _find_setting(m)) for m, _ in self._settings]
             self._ready = None
         ready = self._ready
         if ready is None:
@@ -196,17 +230,17 @@ class Run:
         recorded = _grads_are_recorded()
         trained = recorded and input.requires_grad
         addresses: list[int] = []
-        for linear in ready.linears:
-            parameters, mask = linear.parameters, linear.mask
-            weight, bias = linear.weight, linear.bias
+        for seen in ready.owners:
+            parameters, mask = seen.parameters, seen.mask
+            weight, bias = seen.weight, seen.bias
             if (
                 parameters.get("weight") is not weight
                 or parameters.get("bias") is not bias
                 or (
                     mask is not None
                     and (
-                        linear.buffers.get("mask") is not mask
-                        or mask.data_ptr() != linear.mask_at
+                        seen.buffers.get("mask") is not mask
+                        or mask.data_ptr() != seen.mask_at
                         or not mask.is_contiguous()
                     )
                 )
@@ -214,28 +248,20 @@ class Run:
                 # Once more with what is there now; a layer that is no longer plain ends it.
                 self._ready = None
                 return self._fused(input) if self._prepare() is not None else None
-            if (
-                weight.dtype is not _float32
-                or not weight.is_cpu
-                or not weight.is_contiguous()
-                or weight.is_neg()
-                or weight.numel() != linear.weight_size
-            ):
-                return None
-            if bias is None:
-                addresses += (weight.data_ptr(), 0, 0, 0)
-                trained = trained or (recorded and weight.requires_grad)
-                continue
-            if (
-                bias.dtype is not _float32
-                or not bias.is_cpu
-                or not bias.is_contiguous()
-                or bias.is_neg()
-                or bias.numel() != linear.bias_size
-            ):
-                return None
-            addresses += (weight.data_ptr(), 0, bias.data_ptr(), 0)
-            trained = trained or (recorded and (weight.requires_grad or bias.requires_grad))
+            for tensor, size in ((weight, seen.out * seen.inp), (bias, seen.out)):
+                if tensor is None:
+                    addresses += (0, 0)
+                    continue
+                if (
+                    tensor.dtype is not _float32
+                    or not tensor.is_cpu
+                    or not tensor.is_contiguous()
+                    or tensor.is_neg()
+                    or tensor.numel() != size
+                ):
+                    return None
+                addresses += (tensor.data_ptr(), 0)
+                trained = trained or (recorded and tensor.requires_grad)
         if not ready.has_masks():
             ready = self._prepare()
             # Not equal to its own snapshot is a mask that is being written, or was never.
@@ -260,35 +286,15 @@ class Run:
         return native.module.Watch(list(self.modules), hooks, watcher, CHOSEN)
 
     def _prepare(self) -> _Ready | None:
-        """Make ready for the tensors that the layers have now, or None if kernels cannot."""
-        for layer, _ in self._layers:
-            weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-            mask = layer._buffers.get("mask") if type(layer) is SparseLinear else None
-            tensors = [t for t in (weight, bias) if t is not None]
-            shape = (layer.out_features, layer.in_features)
-            if (
-                weight is None
-                or ("bias" not in layer._parameters)
-                or (type(layer) is SparseLinear and mask is None)
-                or any(type(t) is not nn.Parameter for t in tensors)
-                or any(t.dtype is not _float32 or not t.is_cpu for t in tensors)
-                or tuple(weight.shape) != shape
-                or not all(shape)
-                or (bias is not None and tuple(bias.shape) != shape[:1])
-                or (
-                    mask is not None
-                    and (
-                        type(mask) is not Tensor
-                        or not mask.is_cpu
-                        or not mask.is_contiguous()
-                        or mask.is_inference()
-                        or mask.dtype is not torch.bool
-                        or tuple(mask.shape) != shape
-                    )
-                )
-            ):
-                return None
-        self._ready = _Ready(self._layers)
+        """Make ready for the tensors that the modules have now, or None if kernels cannot."""
+        fit = all(
+            _fits(unit.linear)
+            and (unit.norm is None or _fits_norm(unit.norm, unit.linear.out_features))
+            for unit in self._units
+        )
+        if not fit:
+            return None
+        self._ready = _Ready(self._units)
         return self._ready
 
     def plan(self, batch: int, training: bool) -> Plan:
@@ -305,6 +311,55 @@ class Run:
             return Plan("policy", "reference", "layers", why)
         format, reason = ready.network.describe(batch, training)
         return Plan("policy", "cpu", format, f"{names} in one call {native.status()}: {reason}")
+
+
+def _fits(layer: nn.Linear) -> bool:
+    """Whether kernels can read a layer's tensors as they are now."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    mask = layer._buffers.get("mask") if type(layer) is SparseLinear else None
+    shape = _shape(layer)
+    return (
+        weight is not None
+        and "bias" in layer._parameters
+        and all(shape)
+        and _is_parameter(weight, shape)
+        and (bias is None or _is_parameter(bias, shape[:1]))
+        and (
+            type(layer) is not SparseLinear
+            or (
+                type(mask) is Tensor
+                and mask.is_cpu
+                and mask.is_contiguous()
+                and not mask.is_inference()
+                and mask.dtype is torch.bool
+                and tuple(mask.shape) == shape
+            )
+        )
+    )
+
+
+def _fits_norm(norm: nn.LayerNorm, width: int) -> bool:
+    return tuple(norm.normalized_shape) == (width,) and all(
+        name in norm._parameters
+        and (norm._parameters[name] is None or _is_parameter(norm._parameters[name], (width,)))
+        for name in ("weight", "bias")
+    )
+
+
+def _continues(before: nn.Module, module: nn.Module) -> bool:
+    """Whether a norm of a whole layer or a known activation follows what it may follow."""
+    if type(module) is nn.LayerNorm and isinstance(before, nn.Linear):
+        return tuple(module.normalized_shape) == (before.out_features,)
+    return isinstance(before, nn.Linear | nn.LayerNorm) and find_activation(module) is not None
+
+
+def _is_parameter(tensor: Any, shape: tuple[int, ...]) -> bool:
+    return (
+        type(tensor) is nn.Parameter
+        and tensor.dtype is _float32
+        and tensor.is_cpu
+        and tuple(tensor.shape) == shape
+    )
 
 
 def find_runs(modules: Iterable[nn.Module]) -> list[nn.Module | Run]:
@@ -324,7 +379,7 @@ def find_runs(modules: Iterable[nn.Module]) -> list[nn.Module | Run]:
             if before and before[-1].out_features != linear.in_features:
                 end()
             run.append(module)
-        elif run and isinstance(run[-1], nn.Linear) and find_activation(module) is not None:
+        elif run and _continues(run[-1], module):
             run.append(module)
         elif type(module) is not nn.Identity or not run:
             end()

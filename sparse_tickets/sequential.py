@@ -1,4 +1,4 @@
-"""Sequences of modules whose linear layers and activations run as one: forward, and backward.
+"""Sequences of modules whose layers, LayerNorms and activations run as one: forward, and backward.
 
 `Chain` finds the runs that kernels take whole in a sequence of modules, and asks at every call
 whether they still may: hooks, other Parameters, autocast, tracing and the like make it go module by
@@ -143,6 +143,9 @@ class _Inner(Chain):
 
 class SparseSequential(nn.Sequential):
     """An ``nn.Sequential`` whose runs of linear layers and activations are each one call.
+
+    Each linear layer may be followed by an ``nn.LayerNorm`` of its whole output and an activation:
+    tanh, ReLU, leaky ReLU, ELU, sigmoid, SiLU or GELU. Any other module ends a run.
 
     `sparsify_` makes one of an ``nn.Sequential`` by changing its class. All else stays: modules,
     names, indexing, hooks, ``state_dict``, copies. A sequence of another class that keeps

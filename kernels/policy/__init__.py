@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from . import native
 from .activations import Activation, find_activation
-from .layout import Layer
+from .layout import Layer, Norm
 from .network import Network
 from .squashed import can_squash, squash
 
-__all__ = ["Activation", "Layer", "Network", "can_squash", "find_activation", "native", "squash"]
+__all__ = [
+    "Activation",
+    "Layer",
+    "Network",
+    "Norm",
+    "can_squash",
+    "find_activation",
+    "native",
+    "squash",
+]

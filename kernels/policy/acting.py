@@ -11,14 +11,14 @@ from ..activations_cpu import activate
 from ..addresses import bytes_, floats, get, integers, put, shorts
 from ..compiling import njit
 from ..vector import LANES, fma, load, load_bits, load_bits_tail, splat, sum_lanes
+from .layernorm import normalise_row
 from .layout import (
     ACT_FROM,
+    AT,
     BEGIN,
     BIAS,
     BITS,
     CALL_BATCH,
-    CALL_FIRST,
-    CALL_LAYER,
     CALL_SCRATCH,
     CALL_X,
     CALL_Y,
@@ -29,6 +29,9 @@ from .layout import (
     INP,
     LAYERS,
     NONZEROS,
+    NORM_BIAS,
+    NORM_WEIGHT,
+    NORMED,
     OUT,
     POSITION,
     ROWS,
@@ -55,7 +58,7 @@ def act(base, form_at, call_at):
         read, write = x + row * inp, scratch
         for k in range(layers):
             layer = form + FORM_FIRST + k * FORM_LAYER
-            at = call + CALL_FIRST + k * CALL_LAYER
+            at = call + get(i64, layer + AT)
             weight, bias = get(i64, at + WEIGHT) // 4, get(i64, at + BIAS) // 4
             if ACT_FROM * get(i64, layer + NONZEROS) < get(i64, layer + OUT) * get(
                 i64, layer + INP
@@ -64,8 +67,12 @@ def act(base, form_at, call_at):
             else:
                 _act_layer(m, b, i64, layer, weight, bias, read, write)
             code, size = get(i64, layer + CODE), get(i64, layer + OUT)
+            slopes = get(i64, form + SLOPES)
+            if get(i64, layer + NORMED):
+                scale, shift = get(i64, at + NORM_WEIGHT) // 4, get(i64, at + NORM_BIAS) // 4
+                normalise_row(m, write, size, scale, shift, get(m, slopes + layers + k))
             if code:
-                slope = get(m, get(i64, form + SLOPES) + k)
+                slope = get(m, slopes + k)
                 padded = (size + LANES - 1) // LANES * LANES
                 activate(m, write, np.int64(0), padded, code, slope)
             read, write = write, (scratch + widest if write == scratch else scratch)

@@ -20,25 +20,22 @@ from ..compiling import njit
 from ..threads import share
 from ..vector import (
     LANES,
-    MASK_BYTES,
     load,
-    load_bits,
     store,
 )
 from .acting import act
 from .blas import sgemm
+from .layernorm import denormalise, normalise
 from .layout import (
+    AT,
     BEGIN,
     BIAS,
     BIAS_GRADIENTS,
-    BITS,
     BY_SGEMM,
     BY_TILES,
     CALL_BATCH,
     CALL_DX,
     CALL_DY,
-    CALL_FIRST,
-    CALL_LAYER,
     CALL_SAVED,
     CALL_SCRATCH,
     CALL_STEP,
@@ -49,6 +46,8 @@ from .layout import (
     DBIAS,
     DELTAS,
     DENSE,
+    DNORM_BIAS,
+    DNORM_WEIGHT,
     DWEIGHT,
     FEATURES,
     FORM_FIRST,
@@ -60,6 +59,10 @@ from .layout import (
     LAYERS,
     MASKED,
     NONZEROS,
+    NORM_BIAS,
+    NORM_GRADIENTS,
+    NORM_WEIGHT,
+    NORMED,
     OUT,
     PARTS,
     POSITION,
@@ -81,6 +84,7 @@ from .layout import (
     X_PANEL,
     Y_PANEL,
 )
+from .masking import gather_weights, keep_masked
 from .products import (
     clear_columns,
     fill,
@@ -100,46 +104,6 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @njit(cache=True)
-def _gather(m, n, b, i64, layer, weight, values):
-    """The weights on the mask, packed; of a dense layer all, with zeros off the mask."""
-    if not get(i64, layer + DENSE):
-        position, size = get(i64, layer + POSITION), get(i64, layer + NONZEROS)
-        gather_all(m, n, weight, position, size, values)
-        return
-    out, inp, bits = get(i64, layer + OUT), get(i64, layer + INP), get(i64, layer + BITS)
-    words = (inp + LANES - 1) // LANES
-    whole = inp // LANES
-    for r in range(out):
-        for w in range(whole):
-            i = r * inp + w * LANES
-            store(m, values + i, load_bits(m, weight + i, b, bits + r * words + w))
-        for i in range(whole * LANES, inp):
-            kept = _has(b, bits, r * words + whole, i - whole * LANES)
-            put(m, values + r * inp + i, get(m, weight + r * inp + i) if kept else _ZERO)
-
-
-@njit(cache=True)
-def _has(b, bits, word, lane):
-    """Whether a lane's bit is set."""
-    return (get(b, (bits + word) * MASK_BYTES + lane // 8) >> np.uint8(lane % 8)) & np.uint8(1) != 0
-
-
-@njit(cache=True)
-def _keep(m, b, i64, layer, grad, first, end):
-    """Zero rows of a dense gradient off the mask."""
-    inp, bits = get(i64, layer + INP), get(i64, layer + BITS)
-    words = (inp + LANES - 1) // LANES
-    whole = inp // LANES
-    for r in range(first, end):
-        for w in range(whole):
-            i = grad + r * inp + w * LANES
-            store(m, i, load_bits(m, i, b, bits + r * words + w))
-        for i in range(whole * LANES, inp):
-            if not _has(b, bits, r * words + whole, i - whole * LANES):
-                put(m, grad + r * inp + i, _ZERO)
-
-
-@njit(cache=True)
 def _weights(i64, layer, call, saved):
     """Where the layer's weights lie: packed, or the Parameter itself if nothing is pruned."""
     if get(i64, layer + DENSE) and not get(i64, layer + MASKED):
@@ -153,7 +117,7 @@ def _forward_tile(m, n, i64, form, call, saved, panels, ld, count):
     sgemm_at = get(i64, form + SGEMM)
     for k in range(get(i64, form + LAYERS)):
         layer = form + FORM_FIRST + k * FORM_LAYER
-        at = call + CALL_FIRST + k * CALL_LAYER
+        at, norm = call + get(i64, layer + AT), get(i64, layer + NORMED)
         out, inp = get(i64, layer + OUT), get(i64, layer + INP)
         x, y = panels + get(i64, layer + X_PANEL) * ld, panels + get(i64, layer + Y_PANEL) * ld
         bias, values = get(i64, at + BIAS) // 4, _weights(i64, layer, at, saved)
@@ -170,9 +134,14 @@ def _forward_tile(m, n, i64, form, call, saved, panels, ld, count):
         else:
             sparse_product(
                 m, n, i64, values, get(i64, layer + BEGIN), get(i64, layer + ROWS),
-                get(i64, layer + INDEX), out, x, y, ld, bias, code == RELU,
+                get(i64, layer + INDEX), out, x, y, ld, bias, code == RELU and not norm,
             )  # fmt: skip
-        if code and (dense or code != RELU):
+        if norm:
+            normalise(
+                m, y, panels + norm * ld, out, ld, get(i64, at + NORM_WEIGHT) // 4,
+                get(i64, at + NORM_BIAS) // 4, _epsilon(m, i64, form, k),
+            )  # fmt: skip
+        if code and (dense or norm or code != RELU):
             if get(i64, layer + KEPT):
                 kept = panels + get(i64, layer + KEPT) * ld
             slope = get(m, get(i64, form + SLOPES) + k)
@@ -181,6 +150,14 @@ def _forward_tile(m, n, i64, form, call, saved, panels, ld, count):
             clear_columns(m, y, out, count, ld)
             if kept:
                 clear_columns(m, kept, out, count, ld)
+            if norm:
+                clear_columns(m, panels + norm * ld, out + 1, count, ld)
+
+
+@njit(cache=True)
+def _epsilon(m, i64, form, k):
+    """What a layer's norm adds to variances."""
+    return get(m, get(i64, form + SLOPES) + get(i64, form + LAYERS) + k)
 
 
 @njit(cache=True)
@@ -233,8 +210,8 @@ def _forward(base, form_at, call_at):
     for k in range(get(i64, form + LAYERS)):
         layer = form + FORM_FIRST + k * FORM_LAYER
         if not get(i64, layer + DENSE) or get(i64, layer + MASKED):
-            weight = get(i64, call + CALL_FIRST + k * CALL_LAYER + WEIGHT) // 4
-            _gather(m, n, b, i64, layer, weight, saved + get(i64, layer + VALUES))
+            weight = get(i64, call + get(i64, layer + AT) + WEIGHT) // 4
+            gather_weights(m, n, b, i64, layer, weight, saved + get(i64, layer + VALUES))
     share(_forward_part, get(i64, call + CALL_THREADS), get(i64, form + PARTS), (base, form, call))
 
 
@@ -245,8 +222,11 @@ def _lowest(i64, form, call):
     if get(i64, call + CALL_DX):
         return np.int64(0)
     for k in range(layers):
-        at = call + CALL_FIRST + k * CALL_LAYER
+        layer = form + FORM_FIRST + k * FORM_LAYER
+        at = call + get(i64, layer + AT)
         if get(i64, at + DWEIGHT) or get(i64, at + DBIAS):
+            return np.int64(k)
+        if get(i64, layer + NORMED) and (get(i64, at + DNORM_WEIGHT) or get(i64, at + DNORM_BIAS)):
             return np.int64(k)
     return layers
 
@@ -268,7 +248,11 @@ def _begin_gradients(m, i64, form, call, part, scratch, lowest):
     """Zero what a part sums up."""
     for k in range(lowest, get(i64, form + LAYERS)):
         layer = form + FORM_FIRST + k * FORM_LAYER
-        at = call + CALL_FIRST + k * CALL_LAYER
+        at = call + get(i64, layer + AT)
+        if get(i64, layer + NORMED):
+            weight, bias = _norm_gradients(i64, layer, scratch)
+            fill(m, weight, get(i64, layer + OUT), _ZERO)
+            fill(m, bias, get(i64, layer + OUT), _ZERO)
         if get(i64, at + DBIAS):
             fill(m, scratch + get(i64, layer + BIAS_GRADIENTS), get(i64, layer + OUT), _ZERO)
         if get(i64, at + DWEIGHT):
@@ -287,6 +271,13 @@ def _gradients(i64, layer, at, part, scratch):
 
 
 @njit(cache=True)
+def _norm_gradients(i64, layer, scratch):
+    """Where a part sums up the gradients of a norm's weight and bias."""
+    weight = scratch + get(i64, layer + NORM_GRADIENTS)
+    return weight, weight + (get(i64, layer + OUT) + LANES - 1) // LANES * LANES
+
+
+@njit(cache=True)
 def _add(m, total, term, size):
     """``total[:size] += term[:size]``."""
     whole = size // LANES * LANES
@@ -294,6 +285,15 @@ def _add(m, total, term, size):
         store(m, total + i, load(m, total + i) + load(m, term + i))
     for i in range(whole, size):
         put(m, total + i, get(m, total + i) + get(m, term + i))
+
+
+@njit(cache=True)
+def _add_parts(m, total, grad, size, parts, private):
+    """Add up a share of a bias's gradient, where it is wanted: ``total`` is 0 otherwise."""
+    if total:
+        fill(m, total, size, _ZERO)
+        for part in range(parts):
+            _add(m, total, grad + part * private, size)
 
 
 @njit(cache=True, nogil=True)
@@ -304,15 +304,19 @@ def _end_gradients(thread, item, base, form, call, lowest):
     scratch, private = _private(i64, form, call, 0), get(i64, form + PRIVATE)
     for k in range(lowest, get(i64, form + LAYERS)):
         layer = form + FORM_FIRST + k * FORM_LAYER
-        at = call + CALL_FIRST + k * CALL_LAYER
+        at = call + get(i64, layer + AT)
         out, inp = get(i64, layer + OUT), get(i64, layer + INP)
         first, end = out * item // parts, out * (item + 1) // parts
         dweight, dbias = get(i64, at + DWEIGHT) // 4, get(i64, at + DBIAS) // 4
-        if dbias:
-            fill(m, dbias + first, end - first, _ZERO)
-            grad = scratch + get(i64, layer + BIAS_GRADIENTS)
-            for part in range(parts):
-                _add(m, dbias + first, grad + part * private + first, end - first)
+        grad = scratch + get(i64, layer + BIAS_GRADIENTS) + first
+        _add_parts(m, dbias + first if dbias else dbias, grad, end - first, parts, private)
+        if get(i64, layer + NORMED):
+            weight, bias = _norm_gradients(i64, layer, scratch + first)
+            for grad, to in (
+                (weight, get(i64, at + DNORM_WEIGHT) // 4),
+                (bias, get(i64, at + DNORM_BIAS) // 4),
+            ):
+                _add_parts(m, to + first if to else to, grad, end - first, parts, private)
         if not dweight:
             continue
         grad = scratch + get(i64, layer + GRADIENTS)
@@ -321,7 +325,7 @@ def _end_gradients(thread, item, base, form, call, lowest):
                 term = grad + part * private + first * inp
                 _add(m, dweight + first * inp, term, (end - first) * inp)
             if get(i64, layer + MASKED):
-                _keep(m, b, i64, layer, dweight, first, end)
+                keep_masked(m, b, i64, layer, dweight, first, end)
             continue
         begin, rows, position = (
             get(i64, layer + BEGIN),
@@ -347,7 +351,7 @@ def _backward_tile(m, n, i64, form, call, saved, panels, part, ld, here, there, 
     derived = False
     for k in range(get(i64, form + LAYERS) - 1, lowest - 1, -1):
         layer = form + FORM_FIRST + k * FORM_LAYER
-        at = call + CALL_FIRST + k * CALL_LAYER
+        at, norm = call + get(i64, layer + AT), get(i64, layer + NORMED)
         out, inp = get(i64, layer + OUT), get(i64, layer + INP)
         x, y = panels + get(i64, layer + X_PANEL) * ld, panels + get(i64, layer + Y_PANEL) * ld
         code, dense = get(i64, layer + CODE), get(i64, layer + DENSE)
@@ -357,6 +361,13 @@ def _backward_tile(m, n, i64, form, call, saved, panels, part, ld, here, there, 
                 kept = panels + get(i64, layer + KEPT) * ld
             slope = get(m, get(i64, form + SLOPES) + k)
             deactivate(m, here, y, kept, out * ld, code, slope)
+        if norm:
+            weight, bias = _norm_gradients(i64, layer, scratch)
+            denormalise(
+                m, here, panels + norm * ld, out, ld, get(i64, at + NORM_WEIGHT) // 4,
+                weight if get(i64, at + DNORM_WEIGHT) else np.int64(0),
+                bias if get(i64, at + DNORM_BIAS) else np.int64(0),
+            )  # fmt: skip
         if get(i64, at + DBIAS):
             sum_rows(m, scratch + get(i64, layer + BIAS_GRADIENTS), here, out, ld)
         if get(i64, at + DWEIGHT):

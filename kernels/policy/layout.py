@@ -20,9 +20,10 @@ from .blas import find_sgemm
 from .products import NARROW_PARTIAL
 
 # Of a form: how many layers; rows of the batch in a tile; `sgemm` or 0; the activations'
-# parameters; elements of all packed values; features of all panels of a tile; the widest layer,
-# rounded up to registers; in how many parts threads share the batch; scratch that all parts read,
-# and what each has to itself after it; and where in the latter the panels of a gradient lie.
+# parameters, then what each norm adds to variances; elements of all packed values; features of all
+# panels of a tile; the widest layer, rounded up to registers; in how many parts threads share the
+# batch; scratch that all parts read, and what each has to itself after it; and where in the latter
+# the panels of a gradient lie.
 (
     LAYERS, TILE, SGEMM, SLOPES, VALUES_SIZE, FEATURES, WIDEST,
     PARTS, SHARED, PRIVATE, DELTAS, FORM_FIRST,
@@ -31,23 +32,24 @@ from .products import NARROW_PARTIAL
 # Of each layer in a form: its shape; how it runs dense, if so, and whether anything is pruned; its
 # activation; nonzeros by rows (listed by length), and where each lies in the weight; the same by
 # columns, and which of the nonzeros by rows each is; one bit per weight; then where it keeps its
-# values, among what is saved; its panels, in features; where a part sums up the gradients of its
-# weights and its bias, in its own scratch; and the values by columns, in the shared one.
+# values, among what is saved; its panels, in features, the last of its norm, 0 without one; where a
+# part sums up the gradients of its weights and its bias, and the norm's, in its own scratch; the
+# values by columns, in the shared one; and where its parameters stand in a call.
 (
     OUT, INP, DENSE, MASKED, CODE,
     NONZEROS, BEGIN, ROWS, INDEX, POSITION,
     TURNED_BEGIN, TURNED_ROWS, TURNED_INDEX, TURNED_FROM,
-    BITS, VALUES, X_PANEL, Y_PANEL, KEPT, GRADIENTS, BIAS_GRADIENTS, TURNED,
-    FORM_LAYER,
-) = range(23)  # fmt: skip
+    BITS, VALUES, X_PANEL, Y_PANEL, KEPT, NORMED, GRADIENTS, BIAS_GRADIENTS, NORM_GRADIENTS, TURNED,
+    AT, FORM_LAYER,
+) = range(26)  # fmt: skip
 
 # Of a call: rows; how far the panels of two tiles are apart in what is saved, 0 where nothing is;
-# threads; then addresses in bytes.
+# threads; then addresses in bytes, at last of every parameter and its gradient, layer by layer.
 (
     CALL_BATCH, CALL_STEP, CALL_THREADS, CALL_SAVED, CALL_SCRATCH,
     CALL_X, CALL_Y, CALL_DX, CALL_DY, CALL_FIRST,
 ) = range(10)  # fmt: skip
-WEIGHT, DWEIGHT, BIAS, DBIAS, CALL_LAYER = range(5)
+WEIGHT, DWEIGHT, BIAS, DBIAS, NORM_WEIGHT, DNORM_WEIGHT, NORM_BIAS, DNORM_BIAS = range(8)
 
 
 _ROWS, _HALF, _MOST_PARTS = 128, 64, 8
@@ -77,6 +79,16 @@ ACT_FROM = 8
 """A few rows go nonzero by nonzero where at most one weight of so many is left."""
 
 
+class Norm(NamedTuple):
+    """LayerNorm over the output of a linear layer; it has a weight and a bias, either may be None.
+
+    Attributes:
+        eps: added to the variance.
+    """
+
+    eps: float
+
+
 class Layer(NamedTuple):
     """One linear layer of a network and what follows it.
 
@@ -85,12 +97,19 @@ class Layer(NamedTuple):
         inp: features of the input.
         mask: ``[out, inp]`` bool on the CPU, or None where nothing is pruned.
         activation: of the output, or None.
+        norm: of the output before its activation, or None.
     """
 
     out: int
     inp: int
     mask: Tensor | None
     activation: Activation | None
+    norm: Norm | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters a call gives it, with those that are None."""
+        return 2 if self.norm is None else 4
 
 
 @njit(cache=True)
@@ -174,6 +193,8 @@ class Support:
 # What it costs to move a feature into a panel and out of one, in multiply-adds: 9 in a layer of
 # 256 x 256 of which 1% is left.
 _MOVING = 8
+# The same to normalise one: two passes forward, and two backward.
+_NORMING = 8
 
 
 class Form:
@@ -187,6 +208,7 @@ class Form:
     Attributes:
         layers: the network.
         out: features of the output.
+        parameters: how many a call gives.
         work: multiply-adds of a row of the batch, and what moves each feature from layer to layer.
         address: of the form.
         tile: rows of a tile.
@@ -201,8 +223,10 @@ class Form:
 
     def __init__(self, layers: Sequence[Layer], supports: Sequence[Support], batch: int) -> None:
         self.layers, self.out = layers, layers[-1].out
+        self.parameters = sum(layer.parameters for layer in layers)
         self.work = sum(support.nonzeros for support in supports)
         self.work += _MOVING * sum(layer.out for layer in layers)
+        self.work += _NORMING * sum(layer.out for layer in layers if layer.norm is not None)
         self.dense = tuple(
             choose_product(layer.out, layer.inp, support.nonzeros, len(layers) == 1)
             for layer, support in zip(layers, supports, strict=True)
@@ -218,18 +242,22 @@ class Form:
         deltas = LANES * max(widest, NARROW_PARTIAL)
         private = deltas + 2 * widest * self.tile
         records: list[list[int]] = []
-        x = 0
-        slopes = np.zeros(len(layers), np.float32)
+        x, place = 0, CALL_FIRST
+        slopes = np.zeros(2 * len(layers), np.float32)
         for k, (layer, support, dense) in enumerate(zip(layers, supports, self.dense, strict=True)):
             size, act = layer.out * layer.inp, layer.activation
             masked = support.nonzeros < size
-            y, kept = features, 0
+            y, kept, normed = features, 0, 0
             features += layer.out
             if act is not None:
                 slopes[k] = act.slope
                 if act.keeps:
                     kept = features
                     features += layer.out
+            if layer.norm is not None:
+                slopes[len(layers) + k] = layer.norm.eps
+                normed = features
+                features += layer.out + 1
             at = [array.ctypes.data for array in support.arrays]
             scales = (8, 4, 4, 4, 8, 4, 4, 4, MASK_BYTES)
             addresses = [a // scale for a, scale in zip(at, scales, strict=True)]
@@ -238,13 +266,16 @@ class Form:
             gradients = private
             # The first part writes a dense gradient where it belongs.
             private += _whole(support.nonzeros if not dense else size if self.parts > 1 else 0)
+            width = _whole(layer.out)
             records.append(
                 [
                     *(layer.out, layer.inp, dense, masked, code, support.nonzeros, *addresses),
-                    *(values, x, y, kept, gradients, private, shared),
+                    *(values, x, y, kept, normed, gradients, private, private + width, shared),
+                    place,
                 ]
             )
-            private += _whole(layer.out)
+            private += width if layer.norm is None else 3 * width
+            place += 2 * layer.parameters
             values += packed
             shared += 0 if dense else _whole(support.nonzeros)
             x = y

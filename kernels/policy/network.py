@@ -19,7 +19,7 @@ from ..linear import is_watched
 from ..threads import count_threads
 from ..vector import aligned_empty
 from . import cpu, reference, reused_memory
-from .layout import ACT_FROM, CALL_FIRST, CALL_LAYER, FEW, LONG, Form, Layer, Support
+from .layout import ACT_FROM, CALL_FIRST, FEW, LONG, Form, Layer, Support
 
 # How many sizes of batches a network keeps its forms for.
 _FORMS = 64
@@ -61,7 +61,7 @@ def _take(numbers: int, scratch: int) -> _Call:
 
 
 class Network:
-    """Linear layers and activations, with their masks, made ready for the kernels.
+    """Linear layers, norms and activations, with their masks, made ready for the kernels.
 
     The caller warrants that every tensor it passes is contiguous float32 on the CPU and of the
     shape that its layer says.
@@ -72,6 +72,8 @@ class Network:
     Attributes:
         layers: the same.
         out: features of the output.
+        parameters: how many a call takes: of each layer the weight, then the bias or None, then the
+            same of its norm, if it has one.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -81,9 +83,10 @@ class Network:
         self._small = [
             reused_memory.is_small(size)
             for layer in self.layers
-            for size in (layer.out * layer.inp, layer.out)
+            for size in (layer.out * layer.inp, *(layer.parameters - 1) * (layer.out,))
         ]
-        self._numbers = CALL_FIRST + CALL_LAYER * len(self.layers)
+        self.parameters = len(self._small)
+        self._numbers = CALL_FIRST + 2 * self.parameters
         self._pack = Struct(f"{self._numbers}q").pack_into
         self._forms: dict[int, Form] = {}
         act, *kernels = cpu.kernels()
@@ -106,7 +109,7 @@ class Network:
         Args:
             x: ``[B, I]``, contiguous.
             batch: B.
-            addresses: of each layer's weight, a zero, its bias (or a zero), and a zero.
+            addresses: of every parameter (zero where there is none), each followed by a zero.
         """
         y = _empty(batch, self.out)
         if batch <= FEW:
@@ -144,7 +147,7 @@ class Network:
             x: ``[B, I]``, contiguous.
             masks: those that the layers were made of, which must not change before the backward
                 pass.
-            parameters: of each layer the weight, then the bias or None.
+            parameters: as the network counts them.
             addresses: of the same, as for `infer`.
         """
         return _NetworkPass.apply(self, masks, addresses, x, *parameters)
@@ -239,7 +242,7 @@ class _NetworkPass(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         network: Network = ctx.network
         saved, x, *tensors = ctx.saved_tensors
-        count = 2 * len(network.layers)
+        count = network.parameters
         parameters, masks = tensors[:count], tensors[count:]
         needed = ctx.needs_input_grad[3:]
         if _grads_are_recorded() or is_watched() or type(dy) is not Tensor:

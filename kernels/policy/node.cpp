@@ -156,7 +156,7 @@ int64_t count_threads(int64_t parts, int64_t work) {
 
 // A `layout.Form`, and what it takes to call the kernels with it.
 struct Form {
-  int64_t address, tile, parts, record, values, scratch, work, out, layers;
+  int64_t address, tile, parts, record, values, scratch, work, out, parameters;
   bool pays;
   // The Python object, whose memory the kernels read, and its network's layers.
   py::object form, network_layers;
@@ -176,7 +176,7 @@ struct Form {
 class Call {
  public:
   Call(const Form& form, int64_t batch, bool saved, int64_t work)
-      : form_(form), work_(work), numbers_(kFirst + kLayer * form.layers) {
+      : form_(form), work_(work), numbers_(kFirst + 2 * form.parameters) {
     numbers_[kBatch] = batch;
     numbers_[kStep] = saved ? form.record : 0;
     numbers_[kThreads] = count_threads(form.parts, work);
@@ -184,7 +184,7 @@ class Call {
 
   int64_t& operator[](int64_t place) { return numbers_[place]; }
 
-  // The weight, its gradient, the bias and its gradient, layer by layer.
+  // A parameter and its gradient: weight and bias of each layer, then of its norm, if it has one.
   void set(int64_t parameter, const Tensor& value, const Tensor& gradient) {
     numbers_[kFirst + 2 * parameter] = address_of(value);
     numbers_[kFirst + 2 * parameter + 1] = address_of(gradient);
@@ -205,7 +205,6 @@ class Call {
   }
 
   enum { kBatch, kStep, kThreads, kSaved, kScratch, kX, kY, kDx, kDy, kFirst };
-  static constexpr int64_t kLayer = 4;
 
  private:
   const Form& form_;
@@ -213,7 +212,7 @@ class Call {
   std::vector<int64_t> numbers_;
 };
 
-// What a backward pass needs; of each layer the weight and the bias, undefined where it has none.
+// What a backward pass needs; parameters are undefined where a layer or its norm has none.
 struct Saved {
   Tensor panels, x;
   variable_list parameters, masks;
@@ -427,8 +426,9 @@ bool is_plain(const Tensor& tensor, int64_t size) {
          !tensor.is_neg() && tensor.numel() == size;
 }
 
-// Layers with the masks they had when they were made ready; borrows what its owner holds. Its calls
-// give None where anything is not as it was, or needs a closer look.
+// Layers with the masks they had when they were made ready, and norms, which are layers of one input
+// here; borrows what its owner holds. Its calls give None where anything is not as it was, or needs
+// a closer look.
 class Network {
  public:
   // Of each layer the mask's address then (0 without one), that of a copy, and whether it prunes.
@@ -516,8 +516,7 @@ class Network {
       auto made = std::make_shared<Form>(
           Form{number("address"), number("tile"), number("parts"), number("record"),
                number("values"), number("scratch"), number("work"), number("out"),
-               static_cast<int64_t>(py::len(form.attr("layers"))), number("pays") != 0, form,
-               form.attr("layers")});
+               number("parameters"), number("pays") != 0, form, form.attr("layers")});
       found = forms_.emplace(batch, std::move(made)).first;
     }
     return found->second;

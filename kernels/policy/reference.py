@@ -24,13 +24,16 @@ def run(
         layers: the network.
         masks: of the layers that have one.
         x: ``[B, I]``.
-        parameters: of each layer the weight, then the bias or None.
+        parameters: of each layer the weight, then the bias or None; then the same of its norm.
     """
-    for i, layer in enumerate(layers):
-        weight, bias = cast(Tensor, parameters[2 * i]), parameters[2 * i + 1]
+    given = iter(parameters)
+    for layer in layers:
+        weight = cast(Tensor, next(given))
         if layer.mask is not None:
             weight = torch.where(next(masks), weight, 0)
-        x = F.linear(x, weight, bias)
+        x = F.linear(x, weight, next(given))
+        if layer.norm is not None:
+            x = F.layer_norm(x, (layer.out,), next(given), next(given), layer.norm.eps)
         if layer.activation is not None:
             x = layer.activation.module(x)
     return x

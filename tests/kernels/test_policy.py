@@ -1,7 +1,5 @@
 """A whole policy in one call: equal to plain torch in float64, whatever lies around it."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sparse_tickets.kernels.dispatch import CHOSEN
-from sparse_tickets.kernels.policy import Layer, Network, find_activation, native
+from sparse_tickets.kernels.policy import Layer, Network, Norm, find_activation, native
 from sparse_tickets.kernels.policy import network as module
 from sparse_tickets.kernels.policy.blas import find_sgemm
 from sparse_tickets.kernels.vector import LANES
@@ -20,14 +18,33 @@ ACTIVATIONS = [
 ]  # fmt: skip
 
 
+EPS = 0.01
+"""Of LayerNorm. Where the features of a row are nearly equal, little else fits float32."""
+
+BOTH, WEIGHT, NEITHER = (True, True), (True, False), (False, False)
+"""The parameters of a LayerNorm."""
+
+
 class NetworkProblem:
     """A network with drawn masks, its tensors, and the truth in float64."""
 
-    def __init__(self, widths, density, activation, *, bias=True, last=None, seed=0):
+    def __init__(
+        self,
+        widths,
+        density,
+        activation,
+        *,
+        bias=True,
+        last=None,
+        norm=None,
+        last_norm=None,
+        seed=0,
+    ):
         draw = torch.Generator().manual_seed(seed)
         self.activations = [activation] * (len(widths) - 2) + [last]
+        self.norms = [norm] * (len(widths) - 2) + [last_norm]
         self.masks, self.parameters = [], []
-        for inp, out in itertools.pairwise(widths):
+        for inp, out, norm in zip(widths, widths[1:], self.norms, strict=False):
             mask = torch.rand(out, inp, generator=draw) < density
             self.masks.append(mask if density < 1 else None)
             # What lies off the mask must never be read.
@@ -36,10 +53,13 @@ class NetworkProblem:
             self.parameters.append(weight.requires_grad_())
             shift = torch.randn(out, generator=draw).requires_grad_() if bias else None
             self.parameters.append(shift)
+            for there in () if norm is None else norm:
+                drawn = torch.randn(out, generator=draw).requires_grad_()
+                self.parameters.append(drawn if there else None)
         layers = [
-            Layer(out, inp, mask, None if act is None else find_activation(act))
-            for inp, out, mask, act in zip(
-                widths, widths[1:], self.masks, self.activations, strict=False
+            Layer(out, inp, mask, None if act is None else find_activation(act), norm and Norm(EPS))
+            for inp, out, mask, act, norm in zip(
+                widths, widths[1:], self.masks, self.activations, self.norms, strict=False
             )
         ]
         self.network = Network(layers)
@@ -60,23 +80,32 @@ class NetworkProblem:
         native.start()
         assert native.module is not None, native.status()
         layers, self.places = [], []
-        for i, (layer, mask) in enumerate(zip(self.network.layers, self.masks, strict=True)):
-            weight, bias = self.parameters[2 * i : 2 * i + 2]
+        given = iter(self.parameters)
+        for layer, mask in zip(self.network.layers, self.masks, strict=True):
             at = 0 if mask is None else mask.data_ptr()
             layers.append((layer.out, layer.inp, at, at, mask is not None))
-            owned = {"weight": weight, "bias": bias}, {"mask": mask}
-            self.places.append((*owned, weight, bias, mask))
+            self.place(next(given), next(given), mask)
+            if layer.norm is not None:
+                layers.append((layer.out, 1, 0, 0, False))
+                self.place(next(given), next(given), None)
         nobody = native.module.Watch([], [], forward_ad.__dict__, CHOSEN)
         return native.module.Run(layers, self.network.form, self.places, nobody)
+
+    def place(self, weight, bias, mask):
+        self.places.append(({"weight": weight, "bias": bias}, {"mask": mask}, weight, bias, mask))
 
     def truth(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """The output in float64, and the leaves that it was made of."""
         leaves = [
             None if p is None else p.detach().double().requires_grad_() for p in self.parameters
         ]
-        for i, (mask, act) in enumerate(zip(self.masks, self.activations, strict=True)):
-            weight = leaves[2 * i] if mask is None else torch.where(mask, leaves[2 * i], 0)
-            x = F.linear(x, weight, leaves[2 * i + 1])
+        given = iter(leaves)
+        for mask, act, norm in zip(self.masks, self.activations, self.norms, strict=True):
+            weight = next(given)
+            weight = weight if mask is None else torch.where(mask, weight, 0)
+            x = F.linear(x, weight, next(given))
+            if norm is not None:
+                x = F.layer_norm(x, x.shape[-1:], next(given), next(given), EPS)
             x = x if act is None else act(x)
         return x, leaves
 
@@ -160,6 +189,32 @@ def test_few_outputs(out, batch, density):
     check(NetworkProblem((LANES, out), density, None), batch)
 
 
+@pytest.mark.parametrize("batch", [0, 1, 3, 5, 37, 150, 300])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("norm", [BOTH, WEIGHT, NEITHER])
+def test_layernorm_between_layers(norm, density, batch):
+    check(NetworkProblem((5, 64, 33, 2), density, nn.ReLU(), norm=norm), batch)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
+@pytest.mark.parametrize("widths", [(1, 1), (3, 1, 2), (7, 300, 13)])
+def test_layernorm_before_each_activation_and_at_the_end(widths, activation):
+    problem = NetworkProblem(
+        widths, 0.4, activation, last=activation, norm=BOTH, last_norm=BOTH, bias=False
+    )
+    check(problem, 21)
+
+
+def test_second_derivatives_through_layernorm():
+    problem = NetworkProblem((4, 16, 3), 0.4, nn.Tanh(), norm=BOTH)
+    x = torch.randn(6, 4, generator=problem.draw).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    for output, leaf in ((problem.train(x), x), (problem.truth(exact)[0], exact)):
+        (slope,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+        slope.square().sum().backward()
+    assert_equal(x.grad, exact.grad)
+
+
 def test_relu_lets_through_what_its_output_says():
     """A NaN as in torch, also where the product after it is of another kind."""
     for out in (6, 40):
@@ -220,6 +275,22 @@ def test_only_what_is_asked_for():
             assert parameter.grad is None
         else:
             assert_equal(parameter.grad, exact.grad)
+
+
+@pytest.mark.parametrize("asked", [(4,), (5,), (8, 9), (4, 6)])
+def test_only_what_is_asked_for_of_layernorms(asked):
+    problem = NetworkProblem((4, 16, 16, 3), 0.4, nn.ReLU(), norm=BOTH)
+    for i, parameter in enumerate(problem.parameters):
+        parameter.requires_grad_(i in asked)
+    x = torch.randn(20, 4, generator=problem.draw)
+    problem.train(x).pow(2).sum().backward()
+    truth, leaves = problem.truth(x.double())
+    truth.pow(2).sum().backward()
+    for i, (parameter, exact) in enumerate(zip(problem.parameters, leaves, strict=True)):
+        if i in asked:
+            assert_equal(parameter.grad, exact.grad)
+        else:
+            assert parameter.grad is None
 
 
 def test_second_derivatives():

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparse_tickets import densify_, sparsify_
 from sparse_tickets.kernels.policy import native
-from sparse_tickets.runs import Run
+from sparse_tickets.runs import Run, find_runs
 from sparse_tickets.sequential import Chain, SparseSequential
 
 
@@ -212,6 +212,58 @@ def test_settings_of_activations_are_seen():
     torch.testing.assert_close(policy(x).double(), truth(policy, x), atol=1e-5, rtol=1e-4)
 
 
+def make_normed() -> nn.Sequential:
+    torch.manual_seed(0)
+    policy = nn.Sequential(
+        *(nn.Linear(4, 32), nn.LayerNorm(32), nn.ReLU()),
+        *(nn.Linear(32, 32), nn.LayerNorm(32, elementwise_affine=False), nn.Tanh()),
+        nn.Linear(32, 2),
+    )
+    return sparsify_(policy, 0.4)
+
+
+def test_layernorm_between_layers_is_part_of_the_call(fused):
+    policy, plain = make_normed(), densify_(make_normed())
+    x = torch.randn(50, 4)
+    for module in (policy, plain):
+        loss = module(x).square().mean()
+        loss.backward()
+    assert fused == [(50, 4)]
+    for module, other in zip(policy, plain, strict=True):
+        for name, parameter in module.named_parameters():
+            expected = getattr(other, name).grad
+            if name == "weight" and isinstance(module, nn.Linear):
+                expected = torch.where(module.mask, expected, 0)
+            torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-4)
+    assert len(policy.plan(50, training=True)) == 1
+
+
+def test_settings_of_layernorm_are_seen(fused):
+    policy, x = make_normed(), torch.randn(9, 4)
+    policy(x)
+    policy[1].eps = 0.5
+    assert_equals_its_modules(policy, x)
+    policy[1].weight = nn.Parameter(torch.rand(32))
+    assert_equals_its_modules(policy, x)
+    assert set(fused) == {(9, 4)}
+    policy[1].double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        policy(x)
+
+
+def assert_equals_its_modules(policy, x):
+    expected = x
+    for module in policy:
+        expected = module(expected)
+    torch.testing.assert_close(policy(x), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 16)])
+def test_layernorm_of_another_shape_splits_runs(shape):
+    policy = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(shape), nn.ReLU(), nn.Linear(16, 2))
+    assert len(find_runs(sparsify_(policy, 1.0))) == 4
+
+
 def test_double_precision_and_back(fused):
     policy, x = make(), torch.randn(20, 4)
     before = policy(x)
@@ -328,7 +380,7 @@ def test_unknown_modules_split_runs(fused):
     torch.manual_seed(0)
     policy = nn.Sequential(
         nn.Linear(4, 16),
-        nn.LayerNorm(16),
+        nn.Softplus(),
         nn.ReLU(),
         nn.Linear(16, 16),
         nn.ReLU(),
