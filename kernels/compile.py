@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -105,7 +105,7 @@ class Report:
 
 def cross_compile(
     kernel: Any,
-    signature: dict[str, str],
+    signature: dict[str, Any],
     constexprs: dict[str, Any],
     capability: int,
     **options: Any,
@@ -139,16 +139,14 @@ def cross_compile(
             f"signature and constexprs must name each of {kernel.arg_names} once, got {named}"
         )
     options = options_of(kernel) | options
-    types = dict.fromkeys(constexprs, "constexpr")
-    types |= {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    types = dict.fromkeys(constexprs, "constexpr") | signature
+    types = {name: types[name] for name in kernel.arg_names}
     divisible = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in signature.items()
+        path: [["tt.divisibility", 16]]
+        for path, kind in _entries(tuple(types.values()))
         if kind.endswith(":16")
     }
-    source = ASTSource(
-        kernel, {name: types[name] for name in kernel.arg_names}, constexprs, divisible
-    )
+    source = ASTSource(kernel, _plain(types), constexprs, divisible)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = registers_and_stack(compiled.asm["cubin"])
     dots = _dots(compiled.asm["ttir"])
@@ -261,14 +259,36 @@ def _gpu_files(op: str) -> list[Path]:
 
 def _kind(case: CompileCase) -> tuple[object, ...]:
     """What makes a case unlike another of its kernel, sizes apart."""
-    choices = {value for value in case.constexprs.values() if isinstance(value, str)}
-    types = " ".join(case.signature.values())
+    constants = tuple(case.constexprs.values())
+    choices = {value for _, value in _entries(constants) if isinstance(value, str)}
+    types = " ".join(kind for _, kind in _entries(tuple(case.signature.values())))
     matrix = "tf32" in choices or "*fp16" in types or "*bf16" in types
     return case.kernel, matrix, frozenset(choices - {"ieee", "tf32"})
 
 
 def _is_seldom(case: CompileCase) -> bool:
-    return "tf32x3" in case.constexprs.values() or any("fp64" in t for t in case.signature.values())
+    return "tf32x3" in case.constexprs.values() or any(
+        "fp64" in kind for _, kind in _entries(tuple(case.signature.values()))
+    )
+
+
+def _entries(values: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """What stands in tuples within tuples, and where."""
+    if not isinstance(values, tuple):
+        yield path, values
+        return
+    for place, entry in enumerate(values):
+        yield from _entries(entry, (*path, place))
+
+
+def _plain(types: Any) -> Any:
+    """The same without what is known to be a multiple of 16."""
+    if isinstance(types, str):
+        return types.removesuffix(":16")
+    if isinstance(types, dict):
+        return {name: _plain(entry) for name, entry in types.items()}
+    entries = [_plain(entry) for entry in types]
+    return type(types)._make(entries) if hasattr(types, "_make") else tuple(entries)
 
 
 def _dots(ttir: str) -> tuple[str, ...]:

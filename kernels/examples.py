@@ -39,14 +39,15 @@ class CompileCase(NamedTuple):
         name: unique within its op.
         kernel: the function, decorated with `jit_kernel`.
         signature: Triton type of every runtime argument, e.g. ``"i32"``; it ends in ``:16`` where
-            the launch sees a multiple of 16, as pointers from torch's allocator are.
+            the launch sees a multiple of 16, as pointers from torch's allocator are. A tuple has
+            one of each entry.
         constexprs: value of every ``tl.constexpr`` argument, and of what is None at launch.
         options: launch options, e.g. ``{"num_warps": 4, "num_stages": 3}``.
     """
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     options: dict[str, Any]
 
@@ -74,14 +75,15 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def record(examples: Iterable[Example], op: str) -> Iterator[CompileCase]:
-    """The launches of an op's own kernels, each once."""
+    """The launches of an op's own kernels, and of what is its own as a constant, each once."""
     known: set[tuple[object, ...]] = set()
     names: Counter[str] = Counter()
     for example in examples:
         for kernel, arguments, options, suffix in _launches(example):
-            if f".kernels.{op}." not in kernel.fn.__module__:
-                continue
             types, constants, others = _describe(kernel, arguments, options, example.exact)
+            functions = (kernel, *constants.values())
+            if not any(f".kernels.{op}." in _module(function) for function in functions):
+                continue
             launch = (kernel, *map(str, (types, constants, others)))
             if launch in known:
                 continue
@@ -128,9 +130,14 @@ def _noting() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
         yield launched
 
 
+def _module(value: Any) -> str:
+    """Where a function of Triton's is defined; nowhere if this is none."""
+    return getattr(getattr(value, "fn", None), "__module__", "")
+
+
 def _describe(
     kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], exact: bool
-) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Types, constants and launch options of a launch."""
     parameters = inspect.signature(kernel.fn).parameters
     bound = dict(zip(parameters, arguments, strict=False)) | {
@@ -147,7 +154,10 @@ def _describe(
     return types, constants, others
 
 
-def _type_of(value: Any, exact: bool) -> str:
+def _type_of(value: Any, exact: bool) -> Any:
+    if isinstance(value, tuple):
+        types = [_type_of(entry, exact) for entry in value]
+        return type(value)._make(types) if hasattr(value, "_make") else tuple(types)
     if isinstance(value, Tensor):
         aligned = value.storage_offset() * value.itemsize % 16 == 0
         return f"*{_TYPES[value.dtype]}{':16' if aligned else ''}"

@@ -142,5 +142,4 @@ def check_loss(name: str, loss: str) -> None:
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `dqn_update_` does on ``device``, and why."""
-    reason = "the network's passes and Adam in Triton, the loss in torch; see `mlp.plan`"
-    return plan_update("dqn_update_", arena, (arena.actor,), device, density, lambda: reason)
+    return plan_update("dqn_update_", arena, (arena.actor,), device, density)

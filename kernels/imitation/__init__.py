@@ -117,9 +117,9 @@ def clone_update_(
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `clone_update_` does on ``device``, and why."""
-    kind = "in torch between" if arena.squashed else "in one pass between"
-    reason = f"loss and its gradient {kind} the network's passes; see `mlp.plan`"
-    return plan_update("clone_update_", arena, (arena.actor,), device, density, lambda: reason)
+    reason = "loss and its gradient in torch between the network's passes; see `mlp.plan`"
+    on_gpu = reason if arena.squashed else None
+    return plan_update("clone_update_", arena, (arena.actor,), device, density, on_gpu)
 
 
 def _check_data(weight: Tensor, arena: Arena, obs: Tensor, target: Tensor, dataset: Tensor) -> None:

@@ -169,9 +169,9 @@ def backward(
 
 def _forward_fused(weights: Weights, x: Tensor, precision: str, y: Tensor, hidden: Tensor) -> None:
     tickets, samples, _ = x.shape
-    geometry, activation = weights.geometry, weights.net.activation
+    geometry = weights.geometry
     launches = fused_gpu.launches(geometry.blocks)
-    launch = _prefer_launch(launches, "fused_forward", x, geometry, activation)
+    launch = _prefer_launch(launches, "fused_forward", x, geometry, geometry.activation)
     fused_gpu.forward_kernel[(tickets * triton.cdiv(samples, launch.rows),)](
         x,
         weights.weight,
@@ -182,9 +182,7 @@ def _forward_fused(weights: Weights, x: Tensor, precision: str, y: Tensor, hidde
         x.stride(1),
         weights.weight.stride(0),
         weights.mask_stride,
-        **geometry.constexprs,
-        BLOCKS=geometry.blocks,
-        ACTIVATION=activation,
+        NET=geometry.network,
         **launch.constexprs,
         **launch.options,
     )
@@ -235,9 +233,9 @@ def _backward_fused(
 ) -> None:
     tickets, samples, _ = x.shape
     splits, stretch = stretches
-    geometry, activation = weights.geometry, weights.net.activation
+    geometry = weights.geometry
     launches = fused_gpu.launches(geometry.blocks)
-    launch = _prefer_launch(launches, "fused_backward", x, geometry, activation)
+    launch = _prefer_launch(launches, "fused_backward", x, geometry, geometry.activation)
     fused_gpu.backward_kernel[(tickets, splits)](
         dy,
         x,
@@ -253,9 +251,7 @@ def _backward_fused(
         weights.weight.stride(0),
         weights.mask_stride,
         target.stride(0),
-        **geometry.constexprs,
-        BLOCKS=geometry.blocks,
-        ACTIVATION=activation,
+        NET=geometry.network,
         **launch.constexprs,
         **launch.options,
     )

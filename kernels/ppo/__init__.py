@@ -160,13 +160,7 @@ def ppo_update_(
 
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `ppo_update_` does on ``device``, and why."""
-
-    def on_gpu() -> str:
-        from . import gpu
-
-        return gpu.describe(arena)
-
-    return plan_update("ppo_update_", arena, arena.nets, device, density, on_gpu)
+    return plan_update("ppo_update_", arena, arena.nets, device, density)
 
 
 def _check_arena(arena: Arena) -> None:

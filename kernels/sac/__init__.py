@@ -140,7 +140,7 @@ def sac_update_(
 def plan(arena: Arena, device: torch.device, *, density: float = 1.0) -> Plan:
     """What `sac_update_` does on ``device``, and why."""
     reason = "the networks' passes and Adam in Triton, the losses in torch; see `mlp.plan`"
-    return plan_update("sac_update_", arena, arena.nets, device, density, lambda: reason)
+    return plan_update("sac_update_", arena, arena.nets, device, density, reason)
 
 
 def _check_arena(arena: Arena) -> None:

@@ -7,7 +7,7 @@ one more, in an op of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -92,7 +92,7 @@ def plan_update(
     nets: tuple[Net, ...],
     device: torch.device,
     density: float,
-    on_gpu: Callable[[], str],
+    on_gpu: str | None = None,
 ) -> Plan:
     """What an update does on ``device``, and why.
 
@@ -102,12 +102,16 @@ def plan_update(
         nets: those that take part.
         device: where.
         density: nominal, of the networks that are pruned.
-        on_gpu: says what Triton's backend does.
+        on_gpu: what Triton's backend does, if its step is not `training.gpu`'s by a head.
     """
     check_density(density)
     backend = resolve_backend(device, arena.actor)
     if backend == "triton":
-        return Plan(op, backend, "dense+mask", on_gpu())
+        if on_gpu is None:
+            from .gpu import describe
+
+            on_gpu = describe(nets)
+        return Plan(op, backend, "dense+mask", on_gpu)
     if backend == "reference":
         return Plan(op, backend, "dense+mask", PLAIN_TORCH)
     densities = tuple(density if net.weights[0] < arena.prunable else 1.0 for net in nets)

@@ -71,16 +71,36 @@ def test_case_names_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
+@cache
+def _compiled(smoke: bool) -> set[str]:
+    """Every kernel of a case, of any op: a frame's are compiled with the heads of others."""
+    every = [case.kernel.fn for op in ops_with_kernels() for case in cases(op, smoke=smoke)]
+    return {f"{function.__module__}.{function.__name__}" for function in every}
+
+
 @pytest.mark.parametrize("op", ops_with_kernels())
 def test_every_kernel_is_among_those_always_compiled(op: str) -> None:
     launched = {
-        node.name
+        f"sparse_tickets.kernels.{op}.{path.stem}.{node.name}"
         for path in compiling._gpu_files(op)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("kernel")
     }
-    assert {case.kernel.fn.__name__ for case in cases(op)} == launched
-    assert {case.kernel.fn.__name__ for case in cases(op, smoke=True)} == launched
+    for smoke in (False, True):
+        compiled = {name for name in _compiled(smoke) if f".kernels.{op}." in name}
+        assert compiled == launched
+
+
+@pytest.mark.parametrize("op", ["ppo", "imitation", "dqn"])
+def test_every_head_is_compiled_in_registers_and_in_memory(op: str) -> None:
+    kernels = {case.kernel.fn.__name__ for case in cases(op, smoke=True)}
+    assert kernels == {"gradient_kernel", "loss_kernel"}
+
+
+def test_types_within_tuples_are_those_of_the_launch() -> None:
+    (case, *_) = [case for case in cases("ppo") if case.name.startswith("gradient_4_64")]
+    assert case.signature["data"].action == "*i64:16"
+    assert case.signature["numbers"] == ("fp32", "fp32", "fp32")
 
 
 def test_one_case_per_kernel_with_tensor_cores_and_one_without_is_always_compiled(

@@ -11,7 +11,7 @@ from networks import KINDS, any_chain
 
 from sparse_tickets.kernels import transitions
 from sparse_tickets.kernels.arena import Arena, Parameters
-from sparse_tickets.kernels.dispatch import has_triton, use_backend
+from sparse_tickets.kernels.dispatch import use_backend
 from sparse_tickets.kernels.dqn import DQNConfig, dqn_update_, plan
 from sparse_tickets.kernels.dqn.reference import LOSSES
 from sparse_tickets.kernels.mlp import layout
@@ -125,14 +125,6 @@ def test_updates_equal_float64(density, double_dqn, loss, poisoned):
 def test_any_network_and_batch(batch, density, double_dqn, loss, **shape):
     config = DQNConfig(updates=1, batch=batch, double=double_dqn, loss=loss, max_norm=None)
     compare(density, config, **shape)
-
-
-@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
-@pytest.mark.usefixtures("tensors_on_a_gpu")
-@pytest.mark.parametrize(("double_dqn", "loss"), [(False, "squared"), (True, "huber")])
-def test_updates_of_the_gpu(double_dqn, loss):
-    config = DQNConfig(updates=2, batch=20, double=double_dqn, loss=loss)
-    compare(0.5, config, "triton", tickets=2, hidden=(8,))
 
 
 @pytest.mark.parametrize("double_dqn", [False, True])

@@ -1,5 +1,7 @@
 """What is recorded of a launcher's launches is what they are launched with."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 
@@ -66,3 +68,37 @@ def test_the_same_launch_counts_once_and_others_are_told_apart():
 
 def test_kernels_of_another_op_are_its_own_affair():
     assert list(record([Example("any", lambda: scale(meta(48)))], "other")) == []
+
+
+class _ScaledValues(NamedTuple):
+    values: Any
+    scale: Any
+
+
+@triton.jit
+def _double(value):
+    return 2 * value
+
+
+_double.fn.__module__ = "sparse_tickets.kernels.double.gpu"
+
+
+@jit_kernel(fp_fusion=True)
+def _apply_kernel(pair, y, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at, FUNCTION(tl.load(pair.values + at)) * pair.scale)
+
+
+_apply_kernel.fn.__module__ = "sparse_tickets.kernels.frame.gpu"
+
+
+def test_what_is_handed_over_together_keeps_its_names_and_types():
+    def apply():
+        _apply_kernel[(1,)](_ScaledValues(meta(16), 0.5), meta(16), _double, BLOCK=16)
+
+    (case,) = record([Example("any", apply)], "double")
+    assert case.signature == {"pair": _ScaledValues("*fp32:16", "fp32"), "y": "*fp32:16"}
+    assert case.constexprs == {"FUNCTION": _double, "BLOCK": 16}
+    (of_frame,) = record([Example("any", apply)], "frame")
+    assert of_frame == case
+    assert list(record([Example("any", apply)], "other")) == []

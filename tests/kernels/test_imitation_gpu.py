@@ -19,7 +19,10 @@ from sparse_tickets.kernels.transitions import draw
 pytest.importorskip("triton")
 
 from sparse_tickets.kernels.imitation import gpu
-from sparse_tickets.kernels.imitation.loss_gpu import loss_and_gradient
+from sparse_tickets.kernels.imitation.head_gpu import head
+from sparse_tickets.kernels.training import fused_gpu
+from sparse_tickets.kernels.training.head_gpu import Minibatch
+from sparse_tickets.kernels.training.loss_gpu import Outputs, loss_and_gradient
 
 pytestmark = pytest.mark.usefixtures("tensors_on_a_gpu")
 
@@ -160,25 +163,24 @@ def test_loss_and_gradient(monkeypatch, continuous: bool, batch: int, actions: i
         target[:, ::3, 0], target[:, 1::3, -1] = -torch.inf, -100.0
     rows = torch.randint(0, DATASETS * SAMPLES, (tickets, batch), generator=generator)
 
-    leaf, head = weight.clone().requires_grad_(), output.clone().requires_grad_()
-    monkeypatch.setattr(reference, "mlp", lambda *_: head)
-    total = reference.loss(leaf, torch.ones(()), arena, head, target.flatten(0, 1)[rows])
-    leaves = [head, *([leaf] if continuous else [])]
+    leaf, given = weight.clone().requires_grad_(), output.clone().requires_grad_()
+    monkeypatch.setattr(reference, "mlp", lambda *_: given)
+    total = reference.loss(leaf, torch.ones(()), arena, given, target.flatten(0, 1)[rows])
+    leaves = [given, *([leaf] if continuous else [])]
     expected = torch.autograd.grad(total.sum(), leaves)
 
     row, by_row = weight.float(), torch.full_like(weight, torch.nan).float()
     by_output = torch.full_like(output, torch.nan).float()
-    losses = torch.full((tickets,), 10.0)
+    sums = torch.full((tickets, 1), torch.nan)
     spread = slice(arena.log_std, None)
-    loss_and_gradient(
-        output.float(),
+    outputs = Outputs(
+        (output.float(),),
         row[:, spread] if continuous else None,
-        rows,
-        target.float(),
-        0.5,
-        (by_output, by_row[:, spread] if continuous else None),
-        losses,
+        (by_output,),
+        by_row[:, spread] if continuous else None,
     )
+    clone = head(target.float(), continuous=continuous)
+    loss_and_gradient(clone, Minibatch(rows, 0, batch, 0), sums, outputs)
     # A few exponentials deep, and sums over the minibatch.
     for ours, theirs in zip(
         [by_output, by_row[:, spread]] if continuous else [by_output],
@@ -189,7 +191,7 @@ def test_loss_and_gradient(monkeypatch, continuous: bool, batch: int, actions: i
         torch.testing.assert_close(
             ours.double(), theirs, rtol=0, atol=64 * EPS * scale * batch**0.5
         )
-    torch.testing.assert_close(losses.double(), 10 + 0.5 * total.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums[:, 0].double() / batch, total.detach(), rtol=1e-5, atol=1e-5)
     assert bool(by_row[:, : arena.size - (actions if continuous else 0)].isnan().all())
 
 
@@ -201,9 +203,11 @@ def test_a_ticket_that_diverged_stays_nan_and_spares_the_others(continuous: bool
     rows = torch.arange(8).expand(2, 8).contiguous()
     spread = torch.zeros(2, 3) if continuous else None
     gradient = torch.zeros(2, 8, 3), torch.zeros(2, 3) if continuous else None
-    losses = torch.zeros(2)
-    loss_and_gradient(output, spread, rows, target, 1.0, gradient, losses)
-    assert losses.isnan().tolist() == [True, False]
+    sums = torch.zeros(2, 1)
+    outputs = Outputs((output,), spread, (gradient[0],), gradient[1])
+    clone = head(target, continuous=continuous)
+    loss_and_gradient(clone, Minibatch(rows, 0, 8, 0), sums, outputs)
+    assert sums[:, 0].isnan().tolist() == [True, False]
     assert bool(gradient[0][0].isnan().all())
     assert bool(gradient[0][1].isfinite().all())
 
@@ -215,6 +219,7 @@ ARENAS = {
     "continuous_critic": Arena.build((5, 9, 3), (5, 6, 1), continuous=True),
     "pruned_critic": Arena.build((5, 9, 3), (5, 6, 1), prune_critic=True, continuous=True),
     "split": Arena.build((3, 70, 2)),
+    "split_continuous": Arena.build((3, 70, 2), continuous=True),
     "squashed": Arena.build((3, 7, 4), (5, 6, 1), squashed=True),
     "one_action": Arena.build((1, 1), (1, 1)),
 }
@@ -222,6 +227,7 @@ ARENAS = {
 
 @pytest.mark.parametrize("name", ARENAS)
 def test_updates_agree_with_the_reference(name: str, poisoned: None) -> None:
+    assert fused_gpu.fits((ARENAS[name].actor,)) == (not name.startswith("split"))
     ImitationProblem(ARENAS[name], 3).check(CloneConfig(updates=3, batch=11, eps=1e-3))
 
 

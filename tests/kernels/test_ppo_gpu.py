@@ -19,8 +19,12 @@ from sparse_tickets.kernels.training import Update
 
 pytest.importorskip("triton")
 
-from sparse_tickets.kernels.ppo import fused_gpu, gpu
-from sparse_tickets.kernels.ppo.loss_gpu import loss_and_gradient
+from sparse_tickets.kernels.ppo import gpu
+from sparse_tickets.kernels.ppo.head_gpu import head
+from sparse_tickets.kernels.training import fused_gpu
+from sparse_tickets.kernels.training import gpu as training_gpu
+from sparse_tickets.kernels.training.head_gpu import Minibatch
+from sparse_tickets.kernels.training.loss_gpu import Outputs, loss_and_gradient
 from sparse_tickets.kernels.update import gpu as update_gpu
 
 pytestmark = pytest.mark.usefixtures("tensors_on_a_gpu")
@@ -84,16 +88,15 @@ def test_loss_and_gradient(monkeypatch, continuous, samples, minibatch, actions,
     spread = slice(arena.log_std, None)
     written = torch.full_like(output, torch.nan).float(), torch.full_like(value, torch.nan).float()
     sums = torch.full((tickets, 5), torch.nan)
-    loss_and_gradient(
-        output.detach().float(),
-        value.detach().float(),
+    outputs = Outputs(
+        (output.detach().float(), value.detach().float()),
         row[:, spread] if continuous else None,
-        order,
-        first,
-        _float(batch),
-        config,
-        (*written, by_row[:, spread] if continuous else None),
-        sums,
+        written,
+        by_row[:, spread] if continuous else None,
+    )
+    minibatch_of = Minibatch(order, first, minibatch, samples)
+    loss_and_gradient(
+        head(_float(batch), config, continuous=continuous), minibatch_of, sums, outputs
     )
 
     got = [*written, *([by_row[:, spread]] if continuous else [])]
@@ -117,7 +120,9 @@ def test_a_ticket_that_diverged_stays_nan_and_spares_the_others() -> None:
     gradient = torch.zeros(2, 8, 3), torch.zeros(2, 8, 1)
     order = torch.arange(8).expand(2, 8).contiguous()
     sums = torch.zeros(2, 5)
-    loss_and_gradient(output, value, None, order, 0, batch, PPOConfig(), (*gradient, None), sums)
+    loss = head(batch, PPOConfig(), continuous=False)
+    outputs = Outputs((output, value), None, gradient, None)
+    loss_and_gradient(loss, Minibatch(order, 0, 8, 8), sums, outputs)
     assert bool(gradient[0][0].isnan().all())
     assert bool(gradient[1][0].isnan().all())
     assert bool(gradient[0][1].isfinite().all())
@@ -186,7 +191,7 @@ SPLIT = ("wide", "wide, continuous", "deep", "gelu")
 @pytest.mark.parametrize("name", ARENAS)
 def test_updates_agree_with_the_reference(name) -> None:
     arena = ARENAS[name]
-    assert gpu.is_fused(arena) == (name not in SPLIT)
+    assert fused_gpu.fits(arena.nets) == (name not in SPLIT)
     batch = _batch(3, 12, arena.actor.sizes[-1], arena.log_std is not None)
     config = PPOConfig(epochs=2, minibatches=2, eps=1e-3)
     ours = _update_like_the_reference(arena, batch, config)
@@ -239,7 +244,7 @@ def test_both_ways_give_the_same(monkeypatch) -> None:
     arena, batch = ARENAS["continuous"], _float(_batch(3, 80, 3, continuous=True))
     config = PPOConfig(epochs=1, minibatches=1)
     fused, stats = _update("triton", arena, batch, config)
-    monkeypatch.setattr(gpu, "is_fused", lambda _: False)
+    monkeypatch.setattr(fused_gpu, "fits", lambda _: False)
     split, expected = _update("triton", arena, batch, config)
     torch.testing.assert_close(fused.m, split.m, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.stack(stats), torch.stack(expected), rtol=1e-5, atol=1e-6)
@@ -272,7 +277,7 @@ def test_a_minibatch_of_narrow_networks_is_three_launches(monkeypatch) -> None:
     kernels = {
         fused_gpu: ["gradient_kernel"],
         update_gpu: ["_norm_kernel", "_adam_kernel"],
-        gpu: ["_statistics_kernel"],
+        training_gpu: ["_statistics_kernel"],
     }
     for module, names in kernels.items():
         for name in names:

@@ -27,13 +27,12 @@ from sparse_tickets.kernels.update import adam_
 
 pytest.importorskip("triton")
 
-from sparse_tickets.kernels.imitation import loss_gpu as cloning_gpu
 from sparse_tickets.kernels.mlp import fused_gpu, split_gpu
-from sparse_tickets.kernels.ppo import fused_gpu as ppo_gpu
-from sparse_tickets.kernels.ppo import loss_gpu
 from sparse_tickets.kernels.prune import gpu as prune_gpu
 from sparse_tickets.kernels.rollout import gpu as rollout_gpu
 from sparse_tickets.kernels.rollout import policy_gpu
+from sparse_tickets.kernels.training import fused_gpu as step_gpu
+from sparse_tickets.kernels.training import loss_gpu
 from sparse_tickets.kernels.update import gpu as update_gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,8 +97,8 @@ def _ppo(dtype: torch.dtype, hidden: int = 9, samples: int = 40) -> list[Tensor]
     return [parameters.m, parameters.v, *stats]
 
 
-def _clone(dtype: torch.dtype) -> list[Tensor]:
-    arena, weight, mask = _population((4, 9, 2))
+def _clone(dtype: torch.dtype, hidden: int = 9) -> list[Tensor]:
+    arena, weight, mask = _population((4, hidden, 2))
     parameters = _parameters(arena, weight.clone(), mask, dtype)
     obs = torch.randn(1, 50, 4, generator=_generator()).to(DEVICE, dtype)
     target = torch.randn(1, 50, 2, generator=_generator()).log_softmax(-1).to(DEVICE, dtype)
@@ -143,10 +142,11 @@ CASES: dict[str, tuple[Any, str, Callable]] = {
     "mlp.gradient": (split_gpu, "gradient_kernel", _network((3, 130, 2), 37)),
     "rollout.act": (rollout_gpu, "_act_kernel", _rollout),
     "rollout.judge": (policy_gpu, "_judge_kernel", _rollout),
-    "ppo.gradient": (ppo_gpu, "gradient_kernel", _ppo),
-    "ppo.stretch": (ppo_gpu, "gradient_kernel", partial(_ppo, samples=100)),
-    "ppo.loss": (loss_gpu, "_loss_kernel", partial(_ppo, hidden=70)),
-    "imitation.loss": (cloning_gpu, "_loss_kernel", _clone),
+    "ppo.gradient": (step_gpu, "gradient_kernel", _ppo),
+    "ppo.stretch": (step_gpu, "gradient_kernel", partial(_ppo, samples=100)),
+    "ppo.loss": (loss_gpu, "loss_kernel", partial(_ppo, hidden=70)),
+    "imitation.gradient": (step_gpu, "gradient_kernel", _clone),
+    "imitation.loss": (loss_gpu, "loss_kernel", partial(_clone, hidden=70)),
     "update.norm": (update_gpu, "_norm_kernel", _adam),
     "update.adam": (update_gpu, "_adam_kernel", _adam),
     "prune": (prune_gpu, "_select_kernel", _prune(8192 + 77)),
