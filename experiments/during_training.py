@@ -254,8 +254,9 @@ def conclude(cells: pl.DataFrame) -> Finding:
 
 def _seeds(cells: pl.DataFrame) -> str:
     """``6 seeds``, or the fewest and the most."""
-    counts = cells.group_by("study").agg(pl.col("seed").n_unique())["seed"]
-    return f"{' to '.join(map(str, sorted({counts.min(), counts.max()})))} seeds"
+    counts = cells.group_by("study").agg(pl.col("seed").n_unique())["seed"].unique().sort()
+    fewest, most = counts[0], counts[-1]
+    return f"{fewest} seeds" if fewest == most else f"{fewest} to {most} seeds"
 
 
 def text(cells: pl.DataFrame) -> str:
