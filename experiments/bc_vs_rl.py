@@ -32,7 +32,7 @@ from experiments.sweeps import (
     mountain_car_ppo,
     pendulum_deep,
     pendulum_extended,
-    pendulum_sac,
+    pendulum_sac_extended,
 )
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.frame import CONDITIONS
@@ -63,7 +63,7 @@ def collect(place: Place) -> pl.DataFrame:
             "Acrobot, a smaller budget": acrobot,
             "Pendulum": pendulum_extended,
             "Pendulum, deeper, tickets alone": pendulum_deep,
-            "Pendulum by SAC": pendulum_sac,
+            "Pendulum by SAC": pendulum_sac_extended,
             "MountainCar": mountain_car_extended,
             "MountainCar by PPO": mountain_car_ppo,
             "LunarLander": lunar_lander,

@@ -33,7 +33,7 @@ from experiments.sweeps import (
     mountain_car_extended,
     mountain_car_ppo,
     pendulum_extended,
-    pendulum_sac,
+    pendulum_sac_extended,
 )
 from sparse_tickets.analysis import frame as results
 from sparse_tickets.analysis.contributions import CONTRIBUTIONS
@@ -60,7 +60,7 @@ def collect(place: Place) -> pl.DataFrame:
             "Acrobot": acrobot_whole,
             "Acrobot, a smaller budget": acrobot,
             "Pendulum": pendulum_extended,
-            "Pendulum, SAC": pendulum_sac,
+            "Pendulum, SAC": pendulum_sac_extended,
             "MountainCar": mountain_car_extended,
             "MountainCar, PPO": mountain_car_ppo,
             "Maze": maze_extended,

@@ -45,6 +45,7 @@ __all__ = [
     "pendulum_deep",
     "pendulum_extended",
     "pendulum_sac",
+    "pendulum_sac_extended",
     "quickly",
     "scaled",
     "taught",
@@ -370,6 +371,7 @@ def cartpole_deep() -> Sweep:
 
 
 pendulum_extended = Extended(pendulum, (own_controls(pendulum),))
+pendulum_sac_extended = Extended(pendulum_sac, (later_seeds(pendulum_sac),))
 mountain_car_extended = Extended(mountain_car, (later_seeds(mountain_car),))
 maze_extended = Extended(maze, (later_seeds(maze),))
 
