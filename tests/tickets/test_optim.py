@@ -241,19 +241,6 @@ def test_settings_that_need_other_state_are_seen(name, setting, value, needs):
         torch.testing.assert_close(p, q)
 
 
-def test_memory_taken_again_for_another_size_is_not_overrun():
-    parameter = nn.Parameter(torch.ones(64, 64))
-    optimizer = optim.SGD([parameter], momentum=0.9)
-    for _ in range(3):
-        parameter.grad = torch.ones(64, 64)
-        optimizer.step()
-    parameter.grad = None
-    parameter.data = parameter.data[:2]
-    parameter.grad = torch.ones(2, 64)
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        optimizer.step()
-
-
 def test_a_state_of_other_shapes_raises_as_in_torch():
     small, large = _net(width=8), _net(width=64)
     donor, optimizer = optim.Adam(small.parameters()), optim.Adam(large.parameters())
@@ -454,20 +441,6 @@ def test_gradients_of_any_strides():
         torch.testing.assert_close(p, q)
 
 
-def test_refusals():
-    params = [nn.Parameter(torch.zeros(2))]
-    with pytest.raises(ValueError, match="capturable must be False"):
-        optim.Adam(params, capturable=True)
-    with pytest.raises(ValueError, match="differentiable must be False"):
-        optim.SGD(params, differentiable=True)
-    with pytest.raises(ValueError, match="max_grad_norm must be >= 0 or None, got -1"):
-        optim.AdamW(params, max_grad_norm=-1)
-    with pytest.raises(ValueError, match="learning rate"):
-        optim.RMSprop(params, lr=-1)
-    optim.Adam(params, fused=True)
-    optim.Adam(params, foreach=True)
-
-
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_an_optimiser_of_torchs_goes_on_as_ours(name, options):
     net, single, exact = _net(0.3), _net(0.3), _net(0.3).double()
@@ -489,21 +462,3 @@ def test_an_optimiser_of_torchs_goes_on_as_ours(name, options):
     _assert_close(net, exact, single)
     assert optim.fuse_(optimizer) is optimizer
     copy.deepcopy(optimizer).step()
-
-
-def test_optimisers_that_stay_torchs():
-    params = list(_net().parameters())
-    scheduled = torch.optim.Adam(params)
-    torch.optim.lr_scheduler.StepLR(scheduled, 1)
-
-    class Mine(torch.optim.Adam):
-        pass
-
-    for optimizer in (
-        scheduled,
-        Mine(params),
-        torch.optim.Adagrad(params),
-        torch.optim.Adam(params, differentiable=True),
-    ):
-        kind = type(optimizer)
-        assert type(optim.fuse_(optimizer)) is kind
