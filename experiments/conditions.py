@@ -149,8 +149,13 @@ def conclude(cells: pl.DataFrame) -> Finding:
     for study, part in studies(cells):
         name = "_".join(["conditions", *re.findall(r"\w+", study.lower())])
         returns = ("return_final", "return_auc", "return_initial")
-        figures[f"{name}_returns"] = partial(return_figure, part, controls=PAIRED, metric=returns)
-        figures[name] = partial(contribution_figure, paired(part), metric=tuple(METRICS))
+        title = ": ".join([part["env"][0], *study.split(", ", 1)[1:]])
+        figures[f"{name}_returns"] = partial(
+            return_figure, part, controls=PAIRED, metric=returns, title=title
+        )
+        figures[name] = partial(
+            contribution_figure, paired(part), metric=tuple(METRICS), title=title
+        )
     return Finding(
         ran="; ".join(
             setting(part) + unsolved(part) + left_out(part) for _, part in studies(cells)

@@ -20,6 +20,7 @@ __all__ = ["Line", "line_figure"]
 _LOOKS = tuple(CONDITION_COLOURS)
 _PERCENT = (100, 50, 20, 10, 5, 2, 1, 0.5, 0.2)
 _WIDTH, _HEIGHT, _LABEL = 2.7, 2.1, 0.13  # inches
+_WIDEST = 9.0  # inches: of more, letters are too small at half of a page's width
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def line_figure(
     """A panel for each title: means over seeds, 95% bootstrap bands, a dot per seed.
 
     Args:
-        panels: titles with their lines; a name looks the same in every panel. More than three
-            stand in two columns.
+        panels: titles with their lines; a name looks the same in every panel. More than three,
+            or three that are too wide, stand in two columns.
         title: bold.
         detail: beneath it, grey.
         xlabel: of every panel.
@@ -66,9 +67,10 @@ def line_figure(
     xs = np.concatenate([line.x for lines in panels.values() for line in lines])
     lowest, highest = xs.min(), xs.max()
     longest = max(map(len, names), default=0)
-    columns = len(panels) if len(panels) <= 3 else 2
+    wide = _WIDTH + 0.055 * longest
+    columns = len(panels) if len(panels) <= 3 and 0.5 + len(panels) * wide <= _WIDEST else 2
     rows = -(-len(panels) // columns)
-    size = (0.5 + columns * (_WIDTH + 0.055 * longest), 0.5 + rows * (0.3 + _HEIGHT))
+    size = (0.5 + columns * wide, 0.5 + rows * (0.3 + _HEIGHT))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     every = figure.subplots(rows, columns, sharey=share_y, squeeze=False)
     grid = every.flat[: len(panels)]

@@ -358,7 +358,7 @@ def draw(cells: pl.DataFrame) -> Figure:
     """Shares of seeds by input and density, a row of pictures."""
     names = INPUTS[cells["env"][0]]
     shown = algorithms(cells)
-    size = (1.0 + 2.5 * len(shown), 0.9 + 0.3 * len(names))
+    size = (1.0 + 2.4 * len(shown), 0.9 + 0.34 * len(names))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for panel, (algo, title) in zip(panels, shown.items(), strict=True):
@@ -408,7 +408,7 @@ def picture(panel: Axes, cells: pl.DataFrame, algo: str) -> None:
         value = share[row, column]
         if 0 < value < 1:
             panel.text(
-                column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=5.5,
+                column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7,
                 color="white" if value > 0.6 else INK,
             )  # fmt: skip
     ticks = range(0, len(density), -(-len(density) // 5))

@@ -72,6 +72,7 @@ def return_figure(
     controls: str | None = None,
     metric: str | Sequence[str] = "return_final",
     effective_density: bool = False,
+    title: str | None = None,
 ) -> Figure:
     """Return against density, dense at the left: a column per algorithm, rows for what is compared.
 
@@ -87,6 +88,7 @@ def return_figure(
         effective_density: Count only weights on a path from input to output. A line then passes
             through the median density of its seeds, and ends where the median seed has no path;
             the dots of seeds without any path stand at the right end.
+        title: Stands above all; left out, the environment's name.
 
     Raises:
         ValueError: The frame is empty, is no results frame or holds several environments.
@@ -143,7 +145,7 @@ def return_figure(
     about = f"interquartile mean of {_seeds(seeds)}" if seeds else ""
     if about and len(kinds) == 1:
         about = f"{kinds[0]} controls: {about}"
-    head(figure, env, about, stamp)
+    head(figure, title or env, about, stamp)
     return figure
 
 
@@ -153,6 +155,7 @@ def contribution_figure(
     stamp: str | None = None,
     *,
     metric: str | Sequence[str] = "return_final",
+    title: str | None = None,
 ) -> Figure:
     """What initialisation, mask and layerwise ratio contribute to the return, by density.
 
@@ -163,6 +166,7 @@ def contribution_figure(
         frame: The results frame of one environment.
         stamp: A short warning printed on the figure, such as "toy budget".
         metric: The return to compare, of ``frame.METRICS``; several have rows each.
+        title: Stands above all; left out, the environment's name.
 
     Raises:
         ValueError: The frame is empty, is no results frame or holds several environments.
@@ -214,7 +218,7 @@ def contribution_figure(
     about = f"mean difference within {_seeds(pairs)}" if pairs else ""
     if about and len(kinds) == 1:
         about = f"{kinds[0]} controls: {about}"
-    head(figure, results.environments(frame)[0], about, stamp)
+    head(figure, title or results.environments(frame)[0], about, stamp)
     return figure
 
 

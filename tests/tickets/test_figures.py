@@ -106,6 +106,12 @@ class TestFigures:
         assert any("ticket controls" in text.get_text() for text in one.texts)
 
     @pytest.mark.parametrize("draw", [figures.return_figure, figures.contribution_figure])
+    def test_says_what_it_is_told_of_the_task_or_its_name(self, draw):
+        frame = sweep(levels=3)
+        for title, said in (("Half of the steps", "Half of the steps"), (None, frame["env"][0])):
+            assert draw(frame, title=title).texts[0].get_text() == said
+
+    @pytest.mark.parametrize("draw", [figures.return_figure, figures.contribution_figure])
     def test_lines_differ_without_colour(self, draw):
         """In dashes and in markers, which are where the others' are not."""
         lines = [
