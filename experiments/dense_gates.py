@@ -1,14 +1,16 @@
 """Do the trainers reach what they must, dense, before anything is pruned?
 
 Trains PPO and behavioural cloning at level 0 by the protocol (five seeds, full budgets) and holds
-them to their gates: PPO's mean return over 100 fresh episodes, and cloning's share of its experts'
-return. Writes ``results/dense_gates.parquet`` and ``figures/dense_gates.png``::
+them to their gates: each seed's return of PPO over 100 fresh episodes, and cloning's share of its
+experts' return. Writes ``results/dense_gates.parquet``, ``figures/dense_gates.png`` and its table
+in ``README.md``::
 
     python experiments/dense_gates.py
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from matplotlib.figure import Figure
 from sparse_tickets import load_results, run_sweep
 from sparse_tickets.analysis.figures import save
 from sparse_tickets.analysis.parquet import write_parquet
+from sparse_tickets.files import write_atomic
 from sparse_tickets.sweep.data import read_data
 from sparse_tickets.sweep.protocols import protocol
 
@@ -29,7 +32,7 @@ CLONING_SHARE = 0.95
 
 @dataclass(frozen=True)
 class Gate:
-    """What dense PPO must reach: a mean return over 100 episodes, in the mean of the seeds."""
+    """What every seed of dense PPO must reach: a mean return over 100 episodes."""
 
     env: str
     ppo: float
@@ -80,27 +83,46 @@ def draw(frames: dict[str, pl.DataFrame], experts: dict[str, float]) -> Figure:
     return figure
 
 
+def row(gate: Gate, frame: pl.DataFrame, expert: float) -> tuple[str, ...]:
+    """An environment's cells of the table: returns, and whether they pass."""
+    ppo, bc = (frame.filter(algo=algo)["return_final"].to_numpy() for algo in ("ppo", "bc"))
+    share = share_reached(bc.mean(), expert, frame["random_return"][0])
+    passed = ppo.min() >= gate.ppo and share >= CLONING_SHARE
+    returns = (f"{value:.1f}" for value in (ppo.mean(), ppo.min()))
+    others = f"{expert:.1f}", f"{bc.mean():.1f}", f"{share:.1%}"
+    return (gate.env, *returns, f"{gate.ppo:g}", *others, "passed" if passed else "FAILED")
+
+
+def with_table(text: str, rows: list[tuple[str, ...]], cells: pl.DataFrame) -> str:
+    """The README with these rows, and what trained them, between the marks."""
+    names = ("environment", "PPO", "worst seed", "gate", "its experts", "cloning")
+    header = (*names, "share of the experts' return", "")
+    lines = [header, ["---", *["---:"] * (len(header) - 2), "---"], *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    commits, machines = (
+        ", ".join(cells[name].unique().sort().to_list()) for name in ("commit", "processor")
+    )
+    origin = f"Trained by commit {commits} on {machines}."
+    begin, end = (f"<!-- dense_gates:{side} -->" for side in ("begin", "end"))
+    if not re.search(f"{begin}.*{end}", text, re.DOTALL):
+        raise ValueError(f"the README must hold {begin} and {end}, got neither or one")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{table}\n\n{origin}\n{end}{after}"
+
+
 def main() -> None:
-    frames, experts = {}, {}
-    print(f"{'environment':16}{'PPO':>9}{'gate':>9}{'experts':>9}{'cloning':>9}{'share':>8}")
+    frames, experts, rows = {}, {}, []
     for gate in GATES:
-        frame, expert = run_gate(gate)
-        frames[gate.env], experts[gate.env] = frame, expert
-        ppo, bc = (
-            frame.filter(pl.col("algo") == algo)["return_final"].to_numpy().mean()
-            for algo in ("ppo", "bc")
-        )
-        share = share_reached(bc, expert, frame["random_return"][0])
-        passed = ppo >= gate.ppo and share >= CLONING_SHARE
-        print(
-            f"{gate.env:16}{ppo:9.1f}{gate.ppo:9.1f}{expert:9.1f}{bc:9.1f}{share:8.1%}"
-            f"  {'passed' if passed else 'FAILED'}",
-            flush=True,
-        )
+        frames[gate.env], experts[gate.env] = run_gate(gate)
+        rows.append(row(gate, frames[gate.env], experts[gate.env]))
+        print(*rows[-1], sep="  ", flush=True)
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "figures").mkdir(exist_ok=True)
-    write_parquet(HERE / "results" / "dense_gates.parquet", pl.concat(frames.values()))
+    cells = pl.concat(frames.values())
+    write_parquet(HERE / "results" / "dense_gates.parquet", cells)
     save(draw(frames, experts), HERE / "figures" / "dense_gates.png")
+    readme = HERE / "README.md"
+    write_atomic(readme, with_table(readme.read_text(encoding="utf-8"), rows, cells).encode())
 
 
 if __name__ == "__main__":

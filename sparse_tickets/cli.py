@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -101,7 +102,9 @@ def _version() -> str:
 def _plain_warnings() -> Iterator[None]:
     """Print warnings as one line, without the line of our source they come from."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    # Gymnasium colours its own, into files too.
+    colours = re.compile("\x1b\\[[0-9;]*m")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {colours.sub('', str(message))}\n"
     try:
         yield
     finally:

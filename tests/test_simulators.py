@@ -13,6 +13,8 @@ def test_ratios_are_of_the_same_round_and_of_the_fastest_simulator():
         "simulator, one process": [50.0, 50.0, 50.0],
         "simulator, 2 processes": [80.0, 100.0, 100.0],
         "SB3, one agent": [10.0, 10.0, 20.0],
+        "ours on envpool, 2 threads": [60.0, 80.0, 100.0],
+        "envpool, 2 threads": [120.0, 100.0, 200.0],
     }
     record = {"task": {"env": "Hopper-v5"}, "tickets": 16, "rates": rates, "busy": 0.2}
     lines = simulators.table([record]).splitlines()
@@ -21,12 +23,18 @@ def test_ratios_are_of_the_same_round_and_of_the_fastest_simulator():
     )
     assert lines[5] == "| Hopper-v5 | simulator, 2 processes | ~100 |  |  |"
     assert lines[6] == "| Hopper-v5 | SB3, one agent | ~10 |  | 0.12x (0.10-0.20) |"
+    assert lines[7] == (
+        "| Hopper-v5 | ours on envpool, 2 threads, 16 tickets | ~80 | 6.00x (5.00-8.00) "
+        "| 0.50x (0.50-0.80) |"
+    )
+    assert lines[8] == "| Hopper-v5 | envpool, 2 threads | ~120 |  |  |"
 
 
 def test_minibatches_have_sixty_four_samples_and_unknown_tasks_are_refused(tmp_path):
     for task in simulators.TASKS:
         assert task.settings.batch == 64 * task.settings.minibatches
     with pytest.raises(
-        ValueError, match="only must be part of one of Hopper-v5; LunarLander-v3, got 'Walker'"
+        ValueError,
+        match="only must be part of one of Hopper-v5; LunarLander-v3; CartPole-v1, got 'Walker'",
     ):
         simulators.run_simulators(Console(), 1, "Walker", tmp_path / "found.json")

@@ -185,13 +185,14 @@ def transfer_into(
         raise StoreError(
             f"{out} holds masks transferred otherwise ({asked_file} says how): choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(asked_file, content.encode())
     found = []
     for level in levels:
         file = out / f"level-{level:02d}.parquet"
         if not file.exists():
             rows, tickets = transfer(run, algo, level, **settings)
+            # Not before: what is refused would keep the folder from the command mended.
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(asked_file, content.encode())
             save_tickets(file.with_suffix(".safetensors"), tickets)
             write_parquet(file, rows)
         found.append(polars.read_parquet(file))

@@ -180,7 +180,7 @@ def _register_minatar() -> None:
         from minatar.gym import register_envs
     except ImportError as error:
         raise ValueError(
-            "env MinAtar/... needs MinAtar: pip install 'sparse-tickets[minatar]'"
+            "env MinAtar/GAME-v1 needs MinAtar: pip install 'sparse-tickets[minatar]'"
         ) from error
     register_envs()
     for each in gymnasium.registry.values():

@@ -186,6 +186,13 @@ class Sweep:
                 "during_critic must be None unless prune_critic is set and during names the "
                 f"actor's method, got {self.during_critic!r}"
             )
+        if self.during_critic is not None and not any(
+            find_algorithm(algo).has_critic for algo in self.algos
+        ):
+            raise ValueError(
+                f"during_critic must be None where no algorithm has a critic, got "
+                f"{self.during_critic!r} for {', '.join(self.algos)}"
+            )
         if self.during != "none" and self.prune_by != "final":
             raise ValueError(
                 "prune_by must be final where networks are pruned during training, by the weights "

@@ -450,7 +450,7 @@ def test_a_warning_is_one_line(monkeypatch):
     said = []
 
     def warned(*_):
-        given = UserWarning("this environment names no time limit")
+        given = UserWarning("\x1b[33mthis environment names no time limit\x1b[0m")
         said.append(warnings.formatwarning(given, UserWarning, "ours.py", 7))
         return 0
 

@@ -158,14 +158,7 @@ def test_double_and_n_step_dqn_reach_them_too(name, options):
         assert best.sub(known).abs().max() < 0.05, obs
 
 
-# One for each thing a value can be wrong in; the others prove the same.
-ORDINARY = ("discount, numbers", "time limit, numbers", "number by the observation")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ORDINARY)) for name in CONTINUOUS],
-)
+@pytest.mark.parametrize("name", CONTINUOUS)
 @pytest.mark.parametrize("density", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_sac_reaches_the_known_values(name, density):
     population, key = fresh(name, density, squashed=True)

@@ -150,6 +150,19 @@ def test_the_command_writes_every_level_once(run, tmp_path, capsys, monkeypatch)
     assert "holds masks transferred otherwise" in capsys.readouterr().err
 
 
+def test_what_was_refused_leaves_the_folder_to_the_command_mended(run, tmp_path, capsys):
+    from sparse_tickets.cli import main
+
+    out = tmp_path / "out"
+    command = ["transfer", str(run), "--out", str(out), "--levels", "2"]
+    assert main([*command, "--algo", "sac"]) == 2
+    assert main([*command, "--condition", "random/re-init"]) == 1
+    capsys.readouterr()
+    assert not out.exists()
+    with use_backend("auto"):
+        assert main(command) == 0, capsys.readouterr().err
+
+
 def test_live_inputs_are_those_that_are_not_dead():
     generator = torch.Generator().manual_seed(0)
     for arena in (
