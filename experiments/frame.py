@@ -341,7 +341,11 @@ def _origin(cells: pl.DataFrame) -> str:
     clean = [f"`{commit}`" for commit in stored if not commit.endswith("-dirty")]
     changed = [f"`{c.removesuffix('-dirty')}`, changed" for c in stored if c.endswith("-dirty")]
     commits = "; ".join(clean + changed) or "not stored"
-    return f"Commits that trained these cells: {commits}."
+    told = f"Commits that trained these cells: {commits}."
+    if changed:
+        dirty = cells["commit"].str.ends_with("-dirty").sum()
+        told += f" Changed trees trained {dirty} of {len(cells)}; what stands above rests on them."
+    return told
 
 
 def _wrapped(paragraph: str) -> str:
