@@ -110,7 +110,8 @@ def dqn_update_(
     Raises:
         ValueError: an arena of anything but a Q-network, a shape, a device, a number out of range,
             or a tensor that is written and not contiguous or shares memory with another. On a GPU
-            actions are not looked at, since that would wait for them.
+            actions are not looked at, since that would wait for them: one that is none makes its
+            ticket NaN.
         TypeError: a dtype, the kernels take float32 only; or `stored` or `first_update` no integer.
     """
     if arena.critic is not None or arena.continuous:

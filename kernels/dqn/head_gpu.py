@@ -1,6 +1,7 @@
 """The loss of the value of the action taken and its gradient, as a head in Triton.
 
-A sample has 12 bytes beside its outputs and takes about 10 FLOPs.
+A sample has 12 bytes beside its outputs and takes about 10 FLOPs. The value of an action that is
+none is NaN: that is seen, where a check would wait for the device.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _loss(
     at, inside = place
     taken = tl.load(data.action + at, mask=inside, other=0)
     chosen = tl.arange(0, WIDE)[None, :] == taken[:, None]  # [rows, actions]
-    value = tl.sum(tl.where(chosen, output, 0.0), 1)  # [rows]
+    exists = (taken >= 0) & (taken < OUT)  # [rows]
+    value = tl.where(exists, tl.sum(tl.where(chosen, output, 0.0), 1), float("nan"))
     error = value - tl.load(data.wanted + at, mask=inside, other=0.0)
     if KIND == "huber":
         # Comparisons that a NaN fails keep it.
@@ -50,7 +52,8 @@ def _loss(
     else:
         slope = 2.0 * error
         loss = error * error
-    gradient = tl.where(chosen & inside[:, None], (slope / count)[:, None], 0.0)
+    touched = (chosen | (exists == 0)[:, None]) & inside[:, None]
+    gradient = tl.where(touched, (slope / count)[:, None], 0.0)
     measured = tl.where(inside, loss, 0.0), tl.where(inside, value, 0.0)
     return gradient, tl.zeros([WIDE], tl.float32), measured
 

@@ -183,7 +183,7 @@ def _check_batch(weight: Tensor, arena: Arena, batch: Batch, config: PPOConfig) 
         check_tensor(name, getattr(batch, name), (tickets, samples), weight.dtype, like=weight)
     if arena.log_std is None:
         check_tensor("action", batch.action, (tickets, samples), torch.int64, like=weight)
-        # On a GPU the check would wait for it, and torch's own gather is guarded.
+        # On a GPU the check would wait for it: an action that is none makes its ticket NaN.
         if batch.action.device.type == "cpu" and batch.action.numel():
             low, high = (int(bound) for bound in batch.action.aminmax())
             if not 0 <= low <= high < actions:

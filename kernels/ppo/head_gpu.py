@@ -124,6 +124,8 @@ def _policy_loss(
         taken = tl.load(data.action + at, mask=inside, other=0)
         chosen = a[None, :] == taken[:, None]  # [rows, actions]
         new_logp = tl.sum(tl.where(chosen, log_probability, 0.0), 1)
+        # Of an action that is none, NaN: that is seen, where a check would wait for the device.
+        new_logp = tl.where((taken >= 0) & (taken < ACTIONS), new_logp, float("nan"))
         # Where a probability is zero, so is its term: 0 * -inf would be NaN.
         safe = tl.where(real[None, :], log_probability, 0.0)
         entropy = -tl.sum(probability * safe, 1)  # [rows]

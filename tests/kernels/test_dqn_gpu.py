@@ -78,6 +78,24 @@ def test_a_ticket_that_diverged_stays_nan_and_spares_the_others(loss: str) -> No
     assert bool(written[1].isfinite().all())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@KINDS
+@pytest.mark.parametrize("action", [-1, 3])
+def test_an_action_that_is_none_makes_its_ticket_nan(loss: str, action: int) -> None:
+    """On a GPU nobody looks whether it is one: that has to be seen."""
+    output, written = torch.ones(2, 8, 3), torch.zeros(2, 8, 3)
+    taken, sums = torch.ones(2, 8, dtype=torch.int64), torch.zeros(2, 2)
+    taken[0, 5] = action
+    index = torch.arange(8).expand(2, 8).contiguous()
+    outputs = Outputs((output,), None, (written,), None)
+    values = head(loss, taken, torch.zeros(2, 8))
+    loss_and_gradient(values, Minibatch(index, 0, 8, 8), sums, outputs)
+    assert sums.isnan().all(1).tolist() == [True, False]
+    assert bool(written[0, 5].isnan().all())
+    assert bool(written[0, :5].isfinite().all())
+    assert bool(written[1].isfinite().all())
+
+
 ARENAS = {
     "narrow": Arena.build((5, 9, 7, 3), activation="relu"),
     "no hidden layer": Arena.build((5, 2)),

@@ -129,6 +129,22 @@ def test_a_ticket_that_diverged_stays_nan_and_spares_the_others() -> None:
     assert bool(sums[1].isfinite().all())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("action", [-1, 3])
+def test_an_action_that_is_none_makes_its_ticket_nan(action: int) -> None:
+    """On a GPU nobody looks whether it is one: that has to be seen."""
+    batch = _float(_batch(2, 8, 3, continuous=False))
+    batch.action[0, 5] = action
+    gradient = torch.zeros(2, 8, 3), torch.zeros(2, 8, 1)
+    order, sums = torch.arange(8).expand(2, 8).contiguous(), torch.zeros(2, 5)
+    loss = head(batch, PPOConfig(), continuous=False)
+    outputs = Outputs((torch.zeros(2, 8, 3), torch.zeros(2, 8, 1)), None, gradient, None)
+    loss_and_gradient(loss, Minibatch(order, 0, 8, 8), sums, outputs)
+    assert bool(gradient[0][0, 5].isnan().all())
+    assert bool(gradient[0][0, :5].isfinite().all())
+    assert sums[:, 0].isnan().tolist() == [True, False]
+
+
 def _parameters(arena: Arena, tickets: int, dtype: torch.dtype) -> Parameters:
     generator = torch.Generator(DEVICE).manual_seed(1)
     weight = 0.5 * torch.randn(tickets, arena.size, generator=generator)
