@@ -232,7 +232,8 @@ def conclude(cells: pl.DataFrame) -> Finding:
         for key, title in studies(cells).items()
     )
     every = " and ".join(f"{STUDIES[key].every:,} ({name})" for key, name in studies(cells).items())
-    cut = "; ".join(f"{name}: {cuts(of(cells, key))}" for key, name in studies(cells).items())
+    shortened = {name: cuts(of(cells, key)) for key, name in studies(cells).items()}
+    cut = "; ".join(f"{name}: {how}" for name, how in shortened.items() if how)
     missing = [study.title for key, study in STUDIES.items() if key not in studies(cells)]
     for key, name in studies(cells).items():
         lacking = [TIMES[each] for each in TIMES if each not in widths(cells, key)]

@@ -186,12 +186,10 @@ class Sweep:
                 "during_critic must be None unless prune_critic is set and during names the "
                 f"actor's method, got {self.during_critic!r}"
             )
-        if self.during_critic is not None and not any(
-            find_algorithm(algo).has_critic for algo in self.algos
-        ):
+        if self.prune_critic and not any(find_algorithm(algo).has_critic for algo in self.algos):
             raise ValueError(
-                f"during_critic must be None where no algorithm has a critic, got "
-                f"{self.during_critic!r} for {', '.join(self.algos)}"
+                f"prune_critic must be False where no algorithm has a critic, got it for "
+                f"{', '.join(self.algos)}"
             )
         if self.during != "none" and self.prune_by != "final":
             raise ValueError(
