@@ -94,6 +94,9 @@ def test_every_problem_is_named_and_nothing_is_written(file, tmp_path, capsys):
         name = "g"
         [[sweep]]
         name = "g"
+        [[sweep]]
+        name = "h"
+        env = 1
         """
     )
     assert main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
@@ -106,6 +109,7 @@ def test_every_problem_is_named_and_nothing_is_written(file, tmp_path, capsys):
         "sweep e: grid.hidden must be a list of values, got 3",
         "sweep f: evaluation must be a table of settings, got 3",
         "sweep g: there are two of this name",
+        "sweep h: env must be a string, got 1",
     ):
         assert said in error
     assert not (tmp_path / "out").exists()

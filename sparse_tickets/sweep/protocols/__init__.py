@@ -42,6 +42,11 @@ def protocol(env: str) -> Sweep:
     Levels run to 24, so that a condition that never degrades within the paper's 20 trainings can
     still do so. Environments without a tuned PPO, CartPole too, get CleanRL's; with noise among its
     inputs, or by envpool, one keeps its own.
+
+    Raises:
+        TypeError: env is no string.
     """
+    if not isinstance(env, str):
+        raise TypeError(f"env must be a string, got {env!r}")
     base, _ = split_noise(env.removeprefix(PREFIX))
     return replace(Sweep(), env=env, **{"levels": 25, **PROTOCOLS.get(base, {})})
